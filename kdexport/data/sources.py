@@ -1,0 +1,248 @@
+"""Files and hub ids → rows with the columns that the task wants; every bad row is named."""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdexport import spec
+from kdexport.errors import DataError, MissingPackage
+from kdexport.tasks import TASKS
+
+SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
+SPLITS = ("train", "validation", "test")
+
+# Names that need no flag, in order of preference.
+_OBVIOUS = {
+    "text": ("text", "sentence", "content", "utterance", "query", "review", "message", "body", "document"),
+    "label": ("label", "labels", "category", "class", "intent", "topic", "sentiment", "target"),
+}
+_OBVIOUS_PAIRS = (
+    ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
+    ("text1", "text2"), ("text_a", "text_b"), ("question", "sentence"), ("query", "passage"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split's file or hub split, as it was read: `rows` hold every column, in order."""
+
+    name: str
+    columns: list[str]
+    rows: list[dict[str, Any]]
+
+
+def find_splits(data: spec.Data) -> dict[str, str]:
+    """Split → file or hub id, from the spec; a folder or a hub data set brings its own splits."""
+    given = {split: getattr(data, split) for split in SPLITS}
+    folder = Path(data.train)
+    if folder.is_dir():
+        names = {"validation": ("validation", "valid", "val", "dev"), "train": ("train",), "test": ("test",)}
+        files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+        found = {s: str(p) for s in SPLITS for p in files if p.stem in names[s]}
+        if "train" not in found:
+            raise DataError(f"{folder} holds no train.csv, .tsv, .jsonl or .parquet", "Name the file with --data")
+        given = found | {split: path for split, path in given.items() if path and split != "train"}
+    return {split: path for split, path in given.items() if path}
+
+
+def local_files(data: spec.Data) -> list[Path]:
+    """The files whose content decides what the rows are; a missing one is an error.
+
+    Raises:
+        DataError: a file is missing or empty.
+    """
+    paths = [Path(source) for source in find_splits(data).values() if _is_file_name(source)]
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path} does not exist", "Check the path")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty")
+    return paths
+
+
+def read_splits(data: spec.Data) -> dict[str, Source]:
+    """Read every split that the spec names.
+
+    Raises:
+        DataError: a file can't be read; the line says where.
+    """
+    sources = find_splits(data)
+    if not _is_file_name(sources["train"]):
+        return _read_hub(sources)
+    return {split: read_file(Path(source)) for split, source in sources.items()}
+
+
+def read_file(path: Path) -> Source:
+    """Read a CSV, TSV, JSONL or Parquet file through Hugging Face `datasets`, all of it as it stands."""
+    datasets = _datasets()
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path} is no {', '.join(sorted(SUFFIXES))} file", "Convert it, or rename it")
+    options: dict[str, Any] = {}
+    if path.suffix in (".csv", ".tsv"):
+        _check_utf8(path)
+        delimiter, header = _sniff(path)
+        strings = datasets.Features({column: datasets.Value("string") for column in header})
+        options = {"sep": delimiter, "features": strings, "na_filter": False}
+        reader = datasets.Dataset.from_csv
+    elif path.suffix == ".parquet":
+        reader = datasets.Dataset.from_parquet
+    else:
+        _check_utf8(path)
+        reader = datasets.Dataset.from_json
+    try:
+        with tempfile.TemporaryDirectory() as cache:  # the run folder keeps what is read; no second copy
+            table = reader(str(path), cache_dir=cache, keep_in_memory=True, **options)
+            return _to_source(path.name, table)
+    except Exception as error:  # `datasets` wraps the parsers' errors in several classes of its own
+        cause = error.__cause__ or error
+        raise DataError(f"{path} can't be read: {str(cause).strip().splitlines()[-1]}") from None
+
+
+def to_rows(source: Source, data: spec.Data, task: str) -> tuple[list[dict[str, Any]], int]:
+    """Choose the columns and check every row.
+
+    Returns:
+        The good rows with a stable id `<file>:<row>`, rows counted from 1; and the number of bad ones.
+
+    Raises:
+        DataError: a column or, unless `skip_bad_rows`, a row is wrong.
+    """
+    if not source.rows:
+        raise DataError(f"{source.name} holds no rows")
+    columns = _choose_columns(source, data)
+    check = TASKS[task].check
+    rows, bad = [], 0
+    for number, raw in enumerate(source.rows, 1):
+        row = {column: raw.get(name) for column, name in columns.items()}
+        if row["label"] is not None:
+            row["label"] = str(row["label"]).strip()
+        problem = check(row, data.max_chars)
+        if problem is None:
+            rows.append({"id": f"{source.name}:{number}"} | row)
+        elif data.skip_bad_rows:
+            bad += 1
+        else:
+            raise DataError(
+                f"{source.name}, row {number}: {problem}", "Mend the row, or leave such rows out: --skip-bad-rows"
+            )
+    if not rows:
+        raise DataError(f"{source.name}: none of its {bad} rows can be used")
+    return rows, bad
+
+
+def _choose_columns(source: Source, data: spec.Data) -> dict[str, str]:
+    """Our column → the file's: as named in the spec, else guessed when obvious."""
+    named = {"text": data.text, "text_pair": data.text_pair, "label": data.label}
+    for name in filter(None, named.values()):
+        if name not in source.columns:
+            raise DataError(f"{source.name} has no column {name!r}", f"Its columns: {', '.join(source.columns)}")
+    if data.text is None and data.text_pair is None:
+        pair = next((p for p in _OBVIOUS_PAIRS if set(p) <= set(source.columns)), None)
+        if pair:
+            named["text"], named["text_pair"] = pair
+    for wanted, names in _OBVIOUS.items():
+        if named[wanted] is None:
+            named[wanted] = next((n for n in names if n in source.columns), None)
+        if named[wanted] is None:
+            raise DataError(
+                f"{source.name}: which column is the {wanted}?",
+                f"Name it with --{wanted}. Its columns: {', '.join(source.columns)}",
+            )
+    return {ours: theirs for ours, theirs in named.items() if theirs}
+
+
+def _read_hub(sources: dict[str, str]) -> dict[str, Source]:
+    """Read a hub data set `name` or `name:config`; its own splits fill those that the spec does not name."""
+    datasets = _datasets()
+    name, _, config = sources["train"].partition(":")
+    try:
+        splits = datasets.load_dataset(name, config or None)
+    except Exception as error:  # connection, missing id, missing config: many classes, one meaning
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"no file and no data set on the hub: {sources['train']!r} ({reason})") from None
+    if "train" not in splits:
+        raise DataError(f"hub data set {name!r} has no train split", f"Its splits: {', '.join(splits)}")
+    found = {split: _to_source(f"{name}/{split}", splits[split]) for split in SPLITS if split in splits}
+    named = {split: read_file(Path(path)) for split, path in sources.items() if split != "train"}
+    return found | named
+
+
+def _to_source(name: str, table: Any) -> Source:
+    rows = table.to_list()
+    for column, feature in table.features.items():
+        if hasattr(feature, "int2str"):  # a ClassLabel: numbers that stand for names
+            for row in rows:
+                value = row[column]
+                row[column] = None if value is None or value < 0 else feature.int2str(value)
+    return Source(name, list(table.column_names), rows)
+
+
+def _sniff(path: Path) -> tuple[str, list[str]]:
+    """The delimiter and the header of a CSV file."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        first = file.readline()
+        delimiter = "\t" if path.suffix == ".tsv" or ("\t" in first and "," not in first) else ","
+        if delimiter == "," and ";" in first and "," not in first:
+            delimiter = ";"
+        file.seek(0)
+        header = next(csv.reader(file, delimiter=delimiter), [])
+    if not header or len(set(header)) < len(header):
+        raise DataError(f"{path}: its first row must name the columns, each once", f"It reads: {first.strip()[:80]}")
+    return delimiter, header
+
+
+def _check_utf8(path: Path) -> None:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8",
+                    f"Convert it, for example: iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}",
+                ) from None
+
+
+def _is_file_name(source: str) -> bool:
+    return Path(source).suffix in SUFFIXES or Path(source).exists() or source.startswith(("/", "./", "../"))
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise MissingPackage("datasets", "distill") from None
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    return datasets
+
+
+def iter_texts(path: Path | None, stdin: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Rows for `kdexport predict`, without `datasets`: JSONL or CSV with their columns, else a text a line."""
+    if path is None:
+        yield from ({"text": line.rstrip("\n")} for line in stdin)
+        return
+    if not path.is_file():
+        raise DataError(f"{path} does not exist", "Check the path")
+    if path.suffix in (".csv", ".tsv", ".jsonl", ".txt"):
+        _check_utf8(path)
+    if path.suffix == ".jsonl":
+        import msgspec
+
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                row = msgspec.json.decode(line, type=dict[str, Any])
+            except msgspec.MsgspecError as error:
+                raise DataError(f"{path}, line {number}: {error}") from None
+            yield row
+    elif path.suffix in (".csv", ".tsv"):
+        delimiter, _ = _sniff(path)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield from csv.DictReader(file, delimiter=delimiter)
+    else:
+        yield from ({"text": line} for line in path.read_text(encoding="utf-8").splitlines())

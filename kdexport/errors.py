@@ -1,0 +1,55 @@
+"""Everything that can go wrong because of what a user gave us.
+
+    KdexportError               one line for the user, exit code 2
+    ├── SpecError               a key, flag or value of the spec
+    ├── DataError               a file, row or label
+    ├── ModelError              a teacher or student that cannot be used as it is
+    ├── VerificationError       an exported file that does not do what its source does
+    ├── ArtifactError           an artifact folder that is incomplete or was changed
+    ├── RunError                a run folder that cannot be used
+    └── MissingPackage          an extra that was not installed
+
+Only `cli.py` catches them. Our own mistakes stay ordinary exceptions with a traceback.
+"""
+
+
+class KdexportError(Exception):
+    """What happened and where, then how to mend it, in one line."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        self.what, self.fix = what, fix
+        line = f"{what}. {fix}" if fix else what
+        super().__init__(" ".join(line.split()))
+
+
+class SpecError(KdexportError):
+    """A key, flag or value of the spec is wrong."""
+
+
+class DataError(KdexportError):
+    """A data file, row or label is wrong."""
+
+
+class ModelError(KdexportError):
+    """A teacher or student cannot be used as it is."""
+
+
+class VerificationError(KdexportError):
+    """An exported file does not do what the model that it was made from does."""
+
+
+class ArtifactError(KdexportError):
+    """An artifact folder is incomplete, unreadable or was changed after it was packed."""
+
+
+class RunError(KdexportError):
+    """A run folder cannot be used: in use, full, or not one of ours."""
+
+
+class MissingPackage(KdexportError):
+    """A package of an extra that was not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"the package {package!r} is not installed", f"Install it with: pip install 'kdexport[{extra}]'"
+        )

@@ -1,0 +1,69 @@
+"""Metrics of predictions, with their uncertainty; numpy only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def softmax(logits: Array) -> Array:
+    """Probabilities along the last axis, computed without overflow."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+
+
+def wilson_interval(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's score method (Wilson 1927), which holds near 0 and 1 too."""
+    if n == 0:
+        return 0.0, 1.0
+    share = hits / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar_p(right_a: Array, right_b: Array) -> float:
+    """Two-sided exact McNemar test of two classifiers on the same rows (McNemar 1947).
+
+    Args:
+        right_a, right_b: boolean arrays [N], whether each row was answered rightly.
+
+    Returns:
+        The probability of a difference at least this large if both were equally good.
+    """
+    only_a = int(np.sum(right_a & ~right_b))
+    only_b = int(np.sum(~right_a & right_b))
+    n, k = only_a + only_b, min(only_a, only_b)
+    if n == 0:
+        return 1.0
+    # log-space, because comb(n, i) / 2**n overflows floats from a thousand discordant rows on
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)
+    ]
+    return min(1.0, 2 * math.fsum(math.exp(x) for x in logs))
+
+
+def cohen_kappa(confusion: Array) -> float:
+    """Agreement beyond chance of predictions and labels (Cohen 1960): 0 is chance, 1 is perfect.
+
+    Args:
+        confusion: counts [C, C], rows are labels, columns are predictions.
+    """
+    n = confusion.sum()
+    if n == 0:
+        return 0.0
+    observed = np.trace(confusion) / n
+    expected = float(confusion.sum(axis=1) @ confusion.sum(axis=0)) / n**2
+    return float((observed - expected) / (1 - expected)) if expected < 1 else 0.0
+
+
+def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
+    """Counts [C, C]; rows are labels, columns are predictions."""
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    return counts

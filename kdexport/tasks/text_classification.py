@@ -1,0 +1,186 @@
+"""Text classification: one label for a text or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from kdexport.errors import ArtifactError, ModelError
+from kdexport.tasks.metrics import Array, softmax
+
+Row = Mapping[str, Any]
+Arrays = dict[str, Array]
+
+# Where a text is cut before it is tokenised, in characters per token that is kept. English has about 5.
+_CHARS_PER_TOKEN = 8
+
+
+class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`task.json`, and the manifest's `task`: all that encode and decode need besides tokenizer.json."""
+
+    task: str
+    labels: list[str]
+    inputs: list[str]
+    max_length: int
+    pad_id: int = 0
+    pad_type_id: int = 0
+    padding_side: str = "right"
+
+
+class Prediction(msgspec.Struct, frozen=True):
+    """The answer for one row."""
+
+    label: str
+    score: float
+    scores: dict[str, float]
+
+
+class TextClassification:
+    """Rows `{"text": …, "text_pair": …, "label": …}` → input ids → logits [N, C] → one label each."""
+
+    name: ClassVar = "text-classification"
+    metric_name: ClassVar = "accuracy"
+    columns: ClassVar = ("text", "text_pair", "label")
+    output: ClassVar = "logits"
+
+    def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.labels = config.labels
+        self._index = {label: i for i, label in enumerate(config.labels)}
+        self._tokenizer = tokenizer
+        # A tokenizer.json may come with padding and truncation of its own; ours are stated in the config.
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(config.max_length)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextClassification:
+        """Open the task of a model folder (`task.json`) or an artifact (`kdexport.json`).
+
+        Raises:
+            ArtifactError: a file is missing or unreadable.
+        """
+        try:
+            if (folder / "task.json").exists():
+                config = msgspec.json.decode((folder / "task.json").read_bytes(), type=TaskConfig)
+            else:
+                manifest = msgspec.json.decode((folder / "kdexport.json").read_bytes())
+                config = msgspec.convert(manifest["task"], TaskConfig)
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except (OSError, msgspec.MsgspecError, KeyError) as error:
+            raise ArtifactError(f"{folder} holds no task of ours: {error}") from None
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ArtifactError(f"{folder}/tokenizer.json can't be read: {error}") from None
+        return cls(config, tokenizer)
+
+    # --- rows → arrays
+
+    @staticmethod
+    def check(row: Row, max_chars: int) -> str | None:
+        """What is wrong with a row, or None."""
+        for column in ("text", "text_pair"):
+            value = row.get(column)
+            if value is None and column == "text_pair":
+                continue
+            if not isinstance(value, str):
+                return f"{column} is {'missing' if value is None else f'no text but {type(value).__name__}'}"
+            if not value.strip():
+                return f"{column} is empty"
+            if len(value) > max_chars:
+                return f"{column} has {len(value):,} characters (a quote left open?)"
+        if row.get("label") in (None, ""):
+            return "label is empty"
+        return None
+
+    @staticmethod
+    def content(row: Row) -> str:
+        """What a model sees of a row; rows with equal content get equal logits."""
+        return "\x1f".join(filter(None, (row["text"], row.get("text_pair"))))
+
+    def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
+        """One dict of int64 arrays [T] a row, T ≤ max_length; keys are the graph's inputs."""
+        return [self._arrays(encoding) for encoding in self._encodings(rows)]
+
+    def collate(self, encoded: Sequence[Arrays]) -> Arrays:
+        """Pad to the longest: a dict of int64 arrays [B, T]."""
+        longest = max(len(next(iter(arrays.values()))) for arrays in encoded)
+        fill = {"input_ids": self.config.pad_id, "token_type_ids": self.config.pad_type_id}
+        batch = {}
+        for name in self.config.inputs:
+            padded = np.full((len(encoded), longest), fill.get(name, 0), dtype=np.int64)
+            for i, arrays in enumerate(encoded):
+                n = len(arrays[name])
+                start = 0 if self.config.padding_side == "right" else longest - n
+                padded[i, start : start + n] = arrays[name]
+            batch[name] = padded
+        return batch
+
+    def encode(self, rows: Sequence[Row]) -> Arrays:
+        """The graph's inputs for a batch of rows: int64 arrays [B, T]."""
+        return self.collate(self.tokenize(rows))
+
+    def axes(self) -> dict[str, dict[int, str]]:
+        """Names of the dynamic axes of every input and of the output."""
+        inputs = {name: {0: "batch_size", 1: "sequence_length"} for name in self.config.inputs}
+        return inputs | {self.output: {0: "batch_size"}}
+
+    # --- logits → answers
+
+    def decode(self, logits: Array) -> list[Prediction]:
+        """Logits [N, C] → the most probable label of each row, with the softmax of all."""
+        answers = []
+        for probabilities in softmax(logits.astype(np.float64)):
+            best = int(probabilities.argmax())
+            scores = dict(zip(self.labels, probabilities.tolist(), strict=True))
+            answers.append(Prediction(self.labels[best], float(probabilities[best]), scores))
+        return answers
+
+    def targets(self, rows: Iterable[Row]) -> Array:
+        """The rows' labels as indices int64 [N]."""
+        return np.array([self._index[row["label"]] for row in rows], dtype=np.int64)
+
+    def hits(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """Whether each row is answered rightly: bool [N]; its mean is the metric, accuracy."""
+        return np.asarray(logits.argmax(axis=-1) == self.targets(rows))
+
+    # --- inside
+
+    def _encodings(self, rows: Sequence[Row]) -> list[Encoding]:
+        if any(row.get("text_pair") is not None for row in rows):
+            pairs = [(row["text"], row["text_pair"]) for row in rows]
+            return list(self._tokenizer.encode_batch_fast(pairs))
+        texts = [row["text"] for row in rows]
+        heads = [self._head(text) for text in texts]
+        encodings = list(self._tokenizer.encode_batch_fast(heads))
+        for i, (text, head) in enumerate(zip(texts, heads, strict=True)):
+            if len(head) < len(text) and len(encodings[i].ids) < self.config.max_length:
+                encodings[i] = self._tokenizer.encode(text)  # the head was too short: few, long words
+        return encodings
+
+    def _head(self, text: str) -> str:
+        """The part of a long text that its first `max_length` tokens come from.
+
+        Tokenizers split on white space before all else, so a head that is cut there, and that gives
+        `max_length` tokens or more, gives the same ones as the whole text. It saves most of the time on long
+        texts; `_encodings` falls back to the whole text when the head gives fewer.
+        """
+        limit = self.config.max_length * _CHARS_PER_TOKEN
+        if len(text) <= limit:
+            return text
+        cut = text.rfind(" ", 0, limit)
+        return text[:cut] if cut > 0 else text
+
+    def _arrays(self, encoding: Encoding) -> Arrays:
+        values = {
+            "input_ids": encoding.ids,
+            "attention_mask": encoding.attention_mask,
+            "token_type_ids": encoding.type_ids,
+        }
+        try:
+            return {name: np.array(values[name], dtype=np.int64) for name in self.config.inputs}
+        except KeyError as error:
+            raise ModelError(f"the model wants an input {error} that no tokenizer gives") from None
