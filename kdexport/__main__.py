@@ -1,0 +1,5 @@
+"""`python -m kdexport`."""
+
+from kdexport.cli import main
+
+main()

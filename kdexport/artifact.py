@@ -1,0 +1,144 @@
+"""The folder that ships: manifest, checksums, open and check.
+
+    config.json tokenizer.json …    as on the Hugging Face Hub
+    onnx/model.onnx                 fp32, standard operators only
+    onnx/model_quantized.onnx       int8
+    kdexport.json                   the manifest
+    README.md                       the model card
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kdexport.errors import ArtifactError
+from kdexport.predictor import Predictor
+from kdexport.rundir import hash_file, write_json
+from kdexport.tasks import load_task
+from kdexport.tasks.text_classification import TaskConfig
+
+MANIFEST = "kdexport.json"
+SCHEMA = 1
+
+
+class ManifestVariant(msgspec.Struct, frozen=True, kw_only=True):
+    """One model file of an artifact."""
+
+    precision: str
+    file: str
+    graph: str
+    sha256: str
+    size_bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`kdexport.json`: all that a runtime needs to know, and how the files came to be."""
+
+    schema: int = SCHEMA
+    kdexport: str
+    task: TaskConfig
+    recommended: str
+    variants: dict[str, ManifestVariant]
+    files: dict[str, str]
+    made: dict[str, Any]
+
+
+# What of a student's folder other tools want beside the graph.
+_SHIPPED = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+
+def pack(
+    student: Path, models: dict[str, tuple[Path, str, str]], recommended: str, made: dict[str, Any], out: Path
+) -> None:
+    """Write an artifact folder.
+
+    Args:
+        student: its Hugging Face folder, with `task.json`.
+        models: precision → (ONNX file, name below `onnx/`, graph).
+        recommended: the precision that is loaded when none is named.
+        made: how it was made; goes into the manifest as it is.
+        out: an existing folder.
+    """
+    from kdexport import __version__
+
+    (out / "onnx").mkdir(exist_ok=True)
+    for name in _SHIPPED:
+        if (student / name).exists():
+            shutil.copyfile(student / name, out / name)
+    variants = {}
+    for precision, (file, name, graph) in models.items():
+        shutil.copyfile(file, out / "onnx" / name)
+        variants[precision] = ManifestVariant(
+            precision=precision,
+            file=f"onnx/{name}",
+            graph=graph,
+            sha256=hash_file(file),
+            size_bytes=file.stat().st_size,
+        )
+    manifest = Manifest(
+        kdexport=__version__,
+        task=load_task(student).config,
+        recommended=recommended,
+        variants=variants,
+        files={name: hash_file(out / name) for name in _SHIPPED if (out / name).exists()},
+        made=made,
+    )
+    write_json(out / MANIFEST, manifest)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact folder, or of the run that holds one.
+
+    Raises:
+        ArtifactError: there is none, or it is of another schema.
+    """
+    folder = resolve(folder)
+    try:
+        raw = msgspec.json.decode((folder / MANIFEST).read_bytes())
+        if raw.get("schema") != SCHEMA:
+            raise ArtifactError(f"{folder}/{MANIFEST} is of schema {raw.get('schema')}, this kdexport reads {SCHEMA}")
+        return msgspec.convert(raw, Manifest)
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}", "kdexport run writes one") from None
+    except (OSError, msgspec.MsgspecError, AttributeError) as error:
+        raise ArtifactError(f"{folder}/{MANIFEST} can't be read: {error}", "Pack the artifact again") from None
+
+
+def resolve(folder: Path) -> Path:
+    """The artifact folder itself, where the run that holds it was named."""
+    inner = folder / "artifact"
+    return inner if not (folder / MANIFEST).exists() and (inner / MANIFEST).exists() else folder
+
+
+def load(folder: str | Path, variant: str | None = None, threads: int | None = None) -> Predictor:
+    """Open an artifact for prediction; its files are checked against the manifest's sha256 first.
+
+    Args:
+        folder: an artifact, or a run that holds one.
+        variant: `fp32`, `int8`, …; the recommended one when None.
+        threads: of ONNX Runtime; all allowed cores when None.
+
+    Raises:
+        ArtifactError: a file is missing or was changed, or there is no such variant.
+    """
+    folder = resolve(Path(folder))
+    manifest = read_manifest(folder)
+    chosen = manifest.variants.get(variant or manifest.recommended)
+    if chosen is None:
+        raise ArtifactError(f"{folder} has no variant {variant!r}", f"It has: {', '.join(manifest.variants)}")
+    for name, sha256 in {chosen.file: chosen.sha256, **manifest.files}.items():
+        _check(folder / name, sha256)
+    return Predictor(load_task(folder), folder / chosen.file, threads)
+
+
+def _check(path: Path, sha256: str) -> None:
+    try:
+        found = hash_file(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} is missing or unreadable ({error.strerror})", "Pack the artifact again") from None
+    if found != sha256:
+        raise ArtifactError(f"{path} is not the file that was packed: its sha256 differs", "Pack it again")

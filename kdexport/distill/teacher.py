@@ -1,0 +1,212 @@
+"""The teacher: opened, fine-tuned if asked, its labels and the data's brought together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from transformers.utils import logging
+
+from kdexport import spec
+from kdexport.data import read_rows, read_summary
+from kdexport.distill.train import Recipe, fit
+from kdexport.errors import ModelError
+from kdexport.progress import say, warn
+from kdexport.rundir import write_json
+from kdexport.tasks import Task, load_task
+from kdexport.tasks.text_classification import TaskConfig
+
+logging.set_verbosity_error()  # "newly initialized" warnings: we say ourselves what is new
+
+_DEFAULT_MAX_LENGTH = 128
+
+
+class Opened(NamedTuple):
+    """A model and what it needs; the model has a new head where `labels` are not its own."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+
+
+def prepare_teacher(settings: spec.Teacher, data: Path, max_length: int | None, seed: int, out: Path) -> None:
+    """Write the teacher as a Hugging Face folder with `task.json`; fine-tune it first if the spec says so.
+
+    Raises:
+        ModelError: no model, no tokenizer, no trained head, or labels that don't fit the data's.
+    """
+    set_seed(seed)
+    known = read_summary(data).labels
+    config = open_config(settings.model)
+    if settings.train is None:
+        labels = match_labels(own_labels(config), known, trained_head(config), settings.model)
+    else:
+        labels = own_labels(config) if set(own_labels(config)) == set(known) else known
+    opened = open_model(settings.model, config, labels)
+    save_task(opened, max_length, labels, out)
+    task = load_task(out)
+    _warn_if_much_is_cut(task, read_rows(data, "train")[:500])
+    if settings.train is not None:
+        recipe = Recipe(
+            epochs=settings.train.epochs,
+            learning_rate=settings.train.learning_rate,
+            batch_size=settings.train.batch_size,
+            seed=seed,
+        )
+        train, validation = read_rows(data, "train"), read_rows(data, "validation")
+        say(f"teacher: fine-tuning on {len(train):,} rows, {recipe.epochs} epochs")
+        curve = fit(
+            opened.model, task, train, None, recipe, validation=validation, work=out, title="fine-tune teacher"
+        )
+        write_json(out / "training.json", {"recipe": recipe, "curve": curve})
+    save_model(opened, out)
+
+
+def open_config(model: str) -> Any:
+    """A model's configuration, from a folder or the hub.
+
+    Raises:
+        ModelError: there is none.
+    """
+    folder = Path(model)
+    local = folder.exists() or model.startswith((".", "/", "~"))
+    if local and not (folder / "config.json").is_file():
+        missing = "does not exist" if not folder.exists() else "holds no config.json"
+        raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
+    try:
+        return AutoConfig.from_pretrained(model)
+    except Exception as error:  # OSError, ValueError, KeyError and connection errors, by cause
+        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
+
+
+def open_model(model: str, config: Any, labels: Sequence[str]) -> Opened:
+    """A model with a head for these labels, and its fast tokenizer.
+
+    Raises:
+        ModelError: weights or tokenizer are missing or unreadable.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:
+        raise ModelError(
+            f"model {model!r} has no tokenizer that can be opened: {_first_line(error)}",
+            "Save it beside the model: tokenizer.save_pretrained(folder)",
+        ) from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"model {model!r} has only a slow tokenizer, without tokenizer.json", "Convert it first")
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = None
+    try:
+        opened = AutoModelForSequenceClassification.from_pretrained(
+            model, config=config, ignore_mismatched_sizes=True
+        )
+    except Exception as error:
+        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
+    return Opened(opened, tokenizer)
+
+
+def own_labels(config: Any) -> list[str]:
+    """A configuration's label names in the order of its logits."""
+    return [str(config.id2label[i]) for i in sorted(config.id2label)]
+
+
+def trained_head(config: Any) -> bool:
+    """Whether the weights come with a classification head."""
+    return any("ForSequenceClassification" in name for name in config.architectures or [])
+
+
+def match_labels(own: list[str], known: list[str], head: bool, model: str) -> list[str]:
+    """The labels of a teacher that is used as it is, in the order of its logits, as the data spells them.
+
+    Raises:
+        ModelError: it has no trained head, or the data has labels that it doesn't know.
+    """
+    train_it = "Fine-tune it: --teacher-epochs 3"
+    if not head:
+        raise ModelError(f"teacher {model} has no trained classification head", train_it)
+    if len(known) > len(own):
+        raise ModelError(f"the data has {len(known)} labels, teacher {model} knows {len(own)}", train_it)
+    spelled = {label.casefold(): label for label in known}
+    names = [spelled.get(label.casefold(), label) for label in own]
+    if set(known) <= set(names):
+        return names
+    if all(label.isdecimal() for label in known) and int(known[-1]) < len(own):
+        return own  # the data's numbers are places in the teacher's order
+    if all(re.fullmatch(r"LABEL_\d+", label) for label in own) and len(own) == len(known):
+        warn(f"teacher {model} does not name its labels; taken in the data's order: {', '.join(known[:8])}")
+        return list(known)
+    strange = [label for label in known if label not in names]
+    raise ModelError(
+        f"teacher {model} does not know the data's label {strange[0]!r}"
+        + (f" (nor {len(strange) - 1} others)" if len(strange) > 1 else "")
+        + f"; it knows {', '.join(own[:8])}",
+        f"Rename the labels, or {train_it[0].lower()}{train_it[1:]}",
+    )
+
+
+def save_task(opened: Opened, max_length: int | None, labels: Sequence[str], out: Path) -> None:
+    """Write tokenizer files and `task.json`."""
+    model, tokenizer = opened
+    reads = _longest_input(model, tokenizer)
+    if max_length and max_length > reads:
+        raise ModelError(f"data.max_length is {max_length}, but the model reads {reads} tokens", "Lower it")
+    accepted = tokenizer.model_input_names
+    config = TaskConfig(
+        task="text-classification",
+        labels=list(labels),
+        inputs=[name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted],
+        max_length=max_length or min(_DEFAULT_MAX_LENGTH, reads),
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        pad_type_id=tokenizer.pad_token_type_id,
+        padding_side=tokenizer.padding_side,
+    )
+    # A tokenizer.json may carry truncation and padding of its own, which other runtimes would follow.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.model_max_length = config.max_length
+    tokenizer.save_pretrained(out)
+    write_json(out / "task.json", config)
+
+
+def save_model(opened: Opened, out: Path) -> None:
+    """Write config and weights as safetensors."""
+    opened.model.save_pretrained(out, safe_serialization=True)
+
+
+def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> int:
+    positions = getattr(model.config, "max_position_embeddings", None) or 512
+    if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
+        positions -= (model.config.pad_token_id or 0) + 1  # these count positions from pad_token_id + 1
+    declared = tokenizer.model_max_length
+    return int(min(positions, declared if 0 < declared < 10**6 else positions))
+
+
+def _warn_if_much_is_cut(task: Task, rows: list[dict[str, Any]]) -> None:
+    limit = task.config.max_length
+    share = float(sum(len(e["input_ids"]) >= limit for e in task.tokenize(rows))) / len(rows)
+    if share > 0.25:
+        say(
+            f"teacher: {share:.0%} of the texts are longer than {limit} tokens and are cut there; "
+            "--max-length reads more, and takes longer"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_task_config(folder: Path) -> TaskConfig:
+    """`task.json` of a model folder."""
+    return msgspec.json.decode((folder / "task.json").read_bytes(), type=TaskConfig)

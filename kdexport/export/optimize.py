@@ -1,0 +1,68 @@
+"""Offline graph fusion for ONNX Runtime; no torch.
+
+The fused graph replaces attention, layer norms and activations by ONNX Runtime's own operators. It is a
+candidate, not a replacement: newer runtimes fuse much of it when they load the plain graph, and the plain
+one runs elsewhere too. What measures faster ships.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from kdexport.progress import say
+
+# Families whose graphs ONNX Runtime's `bert` fusions know.
+_BERT_LIKE = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "mpnet", "albert"}
+
+
+def fuse(plain: Path, student: Path, fused: Path) -> bool:
+    """Write the fused graph.
+
+    Args:
+        plain: the exported fp32 file.
+        student: its Hugging Face folder; heads and width are read from config.json.
+        fused: the file to write.
+
+    Returns:
+        Whether attention was fused in every layer; if not, nothing is written.
+    """
+    config = msgspec.json.decode((student / "config.json").read_bytes())
+    if config["model_type"] not in _BERT_LIKE:
+        return False
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    from onnxruntime.transformers import optimizer
+
+    logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
+    for name in ("fusion_utils", "onnx_model", "optimizer", "onnx_model_bert", "fusion_base", "fusion_attention"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    layers = config.get("num_hidden_layers", config.get("n_layers"))
+    model = optimizer.optimize_model(
+        str(plain),
+        model_type="bert",
+        num_heads=config.get("num_attention_heads", config.get("n_heads")),
+        hidden_size=config.get("hidden_size", config.get("dim")),
+        opt_level=0,
+    )
+    attention = model.get_fused_operator_statistics().get("Attention", 0)
+    if attention < layers:
+        say(f"export: ONNX Runtime fused {attention} of {layers} attention layers; the fused graph is left out")
+        return False
+    _strip_unused_domains(model.model)
+    onnx.helper.set_model_props(
+        model.model, {p.key: p.value for p in model.model.metadata_props} | {"graph": "fused"}
+    )
+    onnx.save(model.model, fused)
+    return True
+
+
+def _strip_unused_domains(model: onnx.ModelProto) -> None:
+    """Keep only the operator sets in use: other runtimes refuse a file for one that they don't know."""
+    used = {node.domain or "ai.onnx" for node in model.graph.node}
+    kept = [opset for opset in model.opset_import if (opset.domain or "ai.onnx") in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)

@@ -1,0 +1,103 @@
+"""Verification: does each exported file do what the student does in PyTorch? No torch here.
+
+The student's logits in PyTorch were written when it was trained (`reference.npy`: the test rows, then the
+task's probes). Here every candidate answers the same rows through the predictor, in several shapes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kdexport.data import read_rows
+from kdexport.errors import VerificationError
+from kdexport.export import Candidate, read_candidates
+from kdexport.predictor import Predictor
+from kdexport.progress import say, warn
+from kdexport.results import Metric, Quality
+from kdexport.rundir import write_json
+from kdexport.tasks import Task, load_task
+from kdexport.tasks.metrics import Array, mcnemar_p, wilson_interval
+
+FP32_TOLERANCE = 1e-4
+_SMALL_SHAPE_ROWS = 64
+
+
+def verify(
+    data: Path, targets: Path, student: Path, baseline: Path | None, export: Path, out: Path
+) -> None:
+    """Check parity, and take the metric of every model and file on the whole test split.
+
+    Writes `quality.json` (name → `Quality`; `teacher-torch`, `student-torch`, `baseline-torch` and
+    `student-<candidate>`) and `logits.npz` with the logits behind it.
+
+    Raises:
+        VerificationError: the plain fp32 file differs from PyTorch by more than 1e-4 in some logit.
+    """
+    task = load_task(student)
+    rows = read_rows(data, "test")
+    reference = np.load(student / "reference.npy")
+    logits = {"teacher-torch": np.load(targets / "test.npy"), "student-torch": reference[: len(rows)]}
+    if baseline:
+        logits["baseline-torch"] = np.load(baseline / "reference.npy")[: len(rows)]
+    differences: dict[str, float] = {}
+    for candidate in read_candidates(export):
+        name = f"student-{candidate.name}"
+        predictor = Predictor(task, export / candidate.file)
+        found = predictor.logits([*rows, *task.probes()])
+        difference = max(_difference(found, reference), _small_shapes(predictor, rows, reference))
+        if candidate.precision == "fp32" and not difference <= FP32_TOLERANCE:
+            _refuse(candidate, difference)
+            continue
+        logits[name], differences[name] = found[: len(rows)], difference
+    quality = {
+        name: judge(task, rows, found, logits["teacher-torch"], differences.get(name))
+        for name, found in logits.items()
+    }
+    np.savez(out / "logits.npz", **{name: found.astype(np.float32) for name, found in logits.items()})
+    write_json(out / "quality.json", quality)
+    say(
+        f"verify: fp32 against PyTorch on {len(reference)} inputs: max |Δlogit| {differences['student-fp32']:.1e} "
+        f"(allowed {FP32_TOLERANCE:.0e})"
+    )
+
+
+def judge(
+    task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array, difference: float | None
+) -> Quality:
+    """The metric of logits [N, C] on labelled rows, and how they stand to the teacher's."""
+    right, teacher_right = task.hits(logits, rows), task.hits(teacher, rows)
+    return Quality(
+        metric=Metric(float(right.mean()), wilson_interval(int(right.sum()), len(rows)), len(rows)),
+        agreement=float((logits.argmax(axis=1) == teacher.argmax(axis=1)).mean()),
+        mcnemar_p=mcnemar_p(right, teacher_right),
+        max_abs_diff=difference,
+    )
+
+
+def read_quality(verify: Path) -> dict[str, Quality]:
+    """`quality.json` of a finished verify stage."""
+    return msgspec.json.decode((verify / "quality.json").read_bytes(), type=dict[str, Quality])
+
+
+def _difference(found: Array, reference: Array) -> float:
+    return float(np.abs(found - reference).max())
+
+
+def _small_shapes(predictor: Predictor, rows: list[dict[str, Any]], reference: Array) -> float:
+    """Batches of 1, and of 7 mixed lengths (much padding), against the same reference."""
+    few = rows[:_SMALL_SHAPE_ROWS]
+    single = np.concatenate([predictor.run(predictor.task.encode([row])) for row in few])
+    sevens = [few[i : i + 7] for i in range(0, len(few), 7)]
+    mixed = np.concatenate([predictor.run(predictor.task.encode(batch)) for batch in sevens])
+    return max(_difference(single, reference[: len(few)]), _difference(mixed, reference[: len(few)]))
+
+
+def _refuse(candidate: Candidate, difference: float) -> None:
+    found = f"{candidate.file} differs from PyTorch by {difference:.1e} in a logit; {FP32_TOLERANCE:.0e} is allowed"
+    if candidate.graph == "plain":
+        raise VerificationError(found, "This is a fault of the export: please report it with the model's family")
+    warn(f"verify: {found}; it is left out")

@@ -1,0 +1,118 @@
+"""An artifact as a function: encode → ONNX Runtime → decode. No torch, no transformers.
+
+Verification, benchmarks, `kdexport predict` and serving all run models through here: what is measured is
+what ships.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdexport.errors import ArtifactError, DataError, MissingPackage
+from kdexport.tasks import Task
+from kdexport.tasks.metrics import Array
+from kdexport.tasks.text_classification import Arrays, Prediction
+
+Text = str | tuple[str, str]
+
+
+def allowed_cores() -> int:
+    """Cores that this process may use: by affinity, and by the container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period))) if quota != "max" else cores
+    except (OSError, ValueError):
+        return cores
+
+
+class Predictor:
+    """A model file behind its task.
+
+    Args:
+        task: encodes rows and decodes logits.
+        model: an ONNX file whose inputs are the task's.
+        threads: of ONNX Runtime; all allowed cores when None.
+
+    Raises:
+        ArtifactError: the file is missing, is no ONNX model, or wants other inputs than the task gives.
+    """
+
+    def __init__(self, task: Task, model: Path, threads: int | None = None) -> None:
+        # ONNX Runtime's wheels send telemetry from 1.29 on, unless this is set before the import.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        try:
+            import onnxruntime
+        except ModuleNotFoundError:
+            raise MissingPackage("onnxruntime", "cpu") from None
+
+        self.task = task
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or allowed_cores()
+        options.inter_op_num_threads = 1
+        # Spinning threads burn the cores that other work wants, and double latency on shared machines.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(model), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime raises a dozen classes; all mean that the file is no good
+            reason = str(error).strip().splitlines()[-1]
+            raise ArtifactError(f"{model} can't be loaded: {reason}", "Pack the artifact again") from None
+        wanted = {tensor.name for tensor in self._session.get_inputs()}
+        if wanted != set(task.config.inputs):
+            raise ArtifactError(f"{model} wants {sorted(wanted)}, the task gives {sorted(task.config.inputs)}")
+
+    def run(self, arrays: Arrays) -> Array:
+        """Logits float32 [B, C] of one encoded batch."""
+        return np.asarray(self._session.run([self.task.output], arrays)[0])
+
+    def logits(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> Array:
+        """Logits float32 [N, C] of many rows, in batches of similar length, in the rows' order."""
+        encoded = self.task.tokenize(rows)
+        lengths = [len(next(iter(arrays.values()))) for arrays in encoded]
+        order = np.argsort(lengths, kind="stable")
+        logits = np.empty((len(rows), len(self.task.labels)), dtype=np.float32)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            logits[chosen] = self.run(self.task.collate([encoded[i] for i in chosen]))
+        return logits
+
+    def predict(self, texts: Sequence[Text] | Text, batch_size: int = 32) -> list[Prediction]:
+        """Answer texts, or pairs of texts, in their order.
+
+        Args:
+            texts: strings, or tuples of two for pairs; a single one is answered as a list of one.
+            batch_size: texts that run at once.
+
+        Returns:
+            One `Prediction` a text: `label`, its probability `score`, and all `scores` by label.
+
+        Raises:
+            DataError: one of them is no text; an empty one is answered like any other.
+        """
+        single = isinstance(texts, str) or (
+            isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(t, str) for t in texts)
+        )
+        many = [texts] if single else list(texts)
+        rows = [_row(text, i) for i, text in enumerate(many)]
+        return self.task.decode(self.logits(rows, batch_size)) if rows else []
+
+
+def _row(text: object, i: int) -> dict[str, Any]:
+    match text:
+        case str():
+            first, second = text, None
+        case (str() as first, str() as second):
+            pass
+        case _:
+            raise DataError(f"input {i} is no text but {type(text).__name__}", "Give strings, or pairs of them")
+    # A lone surrogate can't be encoded as UTF-8, which the tokenizer works in.
+    clean = (part and part.encode("utf-8", "replace").decode("utf-8") for part in (first, second))
+    return dict(zip(("text", "text_pair"), clean, strict=True))
