@@ -1,8 +1,8 @@
 """kdexport: teacher in, budget in; the smallest honest ONNX model out.
 
-    >>> import kdexport
-    >>> model = kdexport.load("runs/demo/artifact")          # doctest: +SKIP
-    >>> model.predict(["Shares rose after the merger"])      # doctest: +SKIP
+>>> import kdexport
+>>> model = kdexport.load("runs/demo/artifact")          # doctest: +SKIP
+>>> model.predict(["Shares rose after the merger"])      # doctest: +SKIP
 """
 
 from importlib.metadata import version
@@ -17,7 +17,7 @@ __all__ = ["KdexportError", "__version__", "load"]
 def __getattr__(name: str) -> Any:
     # numpy, tokenizers and onnxruntime are loaded when a model is, not when the package is
     if name == "load":
-        from kdexport.artifact import load
+        from kdexport.predictor import load
 
         return load
     raise AttributeError(f"module 'kdexport' has no attribute {name!r}")

@@ -1,10 +1,10 @@
 """The folder that ships: manifest, checksums, open and check.
 
-    config.json tokenizer.json …    as on the Hugging Face Hub
-    onnx/model.onnx                 fp32, standard operators only
-    onnx/model_quantized.onnx       int8
-    kdexport.json                   the manifest
-    README.md                       the model card
+config.json tokenizer.json …    as on the Hugging Face Hub
+onnx/model.onnx                 fp32, standard operators only
+onnx/model_quantized.onnx       int8
+kdexport.json                   the manifest
+README.md                       the model card
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 
 from kdexport.errors import ArtifactError
-from kdexport.predictor import Predictor
 from kdexport.rundir import hash_file, write_json
 from kdexport.tasks import load_task
 from kdexport.tasks.text_classification import TaskConfig
@@ -47,18 +46,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     made: dict[str, Any]
 
 
+# Names that transformers.js, text-embeddings-inference and Optimum look for.
+SHIPPED_AS = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
+
 # What of a student's folder other tools want beside the graph.
 _SHIPPED = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def pack(
-    student: Path, models: dict[str, tuple[Path, str, str]], recommended: str, made: dict[str, Any], out: Path
-) -> None:
+def pack(student: Path, models: dict[str, tuple[Path, str]], recommended: str, made: dict[str, Any], out: Path) -> None:
     """Write an artifact folder.
 
     Args:
         student: its Hugging Face folder, with `task.json`.
-        models: precision → (ONNX file, name below `onnx/`, graph).
+        models: precision → (ONNX file, graph).
         recommended: the precision that is loaded when none is named.
         made: how it was made; goes into the manifest as it is.
         out: an existing folder.
@@ -70,11 +70,11 @@ def pack(
         if (student / name).exists():
             shutil.copyfile(student / name, out / name)
     variants = {}
-    for precision, (file, name, graph) in models.items():
-        shutil.copyfile(file, out / "onnx" / name)
+    for precision, (file, graph) in models.items():
+        shutil.copyfile(file, out / SHIPPED_AS[precision])
         variants[precision] = ManifestVariant(
             precision=precision,
-            file=f"onnx/{name}",
+            file=SHIPPED_AS[precision],
             graph=graph,
             sha256=hash_file(file),
             size_bytes=file.stat().st_size,
@@ -114,25 +114,23 @@ def resolve(folder: Path) -> Path:
     return inner if not (folder / MANIFEST).exists() and (inner / MANIFEST).exists() else folder
 
 
-def load(folder: str | Path, variant: str | None = None, threads: int | None = None) -> Predictor:
-    """Open an artifact for prediction; its files are checked against the manifest's sha256 first.
+def model_file(folder: Path, variant: str | None = None) -> Path:
+    """The file of a variant, after it and the tokenizer's files were checked against the manifest's sha256.
 
     Args:
-        folder: an artifact, or a run that holds one.
+        folder: an artifact folder.
         variant: `fp32`, `int8`, …; the recommended one when None.
-        threads: of ONNX Runtime; all allowed cores when None.
 
     Raises:
         ArtifactError: a file is missing or was changed, or there is no such variant.
     """
-    folder = resolve(Path(folder))
     manifest = read_manifest(folder)
     chosen = manifest.variants.get(variant or manifest.recommended)
     if chosen is None:
         raise ArtifactError(f"{folder} has no variant {variant!r}", f"It has: {', '.join(manifest.variants)}")
     for name, sha256 in {chosen.file: chosen.sha256, **manifest.files}.items():
         _check(folder / name, sha256)
-    return Predictor(load_task(folder), folder / chosen.file, threads)
+    return folder / chosen.file
 
 
 def _check(path: Path, sha256: str) -> None:

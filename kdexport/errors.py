@@ -18,7 +18,7 @@ class KdexportError(Exception):
 
     def __init__(self, what: str, fix: str = "") -> None:
         self.what, self.fix = what, fix
-        line = f"{what}. {fix}" if fix else what
+        line = f"{what}{'' if what.endswith('?') else '.'} {fix}" if fix else what
         super().__init__(" ".join(line.split()))
 
 

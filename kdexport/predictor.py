@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from kdexport import artifact
 from kdexport.errors import ArtifactError, DataError, MissingPackage
-from kdexport.tasks import Task
+from kdexport.tasks import Task, load_task
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.text_classification import Arrays, Prediction
 
@@ -59,9 +60,7 @@ class Predictor:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(model), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen classes; all mean that the file is no good
             reason = str(error).strip().splitlines()[-1]
             raise ArtifactError(f"{model} can't be loaded: {reason}", "Pack the artifact again") from None
@@ -103,6 +102,21 @@ class Predictor:
         many = [texts] if single else list(texts)
         rows = [_row(text, i) for i, text in enumerate(many)]
         return self.task.decode(self.logits(rows, batch_size)) if rows else []
+
+
+def load(folder: str | Path, variant: str | None = None, threads: int | None = None) -> Predictor:
+    """Open an artifact for prediction; its files are checked against the manifest's sha256 first.
+
+    Args:
+        folder: an artifact, or a run that holds one.
+        variant: `fp32`, `int8`, …; the recommended one when None.
+        threads: of ONNX Runtime; all allowed cores when None.
+
+    Raises:
+        ArtifactError: a file is missing or was changed, or there is no such variant.
+    """
+    folder = artifact.resolve(Path(folder))
+    return Predictor(load_task(folder), artifact.model_file(folder, variant), threads)
 
 
 def _row(text: object, i: int) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._lock.close()
             raise RunError(f"run folder {folder} is in use by another kdexport", "Wait for it, or use --out") from None
 
     def __enter__(self) -> Run:
@@ -159,7 +160,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     neighbour.replace(path)
 
 
-class disk_errors:  # noqa: N801 - reads as a clause: `with disk_errors(folder):`
+class disk_errors:
     """Turn a full disk, however a library reports it, into one line for the user."""
 
     def __init__(self, folder: Path) -> None:

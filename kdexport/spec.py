@@ -32,7 +32,7 @@ def _help(text: str) -> Meta:
     return Meta(description=text)
 
 
-class Data(_Section):
+class Data(_Section, frozen=True):
     """Where the rows come from. Columns are guessed when their names are obvious."""
 
     train: Annotated[
@@ -48,16 +48,12 @@ class Data(_Section):
         Annotated[int, Meta(ge=8, le=8192)] | None,
         _help("tokens kept of each text, special tokens included; 128 when absent, or what the teacher reads"),
     ] = None
-    max_chars: Annotated[
-        Count, _help("a longer text is a bad row: most often a quote that was never closed")
-    ] = 100_000
+    max_chars: Annotated[Count, _help("a longer text is a bad row: most often a quote that was never closed")] = 100_000
     skip_bad_rows: Annotated[bool, _help("leave bad rows out and count them, instead of stopping")] = False
-    drop_duplicates: Annotated[
-        bool, _help("drop texts from train that stand in validation or test as well")
-    ] = True
+    drop_duplicates: Annotated[bool, _help("drop texts from train that stand in validation or test as well")] = True
 
 
-class TeacherTraining(_Section):
+class TeacherTraining(_Section, frozen=True):
     """Fine-tuning of the teacher."""
 
     epochs: Annotated[Count, _help("passes over the training rows")] = 3
@@ -65,7 +61,7 @@ class TeacherTraining(_Section):
     batch_size: Annotated[Count, _help("rows a step")] = 16
 
 
-class Teacher(_Section):
+class Teacher(_Section, frozen=True):
     """The model that is distilled."""
 
     model: Annotated[Text, _help("Hugging Face folder or hub id")]
@@ -74,7 +70,7 @@ class Teacher(_Section):
     ] = None
 
 
-class Student(_Section):
+class Student(_Section, frozen=True):
     """The model that is trained."""
 
     model: Annotated[
@@ -86,20 +82,16 @@ class Student(_Section):
     ] = "tiny"
 
 
-class Distill(_Section):
+class Distill(_Section, frozen=True):
     """Training of the student on the teacher's soft targets."""
 
-    loss: Annotated[
-        Literal["kl"], _help("kl: alpha · T² · KL(teacher ‖ student) + (1 − alpha) · cross-entropy")
-    ] = "kl"
+    loss: Annotated[Literal["kl"], _help("kl: alpha · T² · KL(teacher ‖ student) + (1 − alpha) · cross-entropy")] = "kl"
     temperature: Annotated[Positive, _help("T: softens the logits of both; 1 leaves them as they are")] = 2.0
     alpha: Annotated[Share, _help("weight of the teacher's term; the labels' term has 1 − alpha")] = 0.9
     epochs: Annotated[
         Count | None, _help("passes over the training rows; 15 when absent, fewer from 20,000 rows on")
     ] = None
-    learning_rate: Annotated[
-        Positive | None, _help("the highest; derived from the student's width when absent")
-    ] = None
+    learning_rate: Annotated[Positive | None, _help("the highest; derived from the student's width when absent")] = None
     batch_size: Annotated[Count, _help("rows a step")] = 32
     baseline: Annotated[
         bool, _help("also train the same student on the labels alone, to see what distillation gave")
@@ -109,7 +101,7 @@ class Distill(_Section):
 Precision = Literal["fp32", "int8"]
 
 
-class Export(_Section):
+class Export(_Section, frozen=True):
     """What is made of the student."""
 
     variants: Annotated[
@@ -120,7 +112,7 @@ class Export(_Section):
     ] = 0.01
 
 
-class Budget(_Section):
+class Budget(_Section, frozen=True):
     """What the recommended file must keep; what is left out does not bind."""
 
     p99_ms: Annotated[Positive | None, _help("99th percentile of the latency at batch 1, in ms")] = None
@@ -132,7 +124,7 @@ class Budget(_Section):
         return any(limit is not None for limit in (self.p99_ms, self.size_mb, self.retention))
 
 
-class Bench(_Section):
+class Bench(_Section, frozen=True):
     """How latency is measured."""
 
     threads: Annotated[Count, _help("threads of the model's runtime")] = 1
@@ -140,7 +132,7 @@ class Bench(_Section):
     round_seconds: Annotated[Positive, _help("time measured per round and variant, in s")] = 1.5
 
 
-class Spec(_Section, kw_only=True):
+class Spec(_Section, frozen=True, kw_only=True):
     """The whole job: teacher in, budget in; artifact and report out."""
 
     task: Annotated[Literal["text-classification"], _help("what the model does")] = "text-classification"
@@ -202,6 +194,20 @@ def dump(spec: Spec) -> str:
     return yaml.safe_dump(msgspec.to_builtins(spec), sort_keys=False, allow_unicode=True, width=100)
 
 
+def commented(spec: Spec) -> str:
+    """The whole spec as YAML with each setting's meaning above it, for a person to edit."""
+    lines, helps, path = ["# kdexport run takes this file; flags override it."], settings(), list[str]()
+    for line in dump(spec).splitlines():
+        depth = (len(line) - len(line.lstrip(" "))) // 2
+        key = line.strip().partition(":")[0]
+        if not key.startswith("- "):
+            path = [*path[:depth], key]
+            if meaning := helps.get(".".join(path)):
+                lines.append(f"{'  ' * depth}# {meaning}")
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
 def settings() -> dict[str, str]:
     """Every dotted key of the spec with its help text, in order."""
     return {key: text for key, text, _ in walk(Spec)}
@@ -240,9 +246,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SpecError(
-            f"spec {path} does not exist", "Write one with: kdexport init --data … --teacher …"
-        ) from None
+        raise SpecError(f"spec {path} does not exist", "Write one with: kdexport init --data … --teacher …") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"spec {path} can't be read: {error}") from None
     except yaml.YAMLError as error:

@@ -44,7 +44,9 @@ def audit(
     for rows in splits.values():
         for row in rows:
             labels[content(row)].add(row["label"])
-    names, across, dropped, kept = list(splits), {}, {}, dict(splits)
+    names, kept = list(splits), dict(splits)
+    across: dict[str, int] = {}
+    dropped: dict[str, int] = {}
     for i, early in enumerate(names[:-1]):
         later = set().union(*(seen[late] for late in names[i + 1 :]))
         across |= {f"{early}–{late}": len(seen[early].keys() & seen[late].keys()) for late in names[i + 1 :]}

@@ -128,7 +128,8 @@ def to_rows(source: Source, data: spec.Data, task: str) -> tuple[list[dict[str, 
             bad += 1
         else:
             raise DataError(
-                f"{source.name}, row {number}: {problem}", "Mend the row, or leave such rows out: --skip-bad-rows"
+                f"{source.name}, row {number}: {problem}",
+                "Mend the row, or leave such rows out: --skip-bad-rows",
             )
     if not rows:
         raise DataError(f"{source.name}: none of its {bad} rows can be used")
@@ -190,9 +191,12 @@ def _sniff(path: Path) -> tuple[str, list[str]]:
         if delimiter == "," and ";" in first and "," not in first:
             delimiter = ";"
         file.seek(0)
-        header = next(csv.reader(file, delimiter=delimiter), [])
+        reader = csv.reader(file, delimiter=delimiter)
+        header, first_row = next(reader, []), next(reader, None)
     if not header or len(set(header)) < len(header):
         raise DataError(f"{path}: its first row must name the columns, each once", f"It reads: {first.strip()[:80]}")
+    if first_row is None:
+        raise DataError(f"{path} holds no rows")
     return delimiter, header
 
 

@@ -64,9 +64,7 @@ def train_student(
         f"{origin}; {how.epochs} epochs, learning rate {how.learning_rate:g}"
     )
     soft = np.load(targets / "train.npy") if targets else None
-    curve = fit(
-        opened.model, task, rows, soft, how, validation=validation, work=out, title=f"train {name}"
-    )
+    curve = fit(opened.model, task, rows, soft, how, validation=validation, work=out, title=f"train {name}")
     write_json(out / "training.json", {"recipe": how, "curve": curve, "origin": origin, "parameters": parameters})
     np.save(out / "reference.npy", logits_of(opened.model, task, [*read_rows(data, "test"), *task.probes()]))
     save_model(opened, out)
@@ -142,7 +140,9 @@ def _start_embeddings_from(teacher: PreTrainedModel, student: PreTrainedModel) -
     variances, axes = torch.linalg.eigh(torch.cov((words - mean).T.double()))
     width = student.get_input_embeddings().weight.shape[1]
     if width > words.shape[1]:
-        raise ModelError(f"the student is {width} wide, the teacher's embeddings {words.shape[1]}", "Take a smaller one")
+        raise ModelError(
+            f"the student is {width} wide, the teacher's embeddings {words.shape[1]}", "Take a smaller one"
+        )
     projection = axes[:, -width:].flip(1).to(words.dtype)
     ours, theirs = _embedding_tables(student), _embedding_tables(teacher)
     for name, table in theirs.items():

@@ -66,7 +66,14 @@ def prepare_teacher(settings: spec.Teacher, data: Path, max_length: int | None, 
         train, validation = read_rows(data, "train"), read_rows(data, "validation")
         say(f"teacher: fine-tuning on {len(train):,} rows, {recipe.epochs} epochs")
         curve = fit(
-            opened.model, task, train, None, recipe, validation=validation, work=out, title="fine-tune teacher"
+            opened.model,
+            task,
+            train,
+            None,
+            recipe,
+            validation=validation,
+            work=out,
+            title="fine-tune teacher",
         )
         write_json(out / "training.json", {"recipe": recipe, "curve": curve})
     save_model(opened, out)
@@ -109,9 +116,7 @@ def open_model(model: str, config: Any, labels: Sequence[str]) -> Opened:
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = None
     try:
-        opened = AutoModelForSequenceClassification.from_pretrained(
-            model, config=config, ignore_mismatched_sizes=True
-        )
+        opened = AutoModelForSequenceClassification.from_pretrained(model, config=config, ignore_mismatched_sizes=True)
     except Exception as error:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
     return Opened(opened, tokenizer)

@@ -7,6 +7,7 @@ the Trainer's. Ours are the loss, the order of rows, and that a killed training 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from kdexport.distill.losses import distillation_loss
 from kdexport.progress import bar
 from kdexport.tasks import Task
 from kdexport.tasks.metrics import Array
+
+# A checkpoint holds weights and optimizer: three times the model. Losing this much work is cheaper than more.
+CHECKPOINT_EVERY_S = 20.0
 
 Rows = Sequence[dict[str, Any]]
 Curve = list[dict[str, float]]
@@ -82,7 +86,7 @@ def fit(
         lr_scheduler_type="linear",
         seed=recipe.seed,
         logging_strategy="epoch",
-        save_strategy="epoch",
+        save_strategy="no",  # _Watch asks for checkpoints, by time
         save_total_limit=1,
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -108,7 +112,12 @@ def fit(
 
 
 def logits_of(
-    model: PreTrainedModel, task: Task, rows: Rows, *, batch_size: int = 32, advance: Callable[[int], None] = int
+    model: PreTrainedModel,
+    task: Task,
+    rows: Rows,
+    *,
+    batch_size: int = 32,
+    advance: Callable[[int], None] | None = None,
 ) -> Array:
     """A model's logits float32 [N, C], computed in batches of similar length, returned in the rows' order."""
     encoded = task.tokenize(rows)
@@ -123,18 +132,23 @@ def logits_of(
             batch = task.collate([encoded[i] for i in chosen])
             inputs = {name: torch.from_numpy(array).to(model.device) for name, array in batch.items()}
             logits[chosen] = model(**inputs).logits.float().cpu().numpy()
-            advance(len(chosen))
+            if advance:
+                advance(len(chosen))
     model.train(was_training)
     return logits
 
 
-class _Trainer(Trainer):
+class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
     def __init__(self, recipe: Recipe, lengths: list[int], **arguments: Any) -> None:
         super().__init__(**arguments)
         self._recipe, self._lengths = recipe, lengths
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         labels = inputs.pop("labels")
         teacher_logits = inputs.pop("teacher_logits", None)
@@ -191,11 +205,12 @@ def _sorted_by(lengths: Array, chosen: Array) -> Array:
     return np.asarray(chosen[np.argsort(lengths[chosen], kind="stable")])
 
 
-class _Watch(TrainerCallback):
-    """Advance the bar each step, and take the validation metric each epoch."""
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Advance the bar each step; each epoch, take the validation metric and see if a checkpoint is due."""
 
     def __init__(self, task: Task, validation: Rows, advance: Callable[[int], None]) -> None:
         self._task, self._validation, self._advance = task, validation, advance
+        self._saved = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._advance(state.global_step)
@@ -207,6 +222,9 @@ class _Watch(TrainerCallback):
         logits = logits_of(model, self._task, self._validation)
         metric = float(self._task.hits(logits, self._validation).mean())
         state.log_history.append({"epoch": state.epoch, "validation": metric})
+        if time.monotonic() - self._saved >= CHECKPOINT_EVERY_S:
+            control.should_save = True
+            self._saved = time.monotonic()
 
 
 def _collate(task: Task, examples: list[dict[str, Array]]) -> dict[str, Tensor]:

@@ -38,7 +38,14 @@ def fuse(plain: Path, student: Path, fused: Path) -> bool:
     from onnxruntime.transformers import optimizer
 
     logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
-    for name in ("fusion_utils", "onnx_model", "optimizer", "onnx_model_bert", "fusion_base", "fusion_attention"):
+    for name in (
+        "fusion_utils",
+        "onnx_model",
+        "optimizer",
+        "onnx_model_bert",
+        "fusion_base",
+        "fusion_attention",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     layers = config.get("num_hidden_layers", config.get("n_layers"))
     model = optimizer.optimize_model(
@@ -52,17 +59,15 @@ def fuse(plain: Path, student: Path, fused: Path) -> bool:
     if attention < layers:
         say(f"export: ONNX Runtime fused {attention} of {layers} attention layers; the fused graph is left out")
         return False
-    _strip_unused_domains(model.model)
-    onnx.helper.set_model_props(
-        model.model, {p.key: p.value for p in model.model.metadata_props} | {"graph": "fused"}
-    )
+    _import_used_domains(model.model)
+    onnx.helper.set_model_props(model.model, {p.key: p.value for p in model.model.metadata_props} | {"graph": "fused"})
     onnx.save(model.model, fused)
     return True
 
 
-def _strip_unused_domains(model: onnx.ModelProto) -> None:
-    """Keep only the operator sets in use: other runtimes refuse a file for one that they don't know."""
-    used = {node.domain or "ai.onnx" for node in model.graph.node}
-    kept = [opset for opset in model.opset_import if (opset.domain or "ai.onnx") in used]
+def _import_used_domains(model: onnx.ModelProto) -> None:
+    """Import the operator sets in use, and no other: other runtimes refuse a file for one they don't know."""
+    used = {node.domain or "" for node in model.graph.node}
+    versions = {opset.domain: opset.version for opset in model.opset_import}
     del model.opset_import[:]
-    model.opset_import.extend(kept)
+    model.opset_import.extend(onnx.helper.make_opsetid(domain, versions.get(domain, 1)) for domain in sorted(used))

@@ -6,6 +6,8 @@ import logging
 import os
 from pathlib import Path
 
+import onnx
+
 
 def quantize_int8(fp32: Path, int8: Path) -> None:
     """Quantize weights to int8 per channel, activations to uint8 at run time.
@@ -28,7 +30,7 @@ def quantize_int8(fp32: Path, int8: Path) -> None:
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
+            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
     finally:
         root.setLevel(level)

@@ -42,9 +42,7 @@ def mcnemar_p(right_a: Array, right_b: Array) -> float:
     if n == 0:
         return 1.0
     # log-space, because comb(n, i) / 2**n overflows floats from a thousand discordant rows on
-    logs = [
-        math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)
-    ]
+    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
     return min(1.0, 2 * math.fsum(math.exp(x) for x in logs))
 
 

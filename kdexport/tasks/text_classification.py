@@ -128,9 +128,16 @@ class TextClassification:
         inputs = {name: {0: "batch_size", 1: "sequence_length"} for name in self.config.inputs}
         return inputs | {self.output: {0: "batch_size"}}
 
-    def probes(self) -> list[Row]:
+    def probes(self) -> list[dict[str, Any]]:
         """Rows at the edges of what may come in: nothing, one letter, too long, no letters at all."""
-        texts = ("", "a", "word " * 4 * self.config.max_length, "x" * 300, "\U0001f600 \u4f60\u597d \u200b", "\n\t ")
+        texts = (
+            "",
+            "a",
+            "word " * 4 * self.config.max_length,
+            "x" * 300,
+            "\U0001f600 \u4f60\u597d \u200b",
+            "\n\t ",
+        )
         return [{"text": text} for text in texts]
 
     # --- logits → answers

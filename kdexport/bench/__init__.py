@@ -1,0 +1,1 @@
+"""Measuring: the engine, what can be measured, and the machine's facts."""

@@ -1,0 +1,86 @@
+"""Who may import whom; and that the light side stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "kdexport"
+
+# From the top down; a room may import rooms of lower levels, and its own.
+LEVELS = [
+    {"__main__"},
+    {"cli"},
+    {"pipeline", "schemas"},
+    {"assemble"},
+    {"verdict"},
+    {"distill", "export", "bench", "report"},
+    {"predictor"},
+    {"data", "artifact"},
+    {"tasks"},
+    {"results", "spec"},
+    {"rundir"},
+    {"progress"},
+    {"errors"},
+]
+LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
+TORCH = {"torch", "transformers", "optimum", "accelerate", "safetensors"}
+TORCH_ROOMS = {"distill", "export/onnx.py", "bench/targets.py"}
+
+
+def imports(path: Path, top_level_only=False):
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".") for name in names)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_downward_only(path):
+    mine = room(path)
+    for parts in imports(path):
+        if parts[0] == "kdexport" and len(parts) > 1 and parts[1] in LEVEL and mine in LEVEL:
+            other = parts[1]
+            assert other == mine or LEVEL[other] > LEVEL[mine], f"{mine} imports {other}"
+        relative = path.relative_to(PACKAGE).as_posix()
+        if parts[0] in TORCH:
+            assert mine in TORCH_ROOMS or relative in TORCH_ROOMS, f"{relative} imports {parts[0]}"
+
+
+def test_every_room_has_a_level():
+    rooms = {room(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert rooms == set(LEVEL)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import kdexport",
+        "import kdexport.cli; kdexport.cli.app(['--help'], standalone_mode=False)",
+        "import kdexport; kdexport.load",
+        "import kdexport.pipeline",
+        "import kdexport.export.verify, kdexport.export.quantize, kdexport.export.optimize",
+    ],
+)
+def test_the_light_side_loads_no_torch(code):
+    probe = f"{code}\nimport sys; print(sorted(set(sys.modules) & {{'torch', 'transformers', 'datasets'}}))"
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_package_stays_small():
+    lines = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
+    assert max(lines.values()) <= 400, max(lines, key=lines.get)
+    assert sum(lines.values()) <= 7000

@@ -1,0 +1,119 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kdexport.errors import RunError
+from kdexport.rundir import Run, read_record, write_bytes
+
+
+def build(calls, content="x"):
+    def write(folder: Path) -> None:
+        calls.append(folder.name)
+        (folder / "file").write_text(content)
+
+    return write
+
+
+def test_a_stage_is_built_once_and_again_only_when_something_changed(tmp_path):
+    source, calls = tmp_path / "source.csv", []
+    source.write_text("a")
+
+    def go(version=1, settings=None):
+        with Run(tmp_path / "run") as run:
+            run.stage("one", version=version, settings=settings, reads=[source], build=build(calls))
+        return len(calls)
+
+    assert [go(), go()] == [1, 1]
+    assert go(version=2) == 2
+    assert go(version=2, settings={"epochs": 3}) == 3
+    source.write_text("b")
+    assert go(version=2, settings={"epochs": 3}) == 4
+    source.touch()  # time alone changes nothing
+    assert go(version=2, settings={"epochs": 3}) == 4
+
+
+def test_a_later_stage_is_kept_when_an_earlier_one_gives_the_same_again(tmp_path):
+    calls = []
+    for version in (1, 2):
+        with Run(tmp_path) as run:
+            first = run.stage("first", version=version, settings=None, reads=[], build=build(calls))
+            run.stage("second", version=1, settings=None, reads=[first], build=build(calls))
+    assert calls == [".first.tmp", ".second.tmp", ".first.tmp"]
+
+
+def test_a_failed_stage_leaves_the_finished_one_in_place(tmp_path):
+    with Run(tmp_path) as run:
+        run.stage("one", version=1, settings=None, reads=[], build=build([]))
+
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise ValueError
+
+    with Run(tmp_path) as run, pytest.raises(ValueError):  # noqa: PT011
+        run.stage("one", version=2, settings=None, reads=[], build=fail)
+    assert (tmp_path / "one" / "file").read_text() == "x"
+
+
+def test_interrupted_work_is_found_again_by_the_same_key_only(tmp_path):
+    found = []
+
+    def interrupted(folder: Path) -> None:
+        (folder / "checkpoint").write_text("7")
+        raise KeyboardInterrupt
+
+    def look(folder: Path) -> None:
+        found.append((folder / "checkpoint").exists())
+
+    for settings in ("same", "other"):
+        with Run(tmp_path / settings) as run, pytest.raises(KeyboardInterrupt):
+            run.stage("one", version=1, settings="same", reads=[], build=interrupted)
+        with Run(tmp_path / settings) as run:
+            run.stage("one", version=1, settings=settings, reads=[], build=look)
+    assert found == [True, False]
+
+
+def test_a_stage_killed_before_its_rename_is_taken_as_it_is(tmp_path):
+    with Run(tmp_path) as run:
+        one = run.stage("one", version=1, settings=None, reads=[], build=build([]))
+    one.rename(tmp_path / ".one.tmp")
+    calls = []
+    with Run(tmp_path) as run:
+        run.stage("one", version=1, settings=None, reads=[], build=build(calls))
+    assert calls == []
+    assert read_record(one).outputs.keys() == {"file"}
+
+
+def test_two_processes_cannot_share_a_run(tmp_path):
+    with Run(tmp_path), pytest.raises(RunError, match="in use"):
+        Run(tmp_path)
+
+
+def test_a_strange_folder_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match="not a run folder"):
+        Run(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk wants root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_finished(small_disk):
+    with Run(small_disk / "run") as run:
+        run.stage("one", version=1, settings=None, reads=[], build=build([]))
+
+        def fill(folder: Path) -> None:
+            write_bytes(folder / "big", b"0" * 1_000_000)
+
+        with pytest.raises(RunError, match="the disk is full"):
+            run.stage("two", version=1, settings=None, reads=[], build=fill)
+    assert (small_disk / "run" / "one" / "file").read_text() == "x"
+    assert not (small_disk / "run" / "two").exists()
