@@ -91,7 +91,7 @@ def run(settings: spec.Spec, out: Path) -> Report:
         # 5. ONNX: plain and fused, fp32 and int8.
         export = folder.stage(
             "export",
-            version=1,
+            version=2,
             settings=settings.export.variants,
             reads=[student],
             build=lambda work: _export(settings, student, work),

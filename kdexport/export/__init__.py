@@ -29,7 +29,7 @@ def export_student(settings: spec.Export, student: Path, out: Path) -> None:
         out: gets `model*.onnx`.
     """
     from kdexport.export.onnx import export_onnx
-    from kdexport.export.optimize import fuse
+    from kdexport.export.optimize import fuse, trim
     from kdexport.export.quantize import quantize_int8
 
     export_onnx(student, out / "model.onnx")
@@ -37,6 +37,7 @@ def export_student(settings: spec.Export, student: Path, out: Path) -> None:
     fused = fuse(out / "model.onnx", student, out / "model_fused.onnx")
     if fused:
         found.append(Candidate("fp32-fused", "model_fused.onnx", "fp32", "fused"))
+    trim(out / "model.onnx")  # after fusion, which looks for whole layers
     if "int8" in settings.variants:
         quantize_int8(out / "model.onnx", out / "model_quantized.onnx")
         found.append(Candidate("int8", "model_quantized.onnx", "int8", "plain"))

@@ -14,10 +14,19 @@ from pathlib import Path
 import msgspec
 import onnx
 
+from kdexport.export.pooling import read_first_position_only
 from kdexport.progress import say
 
 # Families whose graphs ONNX Runtime's `bert` fusions know.
 _BERT_LIKE = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "mpnet", "albert"}
+
+
+def trim(plain: Path) -> None:
+    """Rewrite the plain graph so that its last layer is computed only where it is read."""
+    model = onnx.load(plain)
+    if read_first_position_only(model):
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, plain)
 
 
 def fuse(plain: Path, student: Path, fused: Path) -> bool:
@@ -60,6 +69,7 @@ def fuse(plain: Path, student: Path, fused: Path) -> bool:
         say(f"export: ONNX Runtime fused {attention} of {layers} attention layers; the fused graph is left out")
         return False
     _import_used_domains(model.model)
+    read_first_position_only(model.model)
     onnx.helper.set_model_props(model.model, {p.key: p.value for p in model.model.metadata_props} | {"graph": "fused"})
     onnx.save(model.model, fused)
     return True

@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 Arrays = dict[str, Array]
 
 # Where a text is cut before it is tokenised, in characters per token that is kept. English has about 5.
-_CHARS_PER_TOKEN = 8
+_CHARS_PER_TOKEN = 6
 
 
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
