@@ -242,11 +242,15 @@ def main() -> None:
         app()
     except KdexportError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
+    except _Interrupted:
         _fail("interrupted. Finished stages are kept: the same command goes on from there", 130)
     except BrokenPipeError:  # `kdexport predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+
+
+class _Interrupted(Exception):
+    """Ctrl-C in a run. Typer would end the program by itself, without a word on what is kept."""
 
 
 def _fail(line: str, code: int) -> None:
@@ -259,7 +263,10 @@ def _fail(line: str, code: int) -> None:
 def _run(settings: Any, out: Path, as_json: bool) -> None:
     from kdexport.pipeline import run as run_pipeline
 
-    found = run_pipeline(settings, out)
+    try:
+        found = run_pipeline(settings, out)
+    except KeyboardInterrupt:
+        raise _Interrupted from None
     _show(found, out, as_json)
     if found.budget.met is False:
         raise typer.Exit(BUDGET_NOT_MET)

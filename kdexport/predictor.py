@@ -116,7 +116,8 @@ def load(folder: str | Path, variant: str | None = None, threads: int | None = N
         ArtifactError: a file is missing or was changed, or there is no such variant.
     """
     folder = artifact.resolve(Path(folder))
-    return Predictor(load_task(folder), artifact.model_file(folder, variant), threads)
+    model = artifact.model_file(folder, variant)
+    return Predictor(load_task(folder), model, threads)
 
 
 def _row(text: object, i: int) -> dict[str, Any]:

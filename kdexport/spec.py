@@ -88,9 +88,9 @@ class Distill(_Section, frozen=True):
     loss: Annotated[Literal["kl"], _help("kl: alpha · T² · KL(teacher ‖ student) + (1 − alpha) · cross-entropy")] = "kl"
     temperature: Annotated[Positive, _help("T: softens the logits of both; 1 leaves them as they are")] = 2.0
     alpha: Annotated[Share, _help("weight of the teacher's term; the labels' term has 1 − alpha")] = 0.9
-    epochs: Annotated[
-        Count | None, _help("passes over the training rows; 15 when absent, fewer from 20,000 rows on")
-    ] = None
+    epochs: Annotated[Count | None, _help("passes over the training rows; derived from their number when absent")] = (
+        None
+    )
     learning_rate: Annotated[Positive | None, _help("the highest; derived from the student's width when absent")] = None
     batch_size: Annotated[Count, _help("rows a step")] = 32
     baseline: Annotated[

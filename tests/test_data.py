@@ -5,6 +5,7 @@ import pytest
 
 from kdexport import spec
 from kdexport.data import demo, prepare, read_rows, read_summary
+from kdexport.data.sources import local_files
 from kdexport.errors import DataError
 
 GOOD = "".join(f"text number {i},{'ab'[i % 2]}\n" for i in range(40))
@@ -18,6 +19,11 @@ def go(tmp_path, text: str | bytes, name="t.csv", **changes):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return prepare_all(tmp_path, settings(path, **changes))
+
+
+def read(tmp_path, data):
+    local_files(data)
+    prepare_all(tmp_path, data)
 
 
 def prepare_all(tmp_path, data):
@@ -34,7 +40,7 @@ def test_bbc_news_has_98_exact_duplicates_and_none_across_our_splits(tmp_path):
     assert summary.duplicates.duplicates == 98
     assert set(summary.duplicates.across.values()) == {0}
     texts = [{row["text"] for row in rows} for rows in splits.values()]
-    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+    assert len(set.union(*texts)) == sum(map(len, texts))
 
 
 def test_splits_are_stratified_and_the_same_for_the_same_seed(tmp_path):
@@ -76,13 +82,10 @@ def test_a_text_in_train_and_test_is_dropped_from_train(tmp_path):
     ],
 )
 def test_bad_input_is_one_line_that_says_where(tmp_path, text, says):
+    path = tmp_path / "t.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError) as caught:
-        from kdexport.data.sources import local_files
-
-        path = tmp_path / "t.csv"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        local_files(settings(path))
-        go(tmp_path, text)
+        read(tmp_path, settings(path))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -95,11 +98,9 @@ def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path):
 
 
 def test_a_missing_file_and_a_missing_column_are_named(tmp_path):
-    from kdexport.data.sources import local_files
-
     with pytest.raises(DataError, match=r"no\.csv does not exist"):
         local_files(settings(tmp_path / "no.csv"))
-    with pytest.raises(DataError, match="no column 'body'. Its columns: text, label"):
+    with pytest.raises(DataError, match=r"no column 'body'\. Its columns: text, label"):
         go(tmp_path, "text,label\n" + GOOD, **{"data.text": "body"})
 
 
@@ -110,7 +111,9 @@ def test_a_label_that_train_does_not_have_is_refused(tmp_path):
 
 
 def test_csv_tsv_jsonl_and_parquet_give_the_same_rows(tmp_path):
-    table = pd.DataFrame({"text": [f'say "{i}", NA\nnull' for i in range(30)], "label": [f"0{i % 3}" for i in range(30)]})
+    table = pd.DataFrame(
+        {"text": [f'say "{i}", NA\nnull' for i in range(30)], "label": [f"0{i % 3}" for i in range(30)]}
+    )
     table.to_csv(tmp_path / "a.csv", index=False)
     table.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
     table.to_json(tmp_path / "a.jsonl", orient="records", lines=True)

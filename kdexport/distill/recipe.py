@@ -10,7 +10,7 @@ from kdexport.errors import SpecError
 # name → (layers, width); heads are width / 64, the feed-forward width is 4 × width (Turc et al. 2019).
 PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512)}
 
-_EXAMPLES_SEEN = 300_000
+_EXAMPLES_SEEN, _STEPS = 300_000, 500
 
 
 class Derived(NamedTuple):
@@ -38,7 +38,10 @@ def epochs(settings: spec.Distill, rows: int) -> Derived:
     """Passes over the training rows."""
     if settings.epochs is not None:
         return Derived(settings.epochs, "as given")
-    value = max(3, min(15, _EXAMPLES_SEEN // max(rows, 1)))
+    if 15 * rows < _STEPS * settings.batch_size:
+        value = min(100, -(-_STEPS * settings.batch_size // rows))
+        return Derived(value, f"about {_STEPS} steps, at most 100 passes; there are {rows:,} rows")
+    value = max(3, min(15, _EXAMPLES_SEEN // rows))
     return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, 3 to 15 passes; there are {rows:,} rows")
 
 

@@ -105,16 +105,16 @@ def write_targets(data: Path, teacher: Path, out: Path, run_teacher: Teacher | N
     everything = [row for rows in splits.values() for row in rows]
     distinct = {task.content(row): row for row in everything}
     missing = store.missing(distinct)
+    sample = _sample([*splits["validation"], *splits["train"]], _PREFLIGHT_ROWS)
     if missing:
         run = run_teacher or _torch_teacher(teacher, task)
-        sample = _sample(splits["validation"], _PREFLIGHT_ROWS)
         _compute(store, task, sample, run, "soft targets (preflight)")
-        _preflight(store, task, sample, teacher)
+        _preflight(store, task, sample)
         say(f"soft targets: the teacher reads {len(store.missing(distinct)) + len(sample):,} texts")
         _compute(store, task, list(distinct.values()), run, "soft targets")
     if len(missing) < len(distinct):
         say(f"soft targets: {len(distinct) - len(missing):,} of {len(distinct):,} reused from {cache_folder()}")
-    _preflight(store, task, splits["validation"], teacher)
+    _preflight(store, task, sample)
     accuracy = {}
     for split, rows in splits.items():
         logits = store.look_up(task.content(row) for row in rows)
@@ -154,7 +154,7 @@ def _compute(store: Store, task: Task, rows: Rows, run: Teacher, title: str) -> 
         flush()
 
 
-def _preflight(store: Store, task: Task, rows: Rows, teacher: Path) -> None:
+def _preflight(store: Store, task: Task, rows: Rows) -> None:
     """Refuse a teacher that is near chance, naming the likely cause."""
     logits = store.look_up(task.content(row) for row in rows)
     counts = confusion_matrix(task.targets(rows), logits.argmax(axis=1), len(task.labels))
@@ -174,7 +174,7 @@ def _preflight(store: Store, task: Task, rows: Rows, teacher: Path) -> None:
 
 
 def _sample(rows: Rows, n: int) -> Rows:
-    """Up to n rows, spread evenly over the split."""
+    """Up to n rows, spread evenly."""
     step = max(1, len(rows) // n)
     return rows[::step][:n]
 

@@ -45,8 +45,7 @@ def read_first_position_only(model: onnx.ModelProto) -> int:
     for node in reversed(graph.node):
         name = node.output[0]
         only_first = consumers[name] and all(
-            _picks_first(reader, constants) or reader.output[0] in made_here
-            for reader in consumers[name]
+            _picks_first(reader, constants) or reader.output[0] in made_here for reader in consumers[name]
         )
         single = name not in outputs and not any(node.output[1:]) and ranks.get(name, 3) == 3
         if only_first and single and _position_wise(node, constants):

@@ -163,7 +163,9 @@ class TextClassification:
 
     def _encodings(self, rows: Sequence[Row]) -> list[Encoding]:
         if any(row.get("text_pair") is not None for row in rows):
-            pairs = [(row["text"], row["text_pair"]) for row in rows]
+            pairs = [
+                (row["text"], row["text_pair"]) if row.get("text_pair") is not None else row["text"] for row in rows
+            ]
             return list(self._tokenizer.encode_batch_fast(pairs))
         texts = [row["text"] for row in rows]
         heads = [self._head(text) for text in texts]

@@ -1,0 +1,32 @@
+# Everything runs in .venv/, made from the pins when it is missing or older than they are.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench schemas clean
+
+demo: $(VENV)/.made
+	$(BIN)/kdexport demo --out runs/demo
+
+test: $(VENV)/.made lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.made
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.made
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,ops,rounds
+
+schemas: $(VENV)/.made
+	$(BIN)/python -m kdexport.schemas
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(shell command -v $(PYTHON) || command -v python3) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,demo,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

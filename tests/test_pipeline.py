@@ -1,0 +1,189 @@
+"""The whole chain on real texts: what lands in a run, and that others' code can use it."""
+
+import json
+import shutil
+import time
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from conftest import as_flags
+
+import kdexport as package
+from kdexport import artifact
+from kdexport.data import read_rows
+from kdexport.results import read_report
+from kdexport.rundir import hash_file, read_record
+from kdexport.tasks import load_task
+
+
+@pytest.fixture(scope="module")
+def report(finished):
+    return read_report(finished / "report.json")
+
+
+@pytest.fixture(scope="module")
+def rows(finished):
+    return read_rows(finished / "data", "test")
+
+
+def test_a_run_leaves_every_stage_an_artifact_and_three_reports(finished):
+    stages = ("data", "teacher", "targets", "student", "baseline", "export", "verify", "bench", "artifact")
+    assert all(read_record(finished / stage).outputs for stage in stages)
+    shipped = {path.relative_to(finished / "artifact").as_posix() for path in (finished / "artifact").rglob("*.*")}
+    assert {"kdexport.json", "README.md", "config.json", "tokenizer.json", "onnx/model.onnx"} <= shipped
+    assert "onnx/model_quantized.onnx" in shipped
+    assert all((finished / f"report.{kind}").stat().st_size > 1000 for kind in ("json", "md", "html"))
+    assert not list(finished.glob(".*.tmp"))
+
+
+def test_the_teacher_learned_and_the_student_follows_it(report):
+    assert report.distillation.teacher.value > 0.7
+    assert report.variant("student-fp32").agreement > 0.6
+    assert report.distillation.student_curve[-1]["loss"] < report.distillation.student_curve[0]["loss"]
+    assert report.distillation.baseline is not None
+
+
+def test_every_variant_is_measured_and_faster_than_the_teacher_in_pytorch(report):
+    for variant in report.variants:
+        assert variant.latency_ms.p50 > 0
+        assert variant.latency_ms.tokenize_p50 + variant.latency_ms.model_p50 <= 1.2 * variant.latency_ms.p50
+        low, high = variant.speedup_p50.ci95
+        assert low <= variant.speedup_p50.value <= high
+    assert report.variant("teacher-torch").speedup_p50.value == 1
+    assert all(v.speedup_p50.value > 2 for v in report.variants if v.model == "student")
+
+
+def test_fp32_is_pytorch_to_a_ten_thousandth_and_int8_is_smaller(report):
+    fp32, int8 = report.variant("student-fp32"), report.variant("student-int8")
+    assert fp32.max_abs_diff <= 1e-4
+    assert int8.size_bytes < fp32.size_bytes / 3
+    assert abs(fp32.metric.value - int8.metric.value) < 0.05
+
+
+def test_accuracy_in_the_report_is_that_of_the_file_that_ships(finished, report, rows):
+    model = package.load(finished / "artifact")
+    answers = model.predict([row["text"] for row in rows])
+    accuracy = np.mean([answer.label == row["label"] for answer, row in zip(answers, rows, strict=True)])
+    assert accuracy == pytest.approx(report.variant(report.recommended).metric.value)
+
+
+def test_the_artifact_loads_in_optimum(finished, rows):
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+    from transformers import AutoTokenizer, pipeline
+
+    folder = finished / "artifact"
+    for variant, file in (("fp32", "model.onnx"), ("int8", "model_quantized.onnx")):
+        model = ORTModelForSequenceClassification.from_pretrained(folder, subfolder="onnx", file_name=file)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        texts = [row["text"] for row in rows[:20]]
+        theirs = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts, truncation=True)
+        ours = package.load(folder, variant).predict(texts)
+        assert [t["label"] for t in theirs] == [o.label for o in ours]
+        assert [t["score"] for t in theirs] == pytest.approx([o.score for o in ours], abs=0.02)
+
+
+def test_the_plain_graph_runs_in_bare_onnxruntime_with_standard_operators_only(finished, rows):
+    task = load_task(finished / "artifact")
+    for file in ("model.onnx", "model_quantized.onnx"):
+        path = finished / "artifact" / "onnx" / file
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert session.run(None, task.encode(rows[:3]))[0].shape == (3, 5)
+    graph = onnx.load(finished / "artifact" / "onnx" / "model.onnx")
+    assert [(opset.domain, opset.version) for opset in graph.opset_import] == [("", 18)]
+
+
+def test_the_last_layer_is_computed_at_one_position(finished):
+    """Behind the last attention nothing is as long as the text; the teacher's logits test says that it is right."""
+    graph = onnx.load(finished / "export" / "model.onnx").graph
+    cut = {node.output[0] for node in graph.node if node.op_type == "Slice" and "first" in node.name}
+    assert len(cut) == 2  # the attention's output, and the residual beside it
+
+
+def test_a_finished_run_is_instant_and_loads_no_torch(copied, settings, kdexport, cache):
+    before = hash_file(copied / "report.json")
+    started = time.monotonic()
+    found = kdexport("run", *as_flags(settings), "--out", copied, "--json")
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("done before") == 9
+    assert json.loads(found.stdout)["recommended"] == read_report(copied / "report.json").recommended
+    assert hash_file(copied / "report.json") == before
+    assert time.monotonic() - started < 20
+
+
+def test_a_second_student_reuses_the_soft_targets(copied, settings, kdexport):
+    shutil.rmtree(copied / "targets")
+    found = kdexport(
+        "run",
+        *as_flags(settings | {"student.model": "layers:1", "distill.epochs": 1}),
+        "--no-baseline",
+        "--out",
+        copied,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "teacher: done before" in found.stderr
+    assert "soft targets: 300 of 300 reused" in found.stderr
+    assert "the teacher's lowest 1 layers" in found.stderr
+    assert "training loss" not in found.stderr
+    assert read_report(copied / "report.json").distillation.baseline is None
+
+
+def test_a_budget_that_is_not_met_exits_with_3_and_says_what_was_missed(copied, settings, kdexport):
+    command = ["run", *as_flags(settings), "--out", copied]
+    missed = kdexport(*command, "--max-size", "1MB", "--max-p99", "9s")
+    assert missed.returncode == 3
+    assert "budget size_mb: NOT kept" in missed.stdout
+    kept = kdexport(*command, "--max-size", "5MB", "--min-retention", "0.1")
+    assert kept.returncode == 0, kept.stderr
+    assert "budget retention: kept" in kept.stdout
+
+
+def test_int8_that_loses_too_much_is_not_recommended(copied, settings, kdexport):
+    from kdexport import spec
+    from kdexport.assemble import Stages, assemble
+
+    quality = json.loads((copied / "verify" / "quality.json").read_text())
+    for name in ("student-int8", "student-int8-fused"):
+        if name in quality:
+            quality[name]["metric"]["value"] = quality["student-fp32"]["metric"]["value"] - 0.02
+    (copied / "verify" / "quality.json").write_text(json.dumps(quality))
+    folders = [copied / n for n in ("data", "teacher", "targets", "student", "baseline", "export", "verify", "bench")]
+    report, _ = assemble(spec.load(None, settings), Stages(copied, *folders))
+    assert report.recommended == "student-fp32"
+    assert report.reason == "int8 loses 2.0 points against fp32; 1 points are allowed"
+
+
+def test_an_artifact_that_was_changed_is_refused(copied):
+    folder = copied / "artifact"
+    assert artifact.read_manifest(folder).task.labels == load_task(copied / "student").labels
+    with (folder / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(package.KdexportError, match=r"tokenizer\.json is not the file that was packed"):
+        package.load(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(package.KdexportError, match=r"missing or unreadable"):
+        package.load(folder)
+
+
+def test_wrong_artifacts_and_variants_are_named(finished, tmp_path):
+    with pytest.raises(package.KdexportError, match=r"is no artifact: it has no kdexport\.json"):
+        package.load(tmp_path)
+    with pytest.raises(package.KdexportError, match=r"has no variant 'int4'\. It has: fp32, int8"):
+        package.load(finished, "int4")
+
+
+def test_predict_takes_pairs_empty_and_endless_texts_and_refuses_what_is_no_text(finished):
+    model = package.load(finished)
+    assert model.predict([]) == []
+    answers = model.predict(["", "x" * 200_000, ("a pair", "of texts"), "lone surrogate \ud800"])
+    assert [round(sum(answer.scores.values()), 6) for answer in answers] == [1.0] * 4
+    with pytest.raises(package.KdexportError, match="input 1 is no text but int"):
+        model.predict(["fine", 3])
+
+
+def test_answers_do_not_depend_on_the_batch(finished, rows):
+    model = package.load(finished, "fp32")
+    texts = [row["text"] for row in rows[:40]]
+    one_by_one = [model.predict(text)[0].score for text in texts]
+    assert [a.score for a in model.predict(texts, batch_size=7)] == pytest.approx(one_by_one, abs=1e-5)
