@@ -142,6 +142,10 @@ def demo(
         "teacher.train.epochs": 2,
         "teacher.train.learning_rate": 1e-4,
         "student.model": student,
+        "distill.epochs": 10,
+        "distill.learning_rate": 3e-4,
+        "distill.temperature": 4.0,
+        "distill.alpha": 1.0,
     }
     _run(spec.load(None, overrides | _parse_sets(sets)), out, as_json)
 

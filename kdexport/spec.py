@@ -129,7 +129,7 @@ class Bench(_Section, frozen=True):
 
     threads: Annotated[Count, _help("threads of the model's runtime")] = 1
     rounds: Annotated[Annotated[int, Meta(ge=3, le=50)], _help("rounds; each is a new process a variant")] = 5
-    round_seconds: Annotated[Positive, _help("time measured per round and variant, in s")] = 1.5
+    round_seconds: Annotated[Positive, _help("time measured per round and variant, in s")] = 1.0
 
 
 class Spec(_Section, frozen=True, kw_only=True):

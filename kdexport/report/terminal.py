@@ -14,14 +14,13 @@ from kdexport.results import Report
 
 def show(report: Report, run: Path) -> None:
     """Print the table of variants, what distillation gave, and where the files are, on stdout."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, 120))
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, header in enumerate(HEADERS):
         grid.add_column(header, justify="left" if i == 0 else "right", no_wrap=True)
     for row, variant in zip(table(report), report.variants, strict=True):
         grid.add_row(*row, style="bold" if variant.name == report.recommended else "")
-    width = Console().width
-    console.print(grid, width=max(width, 100))
+    console.print(grid)
     for line in summary(report):
         console.print(line, markup=False)
     best = report.variant(report.recommended)
