@@ -17,7 +17,7 @@ lint: $(VENV)/.made
 	$(BIN)/mypy
 
 bench: $(VENV)/.made
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,ops,rounds
+	$(BIN)/python -m pytest benchmarks -s --timeout 0 --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,ops,rounds
 
 schemas: $(VENV)/.made
 	$(BIN)/python -m kdexport.schemas

@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kdexport import spec
-from kdexport.bench.engine import Measured
+from kdexport.bench.engine import Measured, ratio
 from kdexport.export import Candidate
 from kdexport.results import Check, Latency, Quality, Verdict
-
-# A fused graph must be this much faster to be worth operators that only ONNX Runtime has.
-_WORTH_FUSING = 1.03
 
 
 class Choice(NamedTuple):
@@ -26,7 +23,8 @@ def choose(
 ) -> Choice:
     """Pick one file a precision, and recommend one of them.
 
-    fp32 ships as the plain graph, which runs everywhere. int8 is the faster of the plain and the fused graph.
+    fp32 ships as the plain graph, which runs everywhere. int8 is the fused graph where it is faster than the plain
+    one beyond doubt (the whole 95 % interval of their ratio), for it has operators that only ONNX Runtime knows.
     int8 is recommended unless its metric is more than `max_int8_loss` below fp32's or it is slower.
     """
     measurable = [c for c in candidates if f"student-{c.name}" in quality]
@@ -66,8 +64,8 @@ def judge_budget(budget: spec.Budget, quality: Quality, teacher: Quality, latenc
 def _plain_or_fused(candidates: list[Candidate], measured: Measured) -> Candidate:
     plain, *others = sorted(candidates, key=lambda c: c.graph != "plain")
     for other in others:
-        gain = measured.latency[_name(plain)].p50 / measured.latency[_name(other)].p50
-        if gain > _WORTH_FUSING:
+        gain = ratio(measured.round_p50_ms[_name(plain)], measured.round_p50_ms[_name(other)])
+        if gain.ci95[0] > 1:
             return other
     return plain
 

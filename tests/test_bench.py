@@ -2,19 +2,15 @@ import numpy as np
 import pytest
 
 from kdexport import spec
-from kdexport.bench.engine import Round, bench, ratio, read_measured
+from kdexport.bench.engine import bench, ratio, read_measured
 from kdexport.bench.machine import environment
 from kdexport.bench.targets import Target
 from kdexport.data import read_rows
 from kdexport.errors import RunError
 
 
-def rounds(*medians: float) -> list[Round]:
-    return [Round(np.full(9, m), np.full(9, m), np.full(9, m)) for m in medians]
-
-
 def test_ratios_are_paired_by_round_so_drift_cancels():
-    found = ratio(rounds(10, 20, 40), rounds(1, 2, 4))
+    found = ratio([10, 20, 40], [1, 2, 4])
     assert found.value == pytest.approx(10)
     assert found.ci95 == pytest.approx((10, 10))
 
@@ -24,7 +20,7 @@ def test_the_interval_of_a_ratio_is_students_t_over_rounds():
 
     logs = np.log([10, 11, 12, 9, 10])
     half = t.ppf(0.975, 4) * np.std(logs, ddof=1) / np.sqrt(5)
-    found = ratio(rounds(10, 11, 12, 9, 10), rounds(1, 1, 1, 1, 1))
+    found = ratio([10, 11, 12, 9, 10], [1, 1, 1, 1, 1])
     assert found.ci95 == pytest.approx((np.exp(logs.mean() - half), np.exp(logs.mean() + half)), rel=1e-3)
 
 

@@ -57,6 +57,7 @@ class Measured(msgspec.Struct, frozen=True):
 
     latency: dict[str, Latency]
     speedup: dict[str, Ratio]
+    round_p50_ms: dict[str, list[float]]
     reference: str
     conditions: dict[str, Any]
     environment: dict[str, Any]
@@ -99,6 +100,7 @@ def bench(
                 rounds[target.name].append(_round(target, out / "rows.json", settings, number))
                 advance(1)
     (out / "rows.json").unlink()
+    medians = {name: [float(np.median(one.total)) for one in found] for name, found in rounds.items()}
     conditions = {
         "batch_size": 1,
         "threads": settings.threads,
@@ -110,7 +112,8 @@ def bench(
     }
     measured = Measured(
         latency={name: _latency(found) for name, found in rounds.items()},
-        speedup={name: ratio(rounds[reference], found) for name, found in rounds.items()},
+        speedup={name: ratio(medians[reference], found) for name, found in medians.items()},
+        round_p50_ms=medians,
         reference=reference,
         conditions=conditions,
         environment=facts,
@@ -128,9 +131,9 @@ def read_measured(folder: Path) -> Measured:
     return msgspec.json.decode((folder / "bench.json").read_bytes(), type=Measured)
 
 
-def ratio(reference: list[Round], other: list[Round]) -> Ratio:
-    """How many times faster `other` is, by the medians of paired rounds (reference ÷ other)."""
-    logs = np.log([np.median(a.total) / np.median(b.total) for a, b in zip(reference, other, strict=True)])
+def ratio(reference: list[float], other: list[float]) -> Ratio:
+    """How many times faster `other` is: reference ÷ other, by the medians of paired rounds, in ms."""
+    logs = np.log(reference) - np.log(other)
     centre, half = float(np.mean(logs)), _half_width(logs)
     return Ratio(math.exp(centre), (math.exp(centre - half), math.exp(centre + half)))
 
