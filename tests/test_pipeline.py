@@ -101,6 +101,27 @@ def test_the_last_layer_is_computed_at_one_position(finished):
     assert len(cut) == 2  # the attention's output, and the residual beside it
 
 
+def test_an_untrained_student_is_exported_right_too(finished, rows, tmp_path):
+    """Its biases are all equal, so the exporter stores one and names it many times."""
+    from transformers import AutoModelForSequenceClassification
+
+    from kdexport import spec
+    from kdexport.distill.student import build_student
+    from kdexport.distill.teacher import save_model, save_task
+    from kdexport.distill.train import logits_of
+    from kdexport.export import export_student
+    from kdexport.predictor import Predictor
+
+    task = load_task(finished / "teacher")
+    opened, _ = build_student("tiny", finished / "teacher")
+    save_task(opened, 32, task.labels, tmp_path)
+    save_model(opened, tmp_path)
+    export_student(spec.Export(), tmp_path, tmp_path)
+    torch_logits = logits_of(AutoModelForSequenceClassification.from_pretrained(tmp_path), task, rows)
+    for file in ("model.onnx", "model_fused.onnx"):
+        assert np.abs(Predictor(task, tmp_path / file).logits(rows) - torch_logits).max() < 1e-4
+
+
 def test_a_finished_run_is_instant_and_loads_no_torch(copied, settings, kdexport, cache):
     before = hash_file(copied / "report.json")
     started = time.monotonic()
