@@ -91,6 +91,7 @@ def fit(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        logging_nan_inf_filter=False,  # it waits for the device at every step
         report_to=[],
     )
     trainer = _Trainer(
