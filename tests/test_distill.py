@@ -190,15 +190,16 @@ def test_by_length_sees_every_row_once_in_an_order_that_seed_and_epoch_decide():
 
 
 def test_training_on_soft_targets_brings_the_student_to_the_teacher(finished, tmp_path):
+    torch.manual_seed(0)
     opened, _ = build_student("tiny", finished / "teacher")
     task, rows = load_task(finished / "teacher"), read_rows(finished / "data", "train")[:32]
     soft = np.load(finished / "targets/train.npy")[:32]
-    how = Recipe(epochs=15, learning_rate=2e-3, batch_size=4, seed=0, temperature=2.0, alpha=1.0)
+    how = Recipe(epochs=40, learning_rate=1e-3, batch_size=8, seed=0, temperature=2.0, alpha=1.0)
     curve = fit(opened.model, task, rows, soft, how, validation=rows, work=tmp_path, title="t")
-    assert [point["epoch"] for point in curve] == list(range(1, 16))
+    assert [point["epoch"] for point in curve] == list(range(1, 41))
     assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]
     agreement = (logits_of(opened.model, task, rows).argmax(1) == soft.argmax(1)).mean()
-    assert agreement > 0.9
+    assert agreement > 0.9, curve
     assert not (tmp_path / "checkpoints").exists()
 
 
