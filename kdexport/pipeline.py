@@ -135,6 +135,7 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
 
     The data is read, because the number of rows decides the number of epochs.
     """
+    local_files(settings.data)
     with tempfile.TemporaryDirectory() as work:
         prepare(settings.data, settings.task, settings.seed, Path(work))
         rows = len(read_rows(Path(work), "train"))

@@ -52,7 +52,6 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.reused: list[str] = []
         try:
             strangers = folder.exists() and any(folder.iterdir()) and not (folder / ".lock").exists()
             if strangers:
@@ -92,13 +91,16 @@ class Run:
             build: writes the stage's files into the folder that it is given. What an interrupted call left
                 there is still there at the next call with the same key, so long work may go on from it.
         """
-        inputs = {"version": version, "settings": msgspec.to_builtins(settings), "reads": _contents(reads)}
+        inputs = {
+            "version": version,
+            "settings": msgspec.to_builtins(settings),
+            "reads": [self._content(path) for path in reads],
+        }
         key = digest([name, inputs])
         folder, work = self.folder / name, self.folder / f".{name}.tmp"
         if not _stands(folder, key) and _stands(work, key):  # killed between the last write and the rename
             _move_into_place(work, folder)
         if _stands(folder, key):
-            self.reused.append(name)
             say(f"{name}: done before")
             return folder
         started = time.monotonic()
@@ -113,6 +115,15 @@ class Run:
             _move_into_place(work, folder)
         say(f"{name}: {record.seconds:.1f} s", style="dim")
         return folder
+
+    def _content(self, path: Path) -> tuple[str, str]:
+        """Name and hash: of one of this run's own stages from its record, of anything else from its bytes.
+
+        A stage of another run is the user's to edit, so its record says nothing of what it holds now.
+        """
+        if path.parent == self.folder and (path / _STAGE_FILE).is_file():
+            return path.name, read_record(path).content
+        return path.name, hash_file(path) if path.is_file() else digest(hash_files(path))
 
 
 def read_record(folder: Path) -> StageRecord:
@@ -181,17 +192,6 @@ class disk_errors:
                 f"the disk is full: {self.folder}",
                 "Make room and run the same command again: finished stages are kept",
             ) from error
-
-
-def _contents(reads: Iterable[Path]) -> dict[str, str]:
-    """Name → content hash: a finished stage's from its record, a plain file's or folder's from its bytes."""
-    contents = {}
-    for path in reads:
-        if (path / _STAGE_FILE).is_file():
-            contents[path.name] = read_record(path).content
-        else:
-            contents[path.name] = hash_file(path) if path.is_file() else digest(hash_files(path))
-    return contents
 
 
 def _stands(folder: Path, key: str) -> bool:

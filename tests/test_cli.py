@@ -13,6 +13,7 @@ from kdexport.cli import _quantity
 ERRORS = [
     (["run"], "'data.train' is missing"),
     (["run", "--data", "no.csv", "--teacher", "./t"], "no.csv does not exist. Check the path"),
+    (["run", "--data", "no.csv", "--teacher", "./t", "--plan"], "no.csv does not exist. Check the path"),
     (["run", "no.yaml"], "spec no.yaml does not exist. Write one with: kdexport init"),
     (["run", "--set", "student.modle=tiny"], "unknown key 'student.modle'. Did you mean 'student.model'?"),
     (["run", "--set", "seed"], "--set 'seed' is not KEY=VALUE"),

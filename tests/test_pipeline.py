@@ -146,7 +146,7 @@ def test_a_second_student_reuses_the_soft_targets(copied, settings, kdexport):
     assert "teacher: done before" in found.stderr
     assert "soft targets: 300 of 300 reused" in found.stderr
     assert "the teacher's lowest 1 layers" in found.stderr
-    assert "training loss" not in found.stderr
+    assert "the teacher reads" not in found.stderr
     assert read_report(copied / "report.json").distillation.baseline is None
 
 

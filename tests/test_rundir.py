@@ -42,6 +42,22 @@ def test_a_later_stage_is_kept_when_an_earlier_one_gives_the_same_again(tmp_path
     assert calls == [".first.tmp", ".second.tmp", ".first.tmp"]
 
 
+def test_two_things_of_one_name_and_an_edited_stage_of_another_run_are_told_apart(tmp_path):
+    with Run(tmp_path / "other") as run:
+        other = run.stage("one", version=1, settings=None, reads=[], build=build([]))
+    calls = []
+
+    def go():
+        with Run(tmp_path / "run") as run:
+            mine = run.stage("one", version=1, settings=None, reads=[], build=build([], "mine"))
+            run.stage("two", version=1, settings=None, reads=[other, mine], build=build(calls))
+        return len(calls)
+
+    assert [go(), go()] == [1, 1]
+    (other / "file").write_text("edited")
+    assert go() == 2
+
+
 def test_a_failed_stage_leaves_the_finished_one_in_place(tmp_path):
     with Run(tmp_path) as run:
         run.stage("one", version=1, settings=None, reads=[], build=build([]))

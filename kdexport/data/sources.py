@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from kdexport import spec
 from kdexport.errors import DataError, MissingPackage
 from kdexport.tasks import TASKS
@@ -236,8 +238,6 @@ def iter_texts(path: Path | None, stdin: Iterable[str]) -> Iterator[dict[str, An
     if path.suffix in (".csv", ".tsv", ".jsonl", ".txt"):
         _check_utf8(path)
     if path.suffix == ".jsonl":
-        import msgspec
-
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 row = msgspec.json.decode(line, type=dict[str, Any])

@@ -10,7 +10,6 @@ learned and alpha alone how much.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -53,8 +52,3 @@ def distillation_loss(
     if alpha == 1:
         return soft
     return alpha * soft + (1 - alpha) * F.cross_entropy(student_logits, labels)
-
-
-def softened(logits: Tensor, temperature: float) -> Tensor:
-    """Probabilities at a temperature: softmax(logits / T) along the last axis."""
-    return torch.softmax(logits / temperature, dim=-1)

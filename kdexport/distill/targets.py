@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -50,9 +49,6 @@ class Store:
             except Exception:  # a shard that a disk lost part of; its texts are computed again
                 warn(f"soft targets: {shard} is damaged and is left out")
                 shard.unlink()
-
-    def __len__(self) -> int:
-        return len(self._logits)
 
     def missing(self, contents: Iterable[str]) -> list[str]:
         """The distinct contents that have no logits yet, in order."""
@@ -193,17 +189,3 @@ def _torch_teacher(folder: Path, task: Task) -> Teacher:
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return lambda rows, advance: logits_of(model, task, rows, advance=advance)
-
-
-class TargetsRecord(msgspec.Struct, frozen=True):
-    """`targets.json`."""
-
-    texts: int
-    computed: int
-    metric: str
-    teacher: dict[str, float]
-
-
-def read_targets(folder: Path) -> TargetsRecord:
-    """`targets.json` of a finished targets stage."""
-    return msgspec.json.decode((folder / "targets.json").read_bytes(), type=TargetsRecord)
