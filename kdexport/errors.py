@@ -9,7 +9,7 @@
     ├── RunError                a run folder that cannot be used
     └── MissingPackage          an extra that was not installed
 
-Only `cli.py` catches them. Our own mistakes stay ordinary exceptions with a traceback.
+Only `cli/` catches them. Our own mistakes stay ordinary exceptions with a traceback.
 """
 
 
@@ -53,3 +53,7 @@ class MissingPackage(KdexportError):
         super().__init__(
             f"the package {package!r} is not installed", f"Install it with: pip install 'kdexport[{extra}]'"
         )
+
+
+class Interrupted(Exception):
+    """Ctrl-C in long work. Typer would end the program by itself, without a word on what is kept."""

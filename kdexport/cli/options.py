@@ -1,0 +1,65 @@
+"""What commands share: flags, quantities with units, and how a report is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdexport.errors import SpecError
+
+Flag = typer.Option
+Debug = Annotated[bool, Flag("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, Flag("--json", help="Print the result as JSON on stdout; all else goes to stderr.")]
+Out = Annotated[Path | None, Flag("--out", "-o", help="The run's folder.", show_default="runs/<data's name>")]
+Max99 = Annotated[str | None, Flag("--max-p99", help="Budget: p99 latency, like 2ms.", rich_help_panel="Budget")]
+MaxSize = Annotated[str | None, Flag("--max-size", help="Budget: file size, like 5MB.", rich_help_panel="Budget")]
+MinRetention = Annotated[
+    float | None,
+    Flag("--min-retention", help="Budget: share of the teacher's metric.", rich_help_panel="Budget"),
+]
+Sets = Annotated[
+    list[str] | None,
+    Flag("--set", metavar="KEY=VALUE", help="Any other key of the spec, like --set distill.batch_size=64."),
+]
+
+
+def parse_sets(sets: list[str] | None) -> dict[str, Any]:
+    """`key=value` pairs; values are read as YAML, so 3, true and [fp32] mean what they look like."""
+    import yaml
+
+    found = {}
+    for pair in sets or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise SpecError(f"--set {pair!r} is not KEY=VALUE", "Write it like --set distill.batch_size=64")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise SpecError(f"--set {key}: {value!r} can't be read") from None
+    return found
+
+
+def quantity(text: str | None, flag: str, units: dict[str, float]) -> float | None:
+    """`2ms` → 2.0; a bare number is in the first unit."""
+    if text is None:
+        return None
+    number = text.lower().rstrip("abcdefghijklmnopqrstuvwxyzµ ")
+    unit = text.lower()[len(number) :].strip() or next(iter(units))
+    try:
+        return float(number) * units[unit]
+    except (ValueError, KeyError):
+        raise SpecError(f"{flag} {text!r} can't be read", f"Write a number and one of: {', '.join(units)}") from None
+
+
+def show_report(found: Any, run_folder: Path, as_json: bool) -> None:
+    """Print a report on stdout: as a table, or as JSON."""
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        return
+    from kdexport.report.terminal import show
+
+    show(found, run_folder)
