@@ -3,6 +3,7 @@
 config.json tokenizer.json …    as on the Hugging Face Hub
 onnx/model.onnx                 fp32, standard operators only
 onnx/model_quantized.onnx       int8
+onnx/model_fp16.onnx            fp16, for GPUs
 kdexport.json                   the manifest
 README.md                       the model card
 """
@@ -47,7 +48,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # Names that transformers.js, text-embeddings-inference and Optimum look for.
-SHIPPED_AS = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
+SHIPPED_AS = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_quantized.onnx"}
 
 # What of a student's folder other tools want beside the graph.
 _SHIPPED = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")

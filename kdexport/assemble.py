@@ -11,13 +11,15 @@ import numpy as np
 from kdexport import __version__, spec
 from kdexport.artifact import SHIPPED_AS
 from kdexport.bench.engine import Measured, read_measured
+from kdexport.bench.targets import Target
 from kdexport.data import read_rows, read_summary
-from kdexport.export import read_candidates
+from kdexport.evidence import look_closely
+from kdexport.export import Candidate, read_candidates
 from kdexport.export.verify import read_quality
 from kdexport.results import Distillation, Quality, Report, Variant
 from kdexport.rundir import hash_file, read_record
 from kdexport.tasks import load_task
-from kdexport.tasks.metrics import mcnemar_p
+from kdexport.tasks.metrics import Array, mcnemar_p, paired_difference
 from kdexport.verdict import Choice, choose, judge_budget
 
 
@@ -41,24 +43,18 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     candidates = [c for c in read_candidates(stages.export) if f"student-{c.name}" in quality]
     choice = choose(candidates, quality, measured, settings.export)
     best = f"student-{choice.recommended.name}"
-    variants = [_teacher_variant(stages, quality, measured)] + [
-        Variant(
-            name=f"student-{c.name}",
-            model="student",
-            runtime="onnxruntime",
-            device="cpu",
-            precision=c.precision,
-            graph=c.graph,
-            file=SHIPPED_AS[c.precision] if c in choice.shipped.values() else None,
-            sha256=hash_file(stages.export / c.file),
-            size_bytes=(stages.export / c.file).stat().st_size,
-            parameters=_training(stages.student)["parameters"],
-            shipped=c in choice.shipped.values(),
-            **_measured(f"student-{c.name}", quality, measured),
-        )
-        for c in candidates
+    files = {c.file: c for c in candidates}
+    task, rows = load_task(stages.student), read_rows(stages.data, "test")
+    logits = _logits(stages)
+    right = {name: task.hits(found, rows) for name, found in logits.items()}
+    # Targets are matched by file name, not by path: a run folder may have been moved since.
+    variants = [
+        _file_variant(target, files[Path(target.model).name], choice, quality, measured, right, stages)
+        if Path(target.model).name in files
+        else _model_variant(target, quality, measured, right, stages)
+        for target in measured.targets
+        if target.name not in measured.conditions.left_out
     ]
-    task = load_task(stages.student)
     summary = read_summary(stages.data)
     report = Report(
         kdexport=__version__,
@@ -72,21 +68,25 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
             settings.budget,
             quality[best],
             quality["teacher-torch"],
-            measured.latency[best],
+            paired_difference(right["teacher-torch"], right[best])[1],
+            measured.latency.get(best),
             (stages.export / choice.recommended.file).stat().st_size,
         ),
-        distillation=_distillation(settings, stages, quality, best),
+        distillation=_distillation(settings, stages, quality, best, right),
+        evidence=look_closely(task, rows, logits["teacher-torch"], logits[best]),
         data={
+            "name": settings.data.train,
             "rows": summary.rows,
             "bad_rows": summary.bad_rows,
             "split_by_us": summary.split_by_us,
             "sha256": read_record(stages.data).outputs,
         },
         leakage=msgspec.to_builtins(summary.duplicates),
-        bench=measured.conditions,
+        bench=msgspec.structs.replace(measured.conditions, price_per_hour=settings.bench.price_per_hour),
         environment=measured.environment,
         spec=msgspec.to_builtins(settings),
         seconds={p.name: read_record(p).seconds for p in stages[1:] if p is not None},
+        command=f"kdexport run {stages.run}/spec.yaml --out {stages.run}",
     )
     return report, choice
 
@@ -94,6 +94,8 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
 def made_from(report: Report) -> dict[str, Any]:
     """What the manifest says of how the artifact was made."""
     best = report.variant(report.recommended)
+    assert report.distillation
+    assert best.metric
     return {
         "teacher": report.spec["teacher"]["model"],
         "student": report.spec["student"]["model"],
@@ -107,53 +109,97 @@ def made_from(report: Report) -> dict[str, Any]:
     }
 
 
-def _teacher_variant(stages: Stages, quality: dict[str, Quality], measured: Measured) -> Variant:
-    weights = sorted(stages.teacher.glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in weights)
+def _file_variant(
+    target: Target,
+    candidate: Candidate,
+    choice: Choice,
+    quality: dict[str, Quality],
+    measured: Measured,
+    right: dict[str, Array],
+    stages: Stages,
+) -> Variant:
+    shipped = candidate in choice.shipped.values()
     return Variant(
-        name="teacher-torch",
-        model="teacher",
-        runtime="torch",
-        device="cpu",
-        precision="fp32",
-        graph="eager",
-        file=None,
-        sha256=hash_file(weights[0]) if len(weights) == 1 else None,
-        size_bytes=size,
-        parameters=None,
-        shipped=False,
-        **_measured("teacher-torch", quality, measured),
+        name=target.name,
+        model="student",
+        runtime=target.runtime,
+        device=target.device,
+        precision=candidate.precision,
+        graph=candidate.graph,
+        file=SHIPPED_AS[candidate.precision] if shipped else None,
+        sha256=hash_file(stages.export / candidate.file),
+        size_bytes=(stages.export / candidate.file).stat().st_size,
+        parameters=_training(stages.student)["parameters"],
+        shipped=shipped and target.name == f"student-{candidate.name}",
+        **_found(target.name, quality, measured, right),
     )
 
 
-def _measured(name: str, quality: dict[str, Quality], measured: Measured) -> dict[str, Any]:
-    found = quality[name]
+def _model_variant(
+    target: Target, quality: dict[str, Quality], measured: Measured, right: dict[str, Array], stages: Stages
+) -> Variant:
+    """A model in PyTorch: teacher or student."""
+    role = target.name.partition("-")[0]
+    return Variant(
+        name=target.name,
+        model=role,
+        runtime=target.runtime,
+        device=target.device,
+        precision="fp32",
+        graph="eager" if target.runtime == "torch" else "compiled",
+        file=None,
+        **weights(stages.teacher if role == "teacher" else stages.student),
+        **_found(target.name, quality, measured, right),
+    )
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Size, and sha256 where it is one file, of a Hugging Face folder's weights."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    size = sum(path.stat().st_size for path in files)
+    return {"size_bytes": size or None, "sha256": hash_file(files[0]) if len(files) == 1 else None}
+
+
+def speed(name: str, measured: Measured) -> dict[str, Any]:
+    """What the engine found of a variant."""
     return {
-        "metric": found.metric,
-        "agreement": found.agreement,
-        "mcnemar_p": found.mcnemar_p,
-        "max_abs_diff": found.max_abs_diff,
         "latency_ms": measured.latency.get(name),
         "speedup_p50": measured.speedup.get(name),
+        "speedup_p99": measured.speedup_p99.get(name),
+        "footprint": measured.footprint.get(name),
+        "cells": measured.cells.get(name, []),
+        "note": measured.conditions.failed.get(name, ""),
     }
 
 
-def _distillation(settings: spec.Spec, stages: Stages, quality: dict[str, Quality], best: str) -> Distillation:
+def _found(name: str, quality: dict[str, Quality], measured: Measured, right: dict[str, Array]) -> dict[str, Any]:
+    found = speed(name, measured)
+    if name in quality:  # another runtime may answer otherwise; its accuracy was not taken
+        found |= msgspec.structs.asdict(quality[name])
+        found["wrong_rows"] = np.flatnonzero(~right[name]).tolist()
+    return found
+
+
+def _distillation(
+    settings: spec.Spec, stages: Stages, quality: dict[str, Quality], best: str, right: dict[str, Array]
+) -> Distillation:
     teacher, student = quality["teacher-torch"].metric, quality["student-torch"].metric
     baseline = quality["baseline-torch"].metric if "baseline-torch" in quality else None
     training = _training(stages.student)
-    gain = ratio = p = None
+    gain = gain_ci = ratio = p = None
     if baseline:
-        gain = 100 * (student.value - baseline.value)
+        value, (low, high) = paired_difference(right["baseline-torch"], right["student-torch"])
+        gain, gain_ci = 100 * value, (100 * low, 100 * high)
         room = teacher.value - baseline.value
         ratio = (student.value - baseline.value) / room if room > 0 else None
-        p = _paired_p(stages, "student-torch", "baseline-torch")
+        p = mcnemar_p(right["student-torch"], right["baseline-torch"])
     return Distillation(
         teacher=teacher,
         student=student,
         baseline=baseline,
         retention=quality[best].metric.value / teacher.value if teacher.value else 0.0,
         gain_points=gain,
+        gain_ci95=gain_ci,
         gain_mcnemar_p=p,
         ratio=ratio,
         temperature=settings.distill.temperature,
@@ -164,10 +210,9 @@ def _distillation(settings: spec.Spec, stages: Stages, quality: dict[str, Qualit
     )
 
 
-def _paired_p(stages: Stages, a: str, b: str) -> float:
-    task, rows = load_task(stages.student), read_rows(stages.data, "test")
+def _logits(stages: Stages) -> dict[str, Array]:
     with np.load(stages.verify / "logits.npz") as logits:
-        return mcnemar_p(task.hits(logits[a], rows), task.hits(logits[b], rows))
+        return {name: logits[name] for name in logits.files}
 
 
 def _training(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import msgspec
 
 from kdexport import artifact, spec
 from kdexport.assemble import Stages, assemble, made_from
-from kdexport.bench.targets import Target
+from kdexport.bench.targets import of_file, of_model
 from kdexport.data import prepare, read_rows
 from kdexport.data.sources import local_files
 from kdexport.distill import recipe
@@ -109,8 +109,8 @@ def run(settings: spec.Spec, out: Path) -> Report:
         # 7. How fast is it, side by side with the teacher?
         bench = folder.stage(
             "bench",
-            version=2,
-            settings=[settings.bench, settings.seed],
+            version=3,
+            settings=[msgspec.structs.replace(settings.bench, price_per_hour=None), settings.seed],
             reads=[data, teacher, export],
             build=lambda work: _bench(settings, data, teacher, student, export, work),
         )
@@ -207,10 +207,14 @@ def _verify(data: Path, targets: Path, student: Path, baseline: Path | None, exp
 def _bench(settings: spec.Spec, data: Path, teacher: Path, student: Path, export: Path, work: Path) -> None:
     from kdexport.bench.engine import bench
 
-    targets = [Target("teacher-torch", "torch", str(teacher), str(teacher))] + [
-        Target(f"student-{c.name}", "onnxruntime", str(student), str(export / c.file)) for c in read_candidates(export)
-    ]
-    bench(settings.bench, targets, read_rows(data, "test"), "teacher-torch", settings.seed, work)
+    how, files = settings.bench, read_candidates(export)
+    targets = of_model("teacher", teacher, how.runtimes, how.devices)
+    targets += of_model("student", student, how.runtimes, how.devices)
+    for c in files:
+        targets += of_file(f"student-{c.name}", student, export / c.file, how.runtimes, how.devices)
+    # The last plain file is measured twice: the engine's check of itself.
+    twice = [f"student-{c.name}" for c in files if c.graph == "plain"][-1]
+    bench(how, targets, read_rows(data, "test"), targets[0].name, settings.seed, work, control=twice)
 
 
 def _pack(stages: Stages, report: Report, choice: Choice, work: Path) -> None:

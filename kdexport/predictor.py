@@ -39,20 +39,16 @@ class Predictor:
         task: encodes rows and decodes logits.
         model: an ONNX file whose inputs are the task's.
         threads: of ONNX Runtime; all allowed cores when None.
+        device: cpu, or cuda, with onnxruntime-gpu.
 
     Raises:
-        ArtifactError: the file is missing, is no ONNX model, or wants other inputs than the task gives.
+        ArtifactError: the file is missing, is no ONNX model, wants other inputs than the task gives, or the
+            device is not there.
     """
 
-    def __init__(self, task: Task, model: Path, threads: int | None = None) -> None:
-        # ONNX Runtime's wheels send telemetry from 1.29 on, unless this is set before the import.
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        try:
-            import onnxruntime
-        except ModuleNotFoundError:
-            raise MissingPackage("onnxruntime", "cpu") from None
-
-        self.task = task
+    def __init__(self, task: Task, model: Path, threads: int | None = None, device: str = "cpu") -> None:
+        onnxruntime = _onnxruntime()
+        self.task, self._cuda = task, device == "cuda"
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or allowed_cores()
         options.inter_op_num_threads = 1
@@ -60,17 +56,30 @@ class Predictor:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            wanted_provider = "CUDAExecutionProvider" if self._cuda else "CPUExecutionProvider"
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=[wanted_provider])
         except Exception as error:  # onnxruntime raises a dozen classes; all mean that the file is no good
             reason = str(error).strip().splitlines()[-1]
             raise ArtifactError(f"{model} can't be loaded: {reason}", "Pack the artifact again") from None
+        if (got := self._session.get_providers()[0]) != wanted_provider:  # it falls back without a word
+            raise ArtifactError(
+                f"{model} runs on {got}, not on {wanted_provider}", "kdexport doctor says what is there"
+            )
         wanted = {tensor.name for tensor in self._session.get_inputs()}
         if wanted != set(task.config.inputs):
             raise ArtifactError(f"{model} wants {sorted(wanted)}, the task gives {sorted(task.config.inputs)}")
 
     def run(self, arrays: Arrays) -> Array:
         """Logits float32 [B, C] of one encoded batch."""
-        return np.asarray(self._session.run([self.task.output], arrays)[0])
+        if not self._cuda:
+            return np.asarray(self._session.run([self.task.output], arrays)[0])
+        binding = self._session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_output(self.task.output, "cuda")
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return np.asarray(binding.copy_outputs_to_cpu()[0])
 
     def logits(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> Array:
         """Logits float32 [N, C] of many rows, in batches of similar length, in the rows' order."""
@@ -118,6 +127,21 @@ def load(folder: str | Path, variant: str | None = None, threads: int | None = N
     folder = artifact.resolve(Path(folder))
     model = artifact.model_file(folder, variant)
     return Predictor(load_task(folder), model, threads)
+
+
+def providers() -> list[str]:
+    """ONNX Runtime's execution providers on this machine."""
+    return list(_onnxruntime().get_available_providers())
+
+
+def _onnxruntime() -> Any:
+    # ONNX Runtime's wheels send telemetry from 1.29 on, unless this is set before the import.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise MissingPackage("onnxruntime", "cpu") from None
+    return onnxruntime
 
 
 def _row(text: object, i: int) -> dict[str, Any]:

@@ -6,21 +6,24 @@ The contract is versioned (`SCHEMA`) and published as `kdexport/schemas/report.s
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from kdexport.errors import RunError
 from kdexport.rundir import write_json
 
-SCHEMA = 1
+SCHEMA = 2
+
+Interval = tuple[float, float]
+VerdictOfRatio = Literal["faster", "slower", "same", "unsure"]
 
 
 class Metric(msgspec.Struct, frozen=True):
     """The task's metric on the whole test split, with a 95 % Wilson interval."""
 
     value: float
-    ci95: tuple[float, float]
+    ci95: Interval
     n: int
 
 
@@ -33,28 +36,71 @@ class Quality(msgspec.Struct, frozen=True):
     max_abs_diff: float | None = None
 
 
-class Latency(msgspec.Struct, frozen=True):
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
     """Milliseconds from text to answer at batch 1; null where there are too few samples to say.
 
-    p50 is the median over rounds of each round's median, its interval is Student's t over rounds on a log
-    scale; p90 and p99 are of all samples, p99 from 1,000 on.
+    p50 is the centre over rounds of each round's median; p90 and p99 are of all samples, p99 from 1,000 on.
+    Intervals are taken over rounds. `p99_at_most` is a bound where samples are too few for p99.
+    `quantiles` are at `QUANTILES`, for the distribution's curve.
     """
 
     p50: float
     p90: float | None
     p99: float | None
-    p50_ci95: tuple[float, float]
-    tokenize_p50: float
-    model_p50: float
+    p50_ci95: Interval | None
+    p90_ci95: Interval | None = None
+    p99_ci95: Interval | None = None
+    p99_at_most: float | None = None
+    tokenize_p50: float | None = None
+    model_p50: float | None = None
     samples: int
     rounds: int
+    round_p50: list[float] = []
+    quantiles: list[float] = []
+
+
+QUANTILES = (0.0, 0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """A ratio of latencies, paired by round, with its 95 % interval."""
+    """A ratio of latencies, paired by round, with its 95 % interval and what that allows one to say."""
 
     value: float
-    ci95: tuple[float, float]
+    ci95: Interval | None
+    verdict: VerdictOfRatio = "unsure"
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
+    """A variant under one other condition: a batch size, a length in tokens, a number of threads, a load.
+
+    `scenario` is batch, length, threads, closed (at: connections) or open (at: requests a second, latency
+    counted from when each was due). `p50_ms` is of a batch, a run, or a request.
+    """
+
+    scenario: str
+    at: float
+    p50_ms: float
+    p50_ci95: Interval | None
+    p99_ms: float | None = None
+    per_second: float | None = None
+    samples: int
+    errors: int = 0
+
+
+class Footprint(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process that only predicts costs; medians over rounds, each a fresh process.
+
+    `cold_ms` runs from the start of the process to its first answer, files in the system's cache.
+    `cores_used` is CPU time by wall time while it was measured: below the threads, the machine was busy.
+    """
+
+    cold_ms: float
+    rss_mb: float
+    peak_rss_mb: float
+    gpu_peak_mb: float | None = None
+    device_p50_ms: float | None = None
+    cores_used: float
+    os_threads: int
 
 
 class Variant(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,25 +114,107 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     graph: str
     file: str | None
     sha256: str | None
-    size_bytes: int
-    parameters: int | None
-    metric: Metric
-    agreement: float
-    mcnemar_p: float
-    max_abs_diff: float | None
-    latency_ms: Latency | None
-    speedup_p50: Ratio | None
-    shipped: bool
+    size_bytes: int | None
+    parameters: int | None = None
+    metric: Metric | None = None
+    agreement: float | None = None
+    mcnemar_p: float | None = None
+    max_abs_diff: float | None = None
+    latency_ms: Latency | None = None
+    speedup_p50: Ratio | None = None
+    speedup_p99: Ratio | None = None
+    footprint: Footprint | None = None
+    cells: list[Cell] = []
+    wrong_rows: list[int] | None = None
+    shipped: bool = False
     note: str = ""
 
 
+class Control(msgspec.Struct, frozen=True):
+    """The engine's check of itself: one file measured twice as if it were two. `ratio` should hold 1."""
+
+    name: str
+    ratio: Ratio
+
+
+class Conditions(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was measured, and what a reader must know about it."""
+
+    reference: str = "teacher-torch"
+    batch_size: int = 1
+    threads: int = 1
+    rounds: int
+    round_seconds: float
+    rows: int
+    tokens: dict[str, int] = {}
+    spinning: bool = False
+    clock: str
+    seconds: float | None = None
+    control: Control | None = None
+    failed: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    warnings: list[str] = []
+    price_per_hour: float | None = None
+
+
+class ClassScore(msgspec.Struct, frozen=True):
+    """One class on the test split: recall of teacher and student, and how often they agree."""
+
+    label: str
+    rows: int
+    teacher_recall: float
+    student_recall: float
+    agreement: float
+
+
+class Bin(msgspec.Struct, frozen=True):
+    """Rows whose confidence falls into one of ten equal bins."""
+
+    confidence: float
+    accuracy: float
+    rows: int
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """Does 90 % sure mean right in 90 %? Expected calibration error (Guo et al. 2017, eq. 5) and its bins."""
+
+    ece: float
+    bins: list[Bin]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A label and its probability."""
+
+    label: str
+    score: float
+
+
+class Example(msgspec.Struct, frozen=True):
+    """A test row on which teacher and student differ."""
+
+    id: str
+    text: str
+    label: str
+    teacher: Answer
+    student: Answer
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """Teacher and recommended student, looked at closely; classes by lost recall, worst first."""
+
+    classes: list[ClassScore]
+    calibration: dict[str, Calibration]
+    examples: list[Example]
+
+
 class Check(msgspec.Struct, frozen=True):
-    """One limit of the budget: what was asked for, what was found."""
+    """One limit of the budget: what was asked for, what was found; `sure` if its interval is on one side too."""
 
     name: str
     limit: float
     found: float | None
     met: bool
+    sure: bool = True
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -104,6 +232,7 @@ class Distillation(msgspec.Struct, frozen=True, kw_only=True):
     baseline: Metric | None
     retention: float
     gain_points: float | None
+    gain_ci95: Interval | None = None
     gain_mcnemar_p: float | None
     ratio: float | None
     temperature: float
@@ -114,28 +243,66 @@ class Distillation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """`report.json`."""
+    """`report.json`: of a run, or of `kdexport bench` (which leaves out what it does not know)."""
 
     schema: int = SCHEMA
     kdexport: str
     task: str
     metric: str
     labels: list[str]
-    recommended: str
+    recommended: str | None
     reason: str
     variants: list[Variant]
-    budget: Verdict
-    distillation: Distillation
-    data: dict[str, Any]
-    leakage: dict[str, Any]
-    bench: dict[str, Any]
+    budget: Verdict = Verdict(None, [])
+    distillation: Distillation | None = None
+    evidence: Evidence | None = None
+    data: dict[str, Any] = {}
+    leakage: dict[str, Any] = {}
+    bench: Conditions
     environment: dict[str, Any]
-    spec: dict[str, Any]
-    seconds: dict[str, float]
+    spec: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    command: str = ""
 
-    def variant(self, name: str) -> Variant:
+    def variant(self, name: str | None) -> Variant:
         """A variant by its name."""
         return next(variant for variant in self.variants if variant.name == name)
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One metric of one variant in A and in B. `change` and its interval are in `unit`: % or points.
+
+    `verdict` is better, worse, same, unsure or not comparable; `how` says what it rests on.
+    """
+
+    variant: str
+    metric: str
+    a: float | None
+    b: float | None
+    b_ci95: Interval | None = None
+    change: float | None
+    ci95: Interval | None
+    unit: str
+    verdict: str
+    how: str
+
+
+class Gate(msgspec.Struct, frozen=True, kw_only=True):
+    """A condition that must not hold: passed, failed or unsure, and why."""
+
+    expression: str
+    status: str
+    why: str
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """What changed from A to B."""
+
+    a: str
+    b: str
+    changes: list[Change]
+    gates: list[Gate]
+    notes: list[str]
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -154,11 +321,15 @@ def read_report(path: Path) -> Report:
     except OSError:
         raise RunError(f"{path} does not exist", "A finished kdexport run writes it") from None
     except msgspec.DecodeError as error:
-        raise RunError(f"{path} can't be read: {error}", "Write it again with: kdexport report RUN") from None
+        raise RunError(
+            f"{path} can't be read: {error}", "Run the same command again: finished stages are kept"
+        ) from None
     version = raw.get("schema") if isinstance(raw, dict) else None
+    if version == 1:  # 2 only added fields
+        raw["schema"] = version = SCHEMA
     if version != SCHEMA:
-        raise RunError(f"{path} is of schema {version}, this kdexport reads {SCHEMA}", "Run kdexport run again")
+        raise RunError(f"{path} is of schema {version}, this kdexport reads 1 and {SCHEMA}", "Run kdexport run again")
     try:
         return msgspec.convert(raw, Report)
     except msgspec.ValidationError as error:
-        raise RunError(f"{path} is no report of ours: {error}", "Write it again with: kdexport report RUN") from None
+        raise RunError(f"{path} is no report of ours: {error}", "Run the same command again") from None

@@ -98,7 +98,7 @@ class Distill(_Section, frozen=True):
     ] = True
 
 
-Precision = Literal["fp32", "int8"]
+Precision = Literal["fp32", "fp16", "int8"]
 
 
 class Export(_Section, frozen=True):
@@ -124,12 +124,34 @@ class Budget(_Section, frozen=True):
         return any(limit is not None for limit in (self.p99_ms, self.size_mb, self.retention))
 
 
+Runtime = Literal["torch", "torch-compile", "torch-cudagraphs", "onnxruntime", "openvino"]
+Device = Literal["cpu", "cuda"]
+
+
 class Bench(_Section, frozen=True):
     """How latency is measured."""
 
-    threads: Annotated[Count, _help("threads of the model's runtime")] = 1
-    rounds: Annotated[Annotated[int, Meta(ge=3, le=50)], _help("rounds; each is a new process a variant")] = 5
+    threads: Annotated[
+        tuple[Count, ...], Meta(min_length=1), _help("threads of the model's runtime; the first is the report's")
+    ] = (1,)
+    batch_sizes: Annotated[tuple[Count, ...], _help("batches that are measured beside single texts")] = (8, 32)
+    runtimes: Annotated[
+        tuple[Runtime, ...],
+        Meta(min_length=1),
+        _help("torch, torch-compile, torch-cudagraphs (models), onnxruntime, openvino (files)"),
+    ] = ("torch", "onnxruntime")
+    devices: Annotated[
+        tuple[Device, ...], Meta(min_length=1), _help("cpu, cuda; what is not there is left out, and said")
+    ] = ("cpu",)
+    rounds: Annotated[Annotated[int, Meta(ge=1, le=100)], _help("rounds at least; each is a new process a variant")] = 5
     round_seconds: Annotated[Positive, _help("time measured per round and variant, in s")] = 1.0
+    precision: Annotated[
+        Positive | None, _help("rounds go on until every ratio is known to this share, or time is up; null: no more")
+    ] = 0.05
+    time_limit_s: Annotated[Positive, _help("no round begins that would end after this, in s")] = 150.0
+    price_per_hour: Annotated[
+        Positive | None, _help("of one core (or GPU), in any currency: the report tells what a million answers cost")
+    ] = None
 
 
 class Spec(_Section, frozen=True, kw_only=True):
@@ -179,6 +201,18 @@ def parse(tree: Any, source: str) -> Spec:
         raise _explain(str(error), source) from None
     _refuse_settings_without_effect(tree, spec, source)
     return spec
+
+
+def parse_bench(values: Mapping[str, Any]) -> Bench:
+    """Check the settings of `kdexport bench`, which has no spec."""
+    try:
+        return msgspec.convert(values, Bench)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at `$.")
+        key = re.split(r"[\[.`]", where)[0]
+        raise SpecError(
+            f"--{key.rstrip('s').replace('_', '-')}: {what}", f"It means: {settings().get(f'bench.{key}', '')}"
+        ) from None
 
 
 def _refuse_settings_without_effect(tree: Any, spec: Spec, source: str) -> None:

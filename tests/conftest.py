@@ -76,6 +76,8 @@ def settings(articles_file, base_model) -> dict:
         "distill.learning_rate": 1e-3,
         "bench.rounds": 3,
         "bench.round_seconds": 0.2,
+        "bench.precision": 1.0,
+        "bench.batch_sizes": [8],
     }
 
 

@@ -13,9 +13,10 @@ PACKAGE = Path(__file__).parent.parent / "kdexport"
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"pipeline", "schemas"},
+    {"compare"},
+    {"pipeline", "measure", "schemas"},
     {"assemble"},
-    {"verdict"},
+    {"verdict", "evidence"},
     {"distill", "export", "bench", "report"},
     {"predictor"},
     {"data", "artifact"},

@@ -1,74 +1,52 @@
 """The measuring engine: variants take turns in short shuffled rounds, each in a process of its own.
 
-The unit of replication is the round, not the call: identical processes differ by some 10 % on shared
-machines, while calls inside one agree with each other. So medians are taken by round, intervals over rounds,
-and ratios are paired by round, where drift hits both sides alike.
+Rounds go on until every ratio is known well enough, or the time is up. One target is measured twice, as if it
+were two: what the engine says of that pair is its check of itself.
 """
 
 from __future__ import annotations
 
-import math
-import os
 import random
-import subprocess
-import sys
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from kdexport import spec
+from kdexport.bench import doubts, stats
+from kdexport.bench.loads import Loads, put_loads
 from kdexport.bench.machine import environment
-from kdexport.bench.targets import Target
+from kdexport.bench.process import Crashed, call
+from kdexport.bench.targets import Target, why_not
 from kdexport.bench.worker import Job, Samples
 from kdexport.errors import RunError
-from kdexport.progress import bar, say
-from kdexport.results import Latency, Ratio
+from kdexport.progress import bar, say, warn
+from kdexport.results import QUANTILES, Cell, Conditions, Control, Footprint, Latency, Ratio
 from kdexport.rundir import write_bytes, write_json
+from kdexport.tasks import load_task
 from kdexport.tasks.metrics import Array
 
-# Student's t, 97.5 %, by degrees of freedom; beyond the table the normal's is near enough.
-_T975 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
-
-_MAX_ROWS = 256
+_MAX_ROWS, _MAX_ROUNDS = 256, 100
 _MIN_SAMPLES_A_ROUND = 200
-_P99_SAMPLES, _P90_SAMPLES = 1_000, 100
+_SWEEP_ROUNDS = 3
+AGAIN = " again"
+
+Rounds = dict[int, Samples]
 
 
-class Measured(msgspec.Struct, frozen=True):
-    """`bench.json`: latency by variant, ratios to the reference, and the conditions."""
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """`bench.json`: what was found, by variant; `targets` are all that were asked for."""
 
+    targets: list[Target] = []
     latency: dict[str, Latency]
     speedup: dict[str, Ratio]
-    round_p50_ms: dict[str, list[float]]
-    reference: str
-    conditions: dict[str, Any]
+    speedup_p99: dict[str, Ratio]
+    footprint: dict[str, Footprint]
+    cells: dict[str, list[Cell]]
+    conditions: Conditions
     environment: dict[str, Any]
-
-
-class Round(NamedTuple):
-    """Milliseconds of one round of one variant."""
-
-    tokenize: Array
-    model: Array
-    total: Array
 
 
 def bench(
@@ -78,52 +56,72 @@ def bench(
     reference: str,
     seed: int,
     out: Path,
-) -> None:
-    """Measure targets side by side and write `bench.json` and every sample (`samples.npz`).
+    *,
+    control: str | None = None,
+    loads: Loads | None = None,
+    sweep: bool = True,
+) -> Measured:
+    """Measure targets side by side; write `bench.json` and every sample (`samples.npz`, ms).
 
     Args:
-        settings: threads, rounds and seconds.
+        settings: threads, rounds, precision and time limit.
         targets: what to measure.
         rows: real rows; up to 256 of them, spread over all, are answered one at a time, in one order for all.
         reference: the target that ratios are taken to.
         seed: of the order of rows and turns.
         out: an existing folder.
+        control: the target that is measured twice.
+        loads: what to put on HTTP targets.
+        sweep: whether to measure batches and lengths too.
+
+    Raises:
+        RunError: no target could be measured. One that crashes is named in the result; the others' stand.
     """
     chosen = random.Random(seed).sample(rows, min(_MAX_ROWS, len(rows)))
+    left_out = {target.name: reason for target in targets if (reason := why_not(target))}
+    for name, reason in left_out.items():
+        warn(f"bench: {name} is left out: {reason}")
+    active = [target for target in targets if target.name not in left_out]
+    twin = [msgspec.structs.replace(t, name=t.name + AGAIN) for t in active if t.name == control]
+    facts, started = environment(), time.monotonic()
     write_bytes(out / "rows.json", msgspec.json.encode(chosen))
-    facts = environment()
-    rounds: dict[str, list[Round]] = {target.name: [] for target in targets}
-    with bar("measure", settings.rounds * len(targets)) as advance:
-        for number in range(settings.rounds):
-            turns = random.Random(f"{seed}:{number}").sample(targets, len(targets))
-            for target in turns:
-                rounds[target.name].append(_round(target, out / "rows.json", settings, number))
-                advance(1)
+    found, failed = _take_turns(settings, active + twin, reference, seed, out / "rows.json", sweep)
+    cells = {name: _cells(rounds) for name, rounds in found.items()}
+    _other_threads(settings, [t for t in active if t.name not in failed], out / "rows.json", cells)
+    for target in active:
+        if target.runtime == "http" and loads and target.name not in failed:
+            try:
+                cells[target.name] += put_loads(target, loads, seed, out / "rows.json")
+            except Crashed as crash:
+                failed[target.name] = str(crash)
+                warn(f"bench: {target.name} {crash}")
     (out / "rows.json").unlink()
-    medians = {name: [float(np.median(one.total)) for one in found] for name, found in rounds.items()}
-    conditions = {
-        "batch_size": 1,
-        "threads": settings.threads,
-        "rounds": settings.rounds,
-        "round_seconds": settings.round_seconds,
-        "rows": len(chosen),
-        "spinning": False,
-        "clock": "text to answer: tokenise, run, softmax",
-    }
-    measured = Measured(
-        latency={name: _latency(found) for name, found in rounds.items()},
-        speedup={name: ratio(medians[reference], found) for name, found in medians.items()},
-        round_p50_ms=medians,
-        reference=reference,
-        conditions=conditions,
-        environment=facts,
+    if not found:
+        reasons = "; ".join(f"{name} {why}" for name, why in (failed or left_out).items())
+        raise RunError(f"nothing could be measured: {reasons}", "kdexport doctor says what this machine has")
+    models = {target.name for target in active if target.runtime != "http"}
+    measured = _measured(settings, found, reference, facts, cells, control, models)
+    measured = msgspec.structs.replace(
+        measured,
+        targets=targets,
+        conditions=msgspec.structs.replace(
+            measured.conditions,
+            rows=len(chosen),
+            tokens=_tokens(next((t for t in active if t.task), None), chosen),
+            seconds=round(time.monotonic() - started, 1),
+            failed=failed,
+            left_out=left_out,
+            warnings=doubts.of(settings, found, measured, facts),
+        ),
     )
-    samples: dict[str, Any] = {
-        f"{name}/{i}": one.total.astype(np.float32) for name, found in rounds.items() for i, one in enumerate(found)
-    }
-    np.savez_compressed(out / "samples.npz", **samples)
+    samples = {f"{name}/{i}": _total(one).astype(np.float32) for name, r in found.items() for i, one in r.items()}
+    np.savez_compressed(out / "samples.npz", **samples)  # type: ignore[arg-type] # numpy's stub wants no names
     write_json(out / "bench.json", measured)
-    say(f"bench: {settings.rounds} rounds, {settings.threads} thread(s), batch 1, {len(chosen)} real texts in turn")
+    rounds = max(map(len, found.values()))
+    say(f"bench: {rounds} rounds, {settings.threads[0]} thread(s), {len(chosen)} real texts in turn")
+    for line in measured.conditions.warnings:
+        warn(f"bench: {line}")
+    return measured
 
 
 def read_measured(folder: Path) -> Measured:
@@ -131,62 +129,191 @@ def read_measured(folder: Path) -> Measured:
     return msgspec.json.decode((folder / "bench.json").read_bytes(), type=Measured)
 
 
-def ratio(reference: list[float], other: list[float]) -> Ratio:
-    """How many times faster `other` is: reference ÷ other, by the medians of paired rounds, in ms."""
-    logs = np.log(reference) - np.log(other)
-    centre, half = float(np.mean(logs)), _half_width(logs)
-    return Ratio(math.exp(centre), (math.exp(centre - half), math.exp(centre + half)))
+def read_rounds(folder: Path, name: str) -> list[Array]:
+    """Every sample of a variant in ms, an array a round, from `samples.npz`."""
+    with np.load(folder / "samples.npz") as samples:
+        return [samples[key] for key in samples.files if key.rpartition("/")[0] == name]
 
 
-def _latency(rounds: list[Round]) -> Latency:
-    medians = np.array([np.median(r.total) for r in rounds])
-    logs = np.log(medians)
-    centre, half = float(np.mean(logs)), _half_width(logs)
-    samples = np.concatenate([r.total for r in rounds])
-    return Latency(
-        p50=float(np.median(medians)),
-        p90=_quantile(samples, 0.90, _P90_SAMPLES),
-        p99=_quantile(samples, 0.99, _P99_SAMPLES),
-        p50_ci95=(math.exp(centre - half), math.exp(centre + half)),
-        tokenize_p50=float(np.median([np.median(r.tokenize) for r in rounds])),
-        model_p50=float(np.median([np.median(r.model) for r in rounds])),
-        samples=len(samples),
-        rounds=len(rounds),
-    )
+def _take_turns(
+    settings: spec.Bench, targets: list[Target], reference: str, seed: int, rows: Path, sweep: bool
+) -> tuple[dict[str, Rounds], dict[str, str]]:
+    """Rounds until every ratio is precise, or the time is up; and why targets failed."""
+    found: dict[str, Rounds] = {}
+    failed: dict[str, str] = {}
+    started, longest = time.monotonic(), 0.0
+    with bar("measure", settings.rounds * len(targets)) as advance:
+        for number in range(_MAX_ROUNDS):
+            alive = [t for t in targets if t.name not in failed]
+            begun = time.monotonic()
+            late = begun - started + longest > settings.time_limit_s
+            wanted = alive if number < settings.rounds else _unsure(settings, alive, found, reference)
+            if not wanted or (number and late):
+                break
+            if number == settings.rounds:
+                say("  measure: some ratios are not known well enough yet; more rounds")
+            for target in random.Random(f"{seed}:{number}").sample(wanted, len(wanted)):
+                try:
+                    found.setdefault(target.name, {})[number] = _round(settings, target, rows, number, sweep=sweep)
+                except Crashed as crash:
+                    failed[target.name] = str(crash)
+                    warn(f"bench: {target.name} {crash}")
+                advance(number < settings.rounds)
+            longest = max(longest, time.monotonic() - begun)
+    return {name: rounds for name, rounds in found.items() if rounds and name not in failed}, failed
 
 
-def _quantile(samples: Array, q: float, enough: int) -> float | None:
-    return float(np.quantile(samples, q, method="higher")) if len(samples) >= enough else None
+def _unsure(settings: spec.Bench, alive: list[Target], found: dict[str, Rounds], reference: str) -> list[Target]:
+    """The targets whose ratio is not known to the precision yet, with the reference; none when all are."""
+    if settings.precision is None or reference not in found:
+        return []
+    others = [
+        target
+        for target in alive
+        if target.name != reference
+        and stats.half_width(_ratio(found[reference], found[target.name]).ci95) > settings.precision
+    ]
+    return [*(t for t in alive if t.name == reference), *others] if others else []
 
 
-def _half_width(logs: Array) -> float:
-    """Half of the 95 % interval of the mean, by Student's t over rounds."""
-    freedom = len(logs) - 1
-    t = _T975[freedom - 1] if freedom <= len(_T975) else 1.96
-    return t * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
-
-
-def _round(target: Target, rows: Path, settings: spec.Bench, number: int) -> Round:
+def _round(
+    settings: spec.Bench, target: Target, rows: Path, number: int, *, sweep: bool, threads: int | None = None
+) -> Samples:
+    sweep = sweep and number < _SWEEP_ROUNDS and not target.name.endswith(AGAIN)
+    threads = threads or settings.threads[0]
     job = Job(
         target=target,
         rows=str(rows),
-        threads=settings.threads,
+        threads=threads,
         seconds=settings.round_seconds,
         min_samples=_MIN_SAMPLES_A_ROUND,
         max_seconds=3 * settings.round_seconds,
         start=number * 37,  # each round begins at another row, so that slow variants see all of them
+        batch_sizes=[size for size in settings.batch_sizes if size > 1] if sweep else [],
+        lengths=load_task(Path(target.task)).lengths() if sweep and target.runtime != "http" else [],
+        spawned_ns=time.monotonic_ns(),
     )
-    threads = str(settings.threads)
-    pinned = {f"{library}_NUM_THREADS": threads for library in ("OMP", "MKL", "OPENBLAS", "RAYON")}
-    found = subprocess.run(
-        [sys.executable, "-m", "kdexport.bench.worker"],
-        input=msgspec.json.encode(job),
-        capture_output=True,
-        env=os.environ | pinned | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
-        check=False,
+    return msgspec.json.decode(call("kdexport.bench.worker", msgspec.json.encode(job), threads), type=Samples)
+
+
+def _measured(
+    settings: spec.Bench,
+    found: dict[str, Rounds],
+    reference: str,
+    facts: dict[str, Any],
+    cells: dict[str, list[Cell]],
+    control: str | None,
+    models: set[str],
+) -> Measured:
+    twin = f"{control}{AGAIN}"
+    checked = Control(str(control), _ratio(found[str(control)], found[twin])) if twin in found else None
+    own = {name: rounds for name, rounds in found.items() if name != twin}
+    base = own.get(reference, {})
+    p99 = {name: stats.pooled_ratio(*_totals(base, rounds), 0.99) for name, rounds in own.items()} if base else {}
+    return Measured(
+        latency={name: _latency(rounds) for name, rounds in own.items()},
+        speedup={name: _ratio(base, rounds) for name, rounds in own.items()} if base else {},
+        speedup_p99={name: ratio for name, ratio in p99.items() if ratio},
+        footprint={name: _footprint(rounds) for name, rounds in own.items() if name in models},
+        cells={name: found for name, found in cells.items() if name != twin},
+        conditions=Conditions(
+            reference=reference,
+            threads=settings.threads[0],
+            rounds=max(map(len, own.values())),
+            round_seconds=settings.round_seconds,
+            rows=0,
+            clock="text to answer: tokenise, run, softmax",
+            control=checked,
+            price_per_hour=settings.price_per_hour,
+        ),
+        environment=facts,
     )
-    if found.returncode:
-        reason = found.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise RunError(f"{target.name} stopped while it was measured: {' '.join(reason)}", "Run it again")
-    samples = msgspec.json.decode(found.stdout, type=Samples)
-    return Round(*(np.array(x) / 1e3 for x in (samples.tokenize_us, samples.model_us, samples.total_us)))
+
+
+def _latency(rounds: Rounds) -> Latency:
+    totals = [_total(one) for one in rounds.values()]
+    pooled = np.concatenate(totals)
+    medians = [float(np.median(total)) for total in totals]
+    p50, p50_ci = stats.estimate(medians)
+    (p90, p90_ci), (p99, p99_ci) = stats.pooled(totals, 0.90), stats.pooled(totals, 0.99)
+    return Latency(
+        p50=p50,
+        p50_ci95=p50_ci,
+        p90=p90,
+        p90_ci95=p90_ci,
+        p99=p99,
+        p99_ci95=p99_ci,
+        p99_at_most=stats.at_most(pooled, 0.99) if p99 is None else None,
+        tokenize_p50=float(np.median([np.median(one.tokenize_us) for one in rounds.values()])) / 1e3,
+        model_p50=float(np.median([np.median(one.model_us) for one in rounds.values()])) / 1e3,
+        samples=len(pooled),
+        rounds=len(rounds),
+        round_p50=medians,
+        quantiles=np.quantile(pooled, QUANTILES, method="higher").tolist(),
+    )
+
+
+def _footprint(rounds: Rounds) -> Footprint:
+    every = list(rounds.values())
+    device = [ms for one in every for ms in one.device_ms]
+    gpu = [one.gpu_peak_mb for one in every if one.gpu_peak_mb is not None]
+    return Footprint(
+        cold_ms=_median(one.cold_ms for one in every),
+        rss_mb=_median(one.rss_mb for one in every),
+        peak_rss_mb=_median(one.peak_rss_mb for one in every),
+        gpu_peak_mb=max(gpu, default=None),
+        device_p50_ms=_median(device) if device else None,
+        cores_used=_median(one.cores_used for one in every),
+        os_threads=int(max(one.os_threads for one in every)),
+    )
+
+
+def _cells(rounds: Rounds) -> list[Cell]:
+    swept = [one for one in rounds.values() if one.batches or one.runs]
+    if not swept:
+        return []
+    batches = {size: [one.batches[size] for one in swept] for size in swept[0].batches}
+    runs = {length: [one.runs[length] for one in swept] for length in swept[0].runs}
+    return [stats.cell("batch", size, times, size) for size, times in batches.items()] + [
+        stats.cell("length", length, times, None) for length, times in runs.items()
+    ]
+
+
+def _other_threads(settings: spec.Bench, targets: list[Target], rows: Path, cells: dict[str, list[Cell]]) -> None:
+    """The single stream with other numbers of threads, in three rounds of turns."""
+    jobs = [(t, n) for t in targets for n in settings.threads[1:] if t.runtime != "http"]
+    found: dict[tuple[str, int], list[list[float]]] = {}
+    with bar("other threads", _SWEEP_ROUNDS * len(jobs)) as advance:
+        for number in range(_SWEEP_ROUNDS if jobs else 0):
+            for target, n in random.Random(number).sample(jobs, len(jobs)):
+                times = _total(_round(settings, target, rows, number, sweep=False, threads=n)).tolist()
+                found.setdefault((target.name, n), []).append(times)
+                advance(1)
+    for (name, n), times in found.items():
+        cells[name].append(stats.cell("threads", n, times, 1))
+
+
+def _ratio(reference: Rounds, other: Rounds) -> Ratio:
+    ours, theirs = ([float(np.median(total)) for total in side] for side in _totals(reference, other))
+    return stats.ratio(ours, theirs)
+
+
+def _totals(reference: Rounds, other: Rounds) -> tuple[list[Array], list[Array]]:
+    """Ms of the rounds that both have."""
+    both = [number for number in reference if number in other]
+    return [_total(reference[i]) for i in both], [_total(other[i]) for i in both]
+
+
+def _total(samples: Samples) -> Array:
+    return np.array(samples.total_us) / 1e3
+
+
+def _tokens(target: Target | None, rows: list[dict[str, Any]]) -> dict[str, int]:
+    if target is None:
+        return {}
+    lengths = [len(next(iter(arrays.values()))) for arrays in load_task(Path(target.task)).tokenize(rows)]
+    return {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95, 100)}
+
+
+def _median(values: Any) -> float:
+    return float(np.median(list(values)))

@@ -1,26 +1,34 @@
-"""The machine's facts: part of every result."""
+"""The machine's facts: part of every result, and what `kdexport doctor` prints."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from kdexport.predictor import allowed_cores
+from kdexport.predictor import allowed_cores, providers
 
-_PACKAGES = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+_PACKAGES = (
+    "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino",
+    "tokenizers", "numpy",
+)  # fmt: skip
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ORT_INTRA_OP_NUM_THREADS")
+_GPU = ("name", "driver_version", "memory.total", "clocks.sm", "power.draw", "power.limit", "temperature.gpu")
+_CPU_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
 def environment() -> dict[str, Any]:
-    """CPU, cores, memory, load, versions and commit, as found now."""
+    """CPU, cores, memory, load, GPU, versions and commit, as found now."""
     model, flags = _cpu()
-    return {
+    facts: dict[str, Any] = {
         "kdexport": _version("kdexport"),
         "python": platform.python_version(),
         "os": platform.platform(),
@@ -28,12 +36,52 @@ def environment() -> dict[str, Any]:
         "cpu_flags": [flag for flag in _FLAGS if flag in flags],
         "cores": os.cpu_count(),
         "cores_allowed": allowed_cores(),
+        "threads_a_core": _threads_a_core(),
+        "governor": _read(_CPU_DIR / "scaling_governor"),
+        "mhz": _mhz(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "memory_limit": _read(Path("/sys/fs/cgroup/memory.max")),
         "load_1min": round(os.getloadavg()[0], 2),
         "virtual": "hypervisor" in flags,
+        "container": _container(),
+        "gpus": _gpus(),
+        "providers": providers() if find_spec("onnxruntime") else [],
+        "thread_settings": {name: os.environ[name] for name in _THREADS if name in os.environ},
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "git_commit": _git_commit(),
     }
+    return facts | {"hardware": hardware(facts)}
+
+
+def hardware(facts: dict[str, Any]) -> str:
+    """A name for machines whose milliseconds may be compared: CPU, its flags, cores allowed, GPUs."""
+    parts = [
+        facts["cpu"],
+        *facts["cpu_flags"],
+        str(facts["cores_allowed"]),
+        *(g["name"] for g in facts.get("gpus", [])),
+    ]
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
+
+
+def advice(facts: dict[str, Any]) -> list[str]:
+    """What a person who is about to measure, or to export, should know of this machine."""
+    lines = []
+    if facts["cores_allowed"] < facts["cores"]:
+        lines.append(f"{facts['cores_allowed']} of {facts['cores']} cores are allowed: threads follow that")
+    if facts["governor"] not in (None, "performance"):
+        lines.append(f"the frequency governor is {facts['governor']}: times will wander; performance is steadier")
+    x86 = "x86" in facts["os"] or "amd64" in facts["os"].lower()
+    if x86 and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(facts["cpu_flags"]):
+        lines.append("this CPU has no VNNI: int8 may be no faster than fp32 here")
+    if facts["load_1min"] > 0.5 * facts["cores_allowed"]:
+        lines.append(f"the load is {facts['load_1min']}: something else is running")
+    for package, extra in (("onnxruntime", "cpu"), ("torch", "distill")):
+        if find_spec(package) is None:
+            lines.append(f"{package} is not installed: pip install 'kdexport[{extra}]'")
+    if facts["gpus"] and "CUDAExecutionProvider" not in facts["providers"]:
+        lines.append("there is a GPU, but onnxruntime has no CUDAExecutionProvider: pip install 'kdexport[gpu]'")
+    return lines
 
 
 def _cpu() -> tuple[str, set[str]]:
@@ -45,6 +93,34 @@ def _cpu() -> tuple[str, set[str]]:
     return facts.get("model name", platform.machine()), set(facts.get("flags", facts.get("Features", "")).split())
 
 
+def _threads_a_core() -> int | None:
+    physical = psutil.cpu_count(logical=False)
+    return (os.cpu_count() or 1) // physical if physical else None
+
+
+def _mhz() -> int | None:
+    try:
+        found = psutil.cpu_freq()
+    except (OSError, NotImplementedError):
+        return None
+    return round(found.current) if found and found.current else None
+
+
+def _container() -> str | None:
+    if Path("/.dockerenv").exists():
+        return "docker"
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        return "kubernetes"
+    return "podman" if Path("/run/.containerenv").exists() else None
+
+
+def _gpus() -> list[dict[str, str]]:
+    """Name, driver, memory, clock, power and temperature of each GPU, from the driver's own tool."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU)}", "--format=csv,noheader"]
+    rows = [line.split(", ") for line in (_run(query) or "").splitlines()]
+    return [dict(zip(_GPU, row, strict=True)) for row in rows if len(row) == len(_GPU)]
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -54,12 +130,22 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """The commit of kdexport itself, where it runs from a checkout."""
-    folder = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    return _run(["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"])
+
+
+def _run(command: list[str]) -> str | None:
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=folder, capture_output=True, text=True, timeout=5, check=False,
-        )  # fmt: skip
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

@@ -1,32 +1,64 @@
-"""What can be measured: a model as two functions, encode and run, opened in a process of its own."""
+"""What can be measured: a model as three functions, opened in a process of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
-from kdexport.tasks import Task, load_task
+from kdexport.tasks import load_task
 
 Rows = list[dict[str, Any]]
 
+# torch.compile's modes; reduce-overhead replays CUDA graphs.
+_COMPILED = {"torch-compile": "default", "torch-cudagraphs": "reduce-overhead"}
+
 
 class Target(msgspec.Struct, frozen=True):
-    """A variant: its name, its runtime, its task's folder and its model (a folder for torch, else a file)."""
+    """A variant: its name, its runtime, its task's folder and its model (a folder, a file or an address).
+
+    `slower` stretches every answer by so much (0.1: ten percent), to see whether the engine finds it.
+    """
 
     name: str
     runtime: str
     task: str
     model: str
+    device: str = "cpu"
+    slower: float = 0.0
+
+
+def of_model(role: str, folder: Path, runtimes: Sequence[str], devices: Sequence[str]) -> list[Target]:
+    """A Hugging Face folder in each of PyTorch's runtimes that are asked for: `<role>-torch`, …"""
+    return [
+        Target(f"{role}-{runtime}{_on(device)}", runtime, str(folder), str(folder), device)
+        for device in devices
+        for runtime in runtimes
+        if runtime.startswith("torch") and (device == "cuda" or runtime != "torch-cudagraphs")
+    ]
+
+
+def of_file(name: str, task: Path, file: Path, runtimes: Sequence[str], devices: Sequence[str]) -> list[Target]:
+    """An ONNX file in each runtime that is asked for: `<name>` in ONNX Runtime, `<name>-openvino`, …"""
+    found = [Target(f"{name}{_on(d)}", "onnxruntime", str(task), str(file), d) for d in devices]
+    intel = [Target(f"{name}-openvino", "openvino", str(task), str(file))]
+    return (found if "onnxruntime" in runtimes else []) + (intel if "openvino" in runtimes else [])
+
+
+def _on(device: str) -> str:
+    return "" if device == "cpu" else f"-{device}"
 
 
 class Opened(NamedTuple):
-    """An open target: its task, and encoded arrays → logits."""
+    """An open target: rows → arrays → logits → answers. All three together are what a user waits for."""
 
-    task: Task
+    encode: Callable[[Rows], Any]
     run: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+    gpu_peak_mb: Callable[[], float | None] = lambda: None
+    device_ms: Callable[[], list[float]] = list
 
 
 def open_target(target: Target, threads: int) -> Opened:
@@ -34,28 +66,91 @@ def open_target(target: Target, threads: int) -> Opened:
     return RUNTIMES[target.runtime](target, threads)
 
 
+def why_not(target: Target) -> str | None:
+    """Why a target can't be measured on this machine, or None. Looks, and opens nothing."""
+    from importlib.util import find_spec
+
+    package = target.runtime.partition("-")[0]
+    if package != "http" and find_spec(package) is None:
+        return f"the package {package!r} is not installed"
+    if target.device == "cuda":
+        if package == "onnxruntime":
+            from kdexport.predictor import providers
+
+            return None if "CUDAExecutionProvider" in providers() else "onnxruntime has no CUDAExecutionProvider"
+        import torch
+
+        return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+    return None
+
+
 def _open_onnxruntime(target: Target, threads: int) -> Opened:
     from kdexport.predictor import Predictor
 
     task = load_task(Path(target.task))
-    return Opened(task, Predictor(task, Path(target.model), threads).run)
+    predictor = Predictor(task, Path(target.model), threads, target.device)
+    return Opened(task.encode, predictor.run, task.decode)
 
 
 def _open_torch(target: Target, threads: int) -> Opened:
-    """PyTorch in eager mode, as `from_pretrained` gives it."""
+    """PyTorch as `from_pretrained` gives it: eager, or compiled. On a GPU, copies to and fro are part of a run."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
-    model = AutoModelForSequenceClassification.from_pretrained(target.model).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(target.model).eval().to(target.device)
+    if target.runtime in _COMPILED:
+        # Without g++ the compiler has no back end on a CPU; the first call would say so in fifty lines.
+        model = torch.compile(model, mode=_COMPILED[target.runtime], dynamic=True)
+    cuda = target.device == "cuda"
+    events: list[tuple[Any, Any]] = []
 
     @torch.inference_mode()
     def run(arrays: Any) -> Any:
-        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return model(**inputs).logits.numpy()
+        inputs = {name: torch.from_numpy(array).to(target.device) for name, array in arrays.items()}
+        if not cuda:
+            return model(**inputs).logits.numpy()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        logits = model(**inputs).logits
+        end.record()
+        events.append((start, end))
+        return logits.float().cpu().numpy()  # waits for the device
 
-    return Opened(load_task(Path(target.task)), run)
+    def device_ms() -> list[float]:
+        if cuda:
+            torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    def gpu_peak_mb() -> float | None:
+        return torch.cuda.max_memory_allocated() / 1e6 if cuda else None
+
+    task = load_task(Path(target.task))
+    return Opened(task.encode, run, task.decode, gpu_peak_mb, device_ms)
 
 
-RUNTIMES = {"onnxruntime": _open_onnxruntime, "torch": _open_torch}
+def _open_openvino(target: Target, threads: int) -> Opened:
+    import openvino
+
+    task = load_task(Path(target.task))
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    compiled = openvino.Core().compile_model(target.model, "CPU", settings)
+    request = compiled.create_infer_request()
+    return Opened(task.encode, lambda arrays: request.infer(arrays)[task.output], task.decode)
+
+
+def _open_http(target: Target, threads: int) -> Opened:
+    from kdexport.bench.generator import Connection, body_of, check_answer
+
+    connection = Connection(target.model)
+    return Opened(lambda rows: body_of(target.model, rows), connection.post, check_answer)
+
+
+RUNTIMES = {
+    "onnxruntime": _open_onnxruntime,
+    "torch": _open_torch,
+    **dict.fromkeys(_COMPILED, _open_torch),
+    "openvino": _open_openvino,
+    "http": _open_http,
+}

@@ -5,18 +5,26 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from kdexport.bench.targets import Opened, Target, open_target
 
 _now = time.perf_counter_ns
+# Every cell gets as much time as this, and as many runs, before it counts.
+_CELL_SECONDS, _CELL_RUNS, _WARM_RUNS = 0.1, 3, 10
 
 
-class Job(msgspec.Struct, frozen=True):
-    """What to measure; `rows` is a JSON file of rows that are answered in turn."""
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What to measure; `rows` is a JSON file of rows that are answered in turn, beginning with `start`.
+
+    `batch_sizes` and `lengths` (in tokens) are measured after the single stream; `spawned_ns` is the
+    monotonic clock when this process was asked for.
+    """
 
     target: Target
     rows: str
@@ -25,46 +33,80 @@ class Job(msgspec.Struct, frozen=True):
     min_samples: int
     max_seconds: float
     start: int
+    batch_sizes: list[int]
+    lengths: list[int]
+    spawned_ns: int
 
 
-class Samples(msgspec.Struct, frozen=True):
-    """Microseconds a row: tokenising, the model's run, and all from text to answer."""
+class Samples(msgspec.Struct, frozen=True, kw_only=True):
+    """Microseconds a row: tokenising, the model's run, and all from text to answer; then what it cost.
+
+    `batches` and `runs` hold ms by batch size and by length.
+    """
 
     tokenize_us: list[float]
     model_us: list[float]
     total_us: list[float]
+    device_ms: list[float]
+    batches: dict[int, list[float]]
+    runs: dict[int, list[float]]
+    cold_ms: float
+    rss_mb: float
+    peak_rss_mb: float
+    gpu_peak_mb: float | None
+    cores_used: float
+    os_threads: int
 
 
 def measure(job: Job) -> Samples:
-    """Warm up, then answer rows one at a time until time and number of samples are reached."""
+    """Open the target, warm up, answer rows one at a time, then in batches, then at fixed lengths."""
     rows = msgspec.json.decode(Path(job.rows).read_bytes())
     opened = open_target(job.target, job.threads)
-    _loop(opened, rows, job.start, seconds=min(0.3, job.seconds), min_samples=10, max_seconds=job.max_seconds)
+    if job.target.slower:
+        opened = _slowed(opened, job.target.slower)
+    opened.decode(opened.run(opened.encode([rows[job.start % len(rows)]])))
+    cold_ms = (time.monotonic_ns() - job.spawned_ns) / 1e6
+    process = psutil.Process()
+    warm = min(0.3, job.seconds)
+    _stream(opened, rows, job.start, seconds=warm, min_samples=_WARM_RUNS, max_seconds=job.max_seconds)
+    opened.device_ms()
     gc.collect()
     gc.freeze()
     gc.disable()
-    return _loop(opened, rows, job.start, job.seconds, job.min_samples, job.max_seconds)
+    cpu, wall = time.process_time(), time.perf_counter()
+    tokenize, model, total = _stream(opened, rows, job.start, job.seconds, job.min_samples, job.max_seconds)
+    cores_used = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    return Samples(
+        tokenize_us=tokenize,
+        model_us=model,
+        total_us=total,
+        device_ms=opened.device_ms()[-len(total) :],
+        cold_ms=cold_ms,
+        cores_used=cores_used,
+        rss_mb=process.memory_info().rss / 1e6,
+        peak_rss_mb=_peak_rss_mb(process),
+        gpu_peak_mb=opened.gpu_peak_mb(),
+        os_threads=process.num_threads(),
+        batches={size: _batches(opened, rows, job.start, size) for size in job.batch_sizes},
+        runs={length: _runs(opened, job, rows, length) for length in job.lengths},
+    )
 
 
-def _loop(
-    opened: Opened,
-    rows: list[dict[str, Any]],
-    start: int,
-    seconds: float,
-    min_samples: int,
-    max_seconds: float,
-) -> Samples:
-    task, run = opened
+def _stream(
+    opened: Opened, rows: list[dict[str, Any]], start: int, seconds: float, min_samples: int, max_seconds: float
+) -> tuple[list[float], list[float], list[float]]:
+    """Rows one at a time, the next as soon as the last was answered, until time and samples are reached."""
+    encode, run, decode = opened.encode, opened.run, opened.decode
     tokenize, model, total = [], [], []
     begun, i = _now(), start
     while True:
         row = rows[i % len(rows)]
         t0 = _now()
-        arrays = task.encode([row])
+        arrays = encode([row])
         t1 = _now()
         logits = run(arrays)
         t2 = _now()
-        task.decode(logits)
+        decode(logits)
         t3 = _now()
         tokenize.append((t1 - t0) / 1e3)
         model.append((t2 - t1) / 1e3)
@@ -72,7 +114,66 @@ def _loop(
         i += 1
         spent = (t3 - begun) / 1e9
         if (spent >= seconds and len(total) >= min_samples) or spent >= max_seconds:
-            return Samples(tokenize, model, total)
+            return tokenize, model, total
+
+
+def _batches(opened: Opened, rows: list[dict[str, Any]], start: int, size: int) -> list[float]:
+    """Ms a batch of texts of similar length, as offline work takes them; text to answers."""
+    ordered = sorted(rows, key=lambda row: len(str(row.get("text", ""))))
+    places = max(1, len(ordered) - size)
+
+    def answer(i: int) -> None:
+        at = (start + 61 * i) % places  # another part of the lengths each time
+        batch = ordered[at : at + size]
+        batch = (batch * (size // len(batch) + 1))[:size]
+        opened.decode(opened.run(opened.encode(batch)))
+
+    return _repeat(answer)
+
+
+def _runs(opened: Opened, job: Job, rows: list[dict[str, Any]], length: int) -> list[float]:
+    """Ms a run of the model alone, on real texts that are joined and cut to one length."""
+    from kdexport.tasks import load_task
+
+    task = load_task(Path(job.target.task))
+    inputs = [task.sized(rows[(job.start + 7 * k) % len(rows) :] + rows, length) for k in range(8)]
+    return _repeat(lambda i: opened.run(inputs[i % len(inputs)]))
+
+
+def _repeat(once: Callable[[int], Any]) -> list[float]:
+    once(0)
+    found: list[float] = []
+    begun = _now()
+    while len(found) < _CELL_RUNS or _now() - begun < _CELL_SECONDS * 1e9:
+        started = _now()
+        once(len(found) + 1)
+        found.append((_now() - started) / 1e6)
+    return found
+
+
+def _slowed(opened: Opened, share: float) -> Opened:
+    """The same target with every run stretched, busy as a slower model would be."""
+
+    def run(arrays: Any) -> Any:
+        started = _now()
+        logits = opened.run(arrays)
+        until = _now() + (_now() - started) * share
+        while _now() < until:
+            pass
+        return logits
+
+    return opened._replace(run=run)
+
+
+def _peak_rss_mb(process: psutil.Process) -> float:
+    """The process's own peak: /proc knows it since exec, while getrusage hands down the parent's."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024 / 1e6
+    except OSError:
+        pass
+    return float(process.memory_info().rss / 1e6)
 
 
 def main() -> None:

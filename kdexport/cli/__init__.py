@@ -20,7 +20,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (build.run, build.demo, use.predict, measure.report, build.init):
+for command in (
+    build.run, build.demo, build.init, use.predict,
+    measure.bench, measure.report, measure.compare, measure.doctor,
+):  # fmt: skip
     app.command()(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,12 +46,21 @@ def quantity(text: str | None, flag: str, units: dict[str, float]) -> float | No
     """`2ms` → 2.0; a bare number is in the first unit."""
     if text is None:
         return None
-    number = text.lower().rstrip("abcdefghijklmnopqrstuvwxyzµ ")
-    unit = text.lower()[len(number) :].strip() or next(iter(units))
+    found = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*([a-zµ%/]*)\s*", text.lower())
     try:
-        return float(number) * units[unit]
-    except (ValueError, KeyError):
-        raise SpecError(f"{flag} {text!r} can't be read", f"Write a number and one of: {', '.join(units)}") from None
+        assert found
+        return float(found[1]) * units[found[2] or next(iter(units))]
+    except (AssertionError, ValueError, KeyError):
+        known = ", ".join(unit for unit in units if unit)
+        raise SpecError(f"{flag} {text!r} can't be read", f"Write a number and one of: {known}") from None
+
+
+def numbers(text: str, flag: str) -> list[int]:
+    """`1,4` → [1, 4]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise SpecError(f"{flag} {text!r} can't be read", "Write whole numbers, like 1,4") from None
 
 
 def show_report(found: Any, run_folder: Path, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""The export stage: a trained student → ONNX graphs, plain and fused, fp32 and int8."""
+"""The export stage: a trained student → ONNX graphs, plain and fused, fp32, fp16 and int8."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def export_student(settings: spec.Export, student: Path, out: Path) -> None:
     """
     from kdexport.export.onnx import export_onnx
     from kdexport.export.optimize import fuse, trim
-    from kdexport.export.quantize import quantize_int8
+    from kdexport.export.quantize import halve, quantize_int8
 
     export_onnx(student, out / "model.onnx")
     found = [Candidate("fp32", "model.onnx", "fp32", "plain")]
@@ -38,6 +38,9 @@ def export_student(settings: spec.Export, student: Path, out: Path) -> None:
     if fused:
         found.append(Candidate("fp32-fused", "model_fused.onnx", "fp32", "fused"))
     trim(out / "model.onnx")  # after fusion, which looks for whole layers
+    if "fp16" in settings.variants:
+        halve(out / "model.onnx", out / "model_fp16.onnx")
+        found.append(Candidate("fp16", "model_fp16.onnx", "fp16", "plain"))
     if "int8" in settings.variants:
         quantize_int8(out / "model.onnx", out / "model_quantized.onnx")
         found.append(Candidate("int8", "model_quantized.onnx", "int8", "plain"))

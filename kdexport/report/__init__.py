@@ -3,60 +3,89 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+import msgspec
 
-from kdexport.report.table import HEADERS, ms, percent, points, table, times
+from kdexport.report import page
+from kdexport.report.sections import SECTIONS
+from kdexport.report.table import HEADERS, megabytes, ms, p99, percent, points, table, times, trimmed
 from kdexport.results import Report, read_report, write_report
 from kdexport.rundir import write_text
 
 
-def write_reports(report: Report, run: Path) -> None:
-    """Write `report.json`, `report.md` and `report.html` into a run folder."""
-    write_report(report, run / "report.json")
-    draw(report, run)
+def write_reports(report: Report, folder: Path) -> None:
+    """Write `report.json`, `report.md` and `report.html` into a folder."""
+    write_report(report, folder / "report.json")
+    draw(report, folder)
 
 
-def redraw(run: Path) -> Report:
-    """Draw Markdown and HTML again from `report.json`.
+def redraw(folder: Path, price_per_hour: float | None = None) -> Report:
+    """Draw Markdown and HTML again from `report.json`, with another price if one is given.
 
     Raises:
-        RunError: the run has no readable report.
+        RunError: the folder has no readable report.
     """
-    report = read_report(run / "report.json")
-    draw(report, run)
+    report = read_report(folder / "report.json")
+    if price_per_hour is not None:
+        priced = msgspec.structs.replace(report.bench, price_per_hour=price_per_hour)
+        report = msgspec.structs.replace(report, bench=priced)
+    draw(report, folder)
     return report
 
 
-def draw(report: Report, run: Path) -> None:
+def draw(report: Report, folder: Path) -> None:
     """Write `report.md` and `report.html`."""
-    write_text(run / "report.md", render("report.md.j2", report))
-    write_text(run / "report.html", render("report.html.j2", report))
+    drawn = page_of(report)
+    write_text(folder / "report.md", page.markdown(drawn))
+    write_text(folder / "report.html", page.html(drawn))
+
+
+def page_of(report: Report) -> page.Page:
+    """The report's verdict, facts and sections."""
+    sections = [section for make in SECTIONS if (section := make(report))]
+    doubts = [
+        *report.bench.warnings,
+        *(f"{name} {reason}" for name, reason in report.bench.failed.items()),
+        *(f"{name} was left out: {reason}" for name, reason in report.bench.left_out.items()),
+    ]
+    title = f"{report.task}: which file to ship" if report.recommended else "Side by side"
+    return page.Page(title, _verdict(report), report.budget.met is not False, _facts(report), doubts, sections)
 
 
 def write_card(report: Report, file: Path) -> None:
     """Write the model card, with the metrics as a model-index."""
-    write_text(file, render("card.md.j2", report))
+    best, teacher = report.variant(report.recommended), next(v for v in report.variants if v.model == "teacher")
+    formats = {"percent": percent, "ms": ms, "times": times, "points": points}
+    values = {"r": report, "best": best, "teacher": teacher, "headers": HEADERS, "rows": table(report)}
+    write_text(file, page.render("card.md.j2", **formats, **values))
 
 
-def render(template: str, report: Report) -> str:
-    """A template filled from a report; HTML is escaped."""
-    environment = Environment(
-        loader=PackageLoader("kdexport.report"),
-        autoescape=select_autoescape(["html.j2"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+def _verdict(report: Report) -> str:
+    if report.recommended is None:
+        return report.reason
+    best = report.variant(report.recommended)
+    kept = {True: " The budget is kept.", False: " The budget is NOT kept.", None: ""}[report.budget.met]
+    return f"Ship {best.file} ({best.name}): {report.reason}.{kept}"
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    if report.recommended is None:
+        return []
+    best, reference = report.variant(report.recommended), report.variants[0]
+    facts = []
+    if best.metric and reference.metric:
+        facts.append((percent(best.metric.value), f"{report.metric}; teacher {percent(reference.metric.value)}"))
+    if report.distillation:
+        facts.append((percent(report.distillation.retention), "of the teacher's kept"))
+    if best.latency_ms:
+        p50 = trimmed(best.latency_ms.p50, best.latency_ms.p50_ci95)
+        facts.append((f"{p50} ms", f"p50 for one text; p99 {p99(best)} ms"))
+    if best.speedup_p50:
+        ci = best.speedup_p50.ci95
+        range_ = f" [{ci[0]:.1f}–{ci[1]:.1f}]" if ci else ""
+        facts.append((times(best.speedup_p50.value), f"faster than {report.bench.reference}{range_}"))
+    smaller = (
+        f"; {reference.size_bytes / best.size_bytes:.0f}× smaller" if reference.size_bytes and best.size_bytes else ""
     )
-    environment.filters |= {"percent": percent, "ms": ms, "times": times, "points": points}
-    best, teacher = report.variant(report.recommended), report.variants[0]
-    values: dict[str, Any] = {
-        "r": report,
-        "best": best,
-        "teacher": teacher,
-        "headers": HEADERS,
-        "rows": table(report),
-    }
-    return environment.get_template(template).render(values)
+    facts.append((f"{megabytes(best.size_bytes)} MB", f"file{smaller}"))
+    return facts

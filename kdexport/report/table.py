@@ -1,8 +1,10 @@
-"""The table of variants as text cells, the same in the terminal, in Markdown and in HTML."""
+"""How numbers are written, and the table of variants: the same in the terminal, in Markdown and in HTML."""
 
 from __future__ import annotations
 
-from kdexport.results import Report, Variant
+import math
+
+from kdexport.results import Interval, Report, Variant
 
 HEADERS = (
     "variant",
@@ -20,21 +22,82 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
-def ms(value: float | None) -> str:
-    """Milliseconds with three significant digits."""
+def trimmed(value: float | None, ci: Interval | None = None) -> str:
+    """A positive number with no more digits than its interval carries; three significant ones where there is none.
+
+    The last digit written is the first one of the interval's half width, so 1.1326 [1.08, 1.19] is 1.13 and
+    1.1326 [0.9, 1.4] is 1.1.
+    """
     if value is None:
         return "–"
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    digits = 2 - _power(value)
+    if ci and ci[1] > ci[0]:
+        digits = min(digits, -_power((ci[1] - ci[0]) / 2))
+    return f"{value:.{max(0, min(digits, 3))}f}"
+
+
+def ms(value: float | None) -> str:
+    """Milliseconds with three significant digits."""
+    return trimmed(value)
+
+
+def between(ci: Interval | None, value: float, unit: str = "") -> str:
+    """An interval in brackets, with the digits of its value."""
+    if ci is None:
+        return ""
+    digits = len(trimmed(value, ci).partition(".")[2])
+    return f" [{ci[0]:.{digits}f}–{ci[1]:.{digits}f}{unit}]"
 
 
 def times(value: float) -> str:
     """A ratio with two or three significant digits."""
-    return f"{value:.0f}×" if value >= 100 else f"{value:.1f}×"
+    return f"{value:.0f}×" if value >= 100 else f"{value:.1f}×" if value >= 2 else f"{value:.2f}×"
 
 
 def points(value: float | None) -> str:
     """A signed difference in percentage points."""
     return "–" if value is None else f"{value:+.1f} points".replace("-", "−")
+
+
+def megabytes(size: float | None) -> str:
+    """Bytes as MB (10⁶), with one digit behind the point."""
+    return "–" if size is None else f"{size / 1e6:.1f}"
+
+
+def accuracy(variant: Variant) -> str:
+    """The metric with its interval."""
+    if variant.metric is None:
+        return "–"
+    low, high = variant.metric.ci95
+    return f"{percent(variant.metric.value)} [{100 * low:.1f}–{100 * high:.1f}]"
+
+
+def p99(variant: Variant) -> str:
+    """The p99, or a bound where there were too few samples for it."""
+    found = variant.latency_ms
+    if found is None:
+        return "–"
+    if found.p99 is None:
+        return f"≤ {ms(found.p99_at_most)}" if found.p99_at_most else "–"
+    return trimmed(found.p99, found.p99_ci95)
+
+
+def speedup(variant: Variant) -> str:
+    """How many times faster than the reference, with its interval."""
+    found = variant.speedup_p50
+    if found is None:
+        return "–"
+    if found.ci95 is None or found.ci95[0] == found.ci95[1]:
+        return times(found.value)
+    digits = 1 if found.value >= 2 else 2
+    return f"{times(found.value)} [{found.ci95[0]:.{digits}f}–{found.ci95[1]:.{digits}f}]"
+
+
+def headers(report: Report) -> tuple[str, ...]:
+    """The table's headers; what variants agree with is the teacher, or what they were measured against."""
+    if report.distillation:
+        return HEADERS
+    return tuple(f"agrees with {report.bench.reference}" if h == HEADERS[2] else h for h in HEADERS)
 
 
 def table(report: Report) -> list[tuple[str, ...]]:
@@ -43,14 +106,17 @@ def table(report: Report) -> list[tuple[str, ...]]:
 
 
 def _row(variant: Variant, recommended: bool) -> tuple[str, ...]:
-    low, high = variant.metric.ci95
-    latency, speedup = variant.latency_ms, variant.speedup_p50
+    latency = variant.latency_ms
     return (
         f"{variant.name}{' ★' if recommended else ''}",
-        f"{percent(variant.metric.value)} [{100 * low:.1f}–{100 * high:.1f}]",
+        accuracy(variant),
         percent(variant.agreement),
-        ms(latency.p50 if latency else None),
-        ms(latency.p99 if latency else None),
-        f"{times(speedup.value)} [{speedup.ci95[0]:.1f}–{speedup.ci95[1]:.1f}]" if speedup else "–",
-        f"{variant.size_bytes / 1e6:.1f}",
+        trimmed(latency.p50, latency.p50_ci95) if latency else "–",
+        p99(variant),
+        speedup(variant),
+        megabytes(variant.size_bytes),
     )
+
+
+def _power(value: float) -> int:
+    return math.floor(math.log10(abs(value))) if value else 0

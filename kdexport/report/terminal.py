@@ -2,47 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdexport.report.table import HEADERS, percent, points, table
+from kdexport.report.table import headers, percent, points, table
 from kdexport.results import Report
 
 
-def show(report: Report, run: Path) -> None:
+def show(report: Report, folder: Path) -> None:
     """Print the table of variants, what distillation gave, and where the files are, on stdout."""
-    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, 120))
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, header in enumerate(HEADERS):
-        grid.add_column(header, justify="left" if i == 0 else "right", no_wrap=True)
-    for row, variant in zip(table(report), report.variants, strict=True):
-        grid.add_row(*row, style="bold" if variant.name == report.recommended else "")
-    console.print(grid)
+    bold = next((i for i, v in enumerate(report.variants) if v.name == report.recommended), None)
+    show_table(headers(report), table(report), bold)
     for line in summary(report):
-        console.print(line, markup=False)
-    best = report.variant(report.recommended)
-    console.print(f"ship {run}/artifact ({best.file})   report {run}/report.html", markup=False)
+        print_line(line)
+    if report.recommended:
+        print_line(f"ship {folder}/artifact ({report.variant(report.recommended).file})")
+    print_line(f"report {folder}/report.html")
+
+
+def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None = None) -> None:
+    """Print cells as a table that is never cut: the first column to the left, the others to the right."""
+    console = _console()
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, header in enumerate(headers):
+        grid.add_column(header, justify="left" if i == 0 else "right", no_wrap=True)
+    for i, row in enumerate(rows):
+        grid.add_row(*row, style="bold" if i == bold else "")
+    console.print(grid)
+
+
+def print_line(line: str) -> None:
+    """Print one line on stdout, as it is."""
+    _console().print(line, markup=False)
 
 
 def summary(report: Report) -> list[str]:
     """The few sentences under the table."""
-    found, best = report.distillation, report.variant(report.recommended)
-    lines = [
-        f"★ {best.name}: {report.reason}; keeps {percent(found.retention)} of the teacher's {report.metric} "
-        f"({best.metric.n} test rows).",
-    ]
-    if found.baseline and found.gain_points is not None:
+    found, lines = report.distillation, []
+    if found and report.recommended:
+        best = report.variant(report.recommended)
         lines.append(
-            f"The same student on labels alone: {percent(found.baseline.value)}; distillation: "
-            f"{points(found.gain_points)} (McNemar p = {found.gain_mcnemar_p:.2f})."
+            f"★ {best.name}: {report.reason}; keeps {percent(found.retention)} of the teacher's {report.metric} "
+            f"({found.teacher.n} test rows)."
         )
-    if report.budget.met is not None:
-        lines += [
-            f"budget {check.name}: {'kept' if check.met else 'NOT kept'}, "
-            f"{'not measurable' if check.found is None else f'{check.found:.3g}'} (limit {check.limit:g})"
-            for check in report.budget.checks
-        ]
-    return lines
+        if found.baseline and found.gain_points is not None:
+            lines.append(
+                f"The same student on labels alone: {percent(found.baseline.value)}; distillation: "
+                f"{points(found.gain_points)} (McNemar p = {found.gain_mcnemar_p:.2f})."
+            )
+    elif report.reason:
+        lines.append(report.reason)
+    lines += [
+        f"budget {check.name}: {'kept' if check.met else 'NOT kept'}{'' if check.sure else ', not for sure'}, "
+        f"{'not measurable' if check.found is None else f'{check.found:.3g}'} (limit {check.limit:g})"
+        for check in report.budget.checks
+    ]
+    return lines + [f"doubt: {line}" for line in report.bench.warnings]
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True, width=max(Console().width, 140))

@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 
 from kdexport.artifact import Manifest
-from kdexport.results import Report
+from kdexport.results import Comparison, Report
 from kdexport.spec import Spec
 
-SCHEMAS: dict[str, type] = {"spec": Spec, "report": Report, "manifest": Manifest}
+SCHEMAS: dict[str, type] = {"spec": Spec, "report": Report, "comparison": Comparison, "manifest": Manifest}
 
 
 def path(name: str) -> Path:

@@ -123,6 +123,21 @@ class TextClassification:
         """The graph's inputs for a batch of rows: int64 arrays [B, T]."""
         return self.collate(self.tokenize(rows))
 
+    def lengths(self) -> list[int]:
+        """Lengths in tokens at which speed is worth knowing: doubling from 8, up to what is read."""
+        limit = self.config.max_length
+        return [n for n in (8, 16, 32, 64, 128, 256, 512) if n < limit] + [limit]
+
+    def sized(self, rows: Sequence[Row], length: int) -> Arrays:
+        """The graph's inputs [1, length] from real texts, joined until they are long enough, and cut."""
+        text = ""
+        for row in rows:
+            text = f"{text} {row['text']}"
+            if len(text) > length * _CHARS_PER_TOKEN:
+                break
+        arrays = self.encode([{"text": text}])
+        return {name: np.resize(array, (1, length)) for name, array in arrays.items()}
+
     def axes(self) -> dict[str, dict[int, str]]:
         """Names of the dynamic axes of every input and of the output."""
         inputs = {name: {0: "batch_size", 1: "sequence_length"} for name in self.config.inputs}

@@ -1,0 +1,58 @@
+"""What a reader of the figures must know about them: noise, drift, threads, too little time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kdexport import spec
+from kdexport.bench.stats import half_width
+
+
+def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[str, Any]) -> list[str]:
+    """One sentence a doubt, most weighty first; none when all is well."""
+    lines = []
+    rounds = max(map(len, found.values()))
+    if rounds < min(3, settings.rounds):
+        lines.append(
+            f"the time limit of {settings.time_limit_s:g} s allowed {rounds} round(s): too few for any interval; "
+            "raise bench.time_limit_s (--time-limit)"
+        )
+    control = measured.conditions.control
+    if control and control.ratio.verdict in ("faster", "slower"):
+        low, high = control.ratio.ci95
+        lines.append(
+            f"this machine was too noisy: {control.name}, measured twice as if it were two files, came out "
+            f"{low:.2f}–{high:.2f}× apart; don't trust smaller differences"
+        )
+    elif control and half_width(control.ratio.ci95) > 0.1:
+        lines.append(
+            f"this machine was noisy: the same file twice is known to be the same only within "
+            f"±{100 * half_width(control.ratio.ci95):.0f} %; variants closer than that can't be told apart"
+        )
+    for name, footprint in measured.footprint.items():
+        threads = settings.threads[0]
+        if footprint.cores_used > threads + 0.2:
+            lines.append(f"{name} used {footprint.cores_used:.1f} cores, though {threads} thread(s) were asked for")
+        elif threads == 1 and footprint.device_p50_ms is None and footprint.cores_used < 0.85:
+            lines.append(f"{name} got only {100 * footprint.cores_used:.0f} % of a core: the machine was busy")
+    drifting = [name for name, runs in found.items() if _drifts(runs)]
+    if drifting:
+        lines.append(
+            f"{', '.join(drifting)} slowed down or sped up by over 10 % within rounds: warming up, or a busy machine"
+        )
+    if facts["load_1min"] > 0.5 * facts["cores_allowed"]:
+        lines.append(f"the load was {facts['load_1min']} on {facts['cores_allowed']} core(s) before it began")
+    return lines
+
+
+def _drifts(rounds: dict[int, Any]) -> bool:
+    """Whether the first quarter's median is 10 % off the last's, in most rounds the same way."""
+    ratios = []
+    for one in rounds.values():
+        quarter = len(one.total_us) // 4
+        if quarter < 5:
+            return False
+        ratios.append(np.median(one.total_us[:quarter]) / np.median(one.total_us[-quarter:]))
+    return bool(np.median(ratios) > 1.1 or np.median(ratios) < 1 / 1.1)

@@ -1,0 +1,197 @@
+"""Load on an HTTP server: closed loops (so many clients, each asks again when answered) and open ones.
+
+In an open loop requests are due at times that do not depend on the server, and latency counts from when a
+request was due: a server that stalls can't slow the questions down and so hide the wait (no coordinated
+omission). Runs as a process of its own: `python -m kdexport.bench.generator`, JSON in and out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from kdexport.errors import KdexportError
+
+_TIMEOUT_S = 30.0
+_WARM_S = 0.5
+
+
+class LoadError(KdexportError):
+    """A server can't be reached, or answers with an error."""
+
+
+class LoadJob(msgspec.Struct, frozen=True, kw_only=True):
+    """One load: closed when `rate` (requests a second) is None; `poisson` or evenly spaced arrivals."""
+
+    url: str
+    rows: str
+    connections: int
+    rate: float | None
+    poisson: bool
+    seconds: float
+    seed: int
+
+
+class LoadSamples(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds of each request that was answered, the requests that were not, and the time it all took."""
+
+    latency_ms: list[float]
+    errors: int
+    seconds: float
+
+
+class Connection:
+    """One kept-alive HTTP/1.1 connection that only posts; a plain socket, because the client's time is measured too.
+
+    Raises:
+        LoadError: the server can't be reached, or answers with a status other than 200.
+    """
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise LoadError(f"{url} is no http address", "Write it like http://127.0.0.1:8080/predict")
+        self._url, self._address = url, (parts.hostname, parts.port or 80)
+        self._head = f"POST {parts.path or '/'} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+        self._socket: socket.socket | None = None
+
+    def post(self, body: bytes) -> bytes:
+        """Send a JSON body, return the answer's."""
+        request = f"{self._head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        try:
+            if self._socket is None:
+                self._socket = socket.create_connection(self._address, _TIMEOUT_S)
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.sendall(request)
+            status, answer = self._read(self._socket)
+        except OSError as error:
+            self.close()
+            raise LoadError(f"{self._url} does not answer: {error}", "Is the server up?") from None
+        if status != 200:
+            raise LoadError(f"{self._url} answers {status}: {answer[:200].decode(errors='replace')}")
+        return answer
+
+    def close(self) -> None:
+        """Close the socket; the next post opens another."""
+        if self._socket:
+            self._socket.close()
+        self._socket = None
+
+    def _read(self, opened: socket.socket) -> tuple[int, bytes]:
+        data = b""
+        while (end := data.find(b"\r\n\r\n")) < 0:
+            data += self._more(opened)
+        head, body = data[:end].lower(), data[end + 4 :]
+        if length := re.search(rb"content-length: *(\d+)", head):
+            while len(body) < int(length[1]):
+                body += self._more(opened)
+        elif b"transfer-encoding: chunked" in head:
+            while not body.endswith(b"0\r\n\r\n"):
+                body += self._more(opened)
+            body = b"".join(_chunks(body))
+        if b"connection: close" in head:
+            self.close()
+        return int(head[9:12]), body
+
+    def _more(self, opened: socket.socket) -> bytes:
+        if part := opened.recv(65536):
+            return part
+        raise ConnectionResetError("the server closed the connection")
+
+
+def body_of(url: str, rows: list[dict[str, Any]]) -> bytes:
+    """Rows as the body that the address's protocol wants.
+
+    `…/infer` is the Open Inference Protocol, `…/predict` text-embeddings-inference's; all else is taken for
+    Hugging Face's inference API.
+    """
+    path, texts = urlsplit(url).path, [row["text"] for row in rows]
+    if path.endswith("/infer"):
+        tensor = {"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": texts}
+        return msgspec.json.encode({"inputs": [tensor]})
+    if path.endswith("/predict"):
+        return msgspec.json.encode({"inputs": [[text] for text in texts] if len(texts) > 1 else texts[0]})
+    return msgspec.json.encode({"inputs": texts if len(texts) > 1 else texts[0]})
+
+
+def check_answer(answer: bytes) -> None:
+    """Read the answer, as a client does."""
+    msgspec.json.decode(answer)
+
+
+def load(job: LoadJob) -> LoadSamples:
+    """Put a load on a server; the first half second is not counted."""
+    rows = msgspec.json.decode(Path(job.rows).read_bytes())
+    bodies = [body_of(job.url, [row]) for row in rows]
+    Connection(job.url).post(bodies[0])  # a server that is not there is said once, not once a request
+    begun = time.monotonic()
+    due = None if job.rate is None else iter(list(_due(job, begun)))
+    counter = itertools.count()
+    found: list[tuple[float, float]] = []  # (when due or sent, ms)
+    failed: list[float] = []
+    lock = threading.Lock()
+
+    def client() -> None:
+        connection = Connection(job.url)
+        while True:
+            with lock:
+                at = next(due, None) if due else time.monotonic()
+                number = next(counter)
+            if at is None or at > begun + _WARM_S + job.seconds:
+                return
+            if (wait := at - time.monotonic()) > 0:
+                time.sleep(wait)
+            try:
+                check_answer(connection.post(bodies[number % len(bodies)]))
+                found.append((at, (time.monotonic() - at) * 1e3))
+            except (LoadError, msgspec.DecodeError):
+                failed.append(at)
+
+    clients = [threading.Thread(target=client) for _ in range(job.connections)]
+    for one in clients:
+        one.start()
+    for one in clients:
+        one.join()
+    counted = begun + _WARM_S
+    return LoadSamples(
+        latency_ms=[ms for at, ms in found if at >= counted],
+        errors=sum(at >= counted for at in failed),
+        seconds=time.monotonic() - counted,
+    )
+
+
+def _due(job: LoadJob, begun: float) -> Iterator[float]:
+    """When each request is due: a Poisson process of the rate, or evenly spaced."""
+    assert job.rate is not None
+    chance, at = random.Random(job.seed), begun
+    while at < begun + _WARM_S + job.seconds:
+        yield at
+        at += chance.expovariate(job.rate) if job.poisson else 1 / job.rate
+
+
+def _chunks(body: bytes) -> Iterator[bytes]:
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        yield rest[: int(size, 16)]
+        body = rest[int(size, 16) + 2 :]
+
+
+def main() -> None:
+    """Read a job from stdin, write its samples to stdout."""
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=LoadJob)
+    sys.stdout.buffer.write(msgspec.json.encode(load(job)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Loads on a server in shuffled rounds: closed loops, then open ones at rates that may follow from them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from kdexport.bench import stats
+from kdexport.bench.generator import LoadJob, LoadSamples
+from kdexport.bench.process import Crashed, call
+from kdexport.bench.targets import Target
+from kdexport.progress import bar
+from kdexport.results import Cell
+
+_ROUNDS = 3
+
+
+class Loads(msgspec.Struct, frozen=True, kw_only=True):
+    """Loads to put on servers: clients of closed loops, and rates of open ones.
+
+    `rates` are requests a second, or, with `of_peak`, shares of the best closed loop's.
+    """
+
+    connections: tuple[int, ...] = (1, 4, 16)
+    rates: tuple[float, ...] = (0.8,)
+    of_peak: bool = True
+    poisson: bool = True
+    seconds: float = 5.0
+
+
+def put_loads(target: Target, loads: Loads, seed: int, rows: Path) -> list[Cell]:
+    """Closed loops, then open ones at rates that may follow from them; three shuffled rounds of each.
+
+    Raises:
+        Crashed: the server is gone, or answers nothing but errors.
+    """
+    closed = _load_rounds(target, loads, [(n, None) for n in loads.connections], seed, rows)
+    peak = max(_answered(rounds) for rounds in closed.values())
+    rates = [rate * peak if loads.of_peak else rate for rate in loads.rates]
+    most = 4 * max(loads.connections)
+    opened = _load_rounds(target, loads, [(most, rate) for rate in rates], seed, rows)
+    return [_load_cell(n, rate, rounds) for (n, rate), rounds in (closed | opened).items()]
+
+
+def _load_rounds(
+    target: Target, loads: Loads, kinds: list[tuple[int, float | None]], seed: int, rows: Path
+) -> dict[tuple[int, float | None], list[LoadSamples]]:
+    found: dict[tuple[int, float | None], list[LoadSamples]] = {kind: [] for kind in kinds}
+    with bar(f"load on {target.name}", _ROUNDS * len(kinds)) as advance:
+        for number in range(_ROUNDS):
+            for connections, rate in random.Random(f"{seed}:{number}").sample(kinds, len(kinds)):
+                job = LoadJob(
+                    url=target.model,
+                    rows=str(rows),
+                    connections=connections,
+                    rate=rate,
+                    poisson=loads.poisson,
+                    seconds=loads.seconds,
+                    seed=seed + number,
+                )
+                done = call("kdexport.bench.generator", msgspec.json.encode(job), 1)
+                found[connections, rate].append(msgspec.json.decode(done, type=LoadSamples))
+                advance(1)
+    return found
+
+
+def _load_cell(connections: int, rate: float | None, rounds: list[LoadSamples]) -> Cell:
+    scenario, at = ("closed", float(connections)) if rate is None else ("open", round(rate, 1))
+    errors, answered = sum(one.errors for one in rounds), [one.latency_ms for one in rounds if one.latency_ms]
+    if not answered:
+        raise Crashed(f"answered none of {errors} requests under a load ({scenario}, {at:g})")
+    found = stats.cell(scenario, at, answered, None)
+    return msgspec.structs.replace(found, per_second=_answered(rounds), errors=errors)
+
+
+def _answered(rounds: list[LoadSamples]) -> float:
+    """Requests answered a second."""
+    return float(np.median([len(one.latency_ms) / one.seconds for one in rounds]))

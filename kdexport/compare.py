@@ -1,0 +1,365 @@
+"""What changed between two reports, and gates on it that only decide when the whole interval does.
+
+Times of two reports were taken apart, so drift of the machine is between them. They are compared by their
+ratios to one and the same teacher, measured in each run, where there is one; else as they are, on equal hardware
+only. Best of all, and for a gate that is unsure, both files are measured here, in turns.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from kdexport import artifact, spec
+from kdexport.bench import stats
+from kdexport.bench.engine import bench, read_rounds
+from kdexport.bench.targets import Target
+from kdexport.errors import KdexportError, RunError, SpecError
+from kdexport.measure import read_texts
+from kdexport.progress import say
+from kdexport.report.exchange import read_any
+from kdexport.results import Change, Comparison, Gate, Interval, Latency, Metric, Ratio, Report, Variant
+from kdexport.tasks.metrics import Array, paired_difference, wilson_interval
+
+# Rounds a look; the level of each look is shared out (Bonferroni), because a gate may stop at any of them.
+_LOOKS = (6, 6, 12, 24)
+_LOOK_LEVEL = 1 - 0.05 / len(_LOOKS)
+_QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+# metric → (what a gate's bare number is in, whether more is better)
+_METRICS = {
+    "p50": ("ms", False), "p90": ("ms", False), "p99": ("ms", False), "speedup": ("", True), "size": ("mb", False),
+    "accuracy": ("points", True), "agreement": ("points", True), "cold": ("ms", False), "memory": ("mb", False),
+}  # fmt: skip
+_UNITS = {"ms": 1.0, "s": 1e3, "us": 1e-3, "mb": 1.0, "kb": 1e-3, "%": 1.0, "points": 1.0, "": 1.0}
+
+
+class Condition(NamedTuple):
+    """A parsed gate: fails if `metric` is above (or below) the bound; relative ones are of the change."""
+
+    expression: str
+    metric: str
+    above: bool
+    relative: bool
+    bound: float
+    percent: bool
+
+
+def parse_gate(text: str) -> Condition:
+    """`p99>+10%` (change), `accuracy<-0.5` (points), `size>5MB`, `accuracy<95%` (B itself).
+
+    Raises:
+        SpecError: it says nothing that can be held against a report.
+    """
+    found = re.fullmatch(r"\s*([a-z0-9_]+)\s*([<>])=?\s*([+-]?)([0-9.]+)\s*(%|[a-z]*)\s*", text.lower())
+    if not found or found[1] not in _METRICS or found[5] not in _UNITS:
+        raise SpecError(
+            f"--fail-if {text!r} can't be read",
+            f"Write it like 'p99>+10%', 'accuracy<-0.5' or 'size>5MB'; known: {', '.join(_METRICS)}",
+        )
+    metric, relation, sign, number, unit = found.groups()
+    bound = float(number) * _UNITS[unit] * (-1 if sign == "-" else 1)
+    share = _METRICS[metric][0] == "points"
+    if sign and not share and unit != "%":
+        raise SpecError(
+            f"--fail-if {text!r}: a change of {metric} is in %", f"Write it like '{metric}{relation}{sign}10%'"
+        )
+    if not sign and share and unit == "%":
+        bound /= 100
+    return Condition(text.strip(), metric, relation == ">", bool(sign), bound, unit == "%")
+
+
+def compare(
+    a: str,
+    b: str,
+    gates: list[Condition],
+    *,
+    variant: str | None = None,
+    side_by_side: bool | None = None,
+    time_limit_s: float = 120.0,
+) -> Comparison:
+    """Compare two runs, bench folders, report.json or pytest-benchmark files.
+
+    Args:
+        a, b: where they are; b is the newer one.
+        gates: conditions that must not hold.
+        variant: only this one; the recommended one of each by default, or all where none is.
+        side_by_side: measure both files here; by default only while a gate on a time is unsure.
+        time_limit_s: for that.
+
+    Raises:
+        RunError, SpecError: a report can't be read, they share no variant, or a gate wants what can't be compared.
+    """
+    reports = read_any(Path(a)), read_any(Path(b))
+    pairs = _pairs(*reports, variant)
+    notes = []
+    same_hardware = reports[0].environment.get("hardware") == reports[1].environment.get("hardware")
+    if not same_hardware:
+        notes.append(
+            f"A was measured on {_machine(reports[0])}, B on {_machine(reports[1])}: times are not compared, "
+            "ratios to the teacher are"
+        )
+    changes = [c for one, other in pairs for c in _changes(*reports, one, other, same_hardware)]
+    found = [_judge(gate, changes) for gate in gates]
+    timed = [g for g in gates if g.metric in _QUANTILES and g.relative]
+    doubt = any(gate.status == "unsure" for gate, want in zip(found, gates, strict=True) if want in timed)
+    if side_by_side or (side_by_side is None and doubt):
+        try:
+            measured = _measure_in_turns(Path(a), Path(b), pairs, timed, time_limit_s)
+            changes = [c for c in changes if (c.variant, c.metric) not in {(m.variant, m.metric) for m in measured}]
+            changes = measured + changes
+            found = [_judge(gate, changes) for gate in gates]
+        except KdexportError as error:
+            if side_by_side:
+                raise
+            notes.append(f"both files could not be measured side by side: {error}")
+    for gate, want in zip(found, gates, strict=True):
+        if gate.status == "refused":
+            raise SpecError(f"--fail-if {gate.expression!r}: {gate.why}", _instead(want))
+    return Comparison(a=a, b=b, changes=changes, gates=found, notes=notes)
+
+
+def _pairs(a: Report, b: Report, variant: str | None) -> list[tuple[Variant, Variant]]:
+    ours, theirs = ({v.name: v for v in report.variants} for report in (a, b))
+    if variant is None and a.recommended and b.recommended:
+        return [(ours[a.recommended], theirs[b.recommended])]
+    names = [variant] if variant else [name for name in ours if name in theirs]
+    if not names or any(name not in ours or name not in theirs for name in names):
+        wanted = f"no variant {variant!r} in both" if variant else "no variant in common"
+        raise RunError(f"the reports have {wanted}", f"A has {', '.join(ours)}; B has {', '.join(theirs)}")
+    return [(ours[name], theirs[name]) for name in names]
+
+
+def _changes(a: Report, b: Report, one: Variant, other: Variant, same_hardware: bool) -> list[Change]:
+    name = one.name if one.name == other.name else f"{one.name} → {other.name}"
+    found = [change for metric in _QUANTILES if (change := _time_change(metric, name, a, b, one, other, same_hardware))]
+    if one.speedup_p50 and other.speedup_p50 and one.name != a.bench.reference:
+        sa, sb = one.speedup_p50, other.speedup_p50
+        found.append(_ratio_change(name, "speedup", sa.value, sb.value, _quotient(sb, sa), True, "ratio in each run"))
+    if one.metric and other.metric:
+        found.append(_share_change(name, a.metric, a, b, one, other))
+    if one.agreement is not None and other.agreement is not None and one.metric and other.metric:
+        x, y = _share(one.agreement, one.metric.n), _share(other.agreement, other.metric.n)
+        found.append(_points(name, "agreement", x, y, _unpaired(x, y), "unpaired"))
+    for metric, before, after in (
+        ("size", one.size_bytes and one.size_bytes / 1e6, other.size_bytes and other.size_bytes / 1e6),
+        ("cold", one.footprint and one.footprint.cold_ms, other.footprint and other.footprint.cold_ms),
+        ("memory", one.footprint and one.footprint.rss_mb, other.footprint and other.footprint.rss_mb),
+    ):
+        if before and after and (metric != "cold" or same_hardware):
+            ratio = after / before
+            exact = metric == "size"
+            how = "exact" if exact else "medians of fresh processes"
+            change = _ratio_change(
+                name, metric, before, after, Ratio(ratio, (ratio, ratio) if exact else None), False, how
+            )
+            found.append(msgspec.structs.replace(change, b_ci95=(after, after) if exact else None))
+    return found
+
+
+def _time_change(
+    metric: str, name: str, a: Report, b: Report, one: Variant, other: Variant, same_hardware: bool
+) -> Change | None:
+    if one.latency_ms is None or other.latency_ms is None:
+        return None
+    (x, _), (y, y_ci) = _time(one.latency_ms, metric), _time(other.latency_ms, metric)
+    if x is None or y is None:
+        return None
+    if not same_hardware:
+        return Change(
+            variant=name, metric=metric, a=x, b=y, b_ci95=y_ci, change=None, ci95=None, unit="%",
+            verdict="not comparable", how="measured on different hardware",
+        )  # fmt: skip
+    return msgspec.structs.replace(_compared_time(metric, name, a, b, one, other, x, y), b_ci95=y_ci)
+
+
+def _compared_time(
+    metric: str, name: str, a: Report, b: Report, one: Variant, other: Variant, x: float, y: float
+) -> Change:
+    """B against A by their ratios to one teacher where that can be, else as they are."""
+    assert one.latency_ms
+    assert other.latency_ms
+    ratios = {"p50": (one.speedup_p50, other.speedup_p50), "p99": (one.speedup_p99, other.speedup_p99)}
+    sa, sb = ratios.get(metric, (None, None))
+    if sa and sb and one.name != a.bench.reference and _same_teacher(a, b):
+        return _ratio_change(name, metric, x, y, _quotient(sa, sb), False, "by ratios to the same teacher in each run")
+    apart = _quotient(Ratio(y, _time(other.latency_ms, metric)[1]), Ratio(x, _time(one.latency_ms, metric)[1]))
+    return _ratio_change(name, metric, x, y, apart, False, "measured apart")
+
+
+def _same_teacher(a: Report, b: Report) -> bool:
+    sums = {v.sha256 for report in (a, b) for v in report.variants if v.name == report.bench.reference}
+    return len(sums) == 1 and None not in sums
+
+
+def _time(latency: Latency, metric: str) -> tuple[float | None, Interval | None]:
+    return getattr(latency, metric), getattr(latency, f"{metric}_ci95")
+
+
+def _quotient(top: Ratio, bottom: Ratio) -> Ratio:
+    """top ÷ bottom of independent figures: the log half widths add as squares."""
+    value = top.value / bottom.value
+    if top.ci95 is None or bottom.ci95 is None:
+        return Ratio(value, None)
+    halves = (math.log(ci[1] / ci[0]) / 2 for ci in (top.ci95, bottom.ci95))
+    half = math.sqrt(sum(h * h for h in halves))
+    return Ratio(value, (value * math.exp(-half), value * math.exp(half)))
+
+
+def _ratio_change(name: str, metric: str, x: float, y: float, ratio: Ratio, more_is_better: bool, how: str) -> Change:
+    """A change in %, from B ÷ A."""
+    ci = None if ratio.ci95 is None else (100 * (ratio.ci95[0] - 1), 100 * (ratio.ci95[1] - 1))
+    said = "unsure" if ratio.ci95 is None else stats.verdict(ratio.ci95)
+    up, down = ("better", "worse") if more_is_better else ("worse", "better")
+    # stats.verdict calls a ratio above 1 "faster"; here it only means that B is more than A
+    verdict = {"faster": up, "slower": down}.get(said, said)
+    if how == "exact":
+        verdict = "same" if ratio.value == 1 else up if ratio.value > 1 else down
+    change = 100 * (ratio.value - 1)
+    return Change(variant=name, metric=metric, a=x, b=y, change=change, ci95=ci, unit="%", verdict=verdict, how=how)
+
+
+def _share_change(name: str, metric: str, a: Report, b: Report, one: Variant, other: Variant) -> Change:
+    """Accuracy, row by row where both answered the same test rows."""
+    assert one.metric
+    assert other.metric
+    data = [(r.data.get("sha256") or {}).get("test.jsonl") for r in (a, b)]
+    paired = data[0] is not None and data[0] == data[1] and one.metric.n == other.metric.n
+    if paired and one.wrong_rows is not None and other.wrong_rows is not None:
+        right = [_right(v.wrong_rows or [], one.metric.n) for v in (one, other)]
+        _, ci = paired_difference(*right)
+        return _points(name, metric, one.metric, other.metric, ci, "the same test rows, paired")
+    return _points(name, metric, one.metric, other.metric, _unpaired(one.metric, other.metric), "unpaired")
+
+
+def _points(name: str, metric: str, x: Metric, y: Metric, ci: Interval, how: str) -> Change:
+    low, high = 100 * ci[0], 100 * ci[1]
+    verdict = "better" if low > 0 else "worse" if high < 0 else "same" if max(-low, high) <= 1 else "unsure"
+    return Change(
+        variant=name, metric=metric, a=x.value, b=y.value, b_ci95=y.ci95, change=100 * (y.value - x.value),
+        ci95=(low, high), unit="points", verdict=verdict, how=how,
+    )  # fmt: skip
+
+
+def _unpaired(one: Metric, other: Metric) -> Interval:
+    """Newcombe's interval of a difference of two shares (1998, method 10)."""
+    d = other.value - one.value
+    low = math.hypot(other.value - other.ci95[0], one.ci95[1] - one.value)
+    high = math.hypot(other.ci95[1] - other.value, one.value - one.ci95[0])
+    return d - low, d + high
+
+
+def _share(share: float, n: int) -> Metric:
+    return Metric(share, wilson_interval(round(share * n), n), n)
+
+
+def _right(wrong: list[int], n: int) -> Array:
+    right = np.ones(n, dtype=bool)
+    right[wrong] = False
+    return right
+
+
+def _measure_in_turns(
+    a: Path, b: Path, pairs: list[tuple[Variant, Variant]], gates: list[Condition], time_limit_s: float
+) -> list[Change]:
+    """Both files in turns on this machine, in more and more rounds, until every gate on a time is sure."""
+    started, changes = time.monotonic(), list[Change]()
+    for one, other in pairs:
+        targets = [_file_of(a, one, "A"), _file_of(b, other, "B")]
+        rows = read_texts(None, [str(a), str(b)])
+        rounds: dict[str, list[Array]] = {"A": [], "B": []}
+        name = one.name if one.name == other.name else f"{one.name} → {other.name}"
+        for look, n in enumerate(_LOOKS):
+            left = time_limit_s - (time.monotonic() - started)
+            if look and left <= 0:
+                break
+            settings = spec.Bench(
+                rounds=n, round_seconds=0.5, precision=None, batch_sizes=(), time_limit_s=max(left, 1.0)
+            )
+            with tempfile.TemporaryDirectory() as work:
+                bench(settings, targets, rows, "A", look, Path(work), sweep=False)
+                for side in rounds:
+                    rounds[side] += read_rounds(Path(work), side)
+            found = [_turns_change(name, metric, rounds) for metric in _QUANTILES]
+            mine = [c for c in found if c]
+            if all(_judge(gate, mine).status != "unsure" for gate in gates):
+                break
+            say(f"compare: unsure after {len(rounds['A'])} rounds")
+        changes += mine
+    return changes
+
+
+def _turns_change(name: str, metric: str, rounds: dict[str, list[Array]]) -> Change | None:
+    q = _QUANTILES[metric]
+    found = stats.pooled_ratio(rounds["B"], rounds["A"], q, _LOOK_LEVEL)
+    if metric == "p50":
+        a, b = ([float(np.median(one)) for one in rounds[side]] for side in "AB")
+        found = stats.ratio(b, a, _LOOK_LEVEL)
+    if found is None:
+        return None
+    (x, _), (y, y_ci) = (stats.pooled(rounds[side], q, _LOOK_LEVEL) for side in "AB")
+    assert x is not None
+    assert y is not None
+    change = _ratio_change(name, metric, x, y, found, False, f"in turns, {len(rounds['A'])} rounds")
+    return msgspec.structs.replace(change, b_ci95=y_ci)
+
+
+def _file_of(place: Path, variant: Variant, name: str) -> Target:
+    """The file of a variant, in the artifact or in the run's export; or the one that was named to `bench`."""
+    folder = artifact.resolve(place)
+    if variant.file and (folder / variant.file).is_file():
+        return Target(name, "onnxruntime", str(folder), str(folder / variant.file))
+    if variant.file and variant.file.endswith(".onnx") and Path(variant.file).is_file():
+        file = Path(variant.file)
+        return Target(name, "onnxruntime", str(file.parent.parent), str(file))
+    raise RunError(f"{place} does not hold the file of {variant.name}", "Give run folders, with their artifacts")
+
+
+def _judge(gate: Condition, changes: list[Change]) -> Gate:
+    """Hold a gate against every variant compared: any failure fails it, any doubt leaves it unsure."""
+    about = [c for c in changes if c.metric == gate.metric or (gate.metric == "accuracy" and _is_metric(c.metric))]
+    if not about:
+        return Gate(expression=gate.expression, status="refused", why=f"neither report has {gate.metric} to compare")
+    verdicts = [_judge_one(gate, change) for change in about]
+    for status in ("refused", "failed", "unsure", "passed"):
+        if reasons := [why for found, why in verdicts if found == status]:
+            return Gate(expression=gate.expression, status=status, why="; ".join(reasons))
+    raise AssertionError(verdicts)
+
+
+def _is_metric(name: str) -> bool:
+    return name not in _METRICS
+
+
+def _judge_one(gate: Condition, change: Change) -> tuple[str, str]:
+    if gate.relative:
+        if change.change is None:
+            return "refused", f"{change.metric} is not comparable: {change.how}"
+        value, ci, unit = change.change, change.ci95, change.unit
+        text = f"{change.variant}: {value:+.2f} {unit}"
+    else:
+        if change.b is None:
+            return "refused", f"B has no {change.metric}"
+        value, ci = change.b, change.b_ci95
+        text = f"{change.variant}: {value:.4g}"
+    if ci is None:
+        return "unsure", f"{text}, no interval"
+    text += f" [{ci[0]:.4g}, {ci[1]:.4g}] ({change.how})"
+    low, high = ci
+    beyond, within = (low > gate.bound, high <= gate.bound) if gate.above else (high < gate.bound, low >= gate.bound)
+    return ("failed" if beyond else "passed" if within else "unsure"), text
+
+
+def _instead(gate: Condition) -> str:
+    return "Compare ratios to the teacher: 'speedup<-10%'" if gate.metric in _QUANTILES else ""
+
+
+def _machine(report: Report) -> str:
+    facts: dict[str, Any] = report.environment
+    return f"{facts.get('cpu', 'an unknown machine')}, {facts.get('cores_allowed', '?')} core(s)"

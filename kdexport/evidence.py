@@ -1,0 +1,64 @@
+"""Teacher and student looked at closely: by class, by confidence, and where they differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kdexport.results import Answer, Bin, Calibration, ClassScore, Evidence, Example
+from kdexport.tasks import Task
+from kdexport.tasks.metrics import Array, reliability, softmax
+
+_EXAMPLES, _CHARACTERS = 12, 240
+
+
+def look_closely(task: Task, rows: list[dict[str, Any]], teacher: Array, student: Array) -> Evidence:
+    """What the test split says of two models' logits [N, C]."""
+    labels = task.targets(rows)
+    sure = {"teacher": softmax(teacher.astype(np.float64)), "student": softmax(student.astype(np.float64))}
+    return Evidence(
+        classes=_classes(task.labels, labels, teacher.argmax(axis=1), student.argmax(axis=1)),
+        calibration={name: _calibration(probabilities, labels) for name, probabilities in sure.items()},
+        examples=_examples(task.labels, rows, sure["teacher"], sure["student"]),
+    )
+
+
+def _classes(names: list[str], labels: Array, teacher: Array, student: Array) -> list[ClassScore]:
+    """Recall by class, the largest loss first."""
+    found = []
+    for i, name in enumerate(names):
+        of_class = labels == i
+        if n := int(of_class.sum()):
+            recalls = [float((side[of_class] == i).mean()) for side in (teacher, student)]
+            agreement = float((teacher[of_class] == student[of_class]).mean())
+            found.append(ClassScore(name, n, recalls[0], recalls[1], agreement))
+    return sorted(found, key=lambda c: (c.student_recall - c.teacher_recall, c.student_recall, c.label))
+
+
+def _calibration(probabilities: Array, labels: Array) -> Calibration:
+    error, bins = reliability(probabilities, labels)
+    return Calibration(error, [Bin(*one) for one in bins])
+
+
+def _examples(names: list[str], rows: list[dict[str, Any]], teacher: Array, student: Array) -> list[Example]:
+    """Rows that are answered differently, the surest disagreements first."""
+    theirs, ours = teacher.argmax(axis=1), student.argmax(axis=1)
+    differ = np.flatnonzero(theirs != ours)
+    weight = teacher.max(axis=1) * student.max(axis=1)
+    chosen = differ[np.argsort(-weight[differ], kind="stable")][:_EXAMPLES]
+    return [
+        Example(
+            id=rows[i]["id"],
+            text=_short(" ‖ ".join(filter(None, (rows[i]["text"], rows[i].get("text_pair"))))),
+            label=rows[i]["label"],
+            teacher=Answer(names[theirs[i]], float(teacher[i, theirs[i]])),
+            student=Answer(names[ours[i]], float(student[i, ours[i]])),
+        )
+        for i in chosen.tolist()
+    ]
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _CHARACTERS else f"{line[:_CHARACTERS].rstrip()} …"

@@ -1,0 +1,247 @@
+"""`kdexport bench`: names on the command line → targets → one report, side by side.
+
+A name is a run or an artifact (all its files, or one: `folder:int8`), an ONNX file of one, a Hugging Face
+folder or hub id, or the address of a server.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kdexport import __version__, artifact, spec
+from kdexport.assemble import speed, weights
+from kdexport.bench.engine import Measured, bench
+from kdexport.bench.loads import Loads
+from kdexport.bench.targets import Target, of_file, of_model, open_target
+from kdexport.data import read_rows
+from kdexport.data.sources import iter_texts
+from kdexport.errors import ArtifactError, DataError, SpecError
+from kdexport.progress import say
+from kdexport.report import write_reports
+from kdexport.results import Metric, Report, Variant
+from kdexport.rundir import hash_file
+from kdexport.tasks import Task, load_task
+from kdexport.tasks.metrics import Array, mcnemar_p, wilson_interval
+
+_BATCH = 32
+
+
+def measure(
+    names: Sequence[str],
+    settings: spec.Bench,
+    out: Path,
+    *,
+    texts: Path | None = None,
+    reference: str | None = None,
+    loads: Loads | None = None,
+    command: str = "",
+) -> Report:
+    """Measure everything that is named, and write report.json, .md, .html and samples.npz into `out`.
+
+    Args:
+        names: what to measure.
+        settings: how.
+        out: a folder, made when absent.
+        texts: a file of texts (with labels, accuracy is taken too); by default a named run's test split.
+        reference: the variant that ratios are taken to; the first by default.
+        loads: what to put on servers.
+        command: the command line, for the report.
+
+    Raises:
+        SpecError: a name is nothing that can be measured, or there are no texts.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        targets = [t for i, name in enumerate(names) for t in find_targets(name, settings, Path(work) / str(i))]
+        if clash := {t.name for t in targets if sum(t.name == other.name for other in targets) > 1}:
+            targets = [msgspec.structs.replace(t, name=t.model) if t.name in clash else t for t in targets]
+        known = [t.name for t in targets]
+        if reference and reference not in known:
+            raise SpecError(f"--reference {reference!r} is not measured", f"It is one of: {', '.join(known)}")
+        rows = read_texts(texts, names)
+        # One of them is measured twice, as the engine's check of itself.
+        quick = ("onnxruntime", "openvino", "torch")  # a twin costs as much as its model: best a file
+        control = next((t.name for kind in quick for t in targets if t.runtime == kind), None)
+        first = reference or known[0]
+        measured = bench(settings, targets, rows, first, 0, out, control=control, loads=loads)
+        report = _report(targets, measured, rows, first, command)
+    write_reports(report, out)
+    return report
+
+
+def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
+    """What one name on the command line stands for.
+
+    Raises:
+        SpecError, ArtifactError, ModelError: it stands for nothing that can be measured.
+    """
+    if re.match(r"https?://", name):
+        return [Target(re.sub(r"^https?://", "", name), "http", "", name)]
+    place, _, variant = name.partition(":") if not Path(name).exists() else (name, "", "")
+    folder = artifact.resolve(Path(place))
+    if (folder / artifact.MANIFEST).exists():
+        return _artifact_targets(folder, variant, settings)
+    path = Path(place)
+    if path.suffix == ".onnx":
+        if not path.is_file():
+            raise ArtifactError(f"{path} does not exist", "Check the path")
+        return of_file(path.stem, _task_beside(path), path, settings.runtimes, settings.devices)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise SpecError(
+            f"{path} is no artifact, run or model",
+            "Name a run, an artifact, a .onnx file, a model folder or an address",
+        )
+    return _model_targets(name, settings, work)
+
+
+def _artifact_targets(folder: Path, variant: str, settings: spec.Bench) -> list[Target]:
+    manifest = artifact.read_manifest(folder)
+    if variant and variant not in manifest.variants:
+        raise ArtifactError(f"{folder} has no variant {variant!r}", f"It has: {', '.join(manifest.variants)}")
+    label = folder.resolve().parent.name if folder.name == "artifact" else folder.resolve().name
+    return [
+        target
+        for precision in ([variant] if variant else manifest.variants)
+        for target in of_file(
+            f"{label}-{precision}", folder, artifact.model_file(folder, precision), settings.runtimes, settings.devices
+        )
+    ]
+
+
+def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
+    """A Hugging Face model in PyTorch's runtimes; its task is made from its tokenizer and labels."""
+    from kdexport.distill.teacher import open_config, open_model, own_labels, save_task
+
+    label = Path(name).name
+    if (Path(name) / "task.json").exists():
+        targets = of_model(label, Path(name), settings.runtimes, settings.devices)
+    else:
+        config = open_config(name)
+        work.mkdir()
+        save_task(open_model(name, config, own_labels(config)), None, own_labels(config), work)
+        targets = [
+            msgspec.structs.replace(t, task=str(work), model=name)
+            for t in of_model(label, Path(name), settings.runtimes, settings.devices)
+        ]
+    if not targets:
+        raise SpecError(f"{name} is a PyTorch model, and no runtime of it is asked for", "Add --runtime torch")
+    return targets
+
+
+def _task_beside(file: Path) -> Path:
+    for folder in (file.parent, file.parent.parent):
+        if (folder / "task.json").exists() or (folder / artifact.MANIFEST).exists():
+            return folder
+    raise ArtifactError(f"{file} lies in no artifact: no {artifact.MANIFEST} beside it", "Name the artifact's folder")
+
+
+def read_texts(texts: Path | None, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of the file that was given, else of the test split of the first run among the names.
+
+    Raises:
+        SpecError: there is neither. DataError: the file holds no texts.
+    """
+    if texts:
+        rows = [row for row in iter_texts(texts, []) if str(row.get("text") or "").strip()]
+        if not rows:
+            raise DataError(f"{texts} holds no texts", "It wants a column 'text', or a text a line")
+        return rows
+    for name in names:
+        place = Path(name if Path(name).exists() else name.partition(":")[0])
+        for run in (place, *list(place.resolve().parents)[:3]):
+            if (run / "data" / "test.jsonl").is_file():
+                say(f"bench: texts are those of {run}/data/test.jsonl")
+                return read_rows(run / "data", "test")
+    raise SpecError("there are no texts to measure with", "Name a file of real ones: --data texts.csv")
+
+
+def _report(targets: list[Target], measured: Measured, rows: list[dict[str, Any]], first: str, command: str) -> Report:
+    known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
+    task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
+    logits = {t.name: _logits(t, rows) for t in known if t.runtime != "http" and t.name in measured.latency}
+    return Report(
+        kdexport=__version__,
+        task=task.name if task else "text-classification",
+        metric=task.metric_name if task else "accuracy",
+        labels=task.labels if task else [],
+        recommended=None,
+        reason=_summary(measured, first),
+        variants=[_variant(t, measured, logits, rows, first) for t in known],
+        bench=measured.conditions,
+        environment=measured.environment,
+        command=command,
+    )
+
+
+def _variant(
+    target: Target, measured: Measured, logits: dict[str, Array], rows: list[dict[str, Any]], first: str
+) -> Variant:
+    is_file, file = target.model.endswith(".onnx"), Path(target.model)
+    precision = re.search(r"fp16|int8|quantized", f"{target.name} {file.name}") if is_file else None
+    size = {"size_bytes": None, "sha256": None} if target.runtime == "http" else weights(file)
+    if is_file:
+        size = {"size_bytes": file.stat().st_size, "sha256": hash_file(file)}
+    return Variant(
+        name=target.name,
+        model=target.name,
+        runtime=target.runtime,
+        device=target.device,
+        precision=(precision[0].replace("quantized", "int8") if precision else "fp32"),
+        graph="server" if target.runtime == "http" else "file" if is_file else "model",
+        file=target.model,
+        **size,
+        **speed(target.name, measured),
+        **_quality(target, logits, rows, first),
+    )
+
+
+def _quality(target: Target, logits: dict[str, Array], rows: list[dict[str, Any]], first: str) -> dict[str, Any]:
+    """The metric where rows have labels that the task knows, and agreement with the reference."""
+    own, theirs = logits.get(target.name), logits.get(first)
+    if own is None:
+        return {}
+    found: dict[str, Any] = {}
+    if theirs is not None and theirs.shape == own.shape:
+        found["agreement"] = float((own.argmax(axis=1) == theirs.argmax(axis=1)).mean())
+    task = load_task(Path(target.task))
+    if not _labelled(task, rows):
+        return found
+    right = task.hits(own, rows)
+    found["metric"] = Metric(float(right.mean()), wilson_interval(int(right.sum()), len(rows)), len(rows))
+    found["wrong_rows"] = np.flatnonzero(~right).tolist()
+    if "agreement" in found:
+        found["mcnemar_p"] = mcnemar_p(right, task.hits(theirs, rows))  # type: ignore[arg-type] # shapes match
+    return found
+
+
+def _labelled(task: Task, rows: list[dict[str, Any]]) -> bool:
+    return all(row.get("label") in task.labels for row in rows)
+
+
+def _logits(target: Target, rows: list[dict[str, Any]]) -> Array:
+    """Every row through the runtime that was measured."""
+    opened = open_target(target, 1)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["text"]))
+    batches = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
+    found = np.concatenate([opened.run(opened.encode([rows[i] for i in batch])) for batch in batches])
+    return np.asarray(found[np.argsort(order)])
+
+
+def _summary(measured: Measured, first: str) -> str:
+    others = {name: ratio for name, ratio in measured.speedup.items() if name != first}
+    if not others:
+        return f"{first}: p50 {measured.latency[first].p50:.3g} ms." if first in measured.latency else ""
+    told = [
+        f"{name} is {'as fast as' if ratio.verdict == 'same' else ratio.verdict + ' than'} {first}"
+        if ratio.verdict != "unsure"
+        else f"{name} against {first}: unsure"
+        for name, ratio in others.items()
+    ]
+    return "; ".join(told) + "."

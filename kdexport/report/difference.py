@@ -1,0 +1,98 @@
+"""A comparison in the terminal, and as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdexport.report import page
+from kdexport.report.charts import Axis, Bar, bars
+from kdexport.report.page import Figure, Page, Section, Table
+from kdexport.report.table import percent, trimmed
+from kdexport.report.terminal import print_line, show_table
+from kdexport.results import Change, Comparison
+from kdexport.rundir import write_json, write_text
+
+HEADERS = ("variant", "metric", "A", "B", "change [95 %]", "verdict", "how")
+_UNITS = {"p50": "ms", "p90": "ms", "p99": "ms", "cold": "ms", "size": "MB", "memory": "MB", "speedup": "×"}
+
+
+def show_comparison(found: Comparison) -> None:
+    """Print changes and gates on stdout."""
+    print_line(f"A {found.a}\nB {found.b}")
+    show_table(HEADERS, [_row(change) for change in found.changes])
+    for note in found.notes:
+        print_line(f"note: {note}")
+    for gate in found.gates:
+        print_line(f"gate {gate.expression}: {gate.status.upper()}; {gate.why}")
+
+
+def write_comparison(found: Comparison, out: Path) -> None:
+    """Write compare.json, compare.md and compare.html into a folder, made when absent."""
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = page_of(found)
+    write_json(out / "compare.json", found)
+    write_text(out / "compare.md", page.markdown(drawn))
+    write_text(out / "compare.html", page.html(drawn))
+
+
+def page_of(found: Comparison) -> Page:
+    """Verdict by gates, the table, and a chart of the changes with their intervals."""
+    failed = [gate for gate in found.gates if gate.status == "failed"]
+    unsure = [gate for gate in found.gates if gate.status == "unsure"]
+    verdict = (
+        f"{len(failed)} of {len(found.gates)} gates failed: {', '.join(g.expression for g in failed)}."
+        if failed
+        else f"{len(unsure)} of {len(found.gates)} gates could not be decided."
+        if unsure
+        else f"All {len(found.gates)} gates passed."
+        if found.gates
+        else _in_short(found.changes)
+    )
+    sections = [
+        Section(
+            "Changes",
+            f"From A, {found.a}, to B, {found.b}.",
+            tables=[Table(HEADERS, [_row(c) for c in found.changes])],
+            brief=True,
+        )
+    ]
+    if found.gates:
+        rows = [(gate.expression, gate.status, gate.why) for gate in found.gates]
+        lead = "A gate fails, or passes, only where its whole 95 % interval does."
+        sections.append(Section("Gates", lead, tables=[Table(("fails if", "status", "why"), rows)], brief=True))
+    for unit, title in (("%", "Times, sizes and ratios"), ("points", "Accuracy and agreement")):
+        if drawn := [c for c in found.changes if c.unit == unit and c.change is not None]:
+            sections.append(Section(title, "B against A; 0 is no change.", [_figure(drawn, unit)]))
+    return Page("What changed from A to B", verdict, not failed, [], found.notes, sections)
+
+
+def _figure(changes: list[Change], unit: str) -> Figure:
+    style = {"better": 2, "worse": 1}
+    drawn = []
+    for c in changes:
+        label, told = f"{c.metric} of {c.variant}", f"{_change(c)}, {c.verdict}"
+        drawn.append(Bar(label, c.change or 0.0, c.ci95, told, 0.0, style.get(c.verdict, 6)))
+    chart = bars(f"Changes in {unit}", drawn, Axis(f"change, {unit}", "{:+g}".format, reach=(0.0,)))
+    return Figure(f"Change in {unit}, with 95 % intervals", chart, Table(HEADERS, [_row(c) for c in changes]))
+
+
+def _row(c: Change) -> tuple[str, ...]:
+    return (c.variant, c.metric, _value(c.metric, c.a), _value(c.metric, c.b), _change(c), c.verdict, c.how)
+
+
+def _value(metric: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{trimmed(value)} {_UNITS[metric]}" if metric in _UNITS else percent(value)
+
+
+def _change(c: Change) -> str:
+    if c.change is None:
+        return "–"
+    ci = f" [{c.ci95[0]:+.1f}, {c.ci95[1]:+.1f}]" if c.ci95 and c.ci95[0] != c.ci95[1] else ""
+    return f"{c.change:+.1f}{' %' if c.unit == '%' else ' points'}{ci}"
+
+
+def _in_short(changes: list[Change]) -> str:
+    told = [f"{c.metric} of {c.variant}: {c.verdict}" for c in changes if c.verdict in ("better", "worse")]
+    return f"{'; '.join(told)}." if told else "Nothing is better or worse beyond doubt."

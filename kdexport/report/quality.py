@@ -1,0 +1,132 @@
+"""Sections on quality: the metric, classes, calibration, differences, training."""
+
+from __future__ import annotations
+
+import math
+
+from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
+from kdexport.report.page import Figure, Section, Table
+from kdexport.report.table import percent, points
+from kdexport.results import Bin, ClassScore, Report
+
+_WORST_CLASSES = 20
+
+
+def quality(r: Report) -> Section | None:
+    """The metric with intervals, and what distillation gave."""
+    d = r.distillation
+    if d is None:
+        return None
+    named = [("teacher", d.teacher), ("student, PyTorch", d.student)]
+    named += [("the same student on labels alone", d.baseline)] if d.baseline else []
+    named += [(v.name, v.metric) for v in r.variants if v.model == "student" and v.file and v.metric]
+    drawn = [Bar(name, m.value, m.ci95, percent(m.value), m.value, i % 8) for i, (name, m) in enumerate(named)]
+    chart = bars(f"{r.metric} with 95 % intervals", drawn, Axis(r.metric, lambda v: percent(v, 0)))
+    rows = [(name, f"{percent(m.value)} [{100 * m.ci95[0]:.1f}–{100 * m.ci95[1]:.1f}]", str(m.n)) for name, m in named]
+    lead = f"Keeps {percent(d.retention)} of the teacher's {r.metric} on {d.teacher.n:,} test rows. "
+    if d.baseline and d.gain_points is not None:
+        ci = f", 95 % interval {d.gain_ci95[0]:+.1f} to {d.gain_ci95[1]:+.1f}" if d.gain_ci95 else ""
+        told = "beyond doubt" if (d.gain_mcnemar_p or 1) < 0.05 else "which these rows can't tell from nothing"
+        lead += (
+            f"Distillation gave {points(d.gain_points)} over the same student trained on labels alone{ci} "
+            f"(McNemar p = {d.gain_mcnemar_p:.2g}), {told}."
+        )
+    headers = ("model or file", f"{r.metric} [95 %]", "rows")
+    return Section(
+        f"How good: {r.metric}", lead, [Figure("With 95 % intervals", chart, Table(headers, rows))], brief=True
+    )
+
+
+def classes(r: Report) -> Section | None:
+    """Recall of each class, the worst first."""
+    if not r.evidence or not r.evidence.classes:
+        return None
+    worst = r.evidence.classes[:_WORST_CLASSES]
+    drawn = [_recall(c) for c in worst]
+    chart = bars(
+        "Recall of teacher and student by class",
+        drawn,
+        Axis("recall, from teacher to student", lambda v: percent(v, 0)),
+    )
+    rows = [
+        (c.label, str(c.rows), percent(c.teacher_recall), percent(c.student_recall), percent(c.agreement))
+        for c in r.evidence.classes
+    ]
+    headers = ("class", "rows", "teacher", "student", "agree")
+    lost = [c.label for c in worst if c.student_recall < c.teacher_recall][:3]
+    lead = f"Most recall was lost in {', '.join(lost)}." if lost else "No class lost recall."
+    few = " The figure has the worst 20, the table all." if len(rows) > _WORST_CLASSES else ""
+    return Section("Class by class", lead + few, [Figure("Recall, worst first", chart, Table(headers, rows))])
+
+
+def _recall(c: ClassScore) -> Bar:
+    told = f"teacher {percent(c.teacher_recall, 0)} → student {percent(c.student_recall, 0)}, {c.rows} rows"
+    return Bar(c.label, c.student_recall, None, told, c.teacher_recall, 1 if c.student_recall < c.teacher_recall else 2)
+
+
+def calibration(r: Report) -> Section | None:
+    """Does 90 % sure mean right in 90 %?"""
+    if not r.evidence or not r.evidence.calibration:
+        return None
+    found = r.evidence.calibration
+    series = [
+        Series(name, [_bin(name, b, sum(b.rows for b in c.bins)) for b in c.bins], "dots") for name, c in found.items()
+    ]
+    ideal = Series("ideal", [Point(0.0, 0.0), Point(1.0, 1.0)])
+    share = Axis("how sure it says it is", lambda v: percent(v, 0), reach=(0.0, 1.0))
+    chart = plot("Accuracy by confidence", [*series, ideal], share, share._replace(label="how often it is right"))
+    rows = [
+        (name, percent(b.confidence), percent(b.accuracy), str(b.rows)) for name, c in found.items() for b in c.bins
+    ]
+    errors = ", ".join(f"{name} {percent(c.ece)}" for name, c in found.items())
+    lead = (
+        f"Expected calibration error: {errors}. The pale areas are the share of rows; points with few of them wander."
+    )
+    headers = ("model", "sure", "right", "rows")
+    return Section("Calibration", lead, [Figure("Sure against right", chart, Table(headers, rows))])
+
+
+def _bin(name: str, b: Bin, rows: int) -> Point:
+    tip = f"{name}: {percent(b.confidence)} sure, {percent(b.accuracy)} right, {b.rows} rows"
+    return Point(b.confidence, b.accuracy, None, None, tip, 20 * math.sqrt(b.rows / rows))
+
+
+def differences(r: Report) -> Section | None:
+    """The surest disagreements of teacher and student."""
+    if not r.evidence or not r.evidence.examples:
+        return None
+    rows = [
+        (
+            e.id,
+            e.label,
+            f"{e.teacher.label} ({percent(e.teacher.score, 0)})",
+            f"{e.student.label} ({percent(e.student.score, 0)})",
+            e.text,
+        )
+        for e in r.evidence.examples
+    ]
+    lead = "The test rows on which both were surest, and said something else."
+    return Section(
+        "Where teacher and student differ", lead, tables=[Table(("row", "label", "teacher", "student", "text"), rows)]
+    )
+
+
+def training(r: Report) -> Section | None:
+    """Loss and validation, epoch by epoch."""
+    d = r.distillation
+    if d is None or not d.student_curve:
+        return None
+    curves = {"distilled": d.student_curve} | ({"labels alone": d.baseline_curve} if d.baseline_curve else {})
+    figures = []
+    for key, caption in (("validation", f"{r.metric} on validation"), ("loss", "Loss (each of its own kind)")):
+        series = [
+            Series(name, [Point(e["epoch"], e[key]) for e in curve if key in e]) for name, curve in curves.items()
+        ]
+        rows = [(name, *(f"{e[key]:.3f}" for e in curve if key in e)) for name, curve in curves.items()]
+        epochs = max(len(row) for row in rows) - 1
+        headers = ("student", *(f"epoch {i + 1}" for i in range(epochs)))
+        chart = plot(f"{caption} by epoch", series, Axis("epoch", "{:.0f}".format), Axis(key, "{:.2f}".format))
+        figures.append(
+            Figure(caption, chart, Table(headers, [(*row, *[""] * (epochs + 1 - len(row))) for row in rows]))
+        )
+    return Section("Training", f"Temperature {d.temperature:g}, alpha {d.alpha:g}; {d.origin}.", figures)
