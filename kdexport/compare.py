@@ -26,6 +26,7 @@ from kdexport.measure import read_texts
 from kdexport.progress import say
 from kdexport.report.exchange import read_any
 from kdexport.results import Change, Comparison, Gate, Interval, Latency, Metric, Ratio, Report, Variant
+from kdexport.rundir import hash_file
 from kdexport.tasks.metrics import Array, paired_difference, wilson_interval
 
 # Rounds a look; the level of each look is shared out (Bonferroni), because a gate may stop at any of them.
@@ -311,13 +312,12 @@ def _turns_change(name: str, metric: str, rounds: dict[str, list[Array]]) -> Cha
 
 
 def _file_of(place: Path, variant: Variant, name: str) -> Target:
-    """The file of a variant, in the artifact or in the run's export; or the one that was named to `bench`."""
-    folder = artifact.resolve(place)
-    if variant.file and (folder / variant.file).is_file():
-        return Target(name, "onnxruntime", str(folder), str(folder / variant.file))
-    if variant.file and variant.file.endswith(".onnx") and Path(variant.file).is_file():
-        file = Path(variant.file)
-        return Target(name, "onnxruntime", str(file.parent.parent), str(file))
+    """The file that was measured: in the artifact, in the run's export, or where `kdexport bench` found it."""
+    folder, named = artifact.resolve(place), Path(variant.file or "none")
+    places = [(folder / named, folder), *((file, place / "student") for file in place.glob("export/*.onnx"))]
+    for file, task in [*places, (named, named.parent.parent)]:
+        if file.is_file() and hash_file(file) == variant.sha256:
+            return Target(name, "onnxruntime", str(task), str(file))
     raise RunError(f"{place} does not hold the file of {variant.name}", "Give run folders, with their artifacts")
 
 

@@ -23,6 +23,8 @@ def serving(
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # One packet an answer: head and body apart would wait for each other (Nagle and delayed acknowledgement).
+        wbufsize, disable_nagle_algorithm = -1, True
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

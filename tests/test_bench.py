@@ -16,10 +16,13 @@ from kdexport.bench import doubts, machine
 from kdexport.bench.engine import bench, read_measured, read_rounds
 from kdexport.bench.machine import environment
 from kdexport.bench.process import Crashed, call
-from kdexport.bench.targets import Target, of_file, of_model
+from kdexport.bench.targets import Target, of_file, of_model, open_target
 from kdexport.data import read_rows
 from kdexport.errors import RunError
+from kdexport.export import export_student
+from kdexport.predictor import Predictor
 from kdexport.results import Control, Ratio
+from kdexport.tasks import load_task
 
 QUICK = spec.Bench(rounds=3, round_seconds=0.2, precision=None, batch_sizes=(8,))
 
@@ -94,6 +97,26 @@ def test_a_process_that_is_killed_is_said_to_be(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(Crashed, match=r"was killed while it was measured \(SIGKILL; out of memory\?\)"):
         call("falls", b"", 1)
+
+
+def test_other_runtimes_answer_the_same_and_take_their_turns(finished, rows, file, tmp_path):
+    """PyTorch compiled would take minutes of compiling; OpenVINO stands for what can be measured beside."""
+    fp32 = finished / "export" / "model.onnx"
+    targets = of_file("fp32", finished / "student", fp32, ["onnxruntime", "openvino"], ["cpu"])
+    assert [t.name for t in targets] == ["fp32", "fp32-openvino"]
+    ours, theirs = (open_target(target, 1) for target in targets)
+    arrays = ours.encode(rows[:7])
+    assert np.abs(ours.run(arrays) - theirs.run(arrays)).max() < 1e-3
+    found = bench(QUICK, targets, rows, "fp32", 0, tmp_path, sweep=False)
+    assert found.speedup["fp32-openvino"].value > 0.1
+
+
+def test_half_precision_answers_nearly_the_same_at_half_the_size(finished, rows, tmp_path):
+    export_student(spec.Export(variants=("fp32", "fp16")), finished / "student", tmp_path)
+    task = load_task(finished / "student")
+    whole, half = (Predictor(task, tmp_path / name).logits(rows) for name in ("model.onnx", "model_fp16.onnx"))
+    assert np.abs(whole - half).max() < 0.05
+    assert (tmp_path / "model_fp16.onnx").stat().st_size < 0.6 * (tmp_path / "model.onnx").stat().st_size
 
 
 def test_what_this_machine_has_not_is_left_out_and_said(file, finished, rows, tmp_path, capfd):

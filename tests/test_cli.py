@@ -119,8 +119,8 @@ def test_report_draws_again_and_refuses_half_a_file(kdexport, copied):
     whole = (copied / "report.json").read_bytes()
     (copied / "report.json").write_bytes(whole[: len(whole) // 2])
     assert "can't be read" in kdexport("report", copied).stderr
-    (copied / "report.json").write_bytes(whole.replace(b'"schema": 1', b'"schema": 9'))
-    assert "is of schema 9, this kdexport reads 1" in kdexport("report", copied).stderr
+    (copied / "report.json").write_bytes(whole.replace(b'"schema": 2', b'"schema": 9'))
+    assert "is of schema 9, this kdexport reads 1 and 2" in kdexport("report", copied).stderr
 
 
 def test_init_writes_a_spec_that_plan_explains(kdexport, tmp_path, articles_file, base_model):

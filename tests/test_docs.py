@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+from kdexport.compare import parse_gate
 from kdexport.report.table import HEADERS, table
 from kdexport.results import read_report
 
@@ -19,12 +21,35 @@ def test_the_table_is_the_one_of_the_demo_run_that_is_kept():
         assert re.search(pattern, README), row
 
 
-@pytest.mark.parametrize("command", ["run", "demo", "predict", "report", "init"])
-def test_every_flag_that_the_readme_names_exists(kdexport, command):
+COMMANDS = ["run", "demo", "init", "predict", "bench", "report", "compare", "doctor"]
+WORKFLOW = ROOT / "examples" / "ci" / "model-budget.yml"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_that_the_docs_name_exists(kdexport, command):
     known = kdexport(command, "--help", COLUMNS="300").stdout
-    for line in re.findall(rf"kdexport {command}\b[^\n`]*", README):
+    steps = [step.get("run", "") for step in yaml.safe_load(WORKFLOW.read_text())["jobs"]["student"]["steps"]]
+    places = [README, (ROOT / "benchmarks" / "README.md").read_text(), *steps]
+    lines = [line for text in places for line in re.findall(rf"kdexport {command}\b[^\n`]*", text)]
+    for line in lines:
         for flag in re.findall(r"--[a-z][a-z0-9-]+", line):
             assert flag in known, f"{command} has no {flag}"
+    assert lines or command in ("doctor",), f"no document shows {command}"
+
+
+def test_the_workflows_gates_can_be_read():
+    (gates,) = [
+        s["run"]
+        for s in yaml.safe_load(WORKFLOW.read_text())["jobs"]["student"]["steps"]
+        if "--fail-if" in s.get("run", "")
+    ]
+    found = [parse_gate(text) for text in re.findall(r'--fail-if "([^"]+)"', gates)]
+    assert [gate.metric for gate in found] == ["p99", "accuracy", "size"]
+
+
+def test_the_screenshot_in_the_readme_is_there_and_is_a_picture():
+    (path,) = re.findall(r"!\[[^\]]+\]\(([^)]+\.png)\)", README)
+    assert (ROOT / path).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_python_of_the_readme_runs(finished, capsys):

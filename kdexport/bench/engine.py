@@ -206,7 +206,8 @@ def _measured(
     models: set[str],
 ) -> Measured:
     twin = f"{control}{AGAIN}"
-    checked = Control(str(control), _ratio(found[str(control)], found[twin])) if twin in found else None
+    both = control in found and twin in found
+    checked = Control(str(control), _ratio(found[str(control)], found[twin])) if both else None
     own = {name: rounds for name, rounds in found.items() if name != twin}
     base = own.get(reference, {})
     p99 = {name: stats.pooled_ratio(*_totals(base, rounds), 0.99) for name, rounds in own.items()} if base else {}
@@ -286,8 +287,11 @@ def _other_threads(settings: spec.Bench, targets: list[Target], rows: Path, cell
     with bar("other threads", _SWEEP_ROUNDS * len(jobs)) as advance:
         for number in range(_SWEEP_ROUNDS if jobs else 0):
             for target, n in random.Random(number).sample(jobs, len(jobs)):
-                times = _total(_round(settings, target, rows, number, sweep=False, threads=n)).tolist()
-                found.setdefault((target.name, n), []).append(times)
+                try:
+                    times = _total(_round(settings, target, rows, number, sweep=False, threads=n)).tolist()
+                    found.setdefault((target.name, n), []).append(times)
+                except Crashed as crash:
+                    warn(f"bench: {target.name} with {n} threads {crash}")
                 advance(1)
     for (name, n), times in found.items():
         cells[name].append(stats.cell("threads", n, times, 1))

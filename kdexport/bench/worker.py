@@ -152,17 +152,22 @@ def _repeat(once: Callable[[int], Any]) -> list[float]:
 
 
 def _slowed(opened: Opened, share: float) -> Opened:
-    """The same target with every run stretched, busy as a slower model would be."""
+    """The same target with every answer stretched by a share, busy as a slower model would be."""
+    started = _now()
 
-    def run(arrays: Any) -> Any:
+    def encode(rows: Any) -> Any:
+        nonlocal started
         started = _now()
-        logits = opened.run(arrays)
+        return opened.encode(rows)
+
+    def decode(logits: Any) -> Any:
+        answers = opened.decode(logits)
         until = _now() + (_now() - started) * share
         while _now() < until:
             pass
-        return logits
+        return answers
 
-    return opened._replace(run=run)
+    return opened._replace(encode=encode, decode=decode)
 
 
 def _peak_rss_mb(process: psutil.Process) -> float:

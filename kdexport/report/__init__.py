@@ -84,8 +84,10 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ci = best.speedup_p50.ci95
         range_ = f" [{ci[0]:.1f}–{ci[1]:.1f}]" if ci else ""
         facts.append((times(best.speedup_p50.value), f"faster than {report.bench.reference}{range_}"))
-    smaller = (
-        f"; {reference.size_bytes / best.size_bytes:.0f}× smaller" if reference.size_bytes and best.size_bytes else ""
-    )
+    sizes = reference.size_bytes, best.size_bytes
+    smaller = f"; {sizes[0] / sizes[1]:.0f}× smaller" if sizes[0] and sizes[1] else ""
     facts.append((f"{megabytes(best.size_bytes)} MB", f"file{smaller}"))
+    if best.latency_ms and report.bench.price_per_hour:
+        cost = best.latency_ms.p50 / 3.6 * report.bench.price_per_hour * report.bench.threads
+        facts.append((trimmed(cost), f"for a million answers, at {report.bench.price_per_hour:g} an hour"))
     return facts

@@ -71,7 +71,7 @@ class _Scale:
     def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float) -> None:
         self.axis, self._start, self._end = axis, start, end
         known = [v for v in (*values, *axis.reach) if not axis.log or v > 0]
-        low, high = (min(known), max(known)) if known else (0.0, 1.0)
+        low, high = (min(known), max(known)) if known else (0.1, 1.0)
         if axis.log:
             self._low, self._high = math.log10(low) - 0.06, math.log10(high) + 0.06
             if self._high - self._low < 0.3:

@@ -156,22 +156,18 @@ def _log_to_mlflow(report: Report, where: str, folder: Path) -> None:
 
 
 def _log_to_tensorboard(report: Report, where: str, folder: Path) -> None:
-    import tensorboard  # noqa: F401 # torch's writer says less clearly that it is missing
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.summary import Writer
 
-    with SummaryWriter(str(Path(where or "runs/tensorboard") / folder.resolve().name)) as writer:
-        for name, value in scalars(report):
-            writer.add_scalar(name, value)
-        curves = (
-            {"student": report.distillation.student_curve, "baseline": report.distillation.baseline_curve}
-            if report.distillation
-            else {}
-        )
-        for name, curve in curves.items():
-            for point in curve:
-                for key in point.keys() - {"epoch"}:
-                    writer.add_scalar(f"training/{name}/{key}", point[key], int(point["epoch"]))
-        writer.add_text("report", (folder / "report.md").read_text(encoding="utf-8"))
+    writer = Writer(str(Path(where or "runs/tensorboard") / folder.resolve().name))
+    for name, value in scalars(report):
+        writer.add_scalar(name, value, 0)
+    found = report.distillation
+    curves = {"student": found.student_curve, "baseline": found.baseline_curve} if found else {}
+    for name, curve in curves.items():
+        for point in curve:
+            for key in sorted(point.keys() - {"epoch"}):
+                writer.add_scalar(f"training/{name}/{key}", point[key], int(point["epoch"]))
+    writer.close()
 
 
 def scalars(report: Report) -> Iterator[tuple[str, float]]:

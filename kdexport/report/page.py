@@ -27,12 +27,13 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One part of a page. `brief` sections stand in Markdown too; `code` is set as it is."""
+    """One part of a page: lead, tables, figures, a note below. `brief` ones stand in Markdown too; `code` as it is."""
 
     title: str
     lead: str = ""
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
+    note: str = ""
     code: str = ""
     brief: bool = False
 

@@ -19,7 +19,7 @@ def variants(r: Report) -> Section:
         for cells, v in zip(table(r), r.variants, strict=True)
     ]
     lengths = f" of {tokens['p5']} to {tokens['p95']} tokens (5th to 95th percentile)" if tokens else ""
-    lead = (
+    note = (
         f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {how.rows} real test texts{lengths} in "
         f"turn, in {how.rounds} shuffled rounds, each variant in a process of its own. Intervals are over rounds, "
         f"ratios to {how.reference} are paired by round. p99 stands from 1,000 samples on; before that a bound of it, "
@@ -27,18 +27,10 @@ def variants(r: Report) -> Section:
     )
     tables = [Table((*headers(r), "verdict"), rows, place)]
     if costs := [_costs(v) for v in r.variants if v.footprint]:
-        columns = (
-            "a process of",
-            "tokenise ms",
-            "run ms",
-            "p90 ms",
-            "cold start ms",
-            "RSS MB",
-            "peak MB",
-            "cores used",
-        )
+        columns = ("process of", "tokenise ms", "run ms", "p90 ms", "cold start ms", "RSS MB", "peak MB", "cores used")
         tables.append(Table(columns, costs))
-    return Section("Variants", lead + _control(r), tables=tables, brief=True)
+    lead = "All measured in one run, in turns; brackets are 95 % intervals. How is said below the tables."
+    return Section("Variants", lead, tables=tables, note=note + _control(r), brief=True)
 
 
 def _costs(v: Variant) -> tuple[str, ...]:
