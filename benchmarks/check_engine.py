@@ -122,10 +122,11 @@ def loops(file: Target, rows: list, folder: Path) -> dict:
         place = Path(work)
         (place / "rows.json").write_text(json.dumps(rows[:256]))
         (place / "test_it.py").write_text(PYTEST)
+        (place / "ours").mkdir()
         given = {"ROWS": str(place / "rows.json"), "TASK": str(folder), "MODEL": file.model}
         pinned = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         for turn in range(TURNS):
-            latency = bench(how, [file], rows[:256], "a", 0, place, sweep=False).latency["a"]
+            latency = bench(how, [file], rows[:256], "a", 0, place / "ours", sweep=False).latency["a"]
             turns["engine"].append(latency.p50)
             turns["engine_model"].append(latency.model_p50)
             command = [

@@ -74,9 +74,9 @@ def settings(articles_file, base_model) -> dict:
         "distill.epochs": 12,
         "distill.batch_size": 16,
         "distill.learning_rate": 1e-3,
-        "bench.rounds": 3,
+        "bench.rounds": 2,
         "bench.round_seconds": 0.2,
-        "bench.precision": 1.0,
+        "bench.precision": None,
         "bench.batch_sizes": [8],
     }
 
@@ -122,4 +122,6 @@ def kdexport(cache):
 
 def as_flags(settings: dict) -> list[str]:
     """A spec's overrides as command-line flags."""
-    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return [
+        part for key, value in settings.items() for part in ("--set", f"{key}={'null' if value is None else value}")
+    ]
