@@ -34,7 +34,7 @@ def test_every_flag_that_the_docs_name_exists(kdexport, command):
     for line in lines:
         for flag in re.findall(r"--[a-z][a-z0-9-]+", line):
             assert flag in known, f"{command} has no {flag}"
-    assert lines or command in ("doctor",), f"no document shows {command}"
+    assert lines or command == "demo", f"no document shows {command}"
 
 
 def test_the_workflows_gates_can_be_read():

@@ -107,7 +107,8 @@ class _Scale:
 def plot(title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 280) -> str:
     """An SVG of series in one frame; `title` is what a screen reader says of it."""
     points = [p for one in series for p in one.points]
-    rows = _legend_rows([one.name for one in series]) if len(series) > 1 else []
+    # A series without points keeps its place, so that a variant looks alike in every chart, but has no legend.
+    rows = _legend_rows([(i, one.name) for i, one in enumerate(series) if one.points]) if len(series) > 1 else []
     top = 12 + 17 * len(rows)
     total = height + top
     across = _Scale(x, [v for p in points for v in (p.x, *(p.x_ci or ()))], _LEFT, _WIDTH - _RIGHT)
@@ -201,11 +202,11 @@ def _x_axis(across: _Scale, top: int, bottom: int, total: int) -> str:
     return "".join(lines) + label
 
 
-def _legend_rows(names: list[str]) -> list[list[tuple[int, str, int]]]:
+def _legend_rows(names: list[tuple[int, str]]) -> list[list[tuple[int, str, int]]]:
     """Names laid out in rows: (series, name, pixel)."""
     rows: list[list[tuple[int, str, int]]] = [[]]
     at = _LEFT
-    for i, name in enumerate(names):
+    for i, name in names:
         width = 26 + round(6.6 * len(name))
         if at + width > _WIDTH and rows[-1]:
             rows.append([])
