@@ -17,7 +17,8 @@ lint: $(VENV)/.made
 	$(BIN)/mypy
 
 bench: $(VENV)/.made
-	$(BIN)/python -m pytest benchmarks -s --timeout 0 --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,ops,rounds
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks -s --benchmark-json=.benchmarks/hot-paths.json --timeout 0 --benchmark-only --benchmark-disable-gc --benchmark-columns=median,iqr,ops,rounds
 
 schemas: $(VENV)/.made
 	$(BIN)/python -m kdexport.schemas

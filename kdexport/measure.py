@@ -23,7 +23,7 @@ from kdexport.bench.targets import Target, of_file, of_model, open_target
 from kdexport.data import read_rows
 from kdexport.data.sources import iter_texts
 from kdexport.errors import ArtifactError, DataError, SpecError
-from kdexport.progress import say
+from kdexport.progress import bar, say
 from kdexport.report import write_reports
 from kdexport.results import Metric, Report, Variant
 from kdexport.rundir import hash_file
@@ -230,8 +230,12 @@ def _logits(target: Target, rows: list[dict[str, Any]]) -> Array:
     opened = open_target(target, 1)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["text"]))
     batches = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
-    found = np.concatenate([opened.run(opened.encode([rows[i] for i in batch])) for batch in batches])
-    return np.asarray(found[np.argsort(order)])
+    found = []
+    with bar(f"answers of {target.name}", len(rows)) as advance:
+        for batch in batches:
+            found.append(opened.run(opened.encode([rows[i] for i in batch])))
+            advance(len(batch))
+    return np.asarray(np.concatenate(found)[np.argsort(order)])
 
 
 def _summary(measured: Measured, first: str) -> str:

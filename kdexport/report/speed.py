@@ -21,7 +21,8 @@ def variants(r: Report) -> Section:
     lengths = f" of {tokens['p5']} to {tokens['p95']} tokens (5th to 95th percentile)" if tokens else ""
     note = (
         f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {how.rows} real test texts{lengths} in "
-        f"turn, in {how.rounds} shuffled rounds, each variant in a process of its own. Intervals are over rounds, "
+        f"turn, in {how.rounds} shuffled rounds, each variant in a process of its own; waiting threads "
+        f"{'spin' if how.spinning else 'sleep'}, garbage is not collected meanwhile. Intervals are over rounds, "
         f"ratios to {how.reference} are paired by round. p99 stands from 1,000 samples on; before that a bound of it, "
         "or nothing. Digits that the interval does not carry are left out."
     )
