@@ -161,9 +161,9 @@ def test_a_machine_too_noisy_to_tell_a_file_from_itself_is_said(finished):
     )
 
 
-def _doubts(measured):
+def _doubts(measured, facts=None):
     samples = {"student-int8": {i: SimpleNamespace(total_us=[1.0] * 40) for i in range(3)}}
-    return doubts.of(QUICK, samples, measured, environment())
+    return doubts.of(QUICK, samples, measured, facts or environment())
 
 
 def test_more_threads_than_asked_for_and_a_busy_machine_are_said(finished):
@@ -172,7 +172,8 @@ def test_more_threads_than_asked_for_and_a_busy_machine_are_said(finished):
     starved = {n: msgspec.structs.replace(f, cores_used=0.4) for n, f in measured.footprint.items()}
     lines = _doubts(msgspec.structs.replace(measured, footprint=greedy))
     assert any("student-int8 used 1.9 cores, though 1 thread(s) were asked for" in line for line in lines)
-    lines = _doubts(msgspec.structs.replace(measured, footprint=starved))
+    lines = _doubts(msgspec.structs.replace(measured, footprint=starved), environment() | {"busy_percent": 80.0})
+    assert "other work took 80 % of the CPU time before it began" in lines
     assert any("student-int8 got only 40 % of a core" in line for line in lines)
 
 
@@ -202,11 +203,11 @@ def test_doctor_prints_the_machine_and_what_to_mind(kdexport):
 
 
 def test_advice_follows_the_facts():
-    facts = environment() | {"cpu_flags": ["avx2"], "governor": "powersave", "load_1min": 99.0, "os": "Linux-x86_64"}
+    facts = environment() | {"cpu_flags": ["avx2"], "governor": "powersave", "busy_percent": 99.0, "os": "Linux-x86_64"}
     lines = machine.advice(facts)
     assert any("no VNNI" in line for line in lines)
     assert any("governor is powersave" in line for line in lines)
-    assert any("the load is 99.0" in line for line in lines)
+    assert any("99 % of the CPU time is taken" in line for line in lines)
 
 
 def test_bench_measures_files_and_models_side_by_side(kdexport, finished, tmp_path):

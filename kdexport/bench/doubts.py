@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdexport import spec
+from kdexport.bench.machine import BUSY_PERCENT
 from kdexport.bench.stats import half_width
 
 
@@ -42,8 +43,8 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
         lines.append(
             f"{', '.join(drifting)} slowed down or sped up by over 10 % within rounds: warming up, or a busy machine"
         )
-    if facts["load_1min"] > 0.5 * facts["cores_allowed"]:
-        lines.append(f"the load was {facts['load_1min']} on {facts['cores_allowed']} core(s) before it began")
+    if facts["busy_percent"] > BUSY_PERCENT:
+        lines.append(f"other work took {facts['busy_percent']:.0f} % of the CPU time before it began")
     return lines
 
 

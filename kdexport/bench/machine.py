@@ -22,6 +22,7 @@ _PACKAGES = (
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ORT_INTRA_OP_NUM_THREADS")
 _GPU = ("name", "driver_version", "memory.total", "clocks.sm", "power.draw", "power.limit", "temperature.gpu")
+BUSY_PERCENT = 25.0
 _CPU_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
@@ -42,6 +43,7 @@ def environment() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "memory_limit": _read(Path("/sys/fs/cgroup/memory.max")),
         "load_1min": round(os.getloadavg()[0], 2),
+        "busy_percent": _busy_percent(),
         "virtual": "hypervisor" in flags,
         "container": _container(),
         "gpus": _gpus(),
@@ -74,8 +76,8 @@ def advice(facts: dict[str, Any]) -> list[str]:
     x86 = "x86" in facts["os"] or "amd64" in facts["os"].lower()
     if x86 and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(facts["cpu_flags"]):
         lines.append("this CPU has no VNNI: int8 may be no faster than fp32 here")
-    if facts["load_1min"] > 0.5 * facts["cores_allowed"]:
-        lines.append(f"the load is {facts['load_1min']}: something else is running")
+    if facts["busy_percent"] > BUSY_PERCENT:
+        lines.append(f"{facts['busy_percent']:.0f} % of the CPU time is taken: something else is running")
     for package, extra in (("onnxruntime", "cpu"), ("torch", "distill")):
         if find_spec(package) is None:
             lines.append(f"{package} is not installed: pip install 'kdexport[{extra}]'")
@@ -104,6 +106,11 @@ def _mhz() -> int | None:
     except (OSError, NotImplementedError):
         return None
     return round(found.current) if found and found.current else None
+
+
+def _busy_percent() -> float:
+    """CPU time of all cores that is not idle, this process at rest; a load average would count our own past work."""
+    return round(100 - psutil.cpu_times_percent(interval=0.5).idle, 1)
 
 
 def _container() -> str | None:
