@@ -18,7 +18,7 @@ def main() -> None:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
-        page = browser.new_page(viewport={"width": 1180, "height": 1240}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1180, "height": 1760}, color_scheme="light")
         page.goto(report.as_uri())
         page.screenshot(path=out)
         browser.close()
