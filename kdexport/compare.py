@@ -49,7 +49,6 @@ class Condition(NamedTuple):
     above: bool
     relative: bool
     bound: float
-    percent: bool
 
 
 def parse_gate(text: str) -> Condition:
@@ -73,7 +72,7 @@ def parse_gate(text: str) -> Condition:
         )
     if not sign and share and unit == "%":
         bound /= 100
-    return Condition(text.strip(), metric, relation == ">", bool(sign), bound, unit == "%")
+    return Condition(text.strip(), metric, relation == ">", bool(sign), bound)
 
 
 def compare(
@@ -109,7 +108,8 @@ def compare(
     changes = [c for one, other in pairs for c in _changes(*reports, one, other, same_hardware)]
     found = [_judge(gate, changes) for gate in gates]
     timed = [g for g in gates if g.metric in _QUANTILES and g.relative]
-    doubt = any(gate.status == "unsure" for gate, want in zip(found, gates, strict=True) if want in timed)
+    open_ = {"unsure", "refused"}  # what reports can't decide, and what they may not, both files side by side can
+    doubt = any(gate.status in open_ for gate, want in zip(found, gates, strict=True) if want in timed)
     if side_by_side or (side_by_side is None and doubt):
         try:
             measured = _measure_in_turns(Path(a), Path(b), pairs, timed, time_limit_s)
@@ -142,7 +142,8 @@ def _changes(a: Report, b: Report, one: Variant, other: Variant, same_hardware: 
     found = [change for metric in _QUANTILES if (change := _time_change(metric, name, a, b, one, other, same_hardware))]
     if one.speedup_p50 and other.speedup_p50 and one.name != a.bench.reference:
         sa, sb = one.speedup_p50, other.speedup_p50
-        found.append(_ratio_change(name, "speedup", sa.value, sb.value, _quotient(sb, sa), True, "ratio in each run"))
+        how = "ratio in each run" + ("" if _same_teacher(a, b) else ", to teachers that differ")
+        found.append(_ratio_change(name, "speedup", sa.value, sb.value, _quotient(sb, sa), True, how))
     if one.metric and other.metric:
         found.append(_share_change(name, a.metric, a, b, one, other))
     if one.agreement is not None and other.agreement is not None and one.metric and other.metric:

@@ -56,4 +56,4 @@ class MissingPackage(KdexportError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C in long work. Typer would end the program by itself, without a word on what is kept."""
+    """Ctrl-C in long work; says what is kept. Typer would end the program by itself, without a word."""

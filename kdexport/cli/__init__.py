@@ -45,8 +45,8 @@ def main() -> None:
         app()
     except KdexportError as error:
         _fail(str(error), 2)
-    except Interrupted:
-        _fail("interrupted. Finished stages are kept: the same command goes on from there", 130)
+    except Interrupted as error:
+        _fail(f"interrupted. {error}", 130)
     except BrokenPipeError:  # `kdexport predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

@@ -160,7 +160,7 @@ def _run(settings: Any, out: Path, as_json: bool) -> None:
     try:
         found = run_pipeline(settings, out)
     except KeyboardInterrupt:
-        raise Interrupted from None
+        raise Interrupted("Finished stages are kept: the same command goes on from there") from None
     show_report(found, out, as_json)
     if found.budget.met is False:
         raise typer.Exit(BUDGET_NOT_MET)

@@ -104,7 +104,7 @@ def bench(
             command=shlex.join(["kdexport", *sys.argv[1:]]),
         )
     except KeyboardInterrupt:
-        raise Interrupted from None
+        raise Interrupted("A comparison that was cut short would mislead, so nothing was written") from None
     if pytest_benchmark:
         write_pytest_benchmark(found, folder / "samples.npz", pytest_benchmark)
     show_report(found, folder, as_json)
@@ -204,7 +204,7 @@ def compare(
     try:
         found = compare_reports(a, b, gates, variant=variant, side_by_side=side_by_side, time_limit_s=limit)
     except KeyboardInterrupt:
-        raise Interrupted from None
+        raise Interrupted("Nothing was written") from None
     if out:
         write_comparison(found, out)
     if as_json:

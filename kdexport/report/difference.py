@@ -7,7 +7,7 @@ from pathlib import Path
 from kdexport.report import page
 from kdexport.report.charts import Axis, Bar, bars
 from kdexport.report.page import Figure, Page, Section, Table
-from kdexport.report.table import percent, trimmed
+from kdexport.report.table import percent, signed, trimmed
 from kdexport.report.terminal import print_line, show_table
 from kdexport.results import Change, Comparison
 from kdexport.rundir import write_json, write_text
@@ -72,7 +72,7 @@ def _figure(changes: list[Change], unit: str) -> Figure:
     for c in changes:
         label, told = f"{c.metric} of {c.variant}", f"{_change(c)}, {c.verdict}"
         drawn.append(Bar(label, c.change or 0.0, c.ci95, told, 0.0, style.get(c.verdict, 6)))
-    chart = bars(f"Changes in {unit}", drawn, Axis(f"change, {unit}", "{:+g}".format, reach=(0.0,)))
+    chart = bars(f"Changes in {unit}", drawn, Axis(f"change, {unit}", signed, reach=(0.0,)))
     return Figure(f"Change in {unit}, with 95 % intervals", chart, Table(HEADERS, [_row(c) for c in changes]))
 
 

@@ -17,6 +17,10 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
     best: int | None = None
 
+    def wordy(self) -> set[int]:
+        """Columns of words, which are set to the left and may wrap."""
+        return {i for row in self.rows for i, cell in enumerate(row) if i and len(cell) > 40}
+
 
 class Figure(NamedTuple):
     """A chart, what it shows, and the same as a table, for readers who do not see it."""

@@ -6,7 +6,7 @@ import math
 
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import accuracy, between, headers, megabytes, ms, p99, percent, table, times
+from kdexport.report.table import accuracy, between, headers, megabytes, ms, p99, percent, signed, table, times
 from kdexport.results import QUANTILES, Report, Variant
 
 
@@ -180,7 +180,7 @@ def _by_round(timed: list[Variant]) -> Figure:
         for name, found in rounds.items()
     ]
     caption = "Round by round: p50 against each variant's own middle"
-    axis = Axis("difference, %", "{:+g}".format, reach=(-5.0, 5.0))
+    axis = Axis("difference, %", signed, reach=(-5.0, 5.0))
     chart = plot(caption, series, Axis("round", "{:.0f}".format), axis)
     return Figure(
         caption,

@@ -59,6 +59,11 @@ def points(value: float | None) -> str:
     return "–" if value is None else f"{value:+.1f} points".replace("-", "−")
 
 
+def signed(value: float) -> str:
+    """A change on an axis: +5, −5, 0."""
+    return f"{value:+g}".replace("-", "−") if value else "0"
+
+
 def megabytes(size: float | None) -> str:
     """Bytes as MB (10⁶), with one digit behind the point."""
     return "–" if size is None else f"{size / 1e6:.1f}"
