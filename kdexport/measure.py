@@ -17,20 +17,20 @@ import numpy as np
 
 from kdexport import __version__, artifact, spec
 from kdexport.assemble import speed, weights
+from kdexport.bench.answers import logits_of
 from kdexport.bench.engine import Measured, bench
 from kdexport.bench.loads import Loads
-from kdexport.bench.targets import Target, of_file, of_model, open_target
+from kdexport.bench.process import Crashed
+from kdexport.bench.targets import Target, of_file, of_model
 from kdexport.data import read_rows
 from kdexport.data.sources import iter_texts
 from kdexport.errors import ArtifactError, DataError, SpecError
-from kdexport.progress import bar, say
+from kdexport.progress import bar, say, warn
 from kdexport.report import write_reports
 from kdexport.results import Metric, Report, Variant
 from kdexport.rundir import hash_file
 from kdexport.tasks import Task, load_task
 from kdexport.tasks.metrics import Array, mcnemar_p, wilson_interval
-
-_BATCH = 32
 
 
 def measure(
@@ -165,7 +165,7 @@ def read_texts(texts: Path | None, names: Sequence[str]) -> list[dict[str, Any]]
 def _report(targets: list[Target], measured: Measured, rows: list[dict[str, Any]], first: str, command: str) -> Report:
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
     task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
-    logits = {t.name: _logits(t, rows) for t in known if t.runtime != "http" and t.name in measured.latency}
+    logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows)
     return Report(
         kdexport=__version__,
         task=task.name if task else "text-classification",
@@ -225,17 +225,19 @@ def _labelled(task: Task, rows: list[dict[str, Any]]) -> bool:
     return all(row.get("label") in task.labels for row in rows)
 
 
-def _logits(target: Target, rows: list[dict[str, Any]]) -> Array:
-    """Every row through the runtime that was measured."""
-    opened = open_target(target, 1)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["text"]))
-    batches = [order[i : i + _BATCH] for i in range(0, len(order), _BATCH)]
-    found = []
-    with bar(f"answers of {target.name}", len(rows)) as advance:
-        for batch in batches:
-            found.append(opened.run(opened.encode([rows[i] for i in batch])))
-            advance(len(batch))
-    return np.asarray(np.concatenate(found)[np.argsort(order)])
+def _answers(targets: list[Target], rows: list[dict[str, Any]]) -> dict[str, Array]:
+    """Every row through each runtime that was measured, by name."""
+    found = {}
+    with tempfile.TemporaryDirectory() as work, bar("answers for accuracy", len(targets)) as advance:
+        file = Path(work) / "rows.json"
+        file.write_bytes(msgspec.json.encode(rows))
+        for target in targets:
+            try:
+                found[target.name] = logits_of(target, file)
+            except Crashed as crash:
+                warn(f"bench: the accuracy of {target.name} is missing: it {crash}")
+            advance(1)
+    return found
 
 
 def _summary(measured: Measured, first: str) -> str:

@@ -213,12 +213,14 @@ def test_advice_follows_the_facts():
 def test_bench_measures_files_and_models_side_by_side(kdexport, finished, tmp_path):
     flags = ["--rounds", 2, "--round-seconds", 0.1, "--precision", 0, "--batch-sizes", 0, "--out", tmp_path / "out"]
     targets = [f"{finished}:int8", finished / "artifact" / "onnx" / "model.onnx", finished / "teacher"]
+    targets.append(finished / "student")
     found = kdexport("bench", *targets, "--reference", "teacher-torch", "--price", 0.04, *flags, "--json")
     assert found.returncode == 0, found.stderr
     report = json.loads(found.stdout)
     by_name = {v["name"]: v for v in report["variants"]}
-    assert set(by_name) == {f"{finished.name}-int8", "model", "teacher-torch"}
+    assert set(by_name) == {f"{finished.name}-int8", "model", "teacher-torch", "student-torch"}
     assert by_name["teacher-torch"]["speedup_p50"]["value"] == 1
+    assert by_name["model"]["metric"] == by_name["student-torch"]["metric"]  # one model, in two runtimes
     assert by_name["model"]["metric"]["n"] == by_name["teacher-torch"]["metric"]["n"] > 0
     assert {"report.json", "report.md", "report.html", "samples.npz"} <= {p.name for p in (tmp_path / "out").iterdir()}
     assert report["command"].startswith("kdexport bench")
