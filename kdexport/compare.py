@@ -33,12 +33,16 @@ from kdexport.tasks.metrics import Array, paired_difference, wilson_interval
 _LOOKS = (6, 6, 12, 24)
 _LOOK_LEVEL = 1 - 0.05 / len(_LOOKS)
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-# metric → (what a gate's bare number is in, whether more is better)
-_METRICS = {
-    "p50": ("ms", False), "p90": ("ms", False), "p99": ("ms", False), "speedup": ("", True), "size": ("mb", False),
-    "accuracy": ("points", True), "agreement": ("points", True), "cold": ("ms", False), "memory": ("mb", False),
+_TIMES, _SIZES, _SHARES = (
+    {"": 1.0, "ms": 1.0, "s": 1e3, "us": 1e-3},
+    {"": 1.0, "mb": 1.0, "kb": 1e-3},
+    {"": 1.0, "%": 0.01},
+)
+# metric → the units that a gate on its value may have
+_METRICS: dict[str, dict[str, float]] = {
+    "p50": _TIMES, "p90": _TIMES, "p99": _TIMES, "cold": _TIMES, "size": _SIZES, "memory": _SIZES,
+    "speedup": {"": 1.0, "x": 1.0}, "accuracy": _SHARES, "agreement": _SHARES,
 }  # fmt: skip
-_UNITS = {"ms": 1.0, "s": 1e3, "us": 1e-3, "mb": 1.0, "kb": 1e-3, "%": 1.0, "points": 1.0, "": 1.0}
 
 
 class Condition(NamedTuple):
@@ -57,21 +61,28 @@ def parse_gate(text: str) -> Condition:
     Raises:
         SpecError: it says nothing that can be held against a report.
     """
-    found = re.fullmatch(r"\s*([a-z0-9_]+)\s*([<>])=?\s*([+-]?)([0-9.]+)\s*(%|[a-z]*)\s*", text.lower())
-    if not found or found[1] not in _METRICS or found[5] not in _UNITS:
+    found = re.fullmatch(r"\s*([a-z0-9_]+)\s*([<>])\s*([+-]?)(\d+(?:\.\d+)?)\s*(%|[a-z]*)\s*", text.lower())
+    if not found or found[1] not in _METRICS:
         raise SpecError(
             f"--fail-if {text!r} can't be read",
             f"Write it like 'p99>+10%', 'accuracy<-0.5' or 'size>5MB'; known: {', '.join(_METRICS)}",
         )
     metric, relation, sign, number, unit = found.groups()
-    bound = float(number) * _UNITS[unit] * (-1 if sign == "-" else 1)
-    share = _METRICS[metric][0] == "points"
-    if sign and not share and unit != "%":
+    share, bound = _METRICS[metric] is _SHARES, float(number)
+    if sign:
+        allowed = ("", "points", "%") if share else ("%",)
+        if unit not in allowed:
+            how = f"'{metric}{relation}{sign}0.5' (points)" if share else f"'{metric}{relation}{sign}10%'"
+            raise SpecError(f"--fail-if {text!r}: a change of {metric} has no such unit", f"Write it like {how}")
+        bound *= -1 if sign == "-" else 1
+    elif unit not in _METRICS[metric]:
+        known = ", ".join(filter(None, _METRICS[metric])) or "no unit"
         raise SpecError(
-            f"--fail-if {text!r}: a change of {metric} is in %", f"Write it like '{metric}{relation}{sign}10%'"
+            f"--fail-if {text!r}: {metric} is not in {unit!r} but in {known}",
+            f"For a change write a sign: '{metric}{relation}+{number}%'",
         )
-    if not sign and share and unit == "%":
-        bound /= 100
+    else:
+        bound *= 0.01 if share and not unit and bound > 1 else _METRICS[metric][unit]
     return Condition(text.strip(), metric, relation == ">", bool(sign), bound)
 
 
@@ -99,20 +110,22 @@ def compare(
     reports = read_any(Path(a)), read_any(Path(b))
     pairs = _pairs(*reports, variant)
     notes = []
-    same_hardware = reports[0].environment.get("hardware") == reports[1].environment.get("hardware")
-    if not same_hardware:
+    apart = _differing(*reports)
+    if apart:
+        notes.append(f"{apart}: times are not compared, ratios in each run are")
+    if any(report.task == "pytest-benchmark" for report in reports):
         notes.append(
-            f"A was measured on {_machine(reports[0])}, B on {_machine(reports[1])}: times are not compared, "
-            "ratios to the teacher are"
+            "pytest-benchmark times one process; processes differ by some 5 %, which its intervals here include"
         )
-    changes = [c for one, other in pairs for c in _changes(*reports, one, other, same_hardware)]
+    changes = [c for one, other in pairs for c in _changes(*reports, one, other, apart)]
     found = [_judge(gate, changes) for gate in gates]
     timed = [g for g in gates if g.metric in _QUANTILES and g.relative]
     open_ = {"unsure", "refused"}  # what reports can't decide, and what they may not, both files side by side can
     doubt = any(gate.status in open_ for gate, want in zip(found, gates, strict=True) if want in timed)
     if side_by_side or (side_by_side is None and doubt):
         try:
-            measured = _measure_in_turns(Path(a), Path(b), pairs, timed, time_limit_s)
+            threads = reports[1].bench.threads
+            measured = _measure_in_turns(Path(a), Path(b), pairs, timed, threads, time_limit_s)
             changes = [c for c in changes if (c.variant, c.metric) not in {(m.variant, m.metric) for m in measured}]
             changes = measured + changes
             found = [_judge(gate, changes) for gate in gates]
@@ -122,14 +135,27 @@ def compare(
             notes.append(f"both files could not be measured side by side: {error}")
     for gate, want in zip(found, gates, strict=True):
         if gate.status == "refused":
-            raise SpecError(f"--fail-if {gate.expression!r}: {gate.why}", _instead(want))
+            raise SpecError(
+                f"--fail-if {gate.expression!r}: {gate.why}", _instead(want) if "was measured" in gate.why else ""
+            )
     return Comparison(a=a, b=b, changes=changes, gates=found, notes=notes)
+
+
+def _differing(a: Report, b: Report) -> str:
+    """Why milliseconds of the two can't be compared, or nothing."""
+    if a.environment.get("hardware") != b.environment.get("hardware"):
+        return f"A was measured on {_machine(a)}, B on {_machine(b)}"
+    if a.bench.threads != b.bench.threads:
+        return f"A was measured with {a.bench.threads} thread(s), B with {b.bench.threads}"
+    if a.bench.texts and b.bench.texts and a.bench.texts != b.bench.texts:
+        return "A and B were measured on different texts"
+    return ""
 
 
 def _pairs(a: Report, b: Report, variant: str | None) -> list[tuple[Variant, Variant]]:
     ours, theirs = ({v.name: v for v in report.variants} for report in (a, b))
-    if variant is None and a.recommended and b.recommended:
-        return [(ours[a.recommended], theirs[b.recommended])]
+    if variant is None and a.recommended in ours and b.recommended in theirs:
+        return [(ours[str(a.recommended)], theirs[str(b.recommended)])]
     names = [variant] if variant else [name for name in ours if name in theirs]
     if not names or any(name not in ours or name not in theirs for name in names):
         wanted = f"no variant {variant!r} in both" if variant else "no variant in common"
@@ -137,62 +163,59 @@ def _pairs(a: Report, b: Report, variant: str | None) -> list[tuple[Variant, Var
     return [(ours[name], theirs[name]) for name in names]
 
 
-def _changes(a: Report, b: Report, one: Variant, other: Variant, same_hardware: bool) -> list[Change]:
+def _changes(a: Report, b: Report, one: Variant, other: Variant, apart: str) -> list[Change]:
     name = one.name if one.name == other.name else f"{one.name} → {other.name}"
-    found = [change for metric in _QUANTILES if (change := _time_change(metric, name, a, b, one, other, same_hardware))]
+    found = [change for metric in _QUANTILES if (change := _time_change(metric, name, a, b, one, other, apart))]
     if one.speedup_p50 and other.speedup_p50 and one.name != a.bench.reference:
         sa, sb = one.speedup_p50, other.speedup_p50
         how = "ratio in each run" + ("" if _same_teacher(a, b) else ", to teachers that differ")
-        found.append(_ratio_change(name, "speedup", sa.value, sb.value, _quotient(sb, sa), True, how))
+        change = _ratio_change(name, "speedup", sa.value, sb.value, _quotient(sb, sa), True, how)
+        found.append(msgspec.structs.replace(change, b_ci95=sb.ci95))
     if one.metric and other.metric:
         found.append(_share_change(name, a.metric, a, b, one, other))
     if one.agreement is not None and other.agreement is not None and one.metric and other.metric:
         x, y = _share(one.agreement, one.metric.n), _share(other.agreement, other.metric.n)
         found.append(_points(name, "agreement", x, y, _unpaired(x, y), "unpaired"))
-    for metric, before, after in (
-        ("size", one.size_bytes and one.size_bytes / 1e6, other.size_bytes and other.size_bytes / 1e6),
-        ("cold", one.footprint and one.footprint.cold_ms, other.footprint and other.footprint.cold_ms),
-        ("memory", one.footprint and one.footprint.rss_mb, other.footprint and other.footprint.rss_mb),
-    ):
-        if before and after and (metric != "cold" or same_hardware):
-            ratio = after / before
-            exact = metric == "size"
-            how = "exact" if exact else "medians of fresh processes"
-            change = _ratio_change(
-                name, metric, before, after, Ratio(ratio, (ratio, ratio) if exact else None), False, how
-            )
-            found.append(msgspec.structs.replace(change, b_ci95=(after, after) if exact else None))
+    if one.size_bytes and other.size_bytes:
+        mb, new_mb = one.size_bytes / 1e6, other.size_bytes / 1e6
+        ratio = new_mb / mb
+        change = _ratio_change(name, "size", mb, new_mb, Ratio(ratio, (ratio, ratio)), False, "exact")
+        found.append(msgspec.structs.replace(change, b_ci95=(new_mb, new_mb)))
+    if (f := one.footprint) and (g := other.footprint):
+        how = "fresh processes"
+        found.append(_pair(name, "memory", (f.rss_mb, f.rss_mb_ci95), (g.rss_mb, g.rss_mb_ci95), how))
+        if not apart:
+            found.append(_pair(name, "cold", (f.cold_ms, f.cold_ms_ci95), (g.cold_ms, g.cold_ms_ci95), how))
     return found
 
 
+def _pair(
+    name: str, metric: str, a: tuple[float, Interval | None], b: tuple[float, Interval | None], how: str
+) -> Change:
+    """B against A of two figures that were measured apart."""
+    change = _ratio_change(name, metric, a[0], b[0], _quotient(Ratio(*b), Ratio(*a)), False, how)
+    return msgspec.structs.replace(change, b_ci95=b[1])
+
+
 def _time_change(
-    metric: str, name: str, a: Report, b: Report, one: Variant, other: Variant, same_hardware: bool
+    metric: str, name: str, a: Report, b: Report, one: Variant, other: Variant, apart: str
 ) -> Change | None:
-    if one.latency_ms is None or other.latency_ms is None:
+    (x, x_ci), (y, y_ci) = _time(one.latency_ms, metric), _time(other.latency_ms, metric)
+    if x is None and y is None:
         return None
-    (x, _), (y, y_ci) = _time(one.latency_ms, metric), _time(other.latency_ms, metric)
-    if x is None or y is None:
-        return None
-    if not same_hardware:
+    if apart or x is None or y is None:
+        how = apart or f"{'A' if x is None else 'B'} has no {metric}"
         return Change(
             variant=name, metric=metric, a=x, b=y, b_ci95=y_ci, change=None, ci95=None, unit="%",
-            verdict="not comparable", how="measured on different hardware",
+            verdict="not comparable", how=how,
         )  # fmt: skip
-    return msgspec.structs.replace(_compared_time(metric, name, a, b, one, other, x, y), b_ci95=y_ci)
-
-
-def _compared_time(
-    metric: str, name: str, a: Report, b: Report, one: Variant, other: Variant, x: float, y: float
-) -> Change:
-    """B against A by their ratios to one teacher where that can be, else as they are."""
-    assert one.latency_ms
-    assert other.latency_ms
     ratios = {"p50": (one.speedup_p50, other.speedup_p50), "p99": (one.speedup_p99, other.speedup_p99)}
     sa, sb = ratios.get(metric, (None, None))
     if sa and sb and one.name != a.bench.reference and _same_teacher(a, b):
-        return _ratio_change(name, metric, x, y, _quotient(sa, sb), False, "by ratios to the same teacher in each run")
-    apart = _quotient(Ratio(y, _time(other.latency_ms, metric)[1]), Ratio(x, _time(one.latency_ms, metric)[1]))
-    return _ratio_change(name, metric, x, y, apart, False, "measured apart")
+        how = "by ratios to the same teacher in each run"
+        change = _ratio_change(name, metric, x, y, _quotient(sa, sb), False, how)
+        return msgspec.structs.replace(change, b_ci95=y_ci)
+    return _pair(name, metric, (x, x_ci), (y, y_ci), "measured apart")
 
 
 def _same_teacher(a: Report, b: Report) -> bool:
@@ -200,8 +223,8 @@ def _same_teacher(a: Report, b: Report) -> bool:
     return len(sums) == 1 and None not in sums
 
 
-def _time(latency: Latency, metric: str) -> tuple[float | None, Interval | None]:
-    return getattr(latency, metric), getattr(latency, f"{metric}_ci95")
+def _time(latency: Latency | None, metric: str) -> tuple[float | None, Interval | None]:
+    return (None, None) if latency is None else (getattr(latency, metric), getattr(latency, f"{metric}_ci95"))
 
 
 def _quotient(top: Ratio, bottom: Ratio) -> Ratio:
@@ -268,7 +291,7 @@ def _right(wrong: list[int], n: int) -> Array:
 
 
 def _measure_in_turns(
-    a: Path, b: Path, pairs: list[tuple[Variant, Variant]], gates: list[Condition], time_limit_s: float
+    a: Path, b: Path, pairs: list[tuple[Variant, Variant]], gates: list[Condition], threads: int, time_limit_s: float
 ) -> list[Change]:
     """Both files in turns on this machine, in more and more rounds, until every gate on a time is sure."""
     started, changes = time.monotonic(), list[Change]()
@@ -282,15 +305,22 @@ def _measure_in_turns(
             if look and left <= 0:
                 break
             settings = spec.Bench(
-                rounds=n, round_seconds=0.5, precision=None, batch_sizes=(), time_limit_s=max(left, 1.0)
+                threads=(threads,),
+                rounds=n,
+                round_seconds=0.5,
+                precision=None,
+                batch_sizes=(),
+                time_limit_s=max(left, 1.0),
             )
             with tempfile.TemporaryDirectory() as work:
-                bench(settings, targets, rows, "A", look, Path(work), sweep=False)
+                done = bench(settings, targets, rows, "A", look, Path(work), sweep=False)
+                for side, reason in done.conditions.failed.items():
+                    raise RunError(f"{side}'s file can't be measured: it {reason}", "Run kdexport run again")
                 for side in rounds:
                     rounds[side] += read_rounds(Path(work), side)
             found = [_turns_change(name, metric, rounds) for metric in _QUANTILES]
             mine = [c for c in found if c]
-            if all(_judge(gate, mine).status != "unsure" for gate in gates):
+            if all(_judge(gate, mine).status in ("passed", "failed") for gate in gates):
                 break
             say(f"compare: unsure after {len(rounds['A'])} rounds")
         changes += mine
@@ -300,9 +330,6 @@ def _measure_in_turns(
 def _turns_change(name: str, metric: str, rounds: dict[str, list[Array]]) -> Change | None:
     q = _QUANTILES[metric]
     found = stats.pooled_ratio(rounds["B"], rounds["A"], q, _LOOK_LEVEL)
-    if metric == "p50":
-        a, b = ([float(np.median(one)) for one in rounds[side]] for side in "AB")
-        found = stats.ratio(b, a, _LOOK_LEVEL)
     if found is None:
         return None
     (x, _), (y, y_ci) = (stats.pooled(rounds[side], q, _LOOK_LEVEL) for side in "AB")
@@ -326,7 +353,7 @@ def _judge(gate: Condition, changes: list[Change]) -> Gate:
     """Hold a gate against every variant compared: any failure fails it, any doubt leaves it unsure."""
     about = [c for c in changes if c.metric == gate.metric or (gate.metric == "accuracy" and _is_metric(c.metric))]
     if not about:
-        return Gate(expression=gate.expression, status="refused", why=f"neither report has {gate.metric} to compare")
+        return Gate(expression=gate.expression, status="refused", why=f"neither report has {gate.metric}")
     verdicts = [_judge_one(gate, change) for change in about]
     for status in ("refused", "failed", "unsure", "passed"):
         if reasons := [why for found, why in verdicts if found == status]:

@@ -29,7 +29,7 @@ from kdexport.progress import bar, say, warn
 from kdexport.report import write_reports
 from kdexport.results import Metric, Report, Variant
 from kdexport.rundir import hash_file
-from kdexport.tasks import Task, load_task
+from kdexport.tasks import load_task
 from kdexport.tasks.metrics import Array, mcnemar_p, wilson_interval
 
 
@@ -57,11 +57,9 @@ def measure(
     Raises:
         SpecError: a name is nothing that can be measured, or there are no texts.
     """
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         targets = [t for i, name in enumerate(names) for t in find_targets(name, settings, Path(work) / str(i))]
-        if clash := {t.name for t in targets if sum(t.name == other.name for other in targets) > 1}:
-            targets = [msgspec.structs.replace(t, name=t.model) if t.name in clash else t for t in targets]
+        targets = [_told_apart(t, targets[:i]) for i, t in enumerate(targets)]
         known = [t.name for t in targets]
         if reference and reference not in known:
             raise SpecError(f"--reference {reference!r} is not measured", f"It is one of: {', '.join(known)}")
@@ -70,10 +68,17 @@ def measure(
         quick = ("onnxruntime", "openvino", "torch")  # a twin costs as much as its model: best a file
         control = next((t.name for kind in quick for t in targets if t.runtime == kind), None)
         first = reference or known[0]
+        out.mkdir(parents=True, exist_ok=True)
         measured = bench(settings, targets, rows, first, 0, out, control=control, loads=loads)
         report = _report(targets, measured, rows, first, command)
     write_reports(report, out)
     return report
+
+
+def _told_apart(target: Target, before: list[Target]) -> Target:
+    """The same target, numbered where its name was taken already."""
+    same = sum(other.name == target.name for other in before)
+    return msgspec.structs.replace(target, name=f"{target.name} #{same + 1}") if same else target
 
 
 def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
@@ -117,6 +122,8 @@ def _artifact_targets(folder: Path, variant: str, settings: spec.Bench) -> list[
 
 def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     """A Hugging Face model in PyTorch's runtimes; its task is made from its tokenizer and labels."""
+    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise SpecError(f"{name} does not exist", "Name a run, an artifact, a .onnx file, a model folder or an address")
     from kdexport.distill.teacher import open_config, open_model, own_labels, save_task
 
     label = Path(name).name
@@ -149,8 +156,16 @@ def read_texts(texts: Path | None, names: Sequence[str]) -> list[dict[str, Any]]
         SpecError: there is neither. DataError: the file holds no texts.
     """
     if texts:
-        rows = [row for row in iter_texts(texts, []) if str(row.get("text") or "").strip()]
-        if not rows:
+        if texts.is_dir():
+            raise DataError(f"{texts} is a folder", "Name a CSV, TSV, JSONL or text file")
+        rows = list(iter_texts(texts, []))
+        for number, row in enumerate(rows, 1):
+            if "text" not in row:
+                columns = ", ".join(map(str, row))
+                raise DataError(f"{texts} has no column 'text'", f"Its columns: {columns}")
+            if not isinstance(row["text"], str):
+                raise DataError(f"{texts}, row {number}: text is no text but {type(row['text']).__name__}", "Mend it")
+        if not (rows := [row for row in rows if row["text"].strip()]):
             raise DataError(f"{texts} holds no texts", "It wants a column 'text', or a text a line")
         return rows
     for name in names:
@@ -165,6 +180,9 @@ def read_texts(texts: Path | None, names: Sequence[str]) -> list[dict[str, Any]]
 def _report(targets: list[Target], measured: Measured, rows: list[dict[str, Any]], first: str, command: str) -> Report:
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
     task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
+    strange = [row["label"] for row in rows if task and row.get("label") not in (None, "", *task.labels)]
+    if strange:
+        warn(f"bench: no accuracy is taken: label {strange[0]!r} of the texts is none of the model's")
     logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows)
     return Report(
         kdexport=__version__,
@@ -211,7 +229,7 @@ def _quality(target: Target, logits: dict[str, Array], rows: list[dict[str, Any]
     if theirs is not None and theirs.shape == own.shape:
         found["agreement"] = float((own.argmax(axis=1) == theirs.argmax(axis=1)).mean())
     task = load_task(Path(target.task))
-    if not _labelled(task, rows):
+    if not all(row.get("label") in task.labels for row in rows):
         return found
     right = task.hits(own, rows)
     found["metric"] = Metric(float(right.mean()), wilson_interval(int(right.sum()), len(rows)), len(rows))
@@ -219,10 +237,6 @@ def _quality(target: Target, logits: dict[str, Array], rows: list[dict[str, Any]
     if "agreement" in found:
         found["mcnemar_p"] = mcnemar_p(right, task.hits(theirs, rows))  # type: ignore[arg-type] # shapes match
     return found
-
-
-def _labelled(task: Task, rows: list[dict[str, Any]]) -> bool:
-    return all(row.get("label") in task.labels for row in rows)
 
 
 def _answers(targets: list[Target], rows: list[dict[str, Any]]) -> dict[str, Array]:

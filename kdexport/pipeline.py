@@ -109,7 +109,7 @@ def run(settings: spec.Spec, out: Path) -> Report:
         # 7. How fast is it, side by side with the teacher?
         bench = folder.stage(
             "bench",
-            version=3,
+            version=4,
             settings=[msgspec.structs.replace(settings.bench, price_per_hour=None), settings.seed],
             reads=[data, teacher, export],
             build=lambda work: _bench(settings, data, teacher, student, export, work),

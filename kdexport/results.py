@@ -95,7 +95,9 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     cold_ms: float
+    cold_ms_ci95: Interval | None = None
     rss_mb: float
+    rss_mb_ci95: Interval | None = None
     peak_rss_mb: float
     gpu_peak_mb: float | None = None
     device_p50_ms: float | None = None
@@ -138,7 +140,10 @@ class Control(msgspec.Struct, frozen=True):
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was measured, and what a reader must know about it."""
+    """How it was measured, and what a reader must know about it.
+
+    `texts` is the hash of the texts; `tokens` their lengths, and how many per cent of them are cut at `limit`.
+    """
 
     reference: str = "teacher-torch"
     batch_size: int = 1
@@ -146,6 +151,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int
     round_seconds: float
     rows: int
+    texts: str = ""
     tokens: dict[str, int] = {}
     spinning: bool = False
     clock: str

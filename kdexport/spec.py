@@ -210,8 +210,9 @@ def parse_bench(values: Mapping[str, Any]) -> Bench:
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
         key = re.split(r"[\[.`]", where)[0]
+        flag = {"runtimes": "runtime", "devices": "device", "time_limit_s": "time-limit", "price_per_hour": "price"}
         raise SpecError(
-            f"--{key.rstrip('s').replace('_', '-')}: {what}", f"It means: {settings().get(f'bench.{key}', '')}"
+            f"--{flag.get(key, key).replace('_', '-')}: {what}", f"It means: {settings().get(f'bench.{key}', '')}"
         ) from None
 
 

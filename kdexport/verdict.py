@@ -45,10 +45,10 @@ def choose(
     gain = _gain(fp32, best, measured)
     if gain is None:
         return Choice(shipped, best, f"{kept} against fp32; how fast they are could not be measured")
-    if gain.value < 1 and gain.verdict != "same":
+    if gain.verdict == "slower":
         return Choice(shipped, fp32, f"int8 is {1 / gain.value:.2f}× slower than fp32 on this machine")
-    speed = "as fast" if gain.verdict == "same" else f"{gain.value:.1f}× faster"
-    return Choice(shipped, best, f"{kept} against fp32 and is {speed}")
+    told = {"same": "is as fast", "unsure": "is about as fast"}.get(gain.verdict, f"is {gain.value:.1f}× faster")
+    return Choice(shipped, best, f"{kept} against fp32 and {told}")
 
 
 def judge_budget(

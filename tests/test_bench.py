@@ -20,6 +20,7 @@ from kdexport.bench.targets import Target, of_file, of_model, open_target
 from kdexport.data import read_rows
 from kdexport.errors import RunError
 from kdexport.export import export_student
+from kdexport.measure import measure
 from kdexport.predictor import Predictor
 from kdexport.results import Control, Ratio
 from kdexport.tasks import load_task
@@ -227,14 +228,22 @@ def test_bench_measures_files_and_models_side_by_side(kdexport, finished, tmp_pa
 
 
 BAD = [
-    (["bench", "nowhere"], "model 'nowhere'"),
+    (["bench", "nowhere"], "nowhere does not exist. Name a run, an artifact"),
+    (["bench", "{run}", "--data", "{folder}"], "is a folder. Name a CSV"),
+    (["bench", "{run}", "--data", "{words}"], "has no column 'text'. Its columns: words, label"),
+    (["bench", "{run}", "--data", "{five}"], "five.jsonl, row 2: text is no text but int"),
+    (["bench", "{run}", "--connections", "0"], "--connections '0' can't be read. Write whole numbers from 1 on"),
+    (["bench", "{run}", "--rate", "50%,200"], "--rate '50%,200' can't be read. Write shares of the peak"),
+    (["bench", "{run}", "--rate", "0"], "--rate '0' can't be read"),
+    (["bench", "{run}", "--precision", "5"], "--precision '5' is no share. Write it like 5% or 0.05"),
+    (["compare", "{texts}", "{run}"], "is no report that can be read"),
     (["bench", "nowhere.onnx"], "nowhere.onnx does not exist"),
     (["bench", "{run}:int4"], "has no variant 'int4'. It has: fp32, int8"),
     (["bench", "{artifact}", "--data", "none.csv"], "none.csv does not exist"),
     (["bench", "{copy}"], "there are no texts to measure with. Name a file of real ones: --data texts.csv"),
     (["bench", "{run}", "--reference", "x"], "--reference 'x' is not measured. It is one of:"),
     (["bench", "{run}", "--runtime", "tensorflow"], "--runtime: "),
-    (["bench", "{run}", "--threads", "two"], "--threads 'two' can't be read. Write whole numbers, like 1,4"),
+    (["bench", "{run}", "--threads", "two"], "--threads 'two' can't be read. Write whole numbers from 1 on, like 1,4"),
     (["bench", "{run}", "--time-limit", "1y"], "--time-limit '1y' can't be read"),
     (["bench", "{run}", "--device", "cuda"], "nothing could be measured"),
     (["bench", "http://127.0.0.1:9/predict", "--data", "{texts}"], "does not answer"),
@@ -252,12 +261,36 @@ def test_bad_targets_and_flags_are_one_line(kdexport, finished, tmp_path, argume
     if "{copy}" in arguments:
         shutil.copytree(finished / "artifact", tmp_path / "artifact")
     (tmp_path / "t.txt").write_text("a text\n")
+    (tmp_path / "words.csv").write_text("words,label\nx,y\n")
+    (tmp_path / "five.jsonl").write_text('{"text": "x"}\n{"text": 5}\n')
+    places |= {"folder": tmp_path, "words": tmp_path / "words.csv", "five": tmp_path / "five.jsonl"}
     found = kdexport(*[a.format(**places) for a in arguments], "--out", tmp_path / "out")
     assert found.returncode == 2, found.stderr
     last = found.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     assert says in last
     assert "Traceback" not in found.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("report*"))
+
+
+def test_what_can_not_be_written_is_one_line(kdexport, finished, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for arguments in (
+        ["bench", finished, "--out", tmp_path / "file"],
+        ["compare", finished, finished, "--out", tmp_path / "file"],
+    ):
+        found = kdexport(*arguments)
+        assert found.returncode == 2
+        assert found.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'file'}: ")
+        assert "Traceback" not in found.stderr
+
+
+def test_one_target_twice_is_two_variants(finished, rows, tmp_path):
+    place = str(finished / "artifact")
+    report = measure([f"{place}:int8", f"{place}:int8"], QUICK, tmp_path / "out")
+    first, second = report.variants
+    assert second.name == f"{first.name} #2"
+    assert first.latency_ms.rounds == second.latency_ms.rounds == 3
 
 
 def test_ctrl_c_while_measuring_is_130(finished, tmp_path):

@@ -10,7 +10,7 @@ from kdexport.errors import RunError
 from kdexport.report import page_of, write_reports
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import html, markdown
-from kdexport.report.table import between, p99, times, trimmed
+from kdexport.report.table import between, p99, trimmed
 from kdexport.results import Report, read_report
 
 
@@ -48,7 +48,7 @@ def test_the_first_screen_has_the_verdict_and_the_figures_behind_it(report, text
         p99(best),
     ):
         assert what in head
-    assert times(best.speedup_p50.value) in head
+    assert f"{trimmed(best.speedup_p50.value, best.speedup_p50.ci95)}×" in head
 
 
 def test_every_chart_has_its_numbers_in_a_table_below(text):
@@ -73,9 +73,14 @@ def test_all_parts_are_there_in_order(text):
 def test_the_report_says_what_distillation_and_quantization_gave(report, text):
     steps = next(s for s in page_of(report).sections if s.title == "What each step gave")
     named = [row[0] for row in steps.figures[0].table.rows]
-    assert named[0] == "teacher-torch"
-    assert "student-torch" in named
-    assert named[-1] == report.recommended
+    assert named[:3] == [
+        "teacher-torch",
+        "student-torch",
+        "student-fp32" + " ★" * (report.recommended == "student-fp32"),
+    ]
+    assert f"{report.recommended} ★" in named
+    gains = dict(zip(named, (row[2] for row in steps.figures[0].table.rows), strict=True))
+    assert gains["student-torch"].endswith("than teacher-torch")
     assert "the same student trained on labels alone" in text
 
 
@@ -187,9 +192,18 @@ def test_a_run_without_a_report_and_half_a_file_are_named(tmp_path, finished):
 
 @pytest.mark.parametrize(
     ("value", "ci", "shown"),
-    [(1.1326, (1.08, 1.19), "1.13"), (1.1326, (0.9, 1.4), "1.1"), (33.87, (32.9, 36.1), "34"), (0.4344, None, "0.434"),
-     (123.4, None, "123"), (0.4344, (0.43, 0.44), "0.434"), (12.3, (2.0, 30.0), "12"), (None, None, "–")],
-)  # fmt: skip
+    [
+        (1.1326, (1.08, 1.19), "1.13"),
+        (1.1326, (0.9, 1.4), "1.1"),
+        (33.87, (32.9, 36.1), "34"),
+        (12.3, (2.0, 30.0), "12"),
+        (0.4344, (0.43, 0.44), "0.434"),
+        (0.408, (0.1, 4.0), "0.4"),
+        (0.4344, None, "0.434"),
+        (123.4, None, "123"),
+        (None, None, "–"),
+    ],
+)
 def test_no_digit_is_shown_that_the_interval_does_not_carry(value, ci, shown):
     assert trimmed(value, ci) == shown
 
@@ -197,6 +211,7 @@ def test_no_digit_is_shown_that_the_interval_does_not_carry(value, ci, shown):
 def test_an_interval_is_written_with_the_digits_of_its_value():
     assert between((1.081, 1.192), 1.1326) == " [1.08–1.19]"
     assert between(None, 1.0) == ""
+    assert between((0.01, 92_345.0), 228.0) == " [not known]"
 
 
 def test_a_p99_without_samples_enough_is_a_bound_or_nothing(report):

@@ -16,9 +16,9 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
     lines = []
     rounds = max(map(len, found.values()))
     if rounds < min(3, settings.rounds):
+        few = "too few for any interval" if rounds < 2 else "too few for narrow intervals"
         lines.append(
-            f"the time limit of {settings.time_limit_s:g} s allowed {rounds} round(s): too few for any interval; "
-            "raise bench.time_limit_s (--time-limit)"
+            f"the time limit of {settings.time_limit_s:g} s allowed {rounds} round(s): {few}; raise --time-limit"
         )
     control = measured.conditions.control
     if control and control.ratio.verdict in ("faster", "slower"):
@@ -27,11 +27,13 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
             f"this machine was too noisy: {control.name}, measured twice as if it were two files, came out "
             f"{low:.2f}–{high:.2f}× apart; don't trust smaller differences"
         )
-    elif control and half_width(control.ratio.ci95) > 0.1:
+    elif control and control.ratio.ci95 and half_width(control.ratio.ci95) > 0.1:
         lines.append(
             f"this machine was noisy: the same file twice is known to be the same only within "
             f"±{100 * half_width(control.ratio.ci95):.0f} %; variants closer than that can't be told apart"
         )
+    if max(settings.threads) > facts["cores_allowed"]:
+        lines.append(f"{max(settings.threads)} threads were asked for on {facts['cores_allowed']} core(s)")
     for name, footprint in measured.footprint.items():
         threads = settings.threads[0]
         if footprint.cores_used > threads + 0.2:

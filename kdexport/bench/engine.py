@@ -6,6 +6,7 @@ were two: what the engine says of that pair is its check of itself.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from pathlib import Path
@@ -31,6 +32,8 @@ from kdexport.tasks.metrics import Array
 _MAX_ROWS, _MAX_ROUNDS = 256, 100
 _MIN_SAMPLES_A_ROUND = 200
 _SWEEP_ROUNDS = 3
+# Who stops at the first narrow interval stops too early too often: the last one must be narrow at a higher level.
+_STOP_LEVEL = 0.98
 AGAIN = " again"
 
 Rounds = dict[int, Samples]
@@ -87,14 +90,15 @@ def bench(
     write_bytes(out / "rows.json", msgspec.json.encode(chosen))
     found, failed = _take_turns(settings, active + twin, reference, seed, out / "rows.json", sweep)
     cells = {name: _cells(rounds) for name, rounds in found.items()}
-    _other_threads(settings, [t for t in active if t.name not in failed], out / "rows.json", cells)
+    alive = [t for t in active if t.name not in failed]
+    _other_threads(settings, alive, out / "rows.json", cells, started + settings.time_limit_s)
     for target in active:
         if target.runtime == "http" and loads and target.name not in failed:
-            try:
-                cells[target.name] += put_loads(target, loads, seed, out / "rows.json")
-            except Crashed as crash:
-                failed[target.name] = str(crash)
-                warn(f"bench: {target.name} {crash}")
+            put, trouble = put_loads(target, loads, seed, out / "rows.json")
+            cells[target.name] += put
+            if trouble:
+                failed[target.name] = trouble
+                warn(f"bench: {target.name} {trouble}")
     (out / "rows.json").unlink()
     if not found:
         reasons = "; ".join(f"{name} {why}" for name, why in (failed or left_out).items())
@@ -107,6 +111,7 @@ def bench(
         conditions=msgspec.structs.replace(
             measured.conditions,
             rows=len(chosen),
+            texts=hashlib.sha256(msgspec.json.encode(chosen)).hexdigest()[:12],
             tokens=_tokens(next((t for t in active if t.task), None), chosen),
             seconds=round(time.monotonic() - started, 1),
             failed=failed,
@@ -171,7 +176,7 @@ def _unsure(settings: spec.Bench, alive: list[Target], found: dict[str, Rounds],
         target
         for target in alive
         if target.name != reference
-        and stats.half_width(_ratio(found[reference], found[target.name]).ci95) > settings.precision
+        and stats.half_width(_ratio(found[reference], found[target.name], _STOP_LEVEL).ci95) > settings.precision
     ]
     return [*(t for t in alive if t.name == reference), *others] if others else []
 
@@ -244,7 +249,7 @@ def _latency(rounds: Rounds) -> Latency:
         p90_ci95=p90_ci,
         p99=p99,
         p99_ci95=p99_ci,
-        p99_at_most=stats.at_most(pooled, 0.99) if p99 is None else None,
+        p99_at_most=stats.at_most(totals, 0.99) if p99 is None else None,
         tokenize_p50=float(np.median([np.median(one.tokenize_us) for one in rounds.values()])) / 1e3,
         model_p50=float(np.median([np.median(one.model_us) for one in rounds.values()])) / 1e3,
         samples=len(pooled),
@@ -260,7 +265,9 @@ def _footprint(rounds: Rounds) -> Footprint:
     gpu = [one.gpu_peak_mb for one in every if one.gpu_peak_mb is not None]
     return Footprint(
         cold_ms=_median(one.cold_ms for one in every),
+        cold_ms_ci95=stats.estimate([one.cold_ms for one in every])[1],
         rss_mb=_median(one.rss_mb for one in every),
+        rss_mb_ci95=stats.estimate([one.rss_mb for one in every])[1],
         peak_rss_mb=_median(one.peak_rss_mb for one in every),
         gpu_peak_mb=max(gpu, default=None),
         device_p50_ms=_median(device) if device else None,
@@ -280,12 +287,16 @@ def _cells(rounds: Rounds) -> list[Cell]:
     ]
 
 
-def _other_threads(settings: spec.Bench, targets: list[Target], rows: Path, cells: dict[str, list[Cell]]) -> None:
-    """The single stream with other numbers of threads, in three rounds of turns."""
+def _other_threads(
+    settings: spec.Bench, targets: list[Target], rows: Path, cells: dict[str, list[Cell]], until: float
+) -> None:
+    """The single stream with other numbers of threads, in three rounds of turns; in one when time is up."""
     jobs = [(t, n) for t in targets for n in settings.threads[1:] if t.runtime != "http"]
     found: dict[tuple[str, int], list[list[float]]] = {}
     with bar("other threads", _SWEEP_ROUNDS * len(jobs)) as advance:
         for number in range(_SWEEP_ROUNDS if jobs else 0):
+            if number and time.monotonic() > until:
+                break
             for target, n in random.Random(number).sample(jobs, len(jobs)):
                 try:
                     times = _total(_round(settings, target, rows, number, sweep=False, threads=n)).tolist()
@@ -297,9 +308,9 @@ def _other_threads(settings: spec.Bench, targets: list[Target], rows: Path, cell
         cells[name].append(stats.cell("threads", n, times, 1))
 
 
-def _ratio(reference: Rounds, other: Rounds) -> Ratio:
+def _ratio(reference: Rounds, other: Rounds, level: float = 0.95) -> Ratio:
     ours, theirs = ([float(np.median(total)) for total in side] for side in _totals(reference, other))
-    return stats.ratio(ours, theirs)
+    return stats.ratio(ours, theirs, level)
 
 
 def _totals(reference: Rounds, other: Rounds) -> tuple[list[Array], list[Array]]:
@@ -315,8 +326,11 @@ def _total(samples: Samples) -> Array:
 def _tokens(target: Target | None, rows: list[dict[str, Any]]) -> dict[str, int]:
     if target is None:
         return {}
-    lengths = [len(next(iter(arrays.values()))) for arrays in load_task(Path(target.task)).tokenize(rows)]
-    return {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95, 100)}
+    task = load_task(Path(target.task))
+    lengths = np.array([len(next(iter(arrays.values()))) for arrays in task.tokenize(rows)])
+    found = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95, 100)}
+    limit = max(task.lengths(), default=0)
+    return found | {"limit": limit, "cut_percent": round(100 * float((lengths >= limit).mean()))}
 
 
 def _median(values: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -31,18 +32,29 @@ class Loads(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 5.0
 
 
-def put_loads(target: Target, loads: Loads, seed: int, rows: Path) -> list[Cell]:
+def put_loads(target: Target, loads: Loads, seed: int, rows: Path) -> tuple[list[Cell], str]:
     """Closed loops, then open ones at rates that may follow from them; three shuffled rounds of each.
 
-    Raises:
-        Crashed: the server is gone, or answers nothing but errors.
+    Returns:
+        The cells that could be had, and what went wrong: the server is gone, or answers nothing but errors.
     """
+    cells: list[Cell] = []
+    try:
+        for cell in _put(target, loads, seed, rows):
+            cells.append(cell)
+    except Crashed as crash:
+        return cells, str(crash)
+    return cells, ""
+
+
+def _put(target: Target, loads: Loads, seed: int, rows: Path) -> Iterator[Cell]:
     closed = _load_rounds(target, loads, [(n, None) for n in loads.connections], seed, rows)
+    yield from (_load_cell(n, None, rounds) for (n, _), rounds in closed.items())
     peak = max(_answered(rounds) for rounds in closed.values())
     rates = [rate * peak if loads.of_peak else rate for rate in loads.rates]
     most = 4 * max(loads.connections)
     opened = _load_rounds(target, loads, [(most, rate) for rate in rates], seed, rows)
-    return [_load_cell(n, rate, rounds) for (n, rate), rounds in (closed | opened).items()]
+    yield from (_load_cell(n, rate, rounds) for (n, rate), rounds in opened.items())
 
 
 def _load_rounds(

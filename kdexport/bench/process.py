@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,5 +31,5 @@ def call(module: str, job: bytes, threads: int) -> bytes:
         raise Crashed(f"was killed while it was measured ({signal.Signals(-done.returncode).name}; out of memory?)")
     if done.returncode:
         reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
-        raise Crashed(f"stopped while it was measured: {reason.removeprefix('kdexport.errors.')}")
+        raise Crashed(f"stopped while it was measured: {re.sub(r'^kdexport[.][a-z.]*[A-Za-z]+: ', '', reason)}")
     return done.stdout

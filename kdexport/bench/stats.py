@@ -20,7 +20,7 @@ from kdexport.tasks.metrics import Array
 # Two times that differ by less than this are the same to anyone who has to choose.
 SAME_WITHIN = 0.05
 _WILCOXON_FROM = 6
-_P50_SAMPLES, _P90_SAMPLES, P99_SAMPLES = 5, 100, 1_000
+_P50_SAMPLES, _P90_SAMPLES, P99_SAMPLES, _A_ROUND = 5, 100, 1_000, 100
 
 
 def ratio(reference: Sequence[float], other: Sequence[float], level: float = 0.95) -> Ratio:
@@ -65,14 +65,12 @@ def pooled(rounds: Sequence[Array], q: float, level: float = 0.95) -> tuple[floa
 
 
 def pooled_ratio(reference: Sequence[Array], other: Sequence[Array], q: float, level: float = 0.95) -> Ratio | None:
-    """Reference ÷ other, by a quantile of all samples of paired rounds."""
-    if min(sum(map(len, reference)), sum(map(len, other))) < enough_for(q):
+    """Reference ÷ other by a quantile of each of their paired rounds; None where samples are too few for it."""
+    enough = enough_for(q)
+    if any(sum(map(len, side)) < enough or min(map(len, side)) < _A_ROUND for side in (reference, other)):
         return None
-
-    def logs(kept: list[int]) -> float:
-        return math.log(_quantile([reference[i] for i in kept], q) / _quantile([other[i] for i in kept], q))
-
-    return _judged(*jackknife(len(reference), logs, level))
+    ours, theirs = ([_quantile([one], q) for one in side] for side in (reference, other))
+    return ratio(ours, theirs, level)
 
 
 def cell(scenario: str, at: float, rounds: Sequence[Sequence[float]], answers: int | None) -> Cell:
@@ -89,10 +87,14 @@ def enough_for(q: float) -> int:
     return P99_SAMPLES if q >= 0.99 else _P90_SAMPLES if q >= 0.9 else _P50_SAMPLES
 
 
-def at_most(samples: Array, q: float) -> float | None:
-    """95 % upper bound of a quantile by order statistics, free of any distribution; None below 299 for p99."""
-    n = len(samples)
-    log_q, log_rest = math.log(q), math.log1p(-q)
+def at_most(rounds: Sequence[Array], q: float) -> float | None:
+    """95 % upper bound of a quantile for which there are too few samples; None below 299 of them for p99.
+
+    The larger of two: the bound by order statistics, which is free of any distribution but takes samples to be
+    independent, and the one by leaving out rounds, which knows that samples of a round hang together.
+    """
+    samples = np.concatenate(rounds)
+    n, log_q, log_rest = len(samples), math.log(q), math.log1p(-q)
     below, k = 0.0, 0
     while below < 0.95:  # P(fewer than k samples lie below the quantile)
         if k == n:
@@ -100,16 +102,22 @@ def at_most(samples: Array, q: float) -> float | None:
         choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
         below += math.exp(choose + k * log_q + (n - k) * log_rest)
         k += 1
-    return float(np.partition(samples, k - 1)[k - 1])
+    by_order = float(np.partition(samples, k - 1)[k - 1])
+    _, bounds = jackknife(len(rounds), lambda kept: math.log(_quantile([rounds[i] for i in kept], q)), 0.9)
+    return max(by_order, math.exp(bounds[1])) if bounds else by_order
 
 
 def jackknife(n: int, statistic: Callable[[list[int]], float], level: float = 0.95) -> tuple[float, Interval | None]:
-    """A statistic of n rounds, and its interval by leaving out one round at a time."""
+    """A statistic of n rounds, and its interval by leaving out one round at a time.
+
+    Student's t is taken at 98 % for a level of 95 %: as it stands, the interval of a p99 held the truth in 88 to 90 %
+    of simulations with 5 to 12 rounds whose centres differ by 5 % (tests/test_stats.py).
+    """
     value = statistic(list(range(n)))
     if n < 2:
         return value, None
     left_out = np.array([statistic([j for j in range(n) if j != i]) for i in range(n)])
-    half = t_quantile(0.5 + level / 2, n - 1) * math.sqrt((n - 1) * float(np.var(left_out)))
+    half = t_quantile(1 - (1 - level) / 5, n - 1) * math.sqrt((n - 1) * float(np.var(left_out)))
     return value, (value - half, value + half)
 
 

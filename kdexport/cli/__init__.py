@@ -47,9 +47,12 @@ def main() -> None:
         _fail(str(error), 2)
     except Interrupted as error:
         _fail(f"interrupted. {error}", 130)
-    except BrokenPipeError:  # `kdexport predict … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    except OSError as error:  # a file that can't be written or read; our own files raise errors of ours
+        if isinstance(error, BrokenPipeError):
+            # `kdexport predict … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
 
 
 def _fail(line: str, code: int) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kdexport.cli.options import Debug, Flag, Json, numbers, quantity, show_report
-from kdexport.errors import Interrupted
+from kdexport.errors import Interrupted, SpecError
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "min": 60.0, "m": 60.0}
 
@@ -35,7 +35,9 @@ def bench(
     precision: Annotated[
         str, Flag(help="Rounds go on until every ratio is known so well, or time is up; 0 for no more rounds.")
     ] = "5%",
-    time_limit: Annotated[str, Flag(help="No round begins that would end after this.")] = "150s",
+    time_limit: Annotated[
+        str, Flag(help="No round begins that would end after this; accuracy and loads come on top.")
+    ] = "150s",
     connections: Annotated[str, Flag(help="Servers: clients of the closed loops.", rich_help_panel="Load")] = "1,4,16",
     rate: Annotated[
         str, Flag(help="Servers: open loops, as shares of the peak or requests/s.", rich_help_panel="Load")
@@ -44,7 +46,7 @@ def bench(
         bool, Flag("--even", help="Evenly spaced requests, not a Poisson process.", rich_help_panel="Load")
     ] = False,
     load_seconds: Annotated[float, Flag(help="Time of each load.", rich_help_panel="Load")] = 5.0,
-    price: Annotated[float | None, Flag(help="Of an hour of one core (or GPU), for the cost table.")] = None,
+    price: Annotated[float | None, Flag(min=0.0, help="Of an hour of one core (or GPU), for the cost table.")] = None,
     out: Annotated[Path | None, Flag("--out", "-o", help="Folder.", show_default="runs/bench-<time>")] = None,
     pytest_benchmark: Annotated[
         Path | None, Flag("--pytest-benchmark", help="Write pytest-benchmark's JSON here too.")
@@ -72,10 +74,12 @@ def bench(
     from kdexport.measure import measure
     from kdexport.report.exchange import write_pytest_benchmark
 
-    share = quantity(precision, "--precision", {"%": 0.01, "": 1.0})
+    share = quantity(precision, "--precision", {"": 1.0, "%": 0.01}) or 0.0
+    if share >= 1:
+        raise SpecError(f"--precision {precision!r} is no share", "Write it like 5% or 0.05")
     settings = {
         "threads": numbers(threads, "--threads"),
-        "batch_sizes": [n for n in numbers(batch_sizes, "--batch-sizes") if n],
+        "batch_sizes": [n for n in numbers(batch_sizes, "--batch-sizes", 0) if n],
         "runtimes": runtime.split(","),
         "devices": device.split(","),
         "rounds": rounds,
@@ -84,11 +88,16 @@ def bench(
         "time_limit_s": quantity(time_limit, "--time-limit", SECONDS),
         "price_per_hour": price,
     }
-    rates = [quantity(part, "--rate", {"": 1.0, "%": 0.01, "/s": 1.0}) or 1.0 for part in rate.split(",")]
+    rates = [quantity(part, "--rate", {"": 1.0, "%": 0.01, "/s": 1.0}) or 0.0 for part in rate.split(",")]
+    shares = ["%" in part for part in rate.split(",")]
+    if min(rates) <= 0 or any(shares) != all(shares):
+        raise SpecError(
+            f"--rate {rate!r} can't be read", "Write shares of the peak, like 50%,80%, or rates, like 100,200"
+        )
     loads = Loads(
         connections=tuple(numbers(connections, "--connections")),
         rates=tuple(rates),
-        of_peak="%" in rate,
+        of_peak=all(shares),
         poisson=not even,
         seconds=load_seconds,
     )
@@ -112,7 +121,7 @@ def bench(
 
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's (or bench's) folder.")],
-    price: Annotated[float | None, Flag(help="Of an hour of one core (or GPU), for the cost table.")] = None,
+    price: Annotated[float | None, Flag(min=0.0, help="Of an hour of one core (or GPU), for the cost table.")] = None,
     to: Annotated[
         str | None, Flag("--to", help="Also log to: mlflow, mlflow:URI, tensorboard:FOLDER.", show_default="nowhere")
     ] = None,

@@ -46,7 +46,7 @@ def quantity(text: str | None, flag: str, units: dict[str, float]) -> float | No
     """`2ms` → 2.0; a bare number is in the first unit."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*([a-zµ%/]*)\s*", text.lower())
+    found = re.fullmatch(r"\s*(\d*\.?\d+(?:e-?\d+)?)\s*([a-zµ%/]*)\s*", text.lower())
     try:
         assert found
         return float(found[1]) * units[found[2] or next(iter(units))]
@@ -55,12 +55,15 @@ def quantity(text: str | None, flag: str, units: dict[str, float]) -> float | No
         raise SpecError(f"{flag} {text!r} can't be read", f"Write a number and one of: {known}") from None
 
 
-def numbers(text: str, flag: str) -> list[int]:
-    """`1,4` → [1, 4]."""
+def numbers(text: str, flag: str, least: int = 1) -> list[int]:
+    """`1,4` → [1, 4]; none below `least`."""
     try:
-        return [int(part) for part in text.split(",")]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise SpecError(f"{flag} {text!r} can't be read", "Write whole numbers, like 1,4") from None
+        found = []
+    if not found or min(found) < least:
+        raise SpecError(f"{flag} {text!r} can't be read", f"Write whole numbers from {least} on, like 1,4")
+    return found
 
 
 def show_report(found: Any, run_folder: Path, as_json: bool) -> None:

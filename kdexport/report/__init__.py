@@ -8,7 +8,7 @@ import msgspec
 
 from kdexport.report import page
 from kdexport.report.sections import SECTIONS
-from kdexport.report.table import HEADERS, megabytes, ms, p99, percent, points, table, times, trimmed
+from kdexport.report.table import HEADERS, between, megabytes, ms, p99, percent, points, table, times, trimmed
 from kdexport.results import Report, read_report, write_report
 from kdexport.rundir import write_text
 
@@ -20,7 +20,7 @@ def write_reports(report: Report, folder: Path) -> None:
 
 
 def redraw(folder: Path, price_per_hour: float | None = None) -> Report:
-    """Draw Markdown and HTML again from `report.json`, with another price if one is given.
+    """Draw Markdown and HTML again from `report.json`, into which another price goes first, if one is given.
 
     Raises:
         RunError: the folder has no readable report.
@@ -29,6 +29,7 @@ def redraw(folder: Path, price_per_hour: float | None = None) -> Report:
     if price_per_hour is not None:
         priced = msgspec.structs.replace(report.bench, price_per_hour=price_per_hour)
         report = msgspec.structs.replace(report, bench=priced)
+        write_report(report, folder / "report.json")
     draw(report, folder)
     return report
 
@@ -81,9 +82,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         p50 = trimmed(best.latency_ms.p50, best.latency_ms.p50_ci95)
         facts.append((f"{p50} ms", f"p50 for one text; p99 {p99(best)} ms"))
     if best.speedup_p50:
-        ci = best.speedup_p50.ci95
-        range_ = f" [{ci[0]:.1f}–{ci[1]:.1f}]" if ci else ""
-        facts.append((times(best.speedup_p50.value), f"faster than {report.bench.reference}{range_}"))
+        value, ci = best.speedup_p50.value, best.speedup_p50.ci95
+        facts.append((f"{trimmed(value, ci)}×", f"faster than {report.bench.reference}{between(ci, value)}"))
     sizes = reference.size_bytes, best.size_bytes
     smaller = f"; {sizes[0] / sizes[1]:.0f}× smaller" if sizes[0] and sizes[1] else ""
     facts.append((f"{megabytes(best.size_bytes)} MB", f"file{smaller}"))

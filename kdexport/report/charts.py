@@ -188,13 +188,16 @@ def _frame(across: _Scale, up: _Scale, top: int, total: int) -> str:
 
 
 def _x_axis(across: _Scale, top: int, bottom: int, total: int) -> str:
-    lines = []
+    lines, last = [], ""
     for v in across.ticks():
-        px = across(v)
+        px, shown = across(v), across.axis.show(v)
+        if shown == last:  # half a round is no round
+            continue
+        last = shown
         anchor = "end" if px > _WIDTH - 30 else "start" if px < 20 else "middle"
         lines.append(
             f'<path class="grid" d="M{px},{top}V{bottom}"/>'
-            f'<text x="{px}" y="{bottom + 16}" text-anchor="{anchor}">{escape(across.axis.show(v))}</text>'
+            f'<text x="{px}" y="{bottom + 16}" text-anchor="{anchor}">{escape(shown)}</text>'
         )
     label = (
         f'<text class="soft" x="{_WIDTH - _RIGHT}" y="{total - 8}" text-anchor="end">{escape(across.axis.label)}</text>'

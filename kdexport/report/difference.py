@@ -63,7 +63,8 @@ def page_of(found: Comparison) -> Page:
     for unit, title in (("%", "Times, sizes and ratios"), ("points", "Accuracy and agreement")):
         if drawn := [c for c in found.changes if c.unit == unit and c.change is not None]:
             sections.append(Section(title, "B against A; 0 is no change.", [_figure(drawn, unit)]))
-    return Page("What changed from A to B", verdict, not failed, [], found.notes, sections)
+    good = False if failed else None if unsure else True
+    return Page("What changed from A to B", verdict, good, [], found.notes, sections)
 
 
 def _figure(changes: list[Change], unit: str) -> Figure:

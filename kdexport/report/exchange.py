@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from kdexport.errors import RunError, SpecError
 from kdexport.results import QUANTILES, Conditions, Latency, Report, Variant, read_report
 from kdexport.rundir import write_json
 
+_PROCESSES_DIFFER = 0.05
+
 
 def read_any(path: Path) -> Report:
     """The report of a run's or bench's folder, a report.json, or pytest-benchmark's JSON.
@@ -25,16 +28,18 @@ def read_any(path: Path) -> Report:
         return read_report(path / "report.json")
     try:
         raw = msgspec.json.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError):
+    except OSError:
         return read_report(path)  # which says what is wrong
+    except msgspec.DecodeError as error:
+        raise RunError(f"{path} is no report that can be read: {error}", "Name a run, or a report.json") from None
     return from_pytest_benchmark(raw, path) if isinstance(raw, dict) and "benchmarks" in raw else read_report(path)
 
 
 def from_pytest_benchmark(raw: dict[str, Any], path: Path) -> Report:
     """A pytest-benchmark file as a report of variants that only have a latency.
 
-    Its rounds are calls of one process, so the interval of the median is that process's alone: the notch of a box
-    plot, ± 1.57 · IQR / √n (McGill, Tukey and Larsen 1978).
+    Its rounds are calls of one process: the interval of the median is the notch of a box plot, ± 1.57 · IQR / √n
+    (McGill, Tukey and Larsen 1978), and the 5 % by which the medians of identical processes differ.
     """
     try:
         variants = [_variant(found) for found in raw["benchmarks"]]
@@ -44,25 +49,27 @@ def from_pytest_benchmark(raw: dict[str, Any], path: Path) -> Report:
         raise RunError(
             f"{path} is no pytest-benchmark file: it lacks {error}", "Write it with --benchmark-json"
         ) from None
-    facts = {
+    facts: dict[str, Any] = {
         "cpu": cpu.get("brand_raw", machine.get("processor", "")),
         "cores_allowed": cpu.get("count"),
         "os": machine.get("release", ""),
     }
+    facts["hardware"] = machine.get("hardware", f"{facts['cpu']}, {facts['cores_allowed']}")
     how = Conditions(reference="", rounds=1, round_seconds=0, rows=0, clock="pytest-benchmark")
     return Report(
         kdexport="", task="pytest-benchmark", metric="", labels=[], recommended=None, reason="", variants=variants,
-        bench=how, environment=facts | {"hardware": f"{facts['cpu']}, {facts['cores_allowed']}"},
+        bench=how, environment=facts,
     )  # fmt: skip
 
 
 def _variant(found: dict[str, Any]) -> Variant:
     stats = {key: 1e3 * value for key, value in found["stats"].items() if key in ("median", "iqr")}
     data = 1e3 * np.array(found["stats"].get("data") or [])
-    rounds, notch = found["stats"]["rounds"], 1.57 * stats["iqr"] / max(1, found["stats"]["rounds"]) ** 0.5
+    rounds = found["stats"]["rounds"]
+    half = math.hypot(1.57 * stats["iqr"] / max(1, rounds) ** 0.5, _PROCESSES_DIFFER * stats["median"])
     latency = Latency(
         p50=stats["median"],
-        p50_ci95=(max(1e-9, stats["median"] - notch), stats["median"] + notch),
+        p50_ci95=(max(1e-9, stats["median"] - half), stats["median"] + half),
         p90=float(np.quantile(data, 0.9, method="higher")) if len(data) >= 100 else None,
         p99=float(np.quantile(data, 0.99, method="higher")) if len(data) >= 1000 else None,
         samples=rounds,
@@ -85,7 +92,14 @@ def write_pytest_benchmark(report: Report, samples: Path, out: Path) -> None:
                 benchmarks.append(_benchmark(v, np.concatenate(data).astype(float) / 1e3))
     facts = report.environment
     cpu = {"brand_raw": facts.get("cpu"), "count": facts.get("cores_allowed")}
-    machine = {"node": "", "processor": "", "machine": "", "python_version": facts.get("python"), "cpu": cpu}
+    machine = {
+        "hardware": facts.get("hardware"),
+        "node": "",
+        "processor": "",
+        "machine": "",
+        "python_version": facts.get("python"),
+        "cpu": cpu,
+    }
     commit = {"id": facts.get("git_commit") or "unversioned", "dirty": "dirty" in str(facts.get("git_commit"))}
     when = time.strftime("%Y-%m-%dT%H:%M:%S")
     whole = {
@@ -140,6 +154,10 @@ def log_to(report: Report, to: str, folder: Path) -> None:
         trackers[kind](report, where, folder)
     except ModuleNotFoundError as error:
         raise SpecError(f"the package {error.name!r} is not installed", f"pip install {kind}") from None
+    except Exception as error:  # MLflow raises a class of its own, with a story in it
+        raise SpecError(
+            f"{kind} refuses {where or 'its default place'}: {str(error).strip().splitlines()[0]}"
+        ) from None
 
 
 def _log_to_mlflow(report: Report, where: str, folder: Path) -> None:

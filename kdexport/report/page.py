@@ -43,11 +43,11 @@ class Section(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What is drawn: the verdict in a sentence, facts as (value, what it is), doubts, and sections."""
+    """What is drawn: the verdict in a sentence (good, bad or open), facts as (value, what it is), doubts, sections."""
 
     title: str
     verdict: str
-    good: bool
+    good: bool | None
     facts: Sequence[tuple[str, str]]
     doubts: Sequence[str]
     sections: Sequence[Section]

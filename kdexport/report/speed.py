@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import accuracy, between, headers, megabytes, ms, p99, percent, signed, table, times
-from kdexport.results import QUANTILES, Report, Variant
+from kdexport.report.table import accuracy, between, headers, megabytes, ms, p99, percent, signed, table, times, trimmed
+from kdexport.results import QUANTILES, Interval, Report, Variant
 
 
 def variants(r: Report) -> Section:
     """The table of variants, and what a process of each costs."""
-    how, tokens = r.bench, r.bench.tokens
+    how = r.bench
     place = next((i for i, v in enumerate(r.variants) if v.name == r.recommended), None)
     rows = [
         (*cells, v.speedup_p50.verdict if v.speedup_p50 and v.name != how.reference else "–")
         for cells, v in zip(table(r), r.variants, strict=True)
     ]
-    lengths = f" of {tokens['p5']} to {tokens['p95']} tokens (5th to 95th percentile)" if tokens else ""
     note = (
-        f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {how.rows} real test texts{lengths} in "
+        f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {how.rows} real texts{_lengths(r)} in "
         f"turn, in {how.rounds} shuffled rounds, each variant in a process of its own; waiting threads "
         f"{'spin' if how.spinning else 'sleep'}, garbage is not collected meanwhile. Intervals are over rounds, "
         f"ratios to {how.reference} are paired by round. p99 stands from 1,000 samples on; before that a bound of it, "
@@ -32,6 +32,14 @@ def variants(r: Report) -> Section:
         tables.append(Table(columns, costs))
     lead = "All measured in one run, in turns; brackets are 95 % intervals. How is said below the tables."
     return Section("Variants", lead, tables=tables, note=note + _control(r), brief=True)
+
+
+def _lengths(r: Report) -> str:
+    found = r.bench.tokens
+    if not found:
+        return ""
+    cut = f", {found['cut_percent']} % of them cut at {found['limit']}" if found.get("cut_percent") else ""
+    return f" of {found['p5']} to {found['p95']} tokens (5th to 95th percentile{cut})"
 
 
 def _costs(v: Variant) -> tuple[str, ...]:
@@ -85,11 +93,13 @@ def trade_off(r: Report) -> Section | None:
         height=320,
     )
     best = {v.name for v in _frontier(known)}
+    left_out = [v.name for v in r.variants if v not in known]
     rows = [(v.name, accuracy(v), p99(v), megabytes(v.size_bytes), "yes" if v.name in best else "no") for v in known]
     columns = ("variant", f"{r.metric} [95 %]", "p99 ms", "size MB", "on the frontier")
     lead = (
         "Up is better, left is faster, the pale area is the file's size; lines are 95 % intervals. Nothing on the "
         "frontier is beaten in both. Where a p99 could not be taken, its upper bound stands."
+        + (f" Without a metric or a p99, so not drawn: {', '.join(left_out)}." if left_out else "")
     )
     return Section("Accuracy against latency", lead, [Figure("Accuracy, p99 and size", chart, Table(columns, rows))])
 
@@ -157,12 +167,11 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
     series = []
     for v in r.variants:
         cells = found.get(v.name, [])
-        spots = [Point(c.at, c.per_second or 0.0) if rate else Point(c.at, c.p50_ms, None, c.p50_ci95) for c in cells]
+        spots = [Point(c.at, c.per_second or 0.0) if rate else _timed(c.at, c.p50_ms, c.p50_ci95) for c in cells]
         if scenario in ("batch", "threads") and v.latency_ms and spots:
             single = v.latency_ms
-            spots.insert(
-                0, Point(1, 1e3 / single.p50) if rate else Point(r.bench.threads, single.p50, None, single.p50_ci95)
-            )
+            first = Point(1, 1e3 / single.p50) if rate else _timed(r.bench.threads, single.p50, single.p50_ci95)
+            spots.insert(0, first)
         series.append(Series(v.name, spots))
     chart = plot(caption, series, Axis(f"{at} (log)", log=True), Axis(f"{shown} (log)", log=True))
     rows = [
@@ -173,10 +182,15 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
     return [Figure(caption, chart, Table(("variant", at, "p50 ms [95 %]", "p99 ms", "a second", "errors"), rows))]
 
 
+def _timed(at: float, p50: float, ci: Interval | None) -> Point:
+    """A point with its interval, unless that says nothing and would only stretch the axis."""
+    return Point(at, p50, None, ci if ci and ci[1] < 4 * ci[0] else None)
+
+
 def _by_round(timed: list[Variant]) -> Figure:
     rounds = {v.name: v.latency_ms.round_p50 for v in timed if v.latency_ms}
     series = [
-        Series(name, [Point(i + 1, 100 * (x / sorted(found)[len(found) // 2] - 1)) for i, x in enumerate(found)])
+        Series(name, [Point(i + 1, 100 * (x / median(found) - 1)) for i, x in enumerate(found)])
         for name, found in rounds.items()
     ]
     caption = "Round by round: p50 against each variant's own middle"
@@ -189,36 +203,48 @@ def _by_round(timed: list[Variant]) -> Figure:
     )
 
 
+# What each file was made from.
+_MADE_FROM = {
+    "student-torch": "teacher-torch", "student-fp32": "student-torch", "student-fp32-fused": "student-fp32",
+    "student-fp16": "student-fp32", "student-int8": "student-fp32", "student-int8-fused": "student-fp32-fused",
+}  # fmt: skip
+
+
 def steps(r: Report) -> Section | None:
-    """Teacher → student → ONNX → fused → int8: what each step gave."""
-    named = {v.name: v for v in r.variants if v.latency_ms}
-    chain = [named[n] for n in ("teacher-torch", "student-torch", "student-fp32", "student-fp32-fused") if n in named]
-    best = named.get(r.recommended or "")
-    if best and best not in chain:
-        chain.append(best)
-    if len(chain) < 3:
+    """Teacher → student → ONNX → fused, int8: what each step gave."""
+    named = {v.name: v for v in r.variants if v.latency_ms and v.speedup_p50}
+    chain = [(named[made], named[source]) for made, source in _MADE_FROM.items() if made in named and source in named]
+    if len(chain) < 2 or chain[0][0].name != "student-torch":
         return None
-    drawn: list[Bar] = []
-    rows = []
-    for before, v in zip([None, *chain[:-1]], chain, strict=True):
-        now, then = v.latency_ms, before.latency_ms if before else None
-        assert now
-        gain = f"{_faster(then.p50 / now.p50)} than {before.name}" if then and before else "the start"
-        drawn.append(
-            Bar(
-                v.name,
-                now.p50,
-                now.p50_ci95,
-                f"{ms(now.p50)} ms, {gain}",
-                then.p50 if then else None,
-                min(len(drawn), 1),
-            )
-        )
-        rows.append((v.name, ms(now.p50), gain, megabytes(v.size_bytes), accuracy(v)))
+    start = chain[0][1]
+    drawn, rows = [_bar(start, None, "the start")], [_step(start, "the start", r)]
+    for v, before in chain:
+        gain = f"{_faster(_speed(v) / _speed(before))} than {before.name}"
+        drawn.append(_bar(v, before, gain))
+        rows.append(_step(v, gain, r))
     chart = bars("p50 latency after each step", drawn, Axis("p50 ms (log)", log=True))
     columns = ("step", "p50 ms", "gain", "size MB", f"{r.metric} [95 %]")
-    lead = "Each bar runs from the step before to this one."
+    lead = "Each bar runs from what the model or file was made from to itself; gains are by paired rounds."
     return Section("What each step gave", lead, [Figure("p50 latency, step by step", chart, Table(columns, rows))])
+
+
+def _bar(v: Variant, before: Variant | None, gain: str) -> Bar:
+    assert v.latency_ms
+    base = before.latency_ms.p50 if before and before.latency_ms else None
+    return Bar(v.name, v.latency_ms.p50, v.latency_ms.p50_ci95, f"{_p50(v)} ms, {gain}", base, 1 if before else 0)
+
+
+def _step(v: Variant, gain: str, r: Report) -> tuple[str, ...]:
+    star = " ★" if v.name == r.recommended else ""
+    return (f"{v.name}{star}", _p50(v), gain, megabytes(v.size_bytes), accuracy(v))
+
+
+def _speed(v: Variant) -> float:
+    return v.speedup_p50.value if v.speedup_p50 else math.nan
+
+
+def _p50(v: Variant) -> str:
+    return trimmed(v.latency_ms.p50, v.latency_ms.p50_ci95) if v.latency_ms else "–"
 
 
 def _faster(ratio: float) -> str:

@@ -32,7 +32,7 @@ def trimmed(value: float | None, ci: Interval | None = None) -> str:
         return "–"
     digits = 2 - _power(value)
     if ci and ci[1] > ci[0]:
-        digits = min(digits, -_power((ci[1] - ci[0]) / 2))
+        digits = max(min(digits, -_power((ci[1] - ci[0]) / 2)), -_power(value))  # but at least one
     return f"{value:.{max(0, min(digits, 3))}f}"
 
 
@@ -45,6 +45,8 @@ def between(ci: Interval | None, value: float, unit: str = "") -> str:
     """An interval in brackets, with the digits of its value."""
     if ci is None:
         return ""
+    if ci[1] > 10 * max(ci[0], 1e-12):
+        return " [not known]"  # two rounds say next to nothing
     digits = len(trimmed(value, ci).partition(".")[2])
     return f" [{ci[0]:.{digits}f}–{ci[1]:.{digits}f}{unit}]"
 
@@ -94,8 +96,7 @@ def speedup(variant: Variant) -> str:
         return "–"
     if found.ci95 is None or found.ci95[0] == found.ci95[1]:
         return times(found.value)
-    digits = 1 if found.value >= 2 else 2
-    return f"{times(found.value)} [{found.ci95[0]:.{digits}f}–{found.ci95[1]:.{digits}f}]"
+    return f"{trimmed(found.value, found.ci95)}×{between(found.ci95, found.value)}"
 
 
 def headers(report: Report) -> tuple[str, ...]:
