@@ -208,10 +208,14 @@ def _bench(settings: spec.Spec, data: Path, teacher: Path, student: Path, export
     from kdexport.bench.engine import bench
 
     how, files = settings.bench, read_candidates(export)
-    targets = of_model("teacher", teacher, how.runtimes, how.devices)
-    targets += of_model("student", student, how.runtimes, how.devices)
+    # What ships is chosen on the CPU in ONNX Runtime, against the teacher in PyTorch: these are always measured.
+    runtimes, devices = (
+        list(dict.fromkeys(("torch", "onnxruntime", *how.runtimes))),
+        list(dict.fromkeys(("cpu", *how.devices))),
+    )
+    targets = of_model("teacher", teacher, runtimes, devices) + of_model("student", student, runtimes, devices)
     for c in files:
-        targets += of_file(f"student-{c.name}", student, export / c.file, how.runtimes, how.devices)
+        targets += of_file(f"student-{c.name}", student, export / c.file, runtimes, devices)
     # The last plain file is measured twice: the engine's check of itself.
     twice = [f"student-{c.name}" for c in files if c.graph == "plain"][-1]
     bench(how, targets, read_rows(data, "test"), targets[0].name, settings.seed, work, control=twice)

@@ -138,10 +138,14 @@ class Bench(_Section, frozen=True):
     runtimes: Annotated[
         tuple[Runtime, ...],
         Meta(min_length=1),
-        _help("torch, torch-compile, torch-cudagraphs (models), onnxruntime, openvino (files)"),
+        _help(
+            "torch, torch-compile, torch-cudagraphs (models); onnxruntime, openvino (files); a run adds each first one"
+        ),
     ] = ("torch", "onnxruntime")
     devices: Annotated[
-        tuple[Device, ...], Meta(min_length=1), _help("cpu, cuda; what is not there is left out, and said")
+        tuple[Device, ...],
+        Meta(min_length=1),
+        _help("cpu, cuda; what is not there is left out, and said; a run adds cpu"),
     ] = ("cpu",)
     rounds: Annotated[Annotated[int, Meta(ge=1, le=100)], _help("rounds at least; each is a new process a variant")] = 5
     round_seconds: Annotated[Positive, _help("time measured per round and variant, in s")] = 1.0

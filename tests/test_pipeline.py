@@ -210,3 +210,17 @@ def test_answers_do_not_depend_on_the_batch(finished, rows):
     texts = [row["text"] for row in rows[:40]]
     one_by_one = [model.predict(text)[0].score for text in texts]
     assert [a.score for a in model.predict(texts, batch_size=7)] == pytest.approx(one_by_one, abs=1e-5)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="there is one")
+def test_a_gpu_that_is_asked_for_and_not_there_is_left_out_and_said(copied, settings, kdexport):
+    more = settings | {"bench.devices": ["cuda"], "bench.runtimes": ["onnxruntime"], "bench.rounds": 1}
+    found = kdexport("run", *as_flags(more), "--out", copied)
+    assert found.returncode == 0, found.stderr
+    report = read_report(copied / "report.json")
+    assert report.bench.left_out["student-int8-cuda"] == "onnxruntime has no CUDAExecutionProvider"
+    assert report.variant("teacher-torch").latency_ms.p50 > report.variant(report.recommended).latency_ms.p50
+    assert (
+        "student-int8-cuda was left out: onnxruntime has no CUDAExecutionProvider"
+        in (copied / "report.html").read_text()
+    )
