@@ -27,6 +27,7 @@ from kdexport.data.sources import iter_texts
 from kdexport.errors import ArtifactError, DataError, SpecError
 from kdexport.progress import bar, say, warn
 from kdexport.report import write_reports
+from kdexport.report.table import trimmed
 from kdexport.results import Metric, Report, Variant
 from kdexport.rundir import hash_file
 from kdexport.tasks import load_task
@@ -257,7 +258,8 @@ def _answers(targets: list[Target], rows: list[dict[str, Any]]) -> dict[str, Arr
 def _summary(measured: Measured, first: str) -> str:
     others = {name: ratio for name, ratio in measured.speedup.items() if name != first}
     if not others:
-        return f"{first}: p50 {measured.latency[first].p50:.3g} ms." if first in measured.latency else ""
+        only = measured.latency.get(first)
+        return f"{first}: p50 {trimmed(only.p50, only.p50_ci95)} ms." if only else ""
     told = [
         f"{name} is {'as fast as' if ratio.verdict == 'same' else ratio.verdict + ' than'} {first}"
         if ratio.verdict != "unsure"
