@@ -293,13 +293,35 @@ def test_one_target_twice_is_two_variants(finished, rows, tmp_path):
     assert first.latency_ms.rounds == second.latency_ms.rounds == 3
 
 
-def test_ctrl_c_while_measuring_is_130(finished, tmp_path):
-    command = [sys.executable, "-m", "kdexport", "bench", str(finished), "--out", str(tmp_path / "out")]
+def test_ctrl_c_while_measuring_is_130_and_keeps_whole_rounds(kdexport, finished, tmp_path):
+    flags = [
+        "--rounds",
+        "3",
+        "--round-seconds",
+        "0.3",
+        "--precision",
+        "0",
+        "--batch-sizes",
+        "0",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command = [sys.executable, "-m", "kdexport", "bench", str(finished), *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
-    while not (tmp_path / "out" / "rows.json").exists():
-        time.sleep(0.05)
+    while not list(tmp_path.glob("out/rounds-*/0.json")):
+        time.sleep(0.01)
+    (first,) = tmp_path.glob("out/rounds-*/0.json")
+    before = json.loads(first.read_bytes())
     process.send_signal(signal.SIGINT)
     _, log = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in log
-    assert log.splitlines()[-1].startswith("error: interrupted. A comparison that was cut short would mislead")
+    assert log.splitlines()[-1].startswith("error: interrupted. Whole rounds are kept: the same command with --out")
+    again = kdexport("bench", finished, *flags)
+    assert again.returncode == 0, again.stderr
+    assert "round 1 was measured before" in again.stderr
+    name = next(name for name in before if not name.endswith(" again"))
+    assert np.allclose(read_rounds(tmp_path / "out", name)[0] * 1e3, before[name]["total_us"], rtol=1e-5)
+    assert not list(tmp_path.glob("out/rounds-*"))
+    other = kdexport("bench", finished, *flags, "--threads", "2")  # another question gets no old answer
+    assert "was measured before" not in other.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from kdexport.bench.worker import Job, Samples
 from kdexport.errors import RunError
 from kdexport.progress import bar, say, warn
 from kdexport.results import QUANTILES, Cell, Conditions, Control, Footprint, Latency, Ratio
-from kdexport.rundir import write_bytes, write_json
+from kdexport.rundir import digest, write_bytes, write_json
 from kdexport.tasks import load_task
 from kdexport.tasks.metrics import Array
 
@@ -88,7 +89,11 @@ def bench(
     twin = [msgspec.structs.replace(t, name=t.name + AGAIN) for t in active if t.name == control]
     facts, started = environment(), time.monotonic()
     write_bytes(out / "rows.json", msgspec.json.encode(chosen))
-    found, failed = _take_turns(settings, active + twin, reference, seed, out / "rows.json", sweep)
+    # Whole rounds are kept until the end, under a name that says of what: the same call goes on after a kill.
+    asked = digest(msgspec.to_builtins([settings, active + twin, reference, seed, chosen, sweep]))
+    kept = out / f"rounds-{asked[:12]}"
+    kept.mkdir(exist_ok=True)
+    found, failed = _take_turns(settings, active + twin, reference, seed, out / "rows.json", kept, sweep)
     cells = {name: _cells(rounds) for name, rounds in found.items()}
     alive = [t for t in active if t.name not in failed]
     _other_threads(settings, alive, out / "rows.json", cells, started + settings.time_limit_s)
@@ -100,6 +105,7 @@ def bench(
                 failed[target.name] = trouble
                 warn(f"bench: {target.name} {trouble}")
     (out / "rows.json").unlink()
+    shutil.rmtree(kept)
     if not found:
         reasons = "; ".join(f"{name} {why}" for name, why in (failed or left_out).items())
         raise RunError(f"nothing could be measured: {reasons}", "kdexport doctor says what this machine has")
@@ -141,7 +147,7 @@ def read_rounds(folder: Path, name: str) -> list[Array]:
 
 
 def _take_turns(
-    settings: spec.Bench, targets: list[Target], reference: str, seed: int, rows: Path, sweep: bool
+    settings: spec.Bench, targets: list[Target], reference: str, seed: int, rows: Path, kept: Path, sweep: bool
 ) -> tuple[dict[str, Rounds], dict[str, str]]:
     """Rounds until every ratio is precise, or the time is up; and why targets failed."""
     found: dict[str, Rounds] = {}
@@ -149,6 +155,13 @@ def _take_turns(
     started, longest = time.monotonic(), 0.0
     with bar("measure", settings.rounds * len(targets)) as advance:
         for number in range(_MAX_ROUNDS):
+            if (kept / f"{number}.json").exists():
+                before = msgspec.json.decode((kept / f"{number}.json").read_bytes(), type=dict[str, Samples])
+                for name, samples in before.items():
+                    found.setdefault(name, {})[number] = samples
+                say(f"  measure: round {number + 1} was measured before")
+                advance(len(before))
+                continue
             alive = [t for t in targets if t.name not in failed]
             begun = time.monotonic()
             late = begun - started + longest > settings.time_limit_s
@@ -164,6 +177,8 @@ def _take_turns(
                     failed[target.name] = str(crash)
                     warn(f"bench: {target.name} {crash}")
                 advance(number < settings.rounds)
+            whole = {name: rounds[number] for name, rounds in found.items() if number in rounds}
+            write_bytes(kept / f"{number}.json", msgspec.json.encode(whole))
             longest = max(longest, time.monotonic() - begun)
     return {name: rounds for name, rounds in found.items() if rounds and name not in failed}, failed
 

@@ -113,7 +113,7 @@ def bench(
             command=shlex.join(["kdexport", *sys.argv[1:]]),
         )
     except KeyboardInterrupt:
-        raise Interrupted("A comparison that was cut short would mislead, so nothing was written") from None
+        raise Interrupted(f"Whole rounds are kept: the same command with --out {folder} goes on from there") from None
     if pytest_benchmark:
         write_pytest_benchmark(found, folder / "samples.npz", pytest_benchmark)
     show_report(found, folder, as_json)
