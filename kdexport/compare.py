@@ -120,8 +120,8 @@ def compare(
     changes = [c for one, other in pairs for c in _changes(*reports, one, other, apart)]
     found = [_judge(gate, changes) for gate in gates]
     timed = [g for g in gates if g.metric in _QUANTILES and g.relative]
-    open_ = {"unsure", "refused"}  # what reports can't decide, and what they may not, both files side by side can
-    doubt = any(gate.status in open_ for gate, want in zip(found, gates, strict=True) if want in timed)
+    undecided = {"unsure", "refused"}  # what reports can't decide, or may not, both files side by side can
+    doubt = any(gate.status in undecided for gate, want in zip(found, gates, strict=True) if want in timed)
     if side_by_side or (side_by_side is None and doubt):
         try:
             threads = reports[1].bench.threads

@@ -119,3 +119,9 @@ def test_ratios_of_p99_are_paired_too():
     found = stats.pooled_ratio(slow, fast, 0.99)
     assert found.verdict == "faster"
     assert found.value == pytest.approx(1.3 / 1.1, rel=0.02)
+
+
+def test_a_slow_model_is_compared_by_its_median_though_not_by_its_p99():
+    slow, fast = [np.full(40, 2.0)] * 6, [np.full(40, 1.0)] * 6
+    assert stats.pooled_ratio(slow, fast, 0.5).value == pytest.approx(2)
+    assert stats.pooled_ratio(slow, fast, 0.99) is None

@@ -67,7 +67,8 @@ def pooled(rounds: Sequence[Array], q: float, level: float = 0.95) -> tuple[floa
 def pooled_ratio(reference: Sequence[Array], other: Sequence[Array], q: float, level: float = 0.95) -> Ratio | None:
     """Reference ÷ other by a quantile of each of their paired rounds; None where samples are too few for it."""
     enough = enough_for(q)
-    if any(sum(map(len, side)) < enough or min(map(len, side)) < _A_ROUND for side in (reference, other)):
+    a_round = min(_A_ROUND, enough)  # a slow model gives few samples a round, and they do for a median
+    if any(sum(map(len, side)) < enough or min(map(len, side)) < a_round for side in (reference, other)):
         return None
     ours, theirs = ([_quantile([one], q) for one in side] for side in (reference, other))
     return ratio(ours, theirs, level)

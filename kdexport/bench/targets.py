@@ -101,7 +101,6 @@ def _open_torch(target: Target, threads: int) -> Opened:
     torch.set_num_interop_threads(1)
     model = AutoModelForSequenceClassification.from_pretrained(target.model).eval().to(target.device)
     if target.runtime in _COMPILED:
-        # Without g++ the compiler has no back end on a CPU; the first call would say so in fifty lines.
         model = torch.compile(model, mode=_COMPILED[target.runtime], dynamic=True)
     cuda = target.device == "cuda"
     events: list[tuple[Any, Any]] = []

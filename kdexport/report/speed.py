@@ -38,7 +38,7 @@ def _lengths(r: Report) -> str:
     found = r.bench.tokens
     if not found:
         return ""
-    cut = f", {found['cut_percent']} % of them cut at {found['limit']}" if found.get("cut_percent") else ""
+    cut = f", {found['cut_percent']} % fill all {found['limit']} that are read" if found.get("cut_percent") else ""
     return f" of {found['p5']} to {found['p95']} tokens (5th to 95th percentile{cut})"
 
 
