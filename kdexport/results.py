@@ -142,7 +142,8 @@ class Control(msgspec.Struct, frozen=True):
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     """How it was measured, and what a reader must know about it.
 
-    `texts` is the hash of the texts; `tokens` their lengths, and how many per cent of them fill all `limit` that are read, so most likely were cut.
+    `texts` is the hash of the texts; `tokens` their lengths, and how many per cent of them fill
+    all `limit` that are read, so most likely were cut.
     """
 
     reference: str = "teacher-torch"
