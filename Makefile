@@ -26,7 +26,7 @@ schemas: $(VENV)/.made
 $(VENV)/.made: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(shell command -v $(PYTHON) || command -v python3) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,demo,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,demo,grpc,otel,test]'
 	touch $@
 
 clean:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "kdexport"
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"compare"},
+    {"compare", "serve"},
     {"pipeline", "measure", "schemas"},
     {"assemble"},
     {"verdict", "evidence"},
@@ -84,4 +84,4 @@ def test_the_light_side_loads_no_torch(code):
 def test_the_package_stays_small():
     lines = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
     assert max(lines.values()) <= 400, max(lines, key=lines.get)
-    assert sum(lines.values()) <= 8500
+    assert sum(lines.values()) <= 10800
