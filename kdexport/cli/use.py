@@ -1,7 +1,8 @@
-"""Commands that use an artifact: predict."""
+"""Commands that use an artifact: predict, serve."""
 
 from __future__ import annotations
 
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.cli.options import Debug, Flag
+from kdexport.cli.options import Debug, Flag, quantity
 from kdexport.errors import SpecError
 
 
@@ -56,3 +57,102 @@ def _text_of(row: dict[str, Any], file: Path | None) -> Any:
     if "text" not in row:
         raise SpecError(f"{file} has no column 'text'", f"Its columns: {', '.join(map(str, row))}")
     return (row["text"], row["text_pair"]) if row.get("text_pair") else row["text"]
+
+
+def serve(
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]ARTIFACT[:VARIANT]...", help="Artifacts, or runs; the first is the default."),
+    ],
+    host: Annotated[str, Flag(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int, Flag(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    admin_host: Annotated[str, Flag(help="Address of metrics and reloads.")] = "127.0.0.1",
+    admin_port: Annotated[int, Flag(min=-1, max=65535, help="Port of metrics and reloads; -1: none.")] = 8081,
+    grpc_port: Annotated[int | None, Flag(min=0, max=65535, help="Port of gRPC.", show_default="none")] = None,
+    api_keys: Annotated[
+        Path | None,
+        Flag(help="File with one API key a line; or $KDEXPORT_API_KEYS, between commas.", show_default="no keys"),
+    ] = None,
+    threads: Annotated[
+        int | None, Flag(min=1, help="Batches that run at once.", show_default="all cores", rich_help_panel="Batching")
+    ] = None,
+    max_batch: Annotated[int, Flag(min=1, help="Texts of a batch.", rich_help_panel="Batching")] = 32,
+    max_batch_tokens: Annotated[
+        int, Flag(min=1, help="Padded tokens of a batch; a longer text runs alone.", rich_help_panel="Batching")
+    ] = 2048,
+    max_wait: Annotated[
+        str, Flag(help="How long a batch waits for more texts, like 2ms.", rich_help_panel="Batching")
+    ] = "0ms",
+    max_queue: Annotated[
+        str, Flag(help="Work that would wait longer is refused with 429, like 5ms.", rich_help_panel="Limits")
+    ] = "100ms",
+    timeout: Annotated[str, Flag(help="For one request's answer; then 504.", rich_help_panel="Limits")] = "30s",
+    max_body: Annotated[str, Flag(help="Of a request, decompressed.", rich_help_panel="Limits")] = "2MB",
+    max_rows: Annotated[int, Flag(min=1, help="Texts of a request.", rich_help_panel="Limits")] = 256,
+    max_chars: Annotated[int, Flag(min=1, help="Characters of a text.", rich_help_panel="Limits")] = 100_000,
+    drain_delay: Annotated[
+        str, Flag(help="After SIGTERM, how long requests are still taken in.", rich_help_panel="Limits")
+    ] = "0s",
+    grace: Annotated[str, Flag(help="How long accepted requests may then take.", rich_help_panel="Limits")] = "30s",
+    access_log: Annotated[str, Flag(help="JSON lines on stdout: all, errors or off.")] = "all",
+    tracing: Annotated[bool, Flag("--tracing", help="OpenTelemetry spans; $OTEL_… say where to.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Serve artifacts over HTTP: Open Inference Protocol, text-embeddings-inference, Hugging Face, SageMaker.
+
+    SIGTERM drains, SIGHUP loads the artifacts again. / shows a page, /openapi.json the API.
+
+    [bold]Examples[/bold]
+
+      kdexport serve runs/demo
+
+      kdexport serve tickets=runs/tickets:int8 news=runs/demo --port 9000
+
+      kdexport serve runs/demo --host 0.0.0.0 --api-keys keys.txt --max-queue 5ms
+    """
+    from kdexport.serve.run import serve as run_server
+    from kdexport.serve.settings import Settings
+
+    if access_log not in ("all", "errors", "off"):
+        raise SpecError(f"--access-log {access_log!r} is none of all, errors, off")
+    settings = Settings(
+        host=host,
+        port=port,
+        admin_host=admin_host,
+        admin_port=None if admin_port < 0 else admin_port,
+        grpc_port=grpc_port,
+        threads=threads,
+        max_batch=max_batch,
+        max_batch_tokens=max_batch_tokens,
+        max_wait_ms=_duration(max_wait, "--max-wait"),
+        max_queue_ms=_duration(max_queue, "--max-queue"),
+        timeout=_duration(timeout, "--timeout", "s"),
+        max_body=int(quantity(max_body, "--max-body", {"": 1, "b": 1, "kb": 1e3, "mb": 1e6}) or 0),
+        max_rows=max_rows,
+        max_chars=max_chars,
+        drain_delay=_duration(drain_delay, "--drain-delay", "s"),
+        grace=_duration(grace, "--grace", "s"),
+        access_log=access_log,
+        api_keys=_keys(api_keys),
+        tracing=tracing,
+    )
+    raise typer.Exit(run_server(artifacts, settings))
+
+
+def _duration(text: str, flag: str, unit: str = "ms") -> float:
+    """`5ms` or `2s`, in `unit`."""
+    one = {"ms": 1.0, "s": 1e3} if unit == "ms" else {"s": 1.0, "ms": 1e-3}
+    return quantity(text, flag, {"": 1.0, **one}) or 0.0
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    given = os.environ.get("KDEXPORT_API_KEYS", "").split(",")
+    if file is not None:
+        try:
+            given = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"--api-keys {file} can't be read: {getattr(error, 'strerror', error)}") from None
+    keys = tuple(key.strip() for key in given if key.strip())
+    if file is not None and not keys:
+        raise SpecError(f"--api-keys {file} holds no key", "Write one a line")
+    return keys

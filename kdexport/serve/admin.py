@@ -1,0 +1,71 @@
+"""The admin port: metrics, and Triton's model repository protocol. On loopback unless told; it needs no key there."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from kdexport.errors import KdexportError
+from kdexport.serve.app import App
+from kdexport.serve.http import Keys, Receive, Refused, Request, Response, Scope, Send, answer, refusal
+from kdexport.serve.models import Version
+
+_METRICS = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+
+
+class Admin:
+    """The ASGI application of the admin port."""
+
+    def __init__(self, app: App, reload: Callable[[str], Awaitable[Version]]) -> None:
+        self._app, self._reload = app, reload
+        self._keys = Keys(app.settings.api_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, as ASGI has it."""
+        request = Request(scope, receive)
+        try:
+            response = await self._answer(request)
+        except Refused as refused:
+            response = refusal(refused)
+        headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def _answer(self, request: Request) -> Response:
+        if request.header(b"origin") is not None:  # a web page that its visitor's browser runs; tools send none
+            raise Refused(403, "browsers' pages may not ask this port")
+        match request.method, request.path.strip("/").split("/"):
+            case "GET", ["metrics"]:
+                return Response(self._app.metrics.text(), headers=[_METRICS])
+            case "GET", ["v2", "health", "live"]:
+                return await self._app.live(request)
+            case "GET", ["v2", "health", "ready"]:
+                return await self._app.health(request)
+            case "POST", ["v2", "repository", "index"]:
+                return answer(self._index())
+            case "POST", ["v2", "repository", "models", name, ("load" | "unload") as what]:
+                if self._keys:
+                    self._keys.check(request)
+                return await self._change(name, what)
+        raise Refused(404, "here are GET /metrics and POST /v2/repository/index, …/models/NAME/load and …/unload")
+
+    def _index(self) -> list[dict[str, str]]:
+        found = self._app.models.in_service()
+        return [
+            {"name": name, "version": found[name].version, "state": "READY", "reason": ""}
+            if name in found
+            else {"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
+            for name in self._app.models.names()
+        ]
+
+    async def _change(self, name: str, what: str) -> Response:
+        if name not in self._app.models.names():
+            raise Refused(404, "there is no such model here; a new one needs a new start")
+        if what == "unload":
+            self._app.models.unload(name)
+            return answer({"name": name, "unload": True})
+        try:
+            version = await self._reload(name)
+        except KdexportError as error:
+            # Whoever may reload may read this: it names the file at fault.
+            raise Refused(400, f"{error}; the version before serves on") from None
+        return answer({"name": name, "load": True, "version": version.version})

@@ -1,0 +1,271 @@
+"""The ASGI application: a path and a method → a handler; what goes wrong → `{"error": …}`.
+
+A request's way: key → body within its caps → the protocol's `parse` → rows → the batcher → the protocol's
+`render`. Protocols know nothing of each other, nor of batching.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from kdexport import __version__
+from kdexport.serve import huggingface, oip, openapi, page, tei
+from kdexport.serve.accesslog import AccessLog
+from kdexport.serve.batching import Batcher
+from kdexport.serve.http import (
+    ClientGone,
+    Headers,
+    Keys,
+    Receive,
+    Refused,
+    Request,
+    Response,
+    Scope,
+    Send,
+    answer,
+    refusal,
+)
+from kdexport.serve.metrics import Metrics
+from kdexport.serve.models import Models, Version
+from kdexport.serve.settings import Settings
+from kdexport.serve.tracing import Tracer
+
+Handler = Callable[[Request], Awaitable[Response]]
+# Nginx's code for a client that went away; it is never sent, only logged and counted.
+_CLIENT_GONE = 499
+_RETRY: Headers = [(b"retry-after", b"1")]
+
+
+class App:
+    """Everything behind the public port.
+
+    `ready` says yes once `loaded` is set, until `draining` is. From `closing` on every answer also closes its
+    connection.
+    """
+
+    def __init__(self, models: Models, settings: Settings) -> None:
+        self.models, self.settings = models, settings
+        self.metrics, self.log = Metrics(), AccessLog(settings.access_log)
+        self.tracer = Tracer(settings.tracing)
+        self.batcher: Batcher | None = None
+        self.loaded = self.draining = self.closing = False
+        self.running = 0
+        self._keys = Keys(settings.api_keys)
+        self._open: dict[str, dict[str, Handler]] = {
+            "/": {"GET": self.page, "POST": self.classify},
+            "/v2": {"GET": self.server_metadata},
+            "/v2/": {"GET": self.server_metadata},
+            "/v2/health/live": {"GET": self.live},
+            "/v2/health/ready": {"GET": self.health},
+            "/health": {"GET": self.health},
+            "/ping": {"GET": self.health},
+            "/openapi.json": {"GET": self.openapi},
+        }
+        self._keyed: dict[str, dict[str, Handler]] = {
+            "/predict": {"POST": self.predict},
+            "/invocations": {"POST": self.predict},
+            "/info": {"GET": self.info},
+        }
+        self.metrics.watch("kdexport_ready", "1 when ready", lambda: float(self.ready))
+        self.metrics.watch("kdexport_waiting_rows", "Rows that wait", lambda: self._batcher_has("waiting_rows"))
+        self.metrics.watch("kdexport_waiting_tokens", "Tokens that wait", lambda: self._batcher_has("waiting_tokens"))
+        self.metrics.watch("kdexport_tokens_per_second", "What the threads do", lambda: self._batcher_has("rate"))
+        self.metrics.watch_models(
+            lambda: [(name, v.version, v.variant) for name, v in self.models.in_service().items()]
+        )
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered, and will be."""
+        return self.loaded and not self.draining and self.models.ready
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, as ASGI has it."""
+        if scope["type"] != "http":
+            raise RuntimeError(f"an ASGI {scope['type']} is not spoken here")
+        began = time.monotonic()
+        request = Request(scope, receive)
+        fault = ""
+        self.running += 1
+        try:
+            with self.tracer.span(request):
+                response = await self._answer(request)
+        except Refused as refused:
+            response = refusal(refused)
+        except ClientGone:
+            response = Response(b"", _CLIENT_GONE)
+        except Exception as error:
+            # The client learns that it was us, the operator what it was.
+            fault = "".join(traceback.format_exception(error))
+            response = refusal(Refused(500, "the server could not answer this; its log says why"))
+        finally:
+            self.running -= 1
+        seconds = time.monotonic() - began
+        self.metrics.request(request, response.status, seconds)
+        self.log.request(request, response.status, seconds, fault)
+        if response.status == _CLIENT_GONE:
+            return
+        headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
+        if self.closing:
+            headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": response.status, "headers": headers})
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def _answer(self, request: Request) -> Response:
+        path = request.path
+        routes = self._open.get(path)
+        if routes is None or (path == "/" and request.method == "POST"):
+            if self._keys:
+                self._keys.check(request)
+            routes = routes or self._keyed.get(path)
+        if routes is not None:
+            return await _of_method(routes, request)(request)
+        match path.split("/"):
+            case ["", "models", name]:
+                return await _of_method({"POST": self.classify}, request)(request, name)
+            case ["", "v2", "models", name, "versions", version, *rest]:
+                return await self._model(request, rest, name, version)
+            case ["", "v2", "models", name, *rest]:
+                return await self._model(request, rest, name, None)
+        raise Refused(404, "there is nothing at this path; /openapi.json says what there is")
+
+    # --- answers from the models
+
+    async def classify(self, request: Request, name: str | None = None) -> Response:
+        """`POST /` and `POST /models/{name}`: Hugging Face's API."""
+        request.protocol = "huggingface"
+        body = await request.body(self.settings)
+        version = self._version(request, name)
+        protocol = huggingface.TASKS[version.task.name]
+        query = protocol.parse(body)
+        rows, costs = self._checked(version, query.rows, 422)
+        return Response(protocol.render(version, query, await self._run(request, version, rows, costs)))
+
+    async def predict(self, request: Request) -> Response:
+        """`POST /predict` and `POST /invocations`: text-embeddings-inference's shape."""
+        request.protocol = "tei"
+        body = await request.body(self.settings)
+        version = self._version(request)
+        query = tei.parse(body)
+        rows, costs = self._checked(version, query.rows, 422)
+        if query.uncut and any(version.task.is_cut(row) for row in rows):
+            raise Refused(422, f"a text has more than {version.task.config.max_length} tokens, and truncate is false")
+        return Response(tei.render(version, query, await self._run(request, version, rows, costs)))
+
+    async def _model(self, request: Request, rest: list[str], name: str, version: str | None) -> Response:
+        """`/v2/models/{name}[/versions/{version}]…`: the Open Inference Protocol."""
+        request.protocol = "oip"
+        if rest == ["infer"]:
+            return await _of_method({"POST": self._infer}, request)(request, name, version)
+        if rest == ["ready"]:
+            return await _of_method({"GET": self._model_ready}, request)(name, version)
+        if rest == []:
+            return await _of_method({"GET": self._metadata}, request)(request, name, version)
+        raise Refused(404, "there is nothing at this path; /openapi.json says what there is")
+
+    async def _infer(self, request: Request, name: str, asked: str | None) -> Response:
+        body = await request.body(self.settings)
+        version = self._version(request, name, asked)
+        query = oip.parse(request, body, version, self.settings.max_rows, self.settings.max_chars)
+        return oip.render(version, query, await self._run(request, version, query.rows, query.costs, query.timeout))
+
+    async def _metadata(self, request: Request, name: str, asked: str | None) -> Response:
+        return answer(oip.metadata(self._version(request, name, asked)))
+
+    async def _model_ready(self, name: str, asked: str | None) -> Response:
+        self.models.find(name, asked)
+        return self._health({"name": name})
+
+    def _version(self, request: Request, name: str | None = None, asked: str | None = None) -> Version:
+        if not self.loaded:
+            raise Refused(503, "the models are being loaded", _RETRY)
+        version = self.models.find(name, asked)
+        request.model = version.name
+        return version
+
+    def _checked(
+        self, version: Version, rows: list[dict[str, Any]], status: int
+    ) -> tuple[list[dict[str, Any]], list[int]]:
+        return oip.check_rows(version, rows, self.settings.max_rows, self.settings.max_chars, status)
+
+    async def _run(
+        self,
+        request: Request,
+        version: Version,
+        rows: Sequence[Any],
+        costs: Sequence[int],
+        timeout: float | None = None,
+    ) -> list[Any]:
+        assert self.batcher is not None
+        request.rows = len(rows)
+        timeout = min(timeout or self.settings.timeout, self.settings.timeout)
+        ticket = await self.batcher.run(version, rows, costs, timeout, request.gone)
+        request.queued_s = ticket.started - ticket.arrived
+        request.run_s = ticket.done_at - ticket.started
+        return ticket.results
+
+    # --- about the server
+
+    async def live(self, _: Request) -> Response:
+        """Whether the process is worth keeping; a dead consumer ends it, so an answer is a yes."""
+        return answer({"live": True})
+
+    async def health(self, _: Request) -> Response:
+        """Whether requests are answered."""
+        return self._health({"live": True})
+
+    def _health(self, content: dict[str, Any]) -> Response:
+        response = answer(content | {"ready": self.ready}, 200 if self.ready else 503)
+        return response if self.ready else msgspec.structs.replace(response, headers=[*response.headers, *_RETRY])
+
+    async def server_metadata(self, _: Request) -> Response:
+        """`GET /v2`."""
+        return answer({"name": "kdexport", "version": __version__, "extensions": oip.EXTENSIONS})
+
+    async def info(self, request: Request) -> Response:
+        """`GET /info`, in text-embeddings-inference's words."""
+        version = self._version(request)
+        labels = version.task.labels
+        return answer(
+            {
+                "model_id": version.name,
+                "model_sha": version.version,
+                "model_dtype": version.variant,
+                "model_type": {
+                    "classifier": {
+                        "id2label": {str(i): label for i, label in enumerate(labels)},
+                        "label2id": {label: i for i, label in enumerate(labels)},
+                    }
+                },
+                "max_input_length": version.task.config.max_length,
+                "max_batch_tokens": self.settings.max_batch_tokens,
+                "max_batch_requests": self.settings.max_batch,
+                "max_client_batch_size": self.settings.max_rows,
+                "auto_truncate": True,
+                "version": __version__,
+            }
+        )
+
+    async def openapi(self, _: Request) -> Response:
+        """What there is, for machines."""
+        return answer(openapi.document(self.models.names(), bool(self._keys)))
+
+    async def page(self, _: Request) -> Response:
+        """What there is, for people; the card is not shown to those without a key."""
+        versions = list(self.models.in_service().values())
+        return page.render(versions, with_card=not self._keys)
+
+    def _batcher_has(self, what: str) -> float:
+        return float(getattr(self.batcher, what)) if self.batcher else 0.0
+
+
+def _of_method(routes: dict[str, Callable[..., Any]], request: Request) -> Callable[..., Awaitable[Response]]:
+    handler = routes.get("GET" if request.method == "HEAD" else request.method)
+    if handler is None:
+        raise Refused(405, f"{request.method} is not for this path", [(b"allow", ", ".join(routes).encode())])
+    return handler

@@ -1,0 +1,226 @@
+"""Rows from many requests → batches on a few threads: work-conserving, bounded, deadlines kept.
+
+A request is taken in whole or refused. Its rows wait in queues by model and length, so that a batch holds rows
+of similar length. A thread that has nothing to do takes the oldest row and whatever of its queue fits beside it,
+without waiting for more: under load the queues fill while batches run, so batches grow by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from kdexport.serve.http import ClientGone, Refused
+
+# How much the newest batch says about the rate; a hundred batches are some tens of milliseconds.
+_NEWEST = 0.02
+
+
+class Model(Protocol):
+    """What rows run on."""
+
+    def run(self, rows: Sequence[Any]) -> list[Any]:
+        """One result a row, in their order; an exception as a result fails that row alone."""
+
+    def bucket(self, cost: int) -> int:
+        """Rows of one bucket may share a batch; it is the length in tokens that they are padded to at most."""
+
+    def most(self, bucket: int) -> int:
+        """Rows of a batch at most."""
+
+
+class Ticket:
+    """One request's rows on their way; its future gives their results, in order."""
+
+    __slots__ = ("arrived", "done_at", "future", "gone", "left", "results", "started")
+
+    def __init__(self, future: asyncio.Future[list[Any]], rows: int, gone: Callable[[], bool], arrived: float) -> None:
+        self.future, self.gone, self.arrived = future, gone, arrived
+        self.results: list[Any] = [None] * rows
+        self.left = rows
+        self.started = self.done_at = 0.0
+
+    def expire(self) -> None:
+        """Give up on it."""
+        if not self.future.done():
+            self.future.set_exception(Refused(504, "the answer took longer than the request's deadline"))
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more."""
+        if not self.future.done():
+            self.future.set_exception(ClientGone())
+
+
+Item = tuple[Ticket, int, Any, int]  # whose, which of its rows, the row, its cost in tokens
+
+
+class Batcher:
+    """N threads over shared queues.
+
+    Args:
+        threads: batches that run at once.
+        max_batch_tokens: padded tokens of a batch; a longer row runs alone.
+        max_wait: seconds that a batch waits for more rows.
+        max_queue: seconds that newly taken work may have to wait; beyond, requests are refused with 429.
+        rate: tokens a second that all threads together are thought to do; learnt while running.
+        on_batch: told (rows, tokens, seconds) of every batch, on the loop.
+        on_death: told when a thread ends by an error that is ours, on the loop; nothing runs any more then.
+    """
+
+    def __init__(
+        self,
+        *,
+        threads: int,
+        max_batch_tokens: int,
+        max_wait: float,
+        max_queue: float,
+        rate: float,
+        on_batch: Callable[[int, int, float], None] = lambda *_: None,
+        on_death: Callable[[BaseException], None] = lambda _: None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._threads, self._max_batch_tokens = threads, max_batch_tokens
+        self._max_wait, self._max_queue, self.rate = max_wait, max_queue, rate
+        self._on_batch, self._on_death = on_batch, on_death
+        self._queues: dict[tuple[Model, int], deque[Item]] = {}
+        self._work = threading.Condition(threading.Lock())
+        self.waiting_tokens = 0
+        self.waiting_rows = 0
+        self._closed = False
+        self._consumers = [
+            threading.Thread(target=self._consume, name=f"consumer-{i}", daemon=True) for i in range(threads)
+        ]
+        for consumer in self._consumers:
+            consumer.start()
+
+    async def run(
+        self, model: Model, rows: Sequence[Any], costs: Sequence[int], timeout: float, gone: Callable[[], bool]
+    ) -> Ticket:
+        """Run one request's rows; returns when all are done.
+
+        Raises:
+            Refused: there is too much work waiting (429), or the deadline passed (504).
+            Exception: what `model.run` raised for one of the rows.
+        """
+        ticket = self._submit(model, rows, costs, gone)
+        timer = self._loop.call_later(timeout, ticket.expire)
+        try:
+            await ticket.future
+        finally:
+            timer.cancel()
+        return ticket
+
+    def _submit(self, model: Model, rows: Sequence[Any], costs: Sequence[int], gone: Callable[[], bool]) -> Ticket:
+        ticket = Ticket(self._loop.create_future(), len(rows), gone, time.monotonic())
+        tokens = sum(costs)
+        with self._work:
+            wait = self.waiting_tokens / self.rate
+            # What waits is bounded, not what comes: a request larger than the bound runs when nothing waits.
+            if self.waiting_tokens and (self.waiting_tokens + tokens) / self.rate > self._max_queue:
+                raise Refused(429, "too much work is waiting", [(b"retry-after", b"%d" % max(1, math.ceil(wait)))])
+            for i, (row, cost) in enumerate(zip(rows, costs, strict=True)):
+                key = (model, model.bucket(cost))
+                queue = self._queues.get(key)
+                if queue is None:
+                    queue = self._queues[key] = deque()
+                queue.append((ticket, i, row, cost))
+            self.waiting_tokens += tokens
+            self.waiting_rows += len(rows)
+            self._work.notify(len(rows))
+        return ticket
+
+    async def close(self) -> None:
+        """Finish what waits, then end the threads."""
+        with self._work:
+            self._closed = True
+            self._work.notify_all()
+        for consumer in self._consumers:
+            await asyncio.to_thread(consumer.join)
+
+    # --- on the threads
+
+    def _consume(self) -> None:
+        try:
+            while (taken := self._take()) is not None:
+                self._run(*taken)
+        except BaseException as error:
+            self._tell(self._on_death, error)
+
+    def _take(self) -> tuple[Model, list[Item]] | None:
+        """The oldest row and what fits beside it; None when closed and empty."""
+        with self._work:
+            while True:
+                while not self._queues:
+                    if self._closed:
+                        return None
+                    self._work.wait()
+                key = min(self._queues, key=lambda key: self._queues[key][0][0].arrived)
+                (model, bucket), queue = key, self._queues[key]
+                most = max(1, min(model.most(bucket), self._max_batch_tokens // bucket))
+                wait = queue[0][0].arrived + self._max_wait - time.monotonic()
+                if self._max_wait and wait > 0 and len(queue) < most and not self._closed:
+                    self._work.wait(wait)
+                    continue
+                batch: list[Item] = []
+                while queue and len(batch) < most:
+                    item = queue.popleft()
+                    self.waiting_tokens -= item[3]
+                    self.waiting_rows -= 1
+                    # Rows whose request was answered (by its deadline) or whose client has gone cost nothing more.
+                    if item[0].future.done():
+                        continue
+                    if item[0].gone():
+                        self._tell(item[0].abandon)
+                        continue
+                    batch.append(item)
+                if not queue:
+                    del self._queues[key]
+                if batch:
+                    return model, batch
+
+    def _run(self, model: Model, batch: list[Item]) -> None:
+        started = time.monotonic()
+        try:
+            results = model.run([row for _, _, row, _ in batch])
+        except Exception as error:
+            # One bad row must not fail the others: each again, alone.
+            results = [error] if len(batch) == 1 else [_alone(model, row) for _, _, row, _ in batch]
+        ended = time.monotonic()
+        tokens = sum(cost for _, _, _, cost in batch)
+        self.rate += _NEWEST * (self._threads * tokens / (ended - started) - self.rate)
+        self._tell(self._deliver, batch, results, tokens, started, ended)
+
+    def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(what, *arguments)
+        except RuntimeError:  # the loop is closed: nobody is left to be told
+            return
+
+    # --- on the loop again
+
+    def _deliver(self, batch: list[Item], results: list[Any], tokens: int, started: float, ended: float) -> None:
+        self._on_batch(len(batch), tokens, ended - started)
+        for (ticket, i, _, _), result in zip(batch, results, strict=True):
+            if ticket.future.done():
+                continue
+            ticket.started = ticket.started or started
+            ticket.done_at = ended
+            if isinstance(result, Exception):
+                ticket.future.set_exception(result)
+                continue
+            ticket.results[i] = result
+            ticket.left -= 1
+            if not ticket.left:
+                ticket.future.set_result(ticket.results)
+
+
+def _alone(model: Model, row: Any) -> Any:
+    try:
+        return model.run([row])[0]
+    except Exception as error:
+        return error

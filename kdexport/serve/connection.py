@@ -1,0 +1,92 @@
+"""uvicorn's HTTP connection with what it leaves open: bounds on headers, in size and in time, and JSON errors."""
+
+from __future__ import annotations
+
+from asyncio import TimerHandle, Transport
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from kdexport.serve.http import encode
+
+_MAX_HEADERS = 32 * 1024
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection.
+
+    A client that trickles its headers, or never begins a request, is cut off after `read_timeout`; idle time
+    between requests is bounded by uvicorn's keep-alive timer.
+    """
+
+    read_timeout = 10.0
+    max_connections = 4096
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """Begin waiting for the first request."""
+        super().connection_made(transport)
+        self._timer: TimerHandle | None = None
+        self._begun = False  # whether some of a head has come
+        self._head = 0  # bytes of a head that has not come in one piece
+        if len(self.connections) > self.max_connections:
+            self._refuse(503, "too many connections")
+            return
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more will come."""
+        self._head_complete()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Let the bytes be parsed, and count those of a head that comes in pieces."""
+        waiting = self._timer is not None
+        super().data_received(data)
+        if waiting and self._timer is not None:
+            self._head += len(data)
+            if self._head > _MAX_HEADERS:
+                self._refuse(431, "the request's head is too large")
+
+    def on_message_begin(self) -> None:
+        """The first byte of a request."""
+        super().on_message_begin()
+        self._head_complete()
+        self._begun = True
+        self._wait_for_head()
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        self._head_complete()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """An answer to what is no HTTP."""
+        self._refuse(400, "this is no HTTP request")
+
+    def _wait_for_head(self) -> None:
+        self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
+
+    def _head_complete(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._begun, self._head = False, 0
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self._begun:
+            self._refuse(408, "the request's head came too slowly")
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        body = encode({"error": message})
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        if not self.transport.is_closing():
+            self.transport.write(b"".join((STATUS_LINE[status], head, body)))
+            self.transport.close()
+
+
+def limited(read_timeout: float, max_connections: int) -> Any:
+    """The class with a server's limits."""
+    return type("Connection", (Connection,), {"read_timeout": read_timeout, "max_connections": max_connections})

@@ -1,0 +1,170 @@
+"""A request and its answer: capped bodies, keys in constant time, errors as `{"error": …}`."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from kdexport.serve.settings import Settings
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+JSON = (b"content-type", b"application/json")
+encode = msgspec.json.Encoder().encode
+
+
+class Refused(Exception):
+    """An answer other than 200. The message goes to the client: no paths, no traces."""
+
+    def __init__(self, status: int, message: str, headers: Headers | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers or []
+
+
+class ClientGone(Exception):
+    """The client went away before its request was complete."""
+
+
+class Response(msgspec.Struct):
+    """What goes back; `content-length` is added when it is sent."""
+
+    body: bytes
+    status: int = 200
+    headers: Headers = msgspec.field(default_factory=lambda: [JSON])
+
+
+def answer(content: Any, status: int = 200) -> Response:
+    """Anything msgspec encodes, as JSON."""
+    return Response(encode(content), status)
+
+
+def refusal(refused: Refused) -> Response:
+    """A refused request's answer, as every protocol here has it."""
+    return Response(encode({"error": refused.message}), refused.status, [JSON, *refused.headers])
+
+
+class Request:
+    """One HTTP request; what its handler finds out is kept for the log and the metrics."""
+
+    __slots__ = ("_receive", "method", "model", "path", "protocol", "queued_s", "rows", "run_s", "scope")
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.scope, self._receive = scope, receive
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.model, self.protocol, self.rows = "", "", 0
+        self.queued_s = self.run_s = 0.0
+
+    def header(self, name: bytes) -> bytes | None:
+        """A header's value; names are in lower case."""
+        for key, value in self.scope["headers"]:
+            if key == name:
+                return bytes(value)
+        return None
+
+    def gone(self) -> bool:
+        """Whether the client has closed the connection, as far as uvicorn knows; other servers don't say."""
+        return bool(getattr(getattr(self._receive, "__self__", None), "disconnected", False))
+
+    async def body(self, settings: Settings) -> bytes:
+        """The whole body, decompressed.
+
+        Bytes are counted as they come: a declared length may lie, and chunks declare none.
+
+        Raises:
+            Refused: it is larger than `max_body` (413), slower than `read_timeout` (408), or in an unknown or
+                broken encoding (415, 400).
+            ClientGone: the connection closed before its end.
+        """
+        limit = settings.max_body
+        declared = self.header(b"content-length")
+        if declared is not None and int(declared) > limit:
+            raise _too_large(limit)
+        message = await self._read(settings.read_timeout)
+        if message.get("more_body"):
+            parts, total = [message["body"]], len(message["body"])
+            ends = asyncio.get_running_loop().time() + settings.read_timeout
+            while message.get("more_body"):
+                message = await self._read(ends - asyncio.get_running_loop().time())
+                total += len(message["body"])
+                if total > limit:
+                    raise _too_large(limit)
+                parts.append(message["body"])
+            body = b"".join(parts)
+        else:
+            body = message.get("body", b"")
+        if len(body) > limit:
+            raise _too_large(limit)
+        encoding = self.header(b"content-encoding")
+        return body if encoding in (None, b"", b"identity") else _inflate(body, bytes(encoding or b""), limit)
+
+    async def _read(self, timeout: float) -> MutableMapping[str, Any]:
+        if not self._whole():
+            try:
+                async with asyncio.timeout(timeout):
+                    message = await self._receive()
+            except TimeoutError:
+                raise Refused(408, "the body came too slowly", [(b"connection", b"close")]) from None
+        else:
+            message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        return message
+
+    def _whole(self) -> bool:
+        """Whether the body is there already, as for most requests: then no timer is needed."""
+        return not getattr(getattr(self._receive, "__self__", None), "more_body", True)
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(413, f"the body has more than {limit:,} bytes", [(b"connection", b"close")])
+
+
+def _inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
+    """Gzip or deflate, never further than the limit: 50 kB of gzip can hold 50 MB."""
+    if encoding.strip().lower() not in (b"gzip", b"deflate"):
+        raise Refused(415, "content-encoding may be gzip, deflate or identity")
+    stream = zlib.decompressobj(wbits=47)  # either header
+    try:
+        data = stream.decompress(body, limit + 1)
+    except zlib.error:
+        raise Refused(400, "the body is not what its content-encoding says") from None
+    if len(data) > limit:
+        raise _too_large(limit)
+    if not stream.eof:
+        raise Refused(400, "the compressed body ends too early")
+    return data
+
+
+class Keys:
+    """API keys, kept and compared as digests: no comparison tells by its time how much of a key was right."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, request: Request) -> None:
+        """Let a request pass that carries a key: `Authorization: Bearer KEY`, or `X-API-Key: KEY`.
+
+        Raises:
+            Refused: it carries none, or another (401).
+        """
+        bearer = request.header(b"authorization") or b""
+        scheme, _, token = bearer.partition(b" ")
+        given = token.strip() if scheme.lower() == b"bearer" else request.header(b"x-api-key") or b""
+        digest, known = hashlib.sha256(given).digest(), False
+        for one in self._digests:
+            known |= hmac.compare_digest(one, digest)
+        if not known:
+            raise Refused(401, "an API key is needed: Authorization: Bearer KEY", [(b"www-authenticate", b"Bearer")])

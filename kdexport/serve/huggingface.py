@@ -1,0 +1,119 @@
+"""Hugging Face's inference API: `{"inputs": …, "parameters": {…}}` in, the shape that its own client reads out.
+
+Source: huggingface_hub's generated types and `InferenceClient`, which takes the first element of what comes back
+for text classification: so one text is answered by a list in a list. text-embeddings-inference answers the same
+request with a flat list, of which that client silently reads one label; its shape is served at `/predict`.
+
+A task's parameters, its inputs and its answer stand together in `TASKS`; the next tasks join there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+
+from kdexport.serve.http import Refused, encode
+from kdexport.serve.models import Version
+from kdexport.tasks.metrics import Array
+
+Function = Literal["softmax", "sigmoid", "none"]
+TopK = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """A pair of texts, as transformers' pipeline takes it."""
+
+    text: str
+    text_pair: str | None = None
+
+
+class Parameters(msgspec.Struct, frozen=True):
+    """How logits become the answer."""
+
+    top_k: TopK | None = None
+    function_to_apply: Function | None = None
+
+
+class ClassifyRequest(msgspec.Struct, frozen=True):
+    """One text, a pair, or a list of either; every element of a list is answered by itself."""
+
+    inputs: str | Pair | list[str | Pair]
+    parameters: Parameters | None = None
+
+
+class Query(NamedTuple):
+    """A request, understood."""
+
+    rows: list[dict[str, Any]]
+    parameters: Parameters
+
+
+class TaskProtocol(NamedTuple):
+    """One task behind `POST /`."""
+
+    parse: Callable[[bytes], Query]
+    render: Callable[[Version, Query, Sequence[Any]], bytes]
+
+
+_decode = msgspec.json.Decoder(ClassifyRequest).decode
+_DEFAULT = Parameters()
+
+
+def parse_texts(body: bytes) -> Query:
+    """Texts to classify.
+
+    Raises:
+        Refused: the body is not what the API says (422, 400 when it is no JSON at all).
+    """
+    asked = decoded(_decode, body)
+    inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
+    return Query([_row(one) for one in inputs], asked.parameters or _DEFAULT)
+
+
+def render_classes(version: Version, query: Query, logits: Sequence[Array]) -> bytes:
+    """A list of labels with scores, best first, for each text."""
+    return encode(classes(version, logits, query.parameters.function_to_apply, query.parameters.top_k))
+
+
+TASKS = {"text-classification": TaskProtocol(parse_texts, render_classes)}
+
+
+def classes(
+    version: Version, logits: Sequence[Array], function: Function | None, top: int | None
+) -> list[list[dict[str, Any]]]:
+    """Labels with scores of every row, best first; all of them unless `top` says how many."""
+    labels = version.task.labels
+    found = []
+    for row in version.task.scores(np.stack(logits), function):
+        if top == 1:
+            i = int(row.argmax())
+            found.append([{"label": labels[i], "score": float(row[i])}])
+            continue
+        order = np.argsort(-row, kind="stable")[:top]
+        found.append(
+            [{"label": labels[i], "score": score} for i, score in zip(order.tolist(), row[order].tolist(), strict=True)]
+        )
+    return found
+
+
+def decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
+    """A typed body.
+
+    Raises:
+        Refused: it is no JSON (400), or has another shape (422).
+    """
+    try:
+        return decode(body)
+    except msgspec.ValidationError as error:
+        raise Refused(422, f"the request is not as it should be: {error}") from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Refused(400, f"the body can't be read as JSON: {error}") from None
+
+
+def _row(one: str | Pair) -> dict[str, Any]:
+    if isinstance(one, str):
+        return {"text": one}
+    return {"text": one.text} if one.text_pair is None else {"text": one.text, "text_pair": one.text_pair}

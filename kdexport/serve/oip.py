@@ -1,0 +1,236 @@
+"""The Open Inference Protocol, version 2, with binary tensors and Triton's classification.
+
+Source: the protocol's inference_rest.md and open_inference_rest.yaml, and Triton's extension_binary_data.md and
+extension_classification.md. A model takes texts (`text`, and `text_pair` for pairs) as BYTES, or the graph's own
+tensors as the client encoded them; it gives `label`, `score`, `scores` and `logits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from kdexport.serve.http import Refused, Request, Response, answer, encode
+from kdexport.serve.models import Version
+from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
+from kdexport.tasks.metrics import Array
+
+EXTENSIONS = ["binary_tensor_data", "classification"]
+HEADER_LENGTH = b"inference-header-content-length"
+TEXTS = ("text", "text_pair")
+OUTPUTS = {"label": "BYTES", "score": "FP32", "scores": "FP32", "logits": "FP32"}
+
+
+class RequestedOutput(msgspec.Struct, frozen=True):
+    """One output that the client wants."""
+
+    name: str
+    parameters: Parameters = {}
+
+
+class InferRequest(msgspec.Struct, frozen=True):
+    """`POST /v2/models/{name}/infer`; unknown keys are let pass, as clients send some."""
+
+    inputs: Annotated[list[InputTensor], msgspec.Meta(min_length=1, max_length=16)]
+    id: str | None = None
+    parameters: Parameters = {}
+    outputs: Annotated[list[RequestedOutput], msgspec.Meta(max_length=16)] = []
+
+
+class Query(NamedTuple):
+    """An infer request, understood."""
+
+    rows: list[dict[str, Any]]
+    costs: list[int]
+    outputs: list[RequestedOutput]
+    binary: bool
+    id: str | None
+    timeout: float | None
+
+
+_decode = msgspec.json.Decoder(InferRequest).decode
+
+
+def metadata(version: Version) -> dict[str, Any]:
+    """`GET /v2/models/{name}`; -1 is any size."""
+    tensors = [{"name": name, "datatype": "INT64", "shape": [-1, -1]} for name in version.task.config.inputs]
+    wide = [-1, len(version.task.labels)]
+    return {
+        "name": version.name,
+        "versions": [version.version],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": "text", "datatype": "BYTES", "shape": [-1]}, *tensors],
+        "outputs": [
+            {"name": name, "datatype": datatype, "shape": [-1] if name in ("label", "score") else wide}
+            for name, datatype in OUTPUTS.items()
+        ],
+    }
+
+
+def parse(request: Request, body: bytes, version: Version, max_rows: int, max_chars: int) -> Query:
+    """What is asked.
+
+    Raises:
+        Refused: it is not what the protocol or the model says (400).
+    """
+    head, raw = _split(request, body)
+    try:
+        asked = _decode(head)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Refused(400, f"the request can't be read: {error}") from None
+    tensors: dict[str, Any] = {}
+    shapes: dict[str, Sequence[int]] = {}
+    at = 0
+    for tensor in asked.inputs:
+        if tensor.name in tensors:
+            raise Refused(400, "two inputs have the same name")
+        size = tensor.parameters.get("binary_data_size")
+        if size is None:
+            tensors[tensor.name] = read_json(tensor)
+        else:
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(raw) - at:
+                raise Refused(400, f"binary_data_size of input {tensor.name} is not what the body holds")
+            tensors[tensor.name] = read_raw(tensor, raw[at : at + size])
+            at += size
+        shapes[tensor.name] = tensor.shape
+    if at != len(raw):
+        raise Refused(400, f"{len(raw) - at} bytes follow the last input")
+    rows, costs = rows_of(version, tensors, shapes, max_rows, max_chars)
+    timeout = asked.parameters.get("timeout")
+    return Query(
+        rows,
+        costs,
+        _wanted(asked.outputs),
+        asked.parameters.get("binary_data_output") is True,
+        asked.id,
+        float(timeout) / 1e6 if isinstance(timeout, int | float) and timeout > 0 else None,
+    )
+
+
+def render(version: Version, query: Query, logits: Sequence[Array]) -> Response:
+    """Every row's answer, as JSON, or as JSON and raw tensors where they were asked for."""
+    values = outputs_of(version, np.stack(logits), query.outputs)
+    outputs, raw = [], []
+    for wanted, (datatype, shape, value) in zip(query.outputs, values, strict=True):
+        output: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": shape}
+        if wanted.parameters.get("binary_data", query.binary):
+            raw.append(raw_texts(value) if datatype == "BYTES" else raw_array(value))
+            output["parameters"] = {"binary_data_size": len(raw[-1])}
+        else:
+            output["data"] = value if datatype == "BYTES" else value.ravel().tolist()
+        outputs.append(output)
+    content: dict[str, Any] = {"model_name": version.name, "model_version": version.version, "outputs": outputs}
+    if query.id is not None:
+        content["id"] = query.id
+    if not raw:
+        return answer(content)
+    head = encode(content)
+    return Response(
+        b"".join((head, *raw)),
+        headers=[(b"content-type", b"application/octet-stream"), (HEADER_LENGTH, b"%d" % len(head))],
+    )
+
+
+def rows_of(
+    version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Named tensors → rows that the model runs, and the tokens that each is thought to take."""
+    if "text" in tensors:
+        return _text_rows(version, tensors, shapes, max_rows, max_chars)
+    wanted = version.task.config.inputs
+    if set(tensors) != set(wanted):
+        raise Refused(400, f"the inputs are `text` (and `text_pair`), or all of {', '.join(wanted)}")
+    shape = shapes[wanted[0]]
+    rows, longest = (shape[0], version.task.config.max_length)
+    if len(shape) != 2 or any(list(shapes[name]) != list(shape) for name in wanted):
+        raise Refused(400, f"{', '.join(wanted)} must have one shape: [rows, tokens]")
+    if not (1 <= rows <= max_rows and 1 <= shape[1] <= longest):
+        raise Refused(400, f"the shape must be within [1…{max_rows}, 1…{longest}]")
+    for name in wanted:
+        array = tensors[name]
+        if array is None or isinstance(array, list) or array.dtype != np.int64:
+            raise Refused(400, f"input {name} must be of datatype INT64")
+        most = version.task.vocabulary if name == "input_ids" else 2
+        if array.min() < 0 or array.max() >= most:
+            raise Refused(400, f"input {name} must be within 0…{most - 1}")
+    return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [shape[1]] * rows
+
+
+def outputs_of(version: Version, logits: Array, outputs: Sequence[RequestedOutput]) -> list[tuple[str, list[int], Any]]:
+    """(datatype, shape, values) of each output that is wanted; values are a list of str, or a float32 array."""
+    task = version.task
+    scores = task.scores(logits)
+    best = scores.argmax(axis=1)
+    found = []
+    for output in outputs:
+        value: Any
+        if output.name == "label":
+            value = [task.labels[i] for i in best]
+        elif output.name == "score":
+            value = scores[np.arange(len(scores)), best].astype(np.float32)
+        else:
+            value = (scores if output.name == "scores" else logits).astype(np.float32)
+        shape = [len(logits)] if output.name in ("label", "score") else list(logits.shape)
+        top = output.parameters.get("classification")
+        if top is not None and output.name in ("scores", "logits"):
+            found.append(_classes(task.labels, value, top))
+        else:
+            found.append((OUTPUTS[output.name], shape, value))
+    return found
+
+
+def _classes(labels: list[str], values: Array, top: object) -> tuple[str, list[int], list[str]]:
+    """Triton's classification: the highest as `value:index:label`."""
+    if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+        raise Refused(400, "classification must be a number from 1 on")
+    top = min(top, len(labels))
+    order = np.argsort(-values, axis=1, kind="stable")[:, :top]
+    texts = [f"{row[i]:f}:{i}:{labels[i]}" for row, best in zip(values, order, strict=True) for i in best]
+    return "BYTES", [len(values), top], texts
+
+
+def _split(request: Request, body: bytes) -> tuple[bytes, memoryview]:
+    """The JSON and the raw tensors behind it."""
+    length = request.header(HEADER_LENGTH)
+    if length is None:
+        return body, memoryview(b"")
+    if not length.isdigit() or len(length) > 12 or not 0 < int(length) <= len(body):
+        raise Refused(400, "Inference-Header-Content-Length must be the length of the JSON at the body's start")
+    return body[: int(length)], memoryview(body)[int(length) :]
+
+
+def _wanted(outputs: list[RequestedOutput]) -> list[RequestedOutput]:
+    for output in outputs:
+        if output.name not in OUTPUTS:
+            raise Refused(400, f"the outputs are {', '.join(OUTPUTS)}")
+    if len({output.name for output in outputs}) < len(outputs):
+        raise Refused(400, "two outputs have the same name")
+    return outputs or [RequestedOutput(name) for name in OUTPUTS]
+
+
+def _text_rows(
+    version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
+) -> tuple[list[dict[str, Any]], list[int]]:
+    for name, texts in tensors.items():
+        if name not in TEXTS or not isinstance(texts, list):
+            raise Refused(400, "beside `text` there may be `text_pair`, both of datatype BYTES")
+    texts, pairs = tensors["text"], tensors.get("text_pair")
+    if pairs is not None and len(pairs) != len(texts):
+        raise Refused(400, "text and text_pair must be equally many")
+    rows = [{"text": text} if pairs is None else {"text": text, "text_pair": pairs[i]} for i, text in enumerate(texts)]
+    return check_rows(version, rows, max_rows, max_chars)
+
+
+def check_rows(
+    version: Version, rows: list[dict[str, Any]], max_rows: int, max_chars: int, status: int = 400
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Rows within their limits, and the tokens that each is thought to take."""
+    if not 1 <= len(rows) <= max_rows:
+        raise Refused(status, f"a request may have 1 to {max_rows} texts; it has {len(rows)}")
+    for row in rows:
+        if sum(map(len, row.values())) > max_chars:
+            raise Refused(413, f"a text may have {max_chars:,} characters")
+    return rows, [version.task.cost(row) for row in rows]

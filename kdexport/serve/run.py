@@ -1,0 +1,218 @@
+"""One process from start to end: bind, load, serve, reload, drain.
+
+SIGTERM and Ctrl-C: `ready` says no; after `drain_delay` nothing new is accepted; what was accepted is answered,
+each answer closing its connection; then the process ends. SIGHUP: every model is loaded again from its folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+import uvicorn
+import uvloop
+
+from kdexport.errors import KdexportError, SpecError
+from kdexport.predictor import allowed_cores
+from kdexport.progress import say, warn
+from kdexport.serve.admin import Admin
+from kdexport.serve.app import App
+from kdexport.serve.batching import Batcher
+from kdexport.serve.connection import limited
+from kdexport.serve.models import Models, Version, named_sources
+from kdexport.serve.settings import Settings
+
+# Clients that hold a connection open without a request in flight get this long to send the one that they may
+# have begun when the port closed.
+_LINGER_S = 0.5
+
+
+def serve(artifacts: list[str], settings: Settings) -> int:
+    """Serve until told to stop.
+
+    Args:
+        artifacts: `[NAME=]FOLDER[:VARIANT]`; the first is the default.
+        settings: limits, ports, keys.
+
+    Returns:
+        The exit code: 0 after an orderly end, 1 when a thread of the batcher died.
+
+    Raises:
+        SpecError: a port is taken, or a name is unfit.
+        ArtifactError: an artifact is incomplete, was changed, or answers otherwise than when it was packed.
+    """
+    models = Models(named_sources(artifacts), settings.max_batch, settings.max_batch_tokens)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Server(models, settings).run())
+
+
+class Server:
+    """The app, its ports and its signals."""
+
+    def __init__(self, models: Models, settings: Settings) -> None:
+        self.models, self.settings = models, settings
+        self.app = App(models, settings)
+        self._stop = asyncio.Event()
+        self._reloading = asyncio.Lock()
+        self._code = 0
+
+    async def run(self) -> int:
+        """Start, serve, drain."""
+        began = time.monotonic()
+        loop = asyncio.get_running_loop()
+        settings = self.settings
+        public = await self._listen(self.app, settings.host, settings.port, "--port")
+        admin = None
+        if settings.admin_port is not None:
+            admin = await self._listen(
+                Admin(self.app, self.reload), settings.admin_host, settings.admin_port, "--admin-port"
+            )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(self.reload_all()))
+        grpc = None
+        try:
+            versions = [await asyncio.to_thread(self._load, name) for name in self.models.names()]
+            self.app.batcher = self._batcher(versions)
+            if settings.grpc_port is not None:
+                from kdexport.serve.grpc import listen
+
+                grpc = await listen(self.app, settings.host, settings.grpc_port)
+            self.app.loaded = True
+            self._say_ready(public, admin, time.monotonic() - began)
+            await self._stop.wait()
+            await self._drain(public, grpc)
+        finally:
+            for server in filter(None, (public, admin)):
+                await _close(server)
+            self.app.log.flush()
+        return self._code
+
+    async def reload_all(self) -> None:
+        """What SIGHUP asks for."""
+        for name in self.models.names():
+            try:
+                await self.reload(name)
+            except KdexportError as error:
+                warn(f"{name} was not reloaded, the version before serves on: {error}")
+
+    async def reload(self, name: str) -> Version:
+        """Load a model's folder anew beside the version that serves, and swap when it has proved itself.
+
+        Raises:
+            KdexportError: it has not; nothing changed.
+        """
+        async with self._reloading:  # one at a time: two would hold three versions in memory
+            version = await asyncio.to_thread(self._load, name)
+        say(f"{name}: version {version.version} serves")
+        return version
+
+    def _load(self, name: str) -> Version:
+        try:
+            version = self.models.load(name)
+        except KdexportError:
+            self.app.metrics.loads.labels(name, "refused").inc()
+            raise
+        self.app.metrics.loads.labels(name, "ok").inc()
+        return version
+
+    def _batcher(self, versions: list[Version]) -> Batcher:
+        threads = self.settings.threads or allowed_cores()
+        return Batcher(
+            threads=threads,
+            max_batch_tokens=self.settings.max_batch_tokens,
+            max_wait=self.settings.max_wait_ms / 1e3,
+            max_queue=self.settings.max_queue_ms / 1e3,
+            rate=threads * min(version.rate for version in versions),
+            on_batch=self.app.metrics.batch,
+            on_death=self._die,
+        )
+
+    def _die(self, error: BaseException) -> None:
+        """A consumer ended: no answer would ever come. Say so, and make room for a new process."""
+        warn(f"a batching thread died, the server ends: {error!r}")
+        self.app.loaded = False
+        self._code = 1
+        self._stop.set()
+
+    async def _drain(self, public: uvicorn.Server, grpc: Callable[[float], object] | None) -> None:
+        app, settings = self.app, self.settings
+        app.draining = True
+        if self._code == 0 and settings.drain_delay:
+            say(f"draining: requests are taken in for {settings.drain_delay:g} s more")
+            await asyncio.sleep(settings.drain_delay)
+        app.closing = True
+        for server in public.servers:
+            server.close()
+        if self._code:
+            return
+        ends = time.monotonic() + settings.grace
+        quiet = time.monotonic()
+        while time.monotonic() < ends and public.server_state.connections:
+            if app.running:
+                quiet = time.monotonic()
+            elif time.monotonic() - quiet > _LINGER_S:
+                break
+            await asyncio.sleep(0.01)
+        if app.running:
+            warn(f"{app.running} requests were not finished within {settings.grace:g} s")
+        elif app.batcher:
+            await app.batcher.close()
+
+    async def _listen(self, app: object, host: str, port: int, flag: str) -> uvicorn.Server:
+        settings = self.settings
+        config = uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            http=limited(settings.read_timeout, settings.max_connections),
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            proxy_headers=False,
+            server_header=False,
+            access_log=False,
+            log_config=None,
+            timeout_keep_alive=int(settings.keep_alive),
+            timeout_graceful_shutdown=1,
+        )
+        config.load()
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what matters is said by us
+        server = uvicorn.Server(config)
+        server.lifespan = config.lifespan_class(config)
+        await server.startup(sockets=[_bind(host, port, flag)])
+        server.ticking = asyncio.ensure_future(server.main_loop())  # type: ignore[attr-defined]
+        return server
+
+    def _say_ready(self, public: uvicorn.Server, admin: uvicorn.Server | None, seconds: float) -> None:
+        for name, version in self.models.in_service().items():
+            size = version.manifest.variants[version.variant].size_bytes
+            say(f"{name}: {version.variant}, {size / 1e6:.1f} MB, version {version.version}")
+        say(f"ready after {seconds:.2f} s on {_url(public)}" + (f", admin on {_url(admin)}" if admin else ""))
+
+
+def _bind(host: str, port: int, flag: str) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"{host}:{port} can't be listened on: {reason}", f"Name another with {flag}") from None
+    found.listen(2048)
+    found.setblocking(False)
+    return found
+
+
+def _url(server: uvicorn.Server) -> str:
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _close(server: uvicorn.Server) -> None:
+    server.should_exit = True
+    await server.ticking  # type: ignore[attr-defined]
+    await server.shutdown()

@@ -1,0 +1,50 @@
+"""What `kdexport serve` can be told; every default is the one that ships."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of a server; times in seconds, sizes in bytes, unless the name says otherwise."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = 8081
+    grpc_port: int | None = None
+
+    threads: int | None = None
+    """Batches that run at once, each on one core; all allowed cores when None."""
+    max_batch: int = 32
+    """Rows of a batch at most; warm-up finds where more stop helping, which is less for larger models."""
+    max_batch_tokens: int = 2048
+    """Padded tokens of a batch at most; a longer row runs alone."""
+    max_wait_ms: float = 0.0
+    """How long a batch waits for more rows; on a CPU waiting gives nothing."""
+    max_queue_ms: float = 100.0
+    """Work is taken in while it would wait no longer than this; then 429."""
+
+    max_body: int = 2 * 1024 * 1024
+    """Of a request, after decompression."""
+    max_rows: int = 256
+    """Rows of one request."""
+    max_chars: int = 100_000
+    """Characters of one text."""
+    max_connections: int = 4096
+
+    timeout: float = 30.0
+    """From the whole request to its answer; then 504."""
+    read_timeout: float = 10.0
+    """For a request's headers, and again for its body."""
+    keep_alive: float = 75.0
+    drain_delay: float = 0.0
+    """After SIGTERM, how long requests are still taken in while `ready` says no."""
+    grace: float = 30.0
+    """How long accepted requests may then take."""
+
+    access_log: str = "all"
+    """`all`, `errors` or `off`."""
+    api_keys: tuple[str, ...] = ()
+    """When there are any, requests must carry one of them."""
+    tracing: bool = False

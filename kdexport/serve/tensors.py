@@ -1,0 +1,127 @@
+"""Tensors of the Open Inference Protocol: JSON or raw bytes → numpy, and back. Nothing is believed unchecked."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from kdexport.serve.http import Refused
+from kdexport.tasks.metrics import Array
+
+_LENGTH = struct.Struct("<I")
+# Datatype → little-endian numpy type; BYTES stands apart.
+DATATYPES = {
+    "BOOL": "?", "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "<i1", "INT16": "<i2",
+    "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
+}  # fmt: skip
+
+Parameter = str | float | int | bool
+Parameters = dict[str, Parameter]
+Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+# Kept as it came until its tensor's datatype says how to read it; null stands for absent.
+Data = msgspec.Raw
+
+
+class InputTensor(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One input; its elements are in `data`, nested or flat, or follow the JSON as `binary_data_size` bytes."""
+
+    name: str
+    shape: Annotated[list[Dimension], msgspec.Meta(min_length=1, max_length=8)]
+    datatype: str
+    parameters: Parameters = {}
+    data: Data = msgspec.Raw()
+
+
+def read_json(tensor: InputTensor) -> Any:
+    """Elements given in JSON: an array of the tensor's shape, of a list of str for BYTES.
+
+    Raises:
+        Refused: they are not of the datatype, or not as many as the shape says (400).
+    """
+    if not bytes(tensor.data):
+        raise Refused(400, f"input {tensor.name} has no data")
+    try:
+        values = msgspec.json.decode(tensor.data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        raise Refused(400, f"the data of input {tensor.name} can't be read") from None
+    if not isinstance(values, list):
+        raise Refused(400, f"the data of input {tensor.name} is no list")
+    size = math.prod(tensor.shape)
+    if tensor.datatype == "BYTES":
+        texts = _flat(values, len(tensor.shape))
+        if not all(isinstance(text, str) for text in texts):
+            raise Refused(400, f"input {tensor.name} is of datatype BYTES and holds something else than texts")
+        return _counted(tensor, texts, size)
+    wanted = np.dtype(_numpy_type(tensor))
+    try:
+        array = np.array(_flat(values, len(tensor.shape)))
+    except (ValueError, OverflowError):  # ragged, or larger than any integer
+        raise Refused(400, f"the data of input {tensor.name} is not of shape {tensor.shape}") from None
+    _counted(tensor, array, size)
+    fits = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[wanted.kind]
+    if array.size and array.dtype.kind not in fits:
+        raise Refused(400, f"the data of input {tensor.name} is not {tensor.datatype}")
+    if array.size and wanted.kind in "iu":
+        limits = np.iinfo(wanted)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            raise Refused(400, f"the data of input {tensor.name} is beyond {tensor.datatype}")
+    return array.astype(wanted).reshape(tensor.shape)
+
+
+def read_raw(tensor: InputTensor, raw: bytes | memoryview) -> Any:
+    """The same of raw bytes, little-endian, row by row; a text is a 4-byte length and UTF-8."""
+    size = math.prod(tensor.shape)  # Python's integers don't overflow
+    if tensor.datatype == "BYTES":
+        texts, at, end = [], 0, len(raw)
+        while at < end:
+            if end - at < _LENGTH.size or end - at - _LENGTH.size < (n := _LENGTH.unpack_from(raw, at)[0]):
+                raise Refused(400, f"a text of input {tensor.name} goes beyond its end")
+            at += _LENGTH.size
+            try:
+                texts.append(str(raw[at : at + n], "utf-8"))
+            except UnicodeDecodeError:
+                raise Refused(400, f"a text of input {tensor.name} is not UTF-8") from None
+            at += n
+        return _counted(tensor, texts, size)
+    wanted = np.dtype(_numpy_type(tensor))
+    if len(raw) != size * wanted.itemsize:
+        raise Refused(
+            400, f"input {tensor.name} has {len(raw)} bytes; shape {tensor.shape} takes {size * wanted.itemsize}"
+        )
+    return np.frombuffer(raw, wanted).reshape(tensor.shape)
+
+
+def raw_texts(texts: list[str]) -> bytes:
+    """Texts as raw BYTES elements."""
+    encoded = [text.encode() for text in texts]
+    return b"".join(part for text in encoded for part in (_LENGTH.pack(len(text)), text))
+
+
+def raw_array(array: Array) -> bytes:
+    """An array as raw elements."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+
+
+def _numpy_type(tensor: InputTensor) -> str:
+    if tensor.datatype not in DATATYPES:
+        raise Refused(400, f"input {tensor.name} has the unknown datatype {tensor.datatype[:32]!r}")
+    return DATATYPES[tensor.datatype]
+
+
+def _counted(tensor: InputTensor, values: Any, size: int) -> Any:
+    if len(values) != size:
+        raise Refused(400, f"input {tensor.name} has {len(values)} elements; shape {tensor.shape} takes {size}")
+    return values
+
+
+def _flat(values: list[Any], depth: int) -> list[Any]:
+    """Nested as deeply as the shape has dimensions, or flat from the start."""
+    for _ in range(depth - 1):
+        if not values or not all(isinstance(value, list) for value in values):
+            break
+        values = [one for value in values for one in value]
+    return values
