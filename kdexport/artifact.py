@@ -4,6 +4,7 @@ config.json tokenizer.json …    as on the Hugging Face Hub
 onnx/model.onnx                 fp32, standard operators only
 onnx/model_quantized.onnx       int8
 onnx/model_fp16.onnx            fp16, for GPUs
+golden.json                     rows, and the logits that each file gave for them when it was packed
 kdexport.json                   the manifest
 README.md                       the model card
 """
@@ -21,7 +22,7 @@ from kdexport.rundir import hash_file, write_json
 from kdexport.tasks import load_task
 from kdexport.tasks.text_classification import TaskConfig
 
-MANIFEST = "kdexport.json"
+MANIFEST, GOLDEN = "kdexport.json", "golden.json"
 SCHEMA = 1
 
 
@@ -47,6 +48,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     made: dict[str, Any]
 
 
+class Golden(msgspec.Struct, frozen=True):
+    """`golden.json`: what the files answered when they were packed, to see that they still do elsewhere.
+
+    `logits` are [N, C] for each variant, of `rows` one by one: the activations of int8 are scaled by the batch.
+    """
+
+    rows: list[dict[str, str]]
+    logits: dict[str, list[list[float]]]
+
+
 # Names that transformers.js, text-embeddings-inference and Optimum look for.
 SHIPPED_AS = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_quantized.onnx"}
 
@@ -54,7 +65,14 @@ SHIPPED_AS = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8":
 _SHIPPED = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 
 
-def pack(student: Path, models: dict[str, tuple[Path, str]], recommended: str, made: dict[str, Any], out: Path) -> None:
+def pack(
+    student: Path,
+    models: dict[str, tuple[Path, str]],
+    recommended: str,
+    made: dict[str, Any],
+    out: Path,
+    golden: Golden | None = None,
+) -> None:
     """Write an artifact folder.
 
     Args:
@@ -63,6 +81,7 @@ def pack(student: Path, models: dict[str, tuple[Path, str]], recommended: str, m
         recommended: the precision that is loaded when none is named.
         made: how it was made; goes into the manifest as it is.
         out: an existing folder.
+        golden: what the files answer, as `predictor.golden_answers` finds it.
     """
     from kdexport import __version__
 
@@ -80,12 +99,14 @@ def pack(student: Path, models: dict[str, tuple[Path, str]], recommended: str, m
             sha256=hash_file(file),
             size_bytes=file.stat().st_size,
         )
+    if golden:
+        write_json(out / GOLDEN, golden)
     manifest = Manifest(
         kdexport=__version__,
         task=load_task(student).config,
         recommended=recommended,
         variants=variants,
-        files={name: hash_file(out / name) for name in _SHIPPED if (out / name).exists()},
+        files={name: hash_file(out / name) for name in (*_SHIPPED, GOLDEN) if (out / name).exists()},
         made=made,
     )
     write_json(out / MANIFEST, manifest)
@@ -107,6 +128,20 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}", "kdexport run writes one") from None
     except (OSError, msgspec.MsgspecError, AttributeError) as error:
         raise ArtifactError(f"{folder}/{MANIFEST} can't be read: {error}", "Pack the artifact again") from None
+
+
+def read_golden(folder: Path) -> Golden | None:
+    """The golden answers of an artifact folder; older ones have none.
+
+    Raises:
+        ArtifactError: they can't be read.
+    """
+    try:
+        return msgspec.json.decode((folder / GOLDEN).read_bytes(), type=Golden)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ArtifactError(f"{folder}/{GOLDEN} can't be read: {error}", "Pack the artifact again") from None
 
 
 def resolve(folder: Path) -> Path:

@@ -19,10 +19,12 @@ from kdexport.data import prepare, read_rows
 from kdexport.data.sources import local_files
 from kdexport.distill import recipe
 from kdexport.export import read_candidates
+from kdexport.predictor import golden_answers
 from kdexport.progress import say
 from kdexport.report import write_card, write_reports
 from kdexport.results import Report
 from kdexport.rundir import Run, disk_errors, write_text
+from kdexport.tasks import load_task
 from kdexport.verdict import Choice
 
 
@@ -120,7 +122,7 @@ def run(settings: spec.Spec, out: Path) -> Report:
         report, choice = assemble(settings, stages)
         packed = folder.stage(
             "artifact",
-            version=1,
+            version=2,
             settings=settings,
             reads=[student, export, verified, bench],
             build=lambda work: _pack(stages, report, choice, work),
@@ -223,5 +225,6 @@ def _bench(settings: spec.Spec, data: Path, teacher: Path, student: Path, export
 
 def _pack(stages: Stages, report: Report, choice: Choice, work: Path) -> None:
     models = {p: (stages.export / c.file, c.graph) for p, c in choice.shipped.items()}
-    artifact.pack(stages.student, models, choice.recommended.precision, made_from(report), work)
+    golden = golden_answers(load_task(stages.student), {p: file for p, (file, _) in models.items()})
+    artifact.pack(stages.student, models, choice.recommended.precision, made_from(report), work, golden)
     write_card(report, work / "README.md")

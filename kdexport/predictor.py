@@ -7,7 +7,7 @@ what ships.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,38 @@ def load(folder: str | Path, variant: str | None = None, threads: int | None = N
     folder = artifact.resolve(Path(folder))
     model = artifact.model_file(folder, variant)
     return Predictor(load_task(folder), model, threads)
+
+
+def golden_answers(task: Task, files: Mapping[str, Path]) -> artifact.Golden:
+    """What each file (by variant) answers on the task's probes and examples: goes into the artifact."""
+    rows = [*task.probes(), *task.examples()]
+    answers = {variant: Predictor(task, file, threads=1).logits(rows, batch_size=1) for variant, file in files.items()}
+    return artifact.Golden(
+        rows, {variant: logits.astype(float).round(6).tolist() for variant, logits in answers.items()}
+    )
+
+
+def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float | None:
+    """How far a loaded file's logits are from those that were packed with it: max |Δlogit| over the golden rows.
+
+    Args:
+        predictor: the variant's file, loaded on this machine.
+        folder: its artifact.
+        variant: fp32, int8, …
+
+    Returns:
+        None when the artifact has no golden answers for the variant, as older ones; NaN if a logit is none.
+
+    Raises:
+        ArtifactError: they can't be read, or are of another number of labels.
+    """
+    golden = artifact.read_golden(artifact.resolve(folder))
+    if golden is None or variant not in golden.logits:
+        return None
+    found, packed = predictor.logits(golden.rows, batch_size=1), np.array(golden.logits[variant])
+    if found.shape != packed.shape:
+        raise ArtifactError(f"{folder} has golden answers {packed.shape}, its {variant} file gives {found.shape}")
+    return float(np.abs(found - packed).max())
 
 
 def providers() -> list[str]:

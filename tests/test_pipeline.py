@@ -13,6 +13,7 @@ from conftest import as_flags
 import kdexport as package
 from kdexport import artifact
 from kdexport.data import read_rows
+from kdexport.predictor import golden_difference
 from kdexport.results import read_report
 from kdexport.rundir import read_record
 from kdexport.tasks import load_task
@@ -187,6 +188,27 @@ def test_an_artifact_that_was_changed_is_refused(copied):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(package.KdexportError, match=r"missing or unreadable"):
         package.load(folder)
+
+
+def test_golden_answers_say_whether_a_file_still_does_what_was_packed(copied):
+    folder = copied / "artifact"
+    for variant in artifact.read_manifest(folder).variants:
+        predictor = package.load(folder, variant)
+        assert golden_difference(predictor, copied, variant) < 1e-4
+        assert len(artifact.read_golden(folder).rows) == len(artifact.read_golden(folder).logits[variant])
+        if variant != "fp32":
+            assert golden_difference(predictor, folder, "fp32") > 1e-4
+    assert golden_difference(predictor, folder, "fp8") is None
+    manifest = json.loads((folder / "kdexport.json").read_text())
+    assert "golden.json" in manifest["files"]
+    # Artifacts of before have no golden answers, and no function.
+    del manifest["files"]["golden.json"], manifest["task"]["function"]
+    (folder / "kdexport.json").write_text(json.dumps(manifest))
+    (folder / "golden.json").write_text("{")
+    with pytest.raises(package.KdexportError, match=r"golden\.json can't be read"):
+        golden_difference(package.load(folder), folder, "fp32")
+    (folder / "golden.json").unlink()
+    assert golden_difference(package.load(folder), folder, "fp32") is None
 
 
 def test_wrong_artifacts_and_variants_are_named(finished, tmp_path):

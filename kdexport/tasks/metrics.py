@@ -17,6 +17,11 @@ def softmax(logits: Array) -> Array:
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
+def sigmoid(logits: Array) -> Array:
+    """The probability of each logit by itself, computed without overflow."""
+    return np.asarray(np.exp(-np.logaddexp(0.0, -logits)))
+
+
 def wilson_interval(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a share by Wilson's score method (Wilson 1927), which holds near 0 and 1 too."""
     if n == 0:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from kdexport.errors import ArtifactError, ModelError
-from kdexport.tasks.metrics import Array, softmax
+from kdexport.tasks.metrics import Array, sigmoid, softmax
 
 Row = Mapping[str, Any]
 Arrays = dict[str, Array]
+Function = Literal["softmax", "sigmoid", "none"]
 
 # Where a text is cut before it is tokenised, in characters per token that is kept. English has about 5.
 _CHARS_PER_TOKEN = 6
+# What a token takes of a text, for estimates: of clinc150's and BBC's texts 99.7 % are within 40 % of the truth.
+_ASCII_PER_TOKEN, _BYTES_PER_FOREIGN_TOKEN = 4.7, 2.5
 
 
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +33,21 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     pad_id: int = 0
     pad_type_id: int = 0
     padding_side: str = "right"
+    function: Function = "softmax"
+
+
+_FUNCTIONS: dict[str, Callable[[Array], Array]] = {"softmax": softmax, "sigmoid": sigmoid, "none": np.asarray}
+
+
+def function_of(labels: int, problem_type: str | None) -> Function:
+    """The function from logits to scores that transformers' pipeline takes for a model of so many labels.
+
+    As in transformers 4.57, `TextClassificationPipeline.postprocess`: regression is asked first, and one label
+    means sigmoid even where the problem type says single-label.
+    """
+    if problem_type == "regression":
+        return "none"
+    return "sigmoid" if problem_type == "multi_label_classification" or labels == 1 else "softmax"
 
 
 class Prediction(msgspec.Struct, frozen=True):
@@ -123,6 +141,28 @@ class TextClassification:
         """The graph's inputs for a batch of rows: int64 arrays [B, T]."""
         return self.collate(self.tokenize(rows))
 
+    def cost(self, row: Row) -> int:
+        """About how many tokens a row takes, in 1 … max_length, from its characters alone: for queues and limits."""
+        limit = self.config.max_length
+        text = row["text"] + row["text_pair"] if row.get("text_pair") else row["text"]
+        if len(text) > limit * _CHARS_PER_TOKEN:
+            return limit
+        tokens = 2 + len(text) / _ASCII_PER_TOKEN
+        if not text.isascii():  # other scripts take more tokens a character, and more bytes
+            tokens += (len(text.encode("utf-8", "replace")) - len(text)) / _BYTES_PER_FOREIGN_TOKEN
+        return max(1, min(limit, round(tokens)))
+
+    def is_cut(self, row: Row) -> bool:
+        """Whether a row has more tokens than are read."""
+        pair = row.get("text_pair")
+        encoding = self._tokenizer.encode(row["text"]) if pair is None else self._tokenizer.encode(row["text"], pair)
+        return bool(encoding.overflowing)
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return int(self._tokenizer.get_vocab_size())
+
     def lengths(self) -> list[int]:
         """Lengths in tokens at which speed is worth knowing: doubling from 8, up to what is read."""
         limit = self.config.max_length
@@ -155,15 +195,35 @@ class TextClassification:
         )
         return [{"text": text} for text in texts]
 
+    def examples(self) -> list[dict[str, Any]]:
+        """Rows as they come in every day."""
+        texts = (
+            "The parcel arrived two days late and the box was torn, but nothing inside was broken.",
+            "Can you tell me how much money is left in my account?",
+            "Shares in the airline rose after it beat profit forecasts for the third quarter in a row.",
+            "play something quiet in the kitchen",
+        )
+        return [{"text": text} for text in texts]
+
     # --- logits → answers
 
+    def scores(self, logits: Array, function: str | None = None) -> Array:
+        """Logits [N, C] → scores float64 [N, C].
+
+        Args:
+            logits: of N rows.
+            function: softmax (of a row, they sum to 1), sigmoid (each by itself) or none (the logits); the
+                model's own when None.
+        """
+        return _FUNCTIONS[function or self.config.function](logits.astype(np.float64))
+
     def decode(self, logits: Array) -> list[Prediction]:
-        """Logits [N, C] → the most probable label of each row, with the softmax of all."""
+        """Logits [N, C] → the label with the highest score of each row, with the scores of all."""
         answers = []
-        for probabilities in softmax(logits.astype(np.float64)):
-            best = int(probabilities.argmax())
-            scores = dict(zip(self.labels, probabilities.tolist(), strict=True))
-            answers.append(Prediction(self.labels[best], float(probabilities[best]), scores))
+        for scores in self.scores(logits):
+            best = int(scores.argmax())
+            by_label = dict(zip(self.labels, scores.tolist(), strict=True))
+            answers.append(Prediction(self.labels[best], float(scores[best]), by_label))
         return answers
 
     def targets(self, rows: Iterable[Row]) -> Array:
