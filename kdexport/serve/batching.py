@@ -104,10 +104,13 @@ class Batcher:
         """Run one request's rows; returns when all are done.
 
         Raises:
-            Refused: there is too much work waiting (429), or the deadline passed (504).
+            Refused: there is too much work waiting (429), the deadline passed (504), or nothing runs any more (503).
+            ClientGone: the client went away while its rows waited.
             Exception: what `model.run` raised for one of the rows.
         """
         ticket = self._submit(model, rows, costs, gone)
+        if not rows:
+            return ticket
         timer = self._loop.call_later(timeout, ticket.expire)
         try:
             await ticket.future
@@ -118,17 +121,23 @@ class Batcher:
     def _submit(self, model: Model, rows: Sequence[Any], costs: Sequence[int], gone: Callable[[], bool]) -> Ticket:
         ticket = Ticket(self._loop.create_future(), len(rows), gone, time.monotonic())
         tokens = sum(costs)
+        # All that may fail is done before the first row is queued: a request is taken in whole or not at all.
+        items = [
+            ((model, model.bucket(cost)), (ticket, i, row, cost))
+            for i, (row, cost) in enumerate(zip(rows, costs, strict=True))
+        ]
         with self._work:
+            if self._closed:
+                raise Refused(503, "the server is ending")
             wait = self.waiting_tokens / self.rate
             # What waits is bounded, not what comes: a request larger than the bound runs when nothing waits.
             if self.waiting_tokens and (self.waiting_tokens + tokens) / self.rate > self._max_queue:
                 raise Refused(429, "too much work is waiting", [(b"retry-after", b"%d" % max(1, math.ceil(wait)))])
-            for i, (row, cost) in enumerate(zip(rows, costs, strict=True)):
-                key = (model, model.bucket(cost))
+            for key, item in items:
                 queue = self._queues.get(key)
                 if queue is None:
                     queue = self._queues[key] = deque()
-                queue.append((ticket, i, row, cost))
+                queue.append(item)
             self.waiting_tokens += tokens
             self.waiting_rows += len(rows)
             self._work.notify(len(rows))
@@ -149,7 +158,7 @@ class Batcher:
             while (taken := self._take()) is not None:
                 self._run(*taken)
         except BaseException as error:
-            self._tell(self._on_death, error)
+            self._tell(self._died, error)
 
     def _take(self) -> tuple[Model, list[Item]] | None:
         """The oldest row and what fits beside it; None when closed and empty."""
@@ -159,13 +168,16 @@ class Batcher:
                     if self._closed:
                         return None
                     self._work.wait()
-                key = min(self._queues, key=lambda key: self._queues[key][0][0].arrived)
-                (model, bucket), queue = key, self._queues[key]
-                most = max(1, min(model.most(bucket), self._max_batch_tokens // bucket))
-                wait = queue[0][0].arrived + self._max_wait - time.monotonic()
-                if self._max_wait and wait > 0 and len(queue) < most and not self._closed:
-                    self._work.wait(wait)
-                    continue
+                key = min(self._queues, key=self._since)
+                if self._max_wait and not self._closed:
+                    wait = self._since(key) + self._max_wait - time.monotonic()
+                    full = [key for key, queue in self._queues.items() if len(queue) >= self._most(*key)]
+                    if wait > 0 and not full:
+                        self._work.wait(wait)
+                        continue
+                    if wait > 0:  # the oldest may wait for more; what is full need not wait for it
+                        key = min(full, key=self._since)
+                model, queue, most = key[0], self._queues[key], self._most(*key)
                 batch: list[Item] = []
                 while queue and len(batch) < most:
                     item = queue.popleft()
@@ -183,16 +195,23 @@ class Batcher:
                 if batch:
                     return model, batch
 
+    def _since(self, key: tuple[Model, int]) -> float:
+        return self._queues[key][0][0].arrived
+
+    def _most(self, model: Model, bucket: int) -> int:
+        return max(1, min(model.most(bucket), self._max_batch_tokens // bucket))
+
     def _run(self, model: Model, batch: list[Item]) -> None:
         started = time.monotonic()
         try:
-            results = model.run([row for _, _, row, _ in batch])
-        except Exception as error:
+            results = _results(model, [row for _, _, row, _ in batch])
+        except BaseException as error:  # a panic of the tokenizer's Rust is no Exception
             # One bad row must not fail the others: each again, alone.
-            results = [error] if len(batch) == 1 else [_alone(model, row) for _, _, row, _ in batch]
+            results = [error] if len(batch) == 1 else [_alone(model, item) for item in batch]
         ended = time.monotonic()
         tokens = sum(cost for _, _, _, cost in batch)
-        self.rate += _NEWEST * (self._threads * tokens / (ended - started) - self.rate)
+        seconds = max(ended - started, 1e-6)
+        self.rate += _NEWEST * (self._threads * tokens / seconds - self.rate)
         self._tell(self._deliver, batch, results, tokens, started, ended)
 
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
@@ -204,23 +223,52 @@ class Batcher:
     # --- on the loop again
 
     def _deliver(self, batch: list[Item], results: list[Any], tokens: int, started: float, ended: float) -> None:
-        self._on_batch(len(batch), tokens, ended - started)
         for (ticket, i, _, _), result in zip(batch, results, strict=True):
             if ticket.future.done():
                 continue
             ticket.started = ticket.started or started
             ticket.done_at = ended
-            if isinstance(result, Exception):
-                ticket.future.set_exception(result)
+            if isinstance(result, BaseException):
+                ticket.future.set_exception(_as_exception(result))
                 continue
             ticket.results[i] = result
             ticket.left -= 1
             if not ticket.left:
                 ticket.future.set_result(ticket.results)
+        self._on_batch(len(batch), tokens, ended - started)
+
+    def _died(self, error: BaseException) -> None:
+        """Nothing that waits would ever run: say so to all, then to the owner."""
+        with self._work:
+            self._closed = True
+            tickets = {item[0] for queue in self._queues.values() for item in queue}
+            self._queues.clear()
+            self.waiting_rows = self.waiting_tokens = 0
+            self._work.notify_all()
+        for ticket in tickets:
+            if not ticket.future.done():
+                ticket.future.set_exception(Refused(503, "the server is ending"))
+        self._on_death(error)
 
 
-def _alone(model: Model, row: Any) -> Any:
+def _results(model: Model, rows: list[Any]) -> list[Any]:
+    results = model.run(rows)
+    if len(results) != len(rows):  # to give one row's result to another would be worse than none
+        raise RuntimeError(f"the model gave {len(results)} results for {len(rows)} rows")
+    return results
+
+
+def _alone(model: Model, item: Item) -> Any:
+    if item[0].future.done():
+        return None
     try:
-        return model.run([row])[0]
-    except Exception as error:
+        return _results(model, [item[2]])[0]
+    except BaseException as error:
         return error
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """What a future takes, and what a handler that catches `Exception` catches."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
