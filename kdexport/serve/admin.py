@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from kdexport.errors import KdexportError
 from kdexport.serve.app import App
+from kdexport.serve.connection import respond
 from kdexport.serve.http import Keys, Receive, Refused, Request, Response, Scope, Send, answer, refusal
 from kdexport.serve.models import Version
 
@@ -27,8 +28,7 @@ class Admin:
         except Refused as refused:
             response = refusal(refused)
         headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
-        await send({"type": "http.response.body", "body": response.body})
+        await respond(send, response.status, headers, response.body)
 
     async def _answer(self, request: Request) -> Response:
         if request.header(b"origin") is not None:  # a web page that its visitor's browser runs; tools send none

@@ -17,6 +17,7 @@ from kdexport import __version__
 from kdexport.serve import huggingface, oip, openapi, page, tei
 from kdexport.serve.accesslog import AccessLog
 from kdexport.serve.batching import Batcher
+from kdexport.serve.connection import respond
 from kdexport.serve.http import (
     ClientGone,
     Headers,
@@ -113,8 +114,7 @@ class App:
         headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
         if self.closing:
             headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": response.status, "headers": headers})
-        await send({"type": "http.response.body", "body": response.body})
+        await respond(send, response.status, headers, response.body)
 
     async def _answer(self, request: Request) -> Response:
         path = request.path

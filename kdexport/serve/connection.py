@@ -5,9 +5,9 @@ from __future__ import annotations
 from asyncio import TimerHandle, Transport
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from kdexport.serve.http import encode
+from kdexport.serve.http import Headers, Send, encode
 
 _MAX_HEADERS = 32 * 1024
 
@@ -25,13 +25,11 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Begin waiting for the first request."""
         super().connection_made(transport)
-        self._timer: TimerHandle | None = None
-        self._begun = False  # whether some of a head has come
-        self._head = 0  # bytes of a head that has not come in one piece
+        self._begun = False  # whether some of a head has come, and not all
+        self._head = 0  # its bytes
+        self._timer: TimerHandle | None = self.loop.call_later(self.read_timeout, self._too_slow)
         if len(self.connections) > self.max_connections:
             self._refuse(503, "too many connections")
-            return
-        self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more will come."""
@@ -39,20 +37,19 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Let the bytes be parsed, and count those of a head that comes in pieces."""
-        waiting = self._timer is not None
+        """Let the bytes be parsed; bound what they leave incomplete. Most heads come whole and cost no timer."""
         super().data_received(data)
-        if waiting and self._timer is not None:
+        if self._begun:
             self._head += len(data)
+            if self._timer is None:
+                self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
             if self._head > _MAX_HEADERS:
                 self._refuse(431, "the request's head is too large")
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
-        self._head_complete()
         self._begun = True
-        self._wait_for_head()
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
@@ -62,9 +59,6 @@ class Connection(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """An answer to what is no HTTP."""
         self._refuse(400, "this is no HTTP request")
-
-    def _wait_for_head(self) -> None:
-        self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
 
     def _head_complete(self) -> None:
         if self._timer is not None:
@@ -85,6 +79,29 @@ class Connection(HttpToolsProtocol):
         if not self.transport.is_closing():
             self.transport.write(b"".join((STATUS_LINE[status], head, body)))
             self.transport.close()
+
+
+async def respond(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    """Send a whole answer. On our own connections it is one write, where ASGI's two messages would be two."""
+    cycle = getattr(send, "__self__", None)
+    if not isinstance(cycle, RequestResponseCycle) or cycle.flow.write_paused or cycle.scope["method"] == "HEAD":
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+        return
+    if cycle.disconnected:
+        return
+    close = (b"connection", b"close")
+    if close in headers:
+        cycle.keep_alive = False
+    elif not cycle.keep_alive:
+        headers = [*headers, close]
+    lines = [b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)]
+    cycle.response_started = cycle.response_complete = True
+    cycle.transport.write(b"".join((STATUS_LINE[status], *lines, b"\r\n", body)))
+    cycle.message_event.set()
+    if not cycle.keep_alive:
+        cycle.transport.close()
+    cycle.on_response()
 
 
 def limited(read_timeout: float, max_connections: int) -> Any:

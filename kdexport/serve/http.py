@@ -86,8 +86,8 @@ class Request:
             ClientGone: the connection closed before its end.
         """
         limit = settings.max_body
-        declared = self.header(b"content-length")
-        if declared is not None and int(declared) > limit:
+        declared, encoding = self._about_body()
+        if declared > limit:
             raise _too_large(limit)
         message = await self._read(settings.read_timeout)
         if message.get("more_body"):
@@ -104,8 +104,17 @@ class Request:
             body = message.get("body", b"")
         if len(body) > limit:
             raise _too_large(limit)
-        encoding = self.header(b"content-encoding")
-        return body if encoding in (None, b"", b"identity") else _inflate(body, bytes(encoding or b""), limit)
+        return body if encoding in (b"", b"identity") else _inflate(body, encoding, limit)
+
+    def _about_body(self) -> tuple[int, bytes]:
+        """Content-Length (0 when there is none) and Content-Encoding, in one pass: every request is asked."""
+        length, encoding = 0, b""
+        for key, value in self.scope["headers"]:
+            if key == b"content-length":
+                length = int(value)
+            elif key == b"content-encoding":
+                encoding = value
+        return length, encoding
 
     async def _read(self, timeout: float) -> MutableMapping[str, Any]:
         if not self._whole():

@@ -16,8 +16,7 @@ import msgspec
 import numpy as np
 
 from kdexport.serve.http import Refused, encode
-from kdexport.serve.models import Version
-from kdexport.tasks.metrics import Array
+from kdexport.serve.models import Result, Version
 
 Function = Literal["softmax", "sigmoid", "none"]
 TopK = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
@@ -73,29 +72,30 @@ def parse_texts(body: bytes) -> Query:
     return Query([_row(one) for one in inputs], asked.parameters or _DEFAULT)
 
 
-def render_classes(version: Version, query: Query, logits: Sequence[Array]) -> bytes:
+def render_classes(version: Version, query: Query, results: Sequence[Result]) -> bytes:
     """A list of labels with scores, best first, for each text."""
-    return encode(classes(version, logits, query.parameters.function_to_apply, query.parameters.top_k))
+    return encode(classes(version, results, query.parameters.function_to_apply, query.parameters.top_k))
 
 
 TASKS = {"text-classification": TaskProtocol(parse_texts, render_classes)}
 
 
 def classes(
-    version: Version, logits: Sequence[Array], function: Function | None, top: int | None
+    version: Version, results: Sequence[Result], function: Function | None, top: int | None
 ) -> list[list[dict[str, Any]]]:
     """Labels with scores of every row, best first; all of them unless `top` says how many."""
     labels = version.task.labels
     found = []
-    for row in version.task.scores(np.stack(logits), function):
-        if top == 1:
-            i = int(row.argmax())
-            found.append([{"label": labels[i], "score": float(row[i])}])
+    for logits, scores in results:
+        if function:
+            scores = version.task.scores(logits[np.newaxis], function)[0]
+        if top == 1:  # what is most often asked needs no order of the rest
+            best = scores.argmax()
+            found.append([{"label": labels[best], "score": float(scores[best])}])
             continue
-        order = np.argsort(-row, kind="stable")[:top]
-        found.append(
-            [{"label": labels[i], "score": score} for i, score in zip(order.tolist(), row[order].tolist(), strict=True)]
-        )
+        order = np.argsort(-scores, kind="stable")[:top]
+        ordered = zip(order.tolist(), scores[order].tolist(), strict=True)
+        found.append([{"label": labels[i], "score": score} for i, score in ordered])
     return found
 
 

@@ -42,7 +42,7 @@ class Metrics:
     """One registry; nothing is shared between servers of one process."""
 
     def __init__(self) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         by_route = ["model", "protocol"]

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from kdexport.predictor import Predictor, golden_difference
 from kdexport.rundir import hash_file
 from kdexport.serve.http import Refused
 from kdexport.tasks import load_task
+from kdexport.tasks.metrics import Array
 
 # What a name in a URL may look like; names are looked up in a dict, never joined to a path.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -25,6 +26,15 @@ _GOLDEN_TOLERANCE = 0.05
 # A larger batch must be this much faster by the row, or it only makes others wait.
 _WORTH_IT = 0.95
 _TUNING_S = 0.05
+
+
+class Result(NamedTuple):
+    """What the model says of one row."""
+
+    logits: Array
+    """float32 [C]."""
+    scores: Array
+    """float64 [C], by the model's own function; taken for a whole batch at once."""
 
 
 class Version:
@@ -51,17 +61,18 @@ class Version:
         self._most, self.rate = self._warm_up(max_batch, max_batch_tokens)
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
-        """Logits float32 [C] of each row: texts, or arrays that the client encoded."""
+        """A `Result` for each row: texts, or arrays that the client encoded."""
         plain = [i for i, row in enumerate(rows) if "text" in row]
         encoded = list(rows)
         if plain:
             for i, arrays in zip(plain, self.task.tokenize([rows[i] for i in plain]), strict=True):
                 encoded[i] = arrays
         logits = self._predictor.run(self.task.collate(encoded))
-        if np.isfinite(logits).all():
-            return list(logits)
-        bad = Refused(500, "the model's answer is not a finite number")  # JSON has no NaN
-        return [row if np.isfinite(row).all() else bad for row in logits]
+        results: list[Any] = [Result(*row) for row in zip(logits, self.task.scores(logits), strict=True)]
+        if not np.isfinite(logits).all():  # JSON has no NaN
+            bad = Refused(500, "the model's answer is not a finite number")
+            return [result if np.isfinite(result.logits).all() else bad for result in results]
+        return results
 
     def bucket(self, cost: int) -> int:
         """The smallest of the task's lengths that holds so many tokens."""

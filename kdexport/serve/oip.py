@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from kdexport.serve.http import Refused, Request, Response, answer, encode
-from kdexport.serve.models import Version
+from kdexport.serve.models import Result, Version
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
 from kdexport.tasks.metrics import Array
 
@@ -110,9 +110,9 @@ def parse(request: Request, body: bytes, version: Version, max_rows: int, max_ch
     )
 
 
-def render(version: Version, query: Query, logits: Sequence[Array]) -> Response:
+def render(version: Version, query: Query, results: Sequence[Result]) -> Response:
     """Every row's answer, as JSON, or as JSON and raw tensors where they were asked for."""
-    values = outputs_of(version, np.stack(logits), query.outputs)
+    values = outputs_of(version, results, query.outputs)
     outputs, raw = [], []
     for wanted, (datatype, shape, value) in zip(query.outputs, values, strict=True):
         output: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": shape}
@@ -159,10 +159,13 @@ def rows_of(
     return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [shape[1]] * rows
 
 
-def outputs_of(version: Version, logits: Array, outputs: Sequence[RequestedOutput]) -> list[tuple[str, list[int], Any]]:
+def outputs_of(
+    version: Version, results: Sequence[Result], outputs: Sequence[RequestedOutput]
+) -> list[tuple[str, list[int], Any]]:
     """(datatype, shape, values) of each output that is wanted; values are a list of str, or a float32 array."""
     task = version.task
-    scores = task.scores(logits)
+    logits = np.stack([result.logits for result in results])
+    scores = np.stack([result.scores for result in results])
     best = scores.argmax(axis=1)
     found = []
     for output in outputs:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -25,6 +26,9 @@ from kdexport.serve.batching import Batcher
 from kdexport.serve.connection import limited
 from kdexport.serve.models import Models, Version, named_sources
 from kdexport.serve.settings import Settings
+
+if TYPE_CHECKING:  # gRPC is an extra
+    from kdexport.serve.grpc import Listener
 
 # Clients that hold a connection open without a request in flight get this long to send the one that they may
 # have begun when the port closed.
@@ -45,6 +49,8 @@ def serve(artifacts: list[str], settings: Settings) -> int:
         SpecError: a port is taken, or a name is unfit.
         ArtifactError: an artifact is incomplete, was changed, or answers otherwise than when it was packed.
     """
+    # Batches already run side by side; a pool of threads inside each would only take turns with them.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     models = Models(named_sources(artifacts), settings.max_batch, settings.max_batch_tokens)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Server(models, settings).run())
@@ -74,14 +80,10 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(self.reload_all()))
-        grpc = None
+        grpc = await self._listen_grpc() if settings.grpc_port is not None else None
         try:
             versions = [await asyncio.to_thread(self._load, name) for name in self.models.names()]
             self.app.batcher = self._batcher(versions)
-            if settings.grpc_port is not None:
-                from kdexport.serve.grpc import listen
-
-                grpc = await listen(self.app, settings.host, settings.grpc_port)
             self.app.loaded = True
             self._say_ready(public, admin, time.monotonic() - began)
             await self._stop.wait()
@@ -89,6 +91,8 @@ class Server:
         finally:
             for server in filter(None, (public, admin)):
                 await _close(server)
+            if grpc:
+                await grpc.stop(0)
             self.app.log.flush()
         return self._code
 
@@ -139,7 +143,7 @@ class Server:
         self._code = 1
         self._stop.set()
 
-    async def _drain(self, public: uvicorn.Server, grpc: Callable[[float], object] | None) -> None:
+    async def _drain(self, public: uvicorn.Server, grpc: Listener | None) -> None:
         app, settings = self.app, self.settings
         app.draining = True
         if self._code == 0 and settings.drain_delay:
@@ -150,6 +154,7 @@ class Server:
             server.close()
         if self._code:
             return
+        ending = asyncio.ensure_future(grpc.stop(settings.grace)) if grpc else None
         ends = time.monotonic() + settings.grace
         quiet = time.monotonic()
         while time.monotonic() < ends and public.server_state.connections:
@@ -158,6 +163,8 @@ class Server:
             elif time.monotonic() - quiet > _LINGER_S:
                 break
             await asyncio.sleep(0.01)
+        if ending:
+            await ending
         if app.running:
             warn(f"{app.running} requests were not finished within {settings.grace:g} s")
         elif app.batcher:
@@ -185,6 +192,16 @@ class Server:
         await server.startup(sockets=[_bind(host, port, flag)])
         server.ticking = asyncio.ensure_future(server.main_loop())  # type: ignore[attr-defined]
         return server
+
+    async def _listen_grpc(self) -> Listener:
+        from kdexport.serve.grpc import listen
+
+        host, port = self.settings.host, self.settings.grpc_port
+        assert port is not None
+        _bind(host, port, "--grpc-port").close()  # what gRPC itself says of a taken port is no sentence
+        listener = await listen(self.app, host, port)
+        say(f"gRPC on {listener.address}")
+        return listener
 
     def _say_ready(self, public: uvicorn.Server, admin: uvicorn.Server | None, seconds: float) -> None:
         for name, version in self.models.in_service().items():

@@ -12,8 +12,7 @@ import msgspec
 
 from kdexport.serve.http import Refused, encode
 from kdexport.serve.huggingface import classes, decoded
-from kdexport.serve.models import Version
-from kdexport.tasks.metrics import Array
+from kdexport.serve.models import Result, Version
 
 Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]
 
@@ -51,9 +50,9 @@ def parse(body: bytes) -> Query:
     return Query([_row(one) for one in batch], single, asked.raw_scores, asked.truncate is False)
 
 
-def render(version: Version, query: Query, logits: Sequence[Array]) -> bytes:
+def render(version: Version, query: Query, results: Sequence[Result]) -> bytes:
     """A list of all labels with scores, best first; a list of such lists for a batch."""
-    found = classes(version, logits, "none" if query.raw_scores else None, None)
+    found = classes(version, results, "none" if query.raw_scores else None, None)
     return encode(found[0] if query.single else found)
 
 
