@@ -19,7 +19,7 @@ class AccessLog:
 
     def __init__(self, which: str, fd: int = 1) -> None:
         self._from = {"all": 0, "errors": 400, "off": 1000}[which]
-        self._fd, self._lines = fd, list[bytes]()
+        self._fd, self._lines, self._refused = fd, list[bytes](), 0
 
     def request(self, request: Request, code: int, seconds: float, fault: str = "") -> None:
         """Note one request; a fault is for the operator's eyes."""
@@ -40,6 +40,19 @@ class AccessLog:
             line |= {"queued_ms": round(1e3 * request.queued_s, 3), "run_ms": round(1e3 * request.run_s, 3)}
         if fault:
             line["fault"] = fault
+        self._append(line)
+
+    def refused(self) -> None:
+        """Note a request that was refused unread; there may be very many, so a bundle has one line for all."""
+        if self._refused == 0 and self._from <= 429:
+            asyncio.get_running_loop().call_later(_EVERY_S, self._flush_refused)
+        self._refused += 1
+
+    def _flush_refused(self) -> None:
+        count, self._refused = self._refused, 0
+        self._append({"time": round(time.time(), 3), "code": 429, "requests": count})
+
+    def _append(self, line: dict[str, object]) -> None:
         if not self._lines:
             asyncio.get_running_loop().call_later(_EVERY_S, self.flush)
         self._lines.append(_encode(line))

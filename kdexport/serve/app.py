@@ -85,6 +85,15 @@ class App:
         """Whether requests are answered, and will be."""
         return self.loaded and not self.draining and self.models.ready
 
+    def full(self) -> int:
+        """Seconds to come again after, while there is too much work; 0 while there is not."""
+        return self.batcher.full() if self.batcher else 0
+
+    def refused(self) -> None:
+        """Note a request that was refused before it was read."""
+        self.metrics.refused.inc()
+        self.log.refused()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, as ASGI has it."""
         if scope["type"] != "http":

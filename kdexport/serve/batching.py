@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kdexport.serve.connection import FULL
 from kdexport.serve.http import ClientGone, Refused
 
 # How much the newest batch says about the rate; a hundred batches are some tens of milliseconds.
@@ -129,10 +130,9 @@ class Batcher:
         with self._work:
             if self._closed:
                 raise Refused(503, "the server is ending")
-            wait = self.waiting_tokens / self.rate
             # What waits is bounded, not what comes: a request larger than the bound runs when nothing waits.
             if self.waiting_tokens and (self.waiting_tokens + tokens) / self.rate > self._max_queue:
-                raise Refused(429, "too much work is waiting", [(b"retry-after", b"%d" % max(1, math.ceil(wait)))])
+                raise Refused(429, FULL, [(b"retry-after", b"%d" % self._retry_after())])
             for key, item in items:
                 queue = self._queues.get(key)
                 if queue is None:
@@ -142,6 +142,13 @@ class Batcher:
             self.waiting_rows += len(rows)
             self._work.notify(len(rows))
         return ticket
+
+    def full(self) -> int:
+        """0 while there is room for a row; else after how many seconds there should be."""
+        return self._retry_after() if self.waiting_tokens / self.rate > self._max_queue else 0
+
+    def _retry_after(self) -> int:
+        return max(1, math.ceil(self.waiting_tokens / self.rate))
 
     async def close(self) -> None:
         """Finish what waits, then end the threads."""

@@ -10,6 +10,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from kdexport.serve.http import Headers, Send, encode
 
 _MAX_HEADERS = 32 * 1024
+FULL = "too much work is waiting"
+_BODY = encode({"error": FULL})
+_FULL = (
+    STATUS_LINE[429]
+    + b"content-type: application/json\r\ncontent-length: %d\r\n" % len(_BODY)
+    + b"retry-after: %d\r\n%b\r\n"
+    + _BODY
+)
 
 
 class Connection(HttpToolsProtocol):
@@ -21,12 +29,23 @@ class Connection(HttpToolsProtocol):
 
     read_timeout = 10.0
     max_connections = 4096
+    refused_delay = 0.0
+
+    @staticmethod
+    def full() -> int:
+        """Seconds after which a client may come again while there is too much work; 0 while there is not."""
+        return 0
+
+    @staticmethod
+    def on_refused() -> None:
+        """Told of every request that was refused here."""
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Begin waiting for the first request."""
         super().connection_made(transport)
         self._begun = False  # whether some of a head has come, and not all
         self._head = 0  # its bytes
+        self._refusing = 0  # while a request is being refused: Retry-After, in seconds
         self._timer: TimerHandle | None = self.loop.call_later(self.read_timeout, self._too_slow)
         if len(self.connections) > self.max_connections:
             self._refuse(503, "too many connections")
@@ -38,9 +57,10 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Let the bytes be parsed; bound what they leave incomplete. Most heads come whole and cost no timer."""
+        begun = self._begun
         super().data_received(data)
         if self._begun:
-            self._head += len(data)
+            self._head += len(data) if begun else 0  # a piece may begin with the body before
             if self._timer is None:
                 self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
             if self._head > _MAX_HEADERS:
@@ -52,9 +72,38 @@ class Connection(HttpToolsProtocol):
         self._begun = True
 
     def on_headers_complete(self) -> None:
-        """The head is whole."""
+        """The head is whole: begin to answer, or to refuse.
+
+        While the queue is full, no more is spent on a request than it takes to say so: its body is not kept, it
+        becomes no task. What that saves goes to those who are served.
+        """
         self._head_complete()
-        super().on_headers_complete()
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.parser.get_method() == b"POST" and not self.expect_100_continue:
+            self._refusing = self.full()
+        if self._refusing:
+            self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Keep the body of what is answered."""
+        if not self._refusing:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        if not self._refusing:
+            super().on_message_complete()
+            return
+        self._head_complete()
+        self.on_refused()
+        if not self.refused_delay:
+            self._say_full(self.parser.should_keep_alive())
+            return
+        # A client that comes again at once waits a little first.
+        self.flow.pause_reading()
+        self.loop.call_later(self.refused_delay, self._say_full, self.parser.should_keep_alive())
 
     def send_400_response(self, msg: str) -> None:
         """An answer to what is no HTTP."""
@@ -66,10 +115,24 @@ class Connection(HttpToolsProtocol):
             self._timer = None
         self._begun, self._head = False, 0
 
+    def _say_full(self, keep_alive: bool) -> None:
+        seconds, self._refusing = self._refusing, 0
+        if self.transport.is_closing():
+            return
+        close = b"" if keep_alive else b"connection: close\r\n"
+        self.transport.write(_FULL % (seconds, close))
+        if keep_alive:
+            self.flow.resume_reading()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        else:
+            self.transport.close()
+
     def _too_slow(self) -> None:
         self._timer = None
-        if self._begun:
-            self._refuse(408, "the request's head came too slowly")
+        if self._begun or self._refusing:
+            self._refuse(408, "the request came too slowly")
         else:
             self.transport.close()
 
@@ -104,6 +167,6 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
     cycle.on_response()
 
 
-def limited(read_timeout: float, max_connections: int) -> Any:
-    """The class with a server's limits."""
-    return type("Connection", (Connection,), {"read_timeout": read_timeout, "max_connections": max_connections})
+def limited(**attributes: Any) -> type[Connection]:
+    """The class with a server's limits: `read_timeout`, `max_connections`, `refused_delay`, `full`, `on_refused`."""
+    return type("Limited", (Connection,), {k: staticmethod(v) if callable(v) else v for k, v in attributes.items()})

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvloop
@@ -71,7 +71,15 @@ class Server:
         began = time.monotonic()
         loop = asyncio.get_running_loop()
         settings = self.settings
-        public = await self._listen(self.app, settings.host, settings.port, "--port")
+        public = await self._listen(
+            self.app,
+            settings.host,
+            settings.port,
+            "--port",
+            full=self.app.full,
+            on_refused=self.app.refused,
+            refused_delay=settings.refused_delay_ms / 1e3,
+        )
         admin = None
         if settings.admin_port is not None:
             admin = await self._listen(
@@ -170,11 +178,11 @@ class Server:
         elif app.batcher:
             await app.batcher.close()
 
-    async def _listen(self, app: object, host: str, port: int, flag: str) -> uvicorn.Server:
+    async def _listen(self, app: object, host: str, port: int, flag: str, **limits: Any) -> uvicorn.Server:
         settings = self.settings
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
-            http=limited(settings.read_timeout, settings.max_connections),
+            http=limited(read_timeout=settings.read_timeout, max_connections=settings.max_connections, **limits),
             ws="none",
             lifespan="off",
             interface="asgi3",
