@@ -1,0 +1,284 @@
+"""The Open Inference Protocol over gRPC, beside HTTP in the same event loop.
+
+An infer call becomes the request that HTTP would carry, JSON with raw tensors behind it, and is read by the same
+`oip.parse`: one set of checks, limits and messages. Keys come as metadata, `authorization: Bearer KEY` or
+`x-api-key: KEY`. Errors are gRPC's statuses; `retry-after` stands in the trailing metadata of a refusal that time
+mends. The log and the metrics show HTTP's codes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import unquote
+
+from kdexport import __version__
+from kdexport.errors import MissingPackage
+from kdexport.serve import oip
+from kdexport.serve.app import App
+from kdexport.serve.http import Keys, Refused, Request, encode
+from kdexport.serve.tensors import raw_array, raw_texts
+
+try:
+    import grpc
+    from google.protobuf.message import DecodeError
+
+    from kdexport.serve import protofile
+except ImportError as error:
+    raise MissingPackage("grpcio" if "grpc" in str(error) else "protobuf", "grpc") from None
+
+_PROTO = protofile.load(Path(__file__).with_name("open_inference.proto"))
+_MESSAGES = _PROTO.messages
+_SERVICE = f"{_PROTO.package}.GRPCInferenceService"
+_REFUSING_S = 0.5
+_CLIENT_GONE = 499
+_STATUS = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+# Datatype → the field that holds it where a tensor is not given raw.
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+
+
+class Listener:
+    """A listening server."""
+
+    def __init__(self, server: Any, address: str) -> None:
+        self._server, self.address = server, address
+
+    async def stop(self, grace: float) -> None:
+        """Take in no more calls; those that run may take `grace` seconds, then they are cancelled."""
+        # A call that comes while gRPC stops is ended as CANCELLED, which reads as if its client had done it. So
+        # for a moment calls are still let in, and answered with UNAVAILABLE because the app is closing.
+        refusing = min(_REFUSING_S, grace)
+        await asyncio.sleep(refusing)
+        await self._server.stop(grace - refusing)
+
+
+async def listen(app: App, host: str, port: int) -> Listener:
+    """Serve the app's models over gRPC; port 0 takes a free one."""
+    settings = app.settings
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", settings.max_body),  # decompressed, too
+            ("grpc.max_connection_idle_ms", int(1e3 * settings.keep_alive)),
+            ("grpc.so_reuseport", 0),  # else a second server could take the same port, and half of the calls
+        ],
+        maximum_concurrent_rpcs=settings.max_connections,
+    )
+    service = _Service(app)
+    handlers = {
+        method: grpc.unary_unary_rpc_method_handler(service.handler(method, takes))
+        for method, (takes, _) in _PROTO.services["GRPCInferenceService"].items()
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
+    host = f"[{host}]" if ":" in host else host
+    bound = server.add_insecure_port(f"{host}:{port}")
+    await server.start()
+    return Listener(server, f"{host}:{bound}")
+
+
+class _Method(NamedTuple):
+    """One of the protocol's calls."""
+
+    path: str
+    read: Callable[[bytes], Any]
+    answer: Callable[[Request, Any, Any], Awaitable[Any]]
+    keyed: bool
+
+
+class _Service:
+    """The protocol's calls. Messages go in and out as bytes: what can't be read is answered, counted and logged too."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._keys = Keys(app.settings.api_keys)
+
+    def handler(self, name: str, takes: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
+        """What gRPC calls for one of the methods."""
+        openly = {"ServerLive": self._live, "ServerReady": self._ready, "ServerMetadata": self._server_metadata}
+        keyed = {"ModelReady": self._model_ready, "ModelMetadata": self._model_metadata, "ModelInfer": self._infer}
+        method = _Method(
+            path=f"/{_SERVICE}/{name}",
+            read=_MESSAGES[takes].FromString,
+            answer=(openly | keyed)[name],
+            keyed=name in keyed and bool(self._keys),
+        )
+        return partial(self._call, method)
+
+    async def _call(self, method: _Method, data: bytes, context: Any) -> bytes:
+        """One call: in the spans, the metrics and the log, and with a status for whatever goes wrong."""
+        app, began = self._app, time.monotonic()
+        request = _request(method.path, context)
+        fault, code = "", 200
+        app.running += 1
+        try:
+            with app.tracer.span(request):
+                return await self._answer(method, request, data, context)
+        except Refused as error:
+            refused, code = error, error.status
+        except asyncio.CancelledError:  # by the client, or by gRPC at the call's deadline
+            left = context.time_remaining()
+            code = _CLIENT_GONE if left is None or left > 0 else 504
+            raise
+        except Exception as error:
+            fault, code = "".join(traceback.format_exception(error)), 500
+            refused = Refused(500, "the server could not answer this; its log says why")
+        finally:
+            app.running -= 1
+            seconds = time.monotonic() - began
+            app.metrics.request(request, code, seconds)
+            app.log.request(request, code, seconds, fault)
+        metadata = tuple((name.decode(), value.decode()) for name, value in refused.headers)
+        await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message, metadata)
+        raise AssertionError("abort raises")
+
+    async def _answer(self, method: _Method, request: Request, data: bytes, context: Any) -> bytes:
+        if self._app.closing:
+            raise Refused(503, "the server is going down", [(b"retry-after", b"1")])
+        if method.keyed:
+            self._keys.check(request)
+        try:
+            message = method.read(data)
+        except DecodeError:
+            raise Refused(400, "the message can't be read") from None
+        return bytes((await method.answer(request, message, context)).SerializeToString())
+
+    async def _infer(self, request: Request, message: Any, context: Any) -> Any:
+        app, settings = self._app, self._app.settings
+        version = app._version(request, message.model_name, message.model_version or None)
+        raw = bool(message.raw_input_contents)
+        body, head = _as_http(message, raw)
+        request.scope["headers"].insert(0, (oip.HEADER_LENGTH, b"%d" % head))
+        query = oip.parse(request, body, version, settings.max_rows, settings.max_chars)
+        limits = [limit for limit in (query.timeout, context.time_remaining()) if limit is not None]
+        timeout = min(limits) if limits else None
+        results = await app._run(request, version, query.rows, query.costs, timeout)
+        response = _MESSAGES["ModelInferResponse"](
+            model_name=version.name, model_version=version.version, id=message.id
+        )
+        values = oip.outputs_of(version, results, query.outputs)
+        for wanted, (datatype, shape, value) in zip(query.outputs, values, strict=True):
+            output = response.outputs.add(name=wanted.name, datatype=datatype, shape=shape)
+            if raw:
+                response.raw_output_contents.append(raw_texts(value) if datatype == "BYTES" else raw_array(value))
+            elif datatype == "BYTES":
+                output.contents.bytes_contents.extend(text.encode() for text in value)
+            else:
+                output.contents.fp32_contents.extend(value.ravel().tolist())
+        return response
+
+    async def _model_metadata(self, request: Request, message: Any, _: Any) -> Any:
+        version = self._app._version(request, message.name, message.version or None)
+        return _MESSAGES["ModelMetadataResponse"](**oip.metadata(version))
+
+    async def _model_ready(self, _: Request, message: Any, __: Any) -> Any:
+        try:
+            self._app.models.find(message.name, message.version or None)
+        except Refused as refused:
+            if refused.status != 503:  # known, and not in service: that is the answer
+                raise
+            return _MESSAGES["ModelReadyResponse"](ready=False)
+        return _MESSAGES["ModelReadyResponse"](ready=self._app.ready)
+
+    async def _live(self, *_: Any) -> Any:
+        return _MESSAGES["ServerLiveResponse"](live=True)
+
+    async def _ready(self, *_: Any) -> Any:
+        return _MESSAGES["ServerReadyResponse"](ready=self._app.ready)
+
+    async def _server_metadata(self, *_: Any) -> Any:
+        return _MESSAGES["ServerMetadataResponse"](name="kdexport", version=__version__, extensions=["classification"])
+
+
+def _request(path: str, context: Any) -> Request:
+    """A call as the keys, the tracer and the log know requests."""
+    headers = [
+        (name.encode(), value.encode() if isinstance(value, str) else value)
+        for name, value in context.invocation_metadata()
+    ]
+    address = unquote(context.peer()).partition(":")[2]  # ipv4:127.0.0.1:5000, ipv6:[::1]:5000, unix:…
+    client = (address.rpartition(":")[0].strip("[]"), 0)
+    request = Request({"type": "grpc", "method": "POST", "path": path, "headers": headers, "client": client}, _no_body)
+    request.protocol = "grpc"
+    return request
+
+
+async def _no_body() -> NoReturn:
+    raise RuntimeError("a gRPC call has its message already")
+
+
+def _as_http(message: Any, raw: bool) -> tuple[bytes, int]:
+    """The same request as HTTP carries it, and the length of its JSON.
+
+    Raises:
+        Refused: tensors come both raw and not, or in a field that is not their datatype's (400).
+    """
+    if raw and len(message.raw_input_contents) != len(message.inputs):
+        raise Refused(400, "there must be as many raw_input_contents as inputs")
+    inputs = []
+    for i, tensor in enumerate(message.inputs):
+        parameters = _parameters(tensor)
+        parameters.pop("binary_data_size", None)
+        found: dict[str, Any] = {"name": tensor.name, "shape": list(tensor.shape), "datatype": tensor.datatype}
+        if raw:
+            if tensor.HasField("contents"):
+                raise Refused(400, "inputs come raw or as contents, not as both")
+            parameters["binary_data_size"] = len(message.raw_input_contents[i])
+        else:
+            found["data"] = _contents(tensor)
+        inputs.append(found | {"parameters": parameters})
+    content = {
+        "inputs": inputs,
+        "parameters": _parameters(message),
+        "outputs": [{"name": output.name, "parameters": _parameters(output)} for output in message.outputs],
+    }
+    head = encode(content)
+    return b"".join((head, *message.raw_input_contents)), len(head)
+
+
+def _contents(tensor: Any) -> list[Any]:
+    wanted = _CONTENTS.get(tensor.datatype)
+    if wanted is None:
+        raise Refused(400, f"input {tensor.name} is of a datatype that comes raw only, or is none")
+    if any(field.name != wanted for field, _ in tensor.contents.ListFields()):
+        raise Refused(400, f"the contents of input {tensor.name} must be in {wanted} only")
+    values = list(getattr(tensor.contents, wanted))
+    if wanted != "bytes_contents":
+        return values
+    try:
+        return [str(value, "utf-8") for value in values]
+    except UnicodeDecodeError:
+        raise Refused(400, f"a text of input {tensor.name} is not UTF-8") from None
+
+
+def _parameters(message: Any) -> dict[str, Any]:
+    found = {}
+    for name, parameter in message.parameters.items():
+        which = parameter.WhichOneof("parameter_choice")
+        if which is not None:
+            found[name] = getattr(parameter, which)
+    return found
