@@ -19,9 +19,11 @@ DATATYPES = {
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
 
-Parameter = str | float | int | bool
+Parameter = str | float | Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | bool
 Parameters = dict[str, Parameter]
-Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Dimension = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+# By numpy's kind: what JSON may have for it.
+_ELEMENTS: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
 # Kept as it came until its tensor's datatype says how to read it; null stands for absent.
 Data = msgspec.Raw
 
@@ -57,19 +59,16 @@ def read_json(tensor: InputTensor) -> Any:
             raise Refused(400, f"input {tensor.name} is of datatype BYTES and holds something else than texts")
         return _counted(tensor, texts, size)
     wanted = np.dtype(_numpy_type(tensor))
-    try:
-        array = np.array(_flat(values, len(tensor.shape)))
-    except (ValueError, OverflowError):  # ragged, or larger than any integer
-        raise Refused(400, f"the data of input {tensor.name} is not of shape {tensor.shape}") from None
-    _counted(tensor, array, size)
-    fits = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[wanted.kind]
-    if array.size and array.dtype.kind not in fits:
+    elements = _counted(tensor, _flat(values, len(tensor.shape)), size)
+    # Before numpy sees them: it would give every element the room of the longest text among them.
+    if not set(map(type, elements)) <= _ELEMENTS[wanted.kind]:
         raise Refused(400, f"the data of input {tensor.name} is not {tensor.datatype}")
-    if array.size and wanted.kind in "iu":
-        limits = np.iinfo(wanted)
-        if int(array.min()) < limits.min or int(array.max()) > limits.max:
-            raise Refused(400, f"the data of input {tensor.name} is beyond {tensor.datatype}")
-    return array.astype(wanted).reshape(tensor.shape)
+    try:
+        with np.errstate(over="raise"):
+            array = np.array(elements, wanted)
+    except (OverflowError, FloatingPointError):
+        raise Refused(400, f"the data of input {tensor.name} is beyond {tensor.datatype}") from None
+    return array.reshape(tensor.shape)
 
 
 def read_raw(tensor: InputTensor, raw: bytes | memoryview) -> Any:
