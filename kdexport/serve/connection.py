@@ -5,11 +5,14 @@ from __future__ import annotations
 from asyncio import TimerHandle, Transport
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from kdexport.serve.http import Headers, Send, encode
 
-_MAX_HEADERS = 32 * 1024
+_MAX_HEAD = 32 * 1024
+# Requests of one connection that wait for the one before: each is small, but what they become is not.
+_MAX_PIPELINED = 32
 FULL = "too much work is waiting"
 _BODY = encode({"error": FULL})
 _FULL = (
@@ -23,8 +26,9 @@ _FULL = (
 class Connection(HttpToolsProtocol):
     """One client's connection.
 
-    A client that trickles its headers, or never begins a request, is cut off after `read_timeout`; idle time
-    between requests is bounded by uvicorn's keep-alive timer.
+    A client that trickles its head, never begins a request, or goes on with a body that nobody waits for any more,
+    is cut off after `read_timeout`; a connection without any request under way, or whose answers nobody reads, after
+    uvicorn's keep-alive time. A body that is read has its handler's timer.
     """
 
     read_timeout = 10.0
@@ -44,27 +48,37 @@ class Connection(HttpToolsProtocol):
         """Begin waiting for the first request."""
         super().connection_made(transport)
         self._begun = False  # whether some of a head has come, and not all
-        self._head = 0  # its bytes
+        self._beside = 0  # bytes that came since something was whole: of a head, of trailers, of a chunk's extensions
         self._refusing = 0  # while a request is being refused: Retry-After, in seconds
+        self._saying: TimerHandle | None = None  # a refusal whose request is whole
+        self._unread: TimerHandle | None = None  # since more was written than the client reads
         self._timer: TimerHandle | None = self.loop.call_later(self.read_timeout, self._too_slow)
         if len(self.connections) > self.max_connections:
             self._refuse(503, "too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more will come."""
-        self._head_complete()
+        for timer in filter(None, (self._timer, self._saying, self._unread)):
+            timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Let the bytes be parsed; bound what they leave incomplete. Most heads come whole and cost no timer."""
-        begun = self._begun
-        super().data_received(data)
-        if self._begun:
-            self._head += len(data) if begun else 0  # a piece may begin with the body before
-            if self._timer is None:
-                self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
-            if self._head > _MAX_HEADERS:
-                self._refuse(431, "the request's head is too large")
+        self._unset_keepalive_if_required()
+        self._beside += len(data)
+        while data:
+            try:
+                self.parser.feed_data(data)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._without_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self._give_up(400, "this is no HTTP request")
+                return
+        if self._beside > _MAX_HEAD:
+            self._give_up(431, "the request's head is too large")
+        elif self._timer is None and (self._begun or (self.timeout_keep_alive_task is None and self._is_idle())):
+            self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -77,71 +91,144 @@ class Connection(HttpToolsProtocol):
         While the queue is full, no more is spent on a request than it takes to say so: its body is not kept, it
         becomes no task. What that saves goes to those who are served.
         """
+        if self._beside > _MAX_HEAD:
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > _MAX_HEAD:
+                self._give_up(431, "the request's head is too large")
+                raise _NoMoreError
+        if self._refusing or len(self.pipeline) >= _MAX_PIPELINED:  # answers must keep their requests' order
+            raise _NoMoreError
+        self._beside = 0
+        if self.parser.should_upgrade():  # it will come again, see `_without_upgrade`
+            return
         self._head_complete()
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and self.parser.get_method() == b"POST" and not self.expect_100_continue:
+        if self._is_idle() and self.parser.get_method() == b"POST" and not self.expect_100_continue:
             self._refusing = self.full()
         if self._refusing:
             self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
         else:
             super().on_headers_complete()
+            if self.expect_100_continue:
+                # An answer that comes without a 100 leaves open whether the body will follow.
+                self.cycle.keep_alive = False
+        self.headers = []  # where trailers go: they are none of the request's headers
 
     def on_body(self, body: bytes) -> None:
         """Keep the body of what is answered."""
+        self._beside = 0
         if not self._refusing:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is whole."""
+        self._beside = 0
+        if self.parser.should_upgrade():
+            return
         if not self._refusing:
+            if self.cycle.response_complete:  # long since: only its body was still to come
+                self._head_complete()
+                self._await_next()
             super().on_message_complete()
             return
         self._head_complete()
         self.on_refused()
+        keep_alive = self.parser.should_keep_alive()
         if not self.refused_delay:
-            self._say_full(self.parser.should_keep_alive())
+            self._say_full(keep_alive)
             return
         # A client that comes again at once waits a little first.
         self.flow.pause_reading()
-        self.loop.call_later(self.refused_delay, self._say_full, self.parser.should_keep_alive())
+        self._saying = self.loop.call_later(self.refused_delay, self._say_full, keep_alive)
 
-    def send_400_response(self, msg: str) -> None:
-        """An answer to what is no HTTP."""
-        self._refuse(400, "this is no HTTP request")
+    def pause_writing(self) -> None:
+        """The client reads less than it is sent: neither is it read from, and not for ever is it waited for."""
+        super().pause_writing()
+        self.flow.pause_reading()
+        self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read most of it."""
+        super().resume_writing()
+        if self._unread is not None and not self.transport.is_closing():  # closing also waits for what is left
+            self._unread.cancel()
+            self._unread = None
+            self.flow.resume_reading()
+
+    def _is_idle(self) -> bool:
+        """Whether no answer is owed."""
+        return (self.cycle is None or self.cycle.response_complete) and not self._refusing
 
     def _head_complete(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._begun, self._head = False, 0
+        self._begun = False
+
+    def _await_next(self) -> None:
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """A request's head again, without its wish for another protocol, which a server may ignore; and what follows.
+
+        The parser would leave out the request's body, and then take it for another request.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._give_up(405, "CONNECT is for proxies")
+            return b""
+        lines = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        version = self.parser.get_http_version().encode()
+        self.parser = httptools.HttpRequestParser(self)
+        return b"".join((method, b" ", self.url, b" HTTP/", version, b"\r\n", *lines, b"\r\n", rest))
 
     def _say_full(self, keep_alive: bool) -> None:
-        seconds, self._refusing = self._refusing, 0
+        seconds, self._refusing, self._saying = self._refusing, 0, None
         if self.transport.is_closing():
             return
         close = b"" if keep_alive else b"connection: close\r\n"
         self.transport.write(_FULL % (seconds, close))
-        if keep_alive:
-            self.flow.resume_reading()
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
-        else:
+        if not keep_alive:
             self.transport.close()
+            return
+        if not self.flow.write_paused:
+            self.flow.resume_reading()
+        self._await_next()
 
     def _too_slow(self) -> None:
         self._timer = None
-        if self._begun or self._refusing:
+        if self._begun and not self._is_idle():  # the one before is still being answered, and is answered first
+            self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
+        elif self._begun or self._refusing:
             self._refuse(408, "the request came too slowly")
         else:
             self.transport.close()
 
+    def _give_up(self, status: int, message: str) -> None:
+        """No more can be read here: close, after the answers to what was whole, or with the reason."""
+        if self._saying is not None:
+            self._saying.cancel()
+            self._saying = self.loop.call_later(self.refused_delay, self._say_full, False)
+        elif self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
+            self.cycle.keep_alive = False
+        else:
+            self._refuse(status, message)
+            return
+        self.flow.pause_reading()
+
     def _refuse(self, status: int, message: str) -> None:
-        body = encode({"error": message})
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        if not self.transport.is_closing():
+        """Say why, unless the request at fault was answered long since; then close."""
+        if self.transport.is_closing():
+            return
+        if self._begun or self._refusing or self.cycle is None or not self.cycle.response_started:
+            body = encode({"error": message})
+            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(b"".join((STATUS_LINE[status], head, body)))
-            self.transport.close()
+        self.transport.close()
+
+
+class _NoMoreError(Exception):
+    """Raised in the parser's callbacks, it ends the parsing."""
 
 
 async def respond(send: Send, status: int, headers: Headers, body: bytes) -> None:
