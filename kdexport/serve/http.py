@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -20,6 +21,7 @@ Headers = list[tuple[bytes, bytes]]
 
 JSON = (b"content-type", b"application/json")
 encode = msgspec.json.Encoder().encode
+_MAX_MESSAGE = 1000
 
 
 class Refused(Exception):
@@ -48,8 +50,8 @@ def answer(content: Any, status: int = 200) -> Response:
 
 
 def refusal(refused: Refused) -> Response:
-    """A refused request's answer, as every protocol here has it."""
-    return Response(encode({"error": refused.message}), refused.status, [JSON, *refused.headers])
+    """A refused request's answer, as every protocol here has it; a name in it may be as long as the request."""
+    return Response(encode({"error": refused.message[:_MAX_MESSAGE]}), refused.status, [JSON, *refused.headers])
 
 
 class Request:
@@ -81,20 +83,20 @@ class Request:
         Bytes are counted as they come: a declared length may lie, and chunks declare none.
 
         Raises:
-            Refused: it is larger than `max_body` (413), slower than `read_timeout` (408), or in an unknown or
-                broken encoding (415, 400).
+            Refused: it is larger than `max_body` (413), slower than `read_timeout` (408), in an unknown or broken
+                encoding (415, 400), or cut into pieces otherwise than HTTP/1.1 does it (400).
             ClientGone: the connection closed before its end.
         """
         limit = settings.max_body
         declared, encoding = self._about_body()
         if declared > limit:
             raise _too_large(limit)
+        ends = time.monotonic() + settings.read_timeout
         message = await self._read(settings.read_timeout)
         if message.get("more_body"):
             parts, total = [message["body"]], len(message["body"])
-            ends = asyncio.get_running_loop().time() + settings.read_timeout
             while message.get("more_body"):
-                message = await self._read(ends - asyncio.get_running_loop().time())
+                message = await self._read(ends - time.monotonic())
                 total += len(message["body"])
                 if total > limit:
                     raise _too_large(limit)
@@ -107,13 +109,18 @@ class Request:
         return body if encoding in (b"", b"identity") else _inflate(body, encoding, limit)
 
     def _about_body(self) -> tuple[int, bytes]:
-        """Content-Length (0 when there is none) and Content-Encoding, in one pass: every request is asked."""
+        """Content-Length (0 when there is none) and Content-Encoding, in one pass: every request is asked.
+
+        Of transfer encodings only plain chunks are taken: what a proxy in front may read otherwise, it cuts otherwise.
+        """
         length, encoding = 0, b""
         for key, value in self.scope["headers"]:
             if key == b"content-length":
                 length = int(value)
             elif key == b"content-encoding":
-                encoding = value
+                encoding = value.lower()
+            elif key == b"transfer-encoding" and (value.lower() != b"chunked" or self.scope["http_version"] != "1.1"):
+                raise Refused(400, "transfer-encoding may be chunked, in HTTP/1.1", [(b"connection", b"close")])
         return length, encoding
 
     async def _read(self, timeout: float) -> MutableMapping[str, Any]:
@@ -135,12 +142,13 @@ class Request:
 
 
 def _too_large(limit: int) -> Refused:
-    return Refused(413, f"the body has more than {limit:,} bytes", [(b"connection", b"close")])
+    # The connection stays open for the rest: a client that is still sending would see it break, and no answer.
+    return Refused(413, f"the body has more than {limit:,} bytes")
 
 
 def _inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
     """Gzip or deflate, never further than the limit: 50 kB of gzip can hold 50 MB."""
-    if encoding.strip().lower() not in (b"gzip", b"deflate"):
+    if encoding not in (b"gzip", b"deflate"):
         raise Refused(415, "content-encoding may be gzip, deflate or identity")
     stream = zlib.decompressobj(wbits=47)  # either header
     try:
@@ -149,8 +157,8 @@ def _inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
         raise Refused(400, "the body is not what its content-encoding says") from None
     if len(data) > limit:
         raise _too_large(limit)
-    if not stream.eof:
-        raise Refused(400, "the compressed body ends too early")
+    if not stream.eof or stream.unused_data:
+        raise Refused(400, "the compressed body ends too early, or too late")
     return data
 
 
@@ -158,7 +166,8 @@ class Keys:
     """API keys, kept and compared as digests: no comparison tells by its time how much of a key was right."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        # Python hands bytes of the environment that are no UTF-8 over as lone surrogates.
+        self._digests = [hashlib.sha256(key.encode(errors="surrogateescape")).digest() for key in keys]
 
     def __bool__(self) -> bool:
         return bool(self._digests)
