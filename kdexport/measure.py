@@ -23,8 +23,8 @@ from kdexport.bench.loads import Loads
 from kdexport.bench.process import Crashed
 from kdexport.bench.targets import Target, of_file, of_model
 from kdexport.data import read_rows
-from kdexport.data.sources import iter_texts
-from kdexport.errors import ArtifactError, DataError, SpecError
+from kdexport.data.sources import rows_with_texts
+from kdexport.errors import ArtifactError, SpecError
 from kdexport.progress import bar, say, warn
 from kdexport.report import write_reports
 from kdexport.report.table import trimmed
@@ -157,18 +157,7 @@ def read_texts(texts: Path | None, names: Sequence[str]) -> list[dict[str, Any]]
         SpecError: there is neither. DataError: the file holds no texts.
     """
     if texts:
-        if texts.is_dir():
-            raise DataError(f"{texts} is a folder", "Name a CSV, TSV, JSONL or text file")
-        rows = list(iter_texts(texts, []))
-        for number, row in enumerate(rows, 1):
-            if "text" not in row:
-                columns = ", ".join(map(str, row))
-                raise DataError(f"{texts} has no column 'text'", f"Its columns: {columns}")
-            if not isinstance(row["text"], str):
-                raise DataError(f"{texts}, row {number}: text is no text but {type(row['text']).__name__}", "Mend it")
-        if not (rows := [row for row in rows if row["text"].strip()]):
-            raise DataError(f"{texts} holds no texts", "It wants a column 'text', or a text a line")
-        return rows
+        return rows_with_texts(texts)
     for name in names:
         place = Path(name if Path(name).exists() else name.partition(":")[0])
         for run in (place, *list(place.resolve().parents)[:3]):

@@ -312,6 +312,31 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str]
 
 
+class ExportedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file that `kdexport export` made: how far from PyTorch, and the share of rows with fp32's answer."""
+
+    precision: str
+    file: str
+    graph: str
+    size_bytes: int
+    max_abs_diff: float
+    agreement: float | None
+
+
+class Exported(msgspec.Struct, frozen=True, kw_only=True):
+    """What `kdexport export` made of a model, and on how many of the user's rows it was verified."""
+
+    model: str
+    task: str
+    labels: list[str]
+    function: str
+    max_length: int
+    rows: int
+    recommended: str
+    reason: str
+    files: list[ExportedFile]
+
+
 def write_report(report: Report, path: Path) -> None:
     """Write `report.json`, atomically."""
     write_json(path, report)

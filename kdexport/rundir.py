@@ -99,7 +99,7 @@ class Run:
         key = digest([name, inputs])
         folder, work = self.folder / name, self.folder / f".{name}.tmp"
         if not _stands(folder, key) and _stands(work, key):  # killed between the last write and the rename
-            _move_into_place(work, folder)
+            move_into_place(work, folder)
         if _stands(folder, key):
             say(f"{name}: done before")
             return folder
@@ -112,7 +112,7 @@ class Run:
             build(work)
             record = StageRecord(name, key, inputs, hash_files(work), round(time.monotonic() - started, 3))
             write_json(work / _STAGE_FILE, record)
-            _move_into_place(work, folder)
+            move_into_place(work, folder)
         say(f"{name}: {record.seconds:.1f} s", style="dim")
         return folder
 
@@ -201,7 +201,7 @@ def _stands(folder: Path, key: str) -> bool:
         return False
 
 
-def _move_into_place(work: Path, folder: Path) -> None:
+def move_into_place(work: Path, folder: Path) -> None:
     """Rename a complete folder over an older one; a kill between the two renames loses nothing."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)

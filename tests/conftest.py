@@ -103,7 +103,7 @@ def copied(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def kdexport(cache):
     """Call the command line in a process of its own."""
 

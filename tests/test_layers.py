@@ -14,7 +14,7 @@ LEVELS = [
     {"__main__"},
     {"cli"},
     {"compare", "serve"},
-    {"pipeline", "measure", "schemas"},
+    {"pipeline", "ship", "measure", "schemas"},
     {"assemble"},
     {"verdict", "evidence"},
     {"distill", "export", "bench", "report"},

@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 for command in (
-    build.run, build.demo, build.init, use.predict, use.serve,
+    build.run, build.demo, build.init, build.export, use.predict, use.serve,
     measure.bench, measure.report, measure.compare, measure.doctor,
 ):  # fmt: skip
     app.command()(command)

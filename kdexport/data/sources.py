@@ -250,3 +250,28 @@ def iter_texts(path: Path | None, stdin: Iterable[str]) -> Iterator[dict[str, An
             yield from csv.DictReader(file, delimiter=delimiter)
     else:
         yield from ({"text": line} for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def rows_with_texts(path: Path, column: str = "text") -> list[dict[str, Any]]:
+    """The rows of a file whose `text` is not empty, with all their columns; labels are not needed.
+
+    Args:
+        path: CSV, TSV, JSONL or a text a line.
+        column: what is called `text` in the rows.
+
+    Raises:
+        DataError: the file holds no texts, or in a row something else.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder", "Name a CSV, TSV, JSONL or text file")
+    rows = []
+    for number, row in enumerate(iter_texts(path, []), 1):
+        if column not in row:
+            raise DataError(f"{path} has no column {column!r}", f"Its columns: {', '.join(map(str, row))}")
+        if not isinstance(row[column], str):
+            raise DataError(f"{path}, row {number}: {column} is no text but {type(row[column]).__name__}", "Mend it")
+        if row[column].strip():
+            rows.append(row | {"text": row[column]})
+    if not rows:
+        raise DataError(f"{path} holds no texts", "It wants a column 'text', or a text a line")
+    return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from kdexport.errors import ModelError
 from kdexport.progress import say, warn
 from kdexport.rundir import write_json
 from kdexport.tasks import Task, load_task
-from kdexport.tasks.text_classification import TaskConfig
+from kdexport.tasks.text_classification import Function, TaskConfig
 
 logging.set_verbosity_error()  # "newly initialized" warnings: we say ourselves what is new
 
@@ -102,15 +103,7 @@ def open_model(model: str, config: Any, labels: Sequence[str]) -> Opened:
     Raises:
         ModelError: weights or tokenizer are missing or unreadable.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:
-        raise ModelError(
-            f"model {model!r} has no tokenizer that can be opened: {_first_line(error)}",
-            "Save it beside the model: tokenizer.save_pretrained(folder)",
-        ) from None
-    if not tokenizer.is_fast:
-        raise ModelError(f"model {model!r} has only a slow tokenizer, without tokenizer.json", "Convert it first")
+    tokenizer = _open_tokenizer(model)
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
@@ -120,6 +113,38 @@ def open_model(model: str, config: Any, labels: Sequence[str]) -> Opened:
     except Exception as error:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
     return Opened(opened, tokenizer)
+
+
+def open_classifier(model: str, config: Any) -> Opened:
+    """A model with the head that it was trained with, and its fast tokenizer.
+
+    Raises:
+        ModelError: it has no head, or some of its weights, or its tokenizer, are missing or unreadable.
+    """
+    if not trained_head(config):
+        kind = ", ".join(config.architectures or []) or "of no known kind"
+        raise ModelError(f"model {model!r} has no classification head: it is {kind}", "Name a trained classifier")
+    tokenizer = _open_tokenizer(model)
+    try:
+        opened, found = AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True)
+    except Exception as error:
+        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
+    return Opened(opened, tokenizer)
+
+
+def _open_tokenizer(model: str) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:
+        raise ModelError(
+            f"model {model!r} has no tokenizer that can be opened: {_first_line(error)}",
+            "Save it beside the model: tokenizer.save_pretrained(folder)",
+        ) from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"model {model!r} has only a slow tokenizer, without tokenizer.json", "Convert it first")
+    return tokenizer
 
 
 def own_labels(config: Any) -> list[str]:
@@ -161,21 +186,41 @@ def match_labels(own: list[str], known: list[str], head: bool, model: str) -> li
     )
 
 
-def save_task(opened: Opened, max_length: int | None, labels: Sequence[str], out: Path) -> None:
-    """Write tokenizer files and `task.json`."""
+def save_task(
+    opened: Opened,
+    max_length: int | None,
+    labels: Sequence[str],
+    out: Path,
+    *,
+    function: Function = "softmax",
+    at_most: int = _DEFAULT_MAX_LENGTH,
+) -> None:
+    """Write tokenizer files and `task.json`.
+
+    Args:
+        opened: the model, which says how much it reads, and its tokenizer.
+        max_length: tokens kept of each text; what the model reads, but `at_most` so many, when None.
+        labels: in the order of the logits.
+        out: an existing folder.
+        function: from logits to scores.
+        at_most: see `max_length`.
+    """
     model, tokenizer = opened
     reads = _longest_input(model, tokenizer)
     if max_length and max_length > reads:
-        raise ModelError(f"data.max_length is {max_length}, but the model reads {reads} tokens", "Lower it")
-    accepted = tokenizer.model_input_names
+        raise ModelError(f"max_length is {max_length}, but the model reads {reads} tokens", "Lower it")
+    accepted = set(tokenizer.model_input_names) & set(signature(model.forward).parameters)
+    if getattr(model.config, "type_vocab_size", None) == 0:  # DeBERTa-v2 and -v3 take token types and read none
+        accepted.discard("token_type_ids")
     config = TaskConfig(
         task="text-classification",
         labels=list(labels),
         inputs=[name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted],
-        max_length=max_length or min(_DEFAULT_MAX_LENGTH, reads),
+        max_length=max_length or min(at_most, reads),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         pad_type_id=tokenizer.pad_token_type_id,
         padding_side=tokenizer.padding_side,
+        function=function,
     )
     # A tokenizer.json may carry truncation and padding of its own, which other runtimes would follow.
     tokenizer.backend_tokenizer.no_truncation()

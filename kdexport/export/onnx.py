@@ -57,5 +57,11 @@ def _check_names(model: onnx.ModelProto, task: Task) -> None:
         tensor.name: {i: d.dim_param for i, d in enumerate(tensor.type.tensor_type.shape.dim) if d.dim_param}
         for tensor in (*model.graph.input, *model.graph.output)
     }
+    inputs = [tensor.name for tensor in model.graph.input]
+    if set(inputs) != set(task.config.inputs):
+        raise VerificationError(
+            f"the exported graph wants {', '.join(inputs)}, the tokenizer gives {', '.join(task.config.inputs)}",
+            "Set model_input_names in tokenizer_config.json",
+        )
     if axes != task.axes():
         raise VerificationError(f"the exported graph has {axes}, the task wants {task.axes()}")

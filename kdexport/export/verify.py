@@ -6,6 +6,7 @@ task's probes). Here every candidate answers the same rows through the predictor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,8 @@ def verify(data: Path, targets: Path, student: Path, baseline: Path | None, expo
     if baseline:
         logits["baseline-torch"] = np.load(baseline / "reference.npy")[: len(rows)]
     differences: dict[str, float] = {}
-    refused: set[str] = set()
-    for candidate in read_candidates(export):
+    for candidate, found, difference in compare(task, export, [*rows, *task.probes()], reference):
         name = f"student-{candidate.name}"
-        if candidate.graph in refused:
-            continue
-        predictor = Predictor(task, export / candidate.file)
-        found = predictor.logits([*rows, *task.probes()])
-        difference = max(_difference(found, reference), _small_shapes(predictor, rows, reference))
-        if candidate.precision == "fp32" and not difference <= FP32_TOLERANCE:
-            _refuse(candidate, difference)
-            refused.add(candidate.graph)
-            continue
         logits[name], differences[name] = found[: len(rows)], difference
     quality = {
         name: judge(task, rows, found, logits["teacher-torch"], differences.get(name)) for name, found in logits.items()
@@ -64,6 +55,30 @@ def verify(data: Path, targets: Path, student: Path, baseline: Path | None, expo
         f"verify: fp32 against PyTorch on {len(reference)} inputs: max |Δlogit| {differences['student-fp32']:.1e} "
         f"(allowed {FP32_TOLERANCE:.0e})"
     )
+
+
+def compare(
+    task: Task, export: Path, rows: list[dict[str, Any]], reference: Array, allowed: float = FP32_TOLERANCE
+) -> Iterator[tuple[Candidate, Array, float]]:
+    """Every candidate with its logits [N, C] on the rows, and how far one of them is at most from PyTorch's.
+
+    A fused graph that is further off than `allowed` is left out with all that is made of it, and said.
+
+    Raises:
+        VerificationError: the plain fp32 file is.
+    """
+    refused: set[str] = set()
+    for candidate in read_candidates(export):
+        if candidate.graph in refused:
+            continue
+        predictor = Predictor(task, export / candidate.file)
+        found = predictor.logits(rows)
+        difference = max(_difference(found, reference), _small_shapes(predictor, rows, reference))
+        if candidate.precision == "fp32" and not difference <= allowed:
+            _refuse(candidate, difference, allowed)
+            refused.add(candidate.graph)
+            continue
+        yield candidate, found, difference
 
 
 def judge(task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array, difference: float | None) -> Quality:
@@ -95,8 +110,8 @@ def _small_shapes(predictor: Predictor, rows: list[dict[str, Any]], reference: A
     return max(_difference(single, reference[: len(few)]), _difference(mixed, reference[: len(few)]))
 
 
-def _refuse(candidate: Candidate, difference: float) -> None:
-    found = f"{candidate.file} differs from PyTorch by {difference:.1e} in a logit; {FP32_TOLERANCE:.0e} is allowed"
+def _refuse(candidate: Candidate, difference: float, allowed: float) -> None:
+    found = f"{candidate.file} differs from PyTorch by {difference:.1e} in a logit; {allowed:.0e} is allowed"
     if candidate.graph == "plain":
         raise VerificationError(found, "This is a fault of the export: please report it with the model's family")
     warn(f"verify: {found}; what is made of it is left out")

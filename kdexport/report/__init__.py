@@ -6,10 +6,11 @@ from pathlib import Path
 
 import msgspec
 
+from kdexport import __version__
 from kdexport.report import page
 from kdexport.report.sections import SECTIONS
 from kdexport.report.table import HEADERS, between, megabytes, ms, p99, percent, points, table, times, trimmed
-from kdexport.results import Report, read_report, write_report
+from kdexport.results import Exported, Report, read_report, write_report
 from kdexport.rundir import write_text
 
 
@@ -59,6 +60,11 @@ def write_card(report: Report, file: Path) -> None:
     formats = {"percent": percent, "ms": ms, "times": times, "points": points}
     values = {"r": report, "best": best, "teacher": teacher, "headers": HEADERS, "rows": table(report)}
     write_text(file, page.render("card.md.j2", **formats, **values))
+
+
+def write_export_card(exported: Exported, file: Path) -> None:
+    """Write the model card of what `kdexport export` made."""
+    write_text(file, page.render("exported.md.j2", e=exported, version=__version__, percent=percent))
 
 
 def _verdict(report: Report) -> str:

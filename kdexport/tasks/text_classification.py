@@ -226,6 +226,20 @@ class TextClassification:
             answers.append(Prediction(self.labels[best], float(scores[best]), by_label))
         return answers
 
+    def agrees(self, logits: Array, reference: Array) -> Array:
+        """Whether each row has the same answer in both: bool [N].
+
+        The same answer is the same label (softmax), the same labels above one half (sigmoid), or numbers that are
+        no further apart than a tenth of the reference's own spread over the rows (none).
+        """
+        match self.config.function:
+            case "softmax":
+                return np.asarray(logits.argmax(axis=1) == reference.argmax(axis=1))
+            case "sigmoid":
+                return np.asarray(((logits > 0) == (reference > 0)).all(axis=1))
+            case "none":
+                return np.asarray((np.abs(logits - reference) <= 0.1 * reference.std(axis=0)).all(axis=1))
+
     def targets(self, rows: Iterable[Row]) -> Array:
         """The rows' labels as indices int64 [N]."""
         return np.array([self._index[row["label"]] for row in rows], dtype=np.int64)

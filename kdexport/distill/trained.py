@@ -1,0 +1,54 @@
+"""A trained classifier, whoever trained it, as a model folder of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdexport.distill.teacher import open_classifier, open_config, own_labels, save_model, save_task
+from kdexport.distill.train import logits_of
+from kdexport.errors import ModelError
+from kdexport.progress import bar
+from kdexport.tasks import load_task
+from kdexport.tasks.text_classification import function_of
+
+# Longer texts are the exception for classifiers, and every token costs; `--max-length` reads more.
+_AT_MOST = 512
+# An ONNX file is one protobuf message, which can't be larger.
+_LARGEST_BYTES = 2**31
+
+
+def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write a model folder with `task.json`, and `reference.npy`: its logits in PyTorch.
+
+    Args:
+        model: Hugging Face folder or hub id of a sequence classifier.
+        max_length: tokens kept of each text; what the model reads, but at most 512, when None.
+        rows: what the reference is computed for, before the task's own probes and examples.
+        out: an existing folder.
+
+    Raises:
+        ModelError: it is no trained classifier that can be exported.
+    """
+    config = open_config(model)
+    opened = open_classifier(model, config)
+    labels = own_labels(config)
+    if len(set(labels)) < len(labels):
+        raise ModelError(f"model {model!r} has labels of the same name", "Tell them apart: id2label in config.json")
+    if opened.tokenizer.pad_token_id is None:
+        raise ModelError(f"model {model!r} has no padding token", "Set tokenizer.pad_token and config.pad_token_id")
+    if 4 * opened.model.num_parameters() >= _LARGEST_BYTES:
+        raise ModelError(f"model {model!r} has more than 2 GB of weights", "Distil it: kdexport run --teacher …")
+    function = function_of(len(labels), config.problem_type)
+    save_task(opened, max_length, labels, out, function=function, at_most=_AT_MOST)
+    save_model(opened, out)
+    task = load_task(out)
+    everything = [*rows, *task.probes(), *task.examples()]
+    with bar("PyTorch answers", len(everything)) as advance:
+        reference = logits_of(opened.model, task, everything, advance=advance)
+    if not np.isfinite(reference).all():
+        raise ModelError(f"model {model!r} gives logits that are not finite")
+    np.save(out / "reference.npy", reference)
