@@ -102,6 +102,7 @@ class Server:
             if grpc:
                 await grpc.stop(0)
             self.app.log.flush()
+            await asyncio.to_thread(self.app.tracer.close)
         return self._code
 
     async def reload_all(self) -> None:

@@ -1,13 +1,17 @@
-"""Optional spans for OpenTelemetry: one a request, a child of the caller's when it sends `traceparent`."""
+"""Optional spans for OpenTelemetry: one a request, a child of the caller's when it sends `traceparent`.
+
+A span says which model answered, how many rows, and where the time went; never a text, a key or a traceback.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from kdexport.errors import MissingPackage
-from kdexport.serve.http import Request
+from kdexport.serve.http import ClientGone, Refused, Request
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -20,46 +24,86 @@ class Tracer:
     """
 
     def __init__(self, wanted: bool) -> None:
+        self._own: Any = None
         self._tracer: Any = None
         if not wanted:
             return
         try:
-            from opentelemetry import trace
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
+            from opentelemetry import propagate, trace
             from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError:
-            raise MissingPackage("opentelemetry-exporter-otlp-proto-http", "otel") from None
-        if not isinstance(trace.get_tracer_provider(), TracerProvider):  # a program around us may have set one
-            provider = TracerProvider(resource=Resource.create({"service.name": "kdexport"}))
-            provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-            trace.set_tracer_provider(provider)
-        self._tracer = trace.get_tracer("kdexport.serve")
+            raise MissingPackage("opentelemetry-sdk", "otel") from None
+        provider = trace.get_tracer_provider()
+        if not isinstance(provider, TracerProvider):  # else a program around us has said where spans go
+            provider = self._own = _provider()
+        self._tracer = provider.get_tracer("kdexport.serve")
+        self._extract = propagate.extract
+        self._server, self._error = trace.SpanKind.SERVER, trace.StatusCode.ERROR
 
     def span(self, request: Request) -> AbstractContextManager[None]:
         """Around a request's answer; it says which model, how many rows, and where the time went."""
         return _NOTHING if self._tracer is None else self._span(request)
 
+    def close(self) -> None:
+        """Send what has not been sent; as long as the exporter's timeout when nobody takes it."""
+        if self._own is not None:
+            self._own.shutdown()
+
     @contextmanager
     def _span(self, request: Request) -> Iterator[None]:
-        from opentelemetry.propagate import extract
-        from opentelemetry.trace import SpanKind
-
-        caller = extract({key.decode("latin-1"): value.decode("latin-1") for key, value in request.scope["headers"]})
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in request.scope["headers"]}
         with self._tracer.start_as_current_span(
-            f"{request.method} {request.path}", context=caller, kind=SpanKind.SERVER
+            request.method,
+            context=self._extract(headers),
+            kind=self._server,
+            # A client's fault is not ours, and a traceback may quote what the client sent.
+            record_exception=False,
+            set_status_on_exception=False,
         ) as span:
             try:
                 yield
+            except Refused as refused:
+                span.set_attribute("error.type", str(refused.status))
+                if refused.status >= 500:
+                    span.set_status(self._error)
+                raise
+            except (ClientGone, asyncio.CancelledError):
+                span.set_attribute("error.type", "cancelled")
+                raise
+            except Exception as error:
+                span.set_attribute("error.type", type(error).__name__)
+                span.set_status(self._error)
+                raise
             finally:
-                span.set_attributes(
-                    {
-                        "http.request.method": request.method,
-                        "url.path": request.path,
-                        "kdexport.model": request.model,
-                        "kdexport.rows": request.rows,
-                        "kdexport.queue_ms": 1e3 * request.queued_s,
-                        "kdexport.run_ms": 1e3 * request.run_s,
-                    }
-                )
+                if request.model or request.scope["type"] == "grpc":  # else the path may be anything
+                    span.update_name(f"{request.method} {request.path}")
+                span.set_attributes(_attributes(request))
+
+
+def _attributes(request: Request) -> dict[str, str | int | float]:
+    found: dict[str, str | int | float] = {"http.request.method": request.method, "url.path": request.path[:256]}
+    if request.protocol:
+        found["kdexport.protocol"] = request.protocol
+    if request.model:
+        found["kdexport.model"] = request.model
+    if request.rows:
+        found["kdexport.rows"] = request.rows
+    if request.run_s:
+        found["kdexport.queue_ms"] = 1e3 * request.queued_s
+        found["kdexport.run_ms"] = 1e3 * request.run_s
+    return found
+
+
+def _provider() -> Any:
+    """Spans in batches over OTLP; the service is called kdexport where the environment gives no other name."""
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
+        raise MissingPackage("opentelemetry-exporter-otlp-proto-http", "otel") from None
+    named = Resource({"service.name": "kdexport"}).merge(OTELResourceDetector().detect())
+    provider = TracerProvider(resource=Resource.create(named.attributes))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider
