@@ -28,7 +28,12 @@ class RequestedOutput(msgspec.Struct, frozen=True):
     """One output that the client wants."""
 
     name: str
-    parameters: Parameters = {}
+    parameters: Parameters = None
+
+    def asks(self, parameter: str, default: object = None) -> object:
+        """One of the parameters."""
+        value = (self.parameters or {}).get(parameter)
+        return default if value is None else value
 
 
 class InferRequest(msgspec.Struct, frozen=True):
@@ -36,8 +41,8 @@ class InferRequest(msgspec.Struct, frozen=True):
 
     inputs: Annotated[list[InputTensor], msgspec.Meta(min_length=1, max_length=16)]
     id: str | None = None
-    parameters: Parameters = {}
-    outputs: Annotated[list[RequestedOutput], msgspec.Meta(max_length=16)] = []
+    parameters: Parameters = None
+    outputs: Annotated[list[RequestedOutput], msgspec.Meta(max_length=16)] | None = None
 
 
 class Query(NamedTuple):
@@ -87,7 +92,7 @@ def parse(request: Request, body: bytes, version: Version, max_rows: int, max_ch
     for tensor in asked.inputs:
         if tensor.name in tensors:
             raise Refused(400, "two inputs have the same name")
-        size = tensor.parameters.get("binary_data_size")
+        size = (tensor.parameters or {}).get("binary_data_size")
         if size is None:
             tensors[tensor.name] = read_json(tensor)
         else:
@@ -99,12 +104,13 @@ def parse(request: Request, body: bytes, version: Version, max_rows: int, max_ch
     if at != len(raw):
         raise Refused(400, f"{len(raw) - at} bytes follow the last input")
     rows, costs = rows_of(version, tensors, shapes, max_rows, max_chars)
-    timeout = asked.parameters.get("timeout")
+    parameters = asked.parameters or {}
+    timeout = parameters.get("timeout")
     return Query(
         rows,
         costs,
-        _wanted(asked.outputs),
-        asked.parameters.get("binary_data_output") is True,
+        _wanted(asked.outputs or []),
+        parameters.get("binary_data_output") is True,
         asked.id,
         float(timeout) / 1e6 if isinstance(timeout, int | float) and timeout > 0 else None,
     )
@@ -116,7 +122,7 @@ def render(version: Version, query: Query, results: Sequence[Result]) -> Respons
     outputs, raw = [], []
     for wanted, (datatype, shape, value) in zip(query.outputs, values, strict=True):
         output: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": shape}
-        if wanted.parameters.get("binary_data", query.binary):
+        if wanted.asks("binary_data", query.binary) is True:
             raw.append(raw_texts(value) if datatype == "BYTES" else raw_array(value))
             output["parameters"] = {"binary_data_size": len(raw[-1])}
         else:
@@ -177,7 +183,7 @@ def outputs_of(
         else:
             value = (scores if output.name == "scores" else logits).astype(np.float32)
         shape = [len(logits)] if output.name in ("label", "score") else list(logits.shape)
-        top = output.parameters.get("classification")
+        top = output.asks("classification")
         if top is not None and output.name in ("scores", "logits"):
             found.append(_classes(task.labels, value, top))
         else:

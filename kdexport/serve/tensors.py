@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -19,13 +19,15 @@ DATATYPES = {
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
 
-Parameter = str | float | Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | bool
-Parameters = dict[str, Parameter]
+Parameter = str | float | Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | bool | None
+# Clients that write all their fields write null for what they don't use.
+Parameters = dict[str, Parameter] | None
 Dimension = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 # By numpy's kind: what JSON may have for it.
 _ELEMENTS: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
-# Kept as it came until its tensor's datatype says how to read it; null stands for absent.
-Data = msgspec.Raw
+Datatype = Literal[
+    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BYTES"
+]  # fmt: skip
 
 
 class InputTensor(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -33,9 +35,10 @@ class InputTensor(msgspec.Struct, frozen=True, omit_defaults=True):
 
     name: str
     shape: Annotated[list[Dimension], msgspec.Meta(min_length=1, max_length=8)]
-    datatype: str
-    parameters: Parameters = {}
-    data: Data = msgspec.Raw()
+    datatype: Datatype
+    parameters: Parameters = None
+    # Kept as it came until the datatype says how to read it.
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 def read_json(tensor: InputTensor) -> Any:
@@ -44,7 +47,7 @@ def read_json(tensor: InputTensor) -> Any:
     Raises:
         Refused: they are not of the datatype, or not as many as the shape says (400).
     """
-    if not bytes(tensor.data):
+    if isinstance(tensor.data, msgspec.UnsetType):
         raise Refused(400, f"input {tensor.name} has no data")
     try:
         values = msgspec.json.decode(tensor.data)
@@ -52,14 +55,12 @@ def read_json(tensor: InputTensor) -> Any:
         raise Refused(400, f"the data of input {tensor.name} can't be read") from None
     if not isinstance(values, list):
         raise Refused(400, f"the data of input {tensor.name} is no list")
-    size = math.prod(tensor.shape)
+    elements = _counted(tensor, _flat(tensor, values), math.prod(tensor.shape))
     if tensor.datatype == "BYTES":
-        texts = _flat(values, len(tensor.shape))
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) for text in elements):
             raise Refused(400, f"input {tensor.name} is of datatype BYTES and holds something else than texts")
-        return _counted(tensor, texts, size)
-    wanted = np.dtype(_numpy_type(tensor))
-    elements = _counted(tensor, _flat(values, len(tensor.shape)), size)
+        return elements
+    wanted = np.dtype(DATATYPES[tensor.datatype])
     # Before numpy sees them: it would give every element the room of the longest text among them.
     if not set(map(type, elements)) <= _ELEMENTS[wanted.kind]:
         raise Refused(400, f"the data of input {tensor.name} is not {tensor.datatype}")
@@ -86,7 +87,7 @@ def read_raw(tensor: InputTensor, raw: bytes | memoryview) -> Any:
                 raise Refused(400, f"a text of input {tensor.name} is not UTF-8") from None
             at += n
         return _counted(tensor, texts, size)
-    wanted = np.dtype(_numpy_type(tensor))
+    wanted = np.dtype(DATATYPES[tensor.datatype])
     if len(raw) != size * wanted.itemsize:
         raise Refused(
             400, f"input {tensor.name} has {len(raw)} bytes; shape {tensor.shape} takes {size * wanted.itemsize}"
@@ -105,22 +106,17 @@ def raw_array(array: Array) -> bytes:
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
 
 
-def _numpy_type(tensor: InputTensor) -> str:
-    if tensor.datatype not in DATATYPES:
-        raise Refused(400, f"input {tensor.name} has the unknown datatype {tensor.datatype[:32]!r}")
-    return DATATYPES[tensor.datatype]
-
-
 def _counted(tensor: InputTensor, values: Any, size: int) -> Any:
     if len(values) != size:
         raise Refused(400, f"input {tensor.name} has {len(values)} elements; shape {tensor.shape} takes {size}")
     return values
 
 
-def _flat(values: list[Any], depth: int) -> list[Any]:
-    """Nested as deeply as the shape has dimensions, or flat from the start."""
-    for _ in range(depth - 1):
-        if not values or not all(isinstance(value, list) for value in values):
-            break
-        values = [one for value in values for one in value]
+def _flat(tensor: InputTensor, values: list[Any]) -> list[Any]:
+    """The elements: nested exactly as the shape says, or flat from the start."""
+    if values and isinstance(values[0], list):
+        for length in tensor.shape[1:]:
+            if not all(isinstance(value, list) and len(value) == length for value in values):
+                raise Refused(400, f"the data of input {tensor.name} is not of shape {tensor.shape}")
+            values = [one for value in values for one in value]
     return values
