@@ -89,7 +89,10 @@ class Batcher:
         self._max_wait, self._max_queue, self.rate = max_wait, max_queue, rate
         self._on_batch, self._on_death = on_batch, on_death
         self._queues: dict[tuple[Model, int], deque[Item]] = {}
-        self._work = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        # Threads that have nothing to do, each behind a lock that it waits for. The last to rest is the first to be
+        # woken: its caches are warm, and under a light load the others sleep on.
+        self._resting: list[Any] = []
         self.waiting_tokens = 0
         self.waiting_rows = 0
         self._closed = False
@@ -127,7 +130,7 @@ class Batcher:
             ((model, model.bucket(cost)), (ticket, i, row, cost))
             for i, (row, cost) in enumerate(zip(rows, costs, strict=True))
         ]
-        with self._work:
+        with self._lock:
             if self._closed:
                 raise Refused(503, "the server is ending")
             # What waits is bounded, not what comes: a request larger than the bound runs when nothing waits.
@@ -140,7 +143,7 @@ class Batcher:
                 queue.append(item)
             self.waiting_tokens += tokens
             self.waiting_rows += len(rows)
-            self._work.notify(len(rows))
+            self._wake(len(rows))
         return ticket
 
     def full(self) -> int:
@@ -152,55 +155,76 @@ class Batcher:
 
     async def close(self) -> None:
         """Finish what waits, then end the threads."""
-        with self._work:
+        with self._lock:
             self._closed = True
-            self._work.notify_all()
+            self._wake(self._threads)
         for consumer in self._consumers:
             await asyncio.to_thread(consumer.join)
 
     # --- on the threads
 
+    def _wake(self, threads: int) -> None:
+        for _ in range(min(threads, len(self._resting))):
+            self._resting.pop().release()
+
     def _consume(self) -> None:
+        bell = threading.Lock()
+        bell.acquire()
         try:
-            while (taken := self._take()) is not None:
+            while (taken := self._take(bell)) is not None:
                 self._run(*taken)
         except BaseException as error:
             self._tell(self._died, error)
 
-    def _take(self) -> tuple[Model, list[Item]] | None:
+    def _take(self, bell: Any) -> tuple[Model, list[Item]] | None:
         """The oldest row and what fits beside it; None when closed and empty."""
-        with self._work:
-            while True:
-                while not self._queues:
-                    if self._closed:
-                        return None
-                    self._work.wait()
-                key = min(self._queues, key=self._since)
-                if self._max_wait and not self._closed:
-                    wait = self._since(key) + self._max_wait - time.monotonic()
-                    full = [key for key, queue in self._queues.items() if len(queue) >= self._most(*key)]
-                    if wait > 0 and not full:
-                        self._work.wait(wait)
-                        continue
-                    if wait > 0:  # the oldest may wait for more; what is full need not wait for it
-                        key = min(full, key=self._since)
-                model, queue, most = key[0], self._queues[key], self._most(*key)
-                batch: list[Item] = []
-                while queue and len(batch) < most:
-                    item = queue.popleft()
-                    self.waiting_tokens -= item[3]
-                    self.waiting_rows -= 1
-                    # Rows whose request was answered (by its deadline) or whose client has gone cost nothing more.
-                    if item[0].future.done():
-                        continue
-                    if item[0].gone():
-                        self._tell(item[0].abandon)
-                        continue
-                    batch.append(item)
-                if not queue:
-                    del self._queues[key]
-                if batch:
-                    return model, batch
+        while True:
+            with self._lock:
+                wait = self._pause()
+                if wait == 0:
+                    if batch := self._batch():
+                        return batch
+                    continue
+                if self._closed and not self._queues:
+                    return None
+                self._resting.append(bell)
+            if not bell.acquire(timeout=wait):
+                with self._lock:
+                    if bell in self._resting:
+                        self._resting.remove(bell)
+                    else:  # it was rung just now
+                        bell.acquire()
+
+    def _pause(self) -> float:
+        """How long to rest before there is a batch to take: 0 now, -1 until woken."""
+        if not self._queues:
+            return -1
+        if not self._max_wait or self._closed or any(len(q) >= self._most(*key) for key, q in self._queues.items()):
+            return 0
+        return max(0.0, self._since(min(self._queues, key=self._since)) + self._max_wait - time.monotonic())
+
+    def _batch(self) -> tuple[Model, list[Item]] | None:
+        """Take the oldest row's batch out of its queue; None when nobody waits for any of it."""
+        key = min(self._queues, key=self._since)
+        if self._max_wait and not self._closed and self._since(key) + self._max_wait > time.monotonic():
+            # The oldest may wait for more; what is full need not wait for it.
+            key = min((k for k, queue in self._queues.items() if len(queue) >= self._most(*k)), key=self._since)
+        model, queue, most = key[0], self._queues[key], self._most(*key)
+        batch: list[Item] = []
+        while queue and len(batch) < most:
+            item = queue.popleft()
+            self.waiting_tokens -= item[3]
+            self.waiting_rows -= 1
+            # Rows whose request was answered (by its deadline) or whose client has gone cost nothing more.
+            if item[0].future.done():
+                continue
+            if item[0].gone():
+                self._tell(item[0].abandon)
+                continue
+            batch.append(item)
+        if not queue:
+            del self._queues[key]
+        return (model, batch) if batch else None
 
     def _since(self, key: tuple[Model, int]) -> float:
         return self._queues[key][0][0].arrived
@@ -246,12 +270,12 @@ class Batcher:
 
     def _died(self, error: BaseException) -> None:
         """Nothing that waits would ever run: say so to all, then to the owner."""
-        with self._work:
+        with self._lock:
             self._closed = True
             tickets = {item[0] for queue in self._queues.values() for item in queue}
             self._queues.clear()
             self.waiting_rows = self.waiting_tokens = 0
-            self._work.notify_all()
+            self._wake(self._threads)
         for ticket in tickets:
             if not ticket.future.done():
                 ticket.future.set_exception(Refused(503, "the server is ending"))
