@@ -11,6 +11,8 @@ README.md                       the model card
 
 from __future__ import annotations
 
+import mmap
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from kdexport.rundir import hash_file, write_json
 from kdexport.tasks import load_task
 from kdexport.tasks.text_classification import TaskConfig
 
-MANIFEST, GOLDEN = "kdexport.json", "golden.json"
+MANIFEST, GOLDEN, CARD = "kdexport.json", "golden.json", "README.md"
 SCHEMA = 1
+_AGAIN = "Pack the artifact again"
 
 
 class ManifestVariant(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +66,10 @@ SHIPPED_AS = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8":
 
 # What of a student's folder other tools want beside the graph.
 _SHIPPED = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+
+# What stands before the key `location` of a tensor whose weights are in another file: protobuf's tag of a first
+# field, and the key's length, each in the shortest form or in longer ones that are read alike.
+_KEY = re.compile(rb"(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)\Z")
 
 
 def pack(
@@ -126,8 +133,8 @@ def read_manifest(folder: Path) -> Manifest:
         return msgspec.convert(raw, Manifest)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}", "kdexport run writes one") from None
-    except (OSError, msgspec.MsgspecError, AttributeError) as error:
-        raise ArtifactError(f"{folder}/{MANIFEST} can't be read: {error}", "Pack the artifact again") from None
+    except (OSError, msgspec.MsgspecError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{folder}/{MANIFEST} can't be read: {error}", _AGAIN) from None
 
 
 def read_golden(folder: Path) -> Golden | None:
@@ -140,8 +147,8 @@ def read_golden(folder: Path) -> Golden | None:
         return msgspec.json.decode((folder / GOLDEN).read_bytes(), type=Golden)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
-        raise ArtifactError(f"{folder}/{GOLDEN} can't be read: {error}", "Pack the artifact again") from None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{folder}/{GOLDEN} can't be read: {error}", _AGAIN) from None
 
 
 def resolve(folder: Path) -> Path:
@@ -153,26 +160,61 @@ def resolve(folder: Path) -> Path:
 def model_file(folder: Path, variant: str | None = None) -> Path:
     """The file of a variant, after it and the tokenizer's files were checked against the manifest's sha256.
 
+    Nothing that is read of an artifact may lie elsewhere: an artifact may come from anybody, and the server shows
+    its card to everybody.
+
     Args:
         folder: an artifact folder.
         variant: `fp32`, `int8`, …; the recommended one when None.
 
     Raises:
-        ArtifactError: a file is missing or was changed, or there is no such variant.
+        ArtifactError: a file is missing, was changed or lies outside of the folder, the model has weights in other
+            files, or there is no such variant.
     """
     manifest = read_manifest(folder)
     chosen = manifest.variants.get(variant or manifest.recommended)
     if chosen is None:
         raise ArtifactError(f"{folder} has no variant {variant!r}", f"It has: {', '.join(manifest.variants)}")
-    for name, sha256 in {chosen.file: chosen.sha256, **manifest.files}.items():
+    sums = {**manifest.files, chosen.file: chosen.sha256}
+    for name in {*sums, *_SHIPPED, GOLDEN, MANIFEST, CARD}:
+        _check_inside(folder, name)
+    for name, sha256 in sums.items():
         _check(folder / name, sha256)
+    if _has_external_data(folder / chosen.file):
+        raise ArtifactError(f"{folder / chosen.file} has weights in other files, which nobody checked", _AGAIN)
     return folder / chosen.file
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    try:
+        inside = (folder / name).resolve().is_relative_to(folder.resolve()) and not Path(name).is_absolute()
+    except (OSError, RuntimeError, ValueError):  # a loop of links; a NUL
+        inside = False
+    if not inside:
+        raise ArtifactError(
+            f"{folder} names {name!r}, which lies outside of it", "Copy the files themselves into the folder, not links"
+        )
+
+
+def _has_external_data(model: Path) -> bool:
+    """Whether an ONNX file keeps weights in other files. ONNX Runtime would read any beside it, listed or not."""
+    if not model.stat().st_size:  # which can't be mapped
+        return False
+    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = data.find(b"location")
+        while at >= 0:
+            if _KEY.search(data[max(0, at - 20) : at]):
+                return True
+            at = data.find(b"location", at + 1)
+    return False
 
 
 def _check(path: Path, sha256: str) -> None:
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ArtifactError(f"{path} is no file", _AGAIN)
         found = hash_file(path)
     except OSError as error:
-        raise ArtifactError(f"{path} is missing or unreadable ({error.strerror})", "Pack the artifact again") from None
+        raise ArtifactError(f"{path} is missing or unreadable ({error.strerror})", _AGAIN) from None
     if found != sha256:
         raise ArtifactError(f"{path} is not the file that was packed: its sha256 differs", "Pack it again")
