@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from kdexport.errors import KdexportError
+from kdexport.progress import warn
 from kdexport.serve.app import App
 from kdexport.serve.connection import respond
 from kdexport.serve.http import Keys, Receive, Refused, Request, Response, Scope, Send, answer, refusal
@@ -27,6 +28,9 @@ class Admin:
             response = await self._answer(request)
         except Refused as refused:
             response = refusal(refused)
+        except Exception as error:  # of a file that is broken in a way that nobody thought of
+            warn(f"{request.method} {request.path} on the admin port failed: {error!r}")
+            response = refusal(Refused(500, "the server could not do this; its log says why"))
         headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
         await respond(send, response.status, headers, response.body)
 
