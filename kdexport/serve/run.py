@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -91,7 +92,7 @@ class Server:
         grpc = await self._listen_grpc() if settings.grpc_port is not None else None
         try:
             versions = [await asyncio.to_thread(self._load, name) for name in self.models.names()]
-            self.app.batcher = self._batcher(versions)
+            self.app.batcher = start_batcher(self.app, versions, self._die)
             self.app.loaded = True
             self._say_ready(public, admin, time.monotonic() - began)
             await self._stop.wait()
@@ -132,18 +133,6 @@ class Server:
             raise
         self.app.metrics.loads.labels(name, "ok").inc()
         return version
-
-    def _batcher(self, versions: list[Version]) -> Batcher:
-        threads = self.settings.threads or allowed_cores()
-        return Batcher(
-            threads=threads,
-            max_batch_tokens=self.settings.max_batch_tokens,
-            max_wait=self.settings.max_wait_ms / 1e3,
-            max_queue=self.settings.max_queue_ms / 1e3,
-            rate=threads * min(version.rate for version in versions),
-            on_batch=self.app.metrics.batch,
-            on_death=self._die,
-        )
 
     def _die(self, error: BaseException) -> None:
         """A consumer ended: no answer would ever come. Say so, and make room for a new process."""
@@ -217,6 +206,21 @@ class Server:
             size = version.manifest.variants[version.variant].size_bytes
             say(f"{name}: {version.variant}, {size / 1e6:.1f} MB, version {version.version}")
         say(f"ready after {seconds:.2f} s on {_url(public)}" + (f", admin on {_url(admin)}" if admin else ""))
+
+
+def start_batcher(app: App, versions: list[Version], on_death: Callable[[BaseException], None]) -> Batcher:
+    """Threads for the app's models, as its settings say; in the loop that runs."""
+    settings = app.settings
+    threads = settings.threads or allowed_cores()
+    return Batcher(
+        threads=threads,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_wait=settings.max_wait_ms / 1e3,
+        max_queue=settings.max_queue_ms / 1e3,
+        rate=threads * min(version.rate for version in versions),
+        on_batch=app.metrics.batch,
+        on_death=on_death,
+    )
 
 
 def _bind(host: str, port: int, flag: str) -> socket.socket:
