@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Served(NamedTuple):
@@ -23,11 +23,20 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def served(*arguments: object, code: int | None = 0, **environment: str) -> Iterator[Served]:
-    """Serve until the block ends, then SIGTERM; `code` is the exit code that is then expected (None: any)."""
+def served(
+    *arguments: object,
+    code: int | None = 0,
+    program: Sequence[str] = ("-m", "kdexport", "serve"),
+    output: Any = subprocess.DEVNULL,
+    **environment: str,
+) -> Iterator[Served]:
+    """Serve until the block ends, then SIGTERM; `code` is the exit code that is then expected (None: any).
+
+    `program` is what Python runs, for settings that have no flag; `output` is where stdout goes.
+    """
     process = subprocess.Popen(
-        [sys.executable, "-m", "kdexport", "serve", *map(str, arguments), "--port", "0", "--admin-port", "0"],
-        stdout=subprocess.DEVNULL,
+        [sys.executable, *program, *map(str, arguments), "--port", "0", "--admin-port", "0"],
+        stdout=output,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
