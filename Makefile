@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench schemas clean
+.PHONY: demo test lint bench schemas proto clean
 
 demo: $(VENV)/.made
 	$(BIN)/kdexport demo --out runs/demo
@@ -22,6 +22,11 @@ bench: $(VENV)/.made
 
 schemas: $(VENV)/.made
 	$(BIN)/python -m kdexport.schemas
+
+proto:
+	$(PYTHON) -m venv .benchmarks/protoc
+	.benchmarks/protoc/bin/python -m pip install --quiet grpcio-tools
+	cd kdexport/serve && ../../.benchmarks/protoc/bin/python -m grpc_tools.protoc -I. --descriptor_set_out=open_inference.binpb open_inference.proto
 
 $(VENV)/.made: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(shell command -v $(PYTHON) || command -v python3) -m venv $(VENV)

@@ -26,15 +26,22 @@ from kdexport.serve.tensors import raw_array, raw_texts
 
 try:
     import grpc
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
     from google.protobuf.message import DecodeError
-
-    from kdexport.serve import protofile
 except ImportError as error:
     raise MissingPackage("grpcio" if "grpc" in str(error) else "protobuf", "grpc") from None
 
-_PROTO = protofile.load(Path(__file__).with_name("open_inference.proto"))
-_MESSAGES = _PROTO.messages
-_SERVICE = f"{_PROTO.package}.GRPCInferenceService"
+# open_inference.proto as protoc compiles it (`make proto`): unlike generated code it fits every version of protobuf.
+_FILE = descriptor_pb2.FileDescriptorSet.FromString(Path(__file__).with_name("open_inference.binpb").read_bytes()).file[
+    0
+]
+_POOL = descriptor_pool.DescriptorPool()  # our own: a client in this process may have the same names
+_POOL.Add(_FILE)
+_MESSAGES = {
+    message.name: message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{_FILE.package}.{message.name}"))
+    for message in _FILE.message_type
+}
+_SERVICE = f"{_FILE.package}.{_FILE.service[0].name}"
 _REFUSING_S = 0.5
 _CLIENT_GONE = 499
 _STATUS = {
@@ -91,8 +98,8 @@ async def listen(app: App, host: str, port: int) -> Listener:
     )
     service = _Service(app)
     handlers = {
-        method: grpc.unary_unary_rpc_method_handler(service.handler(method, takes))
-        for method, (takes, _) in _PROTO.services["GRPCInferenceService"].items()
+        method.name: grpc.unary_unary_rpc_method_handler(service.handler(method.name, method.input_type.split(".")[-1]))
+        for method in _FILE.service[0].method
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     host = f"[{host}]" if ":" in host else host
