@@ -84,6 +84,11 @@ def test_a_path_that_is_none_is_refused(server, path):
         assert_refused(wire.send(request(path, GOOD)).answer(), 400, 404)
 
 
+def test_without_keys_a_key_is_no_matter(server):
+    """Hugging Face's client sends the token that its user has."""
+    assert ask(server.url, "/", GOOD, b"Authorization: Bearer hf_1234").status == 200
+
+
 # --- JSON
 
 DEEP = b"[" * 200_000 + b"]" * 200_000
