@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -159,6 +159,25 @@ def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float
     if found.shape != packed.shape:
         raise ArtifactError(f"{folder} has golden answers {packed.shape}, its {variant} file gives {found.shape}")
     return float(np.abs(found - packed).max())
+
+
+class Tensor(NamedTuple):
+    """An input or output of a graph; an axis of no fixed size is None."""
+
+    name: str
+    type: str
+    shape: list[int | None]
+
+
+def tensors_of(model: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """The inputs and the outputs of an ONNX file, as ONNX Runtime sees them; types are `int64`, `float`, …"""
+    session = _onnxruntime().InferenceSession(str(model), providers=["CPUExecutionProvider"])
+
+    def tensor(found: Any) -> Tensor:
+        sizes = [size if isinstance(size, int) else None for size in found.shape]
+        return Tensor(found.name, found.type.removeprefix("tensor(").removesuffix(")"), sizes)
+
+    return [tensor(found) for found in session.get_inputs()], [tensor(found) for found in session.get_outputs()]
 
 
 def providers() -> list[str]:

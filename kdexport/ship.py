@@ -1,10 +1,12 @@
 """`kdexport export`: a trained model, whoever trained it → an artifact, verified, without any training.
 
-ONNX, optimised, quantized, held against PyTorch, packed: the stages are those of a run.
+ONNX, optimised, quantized, held against PyTorch, packed: the stages are those of a run. And an artifact, new or
+not, laid out for Triton or KServe.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 import time
@@ -19,7 +21,7 @@ from kdexport import artifact, spec
 from kdexport.bench.stats import ratio
 from kdexport.data.sources import rows_with_texts
 from kdexport.errors import ArtifactError, ModelError, RunError, SpecError
-from kdexport.export import Candidate, export_student
+from kdexport.export import Candidate, export_student, layouts
 from kdexport.export.verify import FP32_TOLERANCE, compare
 from kdexport.predictor import Predictor, golden_answers
 from kdexport.progress import say
@@ -34,68 +36,119 @@ AGREEMENT, ENOUGH_ROWS = 0.99, 100
 # PyTorch has to read them, too; more rows say little more.
 _MOST_ROWS = 2000
 _ROUNDS, _CALLS = 7, 5
+_BY = "kdexport export"  # in the manifest: what may be replaced
+
+
+class How(msgspec.Struct, frozen=True, kw_only=True):
+    """How a Hugging Face model is exported.
+
+    `variants`: precisions; fp32 is always made. `max_length`: tokens kept of each text; what the model reads, but at
+    most 512, when None. `data`: texts to verify on, beside the task's probes and examples, from `column`.
+    """
+
+    variants: tuple[spec.Precision, ...] = ("fp32", "int8")
+    max_length: int | None = None
+    data: Path | None = None
+    column: str = "text"
+
+
+_DEFAULT = How()
 
 
 def export(
-    model: str,
-    out: Path,
-    variants: Sequence[str] = ("fp32", "int8"),
-    max_length: int | None = None,
-    data: Path | None = None,
-    column: str = "text",
-) -> Exported:
-    """Pack a trained classifier as an artifact.
+    model: str, out: Path, how: How = _DEFAULT, layout: str = "hub", name: str | None = None, image: str | None = None
+) -> Exported | None:
+    """Pack a trained classifier as an artifact, or lay one out for others.
 
     Args:
         model: Hugging Face folder or hub id of a sequence classifier: single-label, multi-label, one-label or
-            regression.
-        out: the artifact's folder; one that this function wrote before is replaced once the new one is complete.
-        variants: precisions; fp32 is always made.
-        max_length: tokens kept of each text; what the model reads, but at most 512, when None.
-        data: texts to verify on, beside the task's probes and examples.
-        column: the texts' column in `data`.
+            regression. For layouts other than hub also an artifact, or a run that holds one, as `folder[:variant]`.
+        out: hub and kserve: the folder to write; one that this function wrote is replaced once the new one is
+            complete. triton: the model repository; models in it of another name stay.
+        how: for a Hugging Face model.
+        layout: hub, triton or kserve.
+        name: of the model, in a repository or in URLs; the model's folder's own when None.
+        image: that kserve's Dockerfile is to be built as.
+
+    Returns:
+        What was verified; None when the model was an artifact already.
 
     Raises:
         KdexportError: the model, the data or `out` can't be used, or a file does not do what the model does.
     """
-    precisions, out = _precisions(variants), out.resolve()
-    check_place(out)
-    if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
-    rows = _spread(rows_with_texts(data, column)) if data else []
+    out, source = out.resolve(), _artifact_at(model)
+    if source and layout == "hub":
+        raise SpecError(f"{model} is an artifact already", "Copy it, or choose another --layout")
+    if source and how != _DEFAULT:
+        raise SpecError(f"{model} is an artifact already, so only its layout is left to choose")
+    if (name and layout == "hub") or (image and layout != "kserve"):
+        raise SpecError(f"--{'name' if name else 'image'} has no effect on layout {layout}")
+    name = _name(model if source is None else str(source[0].resolve()), name) if layout != "hub" else ""
+    places = [out / name, out / f"{name}_text"] if layout == "triton" else [out]
+    for place in places:
+        _check_place(place)
+    rows = _spread(rows_with_texts(how.data, how.column)) if how.data else []
     out.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(out.parent), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
-        found = _make(model, precisions, max_length, rows, Path(work))
-        move_into_place(Path(work) / "artifact", out)
+        made = Path(work) / "made"
+        made.mkdir()
+        found = None if source else _make(model, how, rows, Path(work))
+        folder, variant = source or (Path(work) / "artifact", None)
+        match layout:
+            case "triton":
+                layouts.triton(folder, variant, name, made)
+            case "kserve":
+                layouts.kserve(folder, variant, name, image, made / out.name)
+            case _:
+                folder.rename(made / out.name)
+        for place in places:
+            place.parent.mkdir(exist_ok=True)
+            move_into_place(made / place.name, place)
     return found
 
 
-def check_place(out: Path) -> None:
-    """Whether a folder may be written: absent, empty, or written by `kdexport export` before.
+def _artifact_at(model: str) -> tuple[Path, str | None] | None:
+    """The artifact and the variant that `folder[:variant]` names, if it names any."""
+    place, _, variant = model.rpartition(":") if ":" in model and not Path(model).exists() else (model, "", "")
+    folder = artifact.resolve(Path(place))
+    return (folder, variant or None) if (folder / artifact.MANIFEST).exists() else None
+
+
+def _name(model: str, name: str | None) -> str:
+    found = name or [part for part in Path(model).parts if part != "artifact"][-1]
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", found):
+        raise SpecError(f"{found!r} can't be a model's name", "Give one of letters and digits: --name")
+    return found
+
+
+def _check_place(place: Path) -> None:
+    """Whether a folder may be written: it is absent, empty, or was written by `kdexport export` before.
 
     Raises:
         RunError: it holds something else.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
-    try:
-        if artifact.read_manifest(out).made.get("by") == "kdexport export" and (out / artifact.MANIFEST).exists():
+    for file in (place / "config.pbtxt", place / "kubernetes.yaml"):
+        if file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(layouts.MARK):
             return
-    except ArtifactError:
-        pass
-    raise RunError(f"{out} exists, and is nothing that kdexport export wrote", "Name another folder")
+    with contextlib.suppress(ArtifactError):
+        if (place / artifact.MANIFEST).exists() and artifact.read_manifest(place).made.get("by") == _BY:
+            return
+    raise RunError(f"{place} exists, and is nothing that kdexport export wrote", "Name another folder")
 
 
-def _make(
-    model: str, precisions: tuple[spec.Precision, ...], max_length: int | None, rows: list[dict[str, Any]], work: Path
-) -> Exported:
+def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Exported:
+    """Write `artifact/` into `work`."""
+    if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
     from kdexport.distill.trained import take_trained
 
     source, graphs, packed = (work / name for name in ("model", "graphs", "artifact"))
     for folder in (source, graphs, packed):
         folder.mkdir()
-    take_trained(model, max_length, rows, source)
-    export_student(spec.Export(variants=precisions), source, graphs)
+    take_trained(model, how.max_length, rows, source)
+    export_student(spec.Export(variants=how.variants), source, graphs)
     task = load_task(source)
     files, chosen = _verify(task, source, graphs, rows)
     recommended, reason = recommend(files, len(rows))
@@ -110,7 +163,7 @@ def _make(
         reason=reason,
         files=files,
     )
-    made = {"by": "kdexport export"} | msgspec.to_builtins(found)
+    made = {"by": _BY} | msgspec.to_builtins(found)
     golden = golden_answers(task, {precision: file for precision, (file, _) in chosen.items()})
     artifact.pack(source, chosen, recommended, made, packed, golden)
     write_export_card(found, packed / "README.md")
@@ -192,13 +245,6 @@ def _seconds(predictor: Predictor, arrays: Arrays) -> float:
     for _ in range(_CALLS):
         predictor.run(arrays)
     return time.perf_counter() - started
-
-
-def _precisions(variants: Sequence[str]) -> tuple[spec.Precision, ...]:
-    try:
-        return msgspec.convert(tuple(variants), tuple[spec.Precision, ...])
-    except msgspec.ValidationError:
-        raise SpecError(f"--variants {','.join(variants)!r} can't be read", "Write some of fp32,int8,fp16") from None
 
 
 def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -62,6 +62,37 @@ def base_model(tmp_path_factory) -> Path:
     return folder
 
 
+CLASSIFIERS = {
+    "single-label": {"num_labels": 3},
+    "multi-label": {"num_labels": 3, "problem_type": "multi_label_classification"},
+    "one-label": {"num_labels": 1},
+    "one-label-said-single": {"num_labels": 1, "problem_type": "single_label_classification"},
+    "regression": {"num_labels": 1, "problem_type": "regression"},
+}
+
+
+@pytest.fixture(scope="session")
+def classifier(base_model, tmp_path_factory):
+    """The base model with a random head of each kind, as someone else's `save_pretrained` folder."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    def make(kind: str):
+        folder = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(base_model, **CLASSIFIERS[kind])
+        with torch.no_grad():
+            model.classifier.weight.mul_(20)
+            model.classifier.bias.copy_(torch.linspace(-1, 1, CLASSIFIERS[kind]["num_labels"]))
+        if kind == "single-label":
+            model.config.id2label = {0: "good", 1: "bad", 2: "neither"}
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base_model).save_pretrained(folder)
+        return folder
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def settings(articles_file, base_model) -> dict:
     """Overrides of a spec whose run takes about half a minute."""

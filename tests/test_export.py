@@ -5,51 +5,22 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import CLASSIFIERS
 
 import kdexport as package
 from kdexport import artifact
 from kdexport.errors import KdexportError, VerificationError
 from kdexport.results import ExportedFile
-from kdexport.ship import export, recommend
+from kdexport.ship import How, export, recommend
 from kdexport.tasks.text_classification import TaskConfig, TextClassification
 
-KINDS = {
-    "single-label": {"num_labels": 3},
-    "multi-label": {"num_labels": 3, "problem_type": "multi_label_classification"},
-    "one-label": {"num_labels": 1},
-    "one-label-said-single": {"num_labels": 1, "problem_type": "single_label_classification"},
-    "regression": {"num_labels": 1, "problem_type": "regression"},
-}
 
-
-@pytest.fixture(scope="module")
-def classifier(base_model, tmp_path_factory):
-    """The base model with a random head of each kind, as someone else's `save_pretrained` folder."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    def make(kind: str):
-        folder = tmp_path_factory.mktemp(kind)
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_pretrained(base_model, **KINDS[kind])
-        with torch.no_grad():
-            model.classifier.weight.mul_(20)
-            model.classifier.bias.copy_(torch.linspace(-1, 1, KINDS[kind]["num_labels"]))
-        if kind == "single-label":
-            model.config.id2label = {0: "good", 1: "bad", 2: "neither"}
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(base_model).save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_scores_are_those_of_transformers_pipeline(classifier, kind, articles, tmp_path):
     from transformers import pipeline
 
     folder = classifier(kind)
-    found = export(str(folder), tmp_path / "out", ["fp32"], max_length=64)
+    found = export(str(folder), tmp_path / "out", How(variants=("fp32",), max_length=64))
     assert found.files[0].max_abs_diff <= 1e-4
     texts = ["", "a", *(row["text"] for row in articles[:10])]
     theirs = pipeline("text-classification", model=str(folder), top_k=None)(texts, truncation=True, max_length=64)
@@ -99,7 +70,7 @@ def test_what_export_wrote_is_replaced_and_nothing_else_is(exported, tmp_path):
     _, out, model = exported
     (out / "stale").write_text("x")
     before = (out / "kdexport.json").read_bytes()
-    again = export(str(model), out, ["fp32"], max_length=32)
+    again = export(str(model), out, How(variants=("fp32",), max_length=32))
     assert again.max_length == 32
     assert not (out / "stale").exists()
     assert (out / "kdexport.json").read_bytes() != before
@@ -120,7 +91,7 @@ def test_a_file_that_differs_from_pytorch_is_refused_and_nothing_is_left(exporte
     honest = trained.logits_of
     monkeypatch.setattr(trained, "logits_of", lambda *args, **more: honest(*args, **more) + np.float32(3e-4))
     with pytest.raises(VerificationError, match=r"model\.onnx differs from PyTorch by 3\.0e-04"):
-        export(str(exported[2]), tmp_path / "out", ["fp32"])
+        export(str(exported[2]), tmp_path / "out", How(variants=("fp32",)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +134,7 @@ def test_a_model_that_is_none_is_refused_in_one_line(exported, tmp_path, break_i
 
 def test_a_length_that_the_model_does_not_read_is_refused(exported, tmp_path):
     with pytest.raises(KdexportError, match="max_length is 4000, but the model reads 512 tokens"):
-        export(str(exported[2]), tmp_path / "out", max_length=4000)
+        export(str(exported[2]), tmp_path / "out", How(max_length=4000))
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_every_room_has_a_level():
         "import kdexport",
         "import kdexport.cli; kdexport.cli.app(['--help'], standalone_mode=False)",
         "import kdexport; kdexport.load",
-        "import kdexport.pipeline",
+        "import kdexport.pipeline, kdexport.ship, kdexport.export.layouts",
         "import kdexport.export.verify, kdexport.export.quantize, kdexport.export.optimize",
     ],
 )

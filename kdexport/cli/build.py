@@ -155,16 +155,31 @@ def init(
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id of a trained text classifier.")],
-    out: Annotated[Path, typer.Argument(help="The artifact's folder; what export wrote there before is replaced.")],
-    variants: Annotated[str, Flag(help="Of fp32, int8, fp16; fp32 is always made.")] = "fp32,int8",
+    model: Annotated[
+        str,
+        typer.Argument(help="Hugging Face folder or hub id of a trained text classifier; or an artifact, or a run."),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write; what export wrote there before is replaced.")],
+    layout: Annotated[
+        str,
+        Flag(help="hub: the artifact; triton: in a model repository; kserve: with files for Kubernetes and KServe."),
+    ] = "hub",
+    variants: Annotated[
+        str | None, Flag(help="Of fp32, int8, fp16; fp32 is always made.", show_default="fp32,int8")
+    ] = None,
     max_length: Annotated[
         int | None, Flag(min=8, help="Tokens kept of each text.", show_default="what the model reads, at most 512")
     ] = None,
     data: Annotated[
         Path | None, Flag("--data", help="Texts to verify on: CSV, TSV, JSONL or a text a line; labels aren't needed.")
     ] = None,
-    text: Annotated[str, Flag(help="The texts' column.")] = "text",
+    text: Annotated[str | None, Flag(help="The texts' column.", show_default="text")] = None,
+    name: Annotated[
+        str | None, Flag(help="The model's name, for triton and kserve.", show_default="the folder's")
+    ] = None,
+    image: Annotated[
+        str | None, Flag(help="The image that kserve's Dockerfile makes.", show_default="<name>:<version>")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -174,28 +189,49 @@ def export(
     logit. int8 is recommended if it gives fp32's answer on 99 % of at least 100 rows of --data. Without texts
     that is not known, so fp32 is.
 
+    An artifact, or a run, can be laid out for Triton or KServe too, as ARTIFACT[:VARIANT].
+
     [bold]Examples[/bold]
 
       kdexport export ./my-bert artifacts/tickets
 
       kdexport export ./my-bert artifacts/tickets --data tickets.csv --variants fp32,int8,fp16
+
+      kdexport export runs/demo:int8 repository --layout triton
     """
+    import msgspec
+
+    from kdexport.ship import How
     from kdexport.ship import export as ship
 
-    found = ship(model, out, variants.split(","), max_length, data, text)
+    given = {
+        "variants": variants.split(",") if variants else None,
+        "max_length": max_length,
+        "data": data,
+        "column": text,
+    }
+    try:
+        how = msgspec.convert({key: value for key, value in given.items() if value is not None}, How)
+    except msgspec.ValidationError:
+        raise SpecError(f"--variants {variants!r} can't be read", "Write some of fp32,int8,fp16") from None
+    if layout not in ("hub", "triton", "kserve"):
+        raise SpecError(f"--layout {layout!r} is none of hub, triton, kserve")
+    found = ship(model, out, how, layout, name, image)
     if as_json:
-        import msgspec
-
         typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        return
+    if found is None:
+        typer.echo(f"wrote {out}")
         return
     for file in found.files:
         star = "★" if file.precision == found.recommended else " "
         same = "" if file.agreement is None else f"  same answer as fp32: {file.agreement:.1%}"
         typer.echo(
-            f"{star} {out / file.file}  {file.size_bytes / 1e6:.1f} MB  "
+            f"{star} {file.file:<25} {file.size_bytes / 1e6:6.1f} MB  "
             f"max |Δlogit| from PyTorch {file.max_abs_diff:.1e}{same}"
         )
     typer.echo(f"★ loads by default: {found.reason}")
+    typer.echo(f"wrote {out}")
 
 
 def _run(settings: Any, out: Path, as_json: bool) -> None:

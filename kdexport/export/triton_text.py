@@ -1,0 +1,99 @@
+"""Text in, answers out: the Triton model that stands before the ONNX one. It needs `numpy` and `tokenizers` only.
+
+`kdexport export --layout triton` writes this file as it is, as `1/model.py`, with `task.json` and `tokenizer.json`
+beside it. Texts are tokenised as kdexport does it: `encode` and `decode` of its task say the same, and a test
+holds this to them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found] # only inside Triton
+from tokenizers import Tokenizer
+
+
+class TritonPythonModel:
+    """`text` and, for pairs, `text_pair` → `label`, its `score`, and the `scores` of all labels in their order.
+
+    Triton's batcher brings the texts of many requests together. They are tokenised at once, padded to the longest
+    and run through the ONNX model as one batch, which its own batcher can't do: there, lengths would have to match.
+    """
+
+    def initialize(self, args: dict[str, Any]) -> None:
+        """Open the task and its tokenizer."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self.task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        self.onnx_model = json.loads(args["model_config"])["parameters"]["onnx_model"]["string_value"]
+        self.labels = np.array([label.encode() for label in self.task["labels"]], dtype=object)
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(self.task["max_length"])
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response a request."""
+        rows = [_rows(request) for request in requests]
+        batch = self.encode([row for part in rows for row in part])
+        inputs = [pb_utils.Tensor(name, array) for name, array in batch.items()]
+        found = pb_utils.InferenceRequest(
+            model_name=self.onnx_model, requested_output_names=["logits"], inputs=inputs
+        ).exec()
+        if found.has_error():
+            return [pb_utils.InferenceResponse(error=found.error()) for _ in requests]
+        logits = pb_utils.get_output_tensor_by_name(found, "logits").as_numpy()
+        ends = np.cumsum([len(part) for part in rows])[:-1]
+        return [self._response(part) for part in np.split(self.scores(logits), ends)]
+
+    def encode(self, rows: list[Any]) -> dict[str, np.ndarray]:
+        """The ONNX model's inputs, int64 [B, T], padded to the longest."""
+        encodings = self.tokenizer.encode_batch_fast(rows)
+        longest = max(len(encoding.ids) for encoding in encodings)
+        fill = {"input_ids": self.task["pad_id"], "token_type_ids": self.task["pad_type_id"]}
+        columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+        batch = {}
+        for name in self.task["inputs"]:
+            batch[name] = np.full((len(rows), longest), fill.get(name, 0), dtype=np.int64)
+            for row, encoding in zip(batch[name], encodings, strict=True):
+                values = getattr(encoding, columns[name])
+                if self.task["padding_side"] == "right":
+                    row[: len(values)] = values
+                else:
+                    row[longest - len(values) :] = values
+        return batch
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """Logits [B, C] → scores float64 [B, C]."""
+        logits = logits.astype(np.float64)
+        match self.task["function"]:
+            case "softmax":
+                powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+                return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+            case "sigmoid":
+                return np.asarray(np.exp(-np.logaddexp(0.0, -logits)))
+        return logits
+
+    def _response(self, scores: np.ndarray) -> Any:
+        best = scores.argmax(axis=1)[:, None]
+        return pb_utils.InferenceResponse(
+            output_tensors=[
+                pb_utils.Tensor("label", self.labels[best]),
+                pb_utils.Tensor("score", np.take_along_axis(scores, best, axis=1).astype(np.float32)),
+                pb_utils.Tensor("scores", scores.astype(np.float32)),
+            ]
+        )
+
+
+def _rows(request: Any) -> list[Any]:
+    """The texts of a request, or its pairs of texts."""
+    texts, pairs = (pb_utils.get_input_tensor_by_name(request, name) for name in ("text", "text_pair"))
+    first = [_decoded(value) for value in texts.as_numpy().reshape(-1)]
+    if pairs is None:
+        return first
+    return list(zip(first, (_decoded(value) for value in pairs.as_numpy().reshape(-1)), strict=True))
+
+
+def _decoded(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
