@@ -262,7 +262,8 @@ class App:
 
     async def openapi(self, _: Request) -> Response:
         """What there is, for machines."""
-        return answer(openapi.document(self.models.names(), bool(self._keys)))
+        versions = [version.version for version in self.models.in_service().values()]
+        return answer(openapi.document(self.models.names(), versions, self.settings))
 
     async def page(self, _: Request) -> Response:
         """What there is, for people; the card is not shown to those without a key."""
@@ -276,5 +277,6 @@ class App:
 def _of_method(routes: dict[str, Callable[..., Any]], request: Request) -> Callable[..., Awaitable[Response]]:
     handler = routes.get("GET" if request.method == "HEAD" else request.method)
     if handler is None:
-        raise Refused(405, f"{request.method} is not for this path", [(b"allow", ", ".join(routes).encode())])
+        allowed = ", ".join(["HEAD", *routes] if "GET" in routes else routes)
+        raise Refused(405, f"{request.method} is not for this path", [(b"allow", allowed.encode())])
     return handler

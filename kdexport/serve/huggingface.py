@@ -19,7 +19,8 @@ from kdexport.serve.http import Refused, encode
 from kdexport.serve.models import Result, Version
 
 Function = Literal["softmax", "sigmoid", "none"]
-TopK = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+# A whole number; 2.0 is one, too, to JSON Schema and to languages that have one kind of number.
+TopK = Annotated[float, msgspec.Meta(ge=1, le=2**31, multiple_of=1)]
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -74,7 +75,8 @@ def parse_texts(body: bytes) -> Query:
 
 def render_classes(version: Version, query: Query, results: Sequence[Result]) -> bytes:
     """A list of labels with scores, best first, for each text."""
-    return encode(classes(version, results, query.parameters.function_to_apply, query.parameters.top_k))
+    top = query.parameters.top_k
+    return encode(classes(version, results, query.parameters.function_to_apply, int(top) if top else None))
 
 
 TASKS = {"text-classification": TaskProtocol(parse_texts, render_classes)}

@@ -240,6 +240,6 @@ def check_rows(
     if not 1 <= len(rows) <= max_rows:
         raise Refused(status, f"a request may have 1 to {max_rows} texts; it has {len(rows)}")
     for row in rows:
-        if sum(map(len, row.values())) > max_chars:
+        if any(len(text) > max_chars for text in row.values()):
             raise Refused(413, f"a text may have {max_chars:,} characters")
     return rows, [version.task.cost(row) for row in rows]

@@ -45,7 +45,10 @@ def parse(body: bytes) -> Query:
         Refused: the body is not what the protocol says (422, 400 when it is no JSON at all).
     """
     asked = decoded(_decode, body)
-    single = isinstance(asked.inputs, str) or all(isinstance(one, str) for one in asked.inputs)
+    kinds = {str} if isinstance(asked.inputs, str) else set(map(type, asked.inputs))
+    if len(kinds) > 1:  # is a lone text beside a pair half a pair, or a row?
+        raise Refused(422, "a batch is a list of lists, each of one text or two")
+    single = kinds <= {str}
     batch = [asked.inputs] if single else asked.inputs
     return Query([_row(one) for one in batch], single, asked.raw_scores, asked.truncate is False)
 
