@@ -1,13 +1,134 @@
-"""The page at `/`: what is served, its model card, and a place to try it."""
+"""The page at `/`: what is served, a place to try it, and the model card.
+
+The card comes with the artifact, from whoever made that: its Markdown becomes text, tables and links to http(s), and
+the page's policy lets nothing run or load but its own script and style.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
 
-from kdexport.serve.http import Response
+from kdexport import __version__
+from kdexport.serve.http import Headers, Response
 from kdexport.serve.models import Version
+
+_SAMPLE = "I was charged twice for the same order, and nobody answers my mails."
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t\r]*$.*?^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
+# Characters of a card; more would keep the event loop from its requests.
+_MAX_CARD = 50_000
+_HEADERS: Headers = [
+    (b"content-type", b"text/html; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+]
+
+
+class _Model(NamedTuple):
+    """What the page says of a version. `path` is where its requests go, relative to the page: proxies add prefixes."""
+
+    name: str
+    path: str
+    task: str
+    labels: int
+    function: str
+    variant: str
+    size: str
+    version: str
+    card: str
 
 
 def render(versions: Sequence[Version], with_card: bool) -> Response:
-    """The page as HTML; it loads nothing from elsewhere."""
-    return Response(b"<!doctype html><title>kdexport</title>", headers=[(b"content-type", b"text/html; charset=utf-8")])
+    """The page as HTML; drawn once for the same versions.
+
+    Args:
+        versions: those in service; the first is the default.
+        with_card: whether whoever reads the page may read the card: the server asks for no key.
+    """
+    # A name is always right; the short path is the first model's, and that one may be out of service.
+    alone = len(versions) == 1
+    return _page(tuple(_model(version, alone, with_card) for version in versions), not with_card)
+
+
+def card_html(markdown: str) -> str:
+    """A model card as HTML that is safe to put into a page: no HTML of its own, no images, links to http(s) only."""
+    from markdown_it import MarkdownIt
+    from markdown_it.common.utils import escapeHtml
+
+    text = _FRONT_MATTER.sub("", markdown, count=1)
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = parser.parse(text[:_MAX_CARD] + ("…" if len(text) > _MAX_CARD else ""))
+    for token in chain(tokens, *(token.children or () for token in tokens)):
+        match token.type:
+            case "heading_open" | "heading_close":
+                token.tag = f"h{min(6, int(token.tag[1:]) + 2)}"  # below the page's own
+            case "link_open":
+                href = str(token.attrs["href"])
+                token.attrs = {"href": href, "rel": "noopener"} if _WEB.match(href) else {}
+            case "th_open" | "td_open":  # the page's policy forbids style attributes
+                side = str(token.attrs.get("style", "")).removeprefix("text-align:")
+                token.attrs = {"class": side} if side else {}
+            case "image":
+                token.type = "text"
+            case "fence" | "code_block":  # what scrolls must take the focus, or a keyboard can't scroll it
+                html = f'<pre tabindex="0"><code>{escapeHtml(token.content)}</code></pre>\n'
+                token.type, token.content = "html_block", html
+            case "table_open":
+                html = '<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>\n'
+                token.type, token.content = "html_block", html
+            case "table_close":
+                token.type, token.content = "html_block", "</table></div>\n"
+    return str(parser.renderer.render(tokens, parser.options, {}))
+
+
+def _model(version: Version, alone: bool, with_card: bool) -> _Model:
+    config, file = version.task.config, version.manifest.variants[version.variant]
+    return _Model(
+        name=version.name,
+        path="./" if alone else f"models/{version.name}",
+        task=version.task.name,
+        labels=len(config.labels),
+        function=config.function,
+        variant=version.variant,
+        size=f"{file.size_bytes / 1e6:.1f} MB",
+        version=version.version,
+        card=version.card if with_card else "",
+    )
+
+
+@lru_cache(maxsize=1)
+def _page(models: tuple[_Model, ...], keyed: bool) -> Response:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("kdexport", "")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    report_style = environment.get_template("report/templates/page.css.j2").render()
+    style = report_style + loader.get_source(environment, "serve/templates/page.css")[0]
+    script = loader.get_source(environment, "serve/templates/page.js")[0]
+    html = environment.get_template("serve/templates/page.html.j2").render(
+        models=[model._replace(card=card_html(model.card)) for model in models],
+        keyed=keyed,
+        style=style,
+        script=script,
+        sample=_SAMPLE,
+        kdexport=__version__,
+    )
+    policy = (
+        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
+        "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
+    return Response(html.encode(), headers=[*_HEADERS, (b"content-security-policy", policy.encode())])
+
+
+def _source(text: str) -> str:
+    """What a policy calls an inline script or style by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
