@@ -21,7 +21,7 @@ def test_the_table_is_the_one_of_the_demo_run_that_is_kept():
         assert re.search(pattern, README), row
 
 
-COMMANDS = ["run", "demo", "init", "predict", "bench", "report", "compare", "doctor"]
+COMMANDS = ["run", "demo", "init", "export", "predict", "serve", "bench", "report", "compare", "doctor"]
 WORKFLOW = ROOT / "examples" / "ci" / "model-budget.yml"
 
 

@@ -163,8 +163,8 @@ class Models:
         return found
 
     def in_service(self) -> dict[str, Version]:
-        """Name → version."""
-        return dict(self._current)
+        """Name → version, in the order in which they were named."""
+        return {name: self._current[name] for name in self._sources if name in self._current}
 
     @property
     def ready(self) -> bool:
