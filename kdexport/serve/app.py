@@ -149,22 +149,22 @@ class App:
         """`POST /` and `POST /models/{name}`: Hugging Face's API."""
         request.protocol = "huggingface"
         body = await request.body(self.settings)
-        version = self._version(request, name)
+        version = self.version(request, name)
         protocol = huggingface.TASKS[version.task.name]
         query = protocol.parse(body)
         rows, costs = self._checked(version, query.rows, 422)
-        return Response(protocol.render(version, query, await self._run(request, version, rows, costs)))
+        return Response(protocol.render(version, query, await self.run(request, version, rows, costs)))
 
     async def predict(self, request: Request) -> Response:
         """`POST /predict` and `POST /invocations`: text-embeddings-inference's shape."""
         request.protocol = "tei"
         body = await request.body(self.settings)
-        version = self._version(request)
+        version = self.version(request)
         query = tei.parse(body)
         rows, costs = self._checked(version, query.rows, 422)
         if query.uncut and any(version.task.is_cut(row) for row in rows):
             raise Refused(422, f"a text has more than {version.task.config.max_length} tokens, and truncate is false")
-        return Response(tei.render(version, query, await self._run(request, version, rows, costs)))
+        return Response(tei.render(version, query, await self.run(request, version, rows, costs)))
 
     async def _model(self, request: Request, rest: list[str], name: str, version: str | None) -> Response:
         """`/v2/models/{name}[/versions/{version}]…`: the Open Inference Protocol."""
@@ -179,18 +179,23 @@ class App:
 
     async def _infer(self, request: Request, name: str, asked: str | None) -> Response:
         body = await request.body(self.settings)
-        version = self._version(request, name, asked)
+        version = self.version(request, name, asked)
         query = oip.parse(request, body, version, self.settings.max_rows, self.settings.max_chars)
-        return oip.render(version, query, await self._run(request, version, query.rows, query.costs, query.timeout))
+        return oip.render(version, query, await self.run(request, version, query.rows, query.costs, query.timeout))
 
     async def _metadata(self, request: Request, name: str, asked: str | None) -> Response:
-        return answer(oip.metadata(self._version(request, name, asked)))
+        return answer(oip.metadata(self.version(request, name, asked)))
 
     async def _model_ready(self, name: str, asked: str | None) -> Response:
         self.models.find(name, asked)
         return self._health({"name": name})
 
-    def _version(self, request: Request, name: str | None = None, asked: str | None = None) -> Version:
+    def version(self, request: Request, name: str | None = None, asked: str | None = None) -> Version:
+        """The version that a request means; noted for the log.
+
+        Raises:
+            Refused: there is none (404), or not yet, or not any more (503).
+        """
         if not self.loaded:
             raise Refused(503, "the models are being loaded", _RETRY)
         version = self.models.find(name, asked)
@@ -202,7 +207,7 @@ class App:
     ) -> tuple[list[dict[str, Any]], list[int]]:
         return oip.check_rows(version, rows, self.settings.max_rows, self.settings.max_chars, status)
 
-    async def _run(
+    async def run(
         self,
         request: Request,
         version: Version,
@@ -210,6 +215,7 @@ class App:
         costs: Sequence[int],
         timeout: float | None = None,
     ) -> list[Any]:
+        """A request's rows through the batcher; waiting and running times are noted for the log."""
         assert self.batcher is not None
         request.rows = len(rows)
         timeout = min(timeout or self.settings.timeout, self.settings.timeout)
@@ -238,7 +244,7 @@ class App:
 
     async def info(self, request: Request) -> Response:
         """`GET /info`, in text-embeddings-inference's words."""
-        version = self._version(request)
+        version = self.version(request)
         labels = version.task.labels
         return answer(
             {

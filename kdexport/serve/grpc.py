@@ -32,9 +32,8 @@ except ImportError as error:
     raise MissingPackage("grpcio" if "grpc" in str(error) else "protobuf", "grpc") from None
 
 # open_inference.proto as protoc compiles it (`make proto`): unlike generated code it fits every version of protobuf.
-_FILE = descriptor_pb2.FileDescriptorSet.FromString(Path(__file__).with_name("open_inference.binpb").read_bytes()).file[
-    0
-]
+_COMPILED = Path(__file__).with_name("open_inference.binpb").read_bytes()
+_FILE = descriptor_pb2.FileDescriptorSet.FromString(_COMPILED).file[0]
 _POOL = descriptor_pool.DescriptorPool()  # our own: a client in this process may have the same names
 _POOL.Add(_FILE)
 _MESSAGES = {
@@ -176,14 +175,14 @@ class _Service:
 
     async def _infer(self, request: Request, message: Any, context: Any) -> Any:
         app, settings = self._app, self._app.settings
-        version = app._version(request, message.model_name, message.model_version or None)
+        version = app.version(request, message.model_name, message.model_version or None)
         raw = bool(message.raw_input_contents)
         body, head = _as_http(message, raw)
         request.scope["headers"].insert(0, (oip.HEADER_LENGTH, b"%d" % head))
         query = oip.parse(request, body, version, settings.max_rows, settings.max_chars)
         limits = [limit for limit in (query.timeout, context.time_remaining()) if limit is not None]
         timeout = min(limits) if limits else None
-        results = await app._run(request, version, query.rows, query.costs, timeout)
+        results = await app.run(request, version, query.rows, query.costs, timeout)
         response = _MESSAGES["ModelInferResponse"](
             model_name=version.name, model_version=version.version, id=message.id
         )
@@ -199,7 +198,7 @@ class _Service:
         return response
 
     async def _model_metadata(self, request: Request, message: Any, _: Any) -> Any:
-        version = self._app._version(request, message.name, message.version or None)
+        version = self._app.version(request, message.name, message.version or None)
         return _MESSAGES["ModelMetadataResponse"](**oip.metadata(version))
 
     async def _model_ready(self, _: Request, message: Any, __: Any) -> Any:
