@@ -18,6 +18,8 @@ async def full_server(delay: float, full: list[int]):
     refused = []
 
     async def app(scope, receive, send):
+        if scope["path"] == "/slow":
+            await asyncio.sleep(0.8)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
@@ -78,6 +80,18 @@ def test_refusals_keep_the_order_of_their_requests(delay, sent, full, statuses):
     assert [answer.headers["retry-after"] for answer in refusals] == ["7"] * len(refusals)
     assert len(refused) == len(refusals)
     assert answers[-1].headers["connection"] == "close"
+
+
+def test_a_head_that_trickles_behind_a_slow_answer_waits_for_it():
+    async def converse():
+        async with full_server(0.0, []) as (url, _):
+            return await asyncio.to_thread(talk, url)
+
+    def talk(url):
+        with Wire(url) as wire:
+            return wire.send(request("/slow", GOOD) + ONE[:20]).answers()
+
+    assert [answer.status for answer in asyncio.run(converse())] == [200, 408]
 
 
 def test_refusals_that_nobody_reads_are_bounded():
