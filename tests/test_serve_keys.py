@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -216,8 +217,12 @@ def test_no_key_and_no_text_is_in_the_log(server, logged):
     """Last of this server's tests: it has seen all of theirs."""
     ask(server.url, "/", b'{"inputs": "a very private text"}', bearer(KEYS[0]))
     ask(server.url, "/", b'{"inputs": "a very private text"', bearer(KEYS[0]))
+    ask(server.url, "/x%0a%7b%22code%22:%20200%7d%0d%1b[31m", None, bearer(KEYS[0]))
+    time.sleep(0.5)  # lines are written in bundles
     log, said = logged.read_bytes(), "".join(server.log)
-    assert log
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert lines[-1]["path"] == '/x\n{"code": 200}\r\x1b[31m'
+    assert b"\x1b" not in log
     for key in (*KEYS, "wrong"):
         assert key.encode() not in log.replace(b"api_key=" + key.encode(), b"")
         assert key not in said
