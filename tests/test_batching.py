@@ -397,9 +397,5 @@ def test_a_thread_that_ends_its_batch_after_the_loop_ends_in_silence():
 
     batcher = asyncio.run(leave())
     model.hold.set()
-    with batcher._lock:
-        batcher._closed = True
-        batcher._wake(1)
-    for consumer in batcher._consumers:
-        consumer.join(5)
-        assert not consumer.is_alive()
+    asyncio.run(batcher.close())  # waits for the thread
+    assert model.batches == [[1]]
