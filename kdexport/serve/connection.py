@@ -33,7 +33,6 @@ class Connection(HttpToolsProtocol):
 
     read_timeout = 10.0
     max_connections = 4096
-    refused_delay = 0.0
 
     @staticmethod
     def full() -> int:
@@ -50,7 +49,6 @@ class Connection(HttpToolsProtocol):
         self._begun = False  # whether some of a head has come, and not all
         self._beside = 0  # bytes that came since something was whole: of a head, of trailers, of a chunk's extensions
         self._refusing = 0  # while a request is being refused: Retry-After, in seconds
-        self._saying: TimerHandle | None = None  # a refusal whose request is whole
         self._unread: TimerHandle | None = None  # since more was written than the client reads
         self._timer: TimerHandle | None = self.loop.call_later(self.read_timeout, self._too_slow)
         if len(self.connections) > self.max_connections:
@@ -58,7 +56,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more will come."""
-        for timer in filter(None, (self._timer, self._saying, self._unread)):
+        for timer in filter(None, (self._timer, self._unread)):
             timer.cancel()
         super().connection_lost(exc)
 
@@ -132,13 +130,7 @@ class Connection(HttpToolsProtocol):
             return
         self._head_complete()
         self.on_refused()
-        keep_alive = self.parser.should_keep_alive()
-        if not self.refused_delay:
-            self._say_full(keep_alive)
-            return
-        # A client that comes again at once waits a little first.
-        self.flow.pause_reading()
-        self._saying = self.loop.call_later(self.refused_delay, self._say_full, keep_alive)
+        self._say_full(self.parser.should_keep_alive())
 
     def pause_writing(self) -> None:
         """The client reads less than it is sent: neither is it read from, and not for ever is it waited for."""
@@ -183,17 +175,15 @@ class Connection(HttpToolsProtocol):
         return b"".join((method, b" ", self.url, b" HTTP/", version, b"\r\n", *lines, b"\r\n", rest))
 
     def _say_full(self, keep_alive: bool) -> None:
-        seconds, self._refusing, self._saying = self._refusing, 0, None
+        seconds, self._refusing = self._refusing, 0
         if self.transport.is_closing():
             return
         close = b"" if keep_alive else b"connection: close\r\n"
         self.transport.write(_FULL % (seconds, close))
-        if not keep_alive:
+        if keep_alive:
+            self._await_next()
+        else:
             self.transport.close()
-            return
-        if not self.flow.write_paused:
-            self.flow.resume_reading()
-        self._await_next()
 
     def _too_slow(self) -> None:
         self._timer = None
@@ -206,15 +196,11 @@ class Connection(HttpToolsProtocol):
 
     def _give_up(self, status: int, message: str) -> None:
         """No more can be read here: close, after the answers to what was whole, or with the reason."""
-        if self._saying is not None:
-            self._saying.cancel()
-            self._saying = self.loop.call_later(self.refused_delay, self._say_full, False)
-        elif self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
+        if self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
             self.cycle.keep_alive = False
+            self.flow.pause_reading()
         else:
             self._refuse(status, message)
-            return
-        self.flow.pause_reading()
 
     def _refuse(self, status: int, message: str) -> None:
         """Say why, unless the request at fault was answered long since; then close."""
@@ -255,5 +241,5 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
 
 
 def limited(**attributes: Any) -> type[Connection]:
-    """The class with a server's limits: `read_timeout`, `max_connections`, `refused_delay`, `full`, `on_refused`."""
+    """The class with a server's limits: `read_timeout`, `max_connections`, `full`, `on_refused`."""
     return type("Limited", (Connection,), {k: staticmethod(v) if callable(v) else v for k, v in attributes.items()})

@@ -79,7 +79,6 @@ class Server:
             "--port",
             full=self.app.full,
             on_refused=self.app.refused,
-            refused_delay=settings.refused_delay_ms / 1e3,
         )
         admin = None
         if settings.admin_port is not None:

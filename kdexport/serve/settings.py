@@ -25,9 +25,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_queue_ms: float = 100.0
     """Work is taken in while it would wait no longer than this; then 429."""
 
-    refused_delay_ms: float = 0.0
-    """How long a 429 is held back."""
-
     max_body: int = 2 * 1024 * 1024
     """Of a request, after decompression."""
     max_rows: int = 256
