@@ -83,11 +83,11 @@ class TextClassification:
             ArtifactError: a file is missing or unreadable.
         """
         try:
-            if (folder / "task.json").exists():
-                config = msgspec.json.decode((folder / "task.json").read_bytes(), type=TaskConfig)
-            else:
+            if (folder / "kdexport.json").exists():
                 manifest = msgspec.json.decode((folder / "kdexport.json").read_bytes())
                 config = msgspec.convert(manifest["task"], TaskConfig)
+            else:
+                config = msgspec.json.decode((folder / "task.json").read_bytes(), type=TaskConfig)
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except (OSError, msgspec.MsgspecError, KeyError) as error:
             raise ArtifactError(f"{folder} holds no task of ours: {error}") from None
@@ -155,7 +155,7 @@ class TextClassification:
     def is_cut(self, row: Row) -> bool:
         """Whether a row has more tokens than are read."""
         pair = row.get("text_pair")
-        encoding = self._tokenizer.encode(row["text"]) if pair is None else self._tokenizer.encode(row["text"], pair)
+        encoding = self._tokenizer.encode(row["text"]) if not pair else self._tokenizer.encode(row["text"], pair)
         return bool(encoding.overflowing)
 
     @property
@@ -251,10 +251,8 @@ class TextClassification:
     # --- inside
 
     def _encodings(self, rows: Sequence[Row]) -> list[Encoding]:
-        if any(row.get("text_pair") is not None for row in rows):
-            pairs = [
-                (row["text"], row["text_pair"]) if row.get("text_pair") is not None else row["text"] for row in rows
-            ]
+        if any(row.get("text_pair") for row in rows):
+            pairs = [(row["text"], row["text_pair"]) if row.get("text_pair") else row["text"] for row in rows]
             return list(self._tokenizer.encode_batch_fast(pairs))
         texts = [row["text"] for row in rows]
         heads = [self._head(text) for text in texts]
