@@ -146,13 +146,17 @@ def _duration(text: str, flag: str, unit: str = "ms") -> float:
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
-    given = os.environ.get("KDEXPORT_API_KEYS", "").split(",")
+    variable, source = os.environ.get("KDEXPORT_API_KEYS"), "KDEXPORT_API_KEYS"
+    given = None if variable is None else variable.split(",")
     if file is not None:
+        source = f"--api-keys {file}"
         try:
-            given = file.read_text(encoding="utf-8").splitlines()
+            given = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"--api-keys {file} can't be read: {getattr(error, 'strerror', error)}") from None
+            raise SpecError(f"{source} can't be read: {getattr(error, 'strerror', error)}") from None
+    if given is None:
+        return ()
     keys = tuple(key.strip() for key in given if key.strip())
-    if file is not None and not keys:
-        raise SpecError(f"--api-keys {file} holds no key", "Write one a line")
+    if not keys:  # whoever set it wanted a locked door
+        raise SpecError(f"{source} holds no key", "Write one a line in a file, or between commas in the environment")
     return keys

@@ -112,7 +112,9 @@ def parse(request: Request, body: bytes, version: Version, max_rows: int, max_ch
         _wanted(asked.outputs or []),
         parameters.get("binary_data_output") is True,
         asked.id,
-        float(timeout) / 1e6 if isinstance(timeout, int | float) and timeout > 0 else None,
+        float(timeout) / 1e6
+        if isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout > 0
+        else None,
     )
 
 

@@ -7,8 +7,10 @@ each answer closing its connection; then the process ends. SIGHUP: every model i
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import time
@@ -53,6 +55,8 @@ def serve(artifacts: list[str], settings: Settings) -> int:
     # Batches already run side by side; a pool of threads inside each would only take turns with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     models = Models(named_sources(artifacts), settings.max_batch, settings.max_batch_tokens)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Server(models, settings).run())
 
@@ -87,11 +91,14 @@ class Server:
             )
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: asyncio.ensure_future(self.reload_all()))
+        loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         grpc = await self._listen_grpc() if settings.grpc_port is not None else None
         try:
             versions = [await asyncio.to_thread(self._load, name) for name in self.models.names()]
             self.app.batcher = start_batcher(self.app, versions, self._die)
+            # What is loaded stays: the collector need not look through it again and again.
+            gc.collect()
+            gc.freeze()
             self.app.loaded = True
             self._say_ready(public, admin, time.monotonic() - began)
             await self._stop.wait()
@@ -105,12 +112,15 @@ class Server:
             await asyncio.to_thread(self.app.tracer.close)
         return self._code
 
+    def _reload_soon(self) -> None:
+        self._reloads = asyncio.ensure_future(self.reload_all())  # a task that nobody holds may be collected
+
     async def reload_all(self) -> None:
         """What SIGHUP asks for."""
         for name in self.models.names():
             try:
                 await self.reload(name)
-            except KdexportError as error:
+            except Exception as error:  # whatever it is, the version that serves is whole
                 warn(f"{name} was not reloaded, the version before serves on: {error}")
 
     async def reload(self, name: str) -> Version:
