@@ -269,8 +269,8 @@ class App:
 
     async def openapi(self, _: Request) -> Response:
         """What there is, for machines."""
-        versions = [version.version for version in self.models.in_service().values()]
-        return answer(openapi.document(self.models.names(), versions, self.settings))
+        versions = tuple(version.version for version in self.models.in_service().values())
+        return answer(openapi.document(tuple(self.models.names()), versions, self.settings))
 
     async def page(self, _: Request) -> Response:
         """What there is, for people; the card is not shown to those without a key."""

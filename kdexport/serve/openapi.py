@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import msgspec
@@ -169,7 +170,8 @@ _TYPES = [
 ]  # fmt: skip
 
 
-def document(models: Sequence[str], versions: Sequence[str], settings: Settings) -> dict[str, Any]:
+@lru_cache(maxsize=1)  # to make it takes as long as an inference, and anyone may ask for it
+def document(models: tuple[str, ...], versions: tuple[str, ...], settings: Settings) -> dict[str, Any]:
     """OpenAPI 3.1 of the public port.
 
     Args:
