@@ -258,6 +258,16 @@ def test_no_request_at_all_is_refused(body, length):
     assert not answered(body, length)
 
 
+@pytest.mark.parametrize("length", ["", "0", "-1", "+9", "9.0", "nine", "0x9", "{beyond}", "9" * 13, "9" * 5000])
+def test_a_length_that_is_none_is_refused(length):
+    body, json_length = binary(["x"])
+    assert answered(body, b"%d" % json_length)
+    whole = body[:json_length].replace(b'"parameters": {"binary_data_size": 5}', b'"data": ["x"]')
+    assert answered(whole, b"%d" % len(whole))
+    for one in (body, whole):
+        assert not answered(one, length.format(beyond=len(one) + 1).encode())
+
+
 @pytest.mark.parametrize(
     "data",
     [
