@@ -1,6 +1,5 @@
 """Ask with Hugging Face's client: `pip install huggingface_hub`, then `python python_huggingface.py [URL]`."""
 
-# ruff: noqa: T201
 import sys
 
 from huggingface_hub import InferenceClient

@@ -1,6 +1,5 @@
 """Ask with Triton's client: `pip install 'tritonclient[http]'`, then `python python_triton.py [URL] [MODEL]`."""
 
-# ruff: noqa: T201
 import sys
 
 import numpy as np

@@ -23,7 +23,7 @@ class AccessLog:
 
     def request(self, request: Request, code: int, seconds: float, fault: str = "") -> None:
         """Note one request; a fault is for the operator's eyes."""
-        if code < self._from:
+        if code < self._from and not fault:  # a fault of ours is always told
             return
         client = request.scope.get("client")
         line = {
