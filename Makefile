@@ -3,12 +3,15 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench schemas proto clean
+.PHONY: demo test test-all lint bench schemas proto clean
 
 demo: $(VENV)/.made
 	$(BIN)/kdexport demo --out runs/demo
 
 test: $(VENV)/.made lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.made lint
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.made

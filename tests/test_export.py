@@ -14,6 +14,8 @@ from kdexport.results import ExportedFile
 from kdexport.ship import How, export, recommend
 from kdexport.tasks.text_classification import TaskConfig, TextClassification
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_scores_are_those_of_transformers_pipeline(classifier, kind, articles, tmp_path):

@@ -27,6 +27,8 @@ from kdexport.ship import How, export
 from kdexport.tasks import load_task
 from kdexport.tasks.text_classification import TaskConfig, TextClassification
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(classifier, tmp_path_factory):

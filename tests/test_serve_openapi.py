@@ -34,6 +34,7 @@ def schemathesis(url: str, folder: Path, *arguments: str) -> subprocess.Complete
     )
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_nothing(server, tmp_path):
     found = schemathesis(server.url, tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", "25")
     assert found.returncode == 0, found.stdout
@@ -41,6 +42,7 @@ def test_schemathesis_finds_nothing(server, tmp_path):
     assert not any('"code":500' in line for line in server.log)
 
 
+@pytest.mark.slow
 def test_schemathesis_finds_nothing_where_a_key_is_needed(finished, tmp_path):
     with served(finished, KDEXPORT_API_KEYS=KEY) as server:
         found = schemathesis(

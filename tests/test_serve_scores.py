@@ -8,6 +8,8 @@ from serve_process import served
 
 from kdexport.ship import How, export
 
+pytestmark = pytest.mark.slow
+
 # Labels and problem type; the first kind is what /predict answers from.
 KINDS = {
     "multi-label": (3, "multi_label_classification"),
