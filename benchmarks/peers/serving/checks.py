@@ -191,11 +191,11 @@ def lines(found: dict[str, Any]) -> list[str]:
     said = []
     for name, one in found.get("overload", {}).items():
         said.append(
-            f"\nOverload with {name}, {one['seconds']} s, the server on one core: {one['due_per_second']:,.0f} "
-            f"requests/s due, {one['asked_per_second']:,.0f} asked, {one['goodput_per_second']:,.0f} answered, {100 * one['goodput_to_peak']:.0f} % of the "
-            f"peak of {one['peak_per_second']:,.0f}; p99 of those {one['p99_accepted_ms']:.1f} ms since due, "
-            f"{one['p99_accepted_since_sent_ms']:.1f} since sent, unloaded {one['p99_unloaded_ms']:.1f}; answers by "
-            f"status {one['statuses']}, lost {one['lost']}."
+            f"\nOverload with {name}, {one['seconds']} s, the server on one core, peak {one['peak_per_second']:,.0f} "
+            f"requests/s: {one['due_per_second']:,.0f} due, {one['asked_per_second']:,.0f} asked, "
+            f"{one['goodput_per_second']:,.0f} answered ({100 * one['goodput_to_peak']:.0f} % of the peak); p99 of "
+            f"those {one['p99_accepted_ms']:.1f} ms since due, {one['p99_accepted_since_sent_ms']:.1f} since sent, "
+            f"unloaded {one['p99_unloaded_ms']:.1f}; answers by status {one['statuses']}, lost {one['lost']}."
         )
     if one := found.get("soak"):
         said.append(
