@@ -45,7 +45,7 @@ def overload(
             os.sched_setaffinity(0, cores[-1:])
             wrk(up, bodies, 8, WARM_S)
             peak = max(wrk(up, bodies, connections, PEAK_S)["per_second"] for connections in SATURATING)
-            unloaded = client(server, bodies, OPEN_CONNECTIONS, UNLOADED_S, rate=0.1 * peak)
+            unloaded = client(server, bodies, MANY, UNLOADED_S, rate=0.1 * peak)
             loaded = client(server, bodies, OPEN_CONNECTIONS, seconds, rate=2 * peak)
     finally:
         os.sched_setaffinity(0, cores)

@@ -20,6 +20,7 @@ import time
 from collections import Counter, deque
 from pathlib import Path
 
+SETTLE_S = 1.0  # for the server to accept the connections of an open loop
 DRAIN_S = 5.0  # for the answers to what is under way in the end
 
 
@@ -71,16 +72,20 @@ class Client:
 
     # --- one request
 
+    def connect(self, connection: Connection) -> bool:
+        try:
+            connection.connect()
+        except OSError:
+            self.refused += 1
+            return False
+        self.by_socket[connection.socket.fileno()] = connection
+        self.epoll.register(connection.socket, select.EPOLLIN)
+        return True
+
     def send(self, connection: Connection, due: float) -> None:
         """Send the next request; a connection that can't be made again is given up."""
-        if connection.socket is None:
-            try:
-                connection.connect()
-            except OSError:
-                self.refused += 1
-                return
-            self.by_socket[connection.socket.fileno()] = connection
-            self.epoll.register(connection.socket, select.EPOLLIN)
+        if connection.socket is None and not self.connect(connection):
+            return
         request = self.requests[connection.keep][self.turn % len(self.requests[True])]
         self.turn += 1
         connection.due, connection.sent, connection.waiting = due, time.monotonic(), True
@@ -102,13 +107,13 @@ class Client:
         if separator and len(body) == _length(head):
             self.account(connection, head)
         elif not part:
-            if connection.waiting:
+            self.drop(connection)
+            if connection.waiting:  # else it was idle, and is made again when it is its turn
                 accepted = connection.answered or connection.data
                 self.lost += bool(accepted)
                 self.not_accepted += not accepted
                 connection.waiting = False
-            self.drop(connection)
-            self.next(connection)
+                self.next(connection)
 
     def account(self, connection: Connection, head: bytes) -> None:
         status = int(head[9:12])
@@ -140,6 +145,9 @@ class Client:
 
     def run(self, seconds: float) -> dict:
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
+        if self.rate:  # its connections stand before the first request is due
+            self.idle = deque(connection for connection in self.idle if self.connect(connection))
+            time.sleep(SETTLE_S)
         began = time.monotonic()
         sender = threading.Thread(target=self._send_when_due, args=(began + seconds,))
         if self.rate is None:
