@@ -95,6 +95,7 @@ class Batcher:
         self._resting: list[Any] = []
         self.waiting_tokens = 0
         self.waiting_rows = 0
+        self._usual = 0.0  # tokens of a request
         self._closed = False
         self._consumers = [
             threading.Thread(target=self._consume, name=f"consumer-{i}", daemon=True) for i in range(threads)
@@ -133,6 +134,7 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise Refused(503, "the server is ending")
+            self._usual += _NEWEST * (tokens - self._usual)
             # What waits is bounded, not what comes: a request larger than the bound runs when nothing waits.
             if self.waiting_tokens and (self.waiting_tokens + tokens) / self.rate > self._max_queue:
                 raise Refused(429, FULL, [(b"retry-after", b"%d" % self._retry_after())])
@@ -147,8 +149,9 @@ class Batcher:
         return ticket
 
     def full(self) -> int:
-        """0 while there is room for a row; else after how many seconds there should be."""
-        return self._retry_after() if self.waiting_tokens / self.rate > self._max_queue else 0
+        """0 while there is room for a request of the usual size; else after how many seconds there should be."""
+        wait = (self.waiting_tokens + self._usual) / self.rate
+        return self._retry_after() if self.waiting_tokens and wait > self._max_queue else 0
 
     def _retry_after(self) -> int:
         return max(1, math.ceil(self.waiting_tokens / self.rate))

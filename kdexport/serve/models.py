@@ -25,6 +25,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _GOLDEN_TOLERANCE = 0.05
 # A larger batch must be this much faster by the row, or it only makes others wait.
 _WORTH_IT = 0.95
+# … unless it is over so soon that nobody waits: then what every batch costs beside its run is shared by more rows.
+_SHORT_S = 0.002
 _TUNING_S = 0.05
 
 
@@ -99,10 +101,10 @@ class Version:
             ends = time.monotonic() + _TUNING_S
             while rows < max_batch and 2 * rows * length <= max_batch_tokens and time.monotonic() < ends:
                 more = {name: np.repeat(array, 2 * rows, axis=0) for name, array in one.items()}
-                found = self._seconds(more) / (2 * rows)
-                if found > _WORTH_IT * per_row:
+                seconds = self._seconds(more)
+                if seconds / (2 * rows) > _WORTH_IT * per_row and seconds > _SHORT_S:
                     break
-                rows, per_row = 2 * rows, found
+                rows, per_row = 2 * rows, min(per_row, seconds / (2 * rows))
             most[length] = rows
             if length <= 32:
                 rate = length / per_row
