@@ -20,6 +20,7 @@ from kdexport.serve.http import ClientGone, Refused
 
 # How much the newest batch says about the rate; a hundred batches are some tens of milliseconds.
 _NEWEST = 0.02
+_FIRST_S = 0.5  # how long the first guess weighs as much as what is found
 
 
 class Model(Protocol):
@@ -86,7 +87,10 @@ class Batcher:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._threads, self._max_batch_tokens = threads, max_batch_tokens
-        self._max_wait, self._max_queue, self.rate = max_wait, max_queue, rate
+        self._max_wait, self._max_queue = max_wait, max_queue
+        # Tokens that were done, and the seconds that they took, while there was always more to do; old ones fade.
+        self._done, self._took = _FIRST_S * rate, _FIRST_S
+        self._last = time.monotonic()
         self._on_batch, self._on_death = on_batch, on_death
         self._queues: dict[tuple[Model, int], deque[Item]] = {}
         self._lock = threading.Lock()
@@ -147,6 +151,11 @@ class Batcher:
             self.waiting_rows += len(rows)
             self._wake(len(rows))
         return ticket
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second that all threads together do."""
+        return max(self._done / self._took, 1.0)
 
     def full(self) -> int:
         """0 while there is room for a request of the usual size; else after how many seconds there should be."""
@@ -244,9 +253,16 @@ class Batcher:
             results = [error] if len(batch) == 1 else [_alone(model, item) for item in batch]
         ended = time.monotonic()
         tokens = sum(cost for _, _, _, cost in batch)
-        seconds = max(ended - started, 1e-6)
-        self.rate += _NEWEST * (self._threads * tokens / seconds - self.rate)
+        self._learn(tokens, started, ended)
         self._tell(self._deliver, batch, results, tokens, started, ended)
+
+    def _learn(self, tokens: int, started: float, ended: float) -> None:
+        """How fast work drains, by the clock: threads also wait for the loop, and for a core that others share."""
+        with self._lock:
+            if self.waiting_rows:
+                self._done += tokens - _NEWEST * self._done
+                self._took += max(ended - max(self._last, started), 0.0) - _NEWEST * self._took
+            self._last = ended
 
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
         try:

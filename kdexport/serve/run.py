@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # gRPC is an extra
 # Clients that hold a connection open without a request in flight get this long to send the one that they may
 # have begun when the port closed.
 _LINGER_S = 0.5
+_DOOR_S = 0.05
 
 
 def serve(artifacts: list[str], settings: Settings) -> int:
@@ -157,6 +158,9 @@ class Server:
             say(f"draining: requests are taken in for {settings.drain_delay:g} s more")
             await asyncio.sleep(settings.drain_delay)
         app.closing = True
+        # The kernel may hold connections that were made and not yet taken: let no more in, and take those.
+        public.door.listen(0)  # type: ignore[attr-defined]
+        await asyncio.sleep(_DOOR_S)
         for server in public.servers:
             server.close()
         if self._code:
@@ -196,7 +200,9 @@ class Server:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what matters is said by us
         server = uvicorn.Server(config)
         server.lifespan = config.lifespan_class(config)
-        await server.startup(sockets=[_bind(host, port, flag)])
+        door = _bind(host, port, flag)
+        await server.startup(sockets=[door])
+        server.door = door  # type: ignore[attr-defined]
         server.ticking = asyncio.ensure_future(server.main_loop())  # type: ignore[attr-defined]
         return server
 
