@@ -23,6 +23,7 @@ SATURATING = (8, 32, 64)  # connections of closed loops
 OPEN_CONNECTIONS = 2048  # so many that a request seldom waits for one; the server takes 4096
 MANY = 16  # connections that keep every core busy without filling the queue
 SAMPLE_S, SETTLED_S = 5, 60
+STRICT = ("--max-queue", "5ms")
 
 
 def overload(
@@ -191,7 +192,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     said = []
     for name, one in found.get("overload", {}).items():
         said.append(
-            f"\nOverload with {name}, {one['seconds']} s, the server on one core, peak {one['peak_per_second']:,.0f} "
+            f"\nOverload with {name}, {' '.join(STRICT)}, {one['seconds']} s, "
+            f"the server on one core, peak {one['peak_per_second']:,.0f} "
             f"requests/s: {one['due_per_second']:,.0f} due, {one['asked_per_second']:,.0f} asked, "
             f"{one['goodput_per_second']:,.0f} answered ({100 * one['goodput_to_peak']:.0f} % of the peak); p99 of "
             f"those {one['p99_accepted_ms']:.1f} ms since due, {one['p99_accepted_since_sent_ms']:.1f} since sent, "

@@ -282,8 +282,10 @@ def run_checks(options: argparse.Namespace, texts: list[str], work: Path) -> dic
     given = (our_server(options.artifact), options.artifact)
     if options.overload:
         kinds = {"the texts as they are": texts, "texts of 100 words": checks.joined(texts, 100, 100)}
+        # Who wants short waits under too much load says so; as it comes a burst may wait for 100 ms.
+        strict = (our_server(options.artifact, *checks.STRICT), options.artifact)
         found["overload"] = {
-            name: checks.overload(*given, kind, work, wrk, options.overload_seconds) for name, kind in kinds.items()
+            name: checks.overload(*strict, kind, work, wrk, options.overload_seconds) for name, kind in kinds.items()
         }
     if options.soak:
         found["soak"] = checks.soak(*given, checks.joined(texts, 5, 400), work, options.soak)
