@@ -7,6 +7,7 @@ each answer closing its connection; then the process ends. SIGHUP: every model i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -15,6 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -36,7 +38,6 @@ if TYPE_CHECKING:  # gRPC is an extra
 # Clients that hold a connection open without a request in flight get this long to send the one that they may
 # have begun when the port closed.
 _LINGER_S = 0.5
-_DOOR_S = 0.05
 
 
 def serve(artifacts: list[str], settings: Settings) -> int:
@@ -158,11 +159,7 @@ class Server:
             say(f"draining: requests are taken in for {settings.drain_delay:g} s more")
             await asyncio.sleep(settings.drain_delay)
         app.closing = True
-        # The kernel may hold connections that were made and not yet taken: let no more in, and take those.
-        public.door.listen(0)  # type: ignore[attr-defined]
-        await asyncio.sleep(_DOOR_S)
-        for server in public.servers:
-            server.close()
+        await _close_door(public)
         if self._code:
             return
         ending = asyncio.ensure_future(grpc.stop(settings.grace)) if grpc else None
@@ -255,6 +252,26 @@ def _bind(host: str, port: int, flag: str) -> socket.socket:
 def _url(server: uvicorn.Server) -> str:
     host, port = server.servers[0].sockets[0].getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _close_door(server: uvicorn.Server) -> None:
+    """Close the port. Connections that the kernel has made and nobody has taken yet are taken in: their clients know
+    nothing of the difference, and may have sent a request."""
+    door = server.door.dup()  # type: ignore[attr-defined]
+    for listening in server.servers:
+        listening.close()
+    taken = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            taken.append(door.accept()[0])
+    with contextlib.suppress(OSError):
+        door.shutdown(socket.SHUT_RDWR)  # now: other descriptors of the socket may live on for a while
+    door.close()
+    make: Any = server.config.http_protocol_class
+    factory = partial(make, config=server.config, server_state=server.server_state, app_state={})
+    for connection in taken:
+        connection.setblocking(False)
+        await asyncio.get_running_loop().connect_accepted_socket(factory, connection)
 
 
 async def _close(server: uvicorn.Server) -> None:
