@@ -326,6 +326,22 @@ async def test_close_finishes_what_waits_and_takes_no_more():
 
 
 @with_a_loop
+async def test_a_few_large_requests_do_not_shut_out_the_small():
+    model = Doubler(most=1000)
+    async with batching(max_queue=1.0, rate=1000.0) as batcher:  # 1,000 tokens may wait
+        for _ in range(200):
+            await ask(batcher, model, [1] * 1000, cost=8)
+        model.hold.clear()
+        begun = ask(batcher, model, [1])
+        await until(lambda: model.batches[-1] == [1])
+        waiting = ask(batcher, model, [2])
+        await until(lambda: batcher.waiting_rows)
+        assert batcher.full() == 0
+        model.hold.set()
+        await asyncio.gather(begun, waiting)
+
+
+@with_a_loop
 async def test_with_max_wait_a_batch_waits_until_it_is_full_or_old_enough():
     model = Doubler(most=3)
     async with batching(max_wait=0.3) as batcher:

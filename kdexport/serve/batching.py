@@ -15,8 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from kdexport.serve.connection import FULL
-from kdexport.serve.http import ClientGone, Refused
+from kdexport.serve.http import FULL, ClientGone, Refused
 
 # How much the newest batch says about the rate; a hundred batches are some tens of milliseconds.
 _NEWEST = 0.02
@@ -99,7 +98,7 @@ class Batcher:
         self._resting: list[Any] = []
         self.waiting_tokens = 0
         self.waiting_rows = 0
-        self._usual = 0.0  # tokens of a request
+        self._usual = 0.0  # tokens of a row; by whole requests, a few large ones would shut out the small
         self._closed = False
         self._consumers = [
             threading.Thread(target=self._consume, name=f"consumer-{i}", daemon=True) for i in range(threads)
@@ -138,7 +137,8 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise Refused(503, "the server is ending")
-            self._usual += _NEWEST * (tokens - self._usual)
+            if rows:
+                self._usual += _NEWEST * (tokens / len(rows) - self._usual)
             # What waits is bounded, not what comes: a request larger than the bound runs when nothing waits.
             if self.waiting_tokens and (self.waiting_tokens + tokens) / self.rate > self._max_queue:
                 raise Refused(429, FULL, [(b"retry-after", b"%d" % self._retry_after())])
@@ -158,7 +158,7 @@ class Batcher:
         return max(self._done / self._took, 1.0)
 
     def full(self) -> int:
-        """0 while there is room for a request of the usual size; else after how many seconds there should be."""
+        """0 while there is room for a row of the usual size; else after how many seconds there should be."""
         wait = (self.waiting_tokens + self._usual) / self.rate
         return self._retry_after() if self.waiting_tokens and wait > self._max_queue else 0
 

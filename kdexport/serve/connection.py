@@ -8,12 +8,11 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from kdexport.serve.http import Headers, Send, encode
+from kdexport.serve.http import FULL, Headers, Send, encode
 
 _MAX_HEAD = 32 * 1024
 # Requests of one connection that wait for the one before: each is small, but what they become is not.
 _MAX_PIPELINED = 32
-FULL = "too much work is waiting"
 _BODY = encode({"error": FULL})
 _FULL = (
     STATUS_LINE[429]

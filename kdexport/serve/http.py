@@ -20,6 +20,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 JSON = (b"content-type", b"application/json")
+FULL = "too much work is waiting"  # of every 429, whoever says it
 encode = msgspec.json.Encoder().encode
 _MAX_MESSAGE = 1000
 

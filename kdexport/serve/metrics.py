@@ -59,9 +59,9 @@ class Metrics:
         self._rows = Counter("kdexport_rows", "Rows that ran", registry=registry)
         self._tokens = Counter("kdexport_tokens", "Tokens that ran, as estimated", registry=registry)
         self.loads = Counter("kdexport_model_loads", "Loads and reloads", ["model", "outcome"], registry=registry)
-        # Looking a child up by its labels takes as long as counting; requests repeat theirs.
         # Told apart by nothing: these were not read.
         self.refused = self._requests.labels("", "", "429")
+        # Looking a child up by its labels takes as long as counting; requests repeat theirs.
         self._count = cache(self._requests.labels)
         self._time = cache(self._seconds.labels)
         self._wait = cache(self._queued.labels)
