@@ -328,9 +328,9 @@ async def test_close_finishes_what_waits_and_takes_no_more():
 @with_a_loop
 async def test_a_few_large_requests_do_not_shut_out_the_small():
     model = Doubler(most=1000)
-    async with batching(max_queue=1.0, rate=1000.0) as batcher:  # 1,000 tokens may wait
+    async with batching(max_queue=0.5, rate=1000.0) as batcher:  # 500 tokens may wait
         for _ in range(200):
-            await ask(batcher, model, [1] * 1000, cost=8)
+            await ask(batcher, model, [1] * 128, cost=8)  # more than may wait, and one batch
         model.hold.clear()
         begun = ask(batcher, model, [1])
         await until(lambda: model.batches[-1] == [1])
