@@ -35,7 +35,7 @@ def run(settings: spec.Spec, out: Path) -> Report:
         KdexportError: what the user gave can't be used; finished stages are kept.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    recipe.layers_to_keep(settings.student.model)  # a wrong name is said before an hour's work
+    recipe.layers_to_keep(str(settings.student.model))  # a wrong name is said before an hour's work
     files = local_files(settings.data)
     with Run(out) as folder, disk_errors(out):
         write_text(out / "spec.yaml", spec.dump(settings))

@@ -30,13 +30,15 @@ def parse_sets(sets: list[str] | None) -> dict[str, Any]:
     """`key=value` pairs; values are read as YAML, so 3, true and [fp32] mean what they look like."""
     import yaml
 
+    from kdexport.spec import Loader
+
     found = {}
     for pair in sets or []:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise SpecError(f"--set {pair!r} is not KEY=VALUE", "Write it like --set distill.batch_size=64")
         try:
-            found[key] = yaml.safe_load(value)
+            found[key] = yaml.load(value, Loader)
         except yaml.YAMLError:
             raise SpecError(f"--set {key}: {value!r} can't be read") from None
     return found

@@ -1,0 +1,50 @@
+"""The spec: every setting, declared once with its type, default, unit and help.
+
+A spec comes from a YAML file and from flags; flags win. Unknown keys, values out of range, and keys that
+would have no effect are errors that name the key. What is left at `None` is derived later, with the reason
+(`kdexport run --plan`).
+"""
+
+from kdexport.spec.effects import losses_of, several_students
+from kdexport.spec.read import Loader, commented, dump, load, parse, parse_bench, settings, walk
+from kdexport.spec.sections import (
+    Augment,
+    Bench,
+    Budget,
+    Data,
+    Distill,
+    Export,
+    Precision,
+    Schedule,
+    Spec,
+    Student,
+    Teacher,
+    TeacherTraining,
+    Weight,
+)
+
+__all__ = [
+    "Augment",
+    "Bench",
+    "Budget",
+    "Data",
+    "Distill",
+    "Export",
+    "Loader",
+    "Precision",
+    "Schedule",
+    "Spec",
+    "Student",
+    "Teacher",
+    "TeacherTraining",
+    "Weight",
+    "commented",
+    "dump",
+    "load",
+    "losses_of",
+    "parse",
+    "parse_bench",
+    "settings",
+    "several_students",
+    "walk",
+]

@@ -1,0 +1,63 @@
+"""Settings that would have no effect beside the others: each is an error, never a silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kdexport.errors import SpecError
+from kdexport.spec.sections import Spec
+
+# What each loss reads besides the logits of both.
+SOFTENED = {"kl", "soft-ce", "bce", "dkd", "dist"}
+OF_LAYERS = {"hidden", "attention", "relation"}
+
+
+def refuse_without_effect(tree: dict[str, Any], spec: Spec, source: str) -> None:
+    """Refuse what the tree sets away from its default although nothing reads it.
+
+    Raises:
+        SpecError: names the first such key, why it has no effect, and what to do.
+    """
+    for key, why, fix in _without_effect(spec):
+        section, _, name = key.partition(".")
+        if name in (tree.get(section) or {}) and getattr(getattr(spec, section), name) != _default(spec, section, name):
+            raise SpecError(f"{source}: {key} has no effect {why}", fix)
+
+
+def losses_of(spec: Spec) -> set[str]:
+    """The names of the losses in use."""
+    loss = spec.distill.loss
+    return {loss} if isinstance(loss, str) else set(loss)
+
+
+def _without_effect(spec: Spec) -> Iterator[tuple[str, str, str]]:
+    losses, distill = losses_of(spec), spec.distill
+    if distill.alpha == 0:
+        for name in ("temperature", "loss"):
+            yield f"distill.{name}", "with alpha 0", "Raise alpha, or remove it"
+    elif not losses & SOFTENED:
+        yield "distill.temperature", f"on the loss {', '.join(sorted(losses))}", "Remove it, or take kl"
+    several = not isinstance(spec.teacher.model, str) and len(spec.teacher.model) > 1
+    if not several:
+        yield "teacher.weights", "with one teacher", "Remove it"
+    if not several and spec.teacher.passes == 1:
+        yield "teacher.combine", "with one teacher and one pass", "Name more teachers, or raise passes"
+    if spec.teacher.passes == 1:
+        yield "teacher.noise", "with one pass", "Raise teacher.passes"
+    if "int8" not in spec.export.variants:
+        yield "export.max_int8_loss", "without int8", "Add int8 to the variants"
+    if not several_students(spec):
+        yield "budget.time_limit_s", "with one student", "Name several, or none: --student tiny --student bag"
+
+
+def several_students(spec: Spec) -> bool:
+    """Whether a search chooses the student."""
+    named = spec.student.model
+    return spec.budget.binds() if named is None else not isinstance(named, str) and len(named) > 1
+
+
+def _default(spec: Spec, section: str, name: str) -> Any:
+    kind = type(getattr(spec, section))
+    at = kind.__struct_fields__.index(name) - (len(kind.__struct_fields__) - len(kind.__struct_defaults__))
+    return kind.__struct_defaults__[at]

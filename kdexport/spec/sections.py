@@ -1,0 +1,232 @@
+"""Every setting of a spec, declared once with its type, default, unit and help."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Text = Annotated[str, Meta(min_length=1)]
+Count = Annotated[int, Meta(ge=1)]
+Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One block of the spec."""
+
+
+def _help(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A value that moves linearly from the first step of training to the last: `{from: 4, to: 1}`."""
+
+    start: Annotated[float, Meta(ge=0)] = msgspec.field(name="from")
+    end: Annotated[float, Meta(ge=0)] = msgspec.field(name="to")
+
+
+class Data(Section, frozen=True):
+    """Where the rows come from. Columns are guessed when their names are obvious."""
+
+    train: Annotated[
+        Text,
+        _help("CSV, JSONL or Parquet file, a folder with train.*, validation.* and test.*, or a hub id"),
+    ]
+    validation: Annotated[Text | None, _help("split off from train (10 %, stratified) when absent")] = None
+    test: Annotated[Text | None, _help("split off from train (20 %, stratified) when absent")] = None
+    text: Annotated[Text | None, _help("the text's column; guessed when its name is obvious")] = None
+    text_pair: Annotated[Text | None, _help("the second text's column, for pairs of texts")] = None
+    label: Annotated[Text | None, _help("the label's column; guessed when its name is obvious")] = None
+    unlabelled: Annotated[
+        Text | None, _help("more texts, which the teacher alone labels: CSV, TSV, JSONL or a text a line")
+    ] = None
+    max_length: Annotated[
+        Annotated[int, Meta(ge=8, le=8192)] | None,
+        _help("tokens kept of each text, special tokens included; 128 when absent, or what the teacher reads"),
+    ] = None
+    max_chars: Annotated[Count, _help("a longer text is a bad row: most often a quote that was never closed")] = 100_000
+    skip_bad_rows: Annotated[bool, _help("leave bad rows out and count them, instead of stopping")] = False
+    drop_duplicates: Annotated[bool, _help("drop texts from train that stand in validation or test as well")] = True
+
+
+class TeacherTraining(Section, frozen=True):
+    """Fine-tuning of the teacher."""
+
+    epochs: Annotated[Count, _help("passes over the training rows")] = 3
+    learning_rate: Annotated[Positive, _help("the highest; warmed up over 10 %, then linear to zero")] = 5e-5
+    batch_size: Annotated[Count, _help("rows a step")] = 16
+
+
+class Teacher(Section, frozen=True):
+    """The model that is distilled."""
+
+    model: Annotated[
+        Text | Annotated[tuple[Text, ...], Meta(min_length=1)],
+        _help("Hugging Face folder or hub id, PEFT adapter, ONNX artifact, stored logits; or a list of them"),
+    ]
+    weights: Annotated[tuple[Positive, ...] | None, _help("of several teachers; equal when absent")] = None
+    combine: Annotated[
+        Literal["mean", "log-mean"],
+        _help("of several teachers or passes: arithmetic or geometric mean of their probabilities"),
+    ] = "log-mean"
+    passes: Annotated[Count, _help("times the teacher reads each text, as `noise` says; combined")] = 1
+    noise: Annotated[
+        Literal["dropout", "augment"], _help("what tells passes apart: dropout left on, or changed words")
+    ] = "dropout"
+    train: Annotated[
+        TeacherTraining | None, _help("fine-tune it on the data first; absent: the teacher is used as it is")
+    ] = None
+
+
+class Student(Section, frozen=True):
+    """The model that is trained."""
+
+    model: Annotated[
+        Text | Annotated[tuple[Text, ...], Meta(min_length=1)] | None,
+        _help(
+            "tiny (2 layers × 128), mini (4 × 256), small (4 × 512), 3x192, layers:3 (the teacher's lowest), spread:3, "
+            "layers:0+2+5, bag, cnn, gru, or a Hugging Face folder or hub id; a list is the ladder that a search "
+            "climbs; tiny when absent, a ladder of six if there is a budget"
+        ),
+    ] = None
+    vocabulary: Annotated[
+        Literal["whole", "corpus"] | None,
+        _help("the teacher's tokens, or those of the training texts; corpus when absent and student comes of teacher"),
+    ] = None
+    embedding: Annotated[
+        Count | None,
+        _help("width of the token embeddings, behind a learned projection; the teacher's for bag, cnn, gru"),
+    ] = None
+    start: Annotated[
+        Literal["projections", "embeddings", "random"],
+        _help("first weights of a narrower student: the teacher's, reduced; its embeddings alone; or none"),
+    ] = "embeddings"
+
+
+LossName = Literal["kl", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation"]
+Weight = Annotated[float, Meta(ge=0)] | Schedule
+
+
+class Augment(Section, frozen=True):
+    """Changed copies of the training texts, which the teacher labels anew."""
+
+    views: Annotated[Count, _help("changed copies of each text")] = 8
+    kinds: Annotated[
+        tuple[Literal["mask", "neighbours", "ngram", "shuffle"], ...],
+        Meta(min_length=1),
+        _help(
+            "mask: words hidden; neighbours: words for others that the teacher's embeddings hold near; ngram: a part "
+            "of the text; shuffle: its sentences in another order"
+        ),
+    ] = ("mask", "neighbours", "ngram")
+    share: Annotated[Share, _help("of the words that a view changes, about")] = 0.2
+
+
+class Distill(Section, frozen=True):
+    """Training of the student on the teacher's soft targets: alpha · Σ losses + (1 − alpha) · cross-entropy."""
+
+    loss: Annotated[
+        LossName | dict[LossName, Weight],
+        _help(
+            "kl, soft-ce, mse, bce, dkd, dist (of logits), hidden, attention, relation (of layers), or {name: weight}"
+        ),
+    ] = "kl"
+    temperature: Annotated[
+        Positive | Schedule, _help("T: softens the logits of both; 1 leaves them as they are; or {from: 4, to: 1}")
+    ] = 2.0
+    alpha: Annotated[
+        Share | Schedule, _help("weight of the teacher's terms, λ in texts; the labels' term has 1 − alpha")
+    ] = 0.9
+    epochs: Annotated[Count | None, _help("passes over the training rows; derived from their number when absent")] = (
+        None
+    )
+    patience: Annotated[
+        Count | None, _help("stop after so many epochs without a better validation metric; the best epoch is kept")
+    ] = None
+    learning_rate: Annotated[Positive | None, _help("the highest; derived from the student's width when absent")] = None
+    batch_size: Annotated[Count, _help("rows a step")] = 32
+    augment: Annotated[Augment | None, _help("also train on changed copies of the texts; absent: none")] = None
+    seeds: Annotated[Count, _help("train the student (and the baseline) so many times: mean and deviation")] = 1
+    baseline: Annotated[
+        bool, _help("also train the same student on the labels alone, to see what distillation gave")
+    ] = True
+
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class Export(Section, frozen=True):
+    """What is made of the student."""
+
+    variants: Annotated[
+        tuple[Precision, ...], Meta(min_length=1), _help("precisions to export; fp32 is always made")
+    ] = ("fp32", "int8")
+    max_int8_loss: Annotated[
+        Share, _help("int8 is recommended only if its metric is at most this far below fp32's")
+    ] = 0.01
+
+
+class Budget(Section, frozen=True):
+    """What the recommended file must keep; what is left out does not bind."""
+
+    p99_ms: Annotated[Positive | None, _help("99th percentile of the latency at batch 1, in ms")] = None
+    size_mb: Annotated[Positive | None, _help("size of the ONNX file, in MB (10⁶ bytes)")] = None
+    retention: Annotated[Share | None, _help("share of the teacher's metric on the test split")] = None
+    time_limit_s: Annotated[
+        Positive | None, _help("a search of several students trains no new one after this, in s")
+    ] = None
+
+    def binds(self) -> bool:
+        """Whether any limit is set."""
+        return any(limit is not None for limit in (self.p99_ms, self.size_mb, self.retention))
+
+
+Runtime = Literal["torch", "torch-compile", "torch-cudagraphs", "onnxruntime", "openvino"]
+Device = Literal["cpu", "cuda"]
+
+
+class Bench(Section, frozen=True):
+    """How latency is measured."""
+
+    threads: Annotated[
+        tuple[Count, ...], Meta(min_length=1), _help("threads of the model's runtime; the first is the report's")
+    ] = (1,)
+    batch_sizes: Annotated[tuple[Count, ...], _help("batches that are measured beside single texts")] = (8, 32)
+    runtimes: Annotated[
+        tuple[Runtime, ...],
+        Meta(min_length=1),
+        _help(
+            "torch, torch-compile, torch-cudagraphs (models); onnxruntime, openvino (files); a run adds each first one"
+        ),
+    ] = ("torch", "onnxruntime")
+    devices: Annotated[
+        tuple[Device, ...],
+        Meta(min_length=1),
+        _help("cpu, cuda; what is not there is left out, and said; a run adds cpu"),
+    ] = ("cpu",)
+    rounds: Annotated[Annotated[int, Meta(ge=1, le=100)], _help("rounds at least; each is a new process a variant")] = 5
+    round_seconds: Annotated[Positive, _help("time measured per round and variant, in s")] = 1.0
+    precision: Annotated[
+        Positive | None, _help("rounds go on until every ratio is known to this share, or time is up; null: no more")
+    ] = 0.05
+    time_limit_s: Annotated[Positive, _help("no round begins that would end after this, in s")] = 150.0
+    price_per_hour: Annotated[
+        Positive | None, _help("of one core (or GPU), in any currency: the report tells what a million answers cost")
+    ] = None
+
+
+class Spec(Section, frozen=True, kw_only=True):
+    """The whole job: teacher in, budget in; artifact and report out."""
+
+    task: Annotated[Literal["text-classification"], _help("what the model does")] = "text-classification"
+    data: Data
+    teacher: Teacher
+    student: Student = Student()
+    distill: Distill = Distill()
+    export: Export = Export()
+    budget: Budget = Budget()
+    bench: Bench = Bench()
+    seed: Annotated[int, Meta(ge=0), _help("seeds splits, initial weights and the order of rows")] = 0
