@@ -1,0 +1,252 @@
+"""Changed copies of training texts. The teacher labels them anew, so a copy need not mean what the text means.
+
+After Tang et al. 2019 (arXiv 1903.12136, section 3.2: words masked or replaced, then with a chance of 0.25 a part
+of the text) and TinyBERT (Jiao et al. 2020, algorithm 1: a word of one token is replaced by a near one).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from tokenizers import Tokenizer
+
+from kdexport import spec
+from kdexport.errors import ModelError
+from kdexport.progress import say
+from kdexport.tasks import TASKS
+from kdexport.tasks.metrics import Array
+
+Rows = list[dict[str, Any]]
+Change = Callable[[Sequence[str]], list[list[str]]]
+
+# Letters and digits between blanks and signs; scripts that write no blanks give a word a character.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+(?:['’]\w+)*")
+_SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*|\s*\n\s*")
+# The chance of each change of the whole text where words are changed as well (Tang et al.: p_ng).
+_WHOLE_CHANCE = 0.25
+_NEAREST = 10
+_BLOCK = 1024
+
+
+def transfer_rows(train: Rows, unlabelled: Rows, change: Change | None, task: str, seen: Collection[str] = ()) -> Rows:
+    """The rows that the teacher alone labels: unlabelled texts, then changed copies of all texts.
+
+    Args:
+        train, unlabelled: rows of the data stage.
+        change: as `changer` makes it; no copies when None.
+        task: its name, which says what of a row a model sees.
+        seen: contents that may not come in, of validation and test; those of `train` don't anyway.
+
+    Returns:
+        Rows without a label, each content once. The third copy of a row has the id `<id>~3`; of a pair of texts
+        the first is changed.
+    """
+    content = TASKS[task].content
+    taken = {*seen, *(content(row) for row in train)}
+    rows: Rows = []
+
+    def take(row: dict[str, Any]) -> None:
+        if (key := content(row)) not in taken:
+            taken.add(key)
+            rows.append(row | {"label": None})
+
+    for row in unlabelled:
+        take(row)
+    if change:
+        originals = [*train, *rows]
+        for row, copies in zip(originals, change([row["text"] for row in originals]), strict=True):
+            for i, text in enumerate(copies, 1):
+                take(row | {"id": f"{row['id']}~{i}", "text": text})
+    return rows
+
+
+def changer(teacher: Path, how: spec.Augment, seed: int) -> Change:
+    """The function from texts to the changed copies of each, for the teacher in a finished folder.
+
+    Raises:
+        ModelError: only neighbours are asked for, and the teacher has no embeddings that they could be found in.
+    """
+    tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
+    embeddings = None
+    if "neighbours" in how.kinds:
+        embeddings = _input_embeddings(teacher)
+        if embeddings is None:
+            kinds = tuple(kind for kind in how.kinds if kind != "neighbours")
+            if not kinds:
+                raise ModelError("the teacher has no embeddings to find neighbours in", "Ask for other kinds: mask")
+            say("augment: the teacher has no embeddings to find neighbours in; the other kinds are used")
+            how = msgspec.structs.replace(how, kinds=kinds)
+    mask = mask_token(teacher)
+    return lambda texts: views(tokenizer, texts, how, seed, mask=mask, embeddings=embeddings)
+
+
+def views(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    how: spec.Augment,
+    seed: int,
+    *,
+    mask: str | None = None,
+    embeddings: Array | None = None,
+) -> list[list[str]]:
+    """Changed copies of each text: a function of text and seed alone, so that what a teacher said of them holds.
+
+    A copy is made of the text by chance: `share` of its words are hidden or replaced, at least one; with a chance
+    of 0.25, or always where no words are changed, the text is cut to a part of at least half its words, or its
+    sentences are reordered.
+
+    Args:
+        tokenizer: the teacher's; it says which words are one token.
+        texts: in any order.
+        how: how many copies, of which kinds. The first ones stay the same when more are asked for.
+        seed: another seed gives other copies.
+        mask: the tokenizer's mask token; words are left out when None.
+        embeddings: the teacher's input embeddings [V, H]; needed for neighbours.
+
+    Returns:
+        For each text its copies, at most `how.views`: those that are equal to the text or to another copy, or that
+        have no word left, are left out.
+    """
+    near: dict[str, list[str]] = {}
+    if "neighbours" in how.kinds:
+        assert embeddings is not None, "neighbours are found in embeddings"
+        near = neighbours(tokenizer, {word for text in texts for word in _WORD.findall(text)}, embeddings)
+    return [_views_of(text, how, random.Random(f"{seed}\x1f{text}"), mask, near) for text in texts]
+
+
+def _views_of(
+    text: str, how: spec.Augment, chance: random.Random, mask: str | None, near: dict[str, list[str]]
+) -> list[str]:
+    whole = [change for kind, change in _OF_THE_WHOLE.items() if kind in how.kinds]
+    words_too = "mask" in how.kinds or "neighbours" in how.kinds
+    found: dict[str, None] = {}
+    for _ in range(how.views):
+        if words_too:
+            applied = [change for change in whole if chance.random() < _WHOLE_CHANCE]
+        else:
+            applied = [chance.choice(whole)]
+        view = text
+        for change in applied:
+            view = change(view, chance)
+        if words_too:
+            view = _change_words(view, how, chance, mask, near)
+        if view != text and _WORD.search(view.replace(mask, "") if mask else view):
+            found[view] = None
+    return list(found)
+
+
+def _change_words(
+    text: str, how: spec.Augment, chance: random.Random, mask: str | None, near: dict[str, list[str]]
+) -> str:
+    """Hide or replace about `share` of the words, at least one."""
+    masks = "mask" in how.kinds
+    words = [match for match in _WORD.finditer(text) if masks or match[0] in near]
+    if not words:
+        return text
+    chosen = [word for word in words if chance.random() < how.share] or [chance.choice(words)]
+    parts, end = [], 0
+    for word in chosen:
+        parts.append(text[end : word.start()])
+        end = word.end()
+        if word[0] in near and not (masks and chance.random() < 0.5):
+            parts.append(chance.choice(near[word[0]]))
+        elif mask:
+            parts.append(mask)
+        else:
+            end += len(text[end:]) - len(text[end:].lstrip())
+    return "".join([*parts, text[end:]]).strip()
+
+
+def _part(text: str, chance: random.Random) -> str:
+    """A contiguous part, of half the words at least."""
+    words = list(_WORD.finditer(text))
+    if len(words) < 2:
+        return text
+    length = chance.randint((len(words) + 1) // 2, len(words) - 1)
+    first = chance.randint(0, len(words) - length)
+    return text[words[first].start() : words[first + length - 1].end()]
+
+
+def _reorder(text: str, chance: random.Random) -> str:
+    """The sentences in another order; a single one stays."""
+    sentences = [part for part in _SENTENCE_END.split(text) if part]
+    if len(sentences) < 2:
+        return text
+    chance.shuffle(sentences)
+    return " ".join(sentences)
+
+
+_OF_THE_WHOLE = {"ngram": _part, "shuffle": _reorder}
+
+
+def neighbours(tokenizer: Tokenizer, words: Collection[str], embeddings: Array) -> dict[str, list[str]]:
+    """The ten nearest words of each word that is one token, by the cosine of their embeddings.
+
+    Args:
+        tokenizer: the teacher's.
+        words: as they stand in texts; those that are several tokens have no neighbours.
+        embeddings: [V, H], by token id.
+
+    Returns:
+        Neighbours are whole words of letters, never a piece of one, a special token or the word itself.
+    """
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    spelled = _whole_words(tokenizer, len(embeddings))
+    ordered = sorted(words)
+    encoded = tokenizer.encode_batch_fast([f" {word}" for word in ordered], add_special_tokens=False)
+    token = {
+        word: e.ids[0] for word, e in zip(ordered, encoded, strict=True) if len(e.ids) == 1 and e.ids[0] in spelled
+    }
+    ids = np.array(sorted(spelled), dtype=np.int64)
+    table = np.asarray(embeddings, dtype=np.float32)[ids]
+    table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    place = {int(i): n for n, i in enumerate(ids)}
+    asked = np.array(sorted({place[i] for i in token.values()}), dtype=np.int64)
+    nearest: dict[int, list[str]] = {}
+    k = min(_NEAREST, len(ids) - 1)
+    for start in range(0, len(asked) if k > 0 else 0, _BLOCK):
+        block = asked[start : start + _BLOCK]
+        cosines = table[block] @ table.T
+        cosines[np.arange(len(block)), block] = -np.inf  # a word is no neighbour of its own
+        best = np.argpartition(cosines, -k, axis=1)[:, -k:]
+        for row, columns in zip(block, best, strict=True):
+            nearest[int(ids[row])] = [spelled[int(i)] for i in np.sort(ids[columns])]
+    found = {word: [n for n in nearest.get(i, []) if n.casefold() != word.casefold()] for word, i in token.items()}
+    return {word: near for word, near in found.items() if near}
+
+
+def _whole_words(tokenizer: Tokenizer, below: int) -> dict[int, str]:
+    """Token id → word, of the tokens that are what becomes of a word of letters in the middle of a text."""
+    ids = [i for i in sorted(tokenizer.get_vocab().values()) if i < below]
+    texts = [text.strip() for text in tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=True)]
+    candidates = [(i, text) for i, text in zip(ids, texts, strict=True) if text.isalpha()]
+    encoded = tokenizer.encode_batch_fast([f" {text}" for _, text in candidates], add_special_tokens=False)
+    return {i: text for (i, text), e in zip(candidates, encoded, strict=True) if e.ids == [i]}
+
+
+def mask_token(folder: Path) -> str | None:
+    """The mask token of a tokenizer's folder, or None where it has none."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            token = msgspec.json.decode((folder / name).read_bytes()).get("mask_token")
+            if token:
+                return str(token["content"] if isinstance(token, dict) else token)
+    return None
+
+
+def _input_embeddings(teacher: Path) -> Array | None:
+    """The input embeddings [V, H] of a Hugging Face folder; None where there are no weights of PyTorch."""
+    if not list(teacher.glob("*.safetensors")):
+        return None
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(teacher)
+    return np.asarray(model.get_input_embeddings().weight.detach().float().cpu().numpy())
