@@ -20,8 +20,9 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kdexport.distill.losses import distillation_loss
+from kdexport.distill.losses import UNLABELLED, objective, total, value_at
 from kdexport.progress import bar
+from kdexport.spec import Schedule, Weight
 from kdexport.tasks import Task
 from kdexport.tasks.metrics import Array
 
@@ -33,14 +34,26 @@ Curve = list[dict[str, float]]
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model is trained; alpha 0 is training on labels alone."""
+    """How a model is trained.
+
+    What is optimised, with soft targets: alpha · Σ weight · loss + (1 − alpha) · cross-entropy with the labels.
+    `alpha` is λ in many textbooks: how much the teacher's word counts against the labels'. Losses of softened
+    probabilities are multiplied by T², which keeps their gradients at one size whatever T is; so `temperature`
+    changes what is learned from the teacher, `alpha` alone how much. Without soft targets it is the cross-entropy.
+
+    A `Schedule` moves linearly from the first step to the last of all that are planned. Without `patience` the last
+    epoch's weights stand; with it, training ends after so many epochs without a better validation metric, and the
+    best epoch's weights stand.
+    """
 
     epochs: int
     learning_rate: float
     batch_size: int
     seed: int
-    temperature: float = 1.0
-    alpha: float = 0.0
+    losses: dict[str, Weight] = msgspec.field(default_factory=lambda: {"kl": 1.0})
+    temperature: float | Schedule = 1.0
+    alpha: float | Schedule = 0.0
+    patience: int | None = None
 
 
 def fit(
@@ -53,24 +66,30 @@ def fit(
     validation: Rows,
     work: Path,
     title: str,
+    teacher: Path | None = None,
+    kept: Array | None = None,
+    validation_targets: Array | None = None,
 ) -> Curve:
     """Train a model in place.
 
     Args:
         model: a sequence classifier; its logits are [B, C].
         task: encodes the rows.
-        rows: training rows.
+        rows: training rows; those without a label (None) learn from the teacher alone.
         soft_targets: the teacher's logits float [N, C] for those rows, or None for the labels alone.
         recipe: how to train.
         validation: rows whose metric is taken after every epoch; it is recorded, not optimised.
         work: a folder for checkpoints; a call with the same arguments goes on from the last one.
         title: what the progress bar says.
+        teacher: its folder, for losses of layers.
+        kept: int64 [V], the teacher's token id of each of the model's, where its vocabulary was trimmed.
+        validation_targets: the teacher's logits float [N, C] for `validation`, for the metric where it has no labels.
 
     Returns:
         One record an epoch: `epoch`, `loss` (mean over its steps), `validation` (the task's metric).
     """
     encoded = task.tokenize(rows)
-    labels = task.targets(rows)
+    labels = labels_of(task, rows)
     examples = [
         arrays | {"labels": label} | ({} if soft_targets is None else {"teacher_logits": soft_targets[i]})
         for i, (arrays, label) in enumerate(zip(encoded, labels, strict=True))
@@ -110,6 +129,14 @@ def fit(
     curve = _curve(trainer.state.log_history)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return curve
+
+
+def labels_of(task: Task, rows: Rows) -> Array:
+    """The rows' labels as indices int64 [N], `UNLABELLED` where a row has none."""
+    labels = np.full(len(rows), UNLABELLED, dtype=np.int64)
+    known = [i for i, row in enumerate(rows) if row.get("label") is not None]
+    labels[known] = task.targets([rows[i] for i in known])
+    return labels
 
 
 def logits_of(
@@ -154,13 +181,16 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         labels = inputs.pop("labels")
         teacher_logits = inputs.pop("teacher_logits", None)
         outputs = model(**inputs)
-        loss = distillation_loss(
+        progress = self.state.global_step / max(1, self.state.max_steps - 1)
+        terms = objective(
             outputs.logits,
             labels,
             teacher_logits,
-            temperature=self._recipe.temperature,
-            alpha=self._recipe.alpha,
+            {name: value_at(weight, progress) for name, weight in self._recipe.losses.items()},
+            temperature=value_at(self._recipe.temperature, progress),
+            alpha=value_at(self._recipe.alpha, progress),
         )
+        loss = total(terms)
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
