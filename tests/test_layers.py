@@ -18,7 +18,7 @@ LEVELS = [
     {"assemble"},
     {"verdict", "evidence"},
     {"distill", "export", "bench", "report"},
-    {"predictor"},
+    {"predictor", "networks"},
     {"data", "artifact"},
     {"tasks"},
     {"results", "spec"},
@@ -28,7 +28,7 @@ LEVELS = [
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 TORCH = {"torch", "transformers", "optimum", "accelerate", "safetensors"}
-TORCH_ROOMS = {"distill", "export/onnx.py", "bench/targets.py"}
+TORCH_ROOMS = {"distill", "networks.py", "export/onnx.py", "bench/targets.py"}
 
 
 def imports(path: Path, top_level_only=False):

@@ -97,6 +97,8 @@ def _open_torch(target: Target, threads: int) -> Opened:
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    import kdexport.networks  # noqa: F401  # the Auto class learns of our own architectures
+
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     model = AutoModelForSequenceClassification.from_pretrained(target.model).eval().to(target.device)

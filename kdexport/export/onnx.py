@@ -17,6 +17,7 @@ from optimum.exporters.onnx import export
 from optimum.exporters.tasks import TasksManager
 from transformers import AutoModelForSequenceClassification
 
+import kdexport.networks  # noqa: F401  # the exporter learns of our own architectures
 from kdexport.errors import ModelError, VerificationError
 from kdexport.tasks import Task, load_task
 

@@ -1,0 +1,145 @@
+"""Students that are no transformers: a bag of embeddings, a convolution over words, a recurrent network.
+
+They are `PreTrainedModel`s like any other, so saving, loading, training and export are one path: importing this
+module makes Transformers' Auto classes and Optimum's exporter know them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from optimum.exporters.onnx.config import TextEncoderOnnxConfig
+from optimum.exporters.tasks import TasksManager
+from optimum.utils import NormalizedTextConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+MODEL_TYPE = "kdexport-text"
+KINDS = ("bag", "cnn", "gru")
+_FARTHEST = 1e4  # stands for minus infinity where padding must not be the maximum; fp16 holds it
+
+
+class TextNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ships no types
+    """Shape of a `TextNet`.
+
+    Args:
+        kind: bag (each token by itself), cnn (windows of `window` tokens; Kim 2014), gru (both directions).
+        embedding_size: width of the token table.
+        hidden_size: features that cnn and gru make of each position; a bag takes the embeddings themselves.
+        head_size: width of the layer before the logits.
+        window: tokens that cnn sees at once.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        kind: str = "bag",
+        vocab_size: int = 30522,
+        embedding_size: int = 128,
+        hidden_size: int = 128,
+        head_size: int = 256,
+        window: int = 3,
+        dropout: float = 0.0,
+        pad_token_id: int = 0,
+        **others: Any,
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
+        self.kind, self.vocab_size, self.embedding_size = kind, vocab_size, embedding_size
+        self.hidden_size, self.head_size, self.window, self.dropout = hidden_size, head_size, window, dropout
+        self.num_hidden_layers = 1
+        super().__init__(pad_token_id=pad_token_id, **others)
+
+
+class TextNet(PreTrainedModel):  # type: ignore[misc]
+    """Token embeddings → features of each position → their weighted mean and maximum → a small MLP → logits [B, C].
+
+    Each token brings a learned weight for the mean (as SIF weighting does by frequency, Arora et al. 2017).
+    Padding takes no part, wherever it stands: a text's logits don't depend on its batch.
+    """
+
+    config_class = TextNetConfig
+    base_model_prefix = "net"
+    _supports_sdpa = False
+
+    def __init__(self, config: TextNetConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id)
+        self.importance = nn.Embedding(config.vocab_size, 1)
+        width = config.embedding_size
+        if config.kind == "cnn":
+            # a linear layer on the window's embeddings side by side: a convolution, but int8 products are quick
+            self.windows = nn.Linear(config.window * width, config.hidden_size)
+            width = config.hidden_size
+        elif config.kind == "gru":
+            self.forwards = nn.GRU(width, config.hidden_size, batch_first=True)
+            self.backwards = nn.GRU(width, config.hidden_size, batch_first=True)
+            width = 2 * config.hidden_size
+        self.dropout = nn.Dropout(config.dropout)
+        self.dense = nn.Linear(2 * width, config.head_size)
+        self.classifier = nn.Linear(config.head_size, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is getattr(self, "importance", None):
+            nn.init.zeros_(self.importance.weight)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Embedding:  # noqa: D102
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # noqa: D102
+        self.embeddings = value
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> SequenceClassifierOutput:
+        """Logits float [B, C] of token ids int64 [B, T] and their mask [B, T]."""
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        mask = attention_mask.unsqueeze(-1).to(self.embeddings.weight.dtype)
+        features = self._features(self.embeddings(input_ids) * mask, attention_mask) * mask
+        weights = torch.sigmoid(self.importance(input_ids)) * mask
+        mean = (features * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)
+        most = (features - (1 - mask) * _FARTHEST).max(dim=1).values
+        hidden = torch.relu(self.dense(self.dropout(torch.cat([mean, most], dim=-1))))
+        return SequenceClassifierOutput(logits=self.classifier(self.dropout(hidden)))
+
+    def _features(self, embedded: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, T, E], zero at padding → features of each position [B, T, F]."""
+        if self.config.kind == "cnn":
+            reach = self.config.window // 2
+            padded = nn.functional.pad(embedded, (0, 0, reach, self.config.window - 1 - reach))
+            length = embedded.shape[1]
+            shifted = [padded[:, i : i + length] for i in range(self.config.window)]
+            return torch.relu(self.windows(torch.cat(shifted, dim=-1)))
+        if self.config.kind == "gru":
+            # Read backwards from each text's own end; the outputs may stay in that order, for they are pooled.
+            last = attention_mask.sum(dim=1, keepdim=True) - 1
+            places = (last - torch.arange(embedded.shape[1], device=embedded.device)).clamp(min=0)
+            backwards = embedded.gather(1, places.unsqueeze(-1).expand(-1, -1, embedded.shape[-1]))
+            return torch.cat([self.forwards(embedded)[0], self.backwards(backwards)[0]], dim=-1)
+        return embedded
+
+
+class _TextNetOnnxConfig(TextEncoderOnnxConfig):  # type: ignore[misc]
+    NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        axes = {0: "batch_size", 1: "sequence_length"}
+        return {"input_ids": axes, "attention_mask": axes}
+
+
+AutoConfig.register(MODEL_TYPE, TextNetConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(TextNetConfig, TextNet, exist_ok=True)
+_register = TasksManager.create_register("onnx", overwrite_existing=True)
+_register(MODEL_TYPE, "text-classification", library_name="transformers")(_TextNetOnnxConfig)
