@@ -59,6 +59,7 @@ def local_files(data: spec.Data) -> list[Path]:
         DataError: a file is missing or empty.
     """
     paths = [Path(source) for source in find_splits(data).values() if _is_file_name(source)]
+    paths += [Path(data.unlabelled)] if data.unlabelled else []
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path} does not exist", "Check the path")
@@ -105,8 +106,17 @@ def read_file(path: Path) -> Source:
         raise DataError(f"{path} can't be read: {str(cause).strip().splitlines()[-1]}") from None
 
 
-def to_rows(source: Source, data: spec.Data, task: str) -> tuple[list[dict[str, Any]], int]:
+def to_rows(
+    source: Source, data: spec.Data, task: str, *, needs_labels: bool = True
+) -> tuple[list[dict[str, Any]], int]:
     """Choose the columns and check every row.
+
+    Args:
+        source: as it was read.
+        data: which columns, and what is done with bad rows.
+        task: its name.
+        needs_labels: whether a file without a column of labels is an error; else its rows have the label None. Where
+            there is such a column, or the spec names one, every row needs its label.
 
     Returns:
         The good rows with a stable id `<file>:<row>`, rows counted from 1; and the number of bad ones.
@@ -114,31 +124,58 @@ def to_rows(source: Source, data: spec.Data, task: str) -> tuple[list[dict[str, 
     Raises:
         DataError: a column or, unless `skip_bad_rows`, a row is wrong.
     """
-    if not source.rows:
-        raise DataError(f"{source.name} holds no rows")
-    columns = _choose_columns(source, data)
-    check = TASKS[task].check
-    rows, bad = [], 0
-    for number, raw in enumerate(source.rows, 1):
-        row = {column: raw.get(name) for column, name in columns.items()}
-        if row["label"] is not None:
-            row["label"] = str(row["label"]).strip()
-        problem = check(row, data.max_chars)
+    columns = _choose_columns(source, data, needs_labels or data.label is not None)
+    return _check_rows(source.name, enumerate(source.rows, 1), columns, data, task)
+
+
+def read_unlabelled(data: spec.Data, task: str) -> tuple[list[dict[str, Any]], int]:
+    """The rows of `data.unlabelled`, with the label None; and the number of bad ones. See `to_rows`.
+
+    A file that is no CSV, TSV, JSONL or Parquet file is a text a line; its blank lines are passed over. A column of
+    labels is not read.
+
+    Raises:
+        DataError: the file, a column or, unless `skip_bad_rows`, a row is wrong.
+    """
+    assert data.unlabelled
+    path = Path(data.unlabelled)
+    if path.suffix in SUFFIXES:
+        source = read_file(path)
+        columns = _choose_columns(source, msgspec.structs.replace(data, label=None), needs_label=False)
+        columns.pop("label", None)
+        return _check_rows(source.name, enumerate(source.rows, 1), columns, data, task)
+    if data.text_pair:
+        raise DataError(f"{path} holds single texts, the data are pairs of them", "Give a CSV or JSONL of pairs")
+    _check_utf8(path)
+    with path.open(encoding="utf-8-sig") as file:
+        lines = [(number, {"text": line.rstrip("\n")}) for number, line in enumerate(file, 1) if line.strip()]
+    return _check_rows(path.name, lines, {"text": "text"}, data, task)
+
+
+def _check_rows(
+    name: str, numbered: Iterable[tuple[int, dict[str, Any]]], columns: dict[str, str], data: spec.Data, task: str
+) -> tuple[list[dict[str, Any]], int]:
+    rows, bad, check = [], 0, TASKS[task].check
+    for number, raw in numbered:
+        row = {column: raw.get(column_there) for column, column_there in columns.items()}
+        label = row.pop("label", None)
+        row["label"] = None if label is None else str(label).strip()
+        problem = check(row, data.max_chars, "label" in columns)
         if problem is None:
-            rows.append({"id": f"{source.name}:{number}"} | row)
+            rows.append({"id": f"{name}:{number}"} | row)
         elif data.skip_bad_rows:
             bad += 1
         else:
             raise DataError(
-                f"{source.name}, row {number}: {problem}",
+                f"{name}, row {number}: {problem}",
                 "Mend the row, or leave such rows out: --skip-bad-rows",
             )
     if not rows:
-        raise DataError(f"{source.name}: none of its {bad} rows can be used")
+        raise DataError(f"{name}: none of its {bad} rows can be used" if bad else f"{name} holds no rows")
     return rows, bad
 
 
-def _choose_columns(source: Source, data: spec.Data) -> dict[str, str]:
+def _choose_columns(source: Source, data: spec.Data, needs_label: bool) -> dict[str, str]:
     """Our column → the file's: as named in the spec, else guessed when obvious."""
     named = {"text": data.text, "text_pair": data.text_pair, "label": data.label}
     for name in filter(None, named.values()):
@@ -151,7 +188,7 @@ def _choose_columns(source: Source, data: spec.Data) -> dict[str, str]:
     for wanted, names in _OBVIOUS.items():
         if named[wanted] is None:
             named[wanted] = next((n for n in names if n in source.columns), None)
-        if named[wanted] is None:
+        if named[wanted] is None and (wanted != "label" or needs_label):
             raise DataError(
                 f"{source.name}: which column is the {wanted}?",
                 f"Name it with --{wanted}. Its columns: {', '.join(source.columns)}",
