@@ -226,5 +226,5 @@ def _decoupled(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     """Correlation of each row [N], of two tables [N, M]; 0 where a row is constant."""
     a, b = a - a.mean(dim=-1, keepdim=True), b - b.mean(dim=-1, keepdim=True)
-    product: Tensor = (a * b).sum(dim=-1)
-    return product / (a.norm(dim=-1) * b.norm(dim=-1) + 1e-8)
+    lengths: Tensor = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    return (a * b).sum(dim=-1) / (lengths + 1e-8)
