@@ -80,6 +80,16 @@ def read_splits(data: spec.Data) -> dict[str, Source]:
     return {split: read_file(Path(source)) for split, source in sources.items()}
 
 
+def rows_of_sources(data: spec.Data) -> dict[str, int]:
+    """How many rows, good and bad, the file of each split has, and that of the unlabelled texts (or lines)."""
+    counts = {split: len(source.rows) for split, source in read_splits(data).items()}
+    if data.unlabelled:
+        path = Path(data.unlabelled)
+        texts = path.suffix not in SUFFIXES
+        counts["unlabelled"] = len(path.read_text("utf-8").splitlines()) if texts else len(read_file(path).rows)
+    return counts
+
+
 def read_file(path: Path) -> Source:
     """Read a CSV, TSV, JSONL or Parquet file through Hugging Face `datasets`, all of it as it stands."""
     datasets = _datasets()

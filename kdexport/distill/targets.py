@@ -1,191 +1,161 @@
-"""Soft targets: the teacher runs over each text once, ever.
+"""Soft targets: the teachers' logits for every row of a run, looked up by example and never by step.
 
-Logits are kept by content in a cache that all runs share: one folder a teacher (the hash of its weights,
-configuration, tokenizer and maximal length), in it shards of (hash of the text → logits). What is there is
-never computed again: not for a second student, not after a kill, not when rows are added. A run's own
-`targets/` holds the logits of its own texts, looked up by example and never by step.
+Each teacher reads each text once, ever (`answers.py`, `store.py`); what several teachers or passes said is combined
+here. A run's own `targets/` holds the logits of its own rows, and the rows that no label but the teachers' is known
+of: unlabelled texts and changed copies.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from kdexport import spec
 from kdexport.data import read_rows
 from kdexport.data.sources import SPLITS
+from kdexport.distill.answers import Run, Teacher
+from kdexport.distill.augment import changer, transfer_rows
+from kdexport.distill.combine import columns_of, combine
+from kdexport.distill.store import Store as Store
+from kdexport.distill.store import cache_folder
+from kdexport.distill.teachers import teachers_of
 from kdexport.errors import ModelError
-from kdexport.progress import bar, say, warn
-from kdexport.rundir import digest, read_record, write_json
-from kdexport.tasks import Task, load_task
+from kdexport.progress import say
+from kdexport.rundir import read_record, write_bytes, write_json
+from kdexport.tasks import load_task
 from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix
 
 Rows = Sequence[dict[str, Any]]
-Teacher = Callable[[Rows, Callable[[int], None]], Array]
 
+TRANSFER = "transfer"
 _PREFLIGHT_ROWS = 256
 _CHANCE_KAPPA = 0.1
-_SHARD_EVERY_S = 20.0
-_CHUNK = 1024
+_BLOCK = 8192
 
 
-class Store:
-    """Content → logits float32 [C], in a folder of shards that only ever grows."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._logits: dict[bytes, Array] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for shard in sorted(folder.glob("*.npz")):
-            try:
-                with np.load(shard) as arrays:
-                    self._logits |= zip(map(bytes, arrays["keys"]), arrays["logits"], strict=True)
-            except Exception:  # a shard that a disk lost part of; its texts are computed again
-                warn(f"soft targets: {shard} is damaged and is left out")
-                shard.unlink()
-
-    def missing(self, contents: Iterable[str]) -> list[str]:
-        """The distinct contents that have no logits yet, in order."""
-        return [content for content in dict.fromkeys(contents) if content_key(content) not in self._logits]
-
-    def add(self, contents: Sequence[str], logits: Array) -> None:
-        """Write one shard, atomically."""
-        keys = [content_key(content) for content in contents]
-        path = self._folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:24]}.npz"
-        neighbour = path.with_name(f".{os.getpid()}.tmp")
-        with neighbour.open("wb") as file:
-            np.savez(file, keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), logits=logits)
-        neighbour.replace(path)
-        self._logits |= zip(keys, logits, strict=True)
-
-    def look_up(self, contents: Iterable[str]) -> Array:
-        """Logits float32 [N, C] in the order of the contents."""
-        return np.stack([self._logits[content_key(content)] for content in contents])
-
-
-def content_key(content: str) -> bytes:
-    """16 bytes that stand for a content."""
-    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def cache_folder() -> Path:
-    """`$KDEXPORT_CACHE`, or `kdexport/` in the user's cache folder."""
-    if own := os.environ.get("KDEXPORT_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdexport"
-
-
-def write_targets(data: Path, teacher: Path, out: Path, run_teacher: Teacher | None = None) -> None:
-    """Write the teacher's logits for every row of every split, and check the teacher on the way.
+def write_targets(
+    data: Path,
+    teacher: Path,
+    out: Path,
+    run_teacher: Run | None = None,
+    *,
+    how: spec.Teacher | None = None,
+    augment: spec.Augment | None = None,
+    seed: int = 0,
+) -> None:
+    """Write the teachers' combined logits for every row of every split, and check each teacher on the way.
 
     Args:
         data: finished data stage.
         teacher: finished teacher stage.
-        out: gets `train.npy`, `validation.npy`, `test.npy` (float32 [N, C], in the rows' order) and
-            `targets.json`.
-        run_teacher: rows → logits; the teacher in PyTorch when absent.
+        out: gets `train.npy`, `validation.npy`, `test.npy` (float32 [N, C], in the rows' order and that of the first
+            teacher's labels), where there are any `transfer.jsonl` with the rows that have no label, beyond those of
+            the splits, and `transfer.npy`; and `targets.json`.
+        run_teacher: rows → logits; what the teacher's kind does when absent.
+        how: passes and how answers are combined; one pass when absent.
+        augment: changed copies of the texts of train and of the unlabelled ones; none when absent.
+        seed: of copies and of dropout.
 
     Raises:
-        ModelError: the teacher is near chance on the labelled rows, or gives no finite logits.
+        ModelError: a teacher is near chance on the labelled rows, or gives no finite logits.
     """
+    how = how or spec.Teacher(model=str(teacher))
     task = load_task(teacher)
     splits = {split: read_rows(data, split) for split in SPLITS}
-    files = {name: read_record(teacher).outputs[name] for name in _teacher_files(teacher)}
-    store = Store(cache_folder() / "targets" / digest(files)[:32])
-    everything = [row for rows in splits.values() for row in rows]
-    distinct = {task.content(row): row for row in everything}
-    missing = store.missing(distinct)
-    sample = _sample([*splits["validation"], *splits["train"]], _PREFLIGHT_ROWS)
-    if missing:
-        run = run_teacher or _torch_teacher(teacher, task)
-        _compute(store, task, sample, run, "soft targets (preflight)")
-        _preflight(store, task, sample)
-        say(f"soft targets: the teacher reads {len(store.missing(distinct)) + len(sample):,} texts")
-        _compute(store, task, list(distinct.values()), run, "soft targets")
-    if len(missing) < len(distinct):
-        say(f"soft targets: {len(distinct) - len(missing):,} of {len(distinct):,} reused from {cache_folder()}")
-    _preflight(store, task, sample)
-    accuracy = {}
+    unlabelled = read_rows(data, "unlabelled") if (data / "unlabelled.jsonl").is_file() else []
+    change = changer(teacher, augment, seed) if augment else None
+    seen = {task.content(row) for split in ("validation", "test") for row in splits[split]}
+    if transfer := transfer_rows(splits["train"], unlabelled, change, task.name, seen):
+        write_bytes(out / f"{TRANSFER}.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in transfer))
+        splits[TRANSFER] = transfer
+    labelled = {split: [i for i, row in enumerate(rows) if row["label"] is not None] for split, rows in splits.items()}
+    outputs = read_record(teacher).outputs
+    members = [Teacher(named, outputs, how, seed, run_teacher) for named in teachers_of(teacher)]
+    computed = sum(_read(member, splits, labelled, len(members) > 1) for member in members)
+    places = [columns_of(task.labels, m.task.labels, members[0].named.model, m.named.model) for m in members]
+    accuracy: dict[str, float] = {}
+    each: list[dict[str, float]] = [{} for _ in members]
     for split, rows in splits.items():
-        logits = store.look_up(task.content(row) for row in rows)
+        answers = [member.answers(rows)[:, columns] for member, columns in zip(members, places, strict=True)]
+        logits = _combine(answers, how)
         np.save(out / f"{split}.npy", logits)
-        accuracy[split] = float(task.hits(logits, rows).mean())
-    say(f"soft targets: teacher's {task.metric_name} on validation {accuracy['validation']:.2%}")
-    write_json(
-        out / "targets.json",
-        {"texts": len(distinct), "computed": len(missing), "metric": task.metric_name, "teacher": accuracy},
-    )
+        if chosen := labelled[split]:
+            rows_with = [rows[i] for i in chosen]
+            accuracy[split] = float(task.hits(logits[chosen], rows_with).mean())
+            for found, theirs in zip(each, answers, strict=True):
+                found[split] = float(task.hits(theirs[chosen], rows_with).mean())
+    shown = "validation" if "validation" in accuracy else "test"
+    say(f"soft targets: teacher's {task.metric_name} on {shown} {accuracy[shown]:.2%}")
+    record = {
+        "texts": len({task.content(row) for rows in splits.values() for row in rows}),
+        "computed": computed,
+        "metric": task.metric_name,
+        "teacher": accuracy,
+    }
+    if len(members) > 1:
+        record["teachers"] = [
+            {"model": member.named.model, "kind": member.named.kind, **found}
+            for member, found in zip(members, each, strict=True)
+        ]
+    write_json(out / "targets.json", record)
 
 
-def _compute(store: Store, task: Task, rows: Rows, run: Teacher, title: str) -> None:
-    by_content = {task.content(row): row for row in rows}
-    missing = sorted(store.missing(by_content), key=len, reverse=True)
-    if not missing:
-        return
-    pending: list[tuple[list[str], Array]] = []
-    written = time.monotonic()
-
-    def flush() -> None:
-        if pending:
-            store.add([c for contents, _ in pending for c in contents], np.concatenate([x for _, x in pending]))
-            pending.clear()
-
-    with bar(title, len(missing)) as advance:
-        for start in range(0, len(missing), _CHUNK):
-            contents = missing[start : start + _CHUNK]
-            logits = run([by_content[content] for content in contents], advance)
-            if not np.isfinite(logits).all():
-                bad = by_content[contents[int(np.argmax(~np.isfinite(logits).all(axis=1)))]]
-                raise ModelError(f"the teacher's logits for {bad['id'].replace(':', ', row ')} are not finite")
-            pending.append((contents, logits))
-            if time.monotonic() - written > _SHARD_EVERY_S:
-                flush()
-                written = time.monotonic()
-        flush()
+def _read(
+    teacher: Teacher, splits: dict[str, list[dict[str, Any]]], labelled: dict[str, list[int]], named: bool
+) -> int:
+    """Let one teacher read what it has not read yet, and check it on labelled rows first; how many texts it read."""
+    everything = [row for rows in splits.values() for row in rows]
+    trained_for = [splits[split][i] for split in ("validation", "train") for i in labelled[split]]
+    sample = _sample(trained_for or splits["test"], _PREFLIGHT_ROWS)
+    who = f"teacher {teacher.named.model}" if named else "the teacher"
+    missing, texts = teacher.count(everything)
+    teacher.read(sample, "soft targets (preflight)")
+    _preflight(teacher, sample, who)
+    if missing:
+        say(f"soft targets: {who} reads {missing:,} texts")
+        teacher.read(everything, "soft targets")
+    if missing < texts and teacher.named.kind != "stored":
+        say(f"soft targets: {texts - missing:,} of {texts:,} reused from {cache_folder()}")
+    return missing
 
 
-def _preflight(store: Store, task: Task, rows: Rows) -> None:
+def _combine(answers: Sequence[Array], how: spec.Teacher) -> Array:
+    """In blocks of rows, which takes less memory."""
+    starts = range(0, len(answers[0]), _BLOCK)
+    return np.concatenate([combine([a[i : i + _BLOCK] for a in answers], how.weights, how.combine) for i in starts])
+
+
+def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     """Refuse a teacher that is near chance, naming the likely cause."""
-    logits = store.look_up(task.content(row) for row in rows)
+    task, logits = teacher.task, teacher.answers(rows)
     counts = confusion_matrix(task.targets(rows), logits.argmax(axis=1), len(task.labels))
     if cohen_kappa(counts) >= _CHANCE_KAPPA:
         return
     accuracy = np.trace(counts) / counts.sum()
-    found = f"the teacher answers {accuracy:.1%} of {len(rows)} labelled rows rightly, which is near chance"
+    found = f"{who} answers {accuracy:.1%} of {len(rows)} labelled rows rightly, which is near chance"
     truth, answer = linear_sum_assignment(-counts)
     reordered = counts[truth, answer].sum() / counts.sum()
+    stored = teacher.named.kind == "stored"
     if reordered > accuracy + 0.2 and cohen_kappa(counts[:, answer]) > 2 * _CHANCE_KAPPA:
         order = [task.labels[i] for i in np.argsort(answer)]
         raise ModelError(
             f"{found}. Its label order is not the data's: read as {', '.join(order[:8])} it answers {reordered:.1%}",
-            "Set id2label in its config.json to that order",
+            "Name its columns in that order: labels" if stored else "Set id2label in its config.json to that order",
         )
-    raise ModelError(found, "Is it trained for these labels? To fine-tune it: --teacher-epochs 3")
+    fixes = {
+        "torch": "Is it trained for these labels? To fine-tune it: --teacher-epochs 3",
+        "onnx": "Is it trained for these labels?",
+        "stored": "Are its rows in the order of the data's?",
+    }
+    raise ModelError(found, fixes[teacher.named.kind])
 
 
 def _sample(rows: Rows, n: int) -> Rows:
     """Up to n rows, spread evenly."""
     step = max(1, len(rows) // n)
     return rows[::step][:n]
-
-
-def _teacher_files(teacher: Path) -> list[str]:
-    weights = sorted(path.name for path in teacher.glob("*.safetensors"))
-    return [*weights, "config.json", "tokenizer.json", "task.json"]
-
-
-def _torch_teacher(folder: Path, task: Task) -> Teacher:
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    from kdexport.distill.train import logits_of
-
-    model = AutoModelForSequenceClassification.from_pretrained(folder)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return lambda rows, advance: logits_of(model, task, rows, advance=advance)

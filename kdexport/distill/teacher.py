@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,20 +40,33 @@ class Opened(NamedTuple):
     tokenizer: PreTrainedTokenizerFast
 
 
-def prepare_teacher(settings: spec.Teacher, data: Path, max_length: int | None, seed: int, out: Path) -> None:
+def prepare_teacher(
+    settings: spec.Teacher, data: Path, max_length: int | None, seed: int, out: Path, folder: Path | None = None
+) -> None:
     """Write the teacher as a Hugging Face folder with `task.json`; fine-tune it first if the spec says so.
 
+    Args:
+        settings: of one teacher.
+        data: finished data stage.
+        max_length: tokens kept of each text; see `save_task`.
+        seed: of a new head, and of the order of rows.
+        out: an existing folder.
+        folder: where the model is, if not at `settings.model`, which names it then.
+
     Raises:
-        ModelError: no model, no tokenizer, no trained head, or labels that don't fit the data's.
+        ModelError: no model, no tokenizer, no trained head, labels that don't fit the data's, or no labelled rows
+            to fine-tune on.
     """
+    assert isinstance(settings.model, str)
     set_seed(seed)
     known = read_summary(data).labels
-    config = open_config(settings.model)
+    source = str(folder or settings.model)
+    config = open_config(source)
     if settings.train is None:
         labels = match_labels(own_labels(config), known, trained_head(config), settings.model)
     else:
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
-    opened = open_model(settings.model, config, labels)
+    opened = open_model(source, config, labels)
     save_task(opened, max_length, labels, out)
     task = load_task(out)
     _warn_if_much_is_cut(task, read_rows(data, "train")[:500])
@@ -64,7 +77,7 @@ def prepare_teacher(settings: spec.Teacher, data: Path, max_length: int | None, 
             batch_size=settings.train.batch_size,
             seed=seed,
         )
-        train, validation = read_rows(data, "train"), read_rows(data, "validation")
+        train, validation = (_labelled(data, split) for split in ("train", "validation"))
         say(f"teacher: fine-tuning on {len(train):,} rows, {recipe.epochs} epochs")
         curve = fit(
             opened.model,
@@ -78,6 +91,13 @@ def prepare_teacher(settings: spec.Teacher, data: Path, max_length: int | None, 
         )
         write_json(out / "training.json", {"recipe": recipe, "curve": curve})
     save_model(opened, out)
+
+
+def _labelled(data: Path, split: str) -> list[dict[str, Any]]:
+    rows = [row for row in read_rows(data, split) if row["label"] is not None]
+    if not rows:
+        raise ModelError(f"the {split} rows have no labels to fine-tune the teacher on", "Leave out teacher.train")
+    return rows
 
 
 def open_config(model: str) -> Any:
@@ -103,7 +123,7 @@ def open_model(model: str, config: Any, labels: Sequence[str]) -> Opened:
     Raises:
         ModelError: weights or tokenizer are missing or unreadable.
     """
-    tokenizer = _open_tokenizer(model)
+    tokenizer = open_tokenizer(model)
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
@@ -124,7 +144,7 @@ def open_classifier(model: str, config: Any) -> Opened:
     if not trained_head(config):
         kind = ", ".join(config.architectures or []) or "of no known kind"
         raise ModelError(f"model {model!r} has no classification head: it is {kind}", "Name a trained classifier")
-    tokenizer = _open_tokenizer(model)
+    tokenizer = open_tokenizer(model)
     try:
         opened, found = AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True)
     except Exception as error:
@@ -134,7 +154,12 @@ def open_classifier(model: str, config: Any) -> Opened:
     return Opened(opened, tokenizer)
 
 
-def _open_tokenizer(model: str) -> PreTrainedTokenizerFast:
+def open_tokenizer(model: str) -> PreTrainedTokenizerFast:
+    """A model's fast tokenizer, from a folder or the hub.
+
+    Raises:
+        ModelError: there is none.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:
@@ -157,13 +182,20 @@ def trained_head(config: Any) -> bool:
     return any("ForSequenceClassification" in name for name in config.architectures or [])
 
 
-def match_labels(own: list[str], known: list[str], head: bool, model: str) -> list[str]:
+def match_labels(own: list[str], known: list[str], head: bool, model: str, *, can_learn: bool = True) -> list[str]:
     """The labels of a teacher that is used as it is, in the order of its logits, as the data spells them.
+
+    Args:
+        own: as the teacher names them.
+        known: the data's, sorted.
+        head: whether it was trained for them.
+        model: what the teacher is called in errors.
+        can_learn: whether it could be fine-tuned instead.
 
     Raises:
         ModelError: it has no trained head, or the data has labels that it doesn't know.
     """
-    train_it = "Fine-tune it: --teacher-epochs 3"
+    train_it = "Fine-tune it: --teacher-epochs 3" if can_learn else "Name one that knows them all"
     if not head:
         raise ModelError(f"teacher {model} has no trained classification head", train_it)
     if len(known) > len(own):
@@ -206,12 +238,30 @@ def save_task(
         at_most: see `max_length`.
     """
     model, tokenizer = opened
-    reads = _longest_input(model, tokenizer)
-    if max_length and max_length > reads:
-        raise ModelError(f"max_length is {max_length}, but the model reads {reads} tokens", "Lower it")
     accepted = set(tokenizer.model_input_names) & set(signature(model.forward).parameters)
     if getattr(model.config, "type_vocab_size", None) == 0:  # DeBERTa-v2 and -v3 take token types and read none
         accepted.discard("token_type_ids")
+    reads = longest_input(model.config, tokenizer)
+    write_task(tokenizer, accepted, reads, max_length, labels, out, function=function, at_most=at_most)
+
+
+def write_task(
+    tokenizer: PreTrainedTokenizerFast,
+    accepted: Collection[str],
+    reads: int,
+    max_length: int | None,
+    labels: Sequence[str],
+    out: Path,
+    *,
+    function: Function = "softmax",
+    at_most: int = _DEFAULT_MAX_LENGTH,
+) -> None:
+    """Write tokenizer files and `task.json` for a model that takes the inputs `accepted` and `reads` so many tokens.
+
+    See `save_task` for the rest.
+    """
+    if max_length and max_length > reads:
+        raise ModelError(f"max_length is {max_length}, but the model reads {reads} tokens", "Lower it")
     config = TaskConfig(
         task="text-classification",
         labels=list(labels),
@@ -235,10 +285,11 @@ def save_model(opened: Opened, out: Path) -> None:
     opened.model.save_pretrained(out, safe_serialization=True)
 
 
-def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None) or 512
-    if model.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
-        positions -= (model.config.pad_token_id or 0) + 1  # these count positions from pad_token_id + 1
+def longest_input(config: Any, tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many tokens a model of this configuration reads."""
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
+        positions -= (config.pad_token_id or 0) + 1  # these count positions from pad_token_id + 1
     declared = tokenizer.model_max_length
     return int(min(positions, declared if 0 < declared < 10**6 else positions))
 

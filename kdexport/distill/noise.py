@@ -1,0 +1,48 @@
+"""A teacher that answers otherwise each time: dropout left on (Gal and Ghahramani 2016, arXiv 1506.02142)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kdexport.errors import ModelError
+from kdexport.tasks import Task
+from kdexport.tasks.metrics import Array
+
+
+def noisy_logits(
+    model: PreTrainedModel,
+    task: Task,
+    rows: Sequence[dict[str, Any]],
+    seed: int,
+    advance: Callable[[int], None],
+    batch_size: int = 32,
+) -> Array:
+    """Logits float32 [N, C] of one pass with dropout; the same rows and seed give the same ones.
+
+    Raises:
+        ModelError: the model has no dropout, so every pass would be the same.
+    """
+    rates = [part.p for part in model.modules() if isinstance(part, nn.Dropout)]
+    if not any(rates):
+        raise ModelError("the teacher has no dropout that could tell its passes apart", "Take teacher.noise: augment")
+    encoded = task.tokenize(rows)
+    logits = np.empty((len(rows), len(task.labels)), dtype=np.float32)
+    model.train()
+    for part in model.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):  # its statistics are learned in training, not noise
+            part.eval()
+    with torch.inference_mode(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in range(0, len(rows), batch_size):
+            batch = task.collate(encoded[start : start + batch_size])
+            inputs = {name: torch.from_numpy(array).to(model.device) for name, array in batch.items()}
+            logits[start : start + batch_size] = model(**inputs).logits.float().cpu().numpy()
+            advance(len(next(iter(batch.values()))))
+    model.eval()
+    return logits
