@@ -214,6 +214,27 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     examples: list[Example]
 
 
+class Attack(msgspec.Struct, frozen=True):
+    """How well a threshold on a score tells rows that a model was trained on (members) from others.
+
+    `auc` is 0.5 by chance; `advantage` is the largest TPR − FPR, which chance keeps below `by_chance` in 95 %.
+    """
+
+    auc: float
+    ci95: Interval
+    advantage: float
+    by_chance: float
+    members: int
+    others: int
+
+
+class Membership(msgspec.Struct, frozen=True):
+    """Membership inference on one model: by its highest score, and by the score of the row's own label."""
+
+    by_confidence: Attack
+    by_label: Attack | None
+
+
 class Check(msgspec.Struct, frozen=True):
     """One limit of the budget: what was asked for, what was found; `sure` if its interval is on one side too."""
 

@@ -16,7 +16,7 @@ LEVELS = [
     {"compare", "serve"},
     {"pipeline", "ship", "measure", "schemas"},
     {"assemble"},
-    {"verdict", "evidence"},
+    {"verdict", "evidence", "leakage"},
     {"distill", "export", "bench", "report"},
     {"predictor", "networks"},
     {"data", "artifact"},

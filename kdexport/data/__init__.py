@@ -1,11 +1,12 @@
 """Every source → rows with stable ids, three splits, label names, and an audit of duplicates.
 
 The stage writes `train.jsonl`, `validation.jsonl`, `test.jsonl` and `data.json`; all later stages read rows
-from there and from nowhere else.
+from there and from nowhere else. `near_duplicates.jsonl` is for the user to look at.
 """
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import msgspec
 
 from kdexport import spec
-from kdexport.data.duplicates import Audit, audit
+from kdexport.data.duplicates import Audit, audit, near_duplicates
 from kdexport.data.sources import SPLITS, read_splits, to_rows
 from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
@@ -63,6 +64,9 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
         if not rows:
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
     labels = _label_names(splits)
+    near, pairs = near_duplicates(splits, content)
+    found = msgspec.structs.replace(found, near=near)
+    write_bytes(out / "near_duplicates.jsonl", b"".join(msgspec.json.encode(pair) + b"\n" for pair in pairs))
     for split, rows in splits.items():
         write_bytes(out / f"{split}.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
     counts = {split: len(rows) for split, rows in splits.items()}
@@ -84,9 +88,17 @@ def read_summary(folder: Path) -> Summary:
     return msgspec.json.decode((folder / "data.json").read_bytes(), type=Summary)
 
 
+def sampled(n: int, most: int = 5000) -> list[int]:
+    """Places of at most `most` of n rows, ascending; always the same ones for the same n.
+
+    Stages that answer a part of the training rows only, such as the audit of leakage, take these.
+    """
+    return sorted(random.Random(0).sample(range(n), min(n, most)))
+
+
 def _without_lone_classes(rows: Rows) -> tuple[Rows, int]:
     counts = Counter(row["label"] for row in rows)
-    kept = [row for row in rows if counts[row["label"]] > 1]
+    kept = [row for row in rows if row["label"] is None or counts[row["label"]] > 1]
     if len(kept) < len(rows):
         warn(f"data: {len(rows) - len(kept)} classes with a single row left out")
     return kept, len(rows) - len(kept)
@@ -94,10 +106,10 @@ def _without_lone_classes(rows: Rows) -> tuple[Rows, int]:
 
 def _label_names(splits: dict[str, Rows]) -> list[str]:
     """Labels of train, numbers by value, names by alphabet; other splits may not have more."""
-    labels = {row["label"] for row in splits["train"]}
+    labels = {row["label"] for row in splits["train"]} - {None}
     for split in ("validation", "test"):
         for row in splits[split]:
-            if row["label"] not in labels:
+            if row["label"] is not None and row["label"] not in labels:
                 where = row["id"].replace(":", ", row ")
                 raise DataError(f"{where}: label {row['label']!r} stands in no row of train", "Add rows to train")
     numbers = all(label.isdecimal() for label in labels)
@@ -116,5 +128,9 @@ def _tell(counts: dict[str, int], labels: list[str], missing: list[str], found: 
             f"data: {found.duplicates:,} of {found.rows:,} rows are exact duplicates; {across:,} stand in two "
             f"splits, {dropped:,} dropped"
         )
+    near = [(*key.split("–"), n) for key, n in found.near.across.items() if n] if found.near else []
+    if near:
+        told = ", ".join(f"{n:,} texts of {late} in {early}" for early, late, n in near)
+        say(f"data: near duplicates: {told}; they are kept, and stand in near_duplicates.jsonl")
     if found.conflicting_labels:
         warn(f"data: {found.conflicting_labels:,} texts occur with more than one label")

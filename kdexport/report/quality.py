@@ -53,10 +53,23 @@ def classes(r: Report) -> Section | None:
         for c in r.evidence.classes
     ]
     headers = ("class", "rows", "teacher", "student", "agree")
-    lost = [c.label for c in worst if c.student_recall < c.teacher_recall][:3]
-    lead = f"Most recall was lost in {', '.join(lost)}." if lost else "No class lost recall."
-    few = " The figure has the worst 20, the table all." if len(rows) > _WORST_CLASSES else ""
-    return Section("Class by class", lead + few, [Figure("Recall, worst first", chart, Table(headers, rows))])
+    few = f"; the worst {_WORST_CLASSES}, the table has all" if len(rows) > _WORST_CLASSES else ""
+    figure = Figure(f"Recall, worst first{few}", chart, Table(headers, rows))
+    return Section("Class by class", _worst(r.evidence.classes), [figure], brief=True)
+
+
+def _worst(found: list[ClassScore]) -> str:
+    """The classes that lost the most recall, and the one with the least of it, by name."""
+    lost = [
+        f"{c.label} ({percent(c.teacher_recall)} → {percent(c.student_recall)} of {c.rows} rows)"
+        for c in found[:3]
+        if c.student_recall < c.teacher_recall
+    ]
+    least = min(found, key=lambda c: (c.student_recall, c.label))
+    return (
+        f"{'Most recall was lost in ' + ', '.join(lost) if lost else 'No class lost recall'}; the student's lowest is "
+        f"that of {least.label}: {percent(least.student_recall)} of {least.rows} rows."
+    )
 
 
 def _recall(c: ClassScore) -> Bar:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from kdexport.report.leakage import leakage, near_duplicates
 from kdexport.report.page import Section, Table
 from kdexport.report.quality import calibration, classes, differences, quality, training
 from kdexport.report.speed import budget, latency, steps, trade_off, variants
@@ -106,6 +107,6 @@ def written(value: Any) -> str:
 
 
 SECTIONS = (
-    variants, budget, trade_off, latency, steps, quality, classes, calibration, differences, training, data, cost,
-    machine, reproduce,
+    variants, budget, trade_off, latency, steps, quality, classes, calibration, differences, training, data,
+    leakage, near_duplicates, cost, machine, reproduce,
 )  # fmt: skip

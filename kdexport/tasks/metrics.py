@@ -101,3 +101,53 @@ def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (labels, predictions), 1)
     return counts
+
+
+def roc_auc(positives: Array, negatives: Array) -> tuple[float, tuple[float, float]]:
+    """Area under the ROC curve, with a 95 % interval (DeLong, DeLong and Clarke-Pearson 1988).
+
+    The area is the probability that a positive scores higher than a negative, ties counting half. Placements come
+    from mid-ranks (Sun and Xu 2014, eq. 5 to 8), in O(n log n). The interval is Wald's, cut at 0 and 1: it has no
+    width where the two don't overlap at all, and says nothing where a side has a single score.
+
+    Args:
+        positives, negatives: scores [M] and [N] of both sides, at least one each.
+
+    Raises:
+        ValueError: a side is empty, or a score is not a number.
+    """
+    m, n = len(positives), len(negatives)
+    scores = np.concatenate([positives, negatives]).astype(np.float64)
+    if not m or not n or np.isnan(scores).any():
+        raise ValueError(f"an ROC curve wants scores on both sides: {m} and {n}, {np.isnan(scores).sum()} of them NaN")
+    ranks = _mid_ranks(scores)
+    below = (ranks[:m] - _mid_ranks(scores[:m])) / n  # of each positive, the share of negatives that score less
+    above = 1 - (ranks[m:] - _mid_ranks(scores[m:])) / m
+    area = float(below.mean())
+    if m < 2 or n < 2:
+        return area, (0.0, 1.0)
+    half = 1.959964 * math.sqrt(below.var(ddof=1) / m + above.var(ddof=1) / n)
+    return area, (max(0.0, area - half), min(1.0, area + half))
+
+
+def best_threshold(positives: Array, negatives: Array) -> tuple[float, float]:
+    """The largest TPR − FPR that any threshold on the scores has (Youden's J), and how large chance makes it.
+
+    Returns:
+        It, and what it stays below in 95 % of cases when both sides score alike: the threshold is chosen with
+        hindsight, so it is never below 0 (Smirnov 1944: P(J > d) → exp(−2 d² m n / (m + n))).
+
+    Args:
+        positives, negatives: scores [M] and [N] of both sides, at least one each.
+    """
+    m, n = len(positives), len(negatives)
+    thresholds = np.unique(np.concatenate([positives, negatives]))
+    missed = [np.searchsorted(np.sort(side), thresholds) / len(side) for side in (positives, negatives)]
+    by_chance = min(1.0, math.sqrt(-math.log(0.05) / 2 * (m + n) / (m * n)))
+    return max(0.0, float((missed[1] - missed[0]).max())), by_chance
+
+
+def _mid_ranks(scores: Array) -> Array:
+    """Ranks from 1 on, [N]; equal scores share the mean of theirs."""
+    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])

@@ -1,0 +1,61 @@
+"""What a model's confidence gives away of the rows that it was trained on: membership inference by a threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kdexport.results import Attack, Membership
+from kdexport.tasks import Task
+from kdexport.tasks.metrics import Array, best_threshold, roc_auc
+
+Rows = Sequence[dict[str, Any]]
+
+
+def membership(
+    task: Task, train_rows: Rows, train_logits: Array, test_rows: Rows, test_logits: Array
+) -> Membership | None:
+    """Attack a model by its confidence: is it surer of rows that it was trained on than of rows that it wasn't?
+
+    The attacker takes a row for a member where the highest score (Salem et al. 2019, adversary 3) or the score of
+    the row's label (Yeom et al. 2018, whose membership advantage is TPR − FPR) is above a threshold. Where train
+    and test differ in kind, that shows as well, so a high figure is a reason to look, not a proof.
+
+    Args:
+        task: of the model; it makes scores of logits.
+        train_rows, train_logits: members, and their logits [M, C]; `kdexport.data.sampled` takes some.
+        test_rows, test_logits: others, and their logits [N, C]; contents that are in train_rows too are left out.
+            A row whose label is None counts for the confidence only.
+
+    Returns:
+        None where there is nothing to compare: a side without rows, or a task whose logits are no scores.
+
+    Raises:
+        ValueError: there is not one row of logits for each row.
+    """
+    if (len(train_rows), len(test_rows)) != (len(train_logits), len(test_logits)):
+        raise ValueError(f"logits [{len(train_logits)}] and [{len(test_logits)}] are not of these rows")
+    trained_on = {task.content(row) for row in train_rows}
+    unseen = [i for i, row in enumerate(test_rows) if task.content(row) not in trained_on]
+    if task.config.function == "none" or not trained_on or not unseen:
+        return None
+    members, others = task.scores(train_logits), task.scores(test_logits[unseen])
+    members_labels = _scores_of_labels(task, train_rows, members)
+    others_labels = _scores_of_labels(task, [test_rows[i] for i in unseen], others)
+    return Membership(
+        by_confidence=_attack(members.max(axis=1), others.max(axis=1)),
+        by_label=_attack(members_labels, others_labels) if len(members_labels) and len(others_labels) else None,
+    )
+
+
+def _scores_of_labels(task: Task, rows: Rows, scores: Array) -> Array:
+    """The score of the row's own label, of each row that has one."""
+    labelled = np.array([i for i, row in enumerate(rows) if row["label"] is not None], dtype=np.int64)
+    return np.asarray(scores[labelled, task.targets(rows[i] for i in labelled)])
+
+
+def _attack(members: Array, others: Array) -> Attack:
+    area, interval = roc_auc(members, others)
+    return Attack(area, interval, *best_threshold(members, others), len(members), len(others))

@@ -1,0 +1,120 @@
+"""The section on leakage: test texts that training has seen or nearly seen, and what confidence gives away of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kdexport.report.charts import Axis, Bar, bars
+from kdexport.report.page import Figure, Section, Table
+from kdexport.report.table import percent
+from kdexport.results import Attack, Membership, Report
+
+_ATTACK = (
+    "The figure: an AUC of 0.5 gives nothing away, 1 gives every row away (membership inference by a threshold, Yeom "
+    "et al. 2018, Salem et al. 2019; intervals by DeLong). That train and test differ in kind shows in it too. Of a "
+    "teacher that is used as given, nobody here knows which rows it was trained on."
+)
+
+
+def leakage(r: Report) -> Section | None:
+    """Exact and near duplicates across splits, and membership inference on teacher and student."""
+    near = r.leakage.get("near")
+    attacked = msgspec.convert(r.leakage.get("membership") or {}, dict[str, Membership | None])
+    rows = [(name, *one) for name, found in attacked.items() if found for one in _attacks(found)]
+    lead = [_exact(r.leakage)] if "across" in r.leakage else []
+    lead += [_near(near)] if near else []
+    lead += [_told(name, found.by_confidence) for name, found in attacked.items() if found]
+    if not lead:
+        return None
+    tables = [_across(r.leakage["across"], near)] if "across" in r.leakage else []
+    figures = [_figure(rows)] if rows else []
+    return Section("Leakage", " ".join(lead), figures, tables, _ATTACK if rows else "", brief=True)
+
+
+def near_duplicates(r: Report) -> Section | None:
+    """Some pairs across splits, to look at."""
+    near = r.leakage.get("near")
+    if not near or not near["examples"]:
+        return None
+    headers = ("row", "is nearly", "similarity", "labels", "its text", "the other's")
+    lead = (
+        f"{near['how']}. They are kept, because many data sets have them by nature; a test that is full of them "
+        "flatters. These are some, labels that differ first; all across splits are in data/near_duplicates.jsonl."
+    )
+    return Section("Near duplicates", lead, tables=[Table(headers, [_example(pair) for pair in near["examples"]])])
+
+
+def _exact(audit: dict[str, Any]) -> str:
+    if not (n := sum(audit["across"].values())):
+        return "No text stands in two splits word for word."
+    then = "were dropped from the earlier one" if sum(audit["dropped"].values()) else "were left in both, as asked"
+    return f"In {n:,} {'case' if n == 1 else 'cases'} a text stood word for word in two splits; they {then}."
+
+
+def _near(near: dict[str, Any]) -> str:
+    n, of = near["across"].get("train–test", 0), near["compared"].get("test", 0)
+    share, conflicts = percent(n / of if of else 0.0), near["conflicting_labels"]
+    labels = f"{conflicts:,} texts, of all splits, have one with another label" if conflicts else "no labels conflict"
+    return f"Of {of:,} test texts, {n:,} ({share}) have a near duplicate in train; {labels}."
+
+
+def _across(exact: dict[str, int], near: dict[str, Any] | None) -> Table:
+    headers = ("splits", "exact duplicates", "near duplicates")
+    found = near["across"] if near else {}
+    return Table(headers, [(key, f"{n:,}", f"{found[key]:,}" if key in found else "–") for key, n in exact.items()])
+
+
+def _example(pair: dict[str, Any]) -> tuple[str, ...]:
+    first, second = (label or "none" for label in pair["labels"])
+    labels = first if first == second else f"{first} ≠ {second}"
+    return (pair["ids"][1], pair["ids"][0], f"{pair['similarity']:.2f}", labels, pair["texts"][1], pair["texts"][0])
+
+
+def _attacks(found: Membership) -> list[tuple[str, Attack]]:
+    named = [("confidence", found.by_confidence), ("probability of the label", found.by_label)]
+    return [(name, attack) for name, attack in named if attack]
+
+
+def _told(name: str, attack: Attack) -> str:
+    """An AUC in plain words: how often an attacker is right who must choose between a row trained on and another."""
+    low, high = attack.ci95
+    meaning = (
+        "; so it is surer of what it was not trained on, and train and test differ in kind"
+        if high < 0.5
+        else ", where a coin does in 50"
+        if low > 0.5
+        else ", which is no more than a coin's 50 as far as these rows can tell"
+    )
+    return (
+        f"Of a row that the {name} was trained on and one that it was not, its confidence tells the first in "
+        f"{100 * attack.auc:.0f} of 100 cases (95 % interval {100 * low:.0f} to {100 * high:.0f}){meaning}."
+    )
+
+
+def _figure(rows: list[tuple[str, str, Attack]]) -> Figure:
+    drawn = [
+        Bar(f"{name}, by {score}", a.auc, a.ci95, f"{a.auc:.2f}", 0.5, i % 8) for i, (name, score, a) in enumerate(rows)
+    ]
+    chart = bars(
+        "How well confidence tells rows trained on from others, with 95 % intervals",
+        drawn,
+        Axis("AUC; 0.5 gives nothing away", "{:.2f}".format, reach=(0.5,)),
+    )
+    headers = (
+        "model", "attacked by", "AUC [95 %]", "best TPR − FPR", "which chance makes up to", "rows trained on", "others",
+    )  # fmt: skip
+    cells = [
+        (
+            name,
+            score,
+            f"{a.auc:.3f} [{a.ci95[0]:.3f}–{a.ci95[1]:.3f}]",
+            f"{a.advantage:.3f}",
+            f"{a.by_chance:.3f}",
+            f"{a.members:,}",
+            f"{a.others:,}",
+        )
+        for name, score, a in rows
+    ]
+    return Figure("Membership inference by a threshold", chart, Table(headers, cells))
