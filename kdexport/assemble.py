@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +13,15 @@ from kdexport import __version__, spec
 from kdexport.artifact import SHIPPED_AS
 from kdexport.bench.engine import Measured, read_measured
 from kdexport.bench.targets import Target
-from kdexport.data import read_rows, read_summary
+from kdexport.data import read_rows, read_summary, sampled
+from kdexport.distill.teachers import kind_of_first
 from kdexport.evidence import look_closely
 from kdexport.export import Candidate, read_candidates
 from kdexport.export.verify import read_quality
-from kdexport.results import Distillation, Quality, Report, Variant
+from kdexport.leakage import membership
+from kdexport.results import Distillation, Quality, Report, Search, Spread, Variant
 from kdexport.rundir import hash_file, read_record
-from kdexport.tasks import load_task
+from kdexport.tasks import Task, load_task
 from kdexport.tasks.metrics import Array, mcnemar_p, paired_difference
 from kdexport.verdict import Choice, choose, judge_budget
 
@@ -35,6 +38,8 @@ class Stages(NamedTuple):
     export: Path
     verify: Path
     bench: Path
+    search: Search | None = None
+    other_seeds: Sequence[tuple[Path, Path | None]] = ()
 
 
 def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
@@ -50,11 +55,13 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     # Targets are matched by file name, not by path: a run folder may have been moved since.
     variants = [
         _file_variant(target, files[Path(target.model).name], choice, quality, measured, right, stages)
-        if Path(target.model).name in files
+        if Path(target.model).name in files and target.name.startswith("student")
         else _model_variant(target, quality, measured, right, stages)
         for target in measured.targets
         if target.name not in measured.conditions.left_out
     ]
+    if kind_of_first(stages.teacher) == "stored":
+        variants.insert(0, _stored_teacher(quality["teacher"], right["teacher"]))
     summary = read_summary(stages.data)
     report = Report(
         kdexport=__version__,
@@ -67,13 +74,14 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
         budget=judge_budget(
             settings.budget,
             quality[best],
-            quality["teacher-torch"],
-            paired_difference(right["teacher-torch"], right[best])[1],
+            quality["teacher"],
+            paired_difference(right["teacher"], right[best])[1],
             measured.latency.get(best),
             (stages.export / choice.recommended.file).stat().st_size,
         ),
+        search=stages.search,
         distillation=_distillation(settings, stages, quality, best, right),
-        evidence=look_closely(task, rows, logits["teacher-torch"], logits[best]),
+        evidence=look_closely(task, rows, logits["teacher"], logits[best]),
         data={
             "name": settings.data.train,
             "rows": summary.rows,
@@ -81,11 +89,12 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
             "split_by_us": summary.split_by_us,
             "sha256": read_record(stages.data).outputs,
         },
-        leakage=msgspec.to_builtins(summary.duplicates),
+        leakage=msgspec.to_builtins(summary.duplicates)
+        | {"membership": _membership(stages, task, rows, logits, choice)},
         bench=msgspec.structs.replace(measured.conditions, price_per_hour=settings.bench.price_per_hour),
         environment=measured.environment,
         spec=msgspec.to_builtins(settings),
-        seconds={p.name: read_record(p).seconds for p in stages[1:] if p is not None},
+        seconds={p.name: read_record(p).seconds for p in stages[1:] if isinstance(p, Path)},
         command=f"kdexport run {stages.run}/spec.yaml --out {stages.run}",
     )
     return report, choice
@@ -98,7 +107,7 @@ def made_from(report: Report) -> dict[str, Any]:
     assert best.metric
     return {
         "teacher": report.spec["teacher"]["model"],
-        "student": report.spec["student"]["model"],
+        "student": report.distillation.model,
         "origin": report.distillation.origin,
         "temperature": report.distillation.temperature,
         "alpha": report.distillation.alpha,
@@ -138,18 +147,41 @@ def _file_variant(
 def _model_variant(
     target: Target, quality: dict[str, Quality], measured: Measured, right: dict[str, Array], stages: Stages
 ) -> Variant:
-    """A model in PyTorch: teacher or student."""
+    """A model in PyTorch, teacher or student; or the teacher's ONNX file."""
     role = target.name.partition("-")[0]
+    plain = target.runtime == "onnxruntime"
     return Variant(
         name=target.name,
         model=role,
         runtime=target.runtime,
         device=target.device,
         precision="fp32",
-        graph="eager" if target.runtime == "torch" else "compiled",
+        graph="plain" if plain else "eager" if target.runtime == "torch" else "compiled",
         file=None,
-        **weights(stages.teacher if role == "teacher" else stages.student),
+        **(
+            {"size_bytes": Path(target.model).stat().st_size, "sha256": hash_file(Path(target.model))}
+            if plain
+            else weights(stages.teacher if role == "teacher" else stages.student)
+        ),
         **_found(target.name, quality, measured, right),
+    )
+
+
+def _stored_teacher(quality: Quality, right: Array) -> Variant:
+    """A teacher of which only the logits are there."""
+    return Variant(
+        name="teacher-stored",
+        model="teacher",
+        runtime="stored",
+        device="none",
+        precision="fp32",
+        graph="none",
+        file=None,
+        sha256=None,
+        size_bytes=None,
+        note="stored logits: there is no model to measure",
+        wrong_rows=np.flatnonzero(~right).tolist(),
+        **msgspec.structs.asdict(quality),
     )
 
 
@@ -174,6 +206,7 @@ def speed(name: str, measured: Measured) -> dict[str, Any]:
 
 def _found(name: str, quality: dict[str, Quality], measured: Measured, right: dict[str, Array]) -> dict[str, Any]:
     found = speed(name, measured)
+    name = "teacher" if name in ("teacher-torch", "teacher-fp32") else name
     if name in quality:  # another runtime may answer otherwise; its accuracy was not taken
         found |= msgspec.structs.asdict(quality[name])
         found["wrong_rows"] = np.flatnonzero(~right[name]).tolist()
@@ -183,7 +216,7 @@ def _found(name: str, quality: dict[str, Quality], measured: Measured, right: di
 def _distillation(
     settings: spec.Spec, stages: Stages, quality: dict[str, Quality], best: str, right: dict[str, Array]
 ) -> Distillation:
-    teacher, student = quality["teacher-torch"].metric, quality["student-torch"].metric
+    teacher, student = quality["teacher"].metric, quality["student-torch"].metric
     baseline = quality["baseline-torch"].metric if "baseline-torch" in quality else None
     training = _training(stages.student)
     gain = gain_ci = ratio = p = None
@@ -202,12 +235,51 @@ def _distillation(
         gain_ci95=gain_ci,
         gain_mcnemar_p=p,
         ratio=ratio,
-        temperature=settings.distill.temperature,
-        alpha=settings.distill.alpha,
+        model=training["student"],
+        loss=_written(settings.distill.loss),
+        temperature=_written(settings.distill.temperature),
+        alpha=_written(settings.distill.alpha),
         origin=training["origin"],
+        student_seeds=_spread(stages, stages.student, [pair[0] for pair in stages.other_seeds]),
+        baseline_seeds=_spread(stages, stages.baseline, [pair[1] for pair in stages.other_seeds]),
         student_curve=training["curve"],
         baseline_curve=_training(stages.baseline)["curve"] if stages.baseline else [],
     )
+
+
+def _membership(
+    stages: Stages, task: Task, rows: list[dict[str, Any]], logits: dict[str, Array], choice: Choice
+) -> dict[str, Any]:
+    """What teacher and recommended student give away of the rows that they were trained on."""
+    train = read_rows(stages.data, "train")
+    places = sampled(len(train))
+    members, precision = [train[i] for i in places], choice.recommended.precision
+    plain = f"student-{precision if precision != 'fp16' else 'fp32'}"  # fused or not, the answers are the same
+    with np.load(stages.verify / "members.npz") as found:
+        student = membership(task, members, found[plain], rows, logits[plain])
+    taught = np.load(stages.targets / "train.npy")[places]
+    teacher = membership(task, members, taught, rows, logits["teacher"])
+    return {"teacher": msgspec.to_builtins(teacher), "student": msgspec.to_builtins(student)}
+
+
+def _spread(stages: Stages, first: Path | None, others: list[Path | None]) -> Spread | None:
+    """The test metric in PyTorch over seeds; None where there is one."""
+    folders = [folder for folder in (first, *others) if folder]
+    if len(folders) < 2:
+        return None
+    rows, task = read_rows(stages.data, "test"), load_task(stages.student)
+    values = [float(task.hits(np.load(f / "reference.npy")[: len(rows)], rows).mean()) for f in folders]
+    return Spread(values, float(np.mean(values)), float(np.std(values, ddof=1)))
+
+
+def _written(value: Any) -> Any:
+    """A setting as the report keeps it: a number or a name as it is, what moves or is combined as text."""
+    match value:
+        case spec.Schedule():
+            return f"{value.start:g} → {value.end:g}"
+        case dict():
+            return " + ".join(f"{_written(weight)} · {name}" for name, weight in value.items())
+    return value
 
 
 def _logits(stages: Stages) -> dict[str, Array]:

@@ -17,13 +17,15 @@ from kdexport.assemble import Stages, assemble, made_from
 from kdexport.bench.targets import of_file, of_model
 from kdexport.data import prepare, read_rows
 from kdexport.data.sources import local_files
-from kdexport.distill import recipe
+from kdexport.distill import recipe, teachers
 from kdexport.export import read_candidates
 from kdexport.predictor import golden_answers
 from kdexport.progress import say
 from kdexport.report import write_card, write_reports
 from kdexport.results import Report
 from kdexport.rundir import Run, disk_errors, write_text
+from kdexport.search import teacher_targets
+from kdexport.students import Students
 from kdexport.tasks import load_task
 from kdexport.verdict import Choice
 
@@ -35,7 +37,10 @@ def run(settings: spec.Spec, out: Path) -> Report:
         KdexportError: what the user gave can't be used; finished stages are kept.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    recipe.layers_to_keep(str(settings.student.model))  # a wrong name is said before an hour's work
+    names = recipe.students(settings)
+    for name in names:
+        recipe.shape_of(name)  # a wrong name is said before an hour's work
+    teachers.check(settings)
     files = local_files(settings.data)
     with Run(out) as folder, disk_errors(out):
         write_text(out / "spec.yaml", spec.dump(settings))
@@ -49,60 +54,38 @@ def run(settings: spec.Spec, out: Path) -> Report:
             build=lambda work: prepare(settings.data, settings.task, settings.seed, work),
         )
 
-        # 2. The teacher: fine-tuned if asked, else as it is.
+        # 2. The teacher, or several: fine-tuned if asked, else as they are.
         teacher = folder.stage(
             "teacher",
-            version=1,
-            settings=[settings.teacher, settings.data.max_length, settings.seed],
-            reads=[data, *_local(settings.teacher.model)],
-            build=lambda work: _teacher(settings, data, work),
+            version=2,
+            settings=teachers.settings_of(settings),
+            reads=[data, *teachers.files(settings)],
+            build=lambda work: teachers.prepare_teachers(settings, data, work),
         )
 
-        # 3. Its soft targets: once for every text, whatever student follows.
+        # 3. Soft targets: once for every text, whatever student follows; unlabelled and changed texts too.
+        asked = settings.teacher
         targets = folder.stage(
             "targets",
-            version=1,
-            settings=None,
-            reads=[data, teacher],
-            build=lambda work: _targets(data, teacher, work),
-        )
-
-        # 4. The student, trained on them; and the same student on labels alone, to see what they gave.
-        student = folder.stage(
-            "student",
-            version=1,
-            settings=[
-                settings.student,
-                msgspec.structs.replace(settings.distill, baseline=True),
-                settings.seed,
-            ],
-            reads=[data, teacher, targets, *_local(settings.student.model)],
-            build=lambda work: _student(settings, data, teacher, targets, work),
-        )
-        baseline = None
-        if settings.distill.baseline:
-            labels_only = msgspec.structs.replace(settings.distill, temperature=1.0, alpha=0.0)
-            baseline = folder.stage(
-                "baseline",
-                version=1,
-                settings=[settings.student, labels_only, settings.seed],
-                reads=[data, teacher, *_local(settings.student.model)],
-                build=lambda work: _student(settings, data, teacher, None, work),
-            )
-
-        # 5. ONNX: plain and fused, fp32 and int8.
-        export = folder.stage(
-            "export",
             version=2,
-            settings=settings.export.variants,
-            reads=[student],
-            build=lambda work: _export(settings, student, work),
+            settings=[asked.weights, asked.combine, asked.passes, asked.noise, settings.distill.augment, settings.seed],
+            reads=[data, teacher],
+            build=lambda work: _targets(settings, data, teacher, work),
         )
+
+        # 4. The student, trained on them, and its files: ONNX, plain and fused, fp32 and int8. Of several, the best.
+        make = Students(settings, folder, data, teacher, targets)
+        student, export, search = make.search(names) if len(names) > 1 else make.whole(names[0])
+
+        # 5. The same student on labels alone, to see what the soft targets gave; other seeds, to see what luck gave.
+        name = search.winner if search else names[0]
+        baseline = make.baseline(name)
+        other_seeds = make.other_seeds(name, baseline is not None)
 
         # 6. Does each file do what the student does? How good is it?
         verified = folder.stage(
             "verify",
-            version=1,
+            version=2,
             settings=None,
             reads=[data, targets, student, export, *([baseline] if baseline else [])],
             build=lambda work: _verify(data, targets, student, baseline, export, work),
@@ -118,7 +101,7 @@ def run(settings: spec.Spec, out: Path) -> Report:
         )
 
         # 8. What it all says, and what ships.
-        stages = Stages(out, data, teacher, targets, student, baseline, export, verified, bench)
+        stages = Stages(out, data, teacher, targets, student, baseline, export, verified, bench, search, other_seeds)
         report, choice = assemble(settings, stages)
         packed = folder.stage(
             "artifact",
@@ -142,10 +125,14 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
         prepare(settings.data, settings.task, settings.seed, Path(work))
         rows = len(read_rows(Path(work), "train"))
     epochs = recipe.epochs(settings.distill, rows)
-    derived = {"distill.epochs": (f"{epochs.value:g}", epochs.reason)}
-    width = recipe.PRESETS.get(settings.student.model, (0, 0))[1]
-    if width:
-        rate = recipe.learning_rate(settings.distill, width, pretrained=False)
+    names = recipe.students(settings)
+    derived = {
+        "distill.epochs": (f"{epochs.value:g}", epochs.reason),
+        "student.model": (", ".join(names), "as given" if settings.student.model else recipe.why(settings)),
+    }
+    shapes = {recipe.shape_of(name) for name in names}
+    if len(shapes) == 1 and (width := next(iter(shapes)).width):
+        rate = recipe.learning_rate(settings.distill, next(iter(shapes)), width)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
     derived["data.max_length"] = (
         str(settings.data.max_length or 128),
@@ -164,40 +151,10 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     return table
 
 
-def _local(model: str) -> list[Path]:
-    return [Path(model)] if Path(model).is_dir() else []
-
-
-def _teacher(settings: spec.Spec, data: Path, work: Path) -> None:
-    from kdexport.distill.teacher import prepare_teacher
-
-    prepare_teacher(settings.teacher, data, settings.data.max_length, settings.seed, work)
-
-
-def _targets(data: Path, teacher: Path, work: Path) -> None:
+def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None:
     from kdexport.distill.targets import write_targets
 
-    write_targets(data, teacher, work)
-
-
-def _student(settings: spec.Spec, data: Path, teacher: Path, targets: Path | None, work: Path) -> None:
-    from kdexport.distill.student import train_student
-
-    train_student(
-        settings.student,
-        settings.distill,
-        data=data,
-        teacher=teacher,
-        targets=targets,
-        seed=settings.seed,
-        out=work,
-    )
-
-
-def _export(settings: spec.Spec, student: Path, work: Path) -> None:
-    from kdexport.export import export_student
-
-    export_student(settings.export, student, work)
+    write_targets(data, teacher, work, how=settings.teacher, augment=settings.distill.augment, seed=settings.seed)
 
 
 def _verify(data: Path, targets: Path, student: Path, baseline: Path | None, export: Path, work: Path) -> None:
@@ -215,7 +172,7 @@ def _bench(settings: spec.Spec, data: Path, teacher: Path, student: Path, export
         list(dict.fromkeys(("torch", "onnxruntime", *how.runtimes))),
         list(dict.fromkeys(("cpu", *how.devices))),
     )
-    targets = of_model("teacher", teacher, runtimes, devices) + of_model("student", student, runtimes, devices)
+    targets = teacher_targets(teacher, runtimes, devices) + of_model("student", student, runtimes, devices)
     for c in files:
         targets += of_file(f"student-{c.name}", student, export / c.file, runtimes, devices)
     # The last plain file is measured twice: the engine's check of itself.

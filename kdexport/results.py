@@ -252,8 +252,53 @@ class Verdict(msgspec.Struct, frozen=True):
     checks: list[Check]
 
 
+class Rung(msgspec.Struct, frozen=True, kw_only=True):
+    """One student of a search: measured before it was trained, then tried, then trained; as far as it came.
+
+    Size and latency are those of its quickest file, with first weights: they don't depend on the weights.
+    `trial` and `metric` are of the validation split: after a short training in PyTorch, and of the exported file
+    after the whole one.
+    """
+
+    name: str
+    parameters: int
+    precision: str
+    size_bytes: int
+    p50_ms: float
+    p99_ms: float | None
+    over: str = ""
+    trial: float | None = None
+    trial_seconds: float | None = None
+    metric: float | None = None
+    retention: float | None = None
+    seconds: float | None = None
+    met: bool | None = None
+
+
+class Search(msgspec.Struct, frozen=True, kw_only=True):
+    """How a student was chosen to a budget; everything on the validation split, the teacher's metric too."""
+
+    rungs: list[Rung]
+    winner: str
+    reason: str
+    teacher: float
+    teacher_p50_ms: float | None = None
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """The metric on the test split in PyTorch for each seed, with mean and standard deviation (n − 1)."""
+
+    values: list[float]
+    mean: float
+    deviation: float
+
+
 class Distillation(msgspec.Struct, frozen=True, kw_only=True):
-    """What distillation gave: the same student on hard labels alone is the baseline."""
+    """What distillation gave: the same student on hard labels alone is the baseline.
+
+    `model` is the student as the spec names it. `loss`, `temperature` and `alpha` are as in the spec; what moves
+    during training is written as text. `ratio` is (student − baseline) ÷ (teacher − baseline).
+    """
 
     teacher: Metric
     student: Metric
@@ -263,11 +308,15 @@ class Distillation(msgspec.Struct, frozen=True, kw_only=True):
     gain_ci95: Interval | None = None
     gain_mcnemar_p: float | None
     ratio: float | None
-    temperature: float
-    alpha: float
+    model: str = ""
+    loss: str = "kl"
+    temperature: float | str
+    alpha: float | str
     origin: str
-    student_curve: list[dict[str, float]]
-    baseline_curve: list[dict[str, float]]
+    student_seeds: Spread | None = None
+    baseline_seeds: Spread | None = None
+    student_curve: list[dict[str, Any]]
+    baseline_curve: list[dict[str, Any]]
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -282,6 +331,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     variants: list[Variant]
     budget: Verdict = Verdict(None, [])
+    search: Search | None = None
     distillation: Distillation | None = None
     evidence: Evidence | None = None
     data: dict[str, Any] = {}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from kdexport import spec
 from kdexport.errors import SpecError
 
-# name → (layers, width); heads are width / 64, the feed-forward width is 4 × width (Turc et al. 2019).
+# name → (layers, width); the feed-forward width is 4 × width (Turc et al. 2019).
 PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512)}
+NETWORKS = ("bag", "cnn", "gru")
+# What a search climbs when no student is named, from the smallest on.
+LADDER = ("bag", "cnn", "tiny", "2x256", "layers:1", "layers:2")
 
 _EXAMPLES_SEEN, _STEPS = 300_000, 500
 
@@ -20,18 +24,52 @@ class Derived(NamedTuple):
     reason: str
 
 
-def layers_to_keep(model: str) -> int | None:
-    """N of `layers:N`, or None for any other student.
+class Shape(NamedTuple):
+    """What `student.model` names: `kind` is narrow, lowest, spread, named, network or model (a folder or hub id)."""
+
+    kind: str
+    layers: int = 0
+    width: int = 0
+    indices: tuple[int, ...] = ()
+
+
+def shape_of(model: str) -> Shape:
+    """Read the name of a student.
 
     Raises:
-        SpecError: what follows `layers:` is no positive number.
+        SpecError: what follows `layers:` or `spread:` is no positive number, and no list like 0+2+5.
     """
-    if not model.startswith("layers:"):
-        return None
-    count = model.removeprefix("layers:")
-    if not count.isdecimal() or int(count) == 0:
+    if model in PRESETS:
+        return Shape("narrow", *PRESETS[model])
+    if model in NETWORKS:
+        return Shape("network", 1)
+    if found := re.fullmatch(r"([1-9]\d?)x([1-9]\d*)", model):
+        return Shape("narrow", int(found[1]), int(found[2]))
+    kind, colon, rest = model.partition(":")
+    if not colon or kind not in ("layers", "spread"):
+        return Shape("model")
+    parts = rest.split("+")
+    if not all(part.isdecimal() for part in parts):
         raise SpecError(f"student.model: {model!r} names no number of layers", "Write it like layers:3")
-    return int(count)
+    numbers = tuple(int(part) for part in parts)
+    if len(numbers) > 1 and kind == "layers":
+        return Shape("named", len(numbers), 0, numbers)
+    if numbers[0] == 0 or len(numbers) > 1:
+        raise SpecError(f"student.model: {model!r} names no number of layers", f"Write it like {kind}:3")
+    return Shape("lowest" if kind == "layers" else "spread", numbers[0])
+
+
+def students(settings: spec.Spec) -> tuple[str, ...]:
+    """The students to train: one, or the ladder that a search climbs."""
+    named = settings.student.model
+    if named is None:
+        return LADDER if settings.budget.binds() else ("tiny",)
+    return (named,) if isinstance(named, str) else named
+
+
+def why(settings: spec.Spec) -> str:
+    """Why these students, when none is named."""
+    return "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"
 
 
 def epochs(settings: spec.Distill, rows: int) -> Derived:
@@ -45,10 +83,13 @@ def epochs(settings: spec.Distill, rows: int) -> Derived:
     return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, 3 to 15 passes; there are {rows:,} rows")
 
 
-def learning_rate(settings: spec.Distill, width: int, pretrained: bool) -> Derived:
-    """The highest learning rate: smaller for wider students, halved for weights that are trained already."""
+def learning_rate(settings: spec.Distill, shape: Shape, width: int) -> Derived:
+    """The highest learning rate: smaller for wider transformers, halved for weights that are trained already."""
     if settings.learning_rate is not None:
         return Derived(settings.learning_rate, "as given")
-    value = 5e-4 * 128 / width * (0.5 if pretrained else 1.0)
-    start = ", halved: its weights are trained already" if pretrained else ""
+    if shape.kind == "network":
+        return Derived(1e-3, "1e-3 for students that are no transformers")
+    trained = shape.kind != "narrow"
+    value = 5e-4 * 128 / width * (0.5 if trained else 1.0)
+    start = ", halved: its weights are trained already" if trained else ""
     return Derived(float(f"{value:.2g}"), f"5e-4 at width 128, less for wider: it is {width} wide{start}")

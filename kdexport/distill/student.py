@@ -2,156 +2,214 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, set_seed
+from numpy.typing import NDArray
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from kdexport import spec
 from kdexport.data import read_rows
 from kdexport.distill import recipe
+from kdexport.distill.shrink import keep_layers, layers_of, narrow
+from kdexport.distill.targets import TRANSFER
 from kdexport.distill.teacher import Opened, open_config, open_model, read_task_config, save_model, save_task
 from kdexport.distill.train import Recipe, fit, logits_of
-from kdexport.errors import ModelError
+from kdexport.distill.vocabulary import trim_vocabulary
+from kdexport.networks import TextNet, TextNetConfig
 from kdexport.progress import say
 from kdexport.rundir import write_json
 from kdexport.tasks import load_task
 
+# Width of the features, and of the layer before the logits, of students that are no transformers.
+_NETWORK_WIDTH, _NETWORK_HEAD = 256, 512
+
+
+class Built(NamedTuple):
+    """A student with its first weights, in words where they come from, and the ids kept of the teacher's vocabulary."""
+
+    opened: Opened
+    origin: str
+    kept: NDArray[np.int64] | None = None
+
 
 def train_student(
     student: spec.Student,
+    name: str,
     distill: spec.Distill,
     *,
     data: Path,
     teacher: Path,
-    targets: Path | None,
+    targets: Path,
     seed: int,
     out: Path,
+    hard: bool = False,
+    share: float = 1.0,
 ) -> None:
     """Build and train a student; write it as a Hugging Face folder.
 
     Args:
         student, distill: the spec's parts.
+        name: which student, as `student.model` names it.
         data, teacher: finished stages.
-        targets: the finished soft targets, or None for the baseline: the same student on labels alone.
+        targets: the finished soft targets, with the rows that the teachers alone label.
         seed: of weights and order of rows; the same for student and baseline.
         out: gets the model, `task.json`, `training.json` and `reference.npy`, the trained student's logits in
             PyTorch for the test rows and the task's probes (float32 [N, C]), for verification to compare with.
+        hard: whether to train on the labels alone: the baseline.
+        share: of the epochs to train; below 1 it is a trial, and the weights are not kept.
     """
-    set_seed(seed)
-    name = "student" if targets else "baseline"
-    opened, origin = build_student(student.model, teacher)
-    teacher_task = read_task_config(teacher)
-    save_task(opened, teacher_task.max_length, teacher_task.labels, out)
+    built = _start(student, name, data, teacher, targets, seed, out)
+    title, model = ("baseline" if hard else "student"), built.opened.model
     task = load_task(out)
     rows, validation = read_rows(data, "train"), read_rows(data, "validation")
-    config = opened.model.config
-    pretrained = student.model not in recipe.PRESETS
+    soft = None if hard else np.load(targets / "train.npy")
     how = Recipe(
-        epochs=int(recipe.epochs(distill, len(rows)).value),
-        learning_rate=recipe.learning_rate(distill, config.hidden_size, pretrained).value,
+        epochs=max(1, round(share * recipe.epochs(distill, len(rows)).value)),
+        learning_rate=recipe.learning_rate(distill, recipe.shape_of(name), model.config.hidden_size).value,
         batch_size=distill.batch_size,
         seed=seed,
-        temperature=distill.temperature if targets else 1.0,
-        alpha=distill.alpha if targets else 0.0,
+        losses=spec.weights_of(distill),
+        temperature=distill.temperature,
+        alpha=distill.alpha,
+        patience=distill.patience,
     )
-    parameters = opened.model.num_parameters()
+    if soft is not None and (unlabelled := transfer_rows(targets)):
+        rows, soft = [*rows, *unlabelled], np.concatenate([soft, np.load(targets / f"{TRANSFER}.npy")])
+    parameters = model.num_parameters()
     say(
-        f"{name}: {config.num_hidden_layers} layers × {config.hidden_size}, {parameters / 1e6:.1f} M parameters, "
-        f"{origin}; {how.epochs} epochs, learning rate {how.learning_rate:g}"
+        f"{title}: {name}, {parameters / 1e6:.2g} M parameters, {built.origin}; {how.epochs} epochs over "
+        f"{len(rows):,} rows, learning rate {how.learning_rate:g}"
     )
-    soft = np.load(targets / "train.npy") if targets else None
-    curve = fit(opened.model, task, rows, soft, how, validation=validation, work=out, title=f"train {name}")
-    write_json(out / "training.json", {"recipe": how, "curve": curve, "origin": origin, "parameters": parameters})
-    np.save(out / "reference.npy", logits_of(opened.model, task, [*read_rows(data, "test"), *task.probes()]))
-    save_model(opened, out)
+    curve = fit(
+        model,
+        task,
+        rows,
+        soft,
+        how,
+        validation=validation,
+        validation_targets=np.load(targets / "validation.npy"),
+        teacher=teacher,
+        kept=built.kept,
+        work=out,
+        title=f"{'try' if share < 1 else 'train'} {title if share == 1 else name}",
+    )
+    write_json(
+        out / "training.json",
+        {"student": name, "recipe": how, "curve": curve, "origin": built.origin, "parameters": parameters},
+    )
+    if share == 1:
+        np.save(out / "reference.npy", logits_of(model, task, [*read_rows(data, "test"), *task.probes()]))
+        save_model(built.opened, out)
 
 
-def build_student(model: str, teacher_folder: Path) -> tuple[Opened, str]:
-    """A student with its first weights, and in words where they come from.
+def write_untrained(
+    student: spec.Student, name: str, *, data: Path, teacher: Path, targets: Path, seed: int, out: Path
+) -> None:
+    """Write a student with its first weights, to be measured: `untrained.json` tells its parameters."""
+    built = _start(student, name, data, teacher, targets, seed, out)
+    write_json(out / "untrained.json", {"parameters": built.opened.model.num_parameters(), "origin": built.origin})
+    save_model(built.opened, out)
+
+
+def _start(student: spec.Student, name: str, data: Path, teacher: Path, targets: Path, seed: int, out: Path) -> Built:
+    set_seed(seed)
+    rows = [*read_rows(data, "train"), *transfer_rows(targets)]
+    texts = (row[column] for row in rows for column in ("text", "text_pair") if row.get(column))
+    built = build_student(student, name, teacher, texts)
+    config = read_task_config(teacher)
+    save_task(built.opened, config.max_length, config.labels, out)
+    return built
+
+
+def transfer_rows(targets: Path) -> list[dict[str, Any]]:
+    """The rows of a finished targets stage that the teachers alone label."""
+    return read_rows(targets, TRANSFER) if (targets / f"{TRANSFER}.jsonl").exists() else []
+
+
+def build_student(student: spec.Student, name: str, teacher_folder: Path, texts: Iterable[str] = ()) -> Built:
+    """A student with its first weights.
+
+    Args:
+        student: vocabulary, embedding and start are read.
+        name: which student, as `student.model` names it.
+        teacher_folder: a finished teacher stage.
+        texts: the training texts, which a vocabulary of the corpus is made of.
 
     Raises:
-        ModelError: the teacher has too few layers, or the named model can't be opened.
+        ModelError: the teacher has too few layers or no weights to take, or the named model can't be opened.
     """
-    keep = recipe.layers_to_keep(model)
-    if model not in recipe.PRESETS and keep is None:
-        labels = read_task_config(teacher_folder).labels
-        return open_model(model, open_config(model), labels), f"its weights from {model}"
+    shape = recipe.shape_of(name)
+    if shape.kind == "model":
+        opened = open_model(name, open_config(name), read_task_config(teacher_folder).labels)
+        if student.vocabulary == "corpus":
+            trim_vocabulary(opened.tokenizer, opened.model, texts)
+        return Built(opened, f"its weights from {name}")
     teacher = AutoModelForSequenceClassification.from_pretrained(teacher_folder)
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
-    if keep is not None:
-        return Opened(_lowest_layers(teacher, keep), tokenizer), f"the teacher's lowest {keep} layers"
-    layers, width = recipe.PRESETS[model]
-    student = _narrow(teacher, layers, width)
-    kept = _start_embeddings_from(teacher, student)
-    return Opened(student, tokenizer), f"embeddings from the teacher's by PCA ({kept:.0%} of their variance)"
+    kept = None if student.vocabulary == "whole" else trim_vocabulary(tokenizer, teacher, texts)
+    size = "" if kept is None else f", a vocabulary of {len(kept):,}"
+    if shape.kind == "network":
+        model, told = _network(name, student, teacher, tokenizer)
+    elif shape.kind == "narrow":
+        model, told = _narrow(student, shape, teacher)
+    else:
+        wanted = list(shape.indices) or shape.layers
+        indices = layers_of(teacher.config.num_hidden_layers, wanted, spread=shape.kind == "spread")
+        model, told = keep_layers(teacher, indices), f"the teacher's layers {', '.join(map(str, indices))}"
+    return Built(Opened(model, tokenizer), told + size, kept)
 
 
-def _lowest_layers(teacher: PreTrainedModel, keep: int) -> PreTrainedModel:
-    """The teacher's embeddings, lowest layers and head; the names of what is kept are the same in both."""
-    if keep > teacher.config.num_hidden_layers:
-        raise ModelError(f"the teacher has {teacher.config.num_hidden_layers} layers, not {keep}", "Ask for fewer")
-    config = _copy_config(teacher, num_hidden_layers=keep)
-    student = AutoModelForSequenceClassification.from_config(config)
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    return student
-
-
-def _narrow(teacher: PreTrainedModel, layers: int, width: int) -> PreTrainedModel:
-    """A new model of the teacher's family. No dropout: so small a student underfits, and soft targets hold it."""
-    feed_forward = "intermediate_size" if hasattr(teacher.config, "intermediate_size") else "hidden_dim"
-    config = _copy_config(
+def _narrow(student: spec.Student, shape: recipe.Shape, teacher: PreTrainedModel) -> tuple[PreTrainedModel, str]:
+    made = narrow(
         teacher,
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=max(1, width // 64),
-        **{feed_forward: 4 * width},
+        shape.layers,
+        shape.width,
+        embedding_width=student.embedding,
+        project_layers=student.start == "projections",
     )
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
-    if getattr(config, "embedding_size", None) is not None:  # ELECTRA and ALBERT factorise theirs
-        config.embedding_size = width
-    return AutoModelForSequenceClassification.from_config(config)
-
-
-def _copy_config(teacher: PreTrainedModel, **changes: Any) -> Any:
-    config = type(teacher.config).from_dict(teacher.config.to_dict())
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return config
+    told = f"embeddings from the teacher's by PCA ({made.kept_variance:.0%} of their variance)"
+    if made.projected_layers:
+        told = f"embeddings and {made.projected_layers} layers from the teacher's by PCA ({made.kept_variance:.0%})"
+    return made.model, told
 
 
 @torch.no_grad()
-def _start_embeddings_from(teacher: PreTrainedModel, student: PreTrainedModel) -> float:
-    """Project the teacher's embeddings onto the principal axes of its word table.
-
-    Word, position and type embeddings are summed before the first layer, so one projection serves all three,
-    and the sum's projection is the projections' sum.
-
-    Returns:
-        The share of the word table's variance that is kept.
-    """
+def _network(
+    kind: str, student: spec.Student, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> tuple[PreTrainedModel, str]:
+    """A student that is no transformer; its table is the teacher's, whole or on its principal axes."""
     words = teacher.get_input_embeddings().weight
-    mean = words.mean(dim=0)
-    variances, axes = torch.linalg.eigh(torch.cov((words - mean).T.double()))
-    width = student.get_input_embeddings().weight.shape[1]
-    if width > words.shape[1]:
-        raise ModelError(
-            f"the student is {width} wide, the teacher's embeddings {words.shape[1]}", "Take a smaller one"
-        )
-    projection = axes[:, -width:].flip(1).to(words.dtype)
-    ours, theirs = _embedding_tables(student), _embedding_tables(teacher)
-    for name, table in theirs.items():
-        source = table - mean if table.data_ptr() == words.data_ptr() else table
-        ours[name].copy_(source @ projection)
-    return float(variances[-width:].sum() / variances.sum())
-
-
-def _embedding_tables(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tables that are summed into the first layer's input, by name."""
-    block = model.base_model.embeddings
-    return {name: part.weight for name, part in block.named_modules() if isinstance(part, torch.nn.Embedding)}
+    width = min(student.embedding or words.shape[1], words.shape[1])
+    labels = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
+    config = TextNetConfig(
+        kind=kind,
+        vocab_size=len(words),
+        embedding_size=width,
+        hidden_size=_NETWORK_WIDTH,
+        head_size=_NETWORK_HEAD,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        **labels,
+    )
+    network = TextNet(config)
+    centred = words - words.mean(dim=0)
+    variances, axes = torch.linalg.eigh(torch.cov(centred.T.float()).double())
+    kept = float(variances[-width:].sum() / variances.sum())
+    table = centred if width == words.shape[1] else centred @ axes[:, -width:].flip(1).to(words.dtype)
+    network.embeddings.weight.copy_(table)
+    network.embeddings.weight[config.pad_token_id] = 0.0
+    how = (
+        "the teacher's embeddings"
+        if kept > 0.9999
+        else f"the teacher's embeddings by PCA ({kept:.0%} of their variance)"
+    )
+    return network, how

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kdexport.data import read_rows
+from kdexport.data import read_rows, sampled
 from kdexport.errors import VerificationError
 from kdexport.export import Candidate, read_candidates
 from kdexport.predictor import Predictor
@@ -30,8 +30,9 @@ _SMALL_SHAPE_ROWS = 64
 def verify(data: Path, targets: Path, student: Path, baseline: Path | None, export: Path, out: Path) -> None:
     """Check parity, and take the metric of every model and file on the whole test split.
 
-    Writes `quality.json` (name → `Quality`; `teacher-torch`, `student-torch`, `baseline-torch` and
-    `student-<candidate>`) and `logits.npz` with the logits behind it.
+    Writes `quality.json` (name → `Quality`; `teacher`, `student-torch`, `baseline-torch` and
+    `student-<candidate>`), `logits.npz` with the logits behind it, and `members.npz` with those of the plain files
+    for some of the training rows, which the audit of leakage compares with them.
 
     Raises:
         VerificationError: the plain fp32 file differs from PyTorch by more than 1e-4 in some logit.
@@ -39,7 +40,7 @@ def verify(data: Path, targets: Path, student: Path, baseline: Path | None, expo
     task = load_task(student)
     rows = read_rows(data, "test")
     reference = np.load(student / "reference.npy")
-    logits = {"teacher-torch": np.load(targets / "test.npy"), "student-torch": reference[: len(rows)]}
+    logits = {"teacher": np.load(targets / "test.npy"), "student-torch": reference[: len(rows)]}
     if baseline:
         logits["baseline-torch"] = np.load(baseline / "reference.npy")[: len(rows)]
     differences: dict[str, float] = {}
@@ -47,10 +48,20 @@ def verify(data: Path, targets: Path, student: Path, baseline: Path | None, expo
         name = f"student-{candidate.name}"
         logits[name], differences[name] = found[: len(rows)], difference
     quality = {
-        name: judge(task, rows, found, logits["teacher-torch"], differences.get(name)) for name, found in logits.items()
+        name: judge(task, rows, found, logits["teacher"], differences.get(name)) for name, found in logits.items()
     }
     np.savez(out / "logits.npz", **{name: found.astype(np.float32) for name, found in logits.items()})
     write_json(out / "quality.json", quality)
+    train = read_rows(data, "train")
+    members = [train[i] for i in sampled(len(train))]
+    np.savez(
+        out / "members.npz",
+        **{
+            f"student-{c.name}": Predictor(task, export / c.file).logits(members)
+            for c in read_candidates(export)
+            if c.graph == "plain" and c.precision != "fp16"
+        },
+    )
     say(
         f"verify: fp32 against PyTorch on {len(reference)} inputs: max |Δlogit| {differences['student-fp32']:.1e} "
         f"(allowed {FP32_TOLERANCE:.0e})"

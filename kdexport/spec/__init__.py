@@ -5,7 +5,7 @@ would have no effect are errors that name the key. What is left at `None` is der
 (`kdexport run --plan`).
 """
 
-from kdexport.spec.effects import losses_of, several_students
+from kdexport.spec.effects import losses_of, several_students, weights_of
 from kdexport.spec.read import Loader, commented, dump, load, parse, parse_bench, settings, walk
 from kdexport.spec.sections import (
     Augment,
@@ -47,4 +47,5 @@ __all__ = [
     "settings",
     "several_students",
     "walk",
+    "weights_of",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kdexport.errors import SpecError
-from kdexport.spec.sections import Spec
+from kdexport.spec.sections import Distill, Spec, Weight
 
 # What each loss reads besides the logits of both.
 SOFTENED = {"kl", "soft-ce", "bce", "dkd", "dist"}
@@ -25,10 +25,15 @@ def refuse_without_effect(tree: dict[str, Any], spec: Spec, source: str) -> None
             raise SpecError(f"{source}: {key} has no effect {why}", fix)
 
 
+def weights_of(distill: Distill) -> dict[str, Weight]:
+    """The losses in use, with their weights."""
+    loss = distill.loss
+    return {loss: 1.0} if isinstance(loss, str) else {str(name): weight for name, weight in loss.items()}
+
+
 def losses_of(spec: Spec) -> set[str]:
     """The names of the losses in use."""
-    loss = spec.distill.loss
-    return {loss} if isinstance(loss, str) else set(loss)
+    return set(weights_of(spec.distill))
 
 
 def _without_effect(spec: Spec) -> Iterator[tuple[str, str, str]]:

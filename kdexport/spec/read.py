@@ -21,7 +21,9 @@ class Loader(yaml.SafeLoader):
     """YAML in which 2e-4 is a number, as everyone means it; YAML 1.1 reads a text."""
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Spec:

@@ -101,8 +101,10 @@ class Student(Section, frozen=True):
         _help("width of the token embeddings, behind a learned projection; the teacher's for bag, cnn, gru"),
     ] = None
     start: Annotated[
-        Literal["projections", "embeddings", "random"],
-        _help("first weights of a narrower student: the teacher's, reduced; its embeddings alone; or none"),
+        Literal["projections", "embeddings"],
+        _help(
+            "first weights of a narrower student: the teacher's embeddings and layers, reduced, or the embeddings alone"
+        ),
     ] = "embeddings"
 
 
