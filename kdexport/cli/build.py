@@ -16,6 +16,7 @@ from kdexport.cli.options import (
     MinRetention,
     Out,
     Sets,
+    TimeLimit,
     parse_sets,
     quantity,
     show_report,
@@ -27,7 +28,10 @@ BUDGET_NOT_MET = 3
 
 def run(
     spec_file: Annotated[Path | None, typer.Argument(metavar="[SPEC.yaml]", help="A spec; flags override it.")] = None,
-    teacher: Annotated[str | None, Flag(help="Hugging Face folder or hub id of the teacher.")] = None,
+    teacher: Annotated[
+        list[str] | None,
+        Flag(help="Hugging Face folder or hub id, PEFT adapter, ONNX artifact, or logits; several times: an ensemble."),
+    ] = None,
     teacher_epochs: Annotated[
         int | None, Flag(help="Fine-tune the teacher first, for so many epochs; else it is used as it is.")
     ] = None,
@@ -37,18 +41,32 @@ def run(
     test: Annotated[str | None, Flag(help="Test file; split off from the data when absent.")] = None,
     text: Annotated[str | None, Flag(help="The text's column.", show_default="guessed")] = None,
     label: Annotated[str | None, Flag(help="The label's column.", show_default="guessed")] = None,
+    unlabelled: Annotated[str | None, Flag(help="More texts, which the teacher alone labels.")] = None,
     max_length: Annotated[int | None, Flag(help="Tokens kept of each text.", show_default="128")] = None,
     student: Annotated[
+        list[str] | None,
+        Flag(
+            help="bag, cnn, gru, tiny, mini, small, 3x192, layers:3, spread:3, or a Hugging Face folder or id; several "
+            "times: a search.",
+            show_default="tiny; with a budget a search of six",
+        ),
+    ] = None,
+    loss: Annotated[
         str | None,
-        Flag(help="tiny, mini, small, layers:N, or a Hugging Face folder or id.", show_default="tiny"),
+        Flag(help="kl, soft-ce, mse, bce, dkd, dist, hidden, attention, relation.", show_default="kl"),
     ] = None,
     temperature: Annotated[float | None, Flag(help="T of the soft targets.", show_default="2")] = None,
     alpha: Annotated[float | None, Flag(help="Weight of the teacher's term.", show_default="0.9")] = None,
     epochs: Annotated[int | None, Flag(help="Passes over the data for the student.", show_default="derived")] = None,
+    augment: Annotated[
+        int | None, Flag(help="Changed copies of each text, labelled by the teacher.", show_default="none")
+    ] = None,
+    seeds: Annotated[int | None, Flag(help="Trainings with other seeds: mean and deviation.", show_default="1")] = None,
     seed: Annotated[int | None, Flag(help="Of splits, weights and order.", show_default="0")] = None,
     max_p99: Max99 = None,
     max_size: MaxSize = None,
     min_retention: MinRetention = None,
+    time_limit: TimeLimit = None,
     no_baseline: Annotated[bool, Flag("--no-baseline", help="Don't train the student on labels alone.")] = False,
     skip_bad_rows: Annotated[bool, Flag("--skip-bad-rows", help="Leave bad rows out, and count them.")] = False,
     sets: Sets = None,
@@ -60,33 +78,42 @@ def run(
     """The one-shot: teacher in, budget in; a verified, measured ONNX student out.
 
     Fine-tunes the teacher if asked, caches its soft targets, distils, exports, quantizes, verifies, measures,
-    and packs. Run it again and it goes on where it was. Exit code 3: done, but the budget is not met.
+    and packs. With a budget, or several students, it searches: all are measured untrained, those over budget are
+    dropped, the most promising are trained until one meets it. Run it again and it goes on where it was. Exit
+    code 3: done, but the budget is not met.
 
     [bold]Examples[/bold]
 
       kdexport run --teacher ./my-bert --data tickets.csv
 
+      kdexport run --teacher ./my-bert --data tickets.csv --max-p99 2ms --max-size 5MB --min-retention 0.97
+
       kdexport run --teacher ./minilm --teacher-epochs 3 --data tickets.csv --student layers:2
 
-      kdexport run spec.yaml --max-p99 2ms --max-size 5MB --min-retention 0.97
+      kdexport run spec.yaml --student bag --student tiny --max-size 2MB --time-limit 30min
     """
     given = {
-        "teacher.model": teacher,
+        "teacher.model": _one_or_more(teacher),
         "teacher.train.epochs": teacher_epochs,
         "data.train": data,
         "data.test": test,
         "data.text": text,
         "data.label": label,
+        "data.unlabelled": unlabelled,
         "data.max_length": max_length,
         "data.skip_bad_rows": skip_bad_rows or None,
-        "student.model": student,
+        "student.model": _one_or_more(student),
+        "distill.loss": loss,
         "distill.temperature": temperature,
         "distill.alpha": alpha,
         "distill.epochs": epochs,
+        "distill.augment.views": augment,
+        "distill.seeds": seeds,
         "distill.baseline": False if no_baseline else None,
         "budget.p99_ms": quantity(max_p99, "--max-p99", {"ms": 1.0, "s": 1e3, "us": 1e-3, "µs": 1e-3}),
         "budget.size_mb": quantity(max_size, "--max-size", {"mb": 1.0, "kb": 1e-3, "gb": 1e3, "mib": 1.048576}),
         "budget.retention": min_retention,
+        "budget.time_limit_s": quantity(time_limit, "--time-limit", {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}),
         "seed": seed,
     }
     overrides = {key: value for key, value in given.items() if value is not None} | parse_sets(sets)
@@ -232,6 +259,10 @@ def export(
         )
     typer.echo(f"★ loads by default: {found.reason}")
     typer.echo(f"wrote {out}")
+
+
+def _one_or_more(values: list[str] | None) -> str | list[str] | None:
+    return values[0] if values and len(values) == 1 else values or None
 
 
 def _run(settings: Any, out: Path, as_json: bool) -> None:

@@ -20,6 +20,10 @@ MinRetention = Annotated[
     float | None,
     Flag("--min-retention", help="Budget: share of the teacher's metric.", rich_help_panel="Budget"),
 ]
+TimeLimit = Annotated[
+    str | None,
+    Flag("--time-limit", help="A search trains no new student after this, like 30min.", rich_help_panel="Budget"),
+]
 Sets = Annotated[
     list[str] | None,
     Flag("--set", metavar="KEY=VALUE", help="Any other key of the spec, like --set distill.batch_size=64."),

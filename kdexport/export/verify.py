@@ -54,14 +54,9 @@ def verify(data: Path, targets: Path, student: Path, baseline: Path | None, expo
     write_json(out / "quality.json", quality)
     train = read_rows(data, "train")
     members = [train[i] for i in sampled(len(train))]
-    np.savez(
-        out / "members.npz",
-        **{
-            f"student-{c.name}": Predictor(task, export / c.file).logits(members)
-            for c in read_candidates(export)
-            if c.graph == "plain" and c.precision != "fp16"
-        },
-    )
+    plain = [c for c in read_candidates(export) if c.graph == "plain" and c.precision != "fp16"]
+    answers: dict[str, Any] = {f"student-{c.name}": Predictor(task, export / c.file).logits(members) for c in plain}
+    np.savez(out / "members.npz", **answers)
     say(
         f"verify: fp32 against PyTorch on {len(reference)} inputs: max |Δlogit| {differences['student-fp32']:.1e} "
         f"(allowed {FP32_TOLERANCE:.0e})"

@@ -67,8 +67,8 @@ def _across(exact: dict[str, int], near: dict[str, Any] | None) -> Table:
 
 
 def _example(pair: dict[str, Any]) -> tuple[str, ...]:
-    first, second = (label or "none" for label in pair["labels"])
-    labels = first if first == second else f"{first} ≠ {second}"
+    other, own = (label or "none" for label in pair["labels"])
+    labels = own if own == other else f"{own} ≠ {other}"
     return (pair["ids"][1], pair["ids"][0], f"{pair['similarity']:.2f}", labels, pair["texts"][1], pair["texts"][0])
 
 
@@ -88,7 +88,7 @@ def _told(name: str, attack: Attack) -> str:
         else ", which is no more than a coin's 50 as far as these rows can tell"
     )
     return (
-        f"Of a row that the {name} was trained on and one that it was not, its confidence tells the first in "
+        f"Of a row that the {name} was trained on and one that it was not, its confidence picks out the first in "
         f"{100 * attack.auc:.0f} of 100 cases (95 % interval {100 * low:.0f} to {100 * high:.0f}){meaning}."
     )
 
@@ -100,7 +100,7 @@ def _figure(rows: list[tuple[str, str, Attack]]) -> Figure:
     chart = bars(
         "How well confidence tells rows trained on from others, with 95 % intervals",
         drawn,
-        Axis("AUC; 0.5 gives nothing away", "{:.2f}".format, reach=(0.5,)),
+        Axis("AUC; 0.5 gives nothing away", "{:g}".format, reach=(0.5,)),
     )
     headers = (
         "model", "attacked by", "AUC [95 %]", "best TPR − FPR", "which chance makes up to", "rows trained on", "others",

@@ -7,7 +7,7 @@ import math
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import Figure, Section, Table
 from kdexport.report.table import percent, points
-from kdexport.results import Bin, ClassScore, Report
+from kdexport.results import Bin, ClassScore, Distillation, Report
 
 _WORST_CLASSES = 20
 
@@ -142,4 +142,29 @@ def training(r: Report) -> Section | None:
         figures.append(
             Figure(caption, chart, Table(headers, [(*row, *[""] * (epochs + 1 - len(row))) for row in rows]))
         )
-    return Section("Training", f"Temperature {d.temperature:g}, alpha {d.alpha:g}; {d.origin}.", figures)
+    lead = f"Loss {d.loss}, temperature {d.temperature}, alpha {d.alpha}; {d.origin}."
+    return Section("Training", lead, figures, [t for t in (_terms(d), _seeds(d)) if t])
+
+
+def _terms(d: Distillation) -> Table | None:
+    """The size of each term, and its share of the gradient, by epoch: one that swallows the others is seen."""
+    names = [key.removeprefix("terms/") for key in d.student_curve[-1] if key.startswith("terms/")]
+    if len(names) < 2:
+        return None
+    rows = [
+        (f"{e['epoch']:.0f}", *(f"{e[f'terms/{n}']:.3g} ({percent(e.get(f'shares/{n}'), 0)})" for n in names))
+        for e in d.student_curve
+        if all(f"terms/{n}" in e for n in names)
+    ]
+    return Table(("epoch", *(f"{name}: size (share of the gradient)" for name in names)), rows)
+
+
+def _seeds(d: Distillation) -> Table | None:
+    found = [(n, s) for n, s in (("distilled", d.student_seeds), ("labels alone", d.baseline_seeds)) if s]
+    if not found:
+        return None
+    rows = [
+        (name, percent(s.mean, 2), f"{100 * s.deviation:.2f}", ", ".join(percent(v, 2) for v in s.values))
+        for name, s in found
+    ]
+    return Table(("over seeds, in PyTorch", "mean", "deviation, points", "each"), rows)

@@ -12,6 +12,7 @@ import msgspec
 from kdexport.report.leakage import leakage, near_duplicates
 from kdexport.report.page import Section, Table
 from kdexport.report.quality import calibration, classes, differences, quality, training
+from kdexport.report.search import search
 from kdexport.report.speed import budget, latency, steps, trade_off, variants
 from kdexport.report.table import trimmed
 from kdexport.results import Report
@@ -107,6 +108,6 @@ def written(value: Any) -> str:
 
 
 SECTIONS = (
-    variants, budget, trade_off, latency, steps, quality, classes, calibration, differences, training, data,
+    variants, budget, search, trade_off, latency, steps, quality, classes, calibration, differences, training, data,
     leakage, near_duplicates, cost, machine, reproduce,
 )  # fmt: skip

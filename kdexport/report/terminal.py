@@ -43,6 +43,8 @@ def print_line(line: str) -> None:
 def summary(report: Report) -> list[str]:
     """The few sentences under the table."""
     found, lines = report.distillation, []
+    if report.search:
+        lines.append(f"search: {report.search.reason}.")
     if found and report.recommended:
         best = report.variant(report.recommended)
         lines.append(
@@ -52,8 +54,13 @@ def summary(report: Report) -> list[str]:
         if found.baseline and found.gain_points is not None:
             lines.append(
                 f"The same student on labels alone: {percent(found.baseline.value)}; distillation: "
-                f"{points(found.gain_points)} (McNemar p = {found.gain_mcnemar_p:.2f})."
+                f"{points(found.gain_points)} (McNemar p = {found.gain_mcnemar_p:.2f})"
+                + (f", {percent(found.ratio, 0)} of the way to the teacher." if found.ratio is not None else ".")
             )
+        for name, spread in (("student", found.student_seeds), ("labels alone", found.baseline_seeds)):
+            if spread:
+                told = f"{percent(spread.mean, 2)} ± {100 * spread.deviation:.2f} points"
+                lines.append(f"{len(spread.values)} seeds, in PyTorch: {name} {told}.")
     elif report.reason:
         lines.append(report.reason)
     lines += [
