@@ -275,6 +275,21 @@ def test_the_section_says_what_was_found_and_what_it_means(audited):
     assert "train and test differ in kind" in below.lead
 
 
+def test_a_row_of_the_table_has_its_own_id_label_and_text_first():
+    given = {
+        "train": rows("train", "where is my parcel"),
+        "validation": [],
+        "test": rows("test", "Where is my parcel?"),
+    }
+    given["test"][0]["label"] = "b"
+    near, _ = near_duplicates(given, content)
+    (row,) = near_section(report(near=msgspec.to_builtins(near))).tables[0].rows
+    assert row == (
+        "test.csv:1", "train.csv:1", f"{near.examples[0].similarity:.2f}", "b ≠ a", "Where is my parcel?",
+        "where is my parcel",
+    )  # fmt: skip
+
+
 def test_texts_stand_in_the_page_and_not_in_the_pull_request(audited):
     found = report(**audited)
     page = Page("t", "", None, [], [], [leakage(found), near_section(found)])
