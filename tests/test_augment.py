@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 from kdexport import spec
 from kdexport.data import demo
-from kdexport.distill.augment import changer, mask_token, neighbours, transfer_rows, views
+from kdexport.distill.augment import Nearest, changer, mask_token, transfer_rows, views
 
 NEWS = (
     "Shares in the airline rose after it beat profit forecasts. Analysts had expected a loss! "
@@ -29,6 +29,11 @@ def embeddings(base_model):
     return AutoModel.from_pretrained(base_model).get_input_embeddings().weight.detach().numpy()
 
 
+@pytest.fixture(scope="module")
+def nearest(tokenizer, embeddings):
+    return Nearest(tokenizer, embeddings)
+
+
 def how(*kinds, views=20, share=0.2):
     return spec.Augment(kinds=kinds, views=views, share=share)
 
@@ -37,11 +42,11 @@ def words(text):
     return re.findall(r"\w+(?:'\w+)?", text)
 
 
-def test_copies_are_of_text_and_seed_alone_whatever_else_is_asked(tokenizer, embeddings):
+def test_copies_are_of_text_and_seed_alone_whatever_else_is_asked(nearest):
     few, many = how("mask", "neighbours", "ngram", views=3), how("mask", "neighbours", "ngram", views=8)
 
     def copies(texts, settings=many, seed=0):
-        return views(tokenizer, texts, settings, seed, mask="[MASK]", embeddings=embeddings)
+        return views(texts, settings, seed, mask="[MASK]", nearest=nearest)
 
     alone, [other, again] = copies([NEWS]), copies([SHORT, NEWS])
     assert alone == [again]
@@ -52,29 +57,29 @@ def test_copies_are_of_text_and_seed_alone_whatever_else_is_asked(tokenizer, emb
     assert NEWS not in again
 
 
-def test_masks_take_about_their_share_of_the_words_and_at_least_one(tokenizer):
-    [copies] = views(tokenizer, [NEWS], how("mask", views=400, share=0.3), 0, mask="[MASK]")
+def test_masks_take_about_their_share_of_the_words_and_at_least_one():
+    [copies] = views([NEWS], how("mask", views=400, share=0.3), 0, mask="[MASK]")
     assert all(copy.count("[MASK]") >= 1 for copy in copies)
     assert 0.27 < np.mean([copy.count("[MASK]") for copy in copies]) / len(words(NEWS)) < 0.33
     assert all(len(words(copy)) == len(words(NEWS)) for copy in copies)
-    [one] = views(tokenizer, [SHORT], how("mask", share=0.0), 0, mask="[MASK]")
+    [one] = views([SHORT], how("mask", share=0.0), 0, mask="[MASK]")
     assert {copy.count("[MASK]") for copy in one} == {1}
 
 
-def test_without_a_mask_token_words_are_left_out(tokenizer):
-    [copies] = views(tokenizer, [SHORT], how("mask"), 0)
+def test_without_a_mask_token_words_are_left_out():
+    [copies] = views([SHORT], how("mask"), 0)
     assert all(0 < len(words(copy)) < len(words(SHORT)) and "  " not in copy for copy in copies)
     assert all(set(words(copy)) < set(words(SHORT)) for copy in copies)
 
 
-def test_a_text_of_one_word_has_no_copy_that_says_nothing(tokenizer):
-    assert views(tokenizer, ["kitchen", "?!", ""], how("mask"), 0, mask="[MASK]") == [[], [], []]
-    assert views(tokenizer, ["kitchen", "?!", ""], how("mask"), 0) == [[], [], []]
-    assert views(tokenizer, ["kitchen"], how("ngram", "shuffle"), 0) == [[]]
+def test_a_text_of_one_word_has_no_copy_that_says_nothing():
+    assert views(["kitchen", "?!", ""], how("mask"), 0, mask="[MASK]") == [[], [], []]
+    assert views(["kitchen", "?!", ""], how("mask"), 0) == [[], [], []]
+    assert views(["kitchen"], how("ngram", "shuffle"), 0) == [[]]
 
 
-def test_neighbours_are_the_nearest_whole_words_by_cosine(tokenizer, embeddings):
-    found = neighbours(tokenizer, {"money", "Money", "airline", "tokenisation", "2004"}, embeddings)
+def test_neighbours_are_the_nearest_whole_words_by_cosine(tokenizer, embeddings, nearest):
+    found = nearest.of({"money", "Money", "airline", "tokenisation", "2004"})
     assert set(found) == {"money", "Money", "airline"}  # no piece of a word, no number
     assert found["money"] == found["Money"]
     assert {"cash", "fund", "funds"} <= set(found["money"])
@@ -86,10 +91,10 @@ def test_neighbours_are_the_nearest_whole_words_by_cosine(tokenizer, embeddings)
     assert {vocabulary[word] for word in found["airline"]} == set(nearest)
 
 
-def test_only_words_of_one_token_are_replaced_and_by_their_neighbours(tokenizer, embeddings):
+def test_only_words_of_one_token_are_replaced_and_by_their_neighbours(nearest):
     text = "the airline lost tokenisation money"
-    near = neighbours(tokenizer, set(words(text)), embeddings)
-    [copies] = views(tokenizer, [text], how("neighbours", share=0.5), 0, mask="[MASK]", embeddings=embeddings)
+    near = nearest.of(set(words(text)))
+    [copies] = views([text], how("neighbours", share=0.5), 0, mask="[MASK]", nearest=nearest)
     for copy in copies:
         for before, after in zip(words(text), words(copy), strict=True):
             assert after == before or after in near[before]
@@ -97,8 +102,8 @@ def test_only_words_of_one_token_are_replaced_and_by_their_neighbours(tokenizer,
         assert "[MASK]" not in copy
 
 
-def test_a_part_is_contiguous_and_of_half_the_words_at_least(tokenizer):
-    [copies] = views(tokenizer, [NEWS], how("ngram", views=200), 0)
+def test_a_part_is_contiguous_and_of_half_the_words_at_least():
+    [copies] = views([NEWS], how("ngram", views=200), 0)
     lengths = {len(words(copy)) for copy in copies}
     assert all(copy in NEWS for copy in copies)
     assert min(lengths) >= len(words(NEWS)) // 2
@@ -106,30 +111,30 @@ def test_a_part_is_contiguous_and_of_half_the_words_at_least(tokenizer):
     assert len(lengths) > 8
 
 
-def test_shuffled_sentences_are_the_same_ones_in_another_order(tokenizer):
+def test_shuffled_sentences_are_the_same_ones_in_another_order():
     sentences = ["Analysts had expected a loss!", "What will the board do next?"]
-    [copies] = views(tokenizer, [NEWS], how("shuffle"), 0)
+    [copies] = views([NEWS], how("shuffle"), 0)
     assert len(copies) > 5
     assert all(sorted(words(copy)) == sorted(words(NEWS)) for copy in copies)
     assert all(sentence in copy for sentence in sentences for copy in copies)
-    assert views(tokenizer, ["One sentence alone."], how("shuffle"), 0) == [[]]
+    assert views(["One sentence alone."], how("shuffle"), 0) == [[]]
 
 
-def test_a_part_is_taken_of_a_quarter_of_the_copies_beside_changed_words(tokenizer):
-    [copies] = views(tokenizer, [NEWS], how("mask", "ngram", views=400), 0, mask="MASK")
+def test_a_part_is_taken_of_a_quarter_of_the_copies_beside_changed_words():
+    [copies] = views([NEWS], how("mask", "ngram", views=400), 0, mask="MASK")
     assert 0.18 < np.mean([len(words(copy)) < len(words(NEWS)) for copy in copies]) < 0.32
 
 
-def test_words_of_scripts_without_blanks_are_characters(tokenizer):
-    [copies] = views(tokenizer, ["今天天气很好"], how("mask"), 0, mask="*")
+def test_words_of_scripts_without_blanks_are_characters():
+    [copies] = views(["今天天气很好"], how("mask"), 0, mask="*")
     assert all(len(copy) == 6 and copy.replace("*", "") for copy in copies)
 
 
-def test_a_folder_says_its_mask_token_and_brings_its_embeddings(base_model, tmp_path, tokenizer, embeddings):
+def test_a_folder_says_its_mask_token_and_brings_its_embeddings(base_model, tmp_path, nearest):
     assert mask_token(base_model) == "[MASK]"
     assert mask_token(tmp_path) is None
     settings = how("mask", "neighbours", views=4)
-    expected = views(tokenizer, [NEWS], settings, 3, mask="[MASK]", embeddings=embeddings)
+    expected = views([NEWS], settings, 3, mask="[MASK]", nearest=nearest)
     assert changer(base_model, settings, 3)([NEWS]) == expected
 
 

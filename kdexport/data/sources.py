@@ -85,8 +85,7 @@ def rows_of_sources(data: spec.Data) -> dict[str, int]:
     counts = {split: len(source.rows) for split, source in read_splits(data).items()}
     if data.unlabelled:
         path = Path(data.unlabelled)
-        texts = path.suffix not in SUFFIXES
-        counts["unlabelled"] = len(path.read_text("utf-8").splitlines()) if texts else len(read_file(path).rows)
+        counts["unlabelled"] = len(read_file(path).rows if path.suffix in SUFFIXES else _lines(path))
     return counts
 
 
@@ -157,9 +156,14 @@ def read_unlabelled(data: spec.Data, task: str) -> tuple[list[dict[str, Any]], i
     if data.text_pair:
         raise DataError(f"{path} holds single texts, the data are pairs of them", "Give a CSV or JSONL of pairs")
     _check_utf8(path)
+    texts = [(number, {"text": line}) for number, line in enumerate(_lines(path), 1) if line.strip()]
+    return _check_rows(path.name, texts, {"text": "text"}, data, task)
+
+
+def _lines(path: Path) -> list[str]:
+    """As editors number them: str.splitlines would end lines within a text too, at U+2028 and its kind."""
     with path.open(encoding="utf-8-sig") as file:
-        lines = [(number, {"text": line.rstrip("\n")}) for number, line in enumerate(file, 1) if line.strip()]
-    return _check_rows(path.name, lines, {"text": "text"}, data, task)
+        return [line.rstrip("\n") for line in file]
 
 
 def _check_rows(

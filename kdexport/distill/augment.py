@@ -72,28 +72,23 @@ def changer(teacher: Path, how: spec.Augment, seed: int) -> Change:
     Raises:
         ModelError: only neighbours are asked for, and the teacher has no embeddings that they could be found in.
     """
-    tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
-    embeddings = None
+    nearest = None
     if "neighbours" in how.kinds:
         embeddings = _input_embeddings(teacher)
-        if embeddings is None:
-            kinds = tuple(kind for kind in how.kinds if kind != "neighbours")
-            if not kinds:
-                raise ModelError("the teacher has no embeddings to find neighbours in", "Ask for other kinds: mask")
+        kinds = tuple(kind for kind in how.kinds if kind != "neighbours")
+        if embeddings is not None:
+            nearest = Nearest(Tokenizer.from_file(str(teacher / "tokenizer.json")), embeddings)
+        elif kinds:
             say("augment: the teacher has no embeddings to find neighbours in; the other kinds are used")
             how = msgspec.structs.replace(how, kinds=kinds)
+        else:
+            raise ModelError("the teacher has no embeddings to find neighbours in", "Ask for other kinds: mask")
     mask = mask_token(teacher)
-    return lambda texts: views(tokenizer, texts, how, seed, mask=mask, embeddings=embeddings)
+    return lambda texts: views(texts, how, seed, mask=mask, nearest=nearest)
 
 
 def views(
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    how: spec.Augment,
-    seed: int,
-    *,
-    mask: str | None = None,
-    embeddings: Array | None = None,
+    texts: Sequence[str], how: spec.Augment, seed: int, *, mask: str | None = None, nearest: Nearest | None = None
 ) -> list[list[str]]:
     """Changed copies of each text: a function of text and seed alone, so that what a teacher said of them holds.
 
@@ -102,12 +97,11 @@ def views(
     sentences are reordered.
 
     Args:
-        tokenizer: the teacher's; it says which words are one token.
         texts: in any order.
         how: how many copies, of which kinds. The first ones stay the same when more are asked for.
         seed: another seed gives other copies.
         mask: the tokenizer's mask token; words are left out when None.
-        embeddings: the teacher's input embeddings [V, H]; needed for neighbours.
+        nearest: finds neighbours; needed for that kind.
 
     Returns:
         For each text its copies, at most `how.views`: those that are equal to the text or to another copy, or that
@@ -115,8 +109,8 @@ def views(
     """
     near: dict[str, list[str]] = {}
     if "neighbours" in how.kinds:
-        assert embeddings is not None, "neighbours are found in embeddings"
-        near = neighbours(tokenizer, {word for text in texts for word in _WORD.findall(text)}, embeddings)
+        assert nearest is not None, "neighbours are found in embeddings"
+        near = nearest.of({word for text in texts for word in _WORD.findall(text)})
     return [_views_of(text, how, random.Random(f"{seed}\x1f{text}"), mask, near) for text in texts]
 
 
@@ -185,42 +179,53 @@ def _reorder(text: str, chance: random.Random) -> str:
 _OF_THE_WHOLE = {"ngram": _part, "shuffle": _reorder}
 
 
-def neighbours(tokenizer: Tokenizer, words: Collection[str], embeddings: Array) -> dict[str, list[str]]:
-    """The ten nearest words of each word that is one token, by the cosine of their embeddings.
+class Nearest:
+    """Words near a word, by the cosine of their embeddings. What was found is kept.
 
     Args:
         tokenizer: the teacher's.
-        words: as they stand in texts; those that are several tokens have no neighbours.
         embeddings: [V, H], by token id.
-
-    Returns:
-        Neighbours are whole words of letters, never a piece of one, a special token or the word itself.
     """
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    spelled = _whole_words(tokenizer, len(embeddings))
-    ordered = sorted(words)
-    encoded = tokenizer.encode_batch_fast([f" {word}" for word in ordered], add_special_tokens=False)
-    token = {
-        word: e.ids[0] for word, e in zip(ordered, encoded, strict=True) if len(e.ids) == 1 and e.ids[0] in spelled
-    }
-    ids = np.array(sorted(spelled), dtype=np.int64)
-    table = np.asarray(embeddings, dtype=np.float32)[ids]
-    table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
-    place = {int(i): n for n, i in enumerate(ids)}
-    asked = np.array(sorted({place[i] for i in token.values()}), dtype=np.int64)
-    nearest: dict[int, list[str]] = {}
-    k = min(_NEAREST, len(ids) - 1)
-    for start in range(0, len(asked) if k > 0 else 0, _BLOCK):
-        block = asked[start : start + _BLOCK]
-        cosines = table[block] @ table.T
-        cosines[np.arange(len(block)), block] = -np.inf  # a word is no neighbour of its own
-        best = np.argpartition(cosines, -k, axis=1)[:, -k:]
-        for row, columns in zip(block, best, strict=True):
-            nearest[int(ids[row])] = [spelled[int(i)] for i in np.sort(ids[columns])]
-    found = {word: [n for n in nearest.get(i, []) if n.casefold() != word.casefold()] for word, i in token.items()}
-    return {word: near for word, near in found.items() if near}
+
+    def __init__(self, tokenizer: Tokenizer, embeddings: Array) -> None:
+        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._spelled = _whole_words(self._tokenizer, len(embeddings))
+        self._ids = np.array(sorted(self._spelled), dtype=np.int64)
+        table = np.asarray(embeddings, dtype=np.float32)[self._ids]
+        self._table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+        self._found: dict[str, list[str]] = {}
+
+    def of(self, words: Collection[str]) -> dict[str, list[str]]:
+        """The ten nearest words of each word that is one token; other words are left out.
+
+        Neighbours are whole words of letters, never a piece of one, a special token or the word itself.
+        """
+        new = sorted({*words} - self._found.keys())
+        encoded = self._tokenizer.encode_batch_fast([f" {word}" for word in new], add_special_tokens=False)
+        token = {
+            w: e.ids[0] for w, e in zip(new, encoded, strict=True) if len(e.ids) == 1 and e.ids[0] in self._spelled
+        }
+        near = self._near(sorted(set(token.values())))
+        for word in new:
+            found = near[token[word]] if word in token else []
+            self._found[word] = [one for one in found if one.casefold() != word.casefold()]
+        return {word: self._found[word] for word in words if self._found[word]}
+
+    def _near(self, tokens: Sequence[int]) -> dict[int, list[str]]:
+        places, k = np.searchsorted(self._ids, tokens), min(_NEAREST, len(self._ids) - 1)
+        if k < 1:
+            return {token: [] for token in tokens}
+        near: dict[int, list[str]] = {}
+        for start in range(0, len(places), _BLOCK):
+            block = places[start : start + _BLOCK]
+            cosines = self._table[block] @ self._table.T
+            cosines[np.arange(len(block)), block] = -np.inf  # a word is no neighbour of its own
+            best = np.argpartition(cosines, -k, axis=1)[:, -k:]
+            for place, columns in zip(block, best, strict=True):
+                near[int(self._ids[place])] = [self._spelled[int(i)] for i in np.sort(self._ids[columns])]
+        return near
 
 
 def _whole_words(tokenizer: Tokenizer, below: int) -> dict[int, str]:

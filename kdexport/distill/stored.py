@@ -66,7 +66,8 @@ def take_stored(path: Path, data: Path, source_rows: Mapping[str, int], task: st
             rows = read_rows(data, split)
             source = "train" if split in read_summary(data).split_by_us else split
             logits = _find(path, stored, source, rows, source_rows.get(source, 0), content)
-            found |= zip(map(content, rows), logits, strict=True)
+            for row, answer in zip(rows, logits, strict=True):
+                found.setdefault(content(row), answer)  # a text that occurs twice has one answer, the first
     Store(out / "logits").add(list(found), np.stack(list(found.values())))
     return labels
 
