@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from kdexport import artifact, spec
-from kdexport.data import prepare, read_rows
+from kdexport.data import prepare, read_rows, read_summary
 from kdexport.data.sources import Source, local_files, read_unlabelled, rows_of_sources, to_rows
 from kdexport.distill import teachers
 from kdexport.distill.augment import changer
@@ -786,3 +786,48 @@ def test_unlabelled_texts_are_a_text_a_line_or_a_column_whose_labels_are_not_rea
         local_files(given("none.txt"))
     with pytest.raises(DataError, match="holds single texts, the data are pairs"):
         read_unlabelled(given("u.txt", text_pair="second"), "text-classification")
+
+
+# --- the data stage
+
+
+def csv(folder, name, rows, columns=("text", "label")):
+    pd.DataFrame(rows, columns=list(columns)).to_csv(folder / name, index=False)
+    return str(folder / name)
+
+
+TEST = [(f"test text {i}", "ab"[i % 2]) for i in range(10)]
+PLAIN = [(f"some text {i}",) for i in range(30)]
+
+
+def test_training_texts_need_no_labels_where_the_test_has_them(tmp_path):
+    given = spec.Data(train=csv(tmp_path, "t.csv", PLAIN, ["text"]), test=csv(tmp_path, "e.csv", TEST))
+    folder = data_stage(tmp_path / "run", given)
+    assert {row["label"] for split in ("train", "validation") for row in read_rows(folder, split)} == {None}
+    assert len(read_rows(folder, "train")) == 27
+    assert read_summary(folder).labels == ["a", "b"]
+    assert read_summary(folder).duplicates.conflicting_labels == 0
+
+
+def test_without_a_test_the_training_texts_need_labels(tmp_path):
+    with pytest.raises(DataError, match=r"t\.csv: which column is the label\?"):
+        data_stage(tmp_path / "run", spec.Data(train=csv(tmp_path, "t.csv", PLAIN, ["text"])))
+    named = spec.Data(train=csv(tmp_path, "t.csv", PLAIN, ["text"]), test=csv(tmp_path, "e.csv", TEST), label="label")
+    with pytest.raises(DataError, match=r"t\.csv has no column 'label'"):
+        data_stage(tmp_path / "run", named)
+
+
+def test_unlabelled_texts_of_the_splits_are_dropped_and_the_others_kept_once(tmp_path):
+    train = csv(tmp_path, "t.csv", [(f"some text {i}", "ab"[i % 2]) for i in range(30)])
+    (tmp_path / "more.txt").write_text("new\nsome text 3\ntest text 4\nnew\nother\n")
+    given = spec.Data(train=train, test=csv(tmp_path, "e.csv", TEST), unlabelled=str(tmp_path / "more.txt"))
+    folder = data_stage(tmp_path / "run", given)
+    assert [(row["id"], row["text"]) for row in read_rows(folder, "unlabelled")] == [
+        ("more.txt:1", "new"),
+        ("more.txt:5", "other"),
+    ]
+    assert read_summary(folder).unlabelled == 2
+    assert sum(read_summary(folder).rows.values()) == 40
+    (tmp_path / "more.txt").write_text("some text 3\n")
+    with pytest.raises(DataError, match="all unlabelled texts stand in train"):
+        data_stage(tmp_path / "again", given)

@@ -1,13 +1,15 @@
 """Every source → rows with stable ids, three splits, label names, and an audit of duplicates.
 
-The stage writes `train.jsonl`, `validation.jsonl`, `test.jsonl` and `data.json`; all later stages read rows
-from there and from nowhere else. `near_duplicates.jsonl` is for the user to look at.
+The stage writes `train.jsonl`, `validation.jsonl`, `test.jsonl` and `data.json`, and `unlabelled.jsonl` where there are
+texts of that kind; all later stages read rows from there and from nowhere else. `near_duplicates.jsonl` is for the user
+to look at. Rows of train and validation may have the label None, which the teacher alone labels then.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import msgspec
 
 from kdexport import spec
 from kdexport.data.duplicates import Audit, audit, near_duplicates
-from kdexport.data.sources import SPLITS, read_splits, to_rows
+from kdexport.data.sources import SPLITS, read_splits, read_unlabelled, to_rows
 from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
 from kdexport.progress import say, warn
@@ -28,13 +30,14 @@ _TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """`data.json`: what the rows are, and what the audit found."""
+    """`data.json`: what the rows are, and what the audit found; `unlabelled` counts the texts beyond the splits."""
 
     rows: dict[str, int]
     labels: list[str]
     bad_rows: int
     split_by_us: list[str]
     duplicates: Audit
+    unlabelled: int = 0
 
 
 def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
@@ -46,15 +49,21 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
     content = TASKS[task].content
     splits: dict[str, Rows] = {}
     bad_rows = 0
-    for split, source in read_splits(settings).items():
-        splits[split], bad = to_rows(source, settings, task)
+    sources = read_splits(settings)
+    for split, source in sources.items():
+        # What is tested needs labels; where they are, the test may come of train.
+        needs_labels = split == "test" or "test" not in sources
+        splits[split], bad = to_rows(source, settings, task, needs_labels=needs_labels)
         bad_rows += bad
+    unlabelled, bad = read_unlabelled(settings, task) if settings.unlabelled else ([], 0)
+    bad_rows += bad
     if bad_rows:
         warn(f"data: {bad_rows:,} bad rows left out")
     if settings.skip_bad_rows:
         splits["train"], lone = _without_lone_classes(splits["train"])
         bad_rows += lone
-    check_classes(splits["train"], "train")
+    if _has_labels(splits["train"]):
+        check_classes(splits["train"], "train")
     missing = [split for split in SPLITS if split not in splits]
     for split, share in (("test", _TEST_SHARE), ("validation", _VALIDATION_SHARE)):
         if split in missing:
@@ -63,15 +72,20 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
     for split, rows in splits.items():
         if not rows:
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
+    unlabelled = _new(unlabelled, splits, content)
     labels = _label_names(splits)
     near, pairs = near_duplicates(splits, content)
     found = msgspec.structs.replace(found, near=near)
     write_bytes(out / "near_duplicates.jsonl", b"".join(msgspec.json.encode(pair) + b"\n" for pair in pairs))
-    for split, rows in splits.items():
-        write_bytes(out / f"{split}.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    for name, rows in (splits | ({"unlabelled": unlabelled} if unlabelled else {})).items():
+        write_bytes(out / f"{name}.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
     counts = {split: len(rows) for split, rows in splits.items()}
-    write_json(out / "data.json", Summary(counts, labels, bad_rows, missing, found))
+    write_json(out / "data.json", Summary(counts, labels, bad_rows, missing, found, len(unlabelled)))
     _tell(counts, labels, missing, found)
+    alone = [split for split, rows in splits.items() if not _has_labels(rows)]
+    if alone or unlabelled:
+        more = [f"{len(unlabelled):,} texts beyond the splits"] if unlabelled else []
+        say(f"data: without labels, so that the teacher alone labels them: {', '.join([*alone, *more])}")
 
 
 def read_rows(folder: Path, split: str) -> Rows:
@@ -96,6 +110,19 @@ def sampled(n: int, most: int = 5000) -> list[int]:
     return sorted(random.Random(0).sample(range(n), min(n, most)))
 
 
+def _has_labels(rows: Rows) -> bool:
+    return any(row["label"] is not None for row in rows)
+
+
+def _new(rows: Rows, splits: dict[str, Rows], content: Callable[[dict[str, Any]], str]) -> Rows:
+    """Those whose content stands in no split, each once: a text of test must not be trained on, labelled or not."""
+    taken = {content(row) for split in splits.values() for row in split}
+    kept = [row for row in {content(row): row for row in reversed(rows)}.values() if content(row) not in taken][::-1]
+    if rows and not kept:
+        raise DataError("all unlabelled texts stand in train, validation or test as well", "Leave data.unlabelled out")
+    return kept
+
+
 def _without_lone_classes(rows: Rows) -> tuple[Rows, int]:
     counts = Counter(row["label"] for row in rows)
     kept = [row for row in rows if row["label"] is None or counts[row["label"]] > 1]
@@ -105,8 +132,12 @@ def _without_lone_classes(rows: Rows) -> tuple[Rows, int]:
 
 
 def _label_names(splits: dict[str, Rows]) -> list[str]:
-    """Labels of train, numbers by value, names by alphabet; other splits may not have more."""
+    """Labels of train, numbers by value, names by alphabet; other splits may not have more.
+
+    Where train has none, they are those of the other splits.
+    """
     labels = {row["label"] for row in splits["train"]} - {None}
+    labels = labels or {row["label"] for split in ("validation", "test") for row in splits[split]} - {None}
     for split in ("validation", "test"):
         for row in splits[split]:
             if row["label"] is not None and row["label"] not in labels:

@@ -125,6 +125,8 @@ class Teacher:
         import torch
         from transformers import AutoModelForSequenceClassification
 
+        import kdexport.networks  # noqa: F401  # a teacher may be a student of ours
+
         model = AutoModelForSequenceClassification.from_pretrained(self.named.folder)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 

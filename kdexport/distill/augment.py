@@ -253,5 +253,7 @@ def _input_embeddings(teacher: Path) -> Array | None:
         return None
     from transformers import AutoModelForSequenceClassification
 
+    import kdexport.networks  # noqa: F401  # a teacher may be a student of ours
+
     model = AutoModelForSequenceClassification.from_pretrained(teacher)
     return np.asarray(model.get_input_embeddings().weight.detach().float().cpu().numpy())

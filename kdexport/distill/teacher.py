@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+import kdexport.networks  # noqa: F401  # a teacher may be a student of ours
 from kdexport import spec
 from kdexport.data import read_rows, read_summary
 from kdexport.distill.train import Recipe, fit
