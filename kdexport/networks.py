@@ -1,4 +1,8 @@
-"""Students that are no transformers: a bag of embeddings, a convolution over words, a recurrent network.
+"""Students of our own: a wide table of token embeddings, something small that reads it, and what it says pooled.
+
+Tokens by themselves (a bag), windows of them, a recurrent network, or a few narrow transformer layers. A wide table
+costs no time, for a text looks up few of its rows, and pooling over all tokens is learned from little data: on 150
+intents both are worth more than attention is (benchmarks/README.md).
 
 They are `PreTrainedModel`s like any other, so saving, loading, training and export are one path: importing this
 module makes Transformers' Auto classes and Optimum's exporter know them.
@@ -13,11 +17,18 @@ from optimum.exporters.onnx.config import TextEncoderOnnxConfig
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedTextConfig
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    ElectraConfig,
+    ElectraModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 MODEL_TYPE = "kdexport-text"
-KINDS = ("bag", "cnn", "gru")
+KINDS = ("bag", "cnn", "gru", "encoder")
 _FARTHEST = 1e4  # stands for minus infinity where padding must not be the maximum; fp16 holds it
 
 
@@ -25,11 +36,13 @@ class TextNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ship
     """Shape of a `TextNet`.
 
     Args:
-        kind: bag (each token by itself), cnn (windows of `window` tokens; Kim 2014), gru (both directions).
+        kind: bag (each token by itself), cnn (windows of `window` tokens; Kim 2014), gru (both directions), encoder
+            (`num_hidden_layers` transformer layers behind a projection, as ELECTRA has it; Clark et al. 2020).
         embedding_size: width of the token table.
-        hidden_size: features that cnn and gru make of each position; a bag takes the embeddings themselves.
+        hidden_size: features that all but a bag make of each position; a bag takes the embeddings themselves.
         head_size: width of the layer before the logits.
         window: tokens that cnn sees at once.
+        num_attention_heads, max_position_embeddings: of an encoder; its feed-forward width is 4 × `hidden_size`.
     """
 
     model_type = MODEL_TYPE
@@ -43,6 +56,9 @@ class TextNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ship
         head_size: int = 256,
         window: int = 3,
         dropout: float = 0.0,
+        num_hidden_layers: int = 1,
+        num_attention_heads: int = 2,
+        max_position_embeddings: int = 512,
         pad_token_id: int = 0,
         **others: Any,
     ) -> None:
@@ -50,7 +66,8 @@ class TextNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ship
             raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
         self.kind, self.vocab_size, self.embedding_size = kind, vocab_size, embedding_size
         self.hidden_size, self.head_size, self.window, self.dropout = hidden_size, head_size, window, dropout
-        self.num_hidden_layers = 1
+        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
         super().__init__(pad_token_id=pad_token_id, **others)
 
 
@@ -63,7 +80,7 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
 
     config_class = TextNetConfig
     base_model_prefix = "net"
-    _supports_sdpa = False
+    _supports_sdpa = True
 
     def __init__(self, config: TextNetConfig) -> None:
         super().__init__(config)
@@ -79,6 +96,10 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
             self.forwards = nn.GRU(width, config.hidden_size, batch_first=True)
             self.backwards = nn.GRU(width, config.hidden_size, batch_first=True)
             width = 2 * config.hidden_size
+        elif config.kind == "encoder":
+            self.encoder = ElectraModel(_encoder_config(config))
+            del self.encoder.embeddings.word_embeddings  # ours are given to it
+            width = config.hidden_size
         self.dropout = nn.Dropout(config.dropout)
         self.dense = nn.Linear(2 * width, config.head_size)
         self.classifier = nn.Linear(config.head_size, config.num_labels)
@@ -121,6 +142,9 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
             length = embedded.shape[1]
             shifted = [padded[:, i : i + length] for i in range(self.config.window)]
             return torch.relu(self.windows(torch.cat(shifted, dim=-1)))
+        if self.config.kind == "encoder":
+            hidden: Tensor = self.encoder(inputs_embeds=embedded, attention_mask=attention_mask).last_hidden_state
+            return hidden
         if self.config.kind == "gru":
             # Read backwards from each text's own end; the outputs may stay in that order, for they are pooled.
             last = attention_mask.sum(dim=1, keepdim=True) - 1
@@ -128,6 +152,37 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
             backwards = embedded.gather(1, places.unsqueeze(-1).expand(-1, -1, embedded.shape[-1]))
             return torch.cat([self.forwards(embedded)[0], self.backwards(backwards)[0]], dim=-1)
         return embedded
+
+
+def _encoder_config(config: TextNetConfig) -> ElectraConfig:
+    return ElectraConfig(
+        vocab_size=1,
+        embedding_size=config.embedding_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=4 * config.hidden_size,
+        max_position_embeddings=config.max_position_embeddings,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        pad_token_id=0,
+    )
+
+
+@torch.no_grad()
+def start_as_mean(network: TextNet) -> None:
+    """Let each layer of an encoder start as the mean over the tokens, added to the token itself.
+
+    Nearly equal scores, values passed through: at first the encoder is a bag of embeddings, and what order there is
+    to learn is learned from there. Random attention has to find that first, which takes data.
+    """
+    for layer in network.encoder.encoder.layer:
+        attention = layer.attention
+        for scores in (attention.self.query, attention.self.key):
+            scores.weight.mul_(0.05)
+        for passed in (attention.self.value, attention.output.dense):
+            nn.init.eye_(passed.weight)
+        layer.output.dense.weight.mul_(0.1)
 
 
 class _TextNetOnnxConfig(TextEncoderOnnxConfig):  # type: ignore[misc]

@@ -130,9 +130,9 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
         "distill.epochs": (f"{epochs.value:g}", epochs.reason),
         "student.model": (", ".join(names), "as given" if settings.student.model else recipe.why(settings)),
     }
-    shapes = {recipe.shape_of(name) for name in names}
-    if len(shapes) == 1 and (width := next(iter(shapes)).width):
-        rate = recipe.learning_rate(settings.distill, next(iter(shapes)), width)
+    shape = recipe.shape_of(names[0])
+    if len(names) == 1 and (shape.width or shape.kind == "network"):
+        rate = recipe.learning_rate(settings.distill, settings.student, names[0], shape.width)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
     derived["data.max_length"] = (
         str(settings.data.max_length or 128),

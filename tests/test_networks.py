@@ -19,7 +19,9 @@ ROWS = [{"text": text} for text in ("short", "a text that is a good deal longer 
 
 def net(kind):
     torch.manual_seed(0)
-    config = TextNetConfig(kind=kind, embedding_size=16, hidden_size=24, head_size=32, num_labels=len(LABELS))
+    config = TextNetConfig(
+        kind=kind, embedding_size=16, hidden_size=24, head_size=32, num_labels=len(LABELS), num_hidden_layers=2
+    )
     made = TextNet(config).eval()
     torch.nn.init.normal_(made.importance.weight)
     return made
@@ -35,7 +37,7 @@ def test_padding_changes_nothing(kind):
     assert torch.allclose(model(input_ids=padded, attention_mask=mask).logits, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "reads_order"), [("bag", False), ("cnn", True), ("gru", True)])
+@pytest.mark.parametrize(("kind", "reads_order"), [("bag", False), ("cnn", True), ("gru", True), ("encoder", True)])
 def test_who_reads_the_order_of_words(kind, reads_order):
     model = net(kind)
     ids = torch.tensor([[7, 8, 9, 10, 11]])
@@ -64,5 +66,5 @@ def test_the_exported_file_answers_as_the_saved_model(kind, tmp_path):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="none of bag, cnn, gru"):
+    with pytest.raises(ValueError, match="none of bag, cnn, gru, encoder"):
         TextNetConfig(kind="lstm")

@@ -15,6 +15,8 @@ NETWORKS = ("bag", "cnn", "gru")
 LADDER = ("bag", "cnn", "tiny", "2x256", "layers:1", "layers:2")
 
 _EXAMPLES_SEEN, _STEPS = 300_000, 500
+# Passes at least over rows that are mostly changed copies: they don't overfit, so patience pays (Beyer et al. 2022).
+_PATIENT = 5
 
 
 class Derived(NamedTuple):
@@ -31,6 +33,7 @@ class Shape(NamedTuple):
     layers: int = 0
     width: int = 0
     indices: tuple[int, ...] = ()
+    network: str = ""
 
 
 def shape_of(model: str) -> Shape:
@@ -42,7 +45,7 @@ def shape_of(model: str) -> Shape:
     if model in PRESETS:
         return Shape("narrow", *PRESETS[model])
     if model in NETWORKS:
-        return Shape("network", 1)
+        return Shape("network", 1, network=model)
     if found := re.fullmatch(r"([1-9]\d?)x([1-9]\d*)", model):
         return Shape("narrow", int(found[1]), int(found[2]))
     kind, colon, rest = model.partition(":")
@@ -72,23 +75,27 @@ def why(settings: spec.Spec) -> str:
     return "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"
 
 
-def epochs(settings: spec.Distill, rows: int) -> Derived:
-    """Passes over the training rows."""
+def epochs(settings: spec.Distill, rows: int, transfer: int = 0) -> Derived:
+    """Passes over the training rows, and over the transfer rows, which the teacher alone labels."""
     if settings.epochs is not None:
         return Derived(settings.epochs, "as given")
-    if 15 * rows < _STEPS * settings.batch_size:
-        value = min(100, -(-_STEPS * settings.batch_size // rows))
-        return Derived(value, f"about {_STEPS} steps, at most 100 passes; there are {rows:,} rows")
-    value = max(3, min(15, _EXAMPLES_SEEN // rows))
-    return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, 3 to 15 passes; there are {rows:,} rows")
+    every = rows + transfer
+    told = f"there are {rows:,} rows" + (f" and {transfer:,} that the teacher labels" if transfer else "")
+    if 15 * every < _STEPS * settings.batch_size:
+        value = min(100, -(-_STEPS * settings.batch_size // every))
+        return Derived(value, f"about {_STEPS} steps, at most 100 passes; {told}")
+    least = _PATIENT if transfer else 3
+    value = max(least, min(15, _EXAMPLES_SEEN // every))
+    return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, {least} to 15 passes; {told}")
 
 
-def learning_rate(settings: spec.Distill, shape: Shape, width: int) -> Derived:
+def learning_rate(settings: spec.Distill, student: spec.Student, name: str, width: int) -> Derived:
     """The highest learning rate: smaller for wider transformers, halved for weights that are trained already."""
+    shape = shape_of(name)
     if settings.learning_rate is not None:
         return Derived(settings.learning_rate, "as given")
-    if shape.kind == "network":
-        return Derived(1e-3, "1e-3 for students that are no transformers")
+    if shape.kind == "network" or (shape.kind == "narrow" and student.embedding):
+        return Derived(1e-3, "1e-3 for students that pool over the teacher's embeddings")
     trained = shape.kind != "narrow"
     value = 5e-4 * 128 / width * (0.5 if trained else 1.0)
     start = ", halved: its weights are trained already" if trained else ""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,7 +26,7 @@ from kdexport.distill.targets import TRANSFER
 from kdexport.distill.teacher import Opened, open_config, open_model, read_task_config, save_model, save_task
 from kdexport.distill.train import Recipe, fit, logits_of
 from kdexport.distill.vocabulary import trim_vocabulary
-from kdexport.networks import TextNet, TextNetConfig
+from kdexport.networks import TextNet, TextNetConfig, start_as_mean
 from kdexport.progress import say
 from kdexport.rundir import write_json
 from kdexport.tasks import load_task
@@ -73,9 +74,13 @@ def train_student(
     task = load_task(out)
     rows, validation = read_rows(data, "train"), read_rows(data, "validation")
     soft = None if hard else np.load(targets / "train.npy")
+    unlabelled = [] if hard else transfer_rows(targets)
+    epochs = recipe.epochs(distill, len(rows), len(unlabelled)).value
+    if share < 1:  # a trial sees the share of all examples, but of the labelled rows
+        epochs, unlabelled = max(1, round(share * epochs * (1 + len(unlabelled) / len(rows)))), []
     how = Recipe(
-        epochs=max(1, round(share * recipe.epochs(distill, len(rows)).value)),
-        learning_rate=recipe.learning_rate(distill, recipe.shape_of(name), model.config.hidden_size).value,
+        epochs=int(epochs),
+        learning_rate=recipe.learning_rate(distill, student, name, model.config.hidden_size).value,
         batch_size=distill.batch_size,
         seed=seed,
         losses=spec.weights_of(distill),
@@ -83,7 +88,7 @@ def train_student(
         alpha=distill.alpha,
         patience=distill.patience,
     )
-    if soft is not None and (unlabelled := transfer_rows(targets)):
+    if soft is not None and unlabelled:
         rows, soft = [*rows, *unlabelled], np.concatenate([soft, np.load(targets / f"{TRANSFER}.npy")])
     parameters = model.num_parameters()
     say(
@@ -158,8 +163,8 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
     kept = None if student.vocabulary == "whole" else trim_vocabulary(tokenizer, teacher, texts)
     size = "" if kept is None else f", a vocabulary of {len(kept):,}"
-    if shape.kind == "network":
-        model, told = _network(name, student, teacher, tokenizer)
+    if shape.kind == "network" or (shape.kind == "narrow" and student.embedding):
+        model, told = _network(shape, student, teacher, tokenizer)
     elif shape.kind == "narrow":
         model, told = _narrow(student, shape, teacher)
     else:
@@ -174,7 +179,6 @@ def _narrow(student: spec.Student, shape: recipe.Shape, teacher: PreTrainedModel
         teacher,
         shape.layers,
         shape.width,
-        embedding_width=student.embedding,
         project_layers=student.start == "projections",
     )
     told = f"embeddings from the teacher's by PCA ({made.kept_variance:.0%} of their variance)"
@@ -185,31 +189,55 @@ def _narrow(student: spec.Student, shape: recipe.Shape, teacher: PreTrainedModel
 
 @torch.no_grad()
 def _network(
-    kind: str, student: spec.Student, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    shape: recipe.Shape, student: spec.Student, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[PreTrainedModel, str]:
-    """A student that is no transformer; its table is the teacher's, whole or on its principal axes."""
+    """A student of ours; its table is the teacher's, whole or on its principal axes."""
     words = teacher.get_input_embeddings().weight
     width = min(student.embedding or words.shape[1], words.shape[1])
-    labels = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
-    config = TextNetConfig(
-        kind=kind,
-        vocab_size=len(words),
-        embedding_size=width,
-        hidden_size=_NETWORK_WIDTH,
-        head_size=_NETWORK_HEAD,
-        pad_token_id=tokenizer.pad_token_id or 0,
-        **labels,
+    encoder = shape.kind == "narrow"
+    network = TextNet(
+        TextNetConfig(
+            kind="encoder" if encoder else shape.network,
+            vocab_size=len(words),
+            embedding_size=width,
+            hidden_size=shape.width or _NETWORK_WIDTH,
+            head_size=_NETWORK_HEAD,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=max(1, shape.width // 64),
+            pad_token_id=tokenizer.pad_token_id or 0,
+            id2label=teacher.config.id2label,
+            label2id=teacher.config.label2id,
+        )
     )
-    network = TextNet(config)
-    centred = words - words.mean(dim=0)
-    variances, axes = torch.linalg.eigh(torch.cov(centred.T.float()).double())
-    kept = float(variances[-width:].sum() / variances.sum())
-    table = centred if width == words.shape[1] else centred @ axes[:, -width:].flip(1).to(words.dtype)
-    network.embeddings.weight.copy_(table)
-    network.embeddings.weight[config.pad_token_id] = 0.0
-    how = (
-        "the teacher's embeddings"
-        if kept > 0.9999
-        else f"the teacher's embeddings by PCA ({kept:.0%} of their variance)"
-    )
-    return network, how
+    onto, kept = _principal_axes(words, width)
+    network.embeddings.weight.copy_(words @ onto if encoder else (words - words.mean(dim=0)) @ onto)
+    if encoder:
+        start_as_mean(network)
+        _start_stream(network, teacher, onto, shape.width)
+    network.embeddings.weight[network.config.pad_token_id] = 0.0
+    part = "" if kept > 0.9999 else f" by PCA ({kept:.0%} of their variance)"
+    return network, f"the teacher's embeddings{part}"
+
+
+def _principal_axes(table: Tensor, width: int) -> tuple[Tensor, float]:
+    """The axes [H, width] on which a table [V, H] varies most, and their share of its variance."""
+    if width == table.shape[1]:
+        return torch.eye(width, dtype=table.dtype), 1.0
+    variances, axes = torch.linalg.eigh(torch.cov((table - table.mean(dim=0)).T.float()).double())
+    return axes[:, -width:].flip(1).to(table.dtype), float(variances[-width:].sum() / variances.sum())
+
+
+def _start_stream(network: TextNet, teacher: PreTrainedModel, onto: Tensor, width: int) -> None:
+    """What an encoder's first layer reads: the teacher's positions too, where it has a table, and the main axes."""
+    block = network.encoder.embeddings
+    theirs = getattr(teacher.base_model.embeddings, "position_embeddings", None)
+    if isinstance(theirs, torch.nn.Embedding):
+        first = 0 if theirs.padding_idx is None else theirs.padding_idx + 1  # RoBERTa counts from there
+        positions = theirs.weight[first:] @ onto
+        n = min(len(positions), len(block.position_embeddings.weight))
+        block.position_embeddings.weight[:n].copy_(positions[:n])
+    block.token_type_embeddings.weight.zero_()
+    if hasattr(network.encoder, "embeddings_project"):
+        normed = torch.nn.functional.layer_norm(network.embeddings.weight, onto.shape[1:])
+        network.encoder.embeddings_project.weight.copy_(_principal_axes(normed, width)[0].T)
+        torch.nn.init.zeros_(network.encoder.embeddings_project.bias)

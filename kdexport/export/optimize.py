@@ -41,7 +41,7 @@ def fuse(plain: Path, student: Path, fused: Path) -> bool:
         Whether attention was fused in every layer; if not, nothing is written.
     """
     config = msgspec.json.decode((student / "config.json").read_bytes())
-    if config["model_type"] not in _BERT_LIKE:
+    if config["model_type"] not in _BERT_LIKE and config.get("kind") != "encoder":  # ours has ELECTRA's layers
         return False
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from onnxruntime.transformers import optimizer

@@ -94,11 +94,16 @@ class Student(Section, frozen=True):
     ] = None
     vocabulary: Annotated[
         Literal["whole", "corpus"] | None,
-        _help("the teacher's tokens, or those of the training texts; corpus when absent and student comes of teacher"),
+        _help(
+            "the teacher's tokens, or those of the training texts; when absent corpus, or whole for a folder or hub id"
+        ),
     ] = None
     embedding: Annotated[
         Count | None,
-        _help("width of the token embeddings, behind a learned projection; the teacher's for bag, cnn, gru"),
+        _help(
+            "width of the token embeddings; of bag, cnn, gru the teacher's when absent; a narrow student gets them "
+            "behind a learned projection, and pools over all tokens"
+        ),
     ] = None
     start: Annotated[
         Literal["projections", "embeddings"],
