@@ -21,10 +21,20 @@ def test_flags_win_over_the_file(tmp_path):
         ({"teacher": {"modle": "x"}}, "unknown key 'teacher.modle'. Did you mean 'teacher.model'?"),
         ({"distil": {}}, "unknown key 'distil'. Did you mean 'distill'?"),
         ({"teacher": {}}, "'teacher.model' is missing"),
-        ({"distill": {"temperature": "hot"}}, "distill.temperature: expected float, got str"),
+        ({"distill": {"temperature": "hot"}}, "distill.temperature: expected float or a mapping, got str"),
         ({"distill": {"alpha": 1.5}}, "distill.alpha: expected float <= 1.0. It means: weight of the teacher's term"),
         ({"export": {"variants": ["fp33"]}}, "export.variants[0]: invalid enum value 'fp33'"),
         ({"distill": {"alpha": 0, "temperature": 4.0}}, "distill.temperature has no effect with alpha 0"),
+        ({"distill": {"alpha": 0, "loss": "mse"}}, "distill.loss has no effect with alpha 0"),
+        ({"distill": {"loss": "mse", "temperature": 4.0}}, "distill.temperature has no effect on the loss mse"),
+        ({"distill": {"loss": {"mse": 1, "hidden": 1}, "temperature": 4.0}}, "no effect on the loss hidden, mse"),
+        ({"distill": {"loss": "kll"}}, "distill.loss: invalid enum value 'kll'"),
+        ({"distill": {"loss": {"kll": 1.0}}}, "distill.loss: invalid enum value 'kll'"),
+        ({"distill": {"temperature": {"from": 4, "too": 1}}}, "unknown key 'distill.temperature.too'"),
+        ({"teacher": {"model": "t", "weights": [1.0]}}, "teacher.weights has no effect with one teacher"),
+        ({"teacher": {"model": "t", "combine": "mean"}}, "teacher.combine has no effect with one teacher and one pass"),
+        ({"teacher": {"model": "t", "noise": "augment"}}, "teacher.noise has no effect with one pass"),
+        ({"budget": {"time_limit_s": 60}}, "budget.time_limit_s has no effect with one student"),
         ({"export": {"variants": ["fp32"], "max_int8_loss": 0.1}}, "export.max_int8_loss has no effect without int8"),
         ({"seed": -1}, "seed: expected int >= 0"),
     ],
@@ -57,7 +67,7 @@ def test_every_setting_has_a_help_text():
 
 
 def test_the_commented_spec_explains_every_setting():
-    text = spec.commented(spec.parse(MINIMAL, "x"))
+    text = spec.commented(spec.parse(MINIMAL | {"distill": {"augment": {}}}, "x"))
     missing = [k for k, meaning in spec.settings().items() if meaning not in text and "teacher.train." not in k]
     assert not missing
 

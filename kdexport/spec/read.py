@@ -160,6 +160,6 @@ def _explain(message: str, source: str) -> SpecError:
         key = ".".join(filter(None, [where, missing[1]]))
         flag = {"data": "data.train", "teacher": "teacher.model"}.get(key, key)
         return SpecError(f"{source}: {flag!r} is missing", f"Set it in the spec, or pass --{flag.split('.')[0]}")
-    what = what[:1].lower() + what[1:].replace("`", "")
+    what = what[:1].lower() + what[1:].replace("`", "").replace(" | object", " or a mapping")
     meaning = settings().get(where.split("[")[0], "")
     return SpecError(f"{source}: {where or 'spec'}: {what}", f"It means: {meaning}" if meaning else "")
