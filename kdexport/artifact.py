@@ -96,6 +96,7 @@ def pack(
     for name in _SHIPPED:
         if (student / name).exists():
             shutil.copyfile(student / name, out / name)
+    _name_known_architecture(out / "config.json")
     variants = {}
     for precision, (file, graph) in models.items():
         shutil.copyfile(file, out / SHIPPED_AS[precision])
@@ -117,6 +118,20 @@ def pack(
         made=made,
     )
     write_json(out / MANIFEST, manifest)
+
+
+def _name_known_architecture(file: Path) -> None:
+    """Let other runtimes open an artifact whose student is an architecture of ours.
+
+    Optimum and transformers.js look in config.json for a family that they know, and take the labels; the model is
+    the ONNX file, whose inputs are those of a BERT without token types. What the student really is stands in `kdexport`.
+    """
+    config = msgspec.json.decode(file.read_bytes(), type=dict[str, Any]) if file.exists() else {}
+    if str(config.get("model_type", "")).startswith("kdexport-"):
+        own = {"model_type": config["model_type"], "architectures": config.pop("architectures", None)}
+        write_json(
+            file, config | {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "kdexport": own}
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:
