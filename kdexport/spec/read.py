@@ -145,7 +145,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _explain(message: str, source: str) -> SpecError:
     """msgspec's message → what, where (dotted key) and, for an unknown key, the nearest known one."""
-    what, _, where = message.replace("at `key in $", "at `$").partition(" - at `$")
+    what, _, where = message.replace("at `key` in `$", "at `$").partition(" - at `$")
     where = where.rstrip("`").lstrip(".")
     unknown = re.search(r"unknown field `(.+)`", what)
     if unknown:
