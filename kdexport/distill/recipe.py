@@ -44,8 +44,10 @@ def shape_of(model: str) -> Shape:
     """
     if model in PRESETS:
         return Shape("narrow", *PRESETS[model])
-    if model in NETWORKS:
-        return Shape("network", 1, network=model)
+    if found := re.fullmatch(rf"({'|'.join(NETWORKS)})(?::([1-9]\d*))?", model):
+        if found[1] == "bag" and found[2]:
+            raise SpecError(f"student.model: {model!r}: a bag is as wide as its embeddings", "Set student.embedding")
+        return Shape("network", 1, int(found[2] or 0), network=found[1])
     if found := re.fullmatch(r"([1-9]\d?)x([1-9]\d*)", model):
         return Shape("narrow", int(found[1]), int(found[2]))
     kind, colon, rest = model.partition(":")
