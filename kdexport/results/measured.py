@@ -1,0 +1,155 @@
+"""What was measured of files and models: metric, latency, memory, and under which conditions."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Interval = tuple[float, float]
+VerdictOfRatio = Literal["faster", "slower", "same", "unsure"]
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """The task's metric on the whole test split, with a 95 % Wilson interval."""
+
+    value: float
+    ci95: Interval
+    n: int
+
+
+class Quality(msgspec.Struct, frozen=True):
+    """What one file or model answers on the test split, against the teacher."""
+
+    metric: Metric
+    agreement: float
+    mcnemar_p: float
+    max_abs_diff: float | None = None
+
+
+class Latency(msgspec.Struct, frozen=True, kw_only=True):
+    """Milliseconds from text to answer at batch 1; null where there are too few samples to say.
+
+    p50 is the centre over rounds of each round's median; p90 and p99 are of all samples, p99 from 1,000 on.
+    Intervals are taken over rounds. `p99_at_most` is a bound where samples are too few for p99.
+    `quantiles` are at `QUANTILES`, for the distribution's curve.
+    """
+
+    p50: float
+    p90: float | None
+    p99: float | None
+    p50_ci95: Interval | None
+    p90_ci95: Interval | None = None
+    p99_ci95: Interval | None = None
+    p99_at_most: float | None = None
+    tokenize_p50: float | None = None
+    model_p50: float | None = None
+    samples: int
+    rounds: int
+    round_p50: list[float] = []
+    quantiles: list[float] = []
+
+
+QUANTILES = (0.0, 0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.98, 0.99, 0.995, 0.999, 1.0)
+
+
+class Ratio(msgspec.Struct, frozen=True):
+    """A ratio of latencies, paired by round, with its 95 % interval and what that allows one to say."""
+
+    value: float
+    ci95: Interval | None
+    verdict: VerdictOfRatio = "unsure"
+
+
+class Cell(msgspec.Struct, frozen=True, kw_only=True):
+    """A variant under one other condition: a batch size, a length in tokens, a number of threads, a load.
+
+    `scenario` is batch, length, threads, closed (at: connections) or open (at: requests a second, latency
+    counted from when each was due). `p50_ms` is of a batch, a run, or a request.
+    """
+
+    scenario: str
+    at: float
+    p50_ms: float
+    p50_ci95: Interval | None
+    p99_ms: float | None = None
+    per_second: float | None = None
+    samples: int
+    errors: int = 0
+
+
+class Footprint(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process that only predicts costs; medians over rounds, each a fresh process.
+
+    `cold_ms` runs from the start of the process to its first answer, files in the system's cache.
+    `cores_used` is CPU time by wall time while it was measured: below the threads, the machine was busy.
+    """
+
+    cold_ms: float
+    cold_ms_ci95: Interval | None = None
+    rss_mb: float
+    rss_mb_ci95: Interval | None = None
+    peak_rss_mb: float
+    gpu_peak_mb: float | None = None
+    device_p50_ms: float | None = None
+    cores_used: float
+    os_threads: int
+
+
+class Variant(msgspec.Struct, frozen=True, kw_only=True):
+    """One file or model that was measured."""
+
+    name: str
+    model: str
+    runtime: str
+    device: str
+    precision: str
+    graph: str
+    file: str | None
+    sha256: str | None
+    size_bytes: int | None
+    parameters: int | None = None
+    metric: Metric | None = None
+    agreement: float | None = None
+    mcnemar_p: float | None = None
+    max_abs_diff: float | None = None
+    latency_ms: Latency | None = None
+    speedup_p50: Ratio | None = None
+    speedup_p99: Ratio | None = None
+    footprint: Footprint | None = None
+    cells: list[Cell] = []
+    wrong_rows: list[int] | None = None
+    shipped: bool = False
+    note: str = ""
+
+
+class Control(msgspec.Struct, frozen=True):
+    """The engine's check of itself: one file measured twice as if it were two. `ratio` should hold 1."""
+
+    name: str
+    ratio: Ratio
+
+
+class Conditions(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was measured, and what a reader must know about it.
+
+    `texts` is the hash of the texts; `tokens` their lengths, and how many per cent of them fill
+    all `limit` that are read, so most likely were cut.
+    """
+
+    reference: str = "teacher-torch"
+    batch_size: int = 1
+    threads: int = 1
+    rounds: int
+    round_seconds: float
+    rows: int
+    texts: str = ""
+    tokens: dict[str, int] = {}
+    spinning: bool = False
+    clock: str
+    seconds: float | None = None
+    control: Control | None = None
+    failed: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    warnings: list[str] = []
+    price_per_hour: float | None = None

@@ -1,0 +1,134 @@
+"""The report as a whole, what changed between two, and what an export made; read and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kdexport.errors import RunError
+from kdexport.results.findings import Distillation, Evidence, Search, Verdict
+from kdexport.results.measured import Conditions, Interval, Variant
+from kdexport.rundir import write_json
+
+SCHEMA = 2
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """`report.json`: of a run, or of `kdexport bench` (which leaves out what it does not know)."""
+
+    schema: int = SCHEMA
+    kdexport: str
+    task: str
+    metric: str
+    labels: list[str]
+    recommended: str | None
+    reason: str
+    variants: list[Variant]
+    budget: Verdict = Verdict(None, [])
+    search: Search | None = None
+    distillation: Distillation | None = None
+    evidence: Evidence | None = None
+    data: dict[str, Any] = {}
+    leakage: dict[str, Any] = {}
+    bench: Conditions
+    environment: dict[str, Any]
+    spec: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    command: str = ""
+
+    def variant(self, name: str | None) -> Variant:
+        """A variant by its name."""
+        return next(variant for variant in self.variants if variant.name == name)
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One metric of one variant in A and in B. `change` and its interval are in `unit`: % or points.
+
+    `verdict` is better, worse, same, unsure or not comparable; `how` says what it rests on.
+    """
+
+    variant: str
+    metric: str
+    a: float | None
+    b: float | None
+    b_ci95: Interval | None = None
+    change: float | None
+    ci95: Interval | None
+    unit: str
+    verdict: str
+    how: str
+
+
+class Gate(msgspec.Struct, frozen=True, kw_only=True):
+    """A condition that must not hold: passed, failed or unsure, and why."""
+
+    expression: str
+    status: str
+    why: str
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """What changed from A to B."""
+
+    a: str
+    b: str
+    changes: list[Change]
+    gates: list[Gate]
+    notes: list[str]
+
+
+class ExportedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file that `kdexport export` made: how far from PyTorch, and the share of rows with fp32's answer."""
+
+    precision: str
+    file: str
+    graph: str
+    size_bytes: int
+    max_abs_diff: float
+    agreement: float | None
+
+
+class Exported(msgspec.Struct, frozen=True, kw_only=True):
+    """What `kdexport export` made of a model, and on how many of the user's rows it was verified."""
+
+    model: str
+    task: str
+    labels: list[str]
+    function: str
+    max_length: int
+    rows: int
+    recommended: str
+    reason: str
+    files: list[ExportedFile]
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write `report.json`, atomically."""
+    write_json(path, report)
+
+
+def read_report(path: Path) -> Report:
+    """Read `report.json`.
+
+    Raises:
+        RunError: there is none, it is cut short, or it is of another schema version.
+    """
+    try:
+        raw = msgspec.json.decode(path.read_bytes())
+    except OSError:
+        raise RunError(f"{path} does not exist", "A finished kdexport run writes it") from None
+    except msgspec.DecodeError as error:
+        raise RunError(
+            f"{path} can't be read: {error}", "Run the same command again: finished stages are kept"
+        ) from None
+    version = raw.get("schema") if isinstance(raw, dict) else None
+    if version == 1:  # 2 only added fields
+        raw["schema"] = version = SCHEMA
+    if version != SCHEMA:
+        raise RunError(f"{path} is of schema {version}, this kdexport reads 1 and {SCHEMA}", "Run kdexport run again")
+    try:
+        return msgspec.convert(raw, Report)
+    except msgspec.ValidationError as error:
+        raise RunError(f"{path} is no report of ours: {error}", "Run the same command again") from None
