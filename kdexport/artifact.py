@@ -124,7 +124,7 @@ def _name_known_architecture(file: Path) -> None:
     """Let other runtimes open an artifact whose student is an architecture of ours.
 
     Optimum and transformers.js look in config.json for a family that they know, and take the labels; the model is
-    the ONNX file, whose inputs are those of a BERT without token types. What the student really is stands in `kdexport`.
+    the ONNX file, whose inputs are those of a BERT without token types. What the student is stands in `kdexport`.
     """
     config = msgspec.json.decode(file.read_bytes(), type=dict[str, Any]) if file.exists() else {}
     if str(config.get("model_type", "")).startswith("kdexport-"):

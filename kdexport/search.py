@@ -69,7 +69,7 @@ def measure_ladder(
         for label, candidate in files[name]:
             targets += of_file(label, folder, folder / "export" / candidate.file, ["onnxruntime"], ["cpu"])
     how = msgspec.structs.replace(
-        settings.bench, rounds=3, round_seconds=0.5, precision=None, threads=settings.bench.threads[:1], batch_sizes=()
+        settings.bench, rounds=2, round_seconds=0.5, precision=None, threads=settings.bench.threads[:1], batch_sizes=()
     )
     measured = bench(how, targets, rows, targets[0].name, settings.seed, out, sweep=False)
     teacher_latency = measured.latency.get(reference) if reference else None

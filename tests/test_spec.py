@@ -27,7 +27,10 @@ def test_flags_win_over_the_file(tmp_path):
         ({"distill": {"alpha": 0, "temperature": 4.0}}, "distill.temperature has no effect with alpha 0"),
         ({"distill": {"alpha": 0, "loss": "mse"}}, "distill.loss has no effect with alpha 0"),
         ({"distill": {"loss": "mse", "temperature": 4.0}}, "distill.temperature has no effect on the loss mse"),
-        ({"distill": {"loss": {"mse": 1, "hidden": 1}, "temperature": 4.0}}, "distill.temperature has no effect on the loss hidden, mse"),
+        (
+            {"distill": {"loss": {"mse": 1, "hidden": 1}, "temperature": 4.0}},
+            "distill.temperature has no effect on the loss hidden, mse",
+        ),
         ({"distill": {"loss": "kll"}}, "distill.loss: invalid enum value 'kll'"),
         ({"distill": {"loss": {"kll": 1.0}}}, "distill.loss: invalid enum value 'kll'"),
         ({"distill": {"temperature": {"from": 4, "too": 1}}}, "unknown key 'distill.temperature.too'"),

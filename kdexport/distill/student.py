@@ -77,7 +77,7 @@ def train_student(
     unlabelled = [] if hard else transfer_rows(targets)
     epochs = recipe.epochs(distill, len(rows), len(unlabelled)).value
     if share < 1:  # a trial sees the share of all examples, but of the labelled rows
-        epochs, unlabelled = max(1, round(share * epochs * (1 + len(unlabelled) / len(rows)))), []
+        epochs, unlabelled = max(1, int(share * epochs * (1 + len(unlabelled) / len(rows)))), []
     how = Recipe(
         epochs=int(epochs),
         learning_rate=recipe.learning_rate(distill, student, name, model.config.hidden_size).value,

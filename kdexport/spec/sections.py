@@ -88,8 +88,8 @@ class Student(Section, frozen=True):
         Text | Annotated[tuple[Text, ...], Meta(min_length=1)] | None,
         _help(
             "tiny (2 layers × 128), mini (4 × 256), small (4 × 512), 3x192, layers:3 (the teacher's lowest), spread:3, "
-            "layers:0+2+5, bag, cnn, gru, cnn:512 (features), or a Hugging Face folder or hub id; a list is the ladder that a search "
-            "climbs; tiny when absent, a ladder of six if there is a budget"
+            "layers:0+2+5, bag, cnn, gru, cnn:512 (features), or a Hugging Face folder or hub id; a list is the ladder "
+            "that a search climbs; tiny when absent, a ladder of six if there is a budget"
         ),
     ] = None
     vocabulary: Annotated[
