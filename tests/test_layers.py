@@ -15,7 +15,8 @@ LEVELS = [
     {"cli"},
     {"compare", "serve"},
     {"pipeline", "ship", "measure", "schemas"},
-    {"assemble"},
+    {"students"},
+    {"assemble", "search"},
     {"verdict", "evidence", "leakage"},
     {"distill", "export", "bench", "report"},
     {"predictor", "networks"},
@@ -84,4 +85,4 @@ def test_the_light_side_loads_no_torch(code):
 def test_the_package_stays_small():
     lines = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
     assert max(lines.values()) <= 400, max(lines, key=lines.get)
-    assert sum(lines.values()) <= 13000
+    assert sum(lines.values()) <= 17500
