@@ -175,7 +175,7 @@ def climb(
         met = not rung.over and (budget.retention is None or kept >= budget.retention)
         done = msgspec.structs.replace(rung, metric=metric, retention=kept, seconds=seconds, met=met)
         trained[rung.name] = done, student, export
-        say(f"search: {rung.name} keeps {kept:.1%} of the teacher on validation{'' if met else ', not enough'}")
+        say(f"search: {rung.name} keeps {100 * kept:.1f} % of the teacher on validation{'' if met else ', not enough'}")
         if met:
             break
     assert whole is not None
@@ -194,12 +194,12 @@ def _reason(winner: Rung, rungs: list[Rung], budget: spec.Budget) -> str:
     dropped = sum(bool(rung.over) for rung in rungs)
     left = f"{dropped} of {len(rungs)} were over budget before any training" if dropped else "all fit the budget"
     done = sum(rung.metric is not None for rung in rungs)
-    kept = f"keeps {winner.retention:.1%} of the teacher on validation"
+    kept = f"keeps {100 * (winner.retention or 0):.1f} % of the teacher on validation"
     if winner.met:
         return f"{winner.name} {kept}: the budget is met; {left}, {done} trained in full"
     if winner.over:
         return f"no student fits the budget; {winner.name} is the closest ({winner.over}) and {kept}"
-    wanted = f", {budget.retention:.1%} was asked for" if budget.retention else ""
+    wanted = f", {100 * budget.retention:g} % was asked for" if budget.retention else ""
     return (
         f"no student meets the budget; {winner.name} comes closest and {kept}{wanted}; {left}, {done} trained in full"
     )

@@ -10,8 +10,7 @@ from kdexport.report.table import megabytes, ms, percent, times
 from kdexport.results import Report, Rung, Search
 
 _COLUMNS = (
-    "student", "p50 ms", "p99 ms", "against the teacher", "size MB", "parameters", "short trial", "trained in full",
-    "of the teacher's kept", "seconds", "verdict",
+    "student", "p50 ms", "p99 ms", "faster", "size MB", "short trial", "in full", "kept", "seconds", "verdict",
 )  # fmt: skip
 
 
@@ -23,7 +22,7 @@ def search(r: Report) -> Section | None:
     rows = [_row(rung, found) for rung in found.rungs]
     best = next(i for i, rung in enumerate(found.rungs) if rung.name == found.winner)
     lead = (
-        f"{found.reason[:1].upper()}{found.reason[1:]}. Size and latency don't depend on the weights, so they were "
+        f"{found.reason}. Size and latency don't depend on the weights, so they were "
         f"measured before any training; {r.metric} here is of the validation split, where the teacher has "
         f"{percent(found.teacher)}. The test split, which judges the winner in the other sections, had no say."
     )
@@ -83,7 +82,7 @@ def _row(rung: Rung, found: Search) -> tuple[str, ...]:
     seconds = [s for s in (rung.trial_seconds, rung.seconds) if s is not None]
     return (
         rung.name, ms(rung.p50_ms), ms(rung.p99_ms), times(faster) if faster else "–", megabytes(rung.size_bytes),
-        f"{rung.parameters / 1e6:.2f} M", percent(rung.trial), percent(rung.metric), percent(rung.retention),
+        percent(rung.trial), percent(rung.metric), percent(rung.retention),
         f"{sum(seconds):.0f}" if seconds else "–", _verdict(rung, found),
     )  # fmt: skip
 
