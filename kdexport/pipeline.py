@@ -48,7 +48,7 @@ def run(settings: spec.Spec, out: Path) -> Report:
         # 1. Rows: read, checked, split, audited.
         data = folder.stage(
             "data",
-            version=1,
+            version=2,
             settings=[settings.task, settings.data, settings.seed],
             reads=files,
             build=lambda work: prepare(settings.data, settings.task, settings.seed, work),

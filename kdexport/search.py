@@ -49,7 +49,7 @@ def measure_ladder(
     """Build every student with first weights, export and measure it; write `ladder.json`, a list of `Rung`.
 
     Args:
-        settings: budget, bench and export are read.
+        settings: bench and export are read.
         students: names as in the spec.
         build: writes an untrained student into a folder.
         teacher: a model folder; latencies are measured beside it.
@@ -85,11 +85,9 @@ def measure_ladder(
             p50_ms=latency.p50,
             p99_ms=latency.p99 or latency.p99_at_most,
         )
-        rungs.append(msgspec.structs.replace(rung, over=over(rung, settings.budget)))
+        rungs.append(rung)
         shutil.rmtree(folders[name])
-        fits = rungs[-1].over or "fits"
-        say(f"  {name}: {rung.size_bytes / 1e6:.2f} MB, p50 {rung.p50_ms:.3f} ms, p99 {_ms(rung.p99_ms)}: {fits}")
-    write_json(out / "ladder.json", {"rungs": rungs, "teacher_p50_ms": teacher_latency and teacher_latency.p50})
+    write_json(out / "ladder.json", _Ladder(rungs, teacher_latency.p50 if teacher_latency else None))
 
 
 def teacher_targets(teacher: Path, runtimes: Sequence[str], devices: Sequence[str]) -> list[Target]:
@@ -226,12 +224,18 @@ def _ms(value: float | None) -> str:
     return "not known" if value is None else f"{value:.3f} ms"
 
 
-def read_ladder(folder: Path) -> tuple[list[Rung], float | None]:
-    """`ladder.json` of a finished ladder stage: the rungs, and the teacher's p50 in ms."""
-
-    class _Ladder(msgspec.Struct):
-        rungs: list[Rung]
-        teacher_p50_ms: float | None
-
+def read_ladder(folder: Path, budget: spec.Budget) -> tuple[list[Rung], float | None]:
+    """A finished ladder stage held against a budget: the rungs, and the teacher's p50 in ms."""
     found = msgspec.json.decode((folder / "ladder.json").read_bytes(), type=_Ladder)
-    return found.rungs, found.teacher_p50_ms
+    rungs = [msgspec.structs.replace(rung, over=over(rung, budget)) for rung in found.rungs]
+    for rung in rungs:
+        size = f"{rung.size_bytes / 1e6:.2f} MB, p50 {rung.p50_ms:.3f} ms, p99 {_ms(rung.p99_ms)}"
+        say(f"  {rung.name}: {size}: {f'over budget, {rung.over}' if rung.over else 'fits'}")
+    return rungs, found.teacher_p50_ms
+
+
+class _Ladder(msgspec.Struct, frozen=True):
+    """`ladder.json`."""
+
+    rungs: list[Rung]
+    teacher_p50_ms: float | None

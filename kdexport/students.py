@@ -34,13 +34,19 @@ class Students(NamedTuple):
         ladder = self.folder.stage(
             "ladder",
             version=1,
-            settings=[names, self.settings.student, self.settings.budget, self.settings.export, self.settings.seed],
+            settings=[
+                names,
+                msgspec.structs.replace(self.settings.student, model=names),
+                self.settings.export.variants,
+                self.settings.bench.threads[0],
+                self.settings.seed,
+            ],
             reads=[self.data, self.teacher, self.targets, *local(*names)],
             build=lambda work: search.measure_ladder(
                 self.settings, names, self._build, self.teacher, read_rows(self.data, "test"), work
             ),
         )
-        rungs, teacher_p50_ms = search.read_ladder(ladder)
+        rungs, teacher_p50_ms = search.read_ladder(ladder, self.settings.budget)
         fitting = [rung for rung in rungs if not rung.over]
         if len(fitting) > 1:
             say(f"search: {len(fitting)} of {len(rungs)} students fit; each is tried for a short while")
@@ -86,7 +92,7 @@ class Students(NamedTuple):
         return self.folder.stage(
             stage,
             version=2,
-            settings=[name, self.settings.student, distill, seed, share],
+            settings=[msgspec.structs.replace(self.settings.student, model=name), distill, seed, share],
             reads=[self.data, self.teacher, self.targets, *local(name)],
             build=build,
         )

@@ -157,6 +157,23 @@ def test_a_budget_that_nothing_can_meet_shows_the_closest_and_exits_3(searched, 
     assert (tmp_path / "run" / "artifact" / "onnx" / "model.onnx").exists()
 
 
+def test_another_budget_measures_and_trains_nothing_twice(searched, kdexport):
+    out, spec_file, _ = searched
+    found = kdexport("run", spec_file, "--max-size", "4MB", "--out", out)
+    assert "ladder: done before" in found.stderr
+    assert "trial-bag: done before" in found.stderr
+
+
+def test_a_time_limit_trains_no_second_student(searched, kdexport, tmp_path):
+    _, spec_file, _ = searched
+    flags = ("--student", "bag", "--student", "cnn", "--epochs", "2", "--min-retention", "1", "--time-limit", "1s")
+    found = kdexport("run", spec_file, *flags, "--out", tmp_path / "run")
+    assert found.returncode == 3, found.stderr
+    assert "over the time limit; it is left out" in found.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_bytes())
+    assert sum(one["metric"] is not None for one in report["search"]["rungs"]) == 1
+
+
 def test_the_budget_search_takes_little_more_than_its_winner(searched):
     """Trials are a tenth of the epochs: what they cost together is bounded by the whole training of the winner."""
     out, _, _ = searched
