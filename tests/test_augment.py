@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kdexport import spec
 from kdexport.data import demo
@@ -89,6 +89,31 @@ def test_neighbours_are_the_nearest_whole_words_by_cosine(tokenizer, embeddings,
     whole = [i for word, i in vocabulary.items() if word.isalpha() and word != "airline"]
     nearest = sorted(whole, key=lambda i: -cosines[i])[:10]
     assert {vocabulary[word] for word in found["airline"]} == set(nearest)
+
+
+def test_a_piece_of_a_word_is_no_neighbour_where_words_are_marked_by_their_blank():
+    """Byte-level BPE writes a word in a text as Ġword, and a piece of one like a word that begins it."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = ["the walking and talking of walkers and talkers", "walk talk and the walks"] * 20
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = tokenizer.get_vocab()
+    pieces = [token for token in vocabulary if token.isalpha() and token.isascii() and len(token) > 1]
+    assert "Ġwalk" in vocabulary
+    assert pieces
+    table = np.random.default_rng(0).normal(size=(len(vocabulary), 8)).astype(np.float32)
+    for piece in pieces:  # the nearest of all, were they words
+        table[vocabulary[piece]] = table[vocabulary["Ġwalk"]]
+    found = Nearest(tokenizer, table).of({"walk", "the"})
+    assert set(found) == {"walk", "the"}
+    assert all(f"Ġ{word}" in vocabulary for near in found.values() for word in near)
+
+
+def test_two_texts_are_changed_in_other_places():
+    first, second = views(["a b c d e f g h", "i j k l m n o p"], how("mask"), 0, mask="*")
+    assert [copy.split().index("*") for copy in first] != [copy.split().index("*") for copy in second]
 
 
 def test_only_words_of_one_token_are_replaced_and_by_their_neighbours(nearest):

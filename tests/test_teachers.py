@@ -178,6 +178,8 @@ def test_a_combination_is_logits_again_whatever_offset_the_answers_had():
     geometric = np.prod([softmax(logits) ** w for w, logits in zip(weights, z, strict=True)], axis=0)
     geometric /= geometric.sum(axis=1, keepdims=True)
     assert softmax(combine(shifted, [2, 5, 3], "log-mean")) == pytest.approx(geometric, abs=1e-5)
+    for how in ("mean", "log-mean"):
+        assert np.exp(combine(shifted, weights, how)).sum(axis=1) == pytest.approx(np.ones(50), abs=1e-5)
     softened = softmax(np.tensordot(weights, [np.log(softmax(logits / 4)) for logits in z], 1))
     assert softmax(combine(z, weights, "log-mean") / 4) == pytest.approx(softened, abs=1e-5)
 
@@ -491,7 +493,7 @@ def test_a_file_that_is_no_npz_or_parquet_is_one_line(tmp_path, messy):
         ({"teacher.model": "none.npz"}, "teacher none.npz does not exist"),
         ({"teacher.model": "npz", "teacher.train.epochs": 1}, "teacher.train: a file of logits can't be fine-tuned"),
         ({"teacher.model": "npz", "teacher.passes": 2}, "teacher.passes: a file of logits has no dropout"),
-        ({"teacher.model": "npz", "distill.augment.views": 2}, "distill.augment: a file of logits hold"),
+        ({"teacher.model": "npz", "distill.augment.views": 2}, "distill.augment: a file of logits holds"),
         ({"teacher.model": "npz"}, "student.model: 'tiny' is built from the teacher's weights, and a file of logits"),
         ({"teacher.model": "npz", "student.model": ["layers:2", "me/x"]}, "student.model: 'layers:2' is built from"),
         (

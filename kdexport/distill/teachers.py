@@ -79,7 +79,7 @@ def check(settings: spec.Spec) -> None:
             raise SpecError(f"teacher.passes: {_SAID[kind]} has no dropout to read with ({model})", fix)
         if kind == "stored" and settings.distill.augment is not None:
             raise SpecError(
-                f"distill.augment: {_SAID[kind]} hold no answers to changed texts ({model})", "Leave it out"
+                f"distill.augment: {_SAID[kind]} holds no answers to changed texts ({model})", "Leave it out"
             )
     if kinds[models[0]] == "torch":
         return
