@@ -7,8 +7,8 @@ the Trainer's. Ours are the loss, the order of rows, and that a killed training 
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kdexport.distill.losses import UNLABELLED, objective, total, value_at
-from kdexport.progress import bar
+from kdexport.distill.losses import UNLABELLED, Term, objective, total, value_at
+from kdexport.distill.matching import LAYER_LOSSES, Matching, matched
+from kdexport.distill.order import ByLength
+from kdexport.distill.watch import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
+from kdexport.errors import SpecError
+from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
 from kdexport.tasks import Task
 from kdexport.tasks.metrics import Array
@@ -30,7 +34,8 @@ from kdexport.tasks.metrics import Array
 CHECKPOINT_EVERY_S = 20.0
 
 Rows = Sequence[dict[str, Any]]
-Curve = list[dict[str, float]]
+
+_SHARES_EVERY = 200  # steps; measuring them costs one more backward pass a term
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,46 +93,58 @@ def fit(
     Returns:
         One record an epoch: `epoch`, `loss` (mean over its steps), `validation` (the task's metric).
     """
-    encoded = task.tokenize(rows)
-    labels = labels_of(task, rows)
-    examples = [
-        arrays | {"labels": label} | ({} if soft_targets is None else {"teacher_logits": soft_targets[i]})
-        for i, (arrays, label) in enumerate(zip(encoded, labels, strict=True))
-    ]
-    checkpoints = work / "checkpoints"
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=recipe.epochs,
-        learning_rate=recipe.learning_rate,
-        per_device_train_batch_size=recipe.batch_size,
-        warmup_ratio=0.1,
-        weight_decay=0.01,
-        lr_scheduler_type="linear",
-        seed=recipe.seed,
-        logging_strategy="epoch",
-        save_strategy="no",  # _Watch asks for checkpoints, by time
-        save_total_limit=1,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_nan_inf_filter=False,  # it waits for the device at every step
-        report_to=[],
-    )
-    trainer = _Trainer(
-        recipe,
-        [len(next(iter(arrays.values()))) for arrays in encoded],
-        model=model,
-        args=arguments,
-        train_dataset=examples,
-        data_collator=lambda batch: _collate(task, batch),
-    )
-    trainer.remove_callback(PrinterCallback)
-    steps = recipe.epochs * -(-len(examples) // recipe.batch_size)
-    with bar(title, steps) as advance:
-        trainer.add_callback(_Watch(task, validation, advance))
-        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
-    curve = _curve(trainer.state.log_history)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    layers = _layer_losses(recipe, soft_targets, teacher)
+    judge = _judge(task, validation, validation_targets)
+    if recipe.patience is not None and judge is None:
+        raise SpecError(
+            "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
+        )
+    encoded, labels = task.tokenize(rows), labels_of(task, rows)
+    lengths = [len(next(iter(arrays.values()))) for arrays in encoded]
+
+    def collate(chosen: list[int]) -> dict[str, Tensor]:
+        batch = task.collate([encoded[i] for i in chosen]) | {"labels": labels[chosen]}
+        if soft_targets is not None:
+            batch["teacher_logits"] = soft_targets[chosen]
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    arguments, ledger = _arguments(recipe, work / "checkpoints"), Ledger(recipe.learning_rate)
+    steps = recipe.epochs * -(-len(rows) // recipe.batch_size)
+    with ExitStack() as stack:
+        matching = None
+        if layers and teacher:
+            arguments._n_gpu = min(1, arguments.n_gpu)  # threads with a copy of the model each would share its hooks
+            matching = stack.enter_context(matched(model, teacher, layers, kept, task=task, rows=rows[:100]))
+        trainer = _Trainer(
+            recipe,
+            lengths,
+            matching,
+            ledger,
+            model=model,
+            args=arguments,
+            train_dataset=range(len(rows)),
+            data_collator=collate,
+        )
+        trainer.remove_callback(PrinterCallback)
+        watch = Watch(
+            judge,
+            ledger,
+            patience=recipe.patience,
+            folder=work / "best",
+            checkpoint_every_s=CHECKPOINT_EVERY_S,
+            advance=stack.enter_context(bar(title, steps)),
+        )
+        trainer.add_callback(watch)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
+        curve = curve_of(trainer.state.log_history)
+        if recipe.patience is not None:
+            trainer.accelerator.wait_for_everyone()
+            best = watch.restore(model, trainer.state.log_history)
+    if recipe.patience is not None:
+        say(f"{title}: epoch {best} of {len(curve)} was the best; its weights are kept")
+    say_shares(curve, title)
+    shutil.rmtree(work / "checkpoints", ignore_errors=True)  # first: a checkpoint without the best weights is no use
+    watch.forget()
     return curve
 
 
@@ -167,103 +184,112 @@ def logits_of(
 
 
 class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
-    def __init__(self, recipe: Recipe, lengths: list[int], **arguments: Any) -> None:
+    def __init__(
+        self, recipe: Recipe, lengths: list[int], matching: Matching | None, ledger: Ledger, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
-        self._recipe, self._lengths = recipe, lengths
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over rows: there is nothing to count beforehand
+        self._recipe, self._lengths, self._matching, self._ledger = recipe, lengths, matching, ledger
+        named = self.model.named_parameters()
+        self._of_student = [each for name, each in named if each.requires_grad and not name.startswith("matching.")]
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        labels = inputs.pop("labels")
-        teacher_logits = inputs.pop("teacher_logits", None)
-        outputs = model(**inputs)
-        progress = self.state.global_step / max(1, self.state.max_steps - 1)
-        terms = objective(
-            outputs.logits,
-            labels,
-            teacher_logits,
-            {name: value_at(weight, progress) for name, weight in self._recipe.losses.items()},
-            temperature=value_at(self._recipe.temperature, progress),
-            alpha=value_at(self._recipe.alpha, progress),
-        )
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        labels, teacher_logits = inputs.pop("labels"), inputs.pop("teacher_logits", None)
+        terms = self._terms(model, inputs, labels, teacher_logits)
         loss = total(terms)
-        return (loss, outputs) if return_outputs else loss
+        if len(terms) > 1 and self._is_measured(self.state.global_step):
+            self._ledger.add_shares(gradient_shares(terms, self._of_student))
+        self._ledger.add(self.state.global_step + 1, terms, loss)
+        return loss
+
+    def _terms(
+        self, model: Any, inputs: dict[str, Tensor], labels: Tensor, teacher_logits: Tensor | None
+    ) -> list[Term]:
+        progress = self.state.global_step / max(1, self.state.max_steps - 1)
+        alpha = value_at(self._recipe.alpha, progress)
+        losses = {name: value_at(weight, progress) for name, weight in self._recipe.losses.items()}
+        temperature = value_at(self._recipe.temperature, progress)
+        matching = self._matching if alpha > 0 else None
+        outputs = model(**inputs, **(matching.flags if matching else {}))
+        terms = objective(outputs.logits, labels, teacher_logits, losses, temperature=temperature, alpha=alpha)
+        if matching:
+            of_layers = matching(inputs, outputs)
+            terms += [Term(name, alpha * losses[name], size) for name, size in of_layers.items()]
+        return terms
+
+    def _is_measured(self, step: int) -> bool:
+        """Whether shares of the gradient are taken: on the first batch of an epoch, of one batch in 200 at most.
+
+        The last epoch's always, for it is what the user is told.
+        """
+        a_pass: int = max(1, self.state.max_steps // self._recipe.epochs)
+        epoch, place = divmod(step, a_pass)
+        return place == 0 and (epoch % -(-_SHARES_EVERY // a_pass) == 0 or epoch == self._recipe.epochs - 1)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return ByLength(self._lengths, self.args.train_batch_size, self._recipe.seed)
 
 
-class ByLength(Sampler[int]):
-    """A new random order every epoch in which neighbours are of similar length, so that little is padding.
+def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate,
+        per_device_train_batch_size=recipe.batch_size,
+        warmup_ratio=0.1,
+        weight_decay=0.01,
+        lr_scheduler_type="linear",
+        seed=recipe.seed,
+        logging_strategy="epoch",
+        save_strategy="no",  # Watch asks for checkpoints, by time
+        save_total_limit=1,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_nan_inf_filter=False,  # it waits for the device at every step; Ledger looks every 50
+        report_to=[],
+    )
 
-    Rows are shuffled, cut into pools of 50 batches, sorted by length inside each pool, and the batches are
-    shuffled again. The order is a function of seed and epoch alone: a resumed training sees the same one.
+
+def _layer_losses(recipe: Recipe, soft_targets: Array | None, teacher: Path | None) -> list[str]:
+    """The losses of layers that this training takes: none where it is on labels alone.
+
+    Raises:
+        SpecError: nothing would teach the head.
     """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths = np.asarray(lengths)
-        self._batch_size, self._seed, self._epoch = batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng([self._seed, self._epoch])
-        shuffled = random.permutation(len(self._lengths))
-        pool = 50 * self._batch_size
-        batches = [
-            sorted_pool[i : i + self._batch_size]
-            for start in range(0, len(shuffled), pool)
-            for sorted_pool in [_sorted_by(self._lengths, shuffled[start : start + pool])]
-            for i in range(0, len(sorted_pool), self._batch_size)
-        ]
-        full = [batch for batch in batches if len(batch) == self._batch_size]
-        random.shuffle(full)
-        rest = [batch for batch in batches if len(batch) < self._batch_size]  # at most one, so it comes last
-        for batch in full + rest:
-            yield from batch.tolist()
+    if soft_targets is None or recipe.alpha == 0:
+        return []
+    layers = [name for name in LAYER_LOSSES if name in recipe.losses]
+    if layers and teacher is None:
+        raise ValueError(f"losses {', '.join(layers)} want the teacher's folder")
+    if len(layers) == len(recipe.losses) and recipe.alpha == 1:
+        raise SpecError(
+            f"distill.loss: with alpha 1 and {', '.join(layers)} alone nothing teaches the student to answer",
+            "Add kl, or lower alpha",
+        )
+    return layers
 
 
-def _sorted_by(lengths: Array, chosen: Array) -> Array:
-    return np.asarray(chosen[np.argsort(lengths[chosen], kind="stable")])
+def _judge(task: Task, validation: Rows, targets: Array | None) -> Callable[[PreTrainedModel], float] | None:
+    """How a model is judged: by the task's metric on the rows that have a label; where none has one, by how often it
+    answers as the teacher; where there are no targets either, not at all."""
+    labelled = [row for row in validation if row.get("label") is not None]
+    read: Rows
+    right: Callable[[Array], Array]
+    if labelled:
+        read, right = labelled, lambda logits: task.hits(logits, labelled)
+    elif targets is not None and len(validation):
+        read, right = validation, lambda logits: task.agrees(logits, targets)
+    else:
+        return None
 
+    def judge(model: PreTrainedModel) -> float:
+        logits = logits_of(model, task, read)
+        return float(right(logits).mean()) if np.isfinite(logits).all() else float("nan")
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Advance the bar each step; each epoch, take the validation metric and see if a checkpoint is due."""
-
-    def __init__(self, task: Task, validation: Rows, advance: Callable[[int], None]) -> None:
-        self._task, self._validation, self._advance = task, validation, advance
-        self._saved = time.monotonic()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._advance(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._advance(1)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        logits = logits_of(model, self._task, self._validation)
-        metric = float(self._task.hits(logits, self._validation).mean())
-        state.log_history.append({"epoch": state.epoch, "validation": metric})
-        if time.monotonic() - self._saved >= CHECKPOINT_EVERY_S:
-            control.should_save = True
-            self._saved = time.monotonic()
-
-
-def _collate(task: Task, examples: list[dict[str, Array]]) -> dict[str, Tensor]:
-    batch = {name: torch.from_numpy(array) for name, array in task.collate(examples).items()}
-    batch["labels"] = torch.tensor(np.array([example["labels"] for example in examples]))
-    if "teacher_logits" in examples[0]:
-        batch["teacher_logits"] = torch.from_numpy(np.stack([e["teacher_logits"] for e in examples]))
-    return batch
+    return judge
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -276,11 +302,3 @@ def _last_checkpoint(folder: Path) -> str | None:
         except (OSError, msgspec.DecodeError):
             shutil.rmtree(path)
     return None
-
-
-def _curve(history: list[dict[str, Any]]) -> Curve:
-    epochs: dict[int, dict[str, float]] = {}
-    for record in history:
-        point = epochs.setdefault(round(record["epoch"]), {"epoch": round(record["epoch"])})
-        point |= {key: round(float(record[key]), 6) for key in ("loss", "validation") if key in record}
-    return list(epochs.values())
