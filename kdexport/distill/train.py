@@ -91,7 +91,14 @@ def fit(
         validation_targets: the teacher's logits float [N, C] for `validation`, for the metric where it has no labels.
 
     Returns:
-        One record an epoch: `epoch`, `loss` (mean over its steps), `validation` (the task's metric).
+        One record an epoch: `epoch`; `loss`, the mean over its steps; `validation`, the task's metric, or how often
+        the answer is the teacher's where no validation row has a label. Where there are several terms, of each
+        `terms/NAME`, its mean size without its weight, and, in the epochs in which it was measured on one batch,
+        `shares/NAME`, its part of the gradient.
+
+    Raises:
+        SpecError: settings that can't teach, or patience without a metric.
+        ModelError: training diverged; or student and teacher don't fit for losses of layers.
     """
     layers = _layer_losses(recipe, soft_targets, teacher)
     judge = _judge(task, validation, validation_targets)
