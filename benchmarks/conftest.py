@@ -49,7 +49,7 @@ def teacher(data, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def student(data, teacher, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("student")
-    opened, _ = build_student("tiny", teacher)
+    opened = build_student(spec.Student(), "tiny", teacher).opened
     save_task(opened, 96, read_summary(data).labels, folder)
     save_model(opened, folder)
     return folder

@@ -12,7 +12,7 @@ from kdexport.distill.student import build_student
 from kdexport.distill.targets import Store, write_targets
 from kdexport.distill.teacher import match_labels, prepare_teacher
 from kdexport.distill.train import ByLength, Recipe, fit, logits_of
-from kdexport.errors import ModelError, SpecError
+from kdexport.errors import ModelError
 from kdexport.tasks import load_task
 
 # --- labels
@@ -132,24 +132,26 @@ def test_a_teacher_that_guesses_and_one_that_breaks_are_refused(finished, tmp_pa
 
 # --- student
 
+WHOLE = spec.Student(vocabulary="whole")
+
 
 def test_all_of_the_teachers_layers_are_the_teacher(finished):
-    opened, _ = build_student("layers:2", finished / "teacher")
+    opened = build_student(WHOLE, "layers:2", finished / "teacher").opened
     task, rows = load_task(finished / "teacher"), read_rows(finished / "data", "test")[:20]
     assert np.allclose(logits_of(opened.model, task, rows), np.load(finished / "targets/test.npy")[:20], atol=1e-4)
 
 
 def test_layers_n_keeps_the_lowest_layers(finished):
-    opened, origin = build_student("layers:1", finished / "teacher")
+    opened, origin, _ = build_student(WHOLE, "layers:1", finished / "teacher")
     teacher = AutoModelForSequenceClassification.from_pretrained(finished / "teacher").state_dict()
     ours = opened.model.state_dict()
     assert all(torch.equal(ours[name], teacher[name]) for name in ours)
-    assert origin == "the teacher's lowest 1 layers"
+    assert origin == "the teacher's layers 0"
     assert opened.model.config.num_hidden_layers == 1
 
 
 def test_a_narrow_students_embeddings_keep_the_teachers_distances(finished):
-    opened, origin = build_student("tiny", finished / "teacher")
+    opened, origin, _ = build_student(WHOLE, "tiny", finished / "teacher")
     teacher = AutoModelForSequenceClassification.from_pretrained(finished / "teacher")
     old, new = (m.get_input_embeddings().weight[1000:1500].double() for m in (teacher, opened.model))
     old, new = torch.pdist(old), torch.pdist(new)
@@ -158,20 +160,14 @@ def test_a_narrow_students_embeddings_keep_the_teachers_distances(finished):
 
 
 def test_another_model_can_be_the_student(finished, base_model):
-    opened, _ = build_student(str(base_model), finished / "teacher")
+    opened = build_student(spec.Student(), str(base_model), finished / "teacher").opened
     assert opened.model.config.num_labels == 5
     assert opened.model.config.id2label[0] == load_task(finished / "teacher").labels[0]
 
 
-@pytest.mark.parametrize(("model", "error"), [("layers:0", SpecError), ("layers:x", SpecError)])
-def test_a_wrong_number_of_layers_is_refused(model, error):
-    with pytest.raises(error, match="names no number of layers"):
-        recipe.layers_to_keep(model)
-
-
 def test_more_layers_than_the_teacher_has_are_refused(finished):
     with pytest.raises(ModelError, match="the teacher has 2 layers, not 7"):
-        build_student("layers:7", finished / "teacher")
+        build_student(WHOLE, "layers:7", finished / "teacher")
 
 
 # --- training
@@ -191,7 +187,7 @@ def test_by_length_sees_every_row_once_in_an_order_that_seed_and_epoch_decide():
 
 def test_training_on_soft_targets_brings_the_student_to_the_teacher(finished, tmp_path):
     torch.manual_seed(0)
-    opened, _ = build_student("tiny", finished / "teacher")
+    opened = build_student(WHOLE, "tiny", finished / "teacher").opened
     task, rows = load_task(finished / "teacher"), read_rows(finished / "data", "train")[:32]
     soft = np.load(finished / "targets/train.npy")[:32]
     how = Recipe(epochs=40, learning_rate=1e-3, batch_size=8, seed=0, temperature=2.0, alpha=1.0)
@@ -209,5 +205,5 @@ def test_values_left_open_are_derived_and_given_ones_kept():
     assert recipe.epochs(spec.Distill(), 50_000).value == 6
     assert recipe.epochs(spec.Distill(), 10**7).value == 3
     assert recipe.epochs(spec.Distill(epochs=4), 10).value == 4
-    assert recipe.learning_rate(spec.Distill(), 128, pretrained=False).value == 5e-4
-    assert recipe.learning_rate(spec.Distill(learning_rate=1e-3), 512, pretrained=True).value == 1e-3
+    given = spec.Distill(learning_rate=2e-3)
+    assert recipe.learning_rate(given, spec.Student(), "layers:2", 512).value == 2e-3

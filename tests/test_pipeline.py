@@ -75,14 +75,17 @@ def test_the_artifact_loads_in_optimum(finished, rows):
     from transformers import AutoTokenizer, pipeline
 
     folder = finished / "artifact"
-    for variant, file in (("fp32", "model.onnx"), ("int8", "model_quantized.onnx")):
+    for variant, file, apart in (("fp32", "model.onnx", 1e-4), ("int8", "model_quantized.onnx", 0.02)):
         model = ORTModelForSequenceClassification.from_pretrained(folder, subfolder="onnx", file_name=file)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         texts = [row["text"] for row in rows[:20]]
         theirs = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts, truncation=True)
         ours = package.load(folder, variant).predict(texts)
-        assert [t["label"] for t in theirs] == [o.label for o in ours]
-        assert [t["score"] for t in theirs] == pytest.approx([o.score for o in ours], abs=0.02)
+        # the score of the same label: where two are as good as equal, int8 may choose otherwise in another batch
+        assert [t["score"] for t in theirs] == pytest.approx(
+            [o.scores[t["label"]] for o, t in zip(ours, theirs, strict=True)], abs=apart
+        )
+        assert [t["score"] for t in theirs] == pytest.approx([o.score for o in ours], abs=apart)
 
 
 def test_the_plain_graph_runs_in_bare_onnxruntime_with_standard_operators_only(finished, rows):
@@ -114,7 +117,7 @@ def test_an_untrained_student_is_exported_right_too(finished, rows, tmp_path):
     from kdexport.predictor import Predictor
 
     task = load_task(finished / "teacher")
-    opened, _ = build_student("tiny", finished / "teacher")
+    opened = build_student(spec.Student(vocabulary="whole"), "tiny", finished / "teacher").opened
     save_task(opened, 32, task.labels, tmp_path)
     save_model(opened, tmp_path)
     export_student(spec.Export(), tmp_path, tmp_path)
@@ -148,14 +151,14 @@ def test_a_second_student_reuses_the_soft_targets(copied, settings, kdexport):
     assert found.returncode == 0, found.stderr
     assert "teacher: done before" in found.stderr
     assert "soft targets: 300 of 300 reused" in found.stderr
-    assert "the teacher's lowest 1 layers" in found.stderr
+    assert "the teacher's layers 0" in found.stderr
     assert "the teacher reads" not in found.stderr
     assert read_report(copied / "report.json").distillation.baseline is None
 
 
 def test_a_budget_that_is_not_met_exits_with_3_and_says_what_was_missed(copied, settings, kdexport):
-    command = ["run", *as_flags(settings), "--out", copied]
-    missed = kdexport(*command, "--max-size", "1MB", "--max-p99", "9s")
+    command = ["run", *as_flags(settings), "--student", "tiny", "--out", copied]
+    missed = kdexport(*command, "--max-size", "0.5MB", "--max-p99", "9s")
     assert missed.returncode == 3
     assert "budget size_mb: NOT kept" in missed.stdout
     kept = kdexport(*command, "--max-size", "5MB", "--min-retention", "0.1")
