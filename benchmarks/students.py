@@ -46,7 +46,7 @@ RECIPES: dict[str, list[str]] = {
     "bag, labels alone": ["--student", "bag", "--alpha", "0"],
     "bag": ["--student", "bag"],
     "bag, 8 views": ["--student", "bag", *VIEWS],
-    "bag of 128, 8 views": ["--student", "bag", "--set", "student.embedding=128", *VIEWS],
+    "bag of 192, 8 views": ["--student", "bag", "--set", "student.embedding=192", *VIEWS],
     "cnn, labels alone": ["--student", "cnn", "--alpha", "0"],
     "cnn": ["--student", "cnn"],
     "cnn, 8 views": ["--student", "cnn", *VIEWS],
