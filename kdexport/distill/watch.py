@@ -22,7 +22,7 @@ Curve = list[dict[str, float]]
 History = list[dict[str, Any]]
 
 _LOOK_EVERY = 50  # steps; a look at the losses waits for the device
-_ONE_SIDED = 0.95
+_ONE_SIDED = 0.99
 
 
 class Ledger:
