@@ -129,6 +129,18 @@ def test_at_the_teachers_own_width_what_is_projected_is_exact(family):
     assert torch.allclose(stream_of(student), stream_of(teacher)[:5], atol=1e-4)
 
 
+def test_neurons_beyond_the_teachers_write_nothing():
+    teacher = teacher_of("bert", intermediate_size=96)
+    student = narrow(teacher, 6, 48).model
+    assert student.config.intermediate_size == 192
+    assert torch.allclose(stream_of(student), stream_of(teacher), atol=1e-4)
+
+
+def test_a_few_words_are_kept_whole():
+    """They vary along fewer axes than there is room for; the rest of the axes still are at right angles."""
+    assert narrow(teacher_of("bert", vocab_size=20), 2, 40).kept_variance == pytest.approx(1, abs=1e-5)
+
+
 def lifted(slim, wide: int):
     """A wide BERT that does within some directions, heads and neurons what a slim one does, and nothing beyond."""
     width = slim.config.hidden_size
