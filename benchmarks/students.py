@@ -38,7 +38,7 @@ RECIPES: dict[str, list[str]] = {
     "tiny, logit MSE": [*TINY, "--loss", "mse", "--alpha", "1"],
     "tiny, DIST": [*TINY, "--loss", "dist"],
     "tiny, KL and relations": [*TINY, "--set", "distill.loss={kl: 1, relation: 1}"],
-    "tiny, layers by PCA too": [*TINY, "--set", "student.start=projections"],
+    "tiny, random layers": [*TINY, "--set", "student.start=embeddings"],
     "tiny, whole vocabulary": [*TINY, "--set", "student.vocabulary=whole"],
     "tiny, wide": [*TINY, *WIDE],
     "tiny, wide, labels alone": [*TINY, *WIDE, "--alpha", "0"],

@@ -132,7 +132,7 @@ def test_a_teacher_that_guesses_and_one_that_breaks_are_refused(finished, tmp_pa
 
 # --- student
 
-WHOLE = spec.Student(vocabulary="whole")
+WHOLE = spec.Student(vocabulary="whole", start="embeddings")
 
 
 def test_all_of_the_teachers_layers_are_the_teacher(finished):

@@ -110,7 +110,7 @@ class Student(Section, frozen=True):
         _help(
             "first weights of a narrower student: the teacher's embeddings and layers, reduced, or the embeddings alone"
         ),
-    ] = "embeddings"
+    ] = "projections"
 
 
 LossName = Literal["kl", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation"]
