@@ -124,8 +124,9 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     with tempfile.TemporaryDirectory() as work:
         prepare(settings.data, settings.task, settings.seed, Path(work))
         rows = len(read_rows(Path(work), "train"))
-    epochs = recipe.epochs(settings.distill, rows)
     names = recipe.students(settings)
+    pooled = all(recipe.pools(settings.student, name) for name in names)
+    epochs = recipe.epochs(settings.distill, rows, pooled=pooled)
     derived = {
         "distill.epochs": (f"{epochs.value:g}", epochs.reason),
         "student.model": (", ".join(names), "as given" if settings.student.model else recipe.why(settings)),

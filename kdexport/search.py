@@ -31,6 +31,8 @@ from kdexport.tasks import load_task
 
 # Of the epochs of a whole training; at least one epoch.
 TRIAL_SHARE = 0.1
+# Epochs without a better validation metric after which a student in a search is done; its best epoch stands.
+PATIENCE = 4
 # With no limit on latency and size the quickest student comes first that its trial puts this near the best one.
 _NEAR_THE_BEST = 0.05
 

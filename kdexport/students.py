@@ -10,6 +10,7 @@ import msgspec
 
 from kdexport import search, spec
 from kdexport.data import read_rows
+from kdexport.distill import recipe
 from kdexport.progress import say
 from kdexport.results import Rung, Search
 from kdexport.rundir import Run, read_record
@@ -69,6 +70,8 @@ class Students(NamedTuple):
             share: of the epochs; below 1 it is a trial, whose weights aren't kept.
         """
         distill = msgspec.structs.replace(self.settings.distill, baseline=True, seeds=1)
+        if len(recipe.students(self.settings)) > 1 and distill.patience is None:
+            distill = msgspec.structs.replace(distill, patience=search.PATIENCE)
         if hard:
             distill = msgspec.structs.replace(distill, loss="kl", temperature=1.0, alpha=0.0, augment=None)
         seed = self.settings.seed if seed is None else seed

@@ -75,7 +75,7 @@ def train_student(
     rows, validation = read_rows(data, "train"), read_rows(data, "validation")
     soft = None if hard else np.load(targets / "train.npy")
     unlabelled = [] if hard else transfer_rows(targets)
-    epochs = recipe.epochs(distill, len(rows), len(unlabelled)).value
+    epochs = recipe.epochs(distill, len(rows), len(unlabelled), recipe.pools(student, name)).value
     if share < 1:  # a trial sees the share of all examples, but of the labelled rows
         epochs, unlabelled = max(1, int(share * epochs * (1 + len(unlabelled) / len(rows)))), []
     how = Recipe(
@@ -163,7 +163,7 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
     kept = None if student.vocabulary == "whole" else trim_vocabulary(tokenizer, teacher, texts)
     size = "" if kept is None else f", a vocabulary of {len(kept):,}"
-    if shape.kind == "network" or (shape.kind == "narrow" and student.embedding):
+    if recipe.pools(student, name):
         model, told = _network(shape, student, teacher, tokenizer)
     elif shape.kind == "narrow":
         model, told = _narrow(student, shape, teacher)
