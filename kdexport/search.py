@@ -29,8 +29,8 @@ from kdexport.results import Rung, Search
 from kdexport.rundir import read_record, write_json
 from kdexport.tasks import load_task
 
-# Of the epochs of a whole training; at least one epoch.
-TRIAL_SHARE = 0.1
+# Of the examples that a whole training sees.
+TRIAL_SHARE = 0.05
 # Epochs without a better validation metric after which a student in a search is done; its best epoch stands.
 PATIENCE = 4
 # With no limit on latency and size the quickest student comes first that its trial puts this near the best one.

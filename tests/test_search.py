@@ -101,7 +101,7 @@ def searched(kdexport, finished, settings, tmp_path_factory):
         "student.model": ["layers:2", "bag", "cnn"],
         "distill.baseline": False,
         "bench.rounds": 1,
-        "budget.size_mb": 3.0,
+        "budget.size_mb": 6.0,
         "budget.retention": 0.5,
     }
     given = {key: value for key, value in given.items() if not key.startswith("teacher.train")}
@@ -124,7 +124,7 @@ def test_a_search_drops_untrained_what_cannot_fit_and_trains_the_best_of_the_res
     assert winner.met
     assert winner.metric is not None
     assert winner.seconds > 0
-    assert winner.size_bytes <= 3e6
+    assert winner.size_bytes <= 6e6
     assert report.distillation.model == report.search.winner
     shipped = report.variant(report.recommended)
     assert shipped.size_bytes == pytest.approx(winner.size_bytes, rel=0.1)  # weights don't change a size much
@@ -159,7 +159,7 @@ def test_a_budget_that_nothing_can_meet_shows_the_closest_and_exits_3(searched, 
 
 def test_another_budget_measures_and_trains_nothing_twice(searched, kdexport):
     out, spec_file, _ = searched
-    found = kdexport("run", spec_file, "--max-size", "4MB", "--out", out)
+    found = kdexport("run", spec_file, "--max-size", "7MB", "--out", out)
     assert "ladder: done before" in found.stderr
     assert "trial-bag: done before" in found.stderr
 
@@ -174,14 +174,12 @@ def test_a_time_limit_trains_no_second_student(searched, kdexport, tmp_path):
     assert sum(one["metric"] is not None for one in report["search"]["rungs"]) == 1
 
 
-def test_the_budget_search_takes_little_more_than_its_winner(searched):
-    """Trials are a tenth of the epochs: what they cost together is bounded by the whole training of the winner."""
+def test_a_trial_is_a_small_part_of_a_training_and_keeps_no_weights(searched):
     out, _, _ = searched
-    report = read_report(out / "report.json")
-    full = next(one for one in report.search.rungs if one.name == report.search.winner)
-    epochs = json.loads((out / f"student-{search.slug(full.name)}" / "training.json").read_bytes())["recipe"]["epochs"]
+    winner = read_report(out / "report.json").search.winner
+    full = read_record(out / f"student-{search.slug(winner)}").seconds
     for name in ("bag", "cnn"):
-        trial = json.loads((out / f"trial-{name}" / "training.json").read_bytes())["recipe"]["epochs"]
-        assert trial == max(1, int(search.TRIAL_SHARE * epochs))
-        assert read_record(out / f"trial-{name}").seconds > 0
+        trial = json.loads((out / f"trial-{name}" / "training.json").read_bytes())
+        assert trial["recipe"]["epochs"] == 1
+        assert 0 < read_record(out / f"trial-{name}").seconds < full
         assert not list((out / f"trial-{name}").glob("*.safetensors"))

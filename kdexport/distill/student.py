@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from kdexport import spec
-from kdexport.data import read_rows
+from kdexport.data import read_rows, sampled
 from kdexport.distill import recipe
 from kdexport.distill.shrink import keep_layers, layers_of, narrow
 from kdexport.distill.targets import TRANSFER
@@ -76,8 +76,11 @@ def train_student(
     soft = None if hard else np.load(targets / "train.npy")
     unlabelled = [] if hard else transfer_rows(targets)
     epochs = recipe.epochs(distill, len(rows), len(unlabelled), recipe.pools(student, name)).value
-    if share < 1:  # a trial sees the share of all examples, but of the labelled rows
-        epochs, unlabelled = max(1, int(share * epochs * (1 + len(unlabelled) / len(rows)))), []
+    if share < 1:  # a trial sees the share of all examples, as passes over the rows of train, or a part of them
+        examples, unlabelled = round(share * epochs * (len(rows) + len(unlabelled))), []
+        places = sampled(len(rows), max(examples, distill.batch_size))
+        rows, soft = [rows[i] for i in places], soft if soft is None else soft[places]
+        epochs = max(1, examples // len(rows))
     how = Recipe(
         epochs=int(epochs),
         learning_rate=recipe.learning_rate(distill, student, name, model.config.hidden_size).value,
