@@ -63,13 +63,13 @@ def main() -> None:
         sys.exit(f"{args.data} holds no train.csv: name the folder of clinc150 with --data")
     os.environ.setdefault("KDEXPORT_CACHE", str(args.work / "cache"))
     teacher = args.teacher or fine_tuned(args)
-    table = []
+    table = json.loads(args.out.read_bytes())["students"] if args.out.exists() else {}
     for name in args.only or RECIPES:
         run(name, teacher, args)
-        table.append(told(name, args))
-        print(line(table[-1]), flush=True)
-    if not args.only:
-        args.out.write_text(json.dumps({"environment": environment(), "students": table}, indent=2) + "\n")
+        table[name] = told(name, args)
+        print(line(name, table[name]), flush=True)
+        ordered = {name: table[name] for name in RECIPES if name in table}
+        args.out.write_text(json.dumps({"environment": environment(), "students": ordered}, indent=2) + "\n")
 
 
 def fine_tuned(args: argparse.Namespace) -> Path:
@@ -109,7 +109,6 @@ def told(name: str, args: argparse.Namespace) -> dict[str, Any]:
     best = next(v for v in report["variants"] if v["name"] == report["recommended"])
     file = out / "artifact" / best["file"]
     return {
-        "name": name,
         "flags": RECIPES[name],
         "file": best["name"],
         "accuracy": best["metric"]["value"],
@@ -151,11 +150,11 @@ def teacher_logits(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
     return np.asarray(np.load(kept))
 
 
-def line(row: dict[str, Any]) -> str:
+def line(name: str, row: dict[str, Any]) -> str:
     """One row of the table in Markdown."""
     oos = row["out_of_scope_auroc"]
     cells = (
-        row["name"],
+        name,
         *(f"{100 * row[key]:.2f} %" for key in ("accuracy", "retention", "agreement")),
         f"{row['size_mb']:.2f}",
         f"{row['speedup']:.0f}×",
