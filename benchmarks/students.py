@@ -30,26 +30,25 @@ TEACHER = ["--teacher-epochs", "6", "--set", "teacher.train.learning_rate=2e-4",
 VIEWS = ["--augment", "8", "--set", "distill.batch_size=64"]
 WIDE = ["--set", "student.embedding=384"]
 TINY = ["--student", "tiny", "--set", "distill.learning_rate=1e-3"]
+RANDOM = ["--set", "student.start=embeddings"]
 
 # name → flags; one change at a time from the line that it names
 RECIPES: dict[str, list[str]] = {
-    "tiny, labels alone": [*TINY, "--alpha", "0"],
+    "tiny, random layers, labels alone": [*TINY, *RANDOM, "--alpha", "0"],
+    "tiny, random layers": [*TINY, *RANDOM],
     "tiny": TINY,
     "tiny, logit MSE": [*TINY, "--loss", "mse", "--alpha", "1"],
     "tiny, DIST": [*TINY, "--loss", "dist"],
     "tiny, KL and relations": [*TINY, "--set", "distill.loss={kl: 1, relation: 1}"],
-    "tiny, random layers": [*TINY, "--set", "student.start=embeddings"],
     "tiny, whole vocabulary": [*TINY, "--set", "student.vocabulary=whole"],
+    "tiny, wide, labels alone": [*TINY, *WIDE, "--alpha", "0", "--epochs", "15"],
     "tiny, wide": [*TINY, *WIDE],
-    "tiny, wide, labels alone": [*TINY, *WIDE, "--alpha", "0"],
     "tiny, wide, 8 views": [*TINY, *WIDE, *VIEWS],
-    "bag, labels alone": ["--student", "bag", "--alpha", "0"],
+    "bag, labels alone": ["--student", "bag", "--alpha", "0", "--epochs", "15"],
     "bag": ["--student", "bag"],
     "bag, 8 views": ["--student", "bag", *VIEWS],
-    "bag of 192, 8 views": ["--student", "bag", "--set", "student.embedding=192", *VIEWS],
     "cnn, labels alone": ["--student", "cnn", "--alpha", "0"],
     "cnn": ["--student", "cnn"],
-    "cnn, 8 views": ["--student", "cnn", *VIEWS],
     "cnn of 128, 8 views": ["--student", "cnn", "--set", "student.embedding=128", *VIEWS],
     "cnn:512, 8 views": ["--student", "cnn:512", *VIEWS],
 }

@@ -31,8 +31,9 @@ from kdexport.progress import say
 from kdexport.rundir import write_json
 from kdexport.tasks import load_task
 
-# Width of the features of students of ours, and of the layer before their logits: a bag is for those in a hurry.
-_NETWORK_WIDTH, _NETWORK_HEAD, _BAG_HEAD = 256, 512, 256
+# Width of the features of students of ours, and of the layer before their logits. A bag with a head of 256 is 4 µs
+# quicker, and on clinc150 lost 0.5 points.
+_NETWORK_WIDTH, _NETWORK_HEAD = 256, 512
 
 
 class Built(NamedTuple):
@@ -204,7 +205,7 @@ def _network(
             vocab_size=len(words),
             embedding_size=width,
             hidden_size=shape.width or _NETWORK_WIDTH,
-            head_size=_BAG_HEAD if shape.network == "bag" else _NETWORK_HEAD,
+            head_size=_NETWORK_HEAD,
             num_hidden_layers=shape.layers,
             num_attention_heads=max(1, shape.width // 64),
             pad_token_id=tokenizer.pad_token_id or 0,
