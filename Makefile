@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-all lint bench schemas proto clean
 
 demo: $(VENV)/.made
-	$(BIN)/kdexport demo --max-size 2MB --min-retention 0.97 --out runs/demo
+	$(BIN)/kdexport demo --student tiny --max-size 5MB --min-retention 0.97 --out runs/demo
 
 test: $(VENV)/.made lint
 	$(BIN)/python -m pytest -m "not slow"

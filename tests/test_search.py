@@ -180,6 +180,6 @@ def test_a_trial_is_a_small_part_of_a_training_and_keeps_no_weights(searched):
     full = read_record(out / f"student-{search.slug(winner)}").seconds
     for name in ("bag", "cnn"):
         trial = json.loads((out / f"trial-{name}" / "training.json").read_bytes())
-        assert trial["recipe"]["epochs"] == 1
+        assert trial["recipe"]["epochs"] < 12
         assert 0 < read_record(out / f"trial-{name}").seconds < full
         assert not list((out / f"trial-{name}").glob("*.safetensors"))

@@ -138,7 +138,7 @@ def demo(
 
     [bold]Examples[/bold]
 
-      kdexport demo --max-size 2MB --min-retention 0.97
+      kdexport demo --max-size 10MB --min-retention 0.97
 
       kdexport demo --student tiny
     """

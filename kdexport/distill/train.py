@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -115,40 +115,37 @@ def fit(
             batch["teacher_logits"] = soft_targets[chosen]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    arguments, ledger = _arguments(recipe, work / "checkpoints"), Ledger(recipe.learning_rate)
-    steps = recipe.epochs * -(-len(rows) // recipe.batch_size)
-    with ExitStack() as stack:
-        matching = None
-        if layers and teacher:
-            arguments._n_gpu = min(1, arguments.n_gpu)  # threads with a copy of the model each would share its hooks
-            matching = stack.enter_context(matched(model, teacher, layers, kept, task=task, rows=rows[:100]))
+    ledger = Ledger(recipe.learning_rate)
+    matching_or_none = (
+        matched(model, teacher, layers, kept, task=task, rows=rows[:100]) if layers and teacher else nullcontext()
+    )
+    with matching_or_none as matching, bar(title, recipe.epochs * -(-len(rows) // recipe.batch_size)) as advance:
         trainer = _Trainer(
             recipe,
             lengths,
             matching,
             ledger,
             model=model,
-            args=arguments,
+            args=_arguments(recipe, work / "checkpoints", bool(layers)),
             train_dataset=range(len(rows)),
             data_collator=collate,
         )
-        trainer.remove_callback(PrinterCallback)
         watch = Watch(
             judge,
             ledger,
             patience=recipe.patience,
             folder=work / "best",
             checkpoint_every_s=CHECKPOINT_EVERY_S,
-            advance=stack.enter_context(bar(title, steps)),
+            advance=advance,
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
         curve = curve_of(trainer.state.log_history)
         if recipe.patience is not None:
             trainer.accelerator.wait_for_everyone()
             best = watch.restore(model, trainer.state.log_history)
-    if recipe.patience is not None:
-        say(f"{title}: epoch {best} of {len(curve)} was the best; its weights are kept")
+            say(f"{title}: epoch {best} of {len(curve)} was the best; its weights are kept")
     say_shares(curve, title)
     shutil.rmtree(work / "checkpoints", ignore_errors=True)  # first: a checkpoint without the best weights is no use
     watch.forget()
@@ -218,11 +215,10 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         alpha = value_at(self._recipe.alpha, progress)
         losses = {name: value_at(weight, progress) for name, weight in self._recipe.losses.items()}
         temperature = value_at(self._recipe.temperature, progress)
-        matching = self._matching if alpha > 0 else None
-        outputs = model(**inputs, **(matching.flags if matching else {}))
+        outputs = model(**inputs, **(self._matching.flags if self._matching else {}))
         terms = objective(outputs.logits, labels, teacher_logits, losses, temperature=temperature, alpha=alpha)
-        if matching:
-            of_layers = matching(inputs, outputs)
+        if self._matching:
+            of_layers = self._matching(inputs, outputs)
             terms += [Term(name, alpha * losses[name], size) for name, size in of_layers.items()]
         return terms
 
@@ -239,8 +235,8 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         return ByLength(self._lengths, self.args.train_batch_size, self._recipe.seed)
 
 
-def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
-    return TrainingArguments(
+def _arguments(recipe: Recipe, folder: Path, looks_inside: bool) -> TrainingArguments:
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
@@ -258,6 +254,10 @@ def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,  # it waits for the device at every step; Ledger looks every 50
         report_to=[],
     )
+    if looks_inside:  # projections are used outside the model's forward, where no search for unused ones finds them;
+        arguments.ddp_find_unused_parameters = False
+        arguments._n_gpu = min(1, arguments.n_gpu)  # and threads with a copy of the model each would share its hooks
+    return arguments
 
 
 def _layer_losses(recipe: Recipe, soft_targets: Array | None, teacher: Path | None) -> list[str]:
