@@ -274,6 +274,7 @@ def test_the_teacher_stays_as_it_is_and_out_of_the_students_state():
     inputs = batch()
     matching(inputs, student(**inputs, **matching.flags))["hidden"].backward()
     assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert matching.of_layers.weight.grad.abs().sum() > 0

@@ -1,5 +1,7 @@
 """Training: rows without labels, schedules, patience, the log of terms, kills; a tiny model on made-up sentences."""
 
+import functools
+
 import msgspec
 import numpy as np
 import pytest
@@ -278,10 +280,6 @@ def test_without_patience_the_last_epoch_stands(task, rows, soft, tmp_path):
 # --- kills
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing in the training handles it."""
-
-
 SETTINGS = {
     "plain": change(epochs=4),
     "patience": change(epochs=8, patience=2),
@@ -289,74 +287,84 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
-def test_a_killed_training_ends_as_one_that_was_not(kind, task, rows, soft, teacher, tmp_path, monkeypatch):
-    """Killed before the first checkpoint, after it, at the end, and while it keeps what it needs to go on."""
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
-    how = SETTINGS[kind]
-    validation = turned(rows) if how.patience else rows[:32]
+@pytest.fixture(scope="module")
+def trained(task, rows, soft, teacher, tmp_path_factory):
+    """Train as one of the settings says, with a checkpoint after every epoch of three steps; weights and curve."""
 
-    def run(folder):
-        model = student()
+    def run(kind, folder):
+        model, how = student(), SETTINGS[kind]
+        validation = turned(rows) if how.patience else rows[:32]  # so that patience ends before the epochs do
         layers = {"teacher": teacher} if kind == "layers" else {}
-        curve = fit(model, task, rows[:48], soft[:48], how, validation=validation, work=folder, title="t", **layers)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
+            curve = fit(model, task, rows[:48], soft[:48], how, validation=validation, work=folder, title="t", **layers)
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}, curve
 
-    expected, curve = run(tmp_path / "whole")
-    steps = 3 * len(curve)
-    for step in (2, 5, steps):
-        with monkeypatch.context() as patch:
-            kill_at_step(patch, step)
-            with pytest.raises(Killed):
-                run(tmp_path / f"step-{step}")
-        found, again = run(tmp_path / f"step-{step}")
-        assert again == curve, step
-        assert all(torch.equal(found[name], expected[name]) for name in expected), step
-    for place in (after_keeping, before_keeping, after_saving):
-        if not how.patience and place is not after_saving:
-            continue
-        with monkeypatch.context() as patch:
-            place(patch, times=2)
-            with pytest.raises(Killed):
-                run(tmp_path / place.__name__)
-        found, again = run(tmp_path / place.__name__)
-        assert again == curve, place
-        assert all(torch.equal(found[name], expected[name]) for name in expected), place
+    run.whole = functools.cache(lambda kind: run(kind, tmp_path_factory.mktemp(kind)))
+    return run
 
 
-def kill_at_step(patch, step) -> None:
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == step:
-            raise Killed
-
-    patch.setattr(watch.Watch, "on_step_end", on_step_end)
+class Killed(BaseException):
+    """Stands for a kill: nothing in the training handles it."""
 
 
-def _kill_around(patch, owner, name, times, before) -> None:
-    whole, calls = getattr(owner, name), []
+def kill_at_step(step):
+    def place(patch):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == step:
+                raise Killed
 
-    def around(*arguments, **named):
-        calls.append(1)
-        if len(calls) == times and before:
-            raise Killed
-        found = whole(*arguments, **named)
-        if len(calls) == times:
-            raise Killed
-        return found
+        patch.setattr(watch.Watch, "on_step_end", on_step_end)
 
-    patch.setattr(owner, name, around)
+    return place
 
 
-def before_keeping(patch, times) -> None:
-    _kill_around(patch, watch, "save_model", 1, before=False)  # written, and not yet under its name
+def kill_after(owner, name, times=1):
+    def place(patch):
+        whole, calls = getattr(owner, name), []
+
+        def around(*arguments, **named):
+            calls.append(whole(*arguments, **named))
+            if len(calls) == times:
+                raise Killed
+            return calls[-1]
+
+        patch.setattr(owner, name, around)
+
+    return place
 
 
-def after_keeping(patch, times) -> None:
-    _kill_around(patch, watch.Watch, "_keep", 1, before=False)
+PLACES = {
+    "before the first checkpoint": kill_at_step(2),
+    "after it": kill_at_step(5),
+    "after the last": kill_at_step(9),
+    "while the best weights are written": kill_after(watch, "save_model"),
+    "when they are": kill_after(watch.Watch, "_keep"),
+    "after a later checkpoint": kill_after(watch.Watch, "on_save", times=2),
+}
 
 
-def after_saving(patch, times) -> None:
-    _kill_around(patch, watch.Watch, "on_save", times, before=True)
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        ("plain", "after it"),
+        ("plain", "after a later checkpoint"),
+        *(("patience", place) for place in PLACES),
+        ("layers", "after it"),
+    ],
+)
+def test_a_killed_training_ends_as_one_that_was_not(kind, place, trained, tmp_path):
+    expected, curve = trained.whole(kind)
+    assert len(curve) >= 3
+    with pytest.MonkeyPatch.context() as patch:
+        PLACES[place](patch)
+        with pytest.raises(Killed):
+            trained(kind, tmp_path)
+    assert list(tmp_path.iterdir()) != [] or place == "before the first checkpoint"
+    found, again = trained(kind, tmp_path)
+    assert again == curve
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_best_weights_of_two_epochs_at_most_are_kept(task, rows, soft, tmp_path, monkeypatch):
