@@ -81,7 +81,7 @@ def test_mlflow_gets_every_number_and_the_report(report, finished, tmp_path, mon
     assert run.data.metrics[f"{report.recommended}/p50_ms"] == pytest.approx(
         report.variant(report.recommended).latency_ms.p50
     )
-    assert run.data.params["student.model"] == report.spec["student"]["model"]
+    assert run.data.params["student.model"] == report.distillation.model == "tiny"
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"report.html", "report.json"}
 
 

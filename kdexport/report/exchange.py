@@ -167,7 +167,10 @@ def _log_to_mlflow(report: Report, where: str, folder: Path) -> None:
         mlflow.set_tracking_uri(where)
     mlflow.set_experiment("kdexport")
     with mlflow.start_run(run_name=folder.resolve().name):
-        mlflow.log_params({key: str(value)[:500] for key, value in _flat(report.spec)})
+        params = dict(_flat(report.spec))
+        if report.distillation:  # the spec may have left the student to a search
+            params["student.model"] = report.distillation.model
+        mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
         mlflow.log_metrics({name.replace("+", "plus"): value for name, value in scalars(report)})
         for file in ("report.html", "report.json"):
             mlflow.log_artifact(str(folder / file))
