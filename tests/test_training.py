@@ -367,26 +367,40 @@ def test_a_killed_training_ends_as_one_that_was_not(kind, place, trained, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_best_weights_of_two_epochs_at_most_are_kept(task, rows, soft, tmp_path, monkeypatch):
-    kept = []
-    whole = watch.Watch._keep
+def test_best_weights_are_kept_of_this_epoch_and_of_what_the_last_checkpoint_knows(
+    task, rows, soft, tmp_path, monkeypatch
+):
+    kept, keep = [], watch.Watch._keep
 
     def noted(self, model, epoch):
-        whole(self, model, epoch)
+        keep(self, model, epoch)
         kept.append(sorted(int(path.stem) for path in self._folder.iterdir()))
 
+    def run(every_s, metrics):
+        left = iter(metrics)
+        monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", every_s)
+        monkeypatch.setattr(train, "_judge", lambda *_: lambda model: next(left))
+        fit(student(), task, rows, soft, change(patience=2), validation=rows, work=tmp_path, title="t")
+
     monkeypatch.setattr(watch.Watch, "_keep", noted)
-    metrics = iter(np.arange(1, 7) / 10)  # better with every epoch
-    monkeypatch.setattr(train, "_judge", lambda *_: lambda model: next(metrics))
-    fit(student(), task, rows, soft, change(epochs=6, patience=2), validation=rows, work=tmp_path, title="t")
-    assert kept == [[1], [2], [3], [4], [5], [6]]
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0.0)
-    metrics = iter(np.arange(1, 7) / 10)
-    fit(student(), task, rows, soft, change(epochs=6, patience=2), validation=rows, work=tmp_path, title="t")
-    assert kept[6:] == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [5, 6]]
+    run(1e9, [0.1, 0.2, 0.3, 0.4])
+    assert kept == [[1], [2], [3], [4]]
+    with monkeypatch.context() as patch:
+        kill_at_step(15)(patch)  # in the third epoch
+        with pytest.raises(Killed):
+            run(0.0, [0.1, 0.2])
+    assert kept[4:] == [[1], [1, 2]]
+    run(1e9, [0.3, 0.4])  # goes on from the second
+    assert kept[6:] == [[2, 3], [2, 4]]
 
 
 # --- what goes wrong
+
+
+def test_a_start_that_takes_longer_than_a_line_of_progress_is_no_error(task, rows, soft, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("kdexport.progress._PLAIN_LINE_EVERY_S", 0.0)
+    fit(student(), task, rows, soft, change(epochs=1), validation=rows[:8], work=tmp_path, title="t")
+    assert "  t: 1 of 6, about" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("at", [1, 8, 24])

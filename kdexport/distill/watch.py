@@ -120,7 +120,8 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
         self._best_in_checkpoint: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
-        self._advance(state.global_step)
+        if state.global_step:
+            self._advance(state.global_step)
         self._best_in_checkpoint = best_epoch(state.log_history)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
