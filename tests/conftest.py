@@ -106,7 +106,7 @@ def settings(articles_file, base_model) -> dict:
         "distill.batch_size": 16,
         "distill.learning_rate": 1e-3,
         "bench.rounds": 2,
-        "bench.round_seconds": 0.2,
+        "bench.round_seconds": 0.4,
         "bench.precision": None,
         "bench.batch_sizes": [8],
     }

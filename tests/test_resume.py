@@ -12,7 +12,7 @@ from conftest import as_flags
 
 from kdexport.rundir import read_record
 
-STAGES = ("data", "teacher", "targets", "student", "baseline", "export", "verify", "bench", "artifact")
+STAGES = ("data", "teacher", "targets", "student", "export", "baseline", "verify", "bench", "artifact")
 
 # Checkpoints after every epoch, so that short trainings have some.
 CALL = "import kdexport.distill.train as t; t.CHECKPOINT_EVERY_S = 0; from kdexport.cli import main; main()"
