@@ -192,6 +192,22 @@ def test_terms_are_mean_sizes_and_shares_are_norms_of_gradients(task, rows, soft
         assert point[f"shares/{name}"] == pytest.approx(norm / sum(norms.values()), rel=1e-3)
 
 
+def test_a_ledger_means_the_steps_of_one_epoch():
+    ledger = watch.Ledger(1e-3)
+
+    def epoch(sizes, after=0):
+        for step, size in enumerate(sizes, start=after + 1):
+            ledger.add(
+                step, [Term("kl", 0.5, torch.tensor(size)), Term("ce", 0.5, torch.tensor(1.0))], torch.tensor(9.0)
+            )
+        return ledger.close_epoch(after + len(sizes))
+
+    assert epoch([float(n) for n in range(120)]) == {"terms/kl": 59.5, "terms/ce": 1.0}
+    ledger.add_shares({"kl": 0.75, "ce": 0.25})
+    assert epoch([4.0, 6.0], after=120) == {"terms/kl": 5.0, "terms/ce": 1.0, "shares/kl": 0.75, "shares/ce": 0.25}
+    assert epoch([4.0], after=122) == {"terms/kl": 4.0, "terms/ce": 1.0}
+
+
 def test_measuring_shares_changes_nothing_that_is_learned(task, rows, soft, tmp_path, monkeypatch):
     def weights(every):
         monkeypatch.setattr(train, "_SHARES_EVERY", every)
@@ -341,6 +357,7 @@ PLACES = {
     "while the best weights are written": kill_after(watch, "save_model"),
     "when they are": kill_after(watch.Watch, "_keep"),
     "after a later checkpoint": kill_after(watch.Watch, "on_save", times=2),
+    "when it is over": kill_after(watch.Watch, "restore"),
 }
 
 
