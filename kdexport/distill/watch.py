@@ -205,10 +205,17 @@ def curve_of(history: History) -> Curve:
     """One record an epoch: `epoch`, `loss`, `validation`, and of each term `terms/NAME` and `shares/NAME`."""
     epochs: dict[int, dict[str, float]] = {}
     for record in history:
-        point = epochs.setdefault(round(record["epoch"]), {"epoch": round(record["epoch"])})
-        wanted = (key for key in record if key in ("loss", "validation") or key.startswith(("terms/", "shares/")))
-        point |= {key: round(float(record[key]), 6) for key in wanted}
-    return list(epochs.values())
+        epochs.setdefault(round(record["epoch"]), {}).update(record)
+    return [
+        {"epoch": epoch}
+        # sorted, because a history that was read from a checkpoint has another order
+        | {key: round(float(record[key]), 6) for key in sorted(record) if _is_ours(key)}
+        for epoch, record in epochs.items()
+    ]
+
+
+def _is_ours(key: str) -> bool:
+    return key in ("loss", "validation") or key.startswith(("terms/", "shares/"))
 
 
 def _shares_in(point: dict[str, float]) -> dict[str, float]:
