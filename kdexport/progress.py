@@ -61,7 +61,7 @@ def _plain_lines(title: str, total: int) -> Iterator[Callable[[int], None]]:
         nonlocal finished, last
         finished += done
         now = time.monotonic()
-        if now - last >= _PLAIN_LINE_EVERY_S and finished < total:
+        if now - last >= _PLAIN_LINE_EVERY_S and 0 < finished < total:
             last = now
             left = (now - started) / finished * (total - finished)
             say(f"  {title}: {finished:,} of {total:,}, about {left:.0f} s left")
