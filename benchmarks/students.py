@@ -122,16 +122,16 @@ def told(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "speedup_ci95": best["speedup_p50"]["ci95"],
         "train_s": report["seconds"]["student"],
         "membership_auc": report["leakage"]["membership"]["student"]["by_confidence"]["auc"],
-        "out_of_scope_auroc": out_of_scope(Predictor(load_task(out / "student"), file), args.data, out),
+        "out_of_scope_auroc": out_of_scope(best["name"], Predictor(load_task(out / "student"), file), args.data, out),
     }
 
 
-def out_of_scope(student: Predictor, data: Path, out: Path) -> dict[str, float]:
+def out_of_scope(best: str, student: Predictor, data: Path, out: Path) -> dict[str, float]:
     """AUROC of the maximum probability, test queries in scope against those out of scope, of teacher and student."""
     with (data / "oos_test.csv").open(newline="") as file:
         strange = [{"text": row["text"]} for row in csv.DictReader(file)]
     with np.load(out / "verify" / "logits.npz") as logits:
-        known = {"teacher": logits["teacher"], "student": logits["student-int8"]}
+        known = {"teacher": logits["teacher"], "student": logits[best]}
     found = {"teacher": teacher_logits(out / "teacher", strange), "student": student.logits(strange)}
     return {who: roc_auc(softmax(known[who]).max(axis=1), softmax(found[who]).max(axis=1))[0] for who in known}
 

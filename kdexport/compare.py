@@ -342,7 +342,9 @@ def _turns_change(name: str, metric: str, rounds: dict[str, list[Array]]) -> Cha
 def _file_of(place: Path, variant: Variant, name: str) -> Target:
     """The file that was measured: in the artifact, in the run's export, or where `kdexport bench` found it."""
     folder, named = artifact.resolve(place), Path(variant.file or "none")
-    places = [(folder / named, folder), *((file, place / "student") for file in place.glob("export/*.onnx"))]
+    places = [(folder / named, folder)]
+    for file in place.glob("export*/*.onnx"):  # of a search, export-<student> beside student-<student>
+        places.append((file, place / file.parent.name.replace("export", "student", 1)))
     for file, task in [*places, (named, named.parent.parent)]:
         if file.is_file() and hash_file(file) == variant.sha256:
             return Target(name, "onnxruntime", str(task), str(file))

@@ -38,8 +38,7 @@ def run(settings: spec.Spec, out: Path) -> Report:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = recipe.students(settings)
-    for name in names:
-        recipe.shape_of(name)  # a wrong name is said before an hour's work
+    recipe.check(settings)  # what is wrong is said before an hour's work
     teachers.check(settings)
     files = local_files(settings.data)
     with Run(out) as folder, disk_errors(out):
@@ -126,7 +125,8 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
         rows = len(read_rows(Path(work), "train"))
     names = recipe.students(settings)
     pooled = all(recipe.pools(settings.student, name) for name in names)
-    epochs = recipe.epochs(settings.distill, rows, pooled=pooled)
+    copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
+    epochs = recipe.epochs(settings.distill, rows, copies, pooled)
     derived = {
         "distill.epochs": (f"{epochs.value:g}", epochs.reason),
         "student.model": (", ".join(names), "as given" if settings.student.model else recipe.why(settings)),

@@ -22,6 +22,7 @@ from kdexport.bench.engine import bench
 from kdexport.bench.targets import Target, of_file, of_model
 from kdexport.data import read_rows
 from kdexport.distill.teachers import kind_of_first
+from kdexport.errors import ModelError
 from kdexport.export import Candidate, export_student, read_candidates
 from kdexport.predictor import Predictor
 from kdexport.progress import say, warn
@@ -42,7 +43,7 @@ Train = Callable[[str], tuple[Path, Path]]
 
 def slug(student: str) -> str:
     """A student's name as a part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", student.rsplit("/", 1)[-1]).strip("-")
+    return re.sub(r"[^A-Za-z0-9+]+", "-", student).strip("-")
 
 
 def measure_ladder(
@@ -57,19 +58,31 @@ def measure_ladder(
         teacher: a model folder; latencies are measured beside it.
         rows: real rows to measure on.
         out: an existing folder.
+
+    Raises:
+        ModelError: none of them can be built; one that can't is left out, and said.
     """
-    folders = {name: out / slug(name) for name in students}
     targets = teacher_targets(teacher, ["torch", "onnxruntime"], ["cpu"])
     reference = targets[0].name if targets else None
     files: dict[str, list[tuple[str, Candidate]]] = {}
-    for name, folder in folders.items():
+    refused: ModelError | None = None
+    for name in students:
+        folder = out / slug(name)
         (folder / "export").mkdir(parents=True, exist_ok=True)
-        build(name, folder)
+        try:
+            build(name, folder)
+        except ModelError as error:  # say, more layers than the teacher has
+            warn(f"search: {name} is left out: {error}")
+            refused = error
+            shutil.rmtree(folder)
+            continue
         export_student(settings.export, folder, folder / "export")
         found = [c for c in read_candidates(folder / "export") if c.precision == _shipped_precision(settings)]
         files[name] = [(f"{slug(name)}-{c.name}", c) for c in found]
         for label, candidate in files[name]:
             targets += of_file(label, folder, folder / "export" / candidate.file, ["onnxruntime"], ["cpu"])
+    if refused and not files:
+        raise refused
     how = msgspec.structs.replace(
         settings.bench, rounds=2, round_seconds=0.5, precision=None, threads=settings.bench.threads[:1], batch_sizes=()
     )
@@ -77,18 +90,23 @@ def measure_ladder(
     teacher_latency = measured.latency.get(reference) if reference else None
     rungs = []
     for name, labels in files.items():
-        label, candidate = min(labels, key=lambda one: measured.latency[one[0]].p50)
+        folder = out / slug(name)
+        alive = [one for one in labels if one[0] in measured.latency]
+        if not alive:
+            warn(f"search: {name} is left out: its file could not be measured")
+            continue
+        label, candidate = min(alive, key=lambda one: measured.latency[one[0]].p50)
         latency = measured.latency[label]
         rung = Rung(
             name=name,
-            parameters=msgspec.json.decode((folders[name] / "untrained.json").read_bytes())["parameters"],
+            parameters=msgspec.json.decode((folder / "untrained.json").read_bytes())["parameters"],
             precision=candidate.precision,
-            size_bytes=(folders[name] / "export" / candidate.file).stat().st_size,
+            size_bytes=(folder / "export" / candidate.file).stat().st_size,
             p50_ms=latency.p50,
             p99_ms=latency.p99 or latency.p99_at_most,
         )
         rungs.append(rung)
-        shutil.rmtree(folders[name])
+        shutil.rmtree(folder)
     write_json(out / "ladder.json", _Ladder(rungs, teacher_latency.p50 if teacher_latency else None))
 
 
@@ -154,7 +172,7 @@ def climb(
     teacher = np.load(targets / "validation.npy")
     spent = sum(rung.trial_seconds or 0.0 for rung in rungs)
     trained: dict[str, tuple[Rung, Path, Path]] = {}
-    whole = None
+    of_teacher = 0.0
     for rung in promising(rungs, budget):
         expected = (rung.trial_seconds or 0.0) / TRIAL_SHARE
         if trained and budget.time_limit_s is not None and spent + expected > budget.time_limit_s:
@@ -166,19 +184,17 @@ def climb(
         spent += seconds
         task = load_task(student)
         labelled = rows[0]["label"] is not None
-        reference = task.hits(teacher, rows).mean() if labelled else 1.0
-        whole = float(reference)
+        of_teacher = float(task.hits(teacher, rows).mean()) if labelled else 1.0
         file = _best_file(settings, export)
         logits = Predictor(task, file).logits(rows)
         metric = float(task.hits(logits, rows).mean() if labelled else task.agrees(logits, teacher).mean())
-        kept = metric / whole if whole else 0.0
+        kept = metric / of_teacher if of_teacher else 0.0
         met = not rung.over and (budget.retention is None or kept >= budget.retention)
         done = msgspec.structs.replace(rung, metric=metric, retention=kept, seconds=seconds, met=met)
         trained[rung.name] = done, student, export
         say(f"search: {rung.name} keeps {100 * kept:.1f} % of the teacher on validation{'' if met else ', not enough'}")
         if met:
             break
-    assert whole is not None
     winner, student, export = max(trained.values(), key=lambda one: (bool(one[0].met), one[0].metric))
     told = [trained[rung.name][0] if rung.name in trained else rung for rung in rungs]
     reason = _reason(winner, told, budget)
@@ -186,7 +202,7 @@ def climb(
     return Found(
         student,
         export,
-        Search(rungs=told, winner=winner.name, reason=reason, teacher=whole, teacher_p50_ms=teacher_p50_ms),
+        Search(rungs=told, winner=winner.name, reason=reason, teacher=of_teacher, teacher_p50_ms=teacher_p50_ms),
     )
 
 

@@ -83,6 +83,25 @@ def test_a_name_that_says_no_layers_is_refused(model):
         recipe.shape_of(model)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"student.model": "layers:2", "student.embedding": 64}, "student.embedding has no effect"),
+        ({"student.model": "bag", "student.start": "embeddings"}, "student.start has no effect"),
+        ({"student.embedding": 64, "student.start": "embeddings"}, "student.start has no effect"),
+        ({"student.model": ["tiny", "layers:x"]}, "names no number of layers"),
+    ],
+)
+def test_a_setting_that_no_student_has_is_refused_before_any_work(changes, says):
+    with pytest.raises(SpecError, match=says):
+        recipe.check(spec.load(None, {"teacher.model": "t", "data.train": "d.csv"} | changes))
+
+
+def test_students_of_one_name_in_two_folders_stand_apart():
+    assert search.slug("./a/student") != search.slug("./b/student")
+    assert search.slug("layers:0+2") != search.slug("layers:02")
+
+
 def test_a_budget_without_a_student_asks_for_a_ladder():
     plain = spec.load(None, {"teacher.model": "t", "data.train": "d.csv"})
     assert recipe.students(plain) == ("tiny",)
@@ -98,7 +117,7 @@ def searched(kdexport, finished, settings, tmp_path_factory):
     out = tmp_path_factory.mktemp("search") / "run"
     given = settings | {
         "teacher.model": str(finished / "teacher"),
-        "student.model": ["layers:2", "bag", "cnn"],
+        "student.model": ["layers:2", "bag", "cnn", "layers:7"],
         "distill.baseline": False,
         "bench.rounds": 1,
         "budget.size_mb": 6.0,
@@ -116,6 +135,8 @@ def test_a_search_drops_untrained_what_cannot_fit_and_trains_the_best_of_the_res
     out, _, found = searched
     report = read_report(out / "report.json")
     by_name = {one.name: one for one in report.search.rungs}
+    assert "layers:7" not in by_name  # the teacher has two
+    assert "search: layers:7 is left out: the teacher has 2 layers, not 7" in found.stderr
     assert by_name["layers:2"].over
     assert by_name["layers:2"].trial is None
     assert not (out / "student-layers-2").exists()

@@ -31,6 +31,8 @@ def test_flags_win_over_the_file(tmp_path):
             {"distill": {"loss": {"mse": 1, "hidden": 1}, "temperature": 4.0}},
             "distill.temperature has no effect on the loss hidden, mse",
         ),
+        ({"distill": {"loss": {"kl": 0}}}, "distill.loss: every weight is 0"),
+        ({"distill": {"loss": "hidden", "alpha": 1}}, "distill.loss: hidden with alpha 1 leaves the student's head"),
         ({"distill": {"loss": "kll"}}, "distill.loss: invalid enum value 'kll'"),
         ({"distill": {"loss": {"kll": 1.0}}}, "distill.loss: invalid enum value 'kll'"),
         ({"distill": {"temperature": {"from": 4, "too": 1}}}, "unknown key 'distill.temperature.too'"),

@@ -69,7 +69,21 @@ def students(settings: spec.Spec) -> tuple[str, ...]:
     named = settings.student.model
     if named is None:
         return LADDER if settings.budget.binds() else ("tiny",)
-    return (named,) if isinstance(named, str) else named
+    return (named,) if isinstance(named, str) else tuple(dict.fromkeys(named))
+
+
+def check(settings: spec.Spec) -> None:
+    """Refuse, before any work, names of students that can't be read and settings that none of them has.
+
+    Raises:
+        SpecError: names the setting.
+    """
+    student, shapes = settings.student, [shape_of(name) for name in students(settings)]
+    if student.embedding and not any(shape.kind in ("network", "narrow") for shape in shapes):
+        raise SpecError("student.embedding has no effect on students with embeddings of their own", "Remove it")
+    narrow = any(shape.kind == "narrow" for shape in shapes) and not student.embedding
+    if student.start == "embeddings" and not narrow:
+        raise SpecError("student.start has no effect: no student here is a narrower one of its family", "Remove it")
 
 
 def why(settings: spec.Spec) -> str:

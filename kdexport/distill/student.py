@@ -93,7 +93,7 @@ def train_student(
         losses=spec.weights_of(distill),
         temperature=distill.temperature,
         alpha=distill.alpha,
-        patience=distill.patience,
+        patience=distill.patience if share == 1 else None,
     )
     if soft is not None and unlabelled:
         rows, soft = [*rows, *unlabelled], np.concatenate([soft, np.load(targets / f"{TRANSFER}.npy")])

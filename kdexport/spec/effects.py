@@ -19,6 +19,14 @@ def refuse_without_effect(tree: dict[str, Any], spec: Spec, source: str) -> None
     Raises:
         SpecError: names the first such key, why it has no effect, and what to do.
     """
+    weights = weights_of(spec.distill)
+    if not any(_moves_or_counts(weight) for weight in weights.values()):
+        raise SpecError(f"{source}: distill.loss: every weight is 0, so the teacher teaches nothing", "Raise one")
+    if set(weights) <= OF_LAYERS and spec.distill.alpha == 1:
+        raise SpecError(
+            f"{source}: distill.loss: {', '.join(sorted(weights))} with alpha 1 leaves the student's head untaught",
+            "Add kl, or lower alpha",
+        )
     for key, why, fix in _without_effect(spec):
         section, _, name = key.partition(".")
         if name in (tree.get(section) or {}) and getattr(getattr(spec, section), name) != _default(spec, section, name):
@@ -54,6 +62,10 @@ def _without_effect(spec: Spec) -> Iterator[tuple[str, str, str]]:
         yield "export.max_int8_loss", "without int8", "Add int8 to the variants"
     if not several_students(spec):
         yield "budget.time_limit_s", "with one student", "Name several, or none: --student tiny --student bag"
+
+
+def _moves_or_counts(weight: Weight) -> bool:
+    return weight > 0 if isinstance(weight, (int, float)) else max(weight.start, weight.end) > 0
 
 
 def several_students(spec: Spec) -> bool:
