@@ -243,22 +243,10 @@ def test_layers_beyond_the_teachers_and_heads_of_another_size_are_random():
         assert (config.num_attention_heads, config.hidden_size) == (heads, width)
 
 
-@pytest.mark.parametrize(("family", "table"), [("electra", 12), ("electra", 32), ("albert", 12), ("deberta-v2", 32)])
-def test_a_table_of_another_width_leads_into_the_same_stream(family, table):
-    """However wide the table, as many of its axes as fit reach the first layer."""
-    teacher = teacher_of(family)
-    student, kept, projected = narrow(teacher, 2, 16, embedding_width=table)
-    assert student.get_input_embeddings().weight.shape == (200, table)
-    assert student.config.embedding_size == table
-    assert projected == (2 if family == "electra" else 0)
-    whole = narrow(teacher, 2, 16).kept_variance
-    assert kept == pytest.approx(whole, abs=1e-5) if table > 16 else kept < whole
-
-
 @pytest.mark.parametrize("family", ["electra", "albert"])
 def test_a_teacher_whose_table_is_narrow_keeps_it_at_its_own_width(family):
     teacher = teacher_of(family, embedding_size=16)
-    student, kept, _ = narrow(teacher, 6, 48, embedding_width=16)
+    student, kept, _ = narrow(teacher, 6, 48)
     assert kept == pytest.approx(1, abs=1e-6)
     if family == "electra":
         assert torch.allclose(stream_of(student), stream_of(teacher), atol=1e-4)
@@ -270,11 +258,7 @@ def test_a_teacher_whose_table_is_narrow_keeps_it_at_its_own_width(family):
 
 def test_what_can_not_be_narrowed_is_refused():
     teacher = teacher_of("bert")
-    with pytest.raises(ModelError, match=r"embeddings are 64 and 64 wide, the teacher's 48 and 48\. Take"):
+    with pytest.raises(ModelError, match="the student is 64 wide, the teacher 48"):
         narrow(teacher, 2, 64)
-    with pytest.raises(ModelError, match="a bert model has embeddings as wide as its layers"):
-        narrow(teacher, 2, 16, embedding_width=8)
     with pytest.raises(ModelError, match="a mobilebert model's embeddings can't be narrowed"):
         narrow(teacher_of("mobilebert", width=32, heads=4, embedding_size=16), 2, 16)
-    with pytest.raises(ModelError, match="are 16 and 32 wide, the teacher's 48 and 24"):
-        narrow(teacher_of("albert"), 2, 16, embedding_width=32)

@@ -121,7 +121,6 @@ def narrow(
     layers: int,
     width: int,
     *,
-    embedding_width: int | None = None,
     project_layers: bool = True,
 ) -> Narrowed:
     """A new model of the teacher's family, narrower, that starts from the teacher's weights by PCA.
@@ -138,15 +137,12 @@ def narrow(
         teacher: a classifier of hidden size H; it is left as it is.
         layers: of the student; those beyond the teacher's are random.
         width: of the student's stream, at most H. At H all that is projected is the teacher's own, exactly.
-        embedding_width: of its table of words, [V, E], from which a linear layer leads to the width; for families
-            that have one (ELECTRA, ALBERT, DeBERTa). The width, or the teacher's E if less, when None.
         project_layers: False leaves all layers random, and the words' mean out of their table.
 
     Raises:
-        ModelError: wider than the teacher, an embedding width for a family without, or a family whose embeddings
-            are made in a way unknown here.
+        ModelError: wider than the teacher, or a family whose embeddings are made in a way unknown here.
     """
-    student = type(teacher)(_narrow_config(teacher.config, layers, width, embedding_width)).eval()
+    student = type(teacher)(_narrow_config(teacher.config, layers, width)).eval()
     if teacher.dtype != torch.float32:
         teacher = deepcopy(teacher).float()
     names = _PARTS.get(teacher.config.model_type) if project_layers else None
@@ -167,21 +163,13 @@ def narrow(
     return Narrowed(student, kept, len(pairs))
 
 
-def _narrow_config(teacher: Any, layers: int, width: int, embedding_width: int | None) -> Any:
-    factorised = hasattr(teacher, "embedding_size") or teacher.model_type in ("deberta", "deberta-v2")
-    own, table = getattr(teacher, "embedding_size", teacher.hidden_size), embedding_width or 0
-    if width > teacher.hidden_size or table > own:
-        raise ModelError(
-            f"the student's layers and embeddings are {width} and {table or width} wide, the teacher's "
-            f"{teacher.hidden_size} and {own}",
-            "Take smaller ones",
-        )
-    if table not in (0, width) and not factorised:
-        raise ModelError(f"a {teacher.model_type} model has embeddings as wide as its layers", "Leave their width out")
+def _narrow_config(teacher: Any, layers: int, width: int) -> Any:
+    if width > teacher.hidden_size:
+        raise ModelError(f"the student is {width} wide, the teacher {teacher.hidden_size}", "Take a smaller one")
     heads = next((width // size for size in (_head_size(teacher), 64) if width % size == 0), 1)
     config = deepcopy(teacher)
-    if factorised:
-        config.embedding_size = table or min(width, own)
+    if hasattr(teacher, "embedding_size"):  # ELECTRA's and ALBERT's table of words may be narrower than their stream
+        config.embedding_size = min(width, teacher.embedding_size)
     for name, value in {
         "num_hidden_layers": layers,
         "hidden_size": width,
