@@ -30,7 +30,7 @@ from kdexport.results import Rung, Search
 from kdexport.rundir import read_record, write_json
 from kdexport.tasks import load_task
 
-# Of the examples that a whole training sees.
+# Of the examples that a transformer's whole training sees; all students are tried on as many.
 TRIAL_SHARE = 0.05
 # Epochs without a better validation metric after which a student in a search is done; its best epoch stands.
 PATIENCE = 4

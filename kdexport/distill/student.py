@@ -79,8 +79,9 @@ def train_student(
     soft = None if hard else np.load(targets / "train.npy")
     unlabelled = [] if hard else transfer_rows(targets)
     epochs = recipe.epochs(distill, len(rows), len(unlabelled), recipe.pools(student, name)).value
-    if share < 1:  # a trial sees the share of all examples, as passes over the rows of train, or a part of them
-        whole, unlabelled = epochs * (len(rows) + len(unlabelled)), []
+    if share < 1:  # a trial sees rows of train only, and as many whatever the student, so that trials compare
+        passes = recipe.epochs(distill, len(rows), len(unlabelled)).value
+        whole, unlabelled = passes * (len(rows) + len(unlabelled)), []
         examples = max(round(share * whole), min(_LEAST_STEPS * distill.batch_size, round(whole)))
         places = sampled(len(rows), max(examples, distill.batch_size))
         rows, soft = [rows[i] for i in places], soft if soft is None else soft[places]
