@@ -89,6 +89,8 @@ def test_a_name_that_says_no_layers_is_refused(model):
         ({"student.model": "layers:2", "student.embedding": 64}, "student.embedding has no effect"),
         ({"student.model": "bag", "student.start": "embeddings"}, "student.start has no effect"),
         ({"student.embedding": 64, "student.start": "embeddings"}, "student.start has no effect"),
+        ({"student.model": ["tiny", "bag"], "distill.loss": "hidden"}, "hidden matches layers, and bag has none"),
+        ({"student.embedding": 64, "distill.loss": {"kl": 1, "relation": 1}}, "relation matches layers, and tiny has"),
         ({"student.model": ["tiny", "layers:x"]}, "names no number of layers"),
     ],
 )

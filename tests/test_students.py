@@ -7,6 +7,7 @@ from transformers import AutoModelForSequenceClassification
 from kdexport import spec
 from kdexport.distill import recipe
 from kdexport.distill.student import build_student
+from kdexport.errors import ModelError
 from kdexport.networks import TextNet
 
 TEXTS = ["how do i freeze my bank account", "what is the weather in paris", "play something quiet"]
@@ -58,6 +59,11 @@ def test_narrower_embeddings_are_the_main_axes_of_the_teachers(teacher, words):
     kept = table.var(dim=0).sum() / words.var(dim=0).sum()
     assert 0.3 < kept < 0.9
     assert f"by PCA ({kept:.0%} of their variance)" in built.origin
+
+
+def test_embeddings_wider_than_the_teachers_are_refused(teacher):
+    with pytest.raises(ModelError, match=r"student\.embedding is 512, the teacher's embeddings are 384 wide"):
+        build_student(spec.Student(embedding=512), "bag", teacher, TEXTS)
 
 
 def test_a_narrow_student_with_a_width_of_embeddings_is_an_encoder_that_starts_as_their_mean(teacher, words):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kdexport import spec
 from kdexport.errors import SpecError
+from kdexport.spec.effects import OF_LAYERS
 
 # name → (layers, width); the feed-forward width is 4 × width (Turc et al. 2019).
 PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512)}
@@ -79,6 +80,12 @@ def check(settings: spec.Spec) -> None:
         SpecError: names the setting.
     """
     student, shapes = settings.student, [shape_of(name) for name in students(settings)]
+    pooled = [name for name in students(settings) if pools(student, name)]
+    if pooled and (wants := sorted(spec.losses_of(settings) & OF_LAYERS)) and settings.distill.alpha != 0:
+        raise SpecError(
+            f"distill.loss: {wants[0]} matches layers, and {pooled[0]} has none that are like the teacher's",
+            "Name other students, or take losses of logits: kl, mse, dkd, dist",
+        )
     if student.embedding and not any(shape.kind in ("network", "narrow") for shape in shapes):
         raise SpecError("student.embedding has no effect on students with embeddings of their own", "Remove it")
     narrow = any(shape.kind == "narrow" for shape in shapes) and not student.embedding

@@ -26,6 +26,7 @@ from kdexport.distill.targets import TRANSFER
 from kdexport.distill.teacher import Opened, open_config, open_model, read_task_config, save_model, save_task
 from kdexport.distill.train import Recipe, fit, logits_of
 from kdexport.distill.vocabulary import trim_vocabulary
+from kdexport.errors import ModelError
 from kdexport.networks import TextNet, TextNetConfig, start_as_mean
 from kdexport.progress import say
 from kdexport.rundir import write_json
@@ -201,7 +202,12 @@ def _network(
 ) -> tuple[PreTrainedModel, str]:
     """A student of ours; its table is the teacher's, whole or on its principal axes."""
     words = teacher.get_input_embeddings().weight
-    width = min(student.embedding or words.shape[1], words.shape[1])
+    width = student.embedding or words.shape[1]
+    if width > words.shape[1]:
+        raise ModelError(
+            f"student.embedding is {width}, the teacher's embeddings are {words.shape[1]} wide",
+            "Take no more than that",
+        )
     encoder = shape.kind == "narrow"
     network = TextNet(
         TextNetConfig(
