@@ -127,7 +127,7 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         mask = attention_mask.unsqueeze(-1).to(self.embeddings.weight.dtype)
-        features = self._features(self.embeddings(input_ids) * mask, attention_mask) * mask
+        features = self._features(self.embeddings(input_ids), attention_mask)
         weights = torch.sigmoid(self.importance(input_ids)) * mask
         mean = (features * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)
         most = (features - (1 - mask) * _FARTHEST).max(dim=1).values
@@ -135,8 +135,9 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
         return SequenceClassifierOutput(logits=self.classifier(self.dropout(hidden)))
 
     def _features(self, embedded: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, T, E], zero at padding → features of each position [B, T, F]."""
+        """[B, T, E] → features of each position [B, T, F]; what they are at padding doesn't matter."""
         if self.config.kind == "cnn":
+            embedded = embedded * attention_mask.unsqueeze(-1).to(embedded.dtype)  # windows reach over the end
             reach = self.config.window // 2
             padded = nn.functional.pad(embedded, (0, 0, reach, self.config.window - 1 - reach))
             length = embedded.shape[1]
