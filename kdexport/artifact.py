@@ -22,7 +22,7 @@ import msgspec
 from kdexport.errors import ArtifactError
 from kdexport.rundir import hash_file, write_json
 from kdexport.tasks import load_task
-from kdexport.tasks.text_classification import TaskConfig
+from kdexport.tasks.config import TaskConfig
 
 MANIFEST, GOLDEN, CARD = "kdexport.json", "golden.json", "README.md"
 SCHEMA = 1

@@ -21,8 +21,8 @@ from kdexport.export.verify import read_quality
 from kdexport.leakage import membership
 from kdexport.results import Distillation, Quality, Report, Search, Spread, Variant
 from kdexport.rundir import hash_file, read_record
-from kdexport.tasks import Task, load_task
-from kdexport.tasks.metrics import Array, mcnemar_p, paired_difference
+from kdexport.tasks import Task, judging, load_task
+from kdexport.tasks.metrics import Array
 from kdexport.verdict import Choice, choose, judge_budget
 
 
@@ -51,17 +51,17 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     files = {c.file: c for c in candidates}
     task, rows = load_task(stages.student), read_rows(stages.data, "test")
     logits = _logits(stages)
-    right = {name: task.hits(found, rows) for name, found in logits.items()}
+    wrong = {name: judging.wrong_rows(task, found, rows) for name, found in logits.items()}
     # Targets are matched by file name, not by path: a run folder may have been moved since.
     variants = [
-        _file_variant(target, files[Path(target.model).name], choice, quality, measured, right, stages)
+        _file_variant(target, files[Path(target.model).name], choice, quality, measured, wrong, stages)
         if Path(target.model).name in files and target.name.startswith("student")
-        else _model_variant(target, quality, measured, right, stages)
+        else _model_variant(target, quality, measured, wrong, stages)
         for target in measured.targets
         if target.name not in measured.conditions.left_out
     ]
     if kind_of_first(stages.teacher) == "stored":
-        variants.insert(0, _stored_teacher(quality["teacher"], right["teacher"]))
+        variants.insert(0, _stored_teacher(quality["teacher"], wrong["teacher"]))
     summary = read_summary(stages.data)
     report = Report(
         kdexport=__version__,
@@ -75,12 +75,12 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
             settings.budget,
             quality[best],
             quality["teacher"],
-            paired_difference(right["teacher"], right[best])[1],
+            judging.difference(task, logits["teacher"], logits[best], rows)[1],
             measured.latency.get(best),
             (stages.export / choice.recommended.file).stat().st_size,
         ),
         search=stages.search,
-        distillation=_distillation(settings, stages, quality, best, right),
+        distillation=_distillation(settings, stages, quality, best, task, logits, rows),
         evidence=look_closely(task, rows, logits["teacher"], logits[best]),
         data={
             "name": settings.data.train,
@@ -124,7 +124,7 @@ def _file_variant(
     choice: Choice,
     quality: dict[str, Quality],
     measured: Measured,
-    right: dict[str, Array],
+    wrong: dict[str, list[int] | None],
     stages: Stages,
 ) -> Variant:
     shipped = candidate in choice.shipped.values()
@@ -140,12 +140,12 @@ def _file_variant(
         size_bytes=(stages.export / candidate.file).stat().st_size,
         parameters=_training(stages.student)["parameters"],
         shipped=shipped and target.name == f"student-{candidate.name}",
-        **_found(target.name, quality, measured, right),
+        **_found(target.name, quality, measured, wrong),
     )
 
 
 def _model_variant(
-    target: Target, quality: dict[str, Quality], measured: Measured, right: dict[str, Array], stages: Stages
+    target: Target, quality: dict[str, Quality], measured: Measured, wrong: dict[str, list[int] | None], stages: Stages
 ) -> Variant:
     """A model in PyTorch, teacher or student; or the teacher's ONNX file."""
     role = target.name.partition("-")[0]
@@ -163,11 +163,11 @@ def _model_variant(
             if plain
             else weights(stages.teacher if role == "teacher" else stages.student)
         ),
-        **_found(target.name, quality, measured, right),
+        **_found(target.name, quality, measured, wrong),
     )
 
 
-def _stored_teacher(quality: Quality, right: Array) -> Variant:
+def _stored_teacher(quality: Quality, wrong: list[int] | None) -> Variant:
     """A teacher of which only the logits are there."""
     return Variant(
         name="teacher-stored",
@@ -180,7 +180,7 @@ def _stored_teacher(quality: Quality, right: Array) -> Variant:
         sha256=None,
         size_bytes=None,
         note="stored logits: there is no model to measure",
-        wrong_rows=np.flatnonzero(~right).tolist(),
+        wrong_rows=wrong,
         **msgspec.structs.asdict(quality),
     )
 
@@ -204,28 +204,37 @@ def speed(name: str, measured: Measured) -> dict[str, Any]:
     }
 
 
-def _found(name: str, quality: dict[str, Quality], measured: Measured, right: dict[str, Array]) -> dict[str, Any]:
+def _found(
+    name: str, quality: dict[str, Quality], measured: Measured, wrong: dict[str, list[int] | None]
+) -> dict[str, Any]:
     found = speed(name, measured)
     name = "teacher" if name in ("teacher-torch", "teacher-fp32") else name
     if name in quality:  # another runtime may answer otherwise; its accuracy was not taken
         found |= msgspec.structs.asdict(quality[name])
-        found["wrong_rows"] = np.flatnonzero(~right[name]).tolist()
+        found["wrong_rows"] = wrong[name]
     return found
 
 
 def _distillation(
-    settings: spec.Spec, stages: Stages, quality: dict[str, Quality], best: str, right: dict[str, Array]
+    settings: spec.Spec,
+    stages: Stages,
+    quality: dict[str, Quality],
+    best: str,
+    task: Task,
+    logits: dict[str, Array],
+    rows: list[dict[str, Any]],
 ) -> Distillation:
     teacher, student = quality["teacher"].metric, quality["student-torch"].metric
     baseline = quality["baseline-torch"].metric if "baseline-torch" in quality else None
     training = _training(stages.student)
     gain = gain_ci = ratio = p = None
     if baseline:
-        value, (low, high) = paired_difference(right["baseline-torch"], right["student-torch"])
+        both = logits["baseline-torch"], logits["student-torch"]
+        value, (low, high) = judging.difference(task, *both, rows)
         gain, gain_ci = 100 * value, (100 * low, 100 * high)
         room = teacher.value - baseline.value
         ratio = (student.value - baseline.value) / room if room > 0 else None
-        p = mcnemar_p(right["student-torch"], right["baseline-torch"])
+        p = judging.mcnemar(task, *both, rows)
     return Distillation(
         teacher=teacher,
         student=student,
@@ -268,7 +277,7 @@ def _spread(stages: Stages, first: Path | None, others: list[Path | None]) -> Sp
     if len(folders) < 2:
         return None
     rows, task = read_rows(stages.data, "test"), load_task(stages.student)
-    values = [float(task.hits(np.load(f / "reference.npy")[: len(rows)], rows).mean()) for f in folders]
+    values = [judging.metric(task, np.load(f / "reference.npy")[: len(rows)], rows) for f in folders]
     return Spread(values, float(np.mean(values)), float(np.std(values, ddof=1)))
 
 

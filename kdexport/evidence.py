@@ -8,19 +8,20 @@ import numpy as np
 
 from kdexport.results import Answer, Bin, Calibration, ClassScore, Evidence, Example
 from kdexport.tasks import Task
+from kdexport.tasks.config import Items
 from kdexport.tasks.metrics import Array, reliability, softmax
 
 _EXAMPLES, _CHARACTERS = 12, 240
 
 
 def look_closely(task: Task, rows: list[dict[str, Any]], teacher: Array, student: Array) -> Evidence:
-    """What the test split says of two models' logits [N, C]."""
-    labels = task.targets(rows)
-    sure = {"teacher": softmax(teacher.astype(np.float64)), "student": softmax(student.astype(np.float64))}
+    """What the test split says of two models' logits [N, *answer_shape]."""
+    items, theirs = task.items(rows, student), task.items(rows, teacher).logits
+    sure = {"teacher": softmax(theirs.astype(np.float64)), "student": softmax(items.logits.astype(np.float64))}
     return Evidence(
-        classes=_classes(task.labels, labels, teacher.argmax(axis=1), student.argmax(axis=1)),
-        calibration={name: _calibration(probabilities, labels) for name, probabilities in sure.items()},
-        examples=_examples(task.labels, rows, sure["teacher"], sure["student"]),
+        classes=_classes(task.labels, items.labels, theirs.argmax(axis=1), items.logits.argmax(axis=1)),
+        calibration={name: _calibration(probabilities, items.labels) for name, probabilities in sure.items()},
+        examples=_examples(task.labels, rows, items, sure["teacher"], sure["student"]),
     )
 
 
@@ -41,7 +42,9 @@ def _calibration(probabilities: Array, labels: Array) -> Calibration:
     return Calibration(error, [Bin(*one) for one in bins])
 
 
-def _examples(names: list[str], rows: list[dict[str, Any]], teacher: Array, student: Array) -> list[Example]:
+def _examples(
+    names: list[str], rows: list[dict[str, Any]], items: Items, teacher: Array, student: Array
+) -> list[Example]:
     """Rows that are answered differently, the surest disagreements first."""
     theirs, ours = teacher.argmax(axis=1), student.argmax(axis=1)
     differ = np.flatnonzero(theirs != ours)
@@ -49,9 +52,13 @@ def _examples(names: list[str], rows: list[dict[str, Any]], teacher: Array, stud
     chosen = differ[np.argsort(-weight[differ], kind="stable")][:_EXAMPLES]
     return [
         Example(
-            id=rows[i]["id"],
-            text=_short(" ‖ ".join(filter(None, (rows[i]["text"], rows[i].get("text_pair"))))),
-            label=rows[i]["label"],
+            id=(row := rows[items.of[i]])["id"],
+            text=_short(
+                " ‖ ".join(
+                    filter(None, (str(items.words[i]) if items.words else "", row["text"], row.get("text_pair")))
+                )
+            ),
+            label=names[items.labels[i]],
             teacher=Answer(names[theirs[i]], float(teacher[i, theirs[i]])),
             student=Answer(names[ours[i]], float(student[i, ours[i]])),
         )

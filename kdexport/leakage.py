@@ -41,19 +41,18 @@ def membership(
     unseen = [i for i, row in enumerate(test_rows) if task.content(row) not in trained_on]
     if task.config.function == "none" or not trained_on or not unseen:
         return None
-    members, others = task.scores(train_logits), task.scores(test_logits[unseen])
-    members_labels = _scores_of_labels(task, train_rows, members)
-    others_labels = _scores_of_labels(task, [test_rows[i] for i in unseen], others)
+    others, other_logits = [test_rows[i] for i in unseen], test_logits[unseen]
+    labelled = [_scores_of_labels(task, *side) for side in ((train_rows, train_logits), (others, other_logits))]
     return Membership(
-        by_confidence=_attack(members.max(axis=1), others.max(axis=1)),
-        by_label=_attack(members_labels, others_labels) if len(members_labels) and len(others_labels) else None,
+        by_confidence=_attack(task.confidence(train_logits, train_rows), task.confidence(other_logits, others)),
+        by_label=_attack(*labelled) if all(map(len, labelled)) else None,
     )
 
 
-def _scores_of_labels(task: Task, rows: Rows, scores: Array) -> Array:
-    """The score of the row's own label, of each row that has one."""
-    labelled = np.array([i for i, row in enumerate(rows) if row["label"] is not None], dtype=np.int64)
-    return np.asarray(scores[labelled, task.targets(rows[i] for i in labelled)])
+def _scores_of_labels(task: Task, rows: Rows, logits: Array) -> Array:
+    """The score of what each labelled item (a row, or a word of one) is labelled with."""
+    items = task.items(rows, logits)
+    return np.asarray(task.scores(items.logits)[np.arange(len(items.labels)), items.labels])
 
 
 def _attack(members: Array, others: Array) -> Attack:

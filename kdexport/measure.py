@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from kdexport import __version__, artifact, spec
 from kdexport.assemble import speed, weights
@@ -31,7 +30,8 @@ from kdexport.report.table import trimmed
 from kdexport.results import Metric, Report, Variant
 from kdexport.rundir import hash_file
 from kdexport.tasks import load_task
-from kdexport.tasks.metrics import Array, mcnemar_p, wilson_interval
+from kdexport.tasks.judging import mcnemar, metric_interval, wrong_rows
+from kdexport.tasks.metrics import Array
 
 
 def measure(
@@ -126,6 +126,7 @@ def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise SpecError(f"{name} does not exist", "Name a run, an artifact, a .onnx file, a model folder or an address")
     from kdexport.distill.teacher import open_config, open_model, own_labels, save_task
+    from kdexport.models import task_of
 
     label = Path(name).name
     if (Path(name) / "task.json").exists():
@@ -133,7 +134,8 @@ def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     else:
         config = open_config(name)
         work.mkdir()
-        save_task(open_model(name, config, own_labels(config)), None, own_labels(config), work)
+        task = task_of(config) or "text-classification"
+        save_task(open_model(name, config, task, own_labels(config)), None, own_labels(config), work, task=task)
         targets = [
             msgspec.structs.replace(t, task=str(work), model=name)
             for t in of_model(label, Path(name), settings.runtimes, settings.devices)
@@ -217,15 +219,14 @@ def _quality(target: Target, logits: dict[str, Array], rows: list[dict[str, Any]
         return {}
     found: dict[str, Any] = {}
     if theirs is not None and theirs.shape == own.shape:
-        found["agreement"] = float((own.argmax(axis=1) == theirs.argmax(axis=1)).mean())
+        found["agreement"] = float(load_task(Path(target.task)).agrees(own, theirs).mean())
     task = load_task(Path(target.task))
-    if not all(row.get("label") in task.labels for row in rows):
+    if not all(row.get("label") and task.labels_of(row) <= set(task.labels) for row in rows):
         return found
-    right = task.hits(own, rows)
-    found["metric"] = Metric(float(right.mean()), wilson_interval(int(right.sum()), len(rows)), len(rows))
-    found["wrong_rows"] = np.flatnonzero(~right).tolist()
-    if "agreement" in found:
-        found["mcnemar_p"] = mcnemar_p(right, task.hits(theirs, rows))  # type: ignore[arg-type] # shapes match
+    found["metric"] = Metric(*metric_interval(task, own, rows), len(rows))
+    found["wrong_rows"] = wrong_rows(task, own, rows)
+    if theirs is not None and "agreement" in found:
+        found["mcnemar_p"] = mcnemar(task, own, theirs, rows)
     return found
 
 

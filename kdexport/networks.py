@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     ElectraConfig,
     ElectraModel,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
+from transformers.utils import ModelOutput
 
 MODEL_TYPE = "kdexport-text"
 KINDS = ("bag", "cnn", "gru", "encoder")
@@ -81,6 +83,8 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
     config_class = TextNetConfig
     base_model_prefix = "net"
     _supports_sdpa = True
+    _output: Any = SequenceClassifierOutput
+    _pooled = 2  # a mean and a maximum
 
     def __init__(self, config: TextNetConfig) -> None:
         super().__init__(config)
@@ -101,7 +105,7 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
             del self.encoder.embeddings.word_embeddings  # ours are given to it
             width = config.hidden_size
         self.dropout = nn.Dropout(config.dropout)
-        self.dense = nn.Linear(2 * width, config.head_size)
+        self.dense = nn.Linear(self._pooled * width, config.head_size)
         self.classifier = nn.Linear(config.head_size, config.num_labels)
         self.post_init()
 
@@ -122,7 +126,7 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
-    ) -> SequenceClassifierOutput:
+    ) -> ModelOutput:
         """Logits float [B, C] of token ids int64 [B, T] and their mask [B, T]."""
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
@@ -131,8 +135,11 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
         weights = torch.sigmoid(self.importance(input_ids)) * mask
         mean = (features * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-6)
         most = (features - (1 - mask) * _FARTHEST).max(dim=1).values
-        hidden = torch.relu(self.dense(self.dropout(torch.cat([mean, most], dim=-1))))
-        return SequenceClassifierOutput(logits=self.classifier(self.dropout(hidden)))
+        return self._answer(torch.cat([mean, most], dim=-1))
+
+    def _answer(self, pooled: Tensor) -> ModelOutput:
+        hidden = torch.relu(self.dense(self.dropout(pooled)))
+        return self._output(logits=self.classifier(self.dropout(hidden)))
 
     def _features(self, embedded: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, T, E] → features of each position [B, T, F]; what they are at padding doesn't matter."""
@@ -150,9 +157,30 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
             # Read backwards from each text's own end; the outputs may stay in that order, for they are pooled.
             last = attention_mask.sum(dim=1, keepdim=True) - 1
             places = (last - torch.arange(embedded.shape[1], device=embedded.device)).clamp(min=0)
-            backwards = embedded.gather(1, places.unsqueeze(-1).expand(-1, -1, embedded.shape[-1]))
-            return torch.cat([self.forwards(embedded)[0], self.backwards(backwards)[0]], dim=-1)
+            places = places.unsqueeze(-1)
+            read = self.backwards(embedded.gather(1, places.expand(-1, -1, embedded.shape[-1])))[0]
+            read = read.gather(1, places.expand(-1, -1, read.shape[-1])) if self._pooled == 1 else read
+            return torch.cat([self.forwards(embedded)[0], read], dim=-1)
         return embedded
+
+
+class TextNetForTokens(TextNet):
+    """The same without pooling: features of each position → a small MLP → logits [B, T, C]."""
+
+    _output = TokenClassifierOutput
+    _pooled = 1
+
+    def __init__(self, config: TextNetConfig) -> None:
+        super().__init__(config)
+        del self.importance
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> ModelOutput:
+        """Logits float [B, T, C] of token ids int64 [B, T] and their mask [B, T]."""
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        return self._answer(self._features(self.embeddings(input_ids), attention_mask))
 
 
 def _encoder_config(config: TextNetConfig) -> ElectraConfig:
@@ -197,5 +225,6 @@ class _TextNetOnnxConfig(TextEncoderOnnxConfig):  # type: ignore[misc]
 
 AutoConfig.register(MODEL_TYPE, TextNetConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(TextNetConfig, TextNet, exist_ok=True)
+AutoModelForTokenClassification.register(TextNetConfig, TextNetForTokens, exist_ok=True)
 _register = TasksManager.create_register("onnx", overwrite_existing=True)
-_register(MODEL_TYPE, "text-classification", library_name="transformers")(_TextNetOnnxConfig)
+_register(MODEL_TYPE, "text-classification", "token-classification", library_name="transformers")(_TextNetOnnxConfig)

@@ -16,8 +16,8 @@ import numpy as np
 from kdexport import artifact
 from kdexport.errors import ArtifactError, DataError, MissingPackage
 from kdexport.tasks import Task, load_task
+from kdexport.tasks.config import Arrays
 from kdexport.tasks.metrics import Array
-from kdexport.tasks.text_classification import Arrays, Prediction
 
 Text = str | tuple[str, str]
 
@@ -70,29 +70,30 @@ class Predictor:
             raise ArtifactError(f"{model} wants {sorted(wanted)}, the task gives {sorted(task.config.inputs)}")
 
     def run(self, arrays: Arrays) -> Array:
-        """Logits float32 [B, C] of one encoded batch."""
+        """Logits float32 [B, *answer_shape] of one encoded batch."""
+        inputs = self.task.graph_inputs(arrays)
         if not self._cuda:
-            return np.asarray(self._session.run([self.task.output], arrays)[0])
+            return self.task.pick(np.asarray(self._session.run([self.task.output], inputs)[0]), arrays)
         binding = self._session.io_binding()
-        for name, array in arrays.items():
+        for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
         binding.bind_output(self.task.output, "cuda")
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        return np.asarray(binding.copy_outputs_to_cpu()[0])
+        return self.task.pick(np.asarray(binding.copy_outputs_to_cpu()[0]), arrays)
 
     def logits(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> Array:
-        """Logits float32 [N, C] of many rows, in batches of similar length, in the rows' order."""
+        """Logits float32 [N, *answer_shape] of many rows, in batches of similar length, in the rows' order."""
         encoded = self.task.tokenize(rows)
         lengths = [len(next(iter(arrays.values()))) for arrays in encoded]
         order = np.argsort(lengths, kind="stable")
-        logits = np.empty((len(rows), len(self.task.labels)), dtype=np.float32)
+        logits = np.empty((len(rows), *self.task.answer_shape), dtype=np.float32)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             logits[chosen] = self.run(self.task.collate([encoded[i] for i in chosen]))
         return logits
 
-    def predict(self, texts: Sequence[Text] | Text, batch_size: int = 32) -> list[Prediction]:
+    def predict(self, texts: Sequence[Text] | Text, batch_size: int = 32) -> list[Any]:
         """Answer texts, or pairs of texts, in their order.
 
         Args:
@@ -100,7 +101,8 @@ class Predictor:
             batch_size: texts that run at once.
 
         Returns:
-            One `Prediction` a text: `label`, its probability `score`, and all `scores` by label.
+            One `Prediction` a text: `label`, its probability `score`, and all `scores` by label. For tokens, one
+            `Tagged`: `words`, their `tags` and `scores`, and the `entities` that these make.
 
         Raises:
             DataError: one of them is no text; an empty one is answered like any other.
@@ -109,8 +111,8 @@ class Predictor:
             isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(t, str) for t in texts)
         )
         many = [texts] if single else list(texts)
-        rows = [_row(text, i) for i, text in enumerate(many)]
-        return self.task.decode(self.logits(rows, batch_size)) if rows else []
+        rows = [self.task.ready(_row(text, i)) for i, text in enumerate(many)]
+        return list(self.task.decode(self.logits(rows, batch_size), rows)) if rows else []
 
 
 def load(folder: str | Path, variant: str | None = None, threads: int | None = None) -> Predictor:

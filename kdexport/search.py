@@ -28,7 +28,7 @@ from kdexport.predictor import Predictor
 from kdexport.progress import say, warn
 from kdexport.results import Rung, Search
 from kdexport.rundir import read_record, write_json
-from kdexport.tasks import load_task
+from kdexport.tasks import judging, load_task
 
 # Of the examples that a transformer's whole training sees; all students are tried on as many.
 TRIAL_SHARE = 0.05
@@ -184,10 +184,10 @@ def climb(
         spent += seconds
         task = load_task(student)
         labelled = rows[0]["label"] is not None
-        of_teacher = float(task.hits(teacher, rows).mean()) if labelled else 1.0
+        of_teacher = judging.metric(task, teacher, rows) if labelled else 1.0
         file = _best_file(settings, export)
         logits = Predictor(task, file).logits(rows)
-        metric = float(task.hits(logits, rows).mean() if labelled else task.agrees(logits, teacher).mean())
+        metric = judging.metric(task, logits, rows) if labelled else float(task.agrees(logits, teacher).mean())
         kept = metric / of_teacher if of_teacher else 0.0
         met = not rung.over and (budget.retention is None or kept >= budget.retention)
         done = msgspec.structs.replace(rung, metric=metric, retention=kept, seconds=seconds, met=met)

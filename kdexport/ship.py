@@ -29,7 +29,7 @@ from kdexport.report import write_export_card
 from kdexport.results import Exported, ExportedFile
 from kdexport.rundir import disk_errors, move_into_place
 from kdexport.tasks import Task, load_task
-from kdexport.tasks.text_classification import Arrays
+from kdexport.tasks.config import Arrays
 
 # int8 is recommended when it gives fp32's answer on this share of rows, of which there must be enough.
 AGREEMENT, ENOUGH_ROWS = 0.99, 100

@@ -12,7 +12,8 @@ from kdexport import artifact
 from kdexport.errors import KdexportError, VerificationError
 from kdexport.results import ExportedFile
 from kdexport.ship import How, export, recommend
-from kdexport.tasks.text_classification import TaskConfig, TextClassification
+from kdexport.tasks.config import TaskConfig
+from kdexport.tasks.text_classification import TextClassification
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,8 @@ LEVELS = [
     {"assemble", "search"},
     {"verdict", "evidence", "leakage"},
     {"distill", "export", "bench", "report"},
-    {"predictor", "networks"},
+    {"predictor", "models"},
+    {"networks"},
     {"data", "artifact"},
     {"tasks"},
     {"results", "spec"},
@@ -29,7 +30,7 @@ LEVELS = [
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 TORCH = {"torch", "transformers", "optimum", "accelerate", "safetensors"}
-TORCH_ROOMS = {"distill", "networks.py", "export/onnx.py", "bench/targets.py"}
+TORCH_ROOMS = {"distill", "networks.py", "models.py", "export/onnx.py", "bench/targets.py"}
 
 
 def imports(path: Path, top_level_only=False):

@@ -25,7 +25,8 @@ from kdexport.predictor import tensors_of
 from kdexport.rundir import hash_file
 from kdexport.ship import How, export
 from kdexport.tasks import load_task
-from kdexport.tasks.text_classification import TaskConfig, TextClassification
+from kdexport.tasks.config import TaskConfig
+from kdexport.tasks.text_classification import TextClassification
 
 pytestmark = pytest.mark.slow
 

@@ -19,10 +19,10 @@ from kdexport.report.page import Page, html, markdown
 from kdexport.report.quality import classes
 from kdexport.report.sections import SECTIONS
 from kdexport.results import ClassScore, Conditions, Evidence, Report
-from kdexport.tasks import Task
-from kdexport.tasks.text_classification import TaskConfig
+from kdexport.tasks.config import TaskConfig
+from kdexport.tasks.text_classification import TextClassification
 
-content = Task.content
+content = TextClassification.content
 
 
 def rows(split, *texts, label="a"):
@@ -169,8 +169,9 @@ def test_bbc_news_has_articles_under_two_headlines(tmp_path, capfd):
 
 @pytest.fixture(scope="module")
 def task():
-    return Task(
-        TaskConfig(task=Task.name, labels=["a", "b"], inputs=["input_ids"], max_length=8), Tokenizer(WordLevel())
+    return TextClassification(
+        TaskConfig(task=TextClassification.name, labels=["a", "b"], inputs=["input_ids"], max_length=8),
+        Tokenizer(WordLevel()),
     )
 
 

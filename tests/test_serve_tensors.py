@@ -20,7 +20,8 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 from kdexport.serve import oip
 from kdexport.serve.http import Refused, Request
 from kdexport.serve.tensors import DATATYPES, InputTensor, raw_array, raw_texts, read_json, read_raw
-from kdexport.tasks.text_classification import TaskConfig, TextClassification
+from kdexport.tasks.config import TaskConfig
+from kdexport.tasks.text_classification import TextClassification
 
 VOCABULARY, MAX_LENGTH, MAX_ROWS, MAX_CHARS = 100, 16, 8, 1000
 INPUTS = ["input_ids", "attention_mask"]

@@ -7,7 +7,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from kdexport.data import demo
-from kdexport.tasks.text_classification import TaskConfig, TextClassification, function_of
+from kdexport.tasks.classes import function_of
+from kdexport.tasks.config import TaskConfig
+from kdexport.tasks.text_classification import TextClassification
 
 NAMES = ["input_ids", "attention_mask", "token_type_ids"]
 

@@ -12,11 +12,12 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from kdexport.distill import train, watch
 from kdexport.distill.losses import UNLABELLED, Term, objective
-from kdexport.distill.train import Recipe, fit, labels_of, logits_of
+from kdexport.distill.train import Recipe, fit, logits_of
 from kdexport.errors import ModelError, SpecError
 from kdexport.rundir import write_json
 from kdexport.spec import Schedule
-from kdexport.tasks.text_classification import TaskConfig, TextClassification
+from kdexport.tasks.config import TaskConfig
+from kdexport.tasks.text_classification import TextClassification
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "film", "was", "and", "a", "story"]
 HOW = Recipe(epochs=4, learning_rate=5e-3, batch_size=16, seed=0, temperature=2.0, alpha=0.5)
@@ -98,7 +99,7 @@ def without_labels(rows) -> list[dict]:
 
 def test_a_student_learns_from_the_teacher_what_no_label_says(task, rows, soft, tmp_path):
     model, unlabelled = student(), without_labels(rows)
-    assert (labels_of(task, unlabelled) == UNLABELLED).all()
+    assert (task.targets(unlabelled) == UNLABELLED).all()
     curve = fit(model, task, unlabelled, soft, change(epochs=8), validation=rows[:32], work=tmp_path, title="t")
     assert task.hits(logits_of(model, task, rows), rows).mean() > 0.95
     assert all(point["terms/ce"] == 0 for point in curve)
@@ -107,8 +108,8 @@ def test_a_student_learns_from_the_teacher_what_no_label_says(task, rows, soft, 
 
 def test_labels_may_be_there_for_some_rows(task, rows):
     some = [row if i % 3 else row | {"label": None} for i, row in enumerate(rows)]
-    assert [row["label"] is None for row in some] == (labels_of(task, some) == UNLABELLED).tolist()
-    assert (labels_of(task, some) == labels_of(task, rows))[1::3].all()
+    assert [row["label"] is None for row in some] == (task.targets(some) == UNLABELLED).tolist()
+    assert (task.targets(some) == task.targets(rows))[1::3].all()
 
 
 def test_without_soft_targets_the_labels_are_all(task, rows, tmp_path):

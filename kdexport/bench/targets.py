@@ -52,11 +52,11 @@ def _on(device: str) -> str:
 
 
 class Opened(NamedTuple):
-    """An open target: rows → arrays → logits → answers. All three together are what a user waits for."""
+    """An open target: rows → arrays → logits → answers to these rows. All three are what a user waits for."""
 
     encode: Callable[[Rows], Any]
     run: Callable[[Any], Any]
-    decode: Callable[[Any], Any]
+    decode: Callable[[Any, Rows], Any]
     gpu_peak_mb: Callable[[], float | None] = lambda: None
     device_ms: Callable[[], list[float]] = list
 
@@ -95,13 +95,13 @@ def _open_onnxruntime(target: Target, threads: int) -> Opened:
 def _open_torch(target: Target, threads: int) -> Opened:
     """PyTorch as `from_pretrained` gives it: eager, or compiled. On a GPU, copies to and fro are part of a run."""
     import torch
-    from transformers import AutoModelForSequenceClassification
 
-    import kdexport.networks  # noqa: F401  # the Auto class learns of our own architectures
+    from kdexport.models import AUTO_CLASSES
 
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
-    model = AutoModelForSequenceClassification.from_pretrained(target.model).eval().to(target.device)
+    task = load_task(Path(target.task))
+    model = AUTO_CLASSES[task.name].from_pretrained(target.model).eval().to(target.device)
     if target.runtime in _COMPILED:
         model = torch.compile(model, mode=_COMPILED[target.runtime], dynamic=True)
     cuda = target.device == "cuda"
@@ -109,15 +109,16 @@ def _open_torch(target: Target, threads: int) -> Opened:
 
     @torch.inference_mode()
     def run(arrays: Any) -> Any:
-        inputs = {name: torch.from_numpy(array).to(target.device) for name, array in arrays.items()}
+        graph_inputs = task.graph_inputs(arrays)
+        inputs = {name: torch.from_numpy(array).to(target.device) for name, array in graph_inputs.items()}
         if not cuda:
-            return model(**inputs).logits.numpy()
+            return task.pick(model(**inputs).logits.numpy(), arrays)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         logits = model(**inputs).logits
         end.record()
         events.append((start, end))
-        return logits.float().cpu().numpy()  # waits for the device
+        return task.pick(logits.float().cpu().numpy(), arrays)  # waits for the device
 
     def device_ms() -> list[float]:
         if cuda:
@@ -127,7 +128,6 @@ def _open_torch(target: Target, threads: int) -> Opened:
     def gpu_peak_mb() -> float | None:
         return torch.cuda.max_memory_allocated() / 1e6 if cuda else None
 
-    task = load_task(Path(target.task))
     return Opened(task.encode, run, task.decode, gpu_peak_mb, device_ms)
 
 
@@ -140,14 +140,18 @@ def _open_openvino(target: Target, threads: int) -> Opened:
     settings["INFERENCE_PRECISION_HINT"] = "f32"
     compiled = openvino.Core().compile_model(target.model, "CPU", settings)
     request = compiled.create_infer_request()
-    return Opened(task.encode, lambda arrays: request.infer(arrays)[task.output], task.decode)
+
+    def run(arrays: Any) -> Any:
+        return task.pick(request.infer(task.graph_inputs(arrays))[task.output], arrays)
+
+    return Opened(task.encode, run, task.decode)
 
 
 def _open_http(target: Target, threads: int) -> Opened:
     from kdexport.bench.generator import Connection, body_of, check_answer
 
     connection = Connection(target.model)
-    return Opened(lambda rows: body_of(target.model, rows), connection.post, check_answer)
+    return Opened(lambda rows: body_of(target.model, rows), connection.post, lambda body, _: check_answer(body))
 
 
 RUNTIMES = {

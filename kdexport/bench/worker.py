@@ -64,7 +64,8 @@ def measure(job: Job) -> Samples:
     opened = open_target(job.target, job.threads)
     if job.target.slower:
         opened = _slowed(opened, job.target.slower)
-    opened.decode(opened.run(opened.encode([rows[job.start % len(rows)]])))
+    first = [rows[job.start % len(rows)]]
+    opened.decode(opened.run(opened.encode(first)), first)
     cold_ms = (time.monotonic_ns() - job.spawned_ns) / 1e6
     process = psutil.Process()
     warm = min(0.3, job.seconds)
@@ -100,13 +101,13 @@ def _stream(
     tokenize, model, total = [], [], []
     begun, i = _now(), start
     while True:
-        row = rows[i % len(rows)]
+        row = [rows[i % len(rows)]]
         t0 = _now()
-        arrays = encode([row])
+        arrays = encode(row)
         t1 = _now()
         logits = run(arrays)
         t2 = _now()
-        decode(logits)
+        decode(logits, row)
         t3 = _now()
         tokenize.append((t1 - t0) / 1e3)
         model.append((t2 - t1) / 1e3)
@@ -126,7 +127,7 @@ def _batches(opened: Opened, rows: list[dict[str, Any]], start: int, size: int) 
         at = (start + 61 * i) % places  # another part of the lengths each time
         batch = ordered[at : at + size]
         batch = (batch * (size // len(batch) + 1))[:size]
-        opened.decode(opened.run(opened.encode(batch)))
+        opened.decode(opened.run(opened.encode(batch)), batch)
 
     return _repeat(answer)
 
@@ -160,8 +161,8 @@ def _slowed(opened: Opened, share: float) -> Opened:
         started = _now()
         return opened.encode(rows)
 
-    def decode(logits: Any) -> Any:
-        answers = opened.decode(logits)
+    def decode(logits: Any, rows: Any) -> Any:
+        answers = opened.decode(logits, rows)
         until = _now() + (_now() - started) * share
         while _now() < until:
             pass

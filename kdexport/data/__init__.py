@@ -22,7 +22,7 @@ from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
 from kdexport.progress import say, warn
 from kdexport.rundir import write_bytes, write_json
-from kdexport.tasks import TASKS
+from kdexport.tasks import TASKS, Task
 
 Rows = list[dict[str, Any]]
 
@@ -38,6 +38,7 @@ class Summary(msgspec.Struct, frozen=True):
     split_by_us: list[str]
     duplicates: Audit
     unlabelled: int = 0
+    task: str = "text-classification"
 
 
 def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
@@ -46,7 +47,8 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
     Raises:
         DataError: a file, column, row or class is wrong; the line says where and how to mend it.
     """
-    content = TASKS[task].content
+    of_task = TASKS[task]
+    content = of_task.content
     splits: dict[str, Rows] = {}
     bad_rows = 0
     sources = read_splits(settings)
@@ -59,28 +61,28 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
     bad_rows += bad
     if bad_rows:
         warn(f"data: {bad_rows:,} bad rows left out")
-    if settings.skip_bad_rows:
+    if settings.skip_bad_rows and of_task.one_label:
         splits["train"], lone = _without_lone_classes(splits["train"])
         bad_rows += lone
-    if _has_labels(splits["train"]):
+    if _has_labels(splits["train"]) and of_task.one_label:
         check_classes(splits["train"], "train")
     missing = [split for split in SPLITS if split not in splits]
     for split, share in (("test", _TEST_SHARE), ("validation", _VALIDATION_SHARE)):
         if split in missing:
-            splits["train"], splits[split] = split_off(splits["train"], share, seed, content)
+            splits["train"], splits[split] = split_off(splits["train"], share, seed, of_task)
     splits, found = audit({split: splits[split] for split in SPLITS}, content, settings.drop_duplicates)
     for split, rows in splits.items():
         if not rows:
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
     unlabelled = _new(unlabelled, splits, content)
-    labels = _label_names(splits)
+    labels = _label_names(splits, of_task)
     near, pairs = near_duplicates(splits, content)
     found = msgspec.structs.replace(found, near=near)
     write_bytes(out / "near_duplicates.jsonl", b"".join(msgspec.json.encode(pair) + b"\n" for pair in pairs))
     for name, rows in (splits | ({"unlabelled": unlabelled} if unlabelled else {})).items():
         write_bytes(out / f"{name}.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
     counts = {split: len(rows) for split, rows in splits.items()}
-    write_json(out / "data.json", Summary(counts, labels, bad_rows, missing, found, len(unlabelled)))
+    write_json(out / "data.json", Summary(counts, labels, bad_rows, missing, found, len(unlabelled), task))
     _tell(counts, labels, missing, found)
     alone = [split for split, rows in splits.items() if not _has_labels(rows)]
     if alone or unlabelled:
@@ -131,20 +133,21 @@ def _without_lone_classes(rows: Rows) -> tuple[Rows, int]:
     return kept, len(rows) - len(kept)
 
 
-def _label_names(splits: dict[str, Rows]) -> list[str]:
-    """Labels of train, numbers by value, names by alphabet; other splits may not have more.
+def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
+    """Labels of train, in the order of logits; other splits may not have more.
 
     Where train has none, they are those of the other splits.
     """
-    labels = {row["label"] for row in splits["train"]} - {None}
-    labels = labels or {row["label"] for split in ("validation", "test") for row in splits[split]} - {None}
+    found = {split: set().union(*map(task.labels_of, rows)) for split, rows in splits.items()}
+    labels = found["train"] or found["validation"] | found["test"]
     for split in ("validation", "test"):
-        for row in splits[split]:
-            if row["label"] is not None and row["label"] not in labels:
+        for row in splits[split] if found[split] - labels else []:
+            if strange := sorted(task.labels_of(row) - labels):
                 where = row["id"].replace(":", ", row ")
-                raise DataError(f"{where}: label {row['label']!r} stands in no row of train", "Add rows to train")
-    numbers = all(label.isdecimal() for label in labels)
-    return sorted(labels, key=(lambda label: (int(label), label)) if numbers else None)
+                raise DataError(f"{where}: label {strange[0]!r} stands in no row of train", "Add rows to train")
+    if len(labels) < 2:
+        raise DataError(f"the rows have one label only: {', '.join(labels)}", "Is --label the right column?")
+    return task.ordered(labels)
 
 
 def _tell(counts: dict[str, int], labels: list[str], missing: list[str], found: Audit) -> None:

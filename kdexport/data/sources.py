@@ -18,11 +18,7 @@ from kdexport.tasks import TASKS
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
 SPLITS = ("train", "validation", "test")
 
-# Names that need no flag, in order of preference.
-_OBVIOUS = {
-    "text": ("text", "sentence", "content", "utterance", "query", "review", "message", "body", "document"),
-    "label": ("label", "labels", "category", "class", "intent", "topic", "sentiment", "target"),
-}
+# Pairs of columns that need no flag, in order of preference; single ones stand in the tasks.
 _OBVIOUS_PAIRS = (
     ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
     ("text1", "text2"), ("text_a", "text_b"), ("question", "sentence"), ("query", "passage"),
@@ -133,7 +129,7 @@ def to_rows(
     Raises:
         DataError: a column or, unless `skip_bad_rows`, a row is wrong.
     """
-    columns = _choose_columns(source, data, needs_labels or data.label is not None)
+    columns = _choose_columns(source, data, task, needs_labels or data.label is not None)
     return _check_rows(source.name, enumerate(source.rows, 1), columns, data, task)
 
 
@@ -150,7 +146,7 @@ def read_unlabelled(data: spec.Data, task: str) -> tuple[list[dict[str, Any]], i
     path = Path(data.unlabelled)
     if path.suffix in SUFFIXES:
         source = read_file(path)
-        columns = _choose_columns(source, msgspec.structs.replace(data, label=None), needs_label=False)
+        columns = _choose_columns(source, msgspec.structs.replace(data, label=None), task, needs_label=False)
         columns.pop("label", None)
         return _check_rows(source.name, enumerate(source.rows, 1), columns, data, task)
     if data.text_pair:
@@ -169,14 +165,14 @@ def _lines(path: Path) -> list[str]:
 def _check_rows(
     name: str, numbered: Iterable[tuple[int, dict[str, Any]]], columns: dict[str, str], data: spec.Data, task: str
 ) -> tuple[list[dict[str, Any]], int]:
-    rows, bad, check = [], 0, TASKS[task].check
+    rows, bad, of_task = [], 0, TASKS[task]
     for number, raw in numbered:
         row = {column: raw.get(column_there) for column, column_there in columns.items()}
         label = row.pop("label", None)
-        row["label"] = None if label is None else str(label).strip()
-        problem = check(row, data.max_chars, "label" in columns)
-        if problem is None:
-            rows.append({"id": f"{name}:{number}"} | row)
+        ready = of_task.canonical(row | {"label": label})
+        problem = ready if isinstance(ready, str) else of_task.check(ready, data.max_chars, "label" in columns)
+        if problem is None and not isinstance(ready, str):
+            rows.append({"id": f"{name}:{number}"} | ready)
         elif data.skip_bad_rows:
             bad += 1
         else:
@@ -189,17 +185,17 @@ def _check_rows(
     return rows, bad
 
 
-def _choose_columns(source: Source, data: spec.Data, needs_label: bool) -> dict[str, str]:
+def _choose_columns(source: Source, data: spec.Data, task: str, needs_label: bool) -> dict[str, str]:
     """Our column → the file's: as named in the spec, else guessed when obvious."""
     named = {"text": data.text, "text_pair": data.text_pair, "label": data.label}
     for name in filter(None, named.values()):
         if name not in source.columns:
             raise DataError(f"{source.name} has no column {name!r}", f"Its columns: {', '.join(source.columns)}")
-    if data.text is None and data.text_pair is None:
+    if data.text is None and data.text_pair is None and task == "text-classification":
         pair = next((p for p in _OBVIOUS_PAIRS if set(p) <= set(source.columns)), None)
         if pair:
             named["text"], named["text_pair"] = pair
-    for wanted, names in _OBVIOUS.items():
+    for wanted, names in TASKS[task].columns.items():
         if named[wanted] is None:
             named[wanted] = next((n for n in names if n in source.columns), None)
         if named[wanted] is None and (wanted != "label" or needs_label):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from typing import Any
 
 from kdexport.errors import DataError
+from kdexport.tasks import Task
 
 Rows = list[dict[str, Any]]
 
 
-def split_off(rows: Rows, share: float, seed: int, content: Callable[[dict[str, Any]], str]) -> tuple[Rows, Rows]:
-    """Split into (rest, part), stratified by label; rows with equal content stay together.
+def split_off(rows: Rows, share: float, seed: int, task: type[Task]) -> tuple[Rows, Rows]:
+    """Split into (rest, part), stratified by label (as the task has it); rows with equal content stay together.
 
     Each class gives the part its rounded share of distinct contents, at least one, and keeps at least one.
     The order of rows is kept.
@@ -21,9 +21,10 @@ def split_off(rows: Rows, share: float, seed: int, content: Callable[[dict[str, 
     Raises:
         DataError: a class has too few distinct texts to stand on both sides.
     """
-    groups: dict[str, str] = {}  # content → label of its first row
+    content = task.content
+    groups: dict[str, str] = {}  # content → stratum of its first row
     for row in rows:
-        groups.setdefault(content(row), row["label"])
+        groups.setdefault(content(row), task.stratum(row))
     by_label: dict[str, list[str]] = defaultdict(list)
     for text, label in groups.items():
         by_label[label].append(text)

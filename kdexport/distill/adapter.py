@@ -15,6 +15,7 @@ from kdexport.errors import MissingPackage, ModelError
 from kdexport.tasks.metrics import Array
 
 # The last layer of a sequence classifier in transformers' families: its rows are the labels.
+_TASK = "text-classification"
 _HEAD = re.compile(r"(^|\.)(classifier|score|out_proj|logits_proj|summary)\.weight$")
 
 
@@ -49,7 +50,7 @@ def merge_adapter(folder: Path, out: Path) -> None:
         raise ModelError(f"adapter {folder} is a learned prompt, which can't be merged", "Take LoRA, or merge it")
     base = base_of(folder)
     config = open_config(base)
-    opened = open_model(base, config, _labels(folder, config, weights))
+    opened = open_model(base, config, _TASK, _labels(folder, config, weights))
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = open_tokenizer(str(folder)) if has_tokenizer else opened.tokenizer
     if len(tokenizer) > opened.model.get_input_embeddings().num_embeddings:
@@ -70,7 +71,7 @@ def merge_adapter(folder: Path, out: Path) -> None:
 def _labels(folder: Path, base: Any, weights: dict[str, Array]) -> list[str]:
     """Names for the rows of the head, wherever they are told."""
     heads = [len(weight) for name, weight in weights.items() if _HEAD.search(name)]
-    if not heads and not trained_head(base):
+    if not heads and not trained_head(base, _TASK):
         raise ModelError(
             f"neither adapter {folder} nor its base has a trained classification head",
             'Train it with modules_to_save=["classifier"]',

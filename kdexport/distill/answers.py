@@ -123,11 +123,10 @@ class Teacher:
     @cached_property
     def _model(self) -> Any:
         import torch
-        from transformers import AutoModelForSequenceClassification
 
-        import kdexport.networks  # noqa: F401  # a teacher may be a student of ours
+        from kdexport.models import open_trained
 
-        model = AutoModelForSequenceClassification.from_pretrained(self.named.folder)
+        model: Any = open_trained(self.named.folder)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def _torch(self, rows: Rows, advance: Callable[[int], None]) -> Array:
@@ -184,7 +183,7 @@ def _compute(reading: Reading, task: Task, title: str) -> None:
             contents = missing[start : start + _CHUNK]
             logits = reading.run([by_content[content] for content in contents], advance)
             if not np.isfinite(logits).all():
-                bad = by_content[contents[int(np.argmax(~np.isfinite(logits).all(axis=1)))]]
+                bad = by_content[contents[int(np.isfinite(logits.reshape(len(logits), -1)).all(axis=1).argmin())]]
                 raise ModelError(f"the teacher's logits for {bad['id'].replace(':', ', row ')} are not finite")
             pending.append((contents, logits))
             if time.monotonic() - written > _SHARD_EVERY_S:

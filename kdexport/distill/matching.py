@@ -21,9 +21,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdexport.errors import ModelError
+from kdexport.models import open_trained
 from kdexport.tasks import Task, load_task
 from kdexport.tasks.metrics import Array
 
@@ -140,7 +141,7 @@ def matched(
     Raises:
         ModelError: see `Matching`; or teacher and student read different tokens.
     """
-    teacher = AutoModelForSequenceClassification.from_pretrained(folder)
+    teacher = open_trained(folder)
     _check_tokens(task.tokenize(rows), load_task(folder).tokenize(rows), kept)
     before = student.config._attn_implementation
     if "attention" in names:  # the quick implementations keep no probabilities

@@ -32,7 +32,7 @@ def noisy_logits(
     if not any(rates):
         raise ModelError("the teacher has no dropout that could tell its passes apart", "Take teacher.noise: augment")
     encoded = task.tokenize(rows)
-    logits = np.empty((len(rows), len(task.labels)), dtype=np.float32)
+    logits = np.empty((len(rows), *task.answer_shape), dtype=np.float32)
     model.train()
     for part in model.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):  # its statistics are learned in training, not noise
@@ -41,8 +41,8 @@ def noisy_logits(
         torch.manual_seed(seed)
         for start in range(0, len(rows), batch_size):
             batch = task.collate(encoded[start : start + batch_size])
-            inputs = {name: torch.from_numpy(array).to(model.device) for name, array in batch.items()}
-            logits[start : start + batch_size] = model(**inputs).logits.float().cpu().numpy()
+            inputs = {n: torch.from_numpy(array).to(model.device) for n, array in task.graph_inputs(batch).items()}
+            logits[start : start + batch_size] = task.pick(model(**inputs).logits.float().cpu().numpy(), batch)
             advance(len(next(iter(batch.values()))))
     model.eval()
     return logits

@@ -28,6 +28,7 @@ from kdexport.errors import ModelError
 from kdexport.progress import say
 from kdexport.rundir import read_record, write_bytes, write_json
 from kdexport.tasks import load_task
+from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix
 
 Rows = Sequence[dict[str, Any]]
@@ -81,14 +82,14 @@ def write_targets(
     accuracy: dict[str, float] = {}
     each: list[dict[str, float]] = [{} for _ in members]
     for split, rows in splits.items():
-        answers = [member.answers(rows)[:, columns] for member, columns in zip(members, places, strict=True)]
+        answers = [member.answers(rows)[..., columns] for member, columns in zip(members, places, strict=True)]
         logits = _combine(answers, how)
         np.save(out / f"{split}.npy", logits)
         if chosen := labelled[split]:
             rows_with = [rows[i] for i in chosen]
-            accuracy[split] = float(task.hits(logits[chosen], rows_with).mean())
+            accuracy[split] = metric(task, logits[chosen], rows_with)
             for found, theirs in zip(each, answers, strict=True):
-                found[split] = float(task.hits(theirs[chosen], rows_with).mean())
+                found[split] = metric(task, theirs[chosen], rows_with)
     shown = "validation" if "validation" in accuracy else "test"
     say(f"soft targets: teacher's {task.metric_name} on {shown} {accuracy[shown]:.2%}")
     record = {
@@ -132,12 +133,13 @@ def _combine(answers: Sequence[Array], how: spec.Teacher) -> Array:
 
 def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     """Refuse a teacher that is near chance, naming the likely cause."""
-    task, logits = teacher.task, teacher.answers(rows)
-    counts = confusion_matrix(task.targets(rows), logits.argmax(axis=1), len(task.labels))
+    task = teacher.task
+    items = task.items(rows, teacher.answers(rows))
+    counts = confusion_matrix(items.labels, items.logits.argmax(axis=1), len(task.labels))
     if cohen_kappa(counts) >= _CHANCE_KAPPA:
         return
     accuracy = np.trace(counts) / counts.sum()
-    found = f"{who} answers {accuracy:.1%} of {len(rows)} labelled rows rightly, which is near chance"
+    found = f"{who} answers {accuracy:.1%} of {len(items.labels)} labelled rows rightly, which is near chance"
     truth, answer = linear_sum_assignment(-counts)
     reordered = counts[truth, answer].sum() / counts.sum()
     stored = teacher.named.kind == "stored"

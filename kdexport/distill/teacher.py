@@ -8,10 +8,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 from transformers import (
     AutoConfig,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -19,15 +17,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-import kdexport.networks  # noqa: F401  # a teacher may be a student of ours
 from kdexport import spec
 from kdexport.data import read_rows, read_summary
 from kdexport.distill.train import Recipe, fit
 from kdexport.errors import ModelError
+from kdexport.models import AUTO_CLASSES, HEADS
 from kdexport.progress import say, warn
 from kdexport.rundir import write_json
 from kdexport.tasks import Task, load_task
-from kdexport.tasks.text_classification import Function, TaskConfig
+from kdexport.tasks.config import Function, TaskConfig
 
 logging.set_verbosity_error()  # "newly initialized" warnings: we say ourselves what is new
 
@@ -62,13 +60,13 @@ def prepare_teacher(
     set_seed(seed)
     known = read_summary(data).labels
     source = str(folder or settings.model)
-    config = open_config(source)
+    config, of_task = open_config(source), read_summary(data).task
     if settings.train is None:
-        labels = match_labels(own_labels(config), known, trained_head(config), settings.model)
+        labels = match_labels(own_labels(config), known, trained_head(config, of_task), settings.model)
     else:
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
-    opened = open_model(source, config, labels)
-    save_task(opened, max_length, labels, out)
+    opened = open_model(source, config, of_task, labels)
+    save_task(opened, max_length, labels, out, task=of_task)
     task = load_task(out)
     _warn_if_much_is_cut(task, read_rows(data, "train")[:500])
     if settings.train is not None:
@@ -118,36 +116,36 @@ def open_config(model: str) -> Any:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
 
 
-def open_model(model: str, config: Any, labels: Sequence[str]) -> Opened:
+def open_model(model: str, config: Any, task: str, labels: Sequence[str]) -> Opened:
     """A model with a head for these labels, and its fast tokenizer.
 
     Raises:
         ModelError: weights or tokenizer are missing or unreadable.
     """
-    tokenizer = open_tokenizer(model)
+    tokenizer = open_tokenizer(model, task)
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = None
     try:
-        opened = AutoModelForSequenceClassification.from_pretrained(model, config=config, ignore_mismatched_sizes=True)
+        opened = AUTO_CLASSES[task].from_pretrained(model, config=config, ignore_mismatched_sizes=True)
     except Exception as error:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
     return Opened(opened, tokenizer)
 
 
-def open_classifier(model: str, config: Any) -> Opened:
+def open_classifier(model: str, config: Any, task: str) -> Opened:
     """A model with the head that it was trained with, and its fast tokenizer.
 
     Raises:
         ModelError: it has no head, or some of its weights, or its tokenizer, are missing or unreadable.
     """
-    if not trained_head(config):
+    if not trained_head(config, task):
         kind = ", ".join(config.architectures or []) or "of no known kind"
         raise ModelError(f"model {model!r} has no classification head: it is {kind}", "Name a trained classifier")
-    tokenizer = open_tokenizer(model)
+    tokenizer = open_tokenizer(model, task)
     try:
-        opened, found = AutoModelForSequenceClassification.from_pretrained(model, output_loading_info=True)
+        opened, found = AUTO_CLASSES[task].from_pretrained(model, output_loading_info=True)
     except Exception as error:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
@@ -155,14 +153,16 @@ def open_classifier(model: str, config: Any) -> Opened:
     return Opened(opened, tokenizer)
 
 
-def open_tokenizer(model: str) -> PreTrainedTokenizerFast:
+def open_tokenizer(model: str, task: str = "text-classification") -> PreTrainedTokenizerFast:
     """A model's fast tokenizer, from a folder or the hub.
 
     Raises:
         ModelError: there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        # Words of a list each begin with a space, for tokenizers that tell the beginning of a word by it.
+        words = {"add_prefix_space": True} if task == "token-classification" else {}
+        tokenizer = AutoTokenizer.from_pretrained(model, **words)
     except Exception as error:
         raise ModelError(
             f"model {model!r} has no tokenizer that can be opened: {_first_line(error)}",
@@ -178,9 +178,9 @@ def own_labels(config: Any) -> list[str]:
     return [str(config.id2label[i]) for i in sorted(config.id2label)]
 
 
-def trained_head(config: Any) -> bool:
-    """Whether the weights come with a classification head."""
-    return any("ForSequenceClassification" in name for name in config.architectures or [])
+def trained_head(config: Any, task: str) -> bool:
+    """Whether the weights come with a head for the task."""
+    return any(HEADS[task] in name for name in config.architectures or [])
 
 
 def match_labels(own: list[str], known: list[str], head: bool, model: str, *, can_learn: bool = True) -> list[str]:
@@ -225,6 +225,7 @@ def save_task(
     labels: Sequence[str],
     out: Path,
     *,
+    task: str = "text-classification",
     function: Function = "softmax",
     at_most: int = _DEFAULT_MAX_LENGTH,
 ) -> None:
@@ -235,6 +236,7 @@ def save_task(
         max_length: tokens kept of each text; what the model reads, but `at_most` so many, when None.
         labels: in the order of the logits.
         out: an existing folder.
+        task: its name.
         function: from logits to scores.
         at_most: see `max_length`.
     """
@@ -243,7 +245,7 @@ def save_task(
     if getattr(model.config, "type_vocab_size", None) == 0:  # DeBERTa-v2 and -v3 take token types and read none
         accepted.discard("token_type_ids")
     reads = longest_input(model.config, tokenizer)
-    write_task(tokenizer, accepted, reads, max_length, labels, out, function=function, at_most=at_most)
+    write_task(tokenizer, accepted, reads, max_length, labels, out, task=task, function=function, at_most=at_most)
 
 
 def write_task(
@@ -254,6 +256,7 @@ def write_task(
     labels: Sequence[str],
     out: Path,
     *,
+    task: str = "text-classification",
     function: Function = "softmax",
     at_most: int = _DEFAULT_MAX_LENGTH,
 ) -> None:
@@ -264,7 +267,7 @@ def write_task(
     if max_length and max_length > reads:
         raise ModelError(f"max_length is {max_length}, but the model reads {reads} tokens", "Lower it")
     config = TaskConfig(
-        task="text-classification",
+        task=task,
         labels=list(labels),
         inputs=[name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted],
         max_length=max_length or min(at_most, reads),
@@ -307,8 +310,3 @@ def _warn_if_much_is_cut(task: Task, rows: list[dict[str, Any]]) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def read_task_config(folder: Path) -> TaskConfig:
-    """`task.json` of a model folder."""
-    return msgspec.json.decode((folder / "task.json").read_bytes(), type=TaskConfig)

@@ -229,7 +229,7 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
 
     from kdexport.distill.teacher import longest_input, match_labels, open_tokenizer, own_labels, write_task
     from kdexport.predictor import Predictor, tensors_of
-    from kdexport.tasks.text_classification import function_of
+    from kdexport.tasks.classes import function_of
 
     folder = artifact.resolve(Path(model))
     tokenizer = open_tokenizer(str(folder))
@@ -265,6 +265,6 @@ def _take_stored(settings: spec.Spec, model: str, data: Path, out: Path, first: 
         return
     student = tokenizer_for_stored(settings)
     assert student
-    opened = open_model(student, open_config(student), labels)
-    save_task(opened, settings.data.max_length, labels, out)
+    opened = open_model(student, open_config(student), settings.task, labels)
+    save_task(opened, settings.data.max_length, labels, out, task=settings.task)
     opened.model.config.save_pretrained(out)

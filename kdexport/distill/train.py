@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kdexport.distill.losses import UNLABELLED, Term, objective, total, value_at
+from kdexport.distill.losses import Term, objective, total, value_at
 from kdexport.distill.matching import LAYER_LOSSES, Matching, matched
 from kdexport.distill.order import ByLength
 from kdexport.distill.watch import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
@@ -28,6 +28,7 @@ from kdexport.errors import SpecError
 from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
 from kdexport.tasks import Task
+from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array
 
 # A checkpoint holds weights and optimizer: three times the model. Losing this much work is cheaper than more.
@@ -81,7 +82,7 @@ def fit(
         model: a sequence classifier; its logits are [B, C].
         task: encodes the rows.
         rows: training rows; those without a label (None) learn from the teacher alone.
-        soft_targets: the teacher's logits float [N, C] for those rows, or None for the labels alone.
+        soft_targets: the teacher's logits float [N, *answer_shape] for those rows, or None for the labels alone.
         recipe: how to train.
         validation: rows whose metric is taken after every epoch; it is recorded, not optimised.
         work: a folder for checkpoints; a call with the same arguments goes on from the last one.
@@ -106,7 +107,7 @@ def fit(
         raise SpecError(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
         )
-    encoded, labels = task.tokenize(rows), labels_of(task, rows)
+    encoded, labels = task.tokenize(rows), task.targets(rows)
     lengths = [len(next(iter(arrays.values()))) for arrays in encoded]
 
     def collate(chosen: list[int]) -> dict[str, Tensor]:
@@ -152,14 +153,6 @@ def fit(
     return curve
 
 
-def labels_of(task: Task, rows: Rows) -> Array:
-    """The rows' labels as indices int64 [N], `UNLABELLED` where a row has none."""
-    labels = np.full(len(rows), UNLABELLED, dtype=np.int64)
-    known = [i for i, row in enumerate(rows) if row.get("label") is not None]
-    labels[known] = task.targets([rows[i] for i in known])
-    return labels
-
-
 def logits_of(
     model: PreTrainedModel,
     task: Task,
@@ -168,19 +161,19 @@ def logits_of(
     batch_size: int = 32,
     advance: Callable[[int], None] | None = None,
 ) -> Array:
-    """A model's logits float32 [N, C], computed in batches of similar length, returned in the rows' order."""
+    """A model's logits float32 [N, *answer_shape] in the rows' order, computed in batches of similar length."""
     encoded = task.tokenize(rows)
     lengths = [len(next(iter(arrays.values()))) for arrays in encoded]
     order = np.argsort(lengths, kind="stable")[::-1]  # the longest first: memory runs out at once or never
-    logits = np.empty((len(rows), len(task.labels)), dtype=np.float32)
+    logits = np.empty((len(rows), *task.answer_shape), dtype=np.float32)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = task.collate([encoded[i] for i in chosen])
-            inputs = {name: torch.from_numpy(array).to(model.device) for name, array in batch.items()}
-            logits[chosen] = model(**inputs).logits.float().cpu().numpy()
+            inputs = {n: torch.from_numpy(array).to(model.device) for n, array in task.graph_inputs(batch).items()}
+            logits[chosen] = task.pick(model(**inputs).logits.float().cpu().numpy(), batch)
             if advance:
                 advance(len(chosen))
     model.train(was_training)
@@ -201,7 +194,7 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         labels, teacher_logits = inputs.pop("labels"), inputs.pop("teacher_logits", None)
-        terms = self._terms(model, inputs, labels, teacher_logits)
+        terms = self._terms(model, inputs, labels, teacher_logits, inputs.pop("places", None))
         loss = total(terms)
         if len(terms) > 1 and self._is_measured(self.state.global_step):
             self._ledger.add_shares(gradient_shares(terms, self._of_student))
@@ -209,14 +202,24 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         return loss
 
     def _terms(
-        self, model: Any, inputs: dict[str, Tensor], labels: Tensor, teacher_logits: Tensor | None
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        labels: Tensor,
+        teacher_logits: Tensor | None,
+        places: Tensor | None,
     ) -> list[Term]:
         progress = self.state.global_step / max(1, self.state.max_steps - 1)
         alpha = value_at(self._recipe.alpha, progress)
         losses = {name: value_at(weight, progress) for name, weight in self._recipe.losses.items()}
         temperature = value_at(self._recipe.temperature, progress)
         outputs = model(**inputs, **(self._matching.flags if self._matching else {}))
-        terms = objective(outputs.logits, labels, teacher_logits, losses, temperature=temperature, alpha=alpha)
+        logits = outputs.logits
+        if places is not None:  # a text has several answers, at these tokens: take each as a row of its own
+            of, word = (places >= 0).nonzero(as_tuple=True)
+            logits, labels = logits[of, places[of, word]], labels[of, word]
+            teacher_logits = None if teacher_logits is None else teacher_logits[of, word]
+        terms = objective(logits, labels, teacher_logits, losses, temperature=temperature, alpha=alpha)
         if self._matching:
             of_layers = self._matching(inputs, outputs)
             terms += [Term(name, alpha * losses[name], size) for name, size in of_layers.items()]
@@ -284,17 +287,17 @@ def _judge(task: Task, validation: Rows, targets: Array | None) -> Callable[[Pre
     answers as the teacher; where there are no targets either, not at all."""
     labelled = [row for row in validation if row.get("label") is not None]
     read: Rows
-    right: Callable[[Array], Array]
+    good: Callable[[Array], float]
     if labelled:
-        read, right = labelled, lambda logits: task.hits(logits, labelled)
+        read, good = labelled, lambda logits: metric(task, logits, labelled)
     elif targets is not None and len(validation):
-        read, right = validation, lambda logits: task.agrees(logits, targets)
+        read, good = validation, lambda logits: float(task.agrees(logits, targets).mean())
     else:
         return None
 
     def judge(model: PreTrainedModel) -> float:
         logits = logits_of(model, task, read)
-        return float(right(logits).mean()) if np.isfinite(logits).all() else float("nan")
+        return good(logits) if np.isfinite(logits).all() else float("nan")
 
     return judge
 

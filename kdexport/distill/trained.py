@@ -11,9 +11,10 @@ import numpy as np
 from kdexport.distill.teacher import open_classifier, open_config, own_labels, save_model, save_task
 from kdexport.distill.train import logits_of
 from kdexport.errors import ModelError
+from kdexport.models import task_of
 from kdexport.progress import bar
 from kdexport.tasks import load_task
-from kdexport.tasks.text_classification import function_of
+from kdexport.tasks.classes import function_of
 
 # Longer texts are the exception for classifiers, and every token costs; `--max-length` reads more.
 _AT_MOST = 512
@@ -34,7 +35,8 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
         ModelError: it is no trained classifier that can be exported.
     """
     config = open_config(model)
-    opened = open_classifier(model, config)
+    task_name = task_of(config) or "text-classification"
+    opened = open_classifier(model, config, task_name)
     labels = own_labels(config)
     if len(set(labels)) < len(labels):
         raise ModelError(f"model {model!r} has labels of the same name", "Tell them apart: id2label in config.json")
@@ -42,8 +44,8 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
         raise ModelError(f"model {model!r} has no padding token", "Set tokenizer.pad_token and config.pad_token_id")
     if 4 * opened.model.num_parameters() >= _LARGEST_BYTES:
         raise ModelError(f"model {model!r} has more than 2 GB of weights", "Distil it: kdexport run --teacher …")
-    function = function_of(len(labels), config.problem_type)
-    save_task(opened, max_length, labels, out, function=function, at_most=_AT_MOST)
+    function = "softmax" if task_name != "text-classification" else function_of(len(labels), config.problem_type)
+    save_task(opened, max_length, labels, out, task=task_name, function=function, at_most=_AT_MOST)
     save_model(opened, out)
     task = load_task(out)
     everything = [*rows, *task.probes(), *task.examples()]

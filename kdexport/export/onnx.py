@@ -15,10 +15,9 @@ from pathlib import Path
 import onnx
 from optimum.exporters.onnx import export
 from optimum.exporters.tasks import TasksManager
-from transformers import AutoModelForSequenceClassification
 
-import kdexport.networks  # noqa: F401  # the exporter learns of our own architectures
 from kdexport.errors import ModelError, VerificationError
+from kdexport.models import open_trained
 from kdexport.tasks import Task, load_task
 
 OPSET = 18
@@ -36,7 +35,7 @@ def export_onnx(student: Path, file: Path) -> None:
         VerificationError: the graph's inputs, output or axes are not the task's.
     """
     task = load_task(student)
-    model = AutoModelForSequenceClassification.from_pretrained(student).eval()
+    model = open_trained(student).eval()
     try:
         config_class = TasksManager.get_exporter_config_constructor(
             "onnx", model=model, task=task.name, library_name="transformers"

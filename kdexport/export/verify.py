@@ -21,7 +21,8 @@ from kdexport.progress import say, warn
 from kdexport.results import Metric, Quality
 from kdexport.rundir import write_json
 from kdexport.tasks import Task, load_task
-from kdexport.tasks.metrics import Array, mcnemar_p, wilson_interval
+from kdexport.tasks.judging import mcnemar, metric_interval
+from kdexport.tasks.metrics import Array
 
 FP32_TOLERANCE = 1e-4
 _SMALL_SHAPE_ROWS = 64
@@ -89,11 +90,10 @@ def compare(
 
 def judge(task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array, difference: float | None) -> Quality:
     """The metric of logits [N, C] on labelled rows, and how they stand to the teacher's."""
-    right, teacher_right = task.hits(logits, rows), task.hits(teacher, rows)
     return Quality(
-        metric=Metric(float(right.mean()), wilson_interval(int(right.sum()), len(rows)), len(rows)),
-        agreement=float((logits.argmax(axis=1) == teacher.argmax(axis=1)).mean()),
-        mcnemar_p=mcnemar_p(right, teacher_right),
+        metric=Metric(*metric_interval(task, logits, rows), len(rows)),
+        agreement=float(task.agrees(logits, teacher).mean()),
+        mcnemar_p=mcnemar(task, logits, teacher, rows),
         max_abs_diff=difference,
     )
 

@@ -151,7 +151,7 @@ class Distillation(msgspec.Struct, frozen=True, kw_only=True):
     retention: float
     gain_points: float | None
     gain_ci95: Interval | None = None
-    gain_mcnemar_p: float | None
+    gain_mcnemar_p: float | None = None
     ratio: float | None
     model: str = ""
     loss: str = "kl"

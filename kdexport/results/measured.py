@@ -11,7 +11,7 @@ VerdictOfRatio = Literal["faster", "slower", "same", "unsure"]
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """The task's metric on the whole test split, with a 95 % Wilson interval."""
+    """The task's metric on the whole test split, with its 95 % interval: Wilson's for a share, else by bootstrap."""
 
     value: float
     ci95: Interval
@@ -23,7 +23,7 @@ class Quality(msgspec.Struct, frozen=True):
 
     metric: Metric
     agreement: float
-    mcnemar_p: float
+    mcnemar_p: float | None
     max_abs_diff: float | None = None
 
 

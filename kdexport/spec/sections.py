@@ -225,10 +225,13 @@ class Bench(Section, frozen=True):
     ] = None
 
 
+TaskName = Literal["text-classification", "token-classification"]
+
+
 class Spec(Section, frozen=True, kw_only=True):
     """The whole job: teacher in, budget in; artifact and report out."""
 
-    task: Annotated[Literal["text-classification"], _help("what the model does")] = "text-classification"
+    task: Annotated[TaskName, _help("what the model does")] = "text-classification"
     data: Data
     teacher: Teacher
     student: Student = Student()

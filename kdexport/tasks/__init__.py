@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kdexport.errors import ArtifactError
+from kdexport.tasks.config import read_config
 from kdexport.tasks.text_classification import TextClassification
+from kdexport.tasks.token_classification import TokenClassification
 
-TASKS = {TextClassification.name: TextClassification}
+Task = TextClassification | TokenClassification
 
-Task = TextClassification
+TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, TokenClassification)}
 
 
 def load_task(folder: Path) -> Task:
@@ -21,4 +24,7 @@ def load_task(folder: Path) -> Task:
     Raises:
         ArtifactError: the folder holds no task, or its tokenizer is missing or unreadable.
     """
-    return TextClassification.load(folder)
+    name = read_config(folder).task
+    if name not in TASKS:
+        raise ArtifactError(f"{folder} is for the task {name!r}, which is none of {', '.join(TASKS)}")
+    return TASKS[name].load(folder)

@@ -1,0 +1,59 @@
+"""`task.json`: what encode and decode need, whatever the task; the types that tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from kdexport.errors import ArtifactError
+from kdexport.tasks.metrics import Array
+
+Row = Mapping[str, Any]
+Arrays = dict[str, Array]
+Function = Literal["softmax", "sigmoid", "none"]
+
+
+class Items(NamedTuple):
+    """What is labelled, one by one: rows, or the words of rows; for what looks at single answers."""
+
+    of: Array
+    """int64 [M]: the row that each belongs to."""
+    labels: Array
+    """int64 [M]."""
+    logits: Array
+    """float [M, C]."""
+    words: Sequence[str] = ()
+
+
+class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """`task.json`, and the manifest's `task`: all that encode and decode need besides tokenizer.json.
+
+    `max_length`, `pad_id`, `pad_type_id` and `padding_side` are of texts.
+    """
+
+    task: str
+    labels: list[str]
+    inputs: list[str]
+    max_length: int
+    pad_id: int = 0
+    pad_type_id: int = 0
+    padding_side: str = "right"
+    function: Function = "softmax"
+
+
+def read_config(folder: Path) -> TaskConfig:
+    """The task of a model folder (`task.json`) or an artifact (`kdexport.json`).
+
+    Raises:
+        ArtifactError: it has none, or one that can't be read.
+    """
+    try:
+        if (folder / "kdexport.json").exists():
+            manifest = msgspec.json.decode((folder / "kdexport.json").read_bytes())
+            return msgspec.convert(manifest["task"], TaskConfig)
+        return msgspec.json.decode((folder / "task.json").read_bytes(), type=TaskConfig)
+    except (OSError, msgspec.MsgspecError, KeyError) as error:
+        raise ArtifactError(f"{folder} holds no task of ours: {error}") from None

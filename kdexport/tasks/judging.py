@@ -1,0 +1,79 @@
+"""How good answers are: the task's metric, how sure it is, and two models on the same rows.
+
+A task says what each row adds to its metric, `counts` [N, K], and what the sums mean, `metric_of`. So whatever the
+metric is, rows can be drawn again (the bootstrap of Efron 1979, with Poisson weights as in Chamandy et al. 2012).
+Where the metric is the share of rows that are right, there are closed forms, which hold for few rows as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from kdexport.tasks.config import Row
+from kdexport.tasks.metrics import Array, mcnemar_p, paired_difference, wilson_interval
+
+Rows = Sequence[Row]
+Interval = tuple[float, float]
+
+_DRAWS, _BLOCK = 2000, 100
+
+
+class Judged(Protocol):
+    """The part of a task that is needed here."""
+
+    is_share: ClassVar[bool]
+
+    def counts(self, logits: Array, rows: Rows) -> Array: ...  # noqa: D102
+    def metric_of(self, sums: Array) -> Array: ...  # noqa: D102
+    def hits(self, logits: Array, rows: Rows) -> Array | None: ...  # noqa: D102
+
+
+def metric(task: Judged, logits: Array, rows: Rows) -> float:
+    """The task's metric of logits on labelled rows."""
+    return float(task.metric_of(task.counts(logits, rows).sum(axis=0)))
+
+
+def metric_interval(task: Judged, logits: Array, rows: Rows) -> tuple[float, Interval]:
+    """The metric, and its 95 % interval over rows."""
+    counts = task.counts(logits, rows)
+    value = float(task.metric_of(counts.sum(axis=0)))
+    if task.is_share:
+        return value, wilson_interval(int(counts[:, 0].sum()), len(rows))
+    return value, _interval(task.metric_of(sums) for (sums,) in _drawn(counts))
+
+
+def difference(task: Judged, first: Array, second: Array, rows: Rows) -> tuple[float, Interval]:
+    """The metric of the second logits less that of the first on the same rows, with its 95 % interval."""
+    a, b = task.counts(first, rows), task.counts(second, rows)
+    if task.is_share:
+        return paired_difference(a[:, 0] > 0, b[:, 0] > 0)
+    value = float(task.metric_of(b.sum(axis=0)) - task.metric_of(a.sum(axis=0)))
+    return value, _interval(task.metric_of(of_b) - task.metric_of(of_a) for of_a, of_b in _drawn(a, b))
+
+
+def mcnemar(task: Judged, first: Array, second: Array, rows: Rows) -> float | None:
+    """Exact McNemar test on whole rows being right; None where a row is not right or wrong."""
+    a, b = task.hits(first, rows), task.hits(second, rows)
+    return None if a is None or b is None else mcnemar_p(a, b)
+
+
+def wrong_rows(task: Judged, logits: Array, rows: Rows) -> list[int] | None:
+    """Places of the rows that are not wholly right; None where a row is not right or wrong."""
+    right = task.hits(logits, rows)
+    return None if right is None else np.flatnonzero(~right).tolist()
+
+
+def _drawn(*counts: Array) -> Iterator[list[Array]]:
+    """Sums [B, K] over rows that are drawn again, the same ones for each of the counts."""
+    draw = np.random.default_rng(0)
+    for _ in range(_DRAWS // _BLOCK):
+        weights = draw.poisson(1.0, (_BLOCK, len(counts[0]))).astype(np.float64)
+        yield [weights @ each for each in counts]
+
+
+def _interval(values: Iterator[Array]) -> Interval:
+    low, high = np.nanquantile(np.concatenate(list(values)), (0.025, 0.975))
+    return float(low), float(high)

@@ -1,0 +1,264 @@
+"""Token classification: a tag for each word of a text, such as the names in it (BIO).
+
+A row's `text` is its words with single spaces between them, its `label` their tags in the same way. Logits are those of
+each word's first token, [N, max_length, C]: so models whose tokenizers differ answer the same words, and a teacher's
+logits can be held against a student's. A word that is cut off is answered with the first label, which is O.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import msgspec
+import numpy as np
+from tokenizers import Encoding
+
+from kdexport.tasks.config import Arrays, Items, Row
+from kdexport.tasks.metrics import Array, softmax
+from kdexport.tasks.texts import Texts
+
+OUTSIDE = "O"
+# Of a word that the model did not read; as sure as a softmax of a trained model is.
+_UNREAD = 10.0
+_NO_LABEL = -100
+# Letters and digits together, with an apostrophe or dots between them; anything else by itself.
+_WORD = re.compile(r"\w+(?:[.’'-]\w+)*|[^\w\s]")
+
+
+class Entity(NamedTuple):
+    """Words `start` to `end` (which is not of it) are one name of this kind."""
+
+    kind: str
+    start: int
+    end: int
+
+
+class Tagged(msgspec.Struct, frozen=True):
+    """The answer for one row: each word's tag and its probability."""
+
+    words: list[str]
+    tags: list[str]
+    scores: list[float]
+
+    @property
+    def entities(self) -> list[dict[str, Any]]:
+        """The names: kind, mean score of its words, and the words themselves."""
+        return [
+            {
+                "entity_group": kind,
+                "score": sum(self.scores[start:end]) / (end - start),
+                "word": " ".join(self.words[start:end]),
+                "start": start,
+                "end": end,
+            }
+            for kind, start, end in entities(self.tags)
+        ]
+
+
+def entities(tags: Sequence[str]) -> list[Entity]:
+    """The names in a row of tags, as conlleval and seqeval find them: a stray I- begins one as well."""
+    found: list[Entity] = []
+    kind, start = "", 0
+    for i, tag in enumerate([*tags, OUTSIDE]):
+        mark, _, of = tag.partition("-")
+        if kind and (mark != "I" or of != kind):
+            found.append(Entity(kind, start, i))
+            kind = ""
+        if mark in ("B", "I") and not kind:
+            kind, start = of, i
+    return found
+
+
+def words_in(text: str) -> list[str]:
+    """A text's words; punctuation marks are words of their own."""
+    return _WORD.findall(text)
+
+
+class TokenClassification(Texts):
+    """Rows `{"text": "Ada lives in York", "label": "B-person O O B-location"}` → logits [N, max_length, C] → tags."""
+
+    name: ClassVar = "token-classification"
+    metric_name: ClassVar = "entity F1"
+    is_share: ClassVar[bool] = False
+    one_label: ClassVar[bool] = False
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text": ("tokens", "words"),
+        "label": ("tags", "ner_tags", "labels", "label"),
+    }
+
+    # --- rows as they come
+
+    @staticmethod
+    def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
+        """Lists of words and of tags as texts; or what is wrong with them."""
+        words, tags = row.get("text"), row.get("label")
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            return "its words are no list of texts"
+        if strange := [word for word in words if not word or re.search(r"\s", word)]:
+            return f"the word {strange[0]!r} is empty or has a space in it"
+        if tags is not None:
+            if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+                return "its tags are no list of texts"
+            if len(tags) != len(words):
+                return f"it has {len(words)} words and {len(tags)} tags"
+        return row | {"text": " ".join(words), "label": None if tags is None else " ".join(tags)}
+
+    @staticmethod
+    def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
+        """What is wrong with a row, or None."""
+        if problem := Texts.check(row, max_chars, needs_label):
+            return problem
+        before = OUTSIDE
+        for i, tag in enumerate((row.get("label") or "").split()):
+            mark, dash, kind = tag.partition("-")
+            if tag != OUTSIDE and not (mark in ("B", "I") and dash and kind):
+                return f"tag {tag!r} of word {i + 1} is none of O, B-… and I-…"
+            if mark == "I" and before not in (f"B-{kind}", f"I-{kind}"):
+                return f"tag {tag!r} of word {i + 1} follows {before!r}, so it is no valid BIO"
+            before = tag
+        return None
+
+    @staticmethod
+    def ready(row: dict[str, Any]) -> dict[str, Any]:
+        """A row of plain text, its words apart."""
+        return row | {"text": " ".join(words_in(row["text"])) or "."}
+
+    @staticmethod
+    def labels_of(row: Row) -> set[str]:
+        """The labels that a row's label holds; none where it has none."""
+        return set((row["label"] or "").split())
+
+    @staticmethod
+    def ordered(labels: Iterable[str]) -> list[str]:
+        """The order of logits: O first, then by alphabet."""
+        return [OUTSIDE, *sorted(set(labels) - {OUTSIDE})]
+
+    @staticmethod
+    def stratum(row: Row) -> str:
+        """What must be spread evenly over splits: the kinds of names in a row."""
+        return " ".join(sorted({tag[2:] for tag in (row["label"] or "").split()} - {""}))
+
+    # --- rows → arrays
+
+    @property
+    def answer_shape(self) -> tuple[int, ...]:
+        """Of one row's logits: [max_length, C]."""
+        return self.config.max_length, len(self.labels)
+
+    def collate(self, encoded: Sequence[Arrays]) -> Arrays:
+        """Pad to the longest; `places` [B, W] too, −1 where there is no word."""
+        batch = super().collate(encoded)
+        longest = max(len(arrays["places"]) for arrays in encoded)
+        batch["places"] = np.full((len(encoded), longest), -1, dtype=np.int64)
+        for i, arrays in enumerate(encoded):
+            batch["places"][i, : len(arrays["places"])] = arrays["places"]
+        return batch
+
+    def graph_inputs(self, arrays: Arrays) -> Arrays:
+        """What the graph reads of an encoded batch."""
+        return {name: arrays[name] for name in self.config.inputs}
+
+    def pick(self, output: Array, arrays: Arrays) -> Array:
+        """The graph's output [B, T, C] → logits by word [B, max_length, C]; zeros beyond a row's words."""
+        places = arrays["places"]
+        logits = np.zeros((len(output), *self.answer_shape), dtype=np.float32)
+        read = logits[:, : places.shape[1]]
+        read[places >= 0] = output[np.nonzero(places >= 0)[0], places[places >= 0]]
+        unread = (places == _CUT_OFF).nonzero()
+        read[(*unread, np.zeros_like(unread[0]))] = _UNREAD
+        return logits
+
+    def axes(self) -> dict[str, dict[int, str]]:
+        """Names of the dynamic axes of every input and of the output."""
+        both = {0: "batch_size", 1: "sequence_length"}
+        return dict.fromkeys((*self.config.inputs, self.output), both)
+
+    def probes(self) -> list[dict[str, Any]]:
+        """Rows at the edges of what may come in."""
+        return [self.ready(row) for row in super().probes()]
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Rows as they come in every day."""
+        return [self.ready(row) for row in super().examples()]
+
+    # --- logits → answers
+
+    def scores(self, logits: Array, function: str | None = None) -> Array:
+        """Logits [..., C] → probabilities float64 [..., C]."""
+        return softmax(logits.astype(np.float64))
+
+    def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """The lowest of the highest scores of a row's words, float64 [N]."""
+        return np.array([min(answer.scores) for answer in self.decode(logits, rows)])
+
+    def decode(self, logits: Array, rows: Sequence[Row]) -> list[Tagged]:
+        """Logits [N, max_length, C] → the most probable tag of each word of each row."""
+        return [self._tagged(row["text"].split(" "), of_row) for row, of_row in zip(rows, logits, strict=True)]
+
+    def agrees(self, logits: Array, reference: Array) -> Array:
+        """Whether all words of a row have the same tags in both: bool [N]."""
+        return np.asarray((logits.argmax(axis=-1) == reference.argmax(axis=-1)).all(axis=1))
+
+    def targets(self, rows: Iterable[Row]) -> Array:
+        """The words' tags as indices int64 [N, max_length]; −100, which losses pass over, where there is none."""
+        rows = list(rows)
+        index = {label: i for i, label in enumerate(self.labels)}
+        found = np.full((len(rows), self.config.max_length), _NO_LABEL, dtype=np.int64)
+        for i, row in enumerate(rows):
+            tags = (row.get("label") or "").split()[: self.config.max_length]
+            found[i, : len(tags)] = [index[tag] for tag in tags]
+        return found
+
+    def hits(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """Whether all words of a row are tagged rightly: bool [N]."""
+        targets = self.targets(rows)
+        return np.asarray(((logits.argmax(axis=-1) == targets) | (targets == _NO_LABEL)).all(axis=1))
+
+    def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """Of each row, names found rightly, names found, and names that there are: float64 [N, 3]."""
+        counts = np.zeros((len(rows), 3))
+        for i, (row, answer) in enumerate(zip(rows, self.decode(logits, rows), strict=True)):
+            ours, theirs = set(entities(answer.tags)), set(entities(row["label"].split()))
+            counts[i] = len(ours & theirs), len(ours), len(theirs)
+        return counts
+
+    def metric_of(self, sums: Array) -> Array:
+        """F1 over names, of sums [..., 3] of counts; 1 where there is none, and none was found."""
+        both = sums[..., 1] + sums[..., 2]
+        return np.asarray(np.where(both > 0, 2 * sums[..., 0] / np.maximum(both, 1), 1.0))
+
+    def items(self, rows: Sequence[Row], logits: Array) -> Items:
+        """Each labelled word as a row of its own."""
+        targets = self.targets(rows)
+        of, word = (targets != _NO_LABEL).nonzero()
+        texts = [rows[i]["text"].split(" ") for i in range(len(rows))]
+        return Items(of, targets[of, word], logits[of, word], [texts[i][j] for i, j in zip(of, word, strict=True)])
+
+    # --- inside
+
+    def _tagged(self, words: list[str], logits: Array) -> Tagged:
+        n = min(len(words), self.config.max_length)
+        best = logits[:n].argmax(axis=-1)
+        scores = self.scores(logits[:n])[np.arange(n), best]
+        rest = len(words) - n
+        tags = [self.labels[i] for i in best] + rest * [OUTSIDE]
+        return Tagged(words, tags, scores.tolist() + rest * [1.0])
+
+    def _encodings(self, rows: Sequence[Row]) -> list[Encoding]:
+        return list(self._tokenizer.encode_batch([row["text"].split(" ") for row in rows], is_pretokenized=True))
+
+    def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
+        """Of each row the graph's inputs int64 [T], and `places` [W]: where each word's first token stands."""
+        encoded = []
+        for row, encoding in zip(rows, self._encodings(rows), strict=True):
+            places = np.full(min(row["text"].count(" ") + 1, self.config.max_length), _CUT_OFF, dtype=np.int64)
+            for token in range(len(encoding.ids) - 1, -1, -1):
+                if (word := encoding.word_ids[token]) is not None and word < len(places):
+                    places[word] = token
+            encoded.append(self._arrays(encoding) | {"places": places})
+        return encoded
+
+
+_CUT_OFF = -2
