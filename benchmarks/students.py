@@ -28,6 +28,8 @@ from kdexport.tasks.metrics import roc_auc, softmax
 
 TEACHER = ["--teacher-epochs", "6", "--set", "teacher.train.learning_rate=2e-4", "--set", "teacher.train.batch_size=32"]
 VIEWS = ["--augment", "8", "--set", "distill.batch_size=64"]
+# Longer, over three times as many copies, on what the teacher says alone and softer.
+PATIENT = ["--augment", "24", "--epochs", "4", "--alpha", "1", "--temperature", "4", "--set", "distill.batch_size=64"]
 WIDE = ["--set", "student.embedding=384"]
 TINY = ["--student", "tiny", "--set", "distill.learning_rate=1e-3"]
 RANDOM = ["--set", "student.start=embeddings"]
@@ -44,12 +46,15 @@ RECIPES: dict[str, list[str]] = {
     "tiny, wide, labels alone": [*TINY, *WIDE, "--alpha", "0", "--epochs", "15"],
     "tiny, wide": [*TINY, *WIDE],
     "tiny, wide, 8 views": [*TINY, *WIDE, *VIEWS],
+    "tiny, wide, 24 views": [*TINY, *WIDE, *PATIENT],
     "bag, labels alone": ["--student", "bag", "--alpha", "0", "--epochs", "15"],
     "bag": ["--student", "bag"],
     "bag, 8 views": ["--student", "bag", *VIEWS],
+    "bag, 24 views": ["--student", "bag", *PATIENT],
     "cnn, labels alone": ["--student", "cnn", "--alpha", "0"],
     "cnn": ["--student", "cnn"],
     "cnn of 128, 8 views": ["--student", "cnn", "--set", "student.embedding=128", *VIEWS],
+    "cnn of 128, 24 views": ["--student", "cnn", "--set", "student.embedding=128", *PATIENT],
     "cnn:512, 8 views": ["--student", "cnn:512", *VIEWS],
 }
 QUICK = ["bench.rounds=1", "bench.round_seconds=0.2", "bench.precision=null", "bench.batch_sizes=[]"]

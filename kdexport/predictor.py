@@ -18,8 +18,10 @@ from kdexport.errors import ArtifactError, DataError, MissingPackage
 from kdexport.tasks import Task, load_task
 from kdexport.tasks.config import Arrays
 from kdexport.tasks.metrics import Array
+from kdexport.tasks.token_classification import TokenClassification
 
-Text = str | tuple[str, str]
+# A text, a pair of them, or (for tokens) its words.
+Text = str | tuple[str, str] | list[str]
 
 
 def allowed_cores() -> int:
@@ -97,7 +99,8 @@ class Predictor:
         """Answer texts, or pairs of texts, in their order.
 
         Args:
-            texts: strings, or tuples of two for pairs; a single one is answered as a list of one.
+            texts: strings, tuples of two for pairs, or for tokens lists of words; a single one is answered as a list
+                of one.
             batch_size: texts that run at once.
 
         Returns:
@@ -111,7 +114,8 @@ class Predictor:
             isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(t, str) for t in texts)
         )
         many = [texts] if single else list(texts)
-        rows = [self.task.ready(_row(text, i)) for i, text in enumerate(many)]
+        ready = self.task.ready
+        rows = [_of_words(t) if isinstance(t, list) else ready(_row(t, i)) for i, t in enumerate(many)]
         return list(self.task.decode(self.logits(rows, batch_size), rows)) if rows else []
 
 
@@ -195,6 +199,13 @@ def _onnxruntime() -> Any:
     except ModuleNotFoundError:
         raise MissingPackage("onnxruntime", "cpu") from None
     return onnxruntime
+
+
+def _of_words(words: list[str]) -> dict[str, Any]:
+    row = TokenClassification.canonical({"text": words})
+    if isinstance(row, str):
+        raise DataError(f"{words!r}: {row}")
+    return row
 
 
 def _row(text: object, i: int) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def bench(
                 warn(f"bench: {target.name} {trouble}")
     (out / "rows.json").unlink()
     shutil.rmtree(kept)
-    if not found:
+    if not {*found} - {one.name for one in twin}:
         reasons = "; ".join(f"{name} {why}" for name, why in (failed or left_out).items())
         raise RunError(f"nothing could be measured: {reasons}", "kdexport doctor says what this machine has")
     models = {target.name for target in active if target.runtime != "http"}

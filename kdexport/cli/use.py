@@ -21,7 +21,7 @@ def predict(
     variant: Annotated[str | None, Flag(help="fp32 or int8.", show_default="the recommended one")] = None,
     batch_size: Annotated[int, Flag(min=1, help="Texts that run at once.")] = 32,
     threads: Annotated[int | None, Flag(min=1, help="Threads of the runtime.", show_default="all cores")] = None,
-    scores: Annotated[bool, Flag("--scores", help="Print the probability of every label.")] = False,
+    scores: Annotated[bool, Flag("--scores", help="Print the probability of every label (or word).")] = False,
     debug: Debug = False,
 ) -> None:
     """Predictions as JSON lines, in the order of the inputs.
@@ -46,14 +46,13 @@ def predict(
     while chunk := list(islice(rows, 32 * batch_size)):
         texts = [_text_of(row, file) for row in chunk]
         for text, answer in zip(texts, model.predict(texts, batch_size), strict=True):
-            shown: dict[str, Any] = {"text": text, "label": answer.label, "score": round(answer.score, 6)}
-            if scores:
-                shown["scores"] = {label: round(score, 6) for label, score in answer.scores.items()}
-            sys.stdout.write(msgspec.json.encode(shown).decode() + "\n")
+            sys.stdout.write(msgspec.json.encode({"text": text} | answer.told(scores)).decode() + "\n")
         sys.stdout.flush()
 
 
 def _text_of(row: dict[str, Any], file: Path | None) -> Any:
+    if isinstance(row.get("tokens"), list):
+        return row["tokens"]
     if "text" not in row:
         raise SpecError(f"{file} has no column 'text'", f"Its columns: {', '.join(map(str, row))}")
     return (row["text"], row["text_pair"]) if row.get("text_pair") else row["text"]

@@ -15,7 +15,7 @@ from kdexport import spec
 from kdexport.errors import DataError, MissingPackage
 from kdexport.tasks import TASKS
 
-SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
+SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll", ".bio", ".iob2"}
 SPLITS = ("train", "validation", "test")
 
 # Pairs of columns that need no flag, in order of preference; single ones stand in the tasks.
@@ -87,9 +87,11 @@ def rows_of_sources(data: spec.Data) -> dict[str, int]:
 
 def read_file(path: Path) -> Source:
     """Read a CSV, TSV, JSONL or Parquet file through Hugging Face `datasets`, all of it as it stands."""
-    datasets = _datasets()
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} is no {', '.join(sorted(SUFFIXES))} file", "Convert it, or rename it")
+    if path.suffix in (".conll", ".bio", ".iob2"):
+        return _read_conll(path)
+    datasets = _datasets()
     options: dict[str, Any] = {}
     if path.suffix in (".csv", ".tsv"):
         _check_utf8(path)
@@ -229,7 +231,26 @@ def _to_source(name: str, table: Any) -> Source:
             for row in rows:
                 value = row[column]
                 row[column] = None if value is None or value < 0 else feature.int2str(value)
+        elif hasattr(getattr(feature, "feature", None), "int2str"):  # lists of them
+            for row in rows:
+                row[column] = row[column] and feature.feature.int2str(row[column])
     return Source(name, list(table.column_names), rows)
+
+
+def _read_conll(path: Path) -> Source:
+    """A word a line, its tag in the last column, a blank line between texts; as CoNLL's shared tasks have it."""
+    _check_utf8(path)
+    rows: list[dict[str, Any]] = [{"tokens": [], "tags": []}]
+    for number, line in enumerate(_lines(path), 1):
+        word, *more = line.split()[:1] + line.split()[1:][-1:] or [""]
+        if word in ("", "-DOCSTART-"):
+            rows += [{"tokens": [], "tags": []}] if rows[-1]["tokens"] else []
+        elif not more:
+            raise DataError(f"{path}, line {number}: {line.strip()!r} has no tag", "Give word and tag in each line")
+        else:
+            rows[-1]["tokens"].append(word)
+            rows[-1]["tags"].append(more[0])
+    return Source(path.name, ["tokens", "tags"], [row for row in rows if row["tokens"]])
 
 
 def _sniff(path: Path) -> tuple[str, list[str]]:

@@ -161,6 +161,8 @@ class App:
         request.protocol = "tei"
         body = await request.body(self.settings)
         version = self.version(request)
+        if version.task.name != "text-classification":
+            raise Refused(404, f"{version.name} is for {version.task.name}; POST / answers for it")
         query = tei.parse(body)
         rows, costs = self._checked(version, query.rows, 422)
         if query.uncut and await asyncio.to_thread(lambda: any(map(version.task.is_cut, rows))):

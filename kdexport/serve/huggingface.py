@@ -17,6 +17,7 @@ import numpy as np
 
 from kdexport.serve.http import Refused, encode
 from kdexport.serve.models import Result, Version
+from kdexport.tasks.token_classification import TokenClassification
 
 Function = Literal["softmax", "sigmoid", "none"]
 # A whole number; 2.0 is one, too, to JSON Schema and to languages that have one kind of number.
@@ -54,8 +55,8 @@ class Query(NamedTuple):
 class TaskProtocol(NamedTuple):
     """One task behind `POST /`."""
 
-    parse: Callable[[bytes], Query]
-    render: Callable[[Version, Query, Sequence[Any]], bytes]
+    parse: Callable[[bytes], Any]
+    render: Callable[[Version, Any, Sequence[Any]], bytes]
 
 
 _decode = msgspec.json.Decoder(ClassifyRequest).decode
@@ -79,7 +80,76 @@ def render_classes(version: Version, query: Query, results: Sequence[Result]) ->
     return encode(classes(version, results, query.parameters.function_to_apply, int(top) if top else None))
 
 
-TASKS = {"text-classification": TaskProtocol(parse_texts, render_classes)}
+class TagParameters(msgspec.Struct, frozen=True):
+    """How tags become the answer: words by themselves (none), or the names that they make, whose way is one here."""
+
+    aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
+    ignore_labels: tuple[str, ...] = ("O",)
+    stride: int | None = None
+
+
+class TagRequest(msgspec.Struct, frozen=True):
+    """One text, or a list of them."""
+
+    inputs: str | list[str]
+    parameters: TagParameters | None = None
+
+
+class TagQuery(NamedTuple):
+    """A request, understood; `texts` as they came in, `rows` with their words apart."""
+
+    rows: list[dict[str, Any]]
+    texts: list[str]
+    parameters: TagParameters
+    single: bool
+
+
+_decode_tags = msgspec.json.Decoder(TagRequest).decode
+
+
+def parse_tags(body: bytes) -> TagQuery:
+    """Texts whose words are to be tagged.
+
+    Raises:
+        Refused: the body is not what the API says (422, 400 when it is no JSON at all).
+    """
+    asked = decoded(_decode_tags, body)
+    single = isinstance(asked.inputs, str)
+    texts = [asked.inputs] if single else asked.inputs
+    rows = [TokenClassification.ready({"text": text}) for text in texts]
+    return TagQuery(rows, texts, asked.parameters or TagParameters(), single)
+
+
+def render_tags(version: Version, query: TagQuery, results: Sequence[Result]) -> bytes:
+    """Names with kind, score and place in characters; a list of such lists for a list of texts."""
+    answers = version.task.decode(np.stack([result.logits for result in results]), query.rows)
+    found = [_names(answer, text, query.parameters) for answer, text in zip(answers, query.texts, strict=True)]
+    return encode(found[0] if query.single else found)
+
+
+def _names(answer: Any, text: str, how: TagParameters) -> list[dict[str, Any]]:
+    spans, at = [], 0
+    for word in answer.words:
+        at = max(text.find(word, at), at)
+        spans.append((at, at := at + len(word)))
+    if how.aggregation_strategy == "none":
+        every = zip(answer.tags, answer.scores, answer.words, spans, strict=True)
+        return [
+            {"entity": tag, "score": score, "index": i, "word": word, "start": start, "end": end}
+            for i, (tag, score, word, (start, end)) in enumerate(every, 1)
+            if tag not in how.ignore_labels
+        ]
+    found = []
+    for name in answer.entities:
+        start, end = spans[name["start"]][0], spans[name["end"] - 1][1]
+        found.append(name | {"word": text[start:end], "start": start, "end": end})
+    return [name for name in found if name["entity_group"] not in how.ignore_labels]
+
+
+TASKS: dict[str, TaskProtocol] = {
+    "text-classification": TaskProtocol(parse_texts, render_classes),
+    "token-classification": TaskProtocol(parse_tags, render_tags),
+}
 
 
 def classes(

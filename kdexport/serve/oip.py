@@ -174,14 +174,14 @@ def outputs_of(
     task = version.task
     logits = np.stack([result.logits for result in results])
     scores = np.stack([result.scores for result in results])
-    best = scores.argmax(axis=1)
+    labels, best = _best(task.labels, logits, scores)
     found = []
     for output in outputs:
         value: Any
         if output.name == "label":
-            value = [task.labels[i] for i in best]
+            value = labels
         elif output.name == "score":
-            value = scores[np.arange(len(scores)), best].astype(np.float32)
+            value = best.astype(np.float32)
         else:
             value = (scores if output.name == "scores" else logits).astype(np.float32)
         shape = [len(logits)] if output.name in ("label", "score") else list(logits.shape)
@@ -191,6 +191,16 @@ def outputs_of(
         else:
             found.append((OUTPUTS[output.name], shape, value))
     return found
+
+
+def _best(labels: list[str], logits: Array, scores: Array) -> tuple[list[str], Array]:
+    """The label of each row and its score [N]; where rows have words, all their tags, and the lowest of the scores."""
+    best, highest = scores.argmax(axis=-1), scores.max(axis=-1)
+    if scores.ndim == 2:
+        return [labels[i] for i in best], highest
+    words: Array = np.asarray(logits.any(axis=-1))  # zeros are where there is no word
+    tags = [" ".join(labels[i] for i in row[there]) for row, there in zip(best, words, strict=True)]
+    return tags, np.where(words, highest, 1.0).min(axis=1)
 
 
 def _classes(labels: list[str], values: Array, top: object) -> tuple[str, list[int], list[str]]:
@@ -232,7 +242,7 @@ def _text_rows(
     if pairs is not None and len(pairs) != len(texts):
         raise Refused(400, "text and text_pair must be equally many")
     rows = [{"text": text} if pairs is None else {"text": text, "text_pair": pairs[i]} for i, text in enumerate(texts)]
-    return check_rows(version, rows, max_rows, max_chars)
+    return check_rows(version, [version.task.ready(row) for row in rows], max_rows, max_chars)
 
 
 def check_rows(

@@ -42,6 +42,11 @@ class Prediction(msgspec.Struct, frozen=True):
         """Label → score. Made when asked for: of 150 labels it takes as long as a small model's layer."""
         return dict(zip(self.labels, self.values, strict=True))
 
+    def told(self, scores: bool) -> dict[str, Any]:
+        """What the command line prints."""
+        found: dict[str, Any] = {"label": self.label, "score": round(self.score, 6)}
+        return found | {"scores": {label: round(score, 6) for label, score in self.scores.items()}} if scores else found
+
     def __repr__(self) -> str:
         return f"Prediction(label={self.label!r}, score={self.score:.4f})"
 

@@ -56,6 +56,12 @@ class Tagged(msgspec.Struct, frozen=True):
             for kind, start, end in entities(self.tags)
         ]
 
+    def told(self, scores: bool) -> dict[str, Any]:
+        """What the command line prints."""
+        names = [{**name, "score": round(name["score"], 6)} for name in self.entities]
+        found: dict[str, Any] = {"entities": names, "words": self.words, "tags": self.tags}
+        return found | {"scores": [round(score, 6) for score in self.scores]} if scores else found
+
 
 def entities(tags: Sequence[str]) -> list[Entity]:
     """The names in a row of tags, as conlleval and seqeval find them: a stray I- begins one as well."""
@@ -150,6 +156,8 @@ class TokenClassification(Texts):
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
         """Pad to the longest; `places` [B, W] too, −1 where there is no word."""
         batch = super().collate(encoded)
+        if "places" not in encoded[0]:  # encoded elsewhere: each token is answered by itself
+            encoded = [{"places": np.arange(len(arrays["input_ids"]))} for arrays in encoded]
         longest = max(len(arrays["places"]) for arrays in encoded)
         batch["places"] = np.full((len(encoded), longest), -1, dtype=np.int64)
         for i, arrays in enumerate(encoded):
@@ -169,6 +177,10 @@ class TokenClassification(Texts):
         unread = (places == _CUT_OFF).nonzero()
         read[(*unread, np.zeros_like(unread[0]))] = _UNREAD
         return logits
+
+    def sized(self, rows: Sequence[Row], length: int) -> Arrays:
+        """The graph's inputs [1, length] from real texts, with a word at each token."""
+        return super().sized(rows, length) | {"places": np.arange(length)[None]}
 
     def axes(self) -> dict[str, dict[int, str]]:
         """Names of the dynamic axes of every input and of the output."""
