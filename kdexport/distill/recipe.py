@@ -79,8 +79,6 @@ def check(settings: spec.Spec) -> None:
     Raises:
         SpecError: names the setting.
     """
-    if settings.distill.augment and settings.task != "text-classification":
-        raise SpecError(f"distill.augment changes texts, and {settings.task} is about their words", "Leave it out")
     student, shapes = settings.student, [shape_of(name) for name in students(settings)]
     pooled = [name for name in students(settings) if pools(student, name)]
     if pooled and (wants := sorted(spec.losses_of(settings) & OF_LAYERS)) and settings.distill.alpha != 0:
