@@ -54,11 +54,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 class Golden(msgspec.Struct, frozen=True):
     """`golden.json`: what the files answered when they were packed, to see that they still do elsewhere.
 
-    `logits` are [N, C] for each variant, of `rows` one by one: the activations of int8 are scaled by the batch.
+    `logits` are [N, *answer_shape] for each variant, of `rows` one by one: int8 activations are scaled by the batch.
     """
 
     rows: list[dict[str, str]]
-    logits: dict[str, list[list[float]]]
+    logits: dict[str, list[Any]]
 
 
 # Names that transformers.js, text-embeddings-inference and Optimum look for.

@@ -16,10 +16,14 @@ _EXAMPLES, _CHARACTERS = 12, 240
 
 def look_closely(task: Task, rows: list[dict[str, Any]], teacher: Array, student: Array) -> Evidence:
     """What the test split says of two models' logits [N, *answer_shape]."""
-    items, theirs = task.items(rows, student), task.items(rows, teacher).logits
+    items, of_teacher = task.items(rows, student), task.items(rows, teacher)
+    classes = _classes(task.labels, items.labels, task.chosen(of_teacher), task.chosen(items))
+    if task.config.function != "softmax":
+        return Evidence(classes=classes, calibration={}, examples=[])
+    theirs = of_teacher.logits
     sure = {"teacher": softmax(theirs.astype(np.float64)), "student": softmax(items.logits.astype(np.float64))}
     return Evidence(
-        classes=_classes(task.labels, items.labels, theirs.argmax(axis=1), items.logits.argmax(axis=1)),
+        classes=classes,
         calibration={name: _calibration(probabilities, items.labels) for name, probabilities in sure.items()},
         examples=_examples(task.labels, rows, items, sure["teacher"], sure["student"]),
     )

@@ -22,7 +22,7 @@ from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
 from kdexport.progress import say, warn
 from kdexport.rundir import write_bytes, write_json
-from kdexport.tasks import TASKS, Task
+from kdexport.tasks import Task, task_class
 
 Rows = list[dict[str, Any]]
 
@@ -39,6 +39,7 @@ class Summary(msgspec.Struct, frozen=True):
     duplicates: Audit
     unlabelled: int = 0
     task: str = "text-classification"
+    problem: str = "single-label"
 
 
 def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
@@ -47,7 +48,7 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
     Raises:
         DataError: a file, column, row or class is wrong; the line says where and how to mend it.
     """
-    of_task = TASKS[task]
+    of_task = task_class(task, settings.problem)
     content = of_task.content
     splits: dict[str, Rows] = {}
     bad_rows = 0
@@ -82,7 +83,8 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
     for name, rows in (splits | ({"unlabelled": unlabelled} if unlabelled else {})).items():
         write_bytes(out / f"{name}.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
     counts = {split: len(rows) for split, rows in splits.items()}
-    write_json(out / "data.json", Summary(counts, labels, bad_rows, missing, found, len(unlabelled), task))
+    summary = Summary(counts, labels, bad_rows, missing, found, len(unlabelled), task, settings.problem)
+    write_json(out / "data.json", summary)
     _tell(counts, labels, missing, found)
     alone = [split for split, rows in splits.items() if not _has_labels(rows)]
     if alone or unlabelled:
@@ -145,7 +147,7 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
             if strange := sorted(task.labels_of(row) - labels):
                 where = row["id"].replace(":", ", row ")
                 raise DataError(f"{where}: label {strange[0]!r} stands in no row of train", "Add rows to train")
-    if len(labels) < 2:
+    if len(labels) < 2 and task is not task_class("text-classification", "regression"):
         raise DataError(f"the rows have one label only: {', '.join(labels)}", "Is --label the right column?")
     return task.ordered(labels)
 

@@ -13,7 +13,7 @@ import msgspec
 
 from kdexport import spec
 from kdexport.errors import DataError, MissingPackage
-from kdexport.tasks import TASKS
+from kdexport.tasks import TASKS, task_class
 
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll", ".bio", ".iob2"}
 SPLITS = ("train", "validation", "test")
@@ -167,7 +167,7 @@ def _lines(path: Path) -> list[str]:
 def _check_rows(
     name: str, numbered: Iterable[tuple[int, dict[str, Any]]], columns: dict[str, str], data: spec.Data, task: str
 ) -> tuple[list[dict[str, Any]], int]:
-    rows, bad, of_task = [], 0, TASKS[task]
+    rows, bad, of_task = [], 0, task_class(task, data.problem)
     for number, raw in numbered:
         row = {column: raw.get(column_there) for column, column_there in columns.items()}
         label = row.pop("label", None)

@@ -44,6 +44,7 @@ def objective(
     *,
     temperature: float,
     alpha: float,
+    hard: str = "ce",
 ) -> list[Term]:
     """The terms above of one batch: the teacher's unless alpha is 0, the labels' unless it is 1.
 
@@ -54,16 +55,20 @@ def objective(
         losses: weight of each of `LOGIT_LOSSES` that is wanted; other names are left to the caller.
         temperature: T of the teacher's terms.
         alpha: weight of the teacher's terms, from 0 to 1.
+        hard: the labels' term, one of `LABEL_LOSSES`; other than `ce` takes labels float [B, C].
     """
+    label_loss = LABEL_LOSSES[hard]
     if teacher_logits is None:
-        return [Term("ce", 1.0, cross_entropy(student_logits, labels))]
+        return [Term(hard, 1.0, label_loss(student_logits, labels))]
     student, teacher = student_logits.float(), teacher_logits.float()
     terms = [
         Term(name, alpha * weight, LOGIT_LOSSES[name](student, teacher, labels, temperature))
         for name, weight in losses.items()
         if name in LOGIT_LOSSES and alpha > 0
     ]
-    return terms if alpha == 1 else [*terms, Term("ce", 1 - alpha, cross_entropy(student, labels))]
+    # The teacher's term may have the same name, and is another.
+    name = hard if hard not in losses else f"{hard} of labels"
+    return terms if alpha == 1 else [*terms, Term(name, 1 - alpha, label_loss(student, labels))]
 
 
 def value_at(value: float | Schedule, progress: float) -> float:
@@ -99,6 +104,31 @@ def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
         labels: int64 [B], `UNLABELLED` where a row has none.
     """
     return F.cross_entropy(student_logits, labels, ignore_index=UNLABELLED, reduction="sum") / len(labels)
+
+
+def label_bce(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy, the mean over classes, summed over the labelled rows and divided by all B rows.
+
+    Args:
+        student_logits: float [B, C].
+        labels: 0 or 1, float [B, C]; NaN where a row has none.
+    """
+    known = ~labels.isnan().any(dim=1)
+    each = F.binary_cross_entropy_with_logits(student_logits[known], labels[known].float(), reduction="none")
+    return each.mean(dim=1).sum() / len(labels)
+
+
+def label_mse(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """Squared difference, summed over the labelled rows and divided by all B rows; see `label_bce`."""
+    known = ~labels.isnan().any(dim=1)
+    return (student_logits[known] - labels[known].float()).square().mean(dim=1).sum() / len(labels)
+
+
+LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": cross_entropy,
+    "bce": label_bce,
+    "mse": label_mse,
+}
 
 
 # --- the teacher's terms

@@ -142,7 +142,7 @@ def _start(student: spec.Student, name: str, data: Path, teacher: Path, targets:
     texts = (row[column] for row in rows for column in ("text", "text_pair") if row.get(column))
     built = build_student(student, name, teacher, texts)
     config = read_config(teacher)
-    save_task(built.opened, config.max_length, config.labels, out, task=config.task)
+    save_task(built.opened, config.max_length, config.labels, out, task=config.task, function=config.function)
     return built
 
 
@@ -166,7 +166,7 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
     shape = recipe.shape_of(name)
     if shape.kind == "model":
         config = read_config(teacher_folder)
-        opened = open_model(name, open_config(name), config.task, config.labels)
+        opened = open_model(name, open_config(name), config.task, config.labels, config.function)
         if student.vocabulary == "corpus":
             trim_vocabulary(opened.tokenizer, opened.model, texts)
         return Built(opened, f"its weights from {name}")
@@ -227,6 +227,7 @@ def _network(
             pad_token_id=tokenizer.pad_token_id or 0,
             id2label=teacher.config.id2label,
             label2id=teacher.config.label2id,
+            problem_type=teacher.config.problem_type,
         )
     )
     onto, kept = _principal_axes(words, width)

@@ -133,8 +133,13 @@ def _combine(answers: Sequence[Array], how: spec.Teacher) -> Array:
 
 def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     """Refuse a teacher that is near chance, naming the likely cause."""
-    task = teacher.task
-    items = task.items(rows, teacher.answers(rows))
+    task, logits = teacher.task, teacher.answers(rows)
+    if task.config.function != "softmax":
+        value = metric(task, logits, rows)
+        if value < _CHANCE_KAPPA:
+            raise ModelError(f"{who} has a {task.metric_name} of {value:.2f} on {len(rows)} labelled rows", "Train it")
+        return
+    items = task.items(rows, logits)
     counts = confusion_matrix(items.labels, items.logits.argmax(axis=1), len(task.labels))
     if cohen_kappa(counts) >= _CHANCE_KAPPA:
         return

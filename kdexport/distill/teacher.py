@@ -24,12 +24,15 @@ from kdexport.errors import ModelError
 from kdexport.models import AUTO_CLASSES, HEADS
 from kdexport.progress import say, warn
 from kdexport.rundir import write_json
-from kdexport.tasks import Task, load_task
+from kdexport.tasks import PROBLEMS, Task, load_task
+from kdexport.tasks.classes import function_of
 from kdexport.tasks.config import Function, TaskConfig
 
 logging.set_verbosity_error()  # "newly initialized" warnings: we say ourselves what is new
 
 _DEFAULT_MAX_LENGTH = 128
+# As transformers' configurations name them; without one a pipeline takes softmax.
+_PROBLEM_TYPE = {"softmax": None, "sigmoid": "multi_label_classification", "none": "regression"}
 
 
 class Opened(NamedTuple):
@@ -60,13 +63,21 @@ def prepare_teacher(
     set_seed(seed)
     known = read_summary(data).labels
     source = str(folder or settings.model)
-    config, of_task = open_config(source), read_summary(data).task
+    config, summary = open_config(source), read_summary(data)
+    of_task, function = summary.task, PROBLEMS[summary.problem][0]
     if settings.train is None:
+        if (theirs := function_of(len(own_labels(config)), config.problem_type)) != function:
+            raise ModelError(
+                f"teacher {settings.model} has scores by {theirs}, data.problem {summary.problem} wants {function}",
+                "Set problem_type in its config.json, or fine-tune it: --teacher-epochs 3",
+            )
+        if function == "none":
+            known = own_labels(config)
         labels = match_labels(own_labels(config), known, trained_head(config, of_task), settings.model)
     else:
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
-    opened = open_model(source, config, of_task, labels)
-    save_task(opened, max_length, labels, out, task=of_task)
+    opened = open_model(source, config, of_task, labels, function)
+    save_task(opened, max_length, labels, out, task=of_task, function=function)
     task = load_task(out)
     _warn_if_much_is_cut(task, read_rows(data, "train")[:500])
     if settings.train is not None:
@@ -116,7 +127,7 @@ def open_config(model: str) -> Any:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
 
 
-def open_model(model: str, config: Any, task: str, labels: Sequence[str]) -> Opened:
+def open_model(model: str, config: Any, task: str, labels: Sequence[str], function: Function = "softmax") -> Opened:
     """A model with a head for these labels, and its fast tokenizer.
 
     Raises:
@@ -126,7 +137,7 @@ def open_model(model: str, config: Any, task: str, labels: Sequence[str]) -> Ope
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
-    config.problem_type = None
+    config.problem_type = _PROBLEM_TYPE[function]
     try:
         opened = AUTO_CLASSES[task].from_pretrained(model, config=config, ignore_mismatched_sizes=True)
     except Exception as error:

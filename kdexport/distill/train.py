@@ -126,6 +126,7 @@ def fit(
             lengths,
             matching,
             ledger,
+            label_loss=task.label_loss,
             model=model,
             args=_arguments(recipe, work / "checkpoints", bool(layers)),
             train_dataset=range(len(rows)),
@@ -182,11 +183,18 @@ def logits_of(
 
 class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
     def __init__(
-        self, recipe: Recipe, lengths: list[int], matching: Matching | None, ledger: Ledger, **arguments: Any
+        self,
+        recipe: Recipe,
+        lengths: list[int],
+        matching: Matching | None,
+        ledger: Ledger,
+        label_loss: str,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over rows: there is nothing to count beforehand
         self._recipe, self._lengths, self._matching, self._ledger = recipe, lengths, matching, ledger
+        self._label_loss = label_loss
         named = self.model.named_parameters()
         self._of_student = [each for name, each in named if each.requires_grad and not name.startswith("matching.")]
 
@@ -219,7 +227,9 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
             of, word = (places >= 0).nonzero(as_tuple=True)
             logits, labels = logits[of, places[of, word]], labels[of, word]
             teacher_logits = None if teacher_logits is None else teacher_logits[of, word]
-        terms = objective(logits, labels, teacher_logits, losses, temperature=temperature, alpha=alpha)
+        terms = objective(
+            logits, labels, teacher_logits, losses, temperature=temperature, alpha=alpha, hard=self._label_loss
+        )
         if self._matching:
             of_layers = self._matching(inputs, outputs)
             terms += [Term(name, alpha * losses[name], size) for name, size in of_layers.items()]

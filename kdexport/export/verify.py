@@ -95,6 +95,7 @@ def judge(task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array,
         agreement=float(task.agrees(logits, teacher).mean()),
         mcnemar_p=mcnemar(task, logits, teacher, rows),
         max_abs_diff=difference,
+        further=task.further(logits, rows),
     )
 
 

@@ -26,11 +26,11 @@ def quality(r: Report) -> Section | None:
     lead = f"Keeps {percent(d.retention)} of the teacher's {r.metric} on {d.teacher.n:,} test rows. "
     if d.baseline and d.gain_points is not None:
         ci = f", 95 % interval {d.gain_ci95[0]:+.1f} to {d.gain_ci95[1]:+.1f}" if d.gain_ci95 else ""
-        told = "beyond doubt" if (d.gain_mcnemar_p or 1) < 0.05 else "which these rows can't tell from nothing"
-        lead += (
-            f"Distillation gave {points(d.gain_points)} over the same student trained on labels alone{ci} "
-            f"(McNemar p = {d.gain_mcnemar_p:.2g}), {told}."
-        )
+        sure = d.gain_ci95 is not None and (d.gain_ci95[0] > 0 or d.gain_ci95[1] < 0)
+        if d.gain_mcnemar_p is not None:
+            sure, ci = d.gain_mcnemar_p < 0.05, f"{ci} (McNemar p = {d.gain_mcnemar_p:.2g})"
+        told = "beyond doubt" if sure else "which these rows can't tell from nothing"
+        lead += f"Distillation gave {points(d.gain_points)} over the same student trained on labels alone{ci}, {told}."
     headers = ("model or file", f"{r.metric} [95 %]", "rows")
     return Section(
         f"How good: {r.metric}", lead, [Figure("With 95 % intervals", chart, Table(headers, rows))], brief=True

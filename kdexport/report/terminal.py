@@ -52,10 +52,11 @@ def summary(report: Report) -> list[str]:
             f"({found.teacher.n} test rows)."
         )
         if found.baseline and found.gain_points is not None:
+            p = "" if found.gain_mcnemar_p is None else f" (McNemar p = {found.gain_mcnemar_p:.2f})"
+            way = "" if found.ratio is None else f", {percent(found.ratio, 0)} of the way to the teacher"
             lines.append(
                 f"The same student on labels alone: {percent(found.baseline.value)}; distillation: "
-                f"{points(found.gain_points)} (McNemar p = {found.gain_mcnemar_p:.2f})"
-                + (f", {percent(found.ratio, 0)} of the way to the teacher." if found.ratio is not None else ".")
+                f"{points(found.gain_points)}{p}{way}."
             )
         for name, spread in (("student", found.student_seeds), ("labels alone", found.baseline_seeds)):
             if spread:

@@ -25,6 +25,7 @@ class Quality(msgspec.Struct, frozen=True):
     agreement: float
     mcnemar_p: float | None
     max_abs_diff: float | None = None
+    further: dict[str, float] = {}
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +114,7 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     agreement: float | None = None
     mcnemar_p: float | None = None
     max_abs_diff: float | None = None
+    further: dict[str, float] = {}
     latency_ms: Latency | None = None
     speedup_p50: Ratio | None = None
     speedup_p99: Ratio | None = None

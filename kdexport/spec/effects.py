@@ -5,12 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from kdexport.errors import SpecError
 from kdexport.spec.sections import Distill, Spec, Weight
 
 # What each loss reads besides the logits of both.
 SOFTENED = {"kl", "soft-ce", "bce", "dkd", "dist"}
 OF_LAYERS = {"hidden", "attention", "relation"}
+
+
+# Losses of logits for answers that don't exclude each other, or are numbers; the first is taken by default.
+_LOSSES = {"multi-label": ("bce", "mse"), "regression": ("mse",)}
+
+
+def with_loss_of_problem(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
+    """The spec with the default loss of its problem, where it names none.
+
+    Raises:
+        SpecError: it names a loss that compares labels of which one excludes the others.
+    """
+    if spec.data.problem == "single-label":
+        return spec
+    if spec.task != "text-classification":
+        raise SpecError(f"{source}: data.problem has no effect on {spec.task}", "Remove it")
+    allowed = _LOSSES[spec.data.problem]
+    if "loss" not in (tree.get("distill") or {}):
+        return msgspec.structs.replace(spec, distill=msgspec.structs.replace(spec.distill, loss=allowed[0]))
+    if wrong := sorted(losses_of(spec) - {*allowed} - OF_LAYERS):
+        raise SpecError(
+            f"{source}: distill.loss: {wrong[0]} is not for data.problem {spec.data.problem}",
+            f"Take {' or '.join(allowed)}",
+        )
+    return spec
 
 
 def refuse_without_effect(tree: dict[str, Any], spec: Spec, source: str) -> None:

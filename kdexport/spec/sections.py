@@ -40,6 +40,10 @@ class Data(Section, frozen=True):
     text: Annotated[Text | None, _help("the text's column; guessed when its name is obvious")] = None
     text_pair: Annotated[Text | None, _help("the second text's column, for pairs of texts")] = None
     label: Annotated[Text | None, _help("the label's column; guessed when its name is obvious")] = None
+    problem: Annotated[
+        Literal["single-label", "multi-label", "regression"],
+        _help("of text-classification: one label a text, several (lists, or with | between them), or a number"),
+    ] = "single-label"
     unlabelled: Annotated[
         Text | None, _help("more texts, which the teacher alone labels: CSV, TSV, JSONL or a text a line")
     ] = None

@@ -9,13 +9,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdexport.errors import ArtifactError
-from kdexport.tasks.config import read_config
-from kdexport.tasks.text_classification import TextClassification
+from kdexport.tasks.config import Function, read_config
+from kdexport.tasks.text_classification import MultiLabelTexts, TextClassification, TextRegression
 from kdexport.tasks.token_classification import TokenClassification
 
 Task = TextClassification | TokenClassification
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, TokenClassification)}
+
+
+# problem, as `data.problem` names it → the function from logits to scores, and the class for texts
+PROBLEMS: dict[str, tuple[Function, type[TextClassification]]] = {
+    "single-label": ("softmax", TextClassification),
+    "multi-label": ("sigmoid", MultiLabelTexts),
+    "regression": ("none", TextRegression),
+}
+
+
+def task_class(name: str, problem: str = "single-label") -> type[Task]:
+    """The class of a task's kind of answers."""
+    return PROBLEMS[problem][1] if name == TextClassification.name else TASKS[name]
 
 
 def load_task(folder: Path) -> Task:
@@ -24,7 +37,9 @@ def load_task(folder: Path) -> Task:
     Raises:
         ArtifactError: the folder holds no task, or its tokenizer is missing or unreadable.
     """
-    name = read_config(folder).task
+    config = read_config(folder)
+    name = config.task
     if name not in TASKS:
         raise ArtifactError(f"{folder} is for the task {name!r}, which is none of {', '.join(TASKS)}")
-    return TASKS[name].load(folder)
+    problem = next(problem for problem, (function, _) in PROBLEMS.items() if function == config.function)
+    return task_class(name, problem).load(folder)

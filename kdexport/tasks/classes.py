@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from kdexport.tasks.config import Function, Items, Row, TaskConfig
-from kdexport.tasks.metrics import Array, sigmoid, softmax
+from kdexport.tasks.metrics import Array, confusion_matrix, sigmoid, softmax
 
 # The index that PyTorch's cross-entropy passes over.
 _NO_LABEL = -100
@@ -57,6 +57,7 @@ class Classes:
     metric_name: ClassVar = "accuracy"
     is_share: ClassVar[bool] = True
     one_label: ClassVar[bool] = True
+    label_loss: ClassVar = "ce"
     config: TaskConfig
     labels: list[str]
 
@@ -140,6 +141,17 @@ class Classes:
     def metric_of(self, sums: Array) -> Array:
         """Accuracy, of sums [..., 2] of counts."""
         return np.asarray(sums[..., 0] / sums[..., 1])
+
+    def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
+        """Metrics beside the one that counts: macro F1, the mean over the classes that the rows have."""
+        counts = confusion_matrix(self.targets(rows), logits.argmax(axis=1), len(self.labels))
+        right, there = np.diag(counts), counts.sum(axis=1)
+        f1 = 2 * right / np.maximum(there + counts.sum(axis=0), 1)
+        return {"macro F1": float(f1[there > 0].mean())}
+
+    def chosen(self, items: Items) -> Array:
+        """The label that each item is given: int64 [M]."""
+        return np.asarray(items.logits.argmax(axis=1))
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         """Each labelled row."""

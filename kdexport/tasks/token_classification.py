@@ -89,6 +89,7 @@ class TokenClassification(Texts):
     metric_name: ClassVar = "entity F1"
     is_share: ClassVar[bool] = False
     one_label: ClassVar[bool] = False
+    label_loss: ClassVar = "ce"
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("tokens", "words"),
         "label": ("tags", "ner_tags", "labels", "label"),
@@ -240,6 +241,15 @@ class TokenClassification(Texts):
         """F1 over names, of sums [..., 3] of counts; 1 where there is none, and none was found."""
         both = sums[..., 1] + sums[..., 2]
         return np.asarray(np.where(both > 0, 2 * sums[..., 0] / np.maximum(both, 1), 1.0))
+
+    def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
+        """Metrics beside the one that counts: precision and recall of names."""
+        right, found, there = self.counts(logits, rows).sum(axis=0)
+        return {"precision": float(right / max(found, 1)), "recall": float(right / max(there, 1))}
+
+    def chosen(self, items: Items) -> Array:
+        """The tag that each word is given: int64 [M]."""
+        return np.asarray(items.logits.argmax(axis=1))
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         """Each labelled word as a row of its own."""

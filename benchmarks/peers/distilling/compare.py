@@ -61,7 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--rows", type=int, help="of each split at most")
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="tools to take, by the start of their names")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="tools to take, by name or its start")
     options = parser.parse_args()
     inputs.check(options.data, options.teacher)
     options.teacher, options.work = options.teacher.resolve(), options.work.resolve()
@@ -74,7 +74,9 @@ def parse() -> argparse.Namespace:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     chosen = tools(options.best)
     if options.only:
-        chosen = [one for one in chosen if one.name.lower().startswith(tuple(map(str.lower, options.only)))]
+        wanted = set(map(str.lower, options.only))
+        begins = tuple(wanted - {one.name.lower() for one in chosen})  # a whole name means that one alone
+        chosen = [one for one in chosen if one.name.lower() in wanted or one.name.lower().startswith(begins)]
     bench = Bench(options)
     left_out: dict[str, str] = {}
     runs: dict[str, list[dict[str, Any]]] = {tool.name: [] for tool in chosen}

@@ -1,0 +1,152 @@
+"""Answers that are several labels, or a number: what differs from one label of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kdexport.tasks.classes import Classes
+from kdexport.tasks.config import Items, Row
+from kdexport.tasks.metrics import Array
+
+# Between the labels of a row, where rows are kept.
+BETWEEN = "\x1f"
+
+
+class SeveralLabels(Classes):
+    """A row's `label` is all its labels, with `BETWEEN` between them; in a file a list, or a text with | between."""
+
+    metric_name: ClassVar = "micro F1"
+    is_share: ClassVar[bool] = False
+    one_label: ClassVar[bool] = False
+    label_loss: ClassVar = "bce"
+
+    @staticmethod
+    def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
+        """A row with its labels joined, in order; or what is wrong with them."""
+        labels = row["label"]
+        if labels is None:
+            return row
+        every = labels if isinstance(labels, list) else str(labels).split("|")
+        if not all(isinstance(label, str | int) and str(label).strip() for label in every) and every != [""]:
+            return "its labels are no list of names"
+        return row | {"label": BETWEEN.join(sorted({str(label).strip() for label in every} - {""}))}
+
+    @staticmethod
+    def labels_of(row: Row) -> set[str]:
+        """The labels that a row has."""
+        return set((row["label"] or "").split(BETWEEN)) - {""}
+
+    def targets(self, rows: Iterable[Row]) -> Array:
+        """1 for a label that a row has, 0 for others: float32 [N, C]; NaN for a row of which it is not known."""
+        index = {label: i for i, label in enumerate(self.labels)}
+        rows = list(rows)
+        found = np.zeros((len(rows), len(self.labels)), dtype=np.float32)
+        for i, row in enumerate(rows):
+            if row.get("label") is None:
+                found[i] = np.nan
+            else:
+                found[i, [index[label] for label in self.labels_of(row)]] = 1.0
+        return found
+
+    def hits(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """Whether each row has all its labels and no other: bool [N]."""
+        return np.asarray(((logits > 0) == (self.targets(rows) > 0)).all(axis=1))
+
+    def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """Of each row, labels found rightly, labels found, and labels that there are: float64 [N, 3]."""
+        ours, theirs = logits > 0, self.targets(rows) > 0
+        return np.stack([(ours & theirs).sum(1), ours.sum(1), theirs.sum(1)], axis=1).astype(np.float64)
+
+    def metric_of(self, sums: Array) -> Array:
+        """F1 over all labels of all rows, of sums [..., 3] of counts."""
+        both = sums[..., 1] + sums[..., 2]
+        return np.asarray(np.where(both > 0, 2 * sums[..., 0] / np.maximum(both, 1), 1.0))
+
+    def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
+        """Macro F1: the mean over labels that the rows have."""
+        ours, theirs = logits > 0, self.targets(rows) > 0
+        there = theirs.any(axis=0)
+        f1 = 2 * (ours & theirs).sum(0) / np.maximum(ours.sum(0) + theirs.sum(0), 1)
+        return {"macro F1": float(f1[there].mean())}
+
+    def items(self, rows: Sequence[Row], logits: Array) -> Items:
+        """Each label that a row has."""
+        of, labels = np.nonzero(self.targets(rows) > 0)
+        return Items(of, labels, logits[of])
+
+    def chosen(self, items: Items) -> Array:
+        """The label of each item where it is found, else −1: int64 [M]."""
+        return np.where(items.logits[np.arange(len(items.labels)), items.labels] > 0, items.labels, -1)
+
+
+class Number(Classes):
+    """A row's `label` is a number, and so is the answer: the one logit."""
+
+    metric_name: ClassVar = "Pearson correlation"
+    is_share: ClassVar[bool] = False
+    one_label: ClassVar[bool] = False
+    label_loss: ClassVar = "mse"
+
+    @staticmethod
+    def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
+        """A row whose label is written as a number; or what is wrong with it."""
+        try:
+            number = None if row["label"] is None else float(row["label"])
+        except (TypeError, ValueError):
+            return f"label {row['label']!r} is no number"
+        if number is not None and not math.isfinite(number):
+            return f"label {row['label']!r} is not finite"
+        return row | {"label": None if number is None else f"{number:g}"}
+
+    @staticmethod
+    def labels_of(row: Row) -> set[str]:
+        """There are no names."""
+        return set()
+
+    @staticmethod
+    def ordered(labels: Iterable[str]) -> list[str]:
+        """What the one logit is called."""
+        return ["value"]
+
+    @staticmethod
+    def stratum(row: Row) -> str:
+        """Numbers need no strata."""
+        return ""
+
+    def targets(self, rows: Iterable[Row]) -> Array:
+        """The rows' numbers float32 [N, 1]; NaN for a row without one."""
+        values = [row.get("label") for row in rows]
+        return np.array([[np.nan if value is None else float(value)] for value in values], dtype=np.float32)
+
+    def hits(self, logits: Array, rows: Sequence[Row]) -> None:  # type: ignore[override]
+        """None: a number is not right or wrong."""
+
+    def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """Of each row 1, x, y, x², y² and xy, whose sums give the correlation: float64 [N, 6].
+
+        Both are taken from their means: a correlation doesn't change by that, and sums lose fewer digits.
+        """
+        x, y = (side[:, 0].astype(np.float64) for side in (logits, self.targets(rows)))
+        x, y = x - x.mean(), y - y.mean()
+        return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+
+    def metric_of(self, sums: Array) -> Array:
+        """Pearson's correlation, of sums [..., 6] of counts; 0 where one side does not vary."""
+        n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums), -1, 0)
+        spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
+        return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))
+
+    def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
+        """Spearman's correlation: Pearson's of the ranks."""
+        from scipy.stats import spearmanr
+
+        return {"Spearman correlation": float(spearmanr(logits[:, 0], self.targets(rows)[:, 0]).statistic)}
+
+    def items(self, rows: Sequence[Row], logits: Array) -> Items:
+        """There is nothing to look at by label."""
+        none = np.zeros(0, dtype=np.int64)
+        return Items(none, none, np.zeros((0, 1)))
