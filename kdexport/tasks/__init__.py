@@ -9,13 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdexport.errors import ArtifactError
+from kdexport.tasks.audio_classification import AudioClassification
 from kdexport.tasks.config import read_config
+from kdexport.tasks.image_classification import ImageClassification
 from kdexport.tasks.text_classification import TextClassification
 from kdexport.tasks.token_classification import TokenClassification
 
-Task = TextClassification | TokenClassification
+Task = TextClassification | TokenClassification | ImageClassification | AudioClassification
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, TokenClassification)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (TextClassification, TokenClassification, ImageClassification, AudioClassification)
+}
 
 
 def load_task(folder: Path) -> Task:
