@@ -36,7 +36,7 @@ class ConvNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ship
         depth: convolutions of a stage.
         stride: of the stem; 2 for pictures of more than about 32 pixels.
         num_channels, image_size: of a picture; its height and width.
-        max_length, num_mel_bins: frames and bands of sound.
+        frames, num_mel_bins: of sound.
         dropout: before the classifier.
     """
 
@@ -49,15 +49,15 @@ class ConvNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ship
         stride: int = 1,
         num_channels: int = 1,
         image_size: Sequence[int] = (28, 28),
-        max_length: int = 64,
+        frames: int = 64,
         num_mel_bins: int = 40,
         dropout: float = 0.0,
         **others: Any,
     ) -> None:
+        super().__init__(**others)
         self.channels, self.depth, self.stride = list(channels), depth, stride
         self.num_channels, self.image_size = num_channels, list(image_size)
-        self.max_length, self.num_mel_bins, self.dropout = max_length, num_mel_bins, dropout
-        super().__init__(**others)
+        self.frames, self.num_mel_bins, self.dropout = frames, num_mel_bins, dropout
 
 
 class ConvNet(PreTrainedModel):  # type: ignore[misc]
@@ -130,7 +130,7 @@ class _OfImages(VisionOnnxConfig):  # type: ignore[misc]
 
 class _OfSounds(OnnxConfig):  # type: ignore[misc]
     NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(
-        num_mel_bins="num_mel_bins", max_length="max_length", allow_new=True
+        num_mel_bins="num_mel_bins", max_length="frames", allow_new=True
     )
     DUMMY_INPUT_GENERATOR_CLASSES = (ASTDummyAudioInputGenerator,)
 

@@ -31,7 +31,7 @@ def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) 
     channels = [width, 2 * width, 4 * width]
     if teacher.audio:
         sound = audio.fitted(rows, teacher.audio.rate, _MELS)
-        config = ConvNetConfig(channels, stride=2, max_length=sound.length, num_mel_bins=sound.mels, **labels)
+        config = ConvNetConfig(channels, stride=2, frames=sound.length, num_mel_bins=sound.mels, **labels)
         return Opened(ConvNetForAudioClassification(config), ASTFeatureExtractor(**audio.extractor_of(sound)))
     assert teacher.image
     picture = images.fitted(rows, images.output_size(teacher.image))

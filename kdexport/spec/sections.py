@@ -40,9 +40,7 @@ class Data(Section, frozen=True):
     ]
     validation: Annotated[Text | None, _help("split off from train (10 %, stratified) when absent")] = None
     test: Annotated[Text | None, _help("split off from train (20 %, stratified) when absent")] = None
-    text: Annotated[
-        Text | None, _help("the column of texts, images or sound; guessed when its name is obvious")
-    ] = None
+    text: Annotated[Text | None, _help("the column of texts, images or sound; guessed when its name is obvious")] = None
     text_pair: Annotated[Text | None, _help("the second text's column, for pairs of texts")] = None
     label: Annotated[Text | None, _help("the label's column; guessed when its name is obvious")] = None
     unlabelled: Annotated[
