@@ -65,7 +65,10 @@ class Golden(msgspec.Struct, frozen=True):
 SHIPPED_AS = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_quantized.onnx"}
 
 # What of a student's folder other tools want beside the graph.
-_SHIPPED = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+_SHIPPED = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "preprocessor_config.json",
+)  # fmt: skip
 
 # What stands before the key `location` of a tensor whose weights are in another file: protobuf's tag of a first
 # field, and the key's length, each in the shortest form or in longer ones that are read alike.
@@ -96,7 +99,8 @@ def pack(
     for name in _SHIPPED:
         if (student / name).exists():
             shutil.copyfile(student / name, out / name)
-    _name_known_architecture(out / "config.json")
+    task = load_task(student).config
+    _name_known_architecture(out / "config.json", task.task)
     variants = {}
     for precision, (file, graph) in models.items():
         shutil.copyfile(file, out / SHIPPED_AS[precision])
@@ -111,7 +115,7 @@ def pack(
         write_json(out / GOLDEN, golden)
     manifest = Manifest(
         kdexport=__version__,
-        task=load_task(student).config,
+        task=task,
         recommended=recommended,
         variants=variants,
         files={name: hash_file(out / name) for name in (*_SHIPPED, GOLDEN) if (out / name).exists()},
@@ -120,18 +124,26 @@ def pack(
     write_json(out / MANIFEST, manifest)
 
 
-def _name_known_architecture(file: Path) -> None:
+_STANDS_FOR = {
+    "text-classification": ("bert", "BertForSequenceClassification"),
+    "token-classification": ("bert", "BertForTokenClassification"),
+    "image-classification": ("resnet", "ResNetForImageClassification"),
+    "audio-classification": ("audio-spectrogram-transformer", "ASTForAudioClassification"),
+}
+
+
+def _name_known_architecture(file: Path, task: str) -> None:
     """Let other runtimes open an artifact whose student is an architecture of ours.
 
     Optimum and transformers.js look in config.json for a family that they know, and take the labels; the model is
-    the ONNX file, whose inputs are those of a BERT without token types. What the student is stands in `kdexport`.
+    the ONNX file, whose inputs are those of a BERT without token types, of a ResNet, or of an Audio Spectrogram
+    Transformer. What the student is stands in `kdexport`.
     """
     config = msgspec.json.decode(file.read_bytes(), type=dict[str, Any]) if file.exists() else {}
     if str(config.get("model_type", "")).startswith("kdexport-"):
         own = {"model_type": config["model_type"], "architectures": config.pop("architectures", None)}
-        write_json(
-            file, config | {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "kdexport": own}
-        )
+        family, architecture = _STANDS_FOR[task]
+        write_json(file, config | {"model_type": family, "architectures": [architecture], "kdexport": own})
 
 
 def read_manifest(folder: Path) -> Manifest:

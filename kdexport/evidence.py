@@ -25,7 +25,7 @@ def look_closely(task: Task, rows: list[dict[str, Any]], teacher: Array, student
     return Evidence(
         classes=classes,
         calibration={name: _calibration(probabilities, items.labels) for name, probabilities in sure.items()},
-        examples=_examples(task.labels, rows, items, sure["teacher"], sure["student"]),
+        examples=_examples(task, rows, items, sure["teacher"], sure["student"]),
     )
 
 
@@ -46,10 +46,9 @@ def _calibration(probabilities: Array, labels: Array) -> Calibration:
     return Calibration(error, [Bin(*one) for one in bins])
 
 
-def _examples(
-    names: list[str], rows: list[dict[str, Any]], items: Items, teacher: Array, student: Array
-) -> list[Example]:
+def _examples(task: Task, rows: list[dict[str, Any]], items: Items, teacher: Array, student: Array) -> list[Example]:
     """Rows that are answered differently, the surest disagreements first."""
+    names = task.labels
     theirs, ours = teacher.argmax(axis=1), student.argmax(axis=1)
     differ = np.flatnonzero(theirs != ours)
     weight = teacher.max(axis=1) * student.max(axis=1)
@@ -57,11 +56,7 @@ def _examples(
     return [
         Example(
             id=(row := rows[items.of[i]])["id"],
-            text=_short(
-                " ‖ ".join(
-                    filter(None, (str(items.words[i]) if items.words else "", row["text"], row.get("text_pair")))
-                )
-            ),
+            text=_short(" ‖ ".join(filter(None, (str(items.words[i]) if items.words else "", task.title(row))))),
             label=names[items.labels[i]],
             teacher=Answer(names[theirs[i]], float(teacher[i, theirs[i]])),
             student=Answer(names[ours[i]], float(student[i, ours[i]])),

@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+from transformers import (
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
+import kdexport.convnet
 import kdexport.networks  # noqa: F401  # the Auto classes learn of our own architectures
 from kdexport.tasks.config import read_config
 
@@ -14,14 +21,26 @@ from kdexport.tasks.config import read_config
 AUTO_CLASSES: dict[str, Any] = {
     "text-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
+    "image-classification": AutoModelForImageClassification,
+    "audio-classification": AutoModelForAudioClassification,
 }
-HEADS = {"text-classification": "ForSequenceClassification", "token-classification": "ForTokenClassification"}
+_HEADS = {
+    "text-classification": ("ForSequenceClassification",),
+    "token-classification": ("ForTokenClassification",),
+    "image-classification": ("ForImageClassification",),
+    "audio-classification": ("ForAudioClassification", "ForSequenceClassification"),  # Wav2Vec2's has the latter name
+}
+
+
+def has_head(config: Any, task: str) -> bool:
+    """Whether a model of this configuration was trained for the task, by its architecture."""
+    named = any(head in name for name in config.architectures or [] for head in _HEADS[task])
+    return named and type(config) in AUTO_CLASSES[task]._model_mapping
 
 
 def task_of(config: Any) -> str | None:
-    """The task that a Hugging Face model was trained for, by its architecture; None where it has no head of ours."""
-    names = config.architectures or []
-    return next((task for task, head in HEADS.items() if any(head in name for name in names)), None)
+    """The task that a Hugging Face model was trained for; None where it has no head of ours."""
+    return next((task for task in _HEADS if has_head(config, task)), None)
 
 
 def open_trained(folder: Path) -> PreTrainedModel:

@@ -26,7 +26,7 @@ from kdexport.results import Report
 from kdexport.rundir import Run, disk_errors, write_text
 from kdexport.search import teacher_targets
 from kdexport.students import Students
-from kdexport.tasks import load_task
+from kdexport.tasks import TASKS, load_task
 from kdexport.verdict import Choice
 
 
@@ -124,21 +124,22 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
         prepare(settings.data, settings.task, settings.seed, Path(work))
         rows = len(read_rows(Path(work), "train"))
     names = recipe.students(settings)
-    pooled = all(recipe.pools(settings.student, name) for name in names)
+    starts = {recipe.start_of(settings.student, name) for name in names}
     copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
-    epochs = recipe.epochs(settings.distill, rows, copies, pooled)
+    epochs = recipe.epochs(settings.distill, rows, copies, starts.pop() if len(starts) == 1 else "weights")
     derived = {
         "distill.epochs": (f"{epochs.value:g}", epochs.reason),
         "student.model": (", ".join(names), "as given" if settings.student.model else recipe.why(settings)),
     }
     shape = recipe.shape_of(names[0])
-    if len(names) == 1 and (shape.width or shape.kind == "network"):
+    if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):
         rate = recipe.learning_rate(settings.distill, settings.student, names[0], shape.width)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
-    derived["data.max_length"] = (
-        str(settings.data.max_length or 128),
-        "as given" if settings.data.max_length else "128, or what the teacher reads if that is less",
-    )
+    if TASKS[settings.task].reads == "text":
+        derived["data.max_length"] = (
+            str(settings.data.max_length or 128),
+            "as given" if settings.data.max_length else "128, or what the teacher reads if that is less",
+        )
     values = msgspec.to_builtins(settings)
     table = []
     for key, text in spec.settings().items():

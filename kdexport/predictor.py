@@ -18,10 +18,9 @@ from kdexport.errors import ArtifactError, DataError, MissingPackage
 from kdexport.tasks import Task, load_task
 from kdexport.tasks.config import Arrays
 from kdexport.tasks.metrics import Array
-from kdexport.tasks.token_classification import TokenClassification
 
-# A text, a pair of them, or (for tokens) its words.
-Text = str | tuple[str, str] | list[str]
+# A text, a pair of them, or (for tokens) its words; of images and sound a path or bytes.
+Text = str | tuple[str, str] | list[str] | bytes | Path
 
 
 def allowed_cores() -> int:
@@ -87,7 +86,7 @@ class Predictor:
     def logits(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> Array:
         """Logits float32 [N, *answer_shape] of many rows, in batches of similar length, in the rows' order."""
         encoded = self.task.tokenize(rows)
-        lengths = [len(next(iter(arrays.values()))) for arrays in encoded]
+        lengths = self.task.sizes(encoded)
         order = np.argsort(lengths, kind="stable")
         logits = np.empty((len(rows), *self.task.answer_shape), dtype=np.float32)
         for start in range(0, len(order), batch_size):
@@ -96,26 +95,25 @@ class Predictor:
         return logits
 
     def predict(self, texts: Sequence[Text] | Text, batch_size: int = 32) -> list[Any]:
-        """Answer texts, or pairs of texts, in their order.
+        """Answer texts, pairs of texts, images or recordings, in their order.
 
         Args:
-            texts: strings, tuples of two for pairs, or for tokens lists of words; a single one is answered as a list
-                of one.
-            batch_size: texts that run at once.
+            texts: strings, tuples of two for pairs, or for tokens lists of words; of images and sound paths or bytes. A
+                single one is answered as a list of one.
+            batch_size: those that run at once.
 
         Returns:
             One `Prediction` a text: `label`, its probability `score`, and all `scores` by label. For tokens, one
             `Tagged`: `words`, their `tags` and `scores`, and the `entities` that these make.
 
         Raises:
-            DataError: one of them is no text; an empty one is answered like any other.
+            DataError: one of them is no text, image or sound; an empty text is answered like any other.
         """
-        single = isinstance(texts, str) or (
+        single = isinstance(texts, str | bytes | Path) or (
             isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(t, str) for t in texts)
         )
-        many = [texts] if single else list(texts)
-        ready = self.task.ready
-        rows = [_of_words(t) if isinstance(t, list) else ready(_row(t, i)) for i, t in enumerate(many)]
+        many: list[Any] = [texts] if single else list(texts)  # type: ignore[arg-type]
+        rows = [_row(self.task, text, i) for i, text in enumerate(many)]
         return list(self.task.decode(self.logits(rows, batch_size), rows)) if rows else []
 
 
@@ -201,21 +199,10 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _of_words(words: list[str]) -> dict[str, Any]:
-    row = TokenClassification.canonical({"text": words})
-    if isinstance(row, str):
-        raise DataError(f"{words!r}: {row}")
-    return row
-
-
-def _row(text: object, i: int) -> dict[str, Any]:
-    match text:
-        case str():
-            first, second = text, None
-        case (str() as first, str() as second):
-            pass
-        case _:
-            raise DataError(f"input {i} is no text but {type(text).__name__}", "Give strings, or pairs of them")
-    # A lone surrogate can't be encoded as UTF-8, which the tokenizer works in.
-    clean = (part and part.encode("utf-8", "replace").decode("utf-8") for part in (first, second))
-    return dict(zip(("text", "text_pair"), clean, strict=True))
+def _row(task: Task, given: object, i: int) -> dict[str, Any]:
+    try:
+        return task.row(given)
+    except DataError as error:
+        named = given if isinstance(given, str | Path) and task.reads != "text" else f"input {i}"
+        said = error.what if error.what.startswith(str(given)) else f"{named} {error.what.removeprefix('it ')}"
+        raise DataError(said, error.fix) from None

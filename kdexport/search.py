@@ -76,7 +76,7 @@ def measure_ladder(
             refused = error
             shutil.rmtree(folder)
             continue
-        export_student(settings.export, folder, folder / "export")
+        export_student(settings.export, folder, folder / "export", rows)
         found = [c for c in read_candidates(folder / "export") if c.precision == _shipped_precision(settings)]
         files[name] = [(f"{slug(name)}-{c.name}", c) for c in found]
         for label, candidate in files[name]:

@@ -148,7 +148,7 @@ def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Expor
     for folder in (source, graphs, packed):
         folder.mkdir()
     take_trained(model, how.max_length, rows, source)
-    export_student(spec.Export(variants=how.variants), source, graphs)
+    export_student(spec.Export(variants=how.variants), source, graphs, rows)
     task = load_task(source)
     files, chosen = _verify(task, source, graphs, rows)
     recommended, reason = recommend(files, len(rows))
@@ -229,7 +229,7 @@ def _shipped(task: Task, graphs: Path, candidates: list[Candidate], rows: list[d
 
 def _faster(task: Task, plain: Path, fused: Path, rows: list[dict[str, Any]]) -> bool:
     """Whether the fused file is faster beyond doubt, at the rows' median length, one text at a time, in turns."""
-    lengths = [len(next(iter(arrays.values()))) for arrays in task.tokenize(rows)]
+    lengths = task.sizes(task.tokenize(rows))
     arrays = task.sized(rows, int(np.median(lengths)))
     times: dict[Path, list[float]] = {plain: [], fused: []}
     predictors = {file: Predictor(task, file, threads=1) for file in times}

@@ -106,9 +106,11 @@ class Students(NamedTuple):
         def build(work: Path) -> None:
             from kdexport.export import export_student
 
-            export_student(self.settings.export, student, work)
+            export_student(self.settings.export, student, work, read_rows(self.data, "train"))
 
-        return self.folder.stage(stage, version=2, settings=self.settings.export.variants, reads=[student], build=build)
+        return self.folder.stage(
+            stage, version=3, settings=self.settings.export.variants, reads=[self.data, student], build=build
+        )
 
     def baseline(self, name: str) -> Path | None:
         """The same student on labels alone, if it is wanted and there are labels."""

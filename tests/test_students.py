@@ -24,7 +24,7 @@ def words(teacher):
 
 
 def encoded(built):
-    return built.opened.tokenizer(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False)
+    return built.opened.processor(TEXTS, return_tensors="pt", padding=True, return_token_type_ids=False)
 
 
 @pytest.mark.parametrize("name", ["bag", "cnn", "gru", "cnn:64"])

@@ -342,9 +342,11 @@ def _tokens(target: Target | None, rows: list[dict[str, Any]]) -> dict[str, int]
     if target is None:
         return {}
     task = load_task(Path(target.task))
-    lengths = np.array([len(next(iter(arrays.values()))) for arrays in task.tokenize(rows)])
+    if not task.lengths():
+        return {}
+    lengths = np.array(task.sizes(task.tokenize(rows)))
     found = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95, 100)}
-    limit = max(task.lengths(), default=0)
+    limit = max(task.lengths())
     return found | {"limit": limit, "cut_percent": round(100 * float((lengths >= limit).mean()))}
 
 

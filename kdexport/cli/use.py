@@ -16,7 +16,9 @@ from kdexport.errors import SpecError
 
 def predict(
     artifact: Annotated[Path, typer.Argument(help="An artifact folder, or a run that holds one.")],
-    inputs: Annotated[list[str] | None, typer.Argument(help="Texts; without any, lines of stdin.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Texts, images or WAV files; without any, stdin's lines.")
+    ] = None,
     file: Annotated[Path | None, Flag("--file", "-f", help="Lines of text, or .csv / .jsonl rows.")] = None,
     variant: Annotated[str | None, Flag(help="fp32 or int8.", show_default="the recommended one")] = None,
     batch_size: Annotated[int, Flag(min=1, help="Texts that run at once.")] = 32,
@@ -33,6 +35,8 @@ def predict(
       kdexport predict runs/demo --file texts.csv > answers.jsonl
 
       cat texts.txt | kdexport predict runs/demo
+
+      kdexport predict runs/clothes a.png b.png
     """
     import msgspec
 
@@ -42,19 +46,24 @@ def predict(
     model = load(artifact, variant, threads)
     if inputs and file:
         raise SpecError("texts and --file were both given", "Give one of them")
-    rows = iter([{"text": text} for text in inputs]) if inputs else iter_texts(file, sys.stdin)
+    reads = model.task.reads
+    rows = iter([{reads: one} for one in inputs]) if inputs else iter_texts(file, sys.stdin)
     while chunk := list(islice(rows, 32 * batch_size)):
-        texts = [_text_of(row, file) for row in chunk]
-        for text, answer in zip(texts, model.predict(texts, batch_size), strict=True):
-            sys.stdout.write(msgspec.json.encode({"text": text} | answer.told(scores)).decode() + "\n")
+        given = [_text_of(row, file, reads) for row in chunk]
+        for one, answer in zip(given, model.predict(given, batch_size), strict=True):
+            sys.stdout.write(msgspec.json.encode({reads: one} | answer.told(scores)).decode() + "\n")
         sys.stdout.flush()
 
 
-def _text_of(row: dict[str, Any], file: Path | None) -> Any:
+def _text_of(row: dict[str, Any], file: Path | None, reads: str) -> Any:
     if isinstance(row.get("tokens"), list):
         return row["tokens"]
-    if "text" not in row:
-        raise SpecError(f"{file} has no column 'text'", f"Its columns: {', '.join(map(str, row))}")
+    if reads != "text":  # a line of a list is a path
+        row = {reads: row["text"]} if set(row) == {"text"} else row
+    if reads not in row:
+        raise SpecError(f"{file} has no column {reads!r}", f"Its columns: {', '.join(map(str, row))}")
+    if reads != "text":
+        return row[reads]
     return (row["text"], row["text_pair"]) if row.get("text_pair") else row["text"]
 
 

@@ -7,6 +7,7 @@ to look at. Rows of train and validation may have the label None, which the teac
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from kdexport.tasks import Task, task_class
 Rows = list[dict[str, Any]]
 
 _TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
+# Columns that name files.
+_FILES = {"image", "audio"}
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -77,11 +80,12 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
     unlabelled = _new(unlabelled, splits, content)
     labels = _label_names(splits, of_task)
-    near, pairs = near_duplicates(splits, content)
-    found = msgspec.structs.replace(found, near=near)
-    write_bytes(out / "near_duplicates.jsonl", b"".join(msgspec.json.encode(pair) + b"\n" for pair in pairs))
+    if of_task.reads == "text":
+        near, pairs = near_duplicates(splits, content)
+        found = msgspec.structs.replace(found, near=near)
+        write_bytes(out / "near_duplicates.jsonl", b"".join(msgspec.json.encode(pair) + b"\n" for pair in pairs))
     for name, rows in (splits | ({"unlabelled": unlabelled} if unlabelled else {})).items():
-        write_bytes(out / f"{name}.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+        write_rows(out, name, rows)
     counts = {split: len(rows) for split, rows in splits.items()}
     summary = Summary(counts, labels, bad_rows, missing, found, len(unlabelled), task, settings.problem)
     write_json(out / "data.json", summary)
@@ -92,11 +96,38 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
         say(f"data: without labels, so that the teacher alone labels them: {', '.join([*alone, *more])}")
 
 
+def write_rows(folder: Path, name: str, rows: Rows) -> None:
+    """Write `<name>.jsonl`, and `<name>.blob` with what rows hold as bytes, which then is `<name>.blob#offset+length`.
+
+    Blobs of the run are named relative to `folder`, so that a run can be moved.
+    """
+    with (folder / f"{name}.jsonl").open("wb") as lines, (folder / f"{name}.blob").open("wb") as blob:
+        for row in rows:
+            for column in _FILES & row.keys():
+                value = row[column]
+                if isinstance(value, bytes):
+                    row = row | {column: f"{name}.blob#{blob.tell()}+{len(value)}"}
+                    blob.write(value)
+                elif ".blob#" in value:
+                    row = row | {column: os.path.relpath(value, folder.absolute())}
+            lines.write(msgspec.json.encode(row) + b"\n")
+        empty = not blob.tell()
+    if empty:
+        (folder / f"{name}.blob").unlink()
+
+
 def read_rows(folder: Path, split: str) -> Rows:
-    """The rows of one split of a finished data stage."""
+    """The rows of one split of a finished data stage; paths are absolute."""
+    here = folder.absolute()
+
+    def placed(row: dict[str, Any]) -> dict[str, Any]:
+        for column in _FILES & row.keys():
+            row[column] = str(here / row[column])
+        return row
+
     try:
         lines = (folder / f"{split}.jsonl").read_bytes().splitlines()
-        return [msgspec.json.decode(line) for line in lines]
+        return [placed(msgspec.json.decode(line)) for line in lines]
     except (OSError, msgspec.DecodeError) as error:
         raise RunError(f"{folder}: its {split} rows can't be read ({error})", "Run kdexport run again") from None
 

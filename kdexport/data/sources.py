@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from kdexport import spec
+from kdexport.data import folders
 from kdexport.errors import DataError, MissingPackage
 from kdexport.tasks import TASKS, task_class
 
@@ -32,6 +33,8 @@ class Source:
     name: str
     columns: list[str]
     rows: list[dict[str, Any]]
+    folder: Path = Path()
+    """What names of images and recordings are relative to."""
 
 
 def find_splits(data: spec.Data) -> dict[str, str]:
@@ -42,8 +45,12 @@ def find_splits(data: spec.Data) -> dict[str, str]:
         names = {"validation": ("validation", "valid", "val", "dev"), "train": ("train",), "test": ("test",)}
         files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
         found = {s: str(p) for s in SPLITS for p in files if p.stem in names[s]}
+        found = found if "train" in found else folders.splits_in(folder)
         if "train" not in found:
-            raise DataError(f"{folder} holds no train.csv, .tsv, .jsonl or .parquet", "Name the file with --data")
+            raise DataError(
+                f"{folder} holds no train.csv, .tsv, .jsonl or .parquet, nor images or WAV files",
+                "Name the file with --data",
+            )
         given = found | {split: path for split, path in given.items() if path and split != "train"}
     return {split: path for split, path in given.items() if path}
 
@@ -57,8 +64,8 @@ def local_files(data: spec.Data) -> list[Path]:
     paths = [Path(source) for source in find_splits(data).values() if _is_file_name(source)]
     paths += [Path(data.unlabelled)] if data.unlabelled else []
     for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path} does not exist", "Check the path")
+        if not path.is_file() and not folders.splits_in(path):
+            raise DataError(f"{path} does not exist, or holds nothing that can be read", "Check the path")
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty")
     return paths
@@ -73,7 +80,7 @@ def read_splits(data: spec.Data) -> dict[str, Source]:
     sources = find_splits(data)
     if not _is_file_name(sources["train"]):
         return _read_hub(sources)
-    return {split: read_file(Path(source)) for split, source in sources.items()}
+    return {split: _read_local(Path(source)) for split, source in sources.items()}
 
 
 def rows_of_sources(data: spec.Data) -> dict[str, int]:
@@ -83,6 +90,15 @@ def rows_of_sources(data: spec.Data) -> dict[str, int]:
         path = Path(data.unlabelled)
         counts["unlabelled"] = len(read_file(path).rows if path.suffix in SUFFIXES else _lines(path))
     return counts
+
+
+def _read_local(path: Path) -> Source:
+    """A file, or a folder of images or recordings, with the table that describes it or labels as subfolders."""
+    if not path.is_dir():
+        return read_file(path)
+    if table := folders.metadata_of(path):
+        return replace(read_file(table), name=f"{path.name}/{table.name}")
+    return Source(path.name, ["file_name", "label"], folders.labelled_files(path), path)
 
 
 def read_file(path: Path) -> Source:
@@ -107,7 +123,7 @@ def read_file(path: Path) -> Source:
     try:
         with tempfile.TemporaryDirectory() as cache:  # the run folder keeps what is read; no second copy
             table = reader(str(path), cache_dir=cache, keep_in_memory=True, **options)
-            return _to_source(path.name, table)
+            return replace(_to_source(path.name, table), folder=path.parent)
     except Exception as error:  # `datasets` wraps the parsers' errors in several classes of its own
         cause = error.__cause__ or error
         raise DataError(f"{path} can't be read: {str(cause).strip().splitlines()[-1]}") from None
@@ -132,7 +148,7 @@ def to_rows(
         DataError: a column or, unless `skip_bad_rows`, a row is wrong.
     """
     columns = _choose_columns(source, data, task, needs_labels or data.label is not None)
-    return _check_rows(source.name, enumerate(source.rows, 1), columns, data, task)
+    return _check_rows(source, enumerate(source.rows, 1), columns, data, task)
 
 
 def read_unlabelled(data: spec.Data, task: str) -> tuple[list[dict[str, Any]], int]:
@@ -150,12 +166,14 @@ def read_unlabelled(data: spec.Data, task: str) -> tuple[list[dict[str, Any]], i
         source = read_file(path)
         columns = _choose_columns(source, msgspec.structs.replace(data, label=None), task, needs_label=False)
         columns.pop("label", None)
-        return _check_rows(source.name, enumerate(source.rows, 1), columns, data, task)
+        return _check_rows(source, enumerate(source.rows, 1), columns, data, task)
+    if TASKS[task].reads != "text":
+        raise DataError(f"{path} names no files", "Give a CSV, JSONL or Parquet file")
     if data.text_pair:
         raise DataError(f"{path} holds single texts, the data are pairs of them", "Give a CSV or JSONL of pairs")
     _check_utf8(path)
     texts = [(number, {"text": line}) for number, line in enumerate(_lines(path), 1) if line.strip()]
-    return _check_rows(path.name, texts, {"text": "text"}, data, task)
+    return _check_rows(Source(path.name, ["text"], []), texts, {"text": "text"}, data, task)
 
 
 def _lines(path: Path) -> list[str]:
@@ -165,11 +183,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def _check_rows(
-    name: str, numbered: Iterable[tuple[int, dict[str, Any]]], columns: dict[str, str], data: spec.Data, task: str
+    source: Source, numbered: Iterable[tuple[int, dict[str, Any]]], columns: dict[str, str], data: spec.Data, task: str
 ) -> tuple[list[dict[str, Any]], int]:
-    rows, bad, of_task = [], 0, task_class(task, data.problem)
+    rows, bad, of_task, name = [], 0, task_class(task, data.problem), source.name
     for number, raw in numbered:
         row = {column: raw.get(column_there) for column, column_there in columns.items()}
+        if of_task.reads != "text":
+            row[of_task.reads] = _placed(row[of_task.reads], source.folder)
         label = row.pop("label", None)
         ready = of_task.canonical(row | {"label": label})
         problem = ready if isinstance(ready, str) else of_task.check(ready, data.max_chars, "label" in columns)
@@ -187,9 +207,17 @@ def _check_rows(
     return rows, bad
 
 
+def _placed(value: Any, folder: Path) -> Any:
+    """What a column of images or recordings names: a path, absolute; or bytes."""
+    if isinstance(value, dict):  # as Hugging Face's data sets have it
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    return str(folder.absolute() / value) if isinstance(value, str) and value else value
+
+
 def _choose_columns(source: Source, data: spec.Data, task: str, needs_label: bool) -> dict[str, str]:
     """Our column → the file's: as named in the spec, else guessed when obvious."""
-    named = {"text": data.text, "text_pair": data.text_pair, "label": data.label}
+    reads = TASKS[task].reads
+    named = {reads: data.text, "text_pair": data.text_pair, "label": data.label}
     for name in filter(None, named.values()):
         if name not in source.columns:
             raise DataError(f"{source.name} has no column {name!r}", f"Its columns: {', '.join(source.columns)}")
@@ -203,7 +231,7 @@ def _choose_columns(source: Source, data: spec.Data, task: str, needs_label: boo
         if named[wanted] is None and (wanted != "label" or needs_label):
             raise DataError(
                 f"{source.name}: which column is the {wanted}?",
-                f"Name it with --{wanted}. Its columns: {', '.join(source.columns)}",
+                f"Name it with --{'text' if wanted == reads else wanted}. Its columns: {', '.join(source.columns)}",
             )
     return {ours: theirs for ours, theirs in named.items() if theirs}
 
@@ -225,6 +253,9 @@ def _read_hub(sources: dict[str, str]) -> dict[str, Source]:
 
 
 def _to_source(name: str, table: Any) -> Source:
+    for column, feature in table.features.items():
+        if type(feature).__name__ in ("Image", "Audio"):  # the bytes as they are; we decode them ourselves
+            table = table.cast_column(column, type(feature)(decode=False))
     rows = table.to_list()
     for column, feature in table.features.items():
         if hasattr(feature, "int2str"):  # a ClassLabel: numbers that stand for names

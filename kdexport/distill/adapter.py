@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from kdexport.distill.teacher import open_config, open_model, open_tokenizer, own_labels, trained_head
+from kdexport.distill.teacher import open_config, open_model, open_tokenizer, own_labels
 from kdexport.distill.teachers import base_of
 from kdexport.errors import MissingPackage, ModelError
+from kdexport.models import has_head
 from kdexport.tasks.metrics import Array
 
 # The last layer of a sequence classifier in transformers' families: its rows are the labels.
@@ -52,7 +53,7 @@ def merge_adapter(folder: Path, out: Path) -> None:
     config = open_config(base)
     opened = open_model(base, config, _TASK, _labels(folder, config, weights))
     has_tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    tokenizer = open_tokenizer(str(folder)) if has_tokenizer else opened.tokenizer
+    tokenizer = open_tokenizer(str(folder)) if has_tokenizer else opened.processor
     if len(tokenizer) > opened.model.get_input_embeddings().num_embeddings:
         opened.model.resize_token_embeddings(len(tokenizer))
     with warnings.catch_warnings(record=True) as caught:
@@ -71,7 +72,7 @@ def merge_adapter(folder: Path, out: Path) -> None:
 def _labels(folder: Path, base: Any, weights: dict[str, Array]) -> list[str]:
     """Names for the rows of the head, wherever they are told."""
     heads = [len(weight) for name, weight in weights.items() if _HEAD.search(name)]
-    if not heads and not trained_head(base, _TASK):
+    if not heads and not has_head(base, _TASK):
         raise ModelError(
             f"neither adapter {folder} nor its base has a trained classification head",
             'Train it with modules_to_save=["classifier"]',

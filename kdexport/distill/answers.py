@@ -52,7 +52,7 @@ class Teacher:
     ) -> None:
         self.named, self.task = named, load_task(named.folder)
         self._how, self._seed = how, seed
-        self._identity = {name: hashes[named.prefix + name] for name in _files(named)}
+        self._identity = {n: hashes[named.prefix + n] for n in _files(named) if named.prefix + n in hashes}
         self._run = run or {"torch": self._torch, "onnx": self._onnx, "stored": self._stored}[named.kind]
         self._views: dict[str, list[str]] = {}
 

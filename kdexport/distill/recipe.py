@@ -12,8 +12,12 @@ from kdexport.spec.effects import OF_LAYERS
 # name → (layers, width); the feed-forward width is 4 × width (Turc et al. 2019).
 PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512)}
 NETWORKS = ("bag", "cnn", "gru")
+# Channels of the first map of a convolutional student of images or sound.
+_CONV_WIDTH = 16
 # What a search climbs when no student is named, from the smallest on.
 LADDER = ("bag", "cnn", "tiny", "2x256", "layers:1", "layers:2")
+_MEDIA_LADDER = ("conv:8", "conv", "conv:24", "conv:32")
+_MEDIA = ("image-classification", "audio-classification")
 
 _EXAMPLES_SEEN, _STEPS = 300_000, 500
 # Passes at least over rows that are mostly changed copies: they don't overfit, so patience pays (Beyer et al. 2022).
@@ -28,7 +32,7 @@ class Derived(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What `student.model` names: `kind` is narrow, lowest, spread, named, network or model (a folder or hub id)."""
+    """What `student.model` names: `kind` is narrow, lowest, spread, named, network, conv or model (a folder)."""
 
     kind: str
     layers: int = 0
@@ -49,6 +53,8 @@ def shape_of(model: str) -> Shape:
         if found[1] == "bag" and found[2]:
             raise SpecError(f"student.model: {model!r}: a bag is as wide as its embeddings", "Set student.embedding")
         return Shape("network", 1, int(found[2] or 0), network=found[1])
+    if found := re.fullmatch(r"conv(?::([1-9]\d*))?", model):
+        return Shape("conv", 0, int(found[1] or _CONV_WIDTH))
     if found := re.fullmatch(r"([1-9]\d?)x([1-9]\d*)", model):
         return Shape("narrow", int(found[1]), int(found[2]))
     kind, colon, rest = model.partition(":")
@@ -69,7 +75,8 @@ def students(settings: spec.Spec) -> tuple[str, ...]:
     """The students to train: one, or the ladder that a search climbs."""
     named = settings.student.model
     if named is None:
-        return LADDER if settings.budget.binds() else ("tiny",)
+        ladder, one = (_MEDIA_LADDER, "conv") if settings.task in _MEDIA else (LADDER, "tiny")
+        return ladder if settings.budget.binds() else (one,)
     return (named,) if isinstance(named, str) else tuple(dict.fromkeys(named))
 
 
@@ -79,8 +86,17 @@ def check(settings: spec.Spec) -> None:
     Raises:
         SpecError: names the setting.
     """
+    if settings.distill.augment and settings.task in _MEDIA:
+        raise SpecError(f"distill.augment changes texts, and not the rows of {settings.task}", "Leave it out")
     student, shapes = settings.student, [shape_of(name) for name in students(settings)]
-    pooled = [name for name in students(settings) if pools(student, name)]
+    of_texts, media = {"narrow", "network"}, settings.task in _MEDIA
+    for name in students(settings):
+        if shape_of(name).kind in (of_texts if media else {"conv"}):
+            raise SpecError(
+                f"student.model: {name!r} is none for {settings.task}",
+                "Take conv, conv:32 or layers:2" if media else "Take tiny, bag, cnn or layers:2",
+            )
+    pooled = [name for name in students(settings) if start_of(student, name) in ("pools", "random")]
     if pooled and (wants := sorted(spec.losses_of(settings) & OF_LAYERS)) and settings.distill.alpha != 0:
         raise SpecError(
             f"distill.loss: {wants[0]} matches layers, and {pooled[0]} has none that are like the teacher's",
@@ -104,9 +120,15 @@ def pools(student: spec.Student, name: str) -> bool:
     return kind == "network" or (kind == "narrow" and student.embedding is not None)
 
 
-def epochs(settings: spec.Distill, rows: int, transfer: int = 0, pooled: bool = False) -> Derived:
+def start_of(student: spec.Student, name: str) -> str:
+    """What a student starts from: `pools` over the teacher's embeddings, `random` weights, or else `weights`."""
+    return "random" if shape_of(name).kind == "conv" else "pools" if pools(student, name) else "weights"
+
+
+def epochs(settings: spec.Distill, rows: int, transfer: int = 0, start: str = "weights") -> Derived:
     """Passes over the training rows, and over the transfer rows, which the teacher alone labels.
 
+    Convolutions start from nothing, so they see twice as many examples, and few ones more often.
     Students that pool start with all that the teacher's embeddings know and soon learn rows by heart, so they get
     fewer passes: on clinc150 a convolution kept 97.2 % of the teacher on validation after 8, and 96.5 % after 15.
     """
@@ -114,11 +136,14 @@ def epochs(settings: spec.Distill, rows: int, transfer: int = 0, pooled: bool = 
         return Derived(settings.epochs, "as given")
     every = rows + transfer
     told = f"there are {rows:,} rows" + (f" and {transfer:,} that the teacher labels" if transfer else "")
+    if start == "random":
+        value = max(8, min(60, 2 * _EXAMPLES_SEEN // every))
+        return Derived(value, f"about {2 * _EXAMPLES_SEEN:,} examples seen from random weights, 8 to 60 passes; {told}")
     if 15 * every < _STEPS * settings.batch_size:
         value = min(100, -(-_STEPS * settings.batch_size // every))
         return Derived(value, f"about {_STEPS} steps, at most 100 passes; {told}")
     least = _PATIENT if transfer else 3
-    most = 8 if pooled else 15
+    most = 8 if start == "pools" else 15
     value = max(least, min(most, _EXAMPLES_SEEN // every))
     return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, {least} to {most} passes; {told}")
 
@@ -129,6 +154,10 @@ def learning_rate(settings: spec.Distill, student: spec.Student, name: str, widt
         return Derived(settings.learning_rate, "as given")
     if pools(student, name):
         return Derived(1e-3, "1e-3 for students that pool over the teacher's embeddings")
+    if shape_of(name).kind == "conv":
+        return Derived(2e-3, "2e-3 for convolutions with batch norms, from random weights")
+    if not width:
+        return Derived(2e-4, "2e-4 for a model that is trained already and has no one width")
     trained = shape_of(name).kind != "narrow"
     value = 5e-4 * 128 / width * (0.5 if trained else 1.0)
     start = ", halved: its weights are trained already" if trained else ""

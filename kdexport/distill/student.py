@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     set_seed,
@@ -20,9 +19,10 @@ from transformers import (
 from kdexport import spec
 from kdexport.data import read_rows, sampled
 from kdexport.distill import recipe
+from kdexport.distill.convolution import build_conv
 from kdexport.distill.shrink import keep_layers, layers_of, narrow
 from kdexport.distill.targets import TRANSFER
-from kdexport.distill.teacher import Opened, open_config, open_model, save_model, save_task
+from kdexport.distill.teacher import Opened, open_config, open_model, open_processor, save_model, save_task, some_rows
 from kdexport.distill.train import Recipe, fit, logits_of
 from kdexport.distill.vocabulary import trim_vocabulary
 from kdexport.errors import ModelError
@@ -30,7 +30,7 @@ from kdexport.models import open_trained
 from kdexport.networks import TextNet, TextNetConfig, TextNetForTokens, start_as_mean
 from kdexport.progress import say
 from kdexport.rundir import write_json
-from kdexport.tasks import load_task
+from kdexport.tasks import TASKS, load_task
 from kdexport.tasks.config import read_config
 
 # Width of the features of students of ours, and of the layer before their logits. A bag with a head of 256 is 4 µs
@@ -80,7 +80,7 @@ def train_student(
     rows, validation = read_rows(data, "train"), read_rows(data, "validation")
     soft = None if hard else np.load(targets / "train.npy")
     unlabelled = [] if hard else transfer_rows(targets)
-    epochs = recipe.epochs(distill, len(rows), len(unlabelled), recipe.pools(student, name)).value
+    epochs = recipe.epochs(distill, len(rows), len(unlabelled), recipe.start_of(student, name)).value
     if share < 1:  # a trial sees rows of train only, and as many whatever the student, so that trials compare
         passes = recipe.epochs(distill, len(rows), len(unlabelled)).value
         whole, unlabelled = passes * (len(rows) + len(unlabelled)), []
@@ -90,7 +90,7 @@ def train_student(
         epochs = max(1, examples // len(rows))
     how = Recipe(
         epochs=int(epochs),
-        learning_rate=recipe.learning_rate(distill, student, name, model.config.hidden_size).value,
+        learning_rate=recipe.learning_rate(distill, student, name, getattr(model.config, "hidden_size", 0)).value,
         batch_size=distill.batch_size,
         seed=seed,
         losses=spec.weights_of(distill),
@@ -140,9 +140,13 @@ def _start(student: spec.Student, name: str, data: Path, teacher: Path, targets:
     set_seed(seed)
     rows = [*read_rows(data, "train"), *transfer_rows(targets)]
     texts = (row[column] for row in rows for column in ("text", "text_pair") if row.get(column))
-    built = build_student(student, name, teacher, texts)
-    config = read_config(teacher)
-    save_task(built.opened, config.max_length, config.labels, out, task=config.task, function=config.function)
+    some, config = some_rows(data), read_config(teacher)
+    if recipe.shape_of(name).kind == "conv":
+        built = Built(build_conv(recipe.shape_of(name).width, config, some), "random weights")
+    else:
+        built = build_student(student, name, teacher, texts)
+    task, function = config.task, config.function
+    save_task(built.opened, config.max_length, config.labels, out, task=task, function=function, rows=some)
     return built
 
 
@@ -168,14 +172,16 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
         config = read_config(teacher_folder)
         opened = open_model(name, open_config(name), config.task, config.labels, config.function)
         if student.vocabulary == "corpus":
-            trim_vocabulary(opened.tokenizer, opened.model, texts)
+            trim_vocabulary(opened.processor, opened.model, texts)
         return Built(opened, f"its weights from {name}")
     teacher = open_trained(teacher_folder)
-    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
-    kept = None if student.vocabulary == "whole" else trim_vocabulary(tokenizer, teacher, texts)
+    task = read_config(teacher_folder).task
+    whole = student.vocabulary == "whole" or TASKS[task].reads != "text"
+    tokenizer = open_processor(str(teacher_folder), task)
+    kept = None if whole else trim_vocabulary(tokenizer, teacher, texts)
     size = "" if kept is None else f", a vocabulary of {len(kept):,}"
     if recipe.pools(student, name):
-        model, told = _network(shape, student, teacher, tokenizer, read_config(teacher_folder).task)
+        model, told = _network(shape, student, teacher, tokenizer, task)
     elif shape.kind == "narrow":
         model, told = _narrow(student, shape, teacher)
     else:

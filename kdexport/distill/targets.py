@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from kdexport import spec
-from kdexport.data import read_rows
+from kdexport.data import read_rows, write_rows
 from kdexport.data.sources import SPLITS
 from kdexport.distill.answers import Run, Teacher
 from kdexport.distill.augment import changer, transfer_rows
@@ -26,7 +25,7 @@ from kdexport.distill.store import cache_folder
 from kdexport.distill.teachers import teachers_of
 from kdexport.errors import ModelError
 from kdexport.progress import say
-from kdexport.rundir import read_record, write_bytes, write_json
+from kdexport.rundir import read_record, write_json
 from kdexport.tasks import load_task
 from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix
@@ -72,7 +71,7 @@ def write_targets(
     change = changer(teacher, augment, seed) if augment else None
     seen = {task.content(row) for split in ("validation", "test") for row in splits[split]}
     if transfer := transfer_rows(splits["train"], unlabelled, change, task.name, seen):
-        write_bytes(out / f"{TRANSFER}.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in transfer))
+        write_rows(out, TRANSFER, transfer)
         splits[TRANSFER] = transfer
     labelled = {split: [i for i, row in enumerate(rows) if row["label"] is not None] for split, rows in splits.items()}
     outputs = read_record(teacher).outputs

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -18,13 +20,14 @@ from transformers import (
 from transformers.utils import logging
 
 from kdexport import spec
-from kdexport.data import read_rows, read_summary
+from kdexport.data import read_rows, read_summary, sampled
 from kdexport.distill.train import Recipe, fit
 from kdexport.errors import ModelError
-from kdexport.models import AUTO_CLASSES, HEADS
+from kdexport.models import AUTO_CLASSES, has_head
 from kdexport.progress import say, warn
 from kdexport.rundir import write_json
-from kdexport.tasks import PROBLEMS, Task, load_task
+from kdexport.tasks import PROBLEMS, TASKS, images, load_task
+from kdexport.tasks import audio as sound
 from kdexport.tasks.classes import function_of
 from kdexport.tasks.config import Function, TaskConfig
 
@@ -36,10 +39,13 @@ _PROBLEM_TYPE = {"softmax": None, "sigmoid": "multi_label_classification", "none
 
 
 class Opened(NamedTuple):
-    """A model and what it needs; the model has a new head where `labels` are not its own."""
+    """A model and what makes its inputs: a tokenizer, or a processor of images or of sound.
+
+    The model has a new head where `labels` are not its own.
+    """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
+    processor: Any
 
 
 def prepare_teacher(
@@ -73,13 +79,15 @@ def prepare_teacher(
             )
         if function == "none":
             known = own_labels(config)
-        labels = match_labels(own_labels(config), known, trained_head(config, of_task), settings.model)
+        labels = match_labels(own_labels(config), known, has_head(config, of_task), settings.model)
     else:
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
-    opened = open_model(source, config, of_task, labels, function)
-    save_task(opened, max_length, labels, out, task=of_task, function=function)
+    opened = open_model(source, config, of_task, labels, function, to_train=settings.train is not None)
+    some = some_rows(data)
+    save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some)
     task = load_task(out)
-    _warn_if_much_is_cut(task, read_rows(data, "train")[:500])
+    for remark in task.remarks(some):
+        say(f"teacher: {remark}")
     if settings.train is not None:
         recipe = Recipe(
             epochs=settings.train.epochs,
@@ -127,41 +135,90 @@ def open_config(model: str) -> Any:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
 
 
-def open_model(model: str, config: Any, task: str, labels: Sequence[str], function: Function = "softmax") -> Opened:
-    """A model with a head for these labels, and its fast tokenizer.
+def some_rows(data: Path) -> list[dict[str, Any]]:
+    """Up to 500 training rows, always the same ones."""
+    rows = read_rows(data, "train")
+    return [rows[i] for i in sampled(len(rows), 500)]
+
+
+def open_model(
+    model: str,
+    config: Any,
+    task: str,
+    labels: Sequence[str],
+    function: Function = "softmax",
+    *,
+    to_train: bool = False,
+) -> Opened:
+    """A model with a head for these labels, and its tokenizer or processor.
+
+    Args:
+        model: folder or hub id.
+        config: its configuration, which is changed to these labels.
+        task: its name.
+        labels: in the order of the logits.
+        function: from logits to scores.
+        to_train: whether it is trained next; then a folder without weights gets random ones.
 
     Raises:
-        ModelError: weights or tokenizer are missing or unreadable.
+        ModelError: weights, tokenizer or processor are missing or unreadable.
     """
-    tokenizer = open_tokenizer(model, task)
+    processor = open_processor(model, task)
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
     config.problem_type = _PROBLEM_TYPE[function]
+    if Path(model).is_dir() and not _has_weights(Path(model)):
+        if not to_train:
+            raise ModelError(f"model folder {model} holds no weights", "Train it from random ones: --teacher-epochs 3")
+        say(f"teacher: {model} holds no weights, so it starts from random ones")
+        return Opened(AUTO_CLASSES[task].from_config(config), processor)
     try:
         opened = AUTO_CLASSES[task].from_pretrained(model, config=config, ignore_mismatched_sizes=True)
     except Exception as error:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
-    return Opened(opened, tokenizer)
+    return Opened(opened, processor)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
 def open_classifier(model: str, config: Any, task: str) -> Opened:
-    """A model with the head that it was trained with, and its fast tokenizer.
+    """A model with the head that it was trained with, and its tokenizer or processor.
 
     Raises:
         ModelError: it has no head, or some of its weights, or its tokenizer, are missing or unreadable.
     """
-    if not trained_head(config, task):
+    if not has_head(config, task):
         kind = ", ".join(config.architectures or []) or "of no known kind"
         raise ModelError(f"model {model!r} has no classification head: it is {kind}", "Name a trained classifier")
-    tokenizer = open_tokenizer(model, task)
+    processor = open_processor(model, task)
     try:
         opened, found = AUTO_CLASSES[task].from_pretrained(model, output_loading_info=True)
     except Exception as error:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
-    return Opened(opened, tokenizer)
+    return Opened(opened, processor)
+
+
+def open_processor(model: str, task: str) -> Any:
+    """What makes a model's inputs, from a folder or the hub: a fast tokenizer, or a processor of images or of sound.
+
+    Raises:
+        ModelError: there is none.
+    """
+    reads = TASKS[task].reads
+    if reads == "text":
+        return open_tokenizer(model, task)
+    try:
+        return (AutoImageProcessor if reads == "image" else AutoFeatureExtractor).from_pretrained(model)
+    except Exception as error:
+        raise ModelError(
+            f"model {model!r} has no {reads} processor that can be opened: {_first_line(error)}",
+            "Save it beside the model: processor.save_pretrained(folder)",
+        ) from None
 
 
 def open_tokenizer(model: str, task: str = "text-classification") -> PreTrainedTokenizerFast:
@@ -187,11 +244,6 @@ def open_tokenizer(model: str, task: str = "text-classification") -> PreTrainedT
 def own_labels(config: Any) -> list[str]:
     """A configuration's label names in the order of its logits."""
     return [str(config.id2label[i]) for i in sorted(config.id2label)]
-
-
-def trained_head(config: Any, task: str) -> bool:
-    """Whether the weights come with a head for the task."""
-    return any(HEADS[task] in name for name in config.architectures or [])
 
 
 def match_labels(own: list[str], known: list[str], head: bool, model: str, *, can_learn: bool = True) -> list[str]:
@@ -239,19 +291,32 @@ def save_task(
     task: str = "text-classification",
     function: Function = "softmax",
     at_most: int = _DEFAULT_MAX_LENGTH,
+    rows: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write tokenizer files and `task.json`.
+    """Write `task.json` and the files of the tokenizer or processor.
 
     Args:
-        opened: the model, which says how much it reads, and its tokenizer.
+        opened: the model, which says how much it reads, and its tokenizer or processor.
         max_length: tokens kept of each text; what the model reads, but `at_most` so many, when None.
         labels: in the order of the logits.
         out: an existing folder.
         task: its name.
         function: from logits to scores.
         at_most: see `max_length`.
+        rows: some of train, for what a processor of sound leaves open.
     """
     model, tokenizer = opened
+    if TASKS[task].reads != "text":
+        image = audio = None
+        if TASKS[task].reads == "image":
+            image = images.config_of(tokenizer.to_dict(), getattr(model.config, "num_channels", 3))
+        else:
+            audio = sound.config_of(tokenizer.to_dict(), rows)
+        inputs = [model.main_input_name]
+        config = TaskConfig(task=task, labels=list(labels), inputs=inputs, function=function, image=image, audio=audio)
+        tokenizer.save_pretrained(out)
+        write_json(out / "task.json", config)
+        return
     accepted = set(tokenizer.model_input_names) & set(signature(model.forward).parameters)
     if getattr(model.config, "type_vocab_size", None) == 0:  # DeBERTa-v2 and -v3 take token types and read none
         accepted.discard("token_type_ids")
@@ -307,16 +372,6 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerFast) -> int:
         positions -= (config.pad_token_id or 0) + 1  # these count positions from pad_token_id + 1
     declared = tokenizer.model_max_length
     return int(min(positions, declared if 0 < declared < 10**6 else positions))
-
-
-def _warn_if_much_is_cut(task: Task, rows: list[dict[str, Any]]) -> None:
-    limit = task.config.max_length
-    share = float(sum(len(e["input_ids"]) >= limit for e in task.tokenize(rows))) / len(rows)
-    if share > 0.25:
-        say(
-            f"teacher: {share:.0%} of the texts are longer than {limit} tokens and are cut there; "
-            "--max-length reads more, and takes longer"
-        )
 
 
 def _first_line(error: Exception) -> str:

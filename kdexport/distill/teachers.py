@@ -27,7 +27,7 @@ from kdexport.errors import ModelError, SpecError
 from kdexport.progress import say
 from kdexport.rundir import write_json
 from kdexport.spec.effects import OF_LAYERS, losses_of
-from kdexport.tasks import load_task
+from kdexport.tasks import TASKS, load_task
 
 Kind = Literal["torch", "onnx", "stored"]
 
@@ -81,6 +81,12 @@ def check(settings: spec.Spec) -> None:
             raise SpecError(
                 f"distill.augment: {_SAID[kind]} holds no answers to changed texts ({model})", "Leave it out"
             )
+    media = TASKS[settings.task].reads != "text"
+    for model, kind in kinds.items():
+        if media and (kind != "torch" or is_adapter(Path(model))):
+            raise SpecError(f"teacher.model: for {settings.task} it can't be {_SAID[kind]} or an adapter ({model}) yet")
+    if media and teacher.passes > 1 and teacher.noise == "augment":
+        raise SpecError(f"teacher.noise: augment changes texts, not the rows of {settings.task}", "Take dropout")
     if kinds[models[0]] == "torch":
         return
     said = f"{_SAID[kinds[models[0]]]} ({models[0]})"

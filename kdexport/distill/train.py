@@ -108,7 +108,7 @@ def fit(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
         )
     encoded, labels = task.tokenize(rows), task.targets(rows)
-    lengths = [len(next(iter(arrays.values()))) for arrays in encoded]
+    lengths = task.sizes(encoded)
 
     def collate(chosen: list[int]) -> dict[str, Tensor]:
         batch = task.collate([encoded[i] for i in chosen]) | {"labels": labels[chosen]}
@@ -164,7 +164,7 @@ def logits_of(
 ) -> Array:
     """A model's logits float32 [N, *answer_shape] in the rows' order, computed in batches of similar length."""
     encoded = task.tokenize(rows)
-    lengths = [len(next(iter(arrays.values()))) for arrays in encoded]
+    lengths = task.sizes(encoded)
     order = np.argsort(lengths, kind="stable")[::-1]  # the longest first: memory runs out at once or never
     logits = np.empty((len(rows), *task.answer_shape), dtype=np.float32)
     was_training = model.training

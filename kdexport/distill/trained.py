@@ -13,7 +13,7 @@ from kdexport.distill.train import logits_of
 from kdexport.errors import ModelError
 from kdexport.models import task_of
 from kdexport.progress import bar
-from kdexport.tasks import load_task
+from kdexport.tasks import TASKS, load_task
 from kdexport.tasks.classes import function_of
 
 # Longer texts are the exception for classifiers, and every token costs; `--max-length` reads more.
@@ -40,12 +40,12 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     labels = own_labels(config)
     if len(set(labels)) < len(labels):
         raise ModelError(f"model {model!r} has labels of the same name", "Tell them apart: id2label in config.json")
-    if opened.tokenizer.pad_token_id is None:
+    if TASKS[task_name].reads == "text" and opened.processor.pad_token_id is None:
         raise ModelError(f"model {model!r} has no padding token", "Set tokenizer.pad_token and config.pad_token_id")
     if 4 * opened.model.num_parameters() >= _LARGEST_BYTES:
         raise ModelError(f"model {model!r} has more than 2 GB of weights", "Distil it: kdexport run --teacher …")
-    function = "softmax" if task_name != "text-classification" else function_of(len(labels), config.problem_type)
-    save_task(opened, max_length, labels, out, task=task_name, function=function, at_most=_AT_MOST)
+    function = "softmax" if task_name == "token-classification" else function_of(len(labels), config.problem_type)
+    save_task(opened, max_length, labels, out, task=task_name, function=function, at_most=_AT_MOST, rows=rows)
     save_model(opened, out)
     task = load_task(out)
     everything = [*rows, *task.probes(), *task.examples()]

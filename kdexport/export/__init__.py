@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from kdexport import spec
 from kdexport.progress import say
 from kdexport.rundir import write_json
+from kdexport.tasks import load_task
+from kdexport.tasks.config import Arrays
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -20,17 +24,22 @@ class Candidate(msgspec.Struct, frozen=True):
     graph: str
 
 
-def export_student(settings: spec.Export, student: Path, out: Path) -> None:
+# Rows whose activations are looked at for the ranges of int8.
+CALIBRATION_ROWS = 320
+
+
+def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequence[dict[str, Any]] = ()) -> None:
     """Write every candidate file, and `candidates.json`.
 
     Args:
         settings: which precisions.
         student: a Hugging Face folder with `task.json`.
         out: gets `model*.onnx`.
+        rows: of the training data, which int8 of convolutions is calibrated on; without any there is no such file.
     """
     from kdexport.export.onnx import export_onnx
     from kdexport.export.optimize import fuse, trim
-    from kdexport.export.quantize import halve, quantize_int8
+    from kdexport.export.quantize import convolves, halve, quantize_int8, quantize_static_int8
 
     export_onnx(student, out / "model.onnx")
     found = [Candidate("fp32", "model.onnx", "fp32", "plain")]
@@ -42,14 +51,26 @@ def export_student(settings: spec.Export, student: Path, out: Path) -> None:
         halve(out / "model.onnx", out / "model_fp16.onnx")
         found.append(Candidate("fp16", "model_fp16.onnx", "fp16", "plain"))
     if "int8" in settings.variants:
-        quantize_int8(out / "model.onnx", out / "model_quantized.onnx")
-        found.append(Candidate("int8", "model_quantized.onnx", "int8", "plain"))
+        if not convolves(out / "model.onnx"):
+            quantize_int8(out / "model.onnx", out / "model_quantized.onnx")
+            found.append(Candidate("int8", "model_quantized.onnx", "int8", "plain"))
+        elif rows:
+            quantize_static_int8(out / "model.onnx", out / "model_quantized.onnx", _batches(student, rows))
+            found.append(Candidate("int8", "model_quantized.onnx", "int8", "plain"))
+        else:
+            say("export: int8 of convolutions is calibrated on rows (--data); there are none, so it is left out")
         if fused:
             quantize_int8(out / "model_fused.onnx", out / "model_fused_quantized.onnx")
             found.append(Candidate("int8-fused", "model_fused_quantized.onnx", "int8", "fused"))
     sizes = ", ".join(f"{c.name} {(out / c.file).stat().st_size / 1e6:.1f} MB" for c in found)
     say(f"export: {sizes}")
     write_json(out / "candidates.json", found)
+
+
+def _batches(student: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Arrays]:
+    task, step = load_task(student), max(1, len(rows) // CALIBRATION_ROWS)
+    chosen = rows[::step][:CALIBRATION_ROWS]
+    return (task.graph_inputs(task.encode(chosen[i : i + 32])) for i in range(0, len(chosen), 32))
 
 
 def read_candidates(export: Path) -> list[Candidate]:

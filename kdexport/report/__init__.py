@@ -12,6 +12,7 @@ from kdexport.report.sections import SECTIONS
 from kdexport.report.table import HEADERS, between, megabytes, ms, p99, percent, points, table, times, trimmed
 from kdexport.results import Exported, Report, read_report, write_report
 from kdexport.rundir import write_text
+from kdexport.tasks import TASKS
 
 
 def write_reports(report: Report, folder: Path) -> None:
@@ -58,7 +59,8 @@ def write_card(report: Report, file: Path) -> None:
     """Write the model card, with the metrics as a model-index."""
     best, teacher = report.variant(report.recommended), next(v for v in report.variants if v.model == "teacher")
     formats = {"percent": percent, "ms": ms, "times": times, "points": points}
-    values = {"r": report, "best": best, "teacher": teacher, "headers": HEADERS, "rows": table(report)}
+    reads = TASKS[report.task].reads
+    values = {"r": report, "reads": reads, "best": best, "teacher": teacher, "headers": HEADERS, "rows": table(report)}
     write_text(file, page.render("card.md.j2", **formats, **values))
 
 

@@ -36,6 +36,7 @@ from kdexport.serve.metrics import Metrics
 from kdexport.serve.models import Models, Version
 from kdexport.serve.settings import Settings
 from kdexport.serve.tracing import Tracer
+from kdexport.tasks.texts import Texts
 
 Handler = Callable[[Request], Awaitable[Response]]
 # Nginx's code for a client that went away; it is never sent, only logged and counted.
@@ -150,22 +151,27 @@ class App:
         """`POST /` and `POST /models/{name}`: Hugging Face's API."""
         request.protocol = "huggingface"
         body = await request.body(self.settings)
-        version = self.version(request, name)
+        return await self._classified(request, self.version(request, name), body)
+
+    async def _classified(self, request: Request, version: Version, body: bytes) -> Response:
         protocol = huggingface.TASKS[version.task.name]
         query = protocol.parse(body)
         rows, costs = self._checked(version, query.rows, 422)
         return Response(protocol.render(version, query, await self.run(request, version, rows, costs)))
 
     async def predict(self, request: Request) -> Response:
-        """`POST /predict` and `POST /invocations`: text-embeddings-inference's shape."""
+        """`POST /predict` and `POST /invocations`: text-embeddings-inference's; images and sound as at `POST /`."""
         request.protocol = "tei"
         body = await request.body(self.settings)
         version = self.version(request)
-        if version.task.name != "text-classification":
-            raise Refused(404, f"{version.name} is for {version.task.name}; POST / answers for it")
+        task = version.task
+        if not isinstance(task, Texts):
+            return await self._classified(request, version, body)
+        if task.name != "text-classification":
+            raise Refused(404, f"{version.name} is for {task.name}; POST / answers for it")
         query = tei.parse(body)
         rows, costs = self._checked(version, query.rows, 422)
-        if query.uncut and await asyncio.to_thread(lambda: any(map(version.task.is_cut, rows))):
+        if query.uncut and await asyncio.to_thread(lambda: any(map(task.is_cut, rows))):
             raise Refused(422, f"a text has more than {version.task.config.max_length} tokens, and truncate is false")
         return Response(tei.render(version, query, await self.run(request, version, rows, costs)))
 

@@ -9,7 +9,9 @@ A task's parameters, its inputs and its answer stand together in `TASKS`; the ne
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -45,6 +47,13 @@ class ClassifyRequest(msgspec.Struct, frozen=True):
     parameters: Parameters | None = None
 
 
+class FileRequest(msgspec.Struct, frozen=True):
+    """A picture or a recording in base64."""
+
+    inputs: str
+    parameters: Parameters | None = None
+
+
 class Query(NamedTuple):
     """A request, understood."""
 
@@ -60,6 +69,7 @@ class TaskProtocol(NamedTuple):
 
 
 _decode = msgspec.json.Decoder(ClassifyRequest).decode
+_decode_file = msgspec.json.Decoder(FileRequest).decode
 _DEFAULT = Parameters()
 
 
@@ -146,9 +156,32 @@ def _names(answer: Any, text: str, how: TagParameters) -> list[dict[str, Any]]:
     return [name for name in found if name["entity_group"] not in how.ignore_labels]
 
 
+def parse_file(reads: str, body: bytes) -> Query:
+    """A picture or a recording: the body's own bytes, or base64 in JSON, which the client sends with parameters.
+
+    Raises:
+        Refused: the JSON is not what the API says (422, 400 when it is none).
+    """
+    if body.lstrip()[:1] != b"{":
+        return Query([{reads: body}], _DEFAULT)
+    asked = decoded(_decode_file, body)
+    try:
+        return Query([{reads: b64decode(asked.inputs, validate=True)}], asked.parameters or _DEFAULT)
+    except ValueError:
+        raise Refused(422, f"inputs must be the {reads} in base64") from None
+
+
+def render_flat(version: Version, query: Query, results: Sequence[Result]) -> bytes:
+    """A list of labels with scores, best first."""
+    top = query.parameters.top_k
+    return encode(classes(version, results, query.parameters.function_to_apply, int(top) if top else None)[0])
+
+
 TASKS: dict[str, TaskProtocol] = {
     "text-classification": TaskProtocol(parse_texts, render_classes),
     "token-classification": TaskProtocol(parse_tags, render_tags),
+    "image-classification": TaskProtocol(partial(parse_file, "image"), render_flat),
+    "audio-classification": TaskProtocol(partial(parse_file, "audio"), render_flat),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdexport import artifact
-from kdexport.errors import ArtifactError, SpecError
+from kdexport.errors import ArtifactError, DataError, SpecError
 from kdexport.predictor import Predictor, golden_difference
 from kdexport.rundir import hash_file
 from kdexport.serve.http import Refused
@@ -59,16 +59,21 @@ class Version:
             )
         card = folder / "README.md"
         self.card = card.read_text(encoding="utf-8") if card.exists() else ""
-        self._lengths = self.task.lengths()
+        self._lengths = self.task.lengths() or [1]
         self._most, self.rate = self._warm_up(max_batch, max_batch_tokens)
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
         """A `Result` for each row: texts, or arrays that the client encoded."""
-        plain = [i for i, row in enumerate(rows) if "text" in row]
+        plain = [i for i, row in enumerate(rows) if self.task.reads in row]
         encoded = list(rows)
         if plain:
-            for i, arrays in zip(plain, self.task.tokenize([rows[i] for i in plain]), strict=True):
-                encoded[i] = arrays
+            try:
+                for i, arrays in zip(plain, self.task.tokenize([rows[i] for i in plain]), strict=True):
+                    encoded[i] = arrays
+            except DataError as error:  # it fails alone, whoever shares its batch
+                if len(rows) == 1:
+                    return [Refused(422, f"the {self.task.reads} can't be read: {error}")]
+                return [self.run([row])[0] for row in rows]
         logits = self._predictor.run(self.task.collate(encoded))
         results: list[Any] = [Result(*row) for row in zip(logits, self.task.scores(logits), strict=True)]
         if not np.isfinite(logits).all():  # JSON has no NaN
@@ -94,9 +99,9 @@ class Version:
             length → rows of a batch, and the tokens a second of the length that texts most often have.
         """
         most, rate = {}, 1.0
-        text = "the quick brown fox jumps over the lazy dog and asks for the way to the station "
+        rows_of_all_days = self.task.examples()
         for length in self._lengths:
-            one = self.task.sized([{"text": text * (1 + length // 16)}], length)
+            one = self.task.sized(rows_of_all_days, length)
             rows, per_row = 1, self._seconds(one)
             ends = time.monotonic() + _TUNING_S
             while rows < max_batch and 2 * rows * length <= max_batch_tokens and time.monotonic() < ends:

@@ -17,6 +17,7 @@ from kdexport.serve.http import Refused, Request, Response, answer, encode
 from kdexport.serve.models import Result, Version
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
 from kdexport.tasks.metrics import Array
+from kdexport.tasks.texts import Texts
 
 EXTENSIONS = ["binary_tensor_data", "classification"]
 HEADER_LENGTH = b"inference-header-content-length"
@@ -61,13 +62,18 @@ _decode = msgspec.json.Decoder(InferRequest).decode
 
 def metadata(version: Version) -> dict[str, Any]:
     """`GET /v2/models/{name}`; -1 is any size."""
-    tensors = [{"name": name, "datatype": "INT64", "shape": [-1, -1]} for name in version.task.config.inputs]
+    task, tensors = version.task, list[dict[str, Any]]()
+    if isinstance(task, Texts):
+        tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+        tensors += [{"name": name, "datatype": "INT64", "shape": [-1, -1]} for name in task.config.inputs]
+    else:
+        tensors = [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in task.shapes().items()]
     wide = [-1, len(version.task.labels)]
     return {
         "name": version.name,
         "versions": [version.version],
         "platform": "onnxruntime_onnx",
-        "inputs": [{"name": "text", "datatype": "BYTES", "shape": [-1]}, *tensors],
+        "inputs": tensors,
         "outputs": [
             {"name": name, "datatype": datatype, "shape": [-1] if name in ("label", "score") else wide}
             for name, datatype in OUTPUTS.items()
@@ -146,13 +152,16 @@ def rows_of(
     version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Named tensors → rows that the model runs, and the tokens that each is thought to take."""
+    task = version.task
+    if not isinstance(task, Texts):
+        return _float_rows(task.shapes(), tensors, shapes, max_rows)
     if "text" in tensors:
         return _text_rows(version, tensors, shapes, max_rows, max_chars)
-    wanted = version.task.config.inputs
+    wanted = task.config.inputs
     if set(tensors) != set(wanted):
         raise Refused(400, f"the inputs are `text` (and `text_pair`), or all of {', '.join(wanted)}")
     shape = shapes[wanted[0]]
-    rows, longest = (shape[0], version.task.config.max_length)
+    rows, longest = (shape[0], task.config.max_length)
     if len(shape) != 2 or any(list(shapes[name]) != list(shape) for name in wanted):
         raise Refused(400, f"{', '.join(wanted)} must have one shape: [rows, tokens]")
     if not (1 <= rows <= max_rows and 1 <= shape[1] <= longest):
@@ -161,10 +170,26 @@ def rows_of(
         array = tensors[name]
         if array is None or isinstance(array, list) or array.dtype != np.int64:
             raise Refused(400, f"input {name} must be of datatype INT64")
-        most = version.task.vocabulary if name == "input_ids" else 2
+        most = task.vocabulary if name == "input_ids" else 2
         if array.min() < 0 or array.max() >= most:
             raise Refused(400, f"input {name} must be within 0…{most - 1}")
     return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [shape[1]] * rows
+
+
+def _float_rows(
+    wanted: dict[str, list[int]], tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Pictures or sound as the client encoded them."""
+    if set(tensors) != set(wanted):
+        raise Refused(400, f"the input is {', '.join(wanted)}; files go to POST /")
+    for name, (_, *shape) in wanted.items():
+        rows, *found = shapes[name]
+        if found != shape or not 1 <= rows <= max_rows:
+            raise Refused(400, f"input {name} must have the shape [1…{max_rows}, {', '.join(map(str, shape))}]")
+        array = tensors[name]
+        if array is None or isinstance(array, list) or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise Refused(400, f"input {name} must be of datatype FP32, and finite")
+    return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [1] * rows
 
 
 def outputs_of(
@@ -252,6 +277,6 @@ def check_rows(
     if not 1 <= len(rows) <= max_rows:
         raise Refused(status, f"a request may have 1 to {max_rows} texts; it has {len(rows)}")
     for row in rows:
-        if any(len(text) > max_chars for text in row.values()):
+        if any(isinstance(text, str) and len(text) > max_chars for text in row.values()):
             raise Refused(413, f"a text may have {max_chars:,} characters")
     return rows, [version.task.cost(row) for row in rows]

@@ -37,6 +37,7 @@ class _Model(NamedTuple):
     name: str
     path: str
     task: str
+    reads: str
     labels: int
     function: str
     variant: str
@@ -94,6 +95,7 @@ def _model(version: Version, alone: bool, with_card: bool) -> _Model:
         name=version.name,
         path="./" if alone else f"models/{version.name}",
         task=version.task.name,
+        reads=version.task.reads,
         labels=len(config.labels),
         function=config.function,
         variant=version.variant,
@@ -117,6 +119,7 @@ def _page(models: tuple[_Model, ...], keyed: bool) -> Response:
     html = environment.get_template("serve/templates/page.html.j2").render(
         models=[model._replace(card=card_html(model.card)) for model in models],
         keyed=keyed,
+        texts=all(model.reads == "text" for model in models),
         style=style,
         script=script,
         sample=_SAMPLE,

@@ -78,6 +78,11 @@ def _without_effect(spec: Spec) -> Iterator[tuple[str, str, str]]:
             yield f"distill.{name}", "with alpha 0", "Raise alpha, or remove it"
     elif not losses & SOFTENED:
         yield "distill.temperature", f"on the loss {', '.join(sorted(losses))}", "Remove it, or take kl"
+    if spec.task in ("image-classification", "audio-classification"):
+        for key in ("data.text_pair", "data.max_length", "data.max_chars"):
+            yield key, f"on {spec.task}", "Remove it: it is of texts"
+        for key in ("student.vocabulary", "student.embedding", "student.start"):
+            yield key, f"on {spec.task}", "Remove it: it is of students that read texts"
     several = not isinstance(spec.teacher.model, str) and len(spec.teacher.model) > 1
     if not several:
         yield "teacher.weights", "with one teacher", "Remove it"

@@ -33,11 +33,14 @@ class Data(Section, frozen=True):
 
     train: Annotated[
         Text,
-        _help("CSV, JSONL or Parquet file, a folder with train.*, validation.* and test.*, or a hub id"),
+        _help(
+            "CSV, JSONL or Parquet file, a folder with train.*, validation.* and test.*, a folder of images or WAV "
+            "files (labels as subfolders, or metadata.csv), or a hub id"
+        ),
     ]
     validation: Annotated[Text | None, _help("split off from train (10 %, stratified) when absent")] = None
     test: Annotated[Text | None, _help("split off from train (20 %, stratified) when absent")] = None
-    text: Annotated[Text | None, _help("the text's column; guessed when its name is obvious")] = None
+    text: Annotated[Text | None, _help("the column of texts, images or sound; guessed when its name is obvious")] = None
     text_pair: Annotated[Text | None, _help("the second text's column, for pairs of texts")] = None
     label: Annotated[Text | None, _help("the label's column; guessed when its name is obvious")] = None
     problem: Annotated[
@@ -92,8 +95,9 @@ class Student(Section, frozen=True):
         Text | Annotated[tuple[Text, ...], Meta(min_length=1)] | None,
         _help(
             "tiny (2 layers × 128), mini (4 × 256), small (4 × 512), 3x192, layers:3 (the teacher's lowest), spread:3, "
-            "layers:0+2+5, bag, cnn, gru, cnn:512 (features), or a Hugging Face folder or hub id; a list is the ladder "
-            "that a search climbs; tiny when absent, a ladder of six if there is a budget"
+            "layers:0+2+5, bag, cnn, gru, cnn:512 (features), conv, conv:32 (channels; of images and sound), or a "
+            "Hugging Face folder or hub id; a list is the ladder "
+            "that a search climbs; tiny or conv when absent, a ladder if there is a budget"
         ),
     ] = None
     vocabulary: Annotated[
@@ -229,7 +233,7 @@ class Bench(Section, frozen=True):
     ] = None
 
 
-TaskName = Literal["text-classification", "token-classification"]
+TaskName = Literal["text-classification", "token-classification", "image-classification", "audio-classification"]
 
 
 class Spec(Section, frozen=True, kw_only=True):

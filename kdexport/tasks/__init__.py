@@ -9,13 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from kdexport.errors import ArtifactError
+from kdexport.tasks.audio_classification import AudioClassification
 from kdexport.tasks.config import Function, read_config
+from kdexport.tasks.image_classification import ImageClassification
 from kdexport.tasks.text_classification import MultiLabelTexts, TextClassification, TextRegression
 from kdexport.tasks.token_classification import TokenClassification
 
-Task = TextClassification | TokenClassification
+Task = TextClassification | TokenClassification | ImageClassification | AudioClassification
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (TextClassification, TokenClassification)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (TextClassification, TokenClassification, ImageClassification, AudioClassification)
+}
 
 
 # problem, as `data.problem` names it → the function from logits to scores, and the class for texts

@@ -28,20 +28,54 @@ class Items(NamedTuple):
     words: Sequence[str] = ()
 
 
+class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How a picture becomes float32 [channels, height, width]: resized, cut, scaled, normalised.
+
+    `resize` is [height, width], or one number for the shorter edge; `crop` is [height, width] of the middle, `resample`
+    Pillow's number of a filter. A value v of 0 … 255 becomes (v · scale − mean) / std.
+    """
+
+    channels: int = 3
+    resize: list[int] | int | None
+    crop: list[int] | None = None
+    resample: int = 2
+    scale: float = 1 / 255
+    mean: list[float]
+    std: list[float]
+
+
+class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How sound becomes the model's input: mono at `rate` Hz, then a waveform or the logarithms of mel bands.
+
+    A waveform is `length` samples, cut or padded with zeros; with `normalise` what is sound of it has mean 0 and
+    deviation 1. With `mels` bands it is `length` frames of them, and `normalise` takes `mean` away and divides by
+    2 · `std`.
+    """
+
+    rate: int
+    length: int
+    mels: int = 0
+    normalise: bool = True
+    mean: float = 0.0
+    std: float = 0.5
+
+
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`task.json`, and the manifest's `task`: all that encode and decode need besides tokenizer.json.
 
-    `max_length`, `pad_id`, `pad_type_id` and `padding_side` are of texts.
+    `max_length`, `pad_id`, `pad_type_id` and `padding_side` are of texts, `image` of pictures, `audio` of sound.
     """
 
     task: str
     labels: list[str]
     inputs: list[str]
-    max_length: int
+    max_length: int = 0
     pad_id: int = 0
     pad_type_id: int = 0
     padding_side: str = "right"
     function: Function = "softmax"
+    image: ImageConfig | None = None
+    audio: AudioConfig | None = None
 
 
 def read_config(folder: Path) -> TaskConfig:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from kdexport.errors import ArtifactError, ModelError
+from kdexport.errors import ArtifactError, DataError, ModelError
 from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
 from kdexport.tasks.metrics import Array
 
@@ -25,6 +25,7 @@ class Texts:
     """The side of a task that reads rows `{"text": …, "text_pair": …}`."""
 
     output: ClassVar = "logits"
+    reads: ClassVar = "text"
 
     def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
         self.config = config
@@ -71,6 +72,29 @@ class Texts:
         return "\x1f".join(filter(None, (row["text"], row.get("text_pair"))))
 
     @staticmethod
+    def title(row: Row) -> str:
+        """What a row is called in reports: its texts."""
+        return " ‖ ".join(filter(None, (row["text"], row.get("text_pair"))))
+
+    @staticmethod
+    def row(given: object) -> dict[str, Any]:
+        """The row of what a caller wants answered: a text, or a pair of texts.
+
+        Raises:
+            DataError: it is something else.
+        """
+        match given:
+            case str():
+                first, second = given, None
+            case (str() as first, str() as second):
+                pass
+            case _:
+                raise DataError(f"it is no text but {type(given).__name__}", "Give strings, or pairs of them")
+        # A lone surrogate can't be encoded as UTF-8, which the tokenizer works in.
+        clean = (part and part.encode("utf-8", "replace").decode("utf-8") for part in (first, second))
+        return dict(zip(("text", "text_pair"), clean, strict=True))
+
+    @staticmethod
     def ready(row: dict[str, Any]) -> dict[str, Any]:
         """A row of plain text as the task reads it."""
         return row
@@ -99,6 +123,21 @@ class Texts:
         if len(encoded) == 1:  # nothing to pad; a single text is what latency is measured by
             return {name: array[None] for name, array in encoded[0].items()}
         return self.collate(encoded)
+
+    def sizes(self, encoded: Sequence[Arrays]) -> list[int]:
+        """Tokens of each encoded row, which batches are sorted by."""
+        return [len(arrays[self.config.inputs[0]]) for arrays in encoded]
+
+    def remarks(self, rows: Sequence[Row]) -> list[str]:
+        """What is worth saying of how these rows are read."""
+        limit = self.config.max_length
+        share = sum(size >= limit for size in self.sizes(self.tokenize(rows))) / len(rows)
+        if share <= 0.25:
+            return []
+        return [
+            f"{share:.0%} of the texts are longer than {limit} tokens and are cut there; "
+            "--max-length reads more, and takes longer"
+        ]
 
     def graph_inputs(self, arrays: Arrays) -> Arrays:
         """What the graph reads of an encoded batch."""

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 from tokenizers import Encoding
 
+from kdexport.errors import DataError
 from kdexport.tasks.config import Arrays, Items, Row
 from kdexport.tasks.metrics import Array, softmax
 from kdexport.tasks.texts import Texts
@@ -126,6 +127,20 @@ class TokenClassification(Texts):
                 return f"tag {tag!r} of word {i + 1} follows {before!r}, so it is no valid BIO"
             before = tag
         return None
+
+    @staticmethod
+    def row(given: object) -> dict[str, Any]:
+        """The row of a text, or of a list of its words.
+
+        Raises:
+            DataError: it is something else, or a word is empty or has a space in it.
+        """
+        if not isinstance(given, list):
+            return TokenClassification.ready(Texts.row(given))
+        row = TokenClassification.canonical({"text": given})
+        if isinstance(row, str):
+            raise DataError(row)
+        return row
 
     @staticmethod
     def ready(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""The small convolutional network of ours, for images [B, C, H, W] and for mel bands of sound [B, T, M].
+
+3 × 3 convolutions, each with a batch norm and a ReLU, which the exporter folds into one: on small pictures that is
+quicker on a CPU than depthwise ones, whose time goes into memory. Like `networks.py` it is a `PreTrainedModel`, known
+to Transformers' Auto classes and Optimum's exporter once this module is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from optimum.exporters.onnx.config import OnnxConfig, VisionOnnxConfig
+from optimum.exporters.tasks import TasksManager
+from optimum.utils import NormalizedConfig, NormalizedVisionConfig
+from optimum.utils.input_generators import ASTDummyAudioInputGenerator
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+from transformers.utils import ModelOutput
+
+MODEL_TYPE = "kdexport-image"
+
+
+class ConvNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ships no types
+    """Shape of a `ConvNet`.
+
+    Args:
+        channels: of the stem, then of each stage, which halves height and width.
+        depth: convolutions of a stage.
+        stride: of the stem; 2 for pictures of more than about 32 pixels.
+        num_channels, image_size: of a picture; its height and width.
+        frames, num_mel_bins: of sound.
+        dropout: before the classifier.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (16, 32, 64),
+        depth: int = 2,
+        stride: int = 1,
+        num_channels: int = 1,
+        image_size: Sequence[int] = (28, 28),
+        frames: int = 64,
+        num_mel_bins: int = 40,
+        dropout: float = 0.0,
+        **others: Any,
+    ) -> None:
+        super().__init__(**others)
+        self.channels, self.depth, self.stride = list(channels), depth, stride
+        self.num_channels, self.image_size = num_channels, list(image_size)
+        self.frames, self.num_mel_bins, self.dropout = frames, num_mel_bins, dropout
+
+
+class ConvNet(PreTrainedModel):  # type: ignore[misc]
+    """Stages of convolutions → the mean over all places → logits [B, C]."""
+
+    config_class = ConvNetConfig
+    base_model_prefix = "net"
+    _of_sound: ClassVar = False
+
+    def __init__(self, config: ConvNetConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        first, *stages = config.channels
+        layers = [_convolution(1 if self._of_sound else config.num_channels, first, config.stride)]
+        for before, width in zip(config.channels, stages, strict=False):
+            layers.append(_convolution(before, width, 2))
+            layers += [_convolution(width, width, 1) for _ in range(config.depth - 1)]
+        self.features = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.channels[-1], config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        pooled = self.features(pixels).mean(dim=(2, 3))
+        logits: Tensor = self.classifier(self.dropout(pooled))
+        return logits
+
+
+class ConvNetForImageClassification(ConvNet):
+    """Pictures → logits."""
+
+    main_input_name = "pixel_values"
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ModelOutput:
+        """Logits float [B, C] of pixel values float [B, channels, H, W]."""
+        return ImageClassifierOutput(logits=self._logits(pixel_values))
+
+
+class ConvNetForAudioClassification(ConvNet):
+    """Mel bands, as a picture of one channel → logits."""
+
+    main_input_name = "input_values"
+    _of_sound = True
+
+    def forward(self, input_values: Tensor, labels: Tensor | None = None, **_: Any) -> ModelOutput:
+        """Logits float [B, C] of log-mel bands float [B, T, M]."""
+        return SequenceClassifierOutput(logits=self._logits(input_values.unsqueeze(1)))
+
+
+def _convolution(before: int, width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+    )
+
+
+class _OfImages(VisionOnnxConfig):  # type: ignore[misc]
+    NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {"pixel_values": {0: "batch_size", 1: "num_channels", 2: "height", 3: "width"}}
+
+
+class _OfSounds(OnnxConfig):  # type: ignore[misc]
+    NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(
+        num_mel_bins="num_mel_bins", max_length="frames", allow_new=True
+    )
+    DUMMY_INPUT_GENERATOR_CLASSES = (ASTDummyAudioInputGenerator,)
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {"input_values": {0: "batch_size"}}
+
+
+AutoConfig.register(MODEL_TYPE, ConvNetConfig, exist_ok=True)
+AutoModelForImageClassification.register(ConvNetConfig, ConvNetForImageClassification, exist_ok=True)
+AutoModelForAudioClassification.register(ConvNetConfig, ConvNetForAudioClassification, exist_ok=True)
+_register = TasksManager.create_register("onnx", overwrite_existing=True)
+_register(MODEL_TYPE, "image-classification", library_name="transformers")(_OfImages)
+_register(MODEL_TYPE, "audio-classification", library_name="transformers")(_OfSounds)

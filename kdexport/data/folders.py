@@ -1,0 +1,37 @@
+"""Folders of images or recordings, as Hugging Face's imagefolder and audiofolder have them → tables of file names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".wav"}
+METADATA = ("metadata.csv", "metadata.jsonl")
+_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+def splits_in(folder: Path) -> dict[str, str]:
+    """Split → its folder: those called train, validation and test; without them the folder itself is train."""
+    found = {s: str(folder / n) for s, names in _NAMES.items() for n in reversed(names) if (folder / n).is_dir()}
+    if "train" in found:
+        return found
+    return {"train": str(folder)} if metadata_of(folder) or any(_files(folder)) else {}
+
+
+def metadata_of(folder: Path) -> Path | None:
+    """The table of a folder's files, `file_name,label`, if it has one."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+def labelled_files(folder: Path) -> list[dict[str, Any]]:
+    """Rows `{"file_name", "label"}` of all files below a folder; the label is the subfolder that a file is in."""
+    rows = []
+    for path in _files(folder):
+        parts = path.relative_to(folder).parts
+        rows.append({"file_name": "/".join(parts), "label": parts[0] if len(parts) > 1 else None})
+    return rows
+
+
+def _files(folder: Path) -> list[Path]:
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
