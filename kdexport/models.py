@@ -43,6 +43,11 @@ def task_of(config: Any) -> str | None:
     return next((task for task in _HEADS if has_head(config, task)), None)
 
 
+def task_name(folder: Path) -> str:
+    """What a model's folder is for, as its `task.json` says; without one, text classification."""
+    return read_config(folder).task if (folder / "task.json").is_file() else "text-classification"
+
+
 def open_trained(folder: Path) -> PreTrainedModel:
-    """The model of a folder of ours, which says in `task.json` what it is for."""
-    return AUTO_CLASSES[read_config(folder).task].from_pretrained(folder)
+    """The model of a folder of ours."""
+    return AUTO_CLASSES[task_name(folder)].from_pretrained(folder)

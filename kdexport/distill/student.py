@@ -26,7 +26,7 @@ from kdexport.distill.teacher import Opened, open_config, open_model, open_proce
 from kdexport.distill.train import Recipe, fit, logits_of
 from kdexport.distill.vocabulary import trim_vocabulary
 from kdexport.errors import ModelError
-from kdexport.models import open_trained
+from kdexport.models import open_trained, task_name
 from kdexport.networks import TextNet, TextNetConfig, TextNetForTokens, start_as_mean
 from kdexport.progress import say
 from kdexport.rundir import write_json
@@ -175,7 +175,7 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
             trim_vocabulary(opened.processor, opened.model, texts)
         return Built(opened, f"its weights from {name}")
     teacher = open_trained(teacher_folder)
-    task = read_config(teacher_folder).task
+    task = task_name(teacher_folder)
     whole = student.vocabulary == "whole" or TASKS[task].reads != "text"
     tokenizer = open_processor(str(teacher_folder), task)
     kept = None if whole else trim_vocabulary(tokenizer, teacher, texts)
