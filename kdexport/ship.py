@@ -208,7 +208,7 @@ def recommend(files: Sequence[ExportedFile], rows: int) -> tuple[str, str]:
     """
     int8 = next((file for file in files if file.precision == "int8"), None)
     if int8 is None:
-        return "fp32", "int8 was not asked for"
+        return "fp32", "there is no int8 file"
     if int8.agreement is None:
         return "fp32", "whether int8 keeps the answers is not known without texts (--data)"
     kept = f"int8 gives fp32's answer on {int8.agreement:.1%} of {rows:,} rows"

@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers import (
+    ASTConfig,
     ASTFeatureExtractor,
+    ASTForAudioClassification,
     AutoFeatureExtractor,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     ConvNextImageProcessor,
     DeiTImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessor,
+    Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
 )
 
 from kdexport import spec
@@ -330,3 +338,54 @@ def test_extractors_open_by_their_file(tmp_path):
     how = audio.AudioConfig(rate=8000, length=32, mels=20, mean=-1.0, std=2.0)
     ASTFeatureExtractor(**audio.extractor_of(how)).save_pretrained(tmp_path)
     assert audio.config_of(AutoFeatureExtractor.from_pretrained(tmp_path).to_dict(), []) == how
+
+
+# --- other people's models
+
+NAMES = {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64} | NAMES
+MODELS = {
+    "vit": lambda: (
+        ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **SMALL)),
+        ViTImageProcessor(size={"height": 32, "width": 32}),
+    ),
+    "convnext": lambda: (
+        ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4, **NAMES)),
+        ConvNextImageProcessor(size={"shortest_edge": 64}),
+    ),
+    "ast": lambda: (
+        ASTForAudioClassification(ASTConfig(max_length=64, num_mel_bins=40, **SMALL)),
+        ASTFeatureExtractor(num_mel_bins=40, max_length=64),
+    ),
+    "wav2vec2": lambda: (
+        Wav2Vec2ForSequenceClassification(
+            Wav2Vec2Config(conv_dim=[16] * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, **SMALL)
+        ),
+        Wav2Vec2FeatureExtractor(),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_other_families_lose_layers_and_are_exported(family, tmp_path):
+    from kdexport.distill.shrink import keep_layers
+    from kdexport.distill.teacher import Opened, save_model, save_task
+    from kdexport.distill.train import logits_of
+    from kdexport.export import export_student
+    from kdexport.models import task_of
+    from kdexport.predictor import Predictor
+    from kdexport.tasks import load_task
+
+    model, processor = MODELS[family]()
+    model = keep_layers(model, [0, 2]) if family != "convnext" else model.eval()
+    name = "image-classification" if family in ("vit", "convnext") else "audio-classification"
+    assert task_of(type(model.config)(architectures=[type(model).__name__])) == name
+    rows = [{"audio": sound(0.5, 16_000, seed=seed)} for seed in range(3)] if name.startswith("audio") else []
+    save_task(Opened(model, processor), None, ["a", "b"], tmp_path, task=name, rows=rows)
+    save_model(Opened(model, processor), tmp_path)
+    task = load_task(tmp_path)
+    rows = [*rows, *task.probes(), *task.examples()]
+    export_student(spec.Export(), tmp_path, tmp_path, rows)
+    reference = logits_of(model, task, rows)
+    for file, allowed in (("model.onnx", 1e-4), ("model_quantized.onnx", 0.1)):
+        assert np.abs(Predictor(task, tmp_path / file, 1).logits(rows) - reference).max() < allowed

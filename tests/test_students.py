@@ -101,6 +101,6 @@ def test_the_learning_rate_follows_the_student(name, settings, rate):
 
 def test_changed_copies_are_gone_over_patiently():
     assert recipe.epochs(spec.Distill(), 15_000).value == 15
-    assert recipe.epochs(spec.Distill(), 15_000, pooled=True).value == 8
+    assert recipe.epochs(spec.Distill(), 15_000, start="pools").value == 8
     assert recipe.epochs(spec.Distill(), 15_000, 115_000).value == 5
     assert recipe.epochs(spec.Distill(epochs=2), 15_000, 115_000).value == 2

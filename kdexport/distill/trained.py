@@ -28,7 +28,8 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     Args:
         model: Hugging Face folder or hub id of a sequence classifier.
         max_length: tokens kept of each text; what the model reads, but at most 512, when None.
-        rows: what the reference is computed for, before the task's own probes and examples.
+        rows: what the reference is computed for, before the task's own probes and examples; in place they get the
+            column that the task reads.
         out: an existing folder.
 
     Raises:
@@ -37,6 +38,8 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     config = open_config(model)
     task_name = task_of(config) or "text-classification"
     opened = open_classifier(model, config, task_name)
+    for row in rows:  # the column that was named holds paths, if it is no column of texts
+        row.setdefault(TASKS[task_name].reads, row["text"])
     labels = own_labels(config)
     if len(set(labels)) < len(labels):
         raise ModelError(f"model {model!r} has labels of the same name", "Tell them apart: id2label in config.json")

@@ -31,6 +31,7 @@ def quantize_int8(fp32: Path, int8: Path) -> None:
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,
+            nodes_to_exclude=_computing_weights(fp32),
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
 
@@ -72,9 +73,17 @@ def quantize_static_int8(fp32: Path, int8: Path, batches: Iterable[Arrays]) -> N
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             reduce_range=True,
+            nodes_to_exclude=_computing_weights(fp32),
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
+
+
+def _computing_weights(fp32: Path) -> list[str]:
+    """Convolutions whose weights the graph computes, as Wav2Vec2 has one; they can't be quantized."""
+    graph = onnx.load(fp32).graph
+    known = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "Conv" and node.input[1] not in known]
 
 
 @contextmanager

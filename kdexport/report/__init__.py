@@ -66,7 +66,12 @@ def write_card(report: Report, file: Path) -> None:
 
 def write_export_card(exported: Exported, file: Path) -> None:
     """Write the model card of what `kdexport export` made."""
-    write_text(file, page.render("exported.md.j2", e=exported, version=__version__, percent=percent))
+    write_text(
+        file,
+        page.render(
+            "exported.md.j2", e=exported, reads=TASKS[exported.task].reads, version=__version__, percent=percent
+        ),
+    )
 
 
 def _verdict(report: Report) -> str:

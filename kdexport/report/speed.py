@@ -19,10 +19,9 @@ def variants(r: Report) -> Section:
         (*cells, v.speedup_p50.verdict if v.speedup_p50 and v.name != how.reference else "–")
         for cells, v in zip(table(r), r.variants, strict=True)
     ]
-    what = f"{how.rows} real {_ROWS.get(r.task, 'texts')}{_lengths(r)}"
     note = (
-        f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {what} in turn, in {how.rounds} shuffled "
-        f"rounds, each variant in a process of its own; waiting threads "
+        f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {how.rows} real {_rows(r)} in "
+        f"turn, in {how.rounds} shuffled rounds, each variant in a process of its own; waiting threads "
         f"{'spin' if how.spinning else 'sleep'}, garbage is not collected meanwhile. Intervals are over rounds, "
         f"ratios to {how.reference} are paired by round. p99 stands from 1,000 samples on; before that a bound of it, "
         "or nothing. Digits that the interval does not carry are left out."
@@ -35,7 +34,9 @@ def variants(r: Report) -> Section:
     return Section("Variants", lead, tables=tables, note=note + _control(r), brief=True)
 
 
-_ROWS = {"image-classification": "images", "audio-classification": "recordings"}
+def _rows(r: Report) -> str:
+    named = {"image-classification": "images", "audio-classification": "recordings"}
+    return f"{named.get(r.task, 'texts')}{_lengths(r)}"
 
 
 def _lengths(r: Report) -> str:

@@ -90,7 +90,7 @@ def decoded(content: bytes) -> Any:
     try:
         from PIL import Image
     except ModuleNotFoundError:
-        raise MissingPackage("pillow", "image") from None
+        raise MissingPackage("pillow", "cpu") from None
     if not content:
         raise DataError("it is empty")
     try:
