@@ -64,8 +64,10 @@ def local_files(data: spec.Data) -> list[Path]:
     paths = [Path(source) for source in find_splits(data).values() if _is_file_name(source)]
     paths += [Path(data.unlabelled)] if data.unlabelled else []
     for path in paths:
+        if not path.exists():
+            raise DataError(f"{path} does not exist", "Check the path")
         if not path.is_file() and not folders.splits_in(path):
-            raise DataError(f"{path} does not exist, or holds nothing that can be read", "Check the path")
+            raise DataError(f"{path} holds no images and no WAV files", "Check the path")
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty")
     return paths
