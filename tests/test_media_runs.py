@@ -51,7 +51,9 @@ def clothes(tmp_path_factory, cache):
     for split, count in (("train", 600), ("test", 150)):
         pq.write_table(pq.read_table(needed("fashion-mnist") / f"{split}.parquet")[:count], data / f"{split}.parquet")
     teacher = smaller("fashion-resnet", tmp_path_factory, hidden_sizes=[16, 32, 64], depths=[1, 1, 1])
-    flags = {"data.train": str(data), "teacher.model": str(teacher), "teacher.train.epochs": 5, "distill.epochs": 5}
+    how = {"epochs": 6, "learning_rate": 3e-3, "batch_size": 16}
+    flags = {"data.train": str(data), "teacher.model": str(teacher), "teacher.train": how}
+    flags |= {"distill.epochs": 10, "distill.batch_size": 16}
     return run("image-classification.yaml", tmp_path_factory.mktemp("run") / "clothes", cache, **flags)
 
 

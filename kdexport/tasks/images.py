@@ -34,6 +34,10 @@ class Images(Media):
         assert self.config.image
         return self.config.image
 
+    @cached_property
+    def _scaling(self) -> tuple[Array, Array]:
+        return scaling(self._how)
+
     @classmethod
     def inspect(cls, content: bytes) -> object:
         """Decode the picture, to see that it can be."""
@@ -41,7 +45,7 @@ class Images(Media):
 
     def array(self, content: bytes) -> Array:
         """Float32 [channels, height, width] of one picture."""
-        return array_of(decoded(content), self._how)
+        return array_of(decoded(content), self._how, self._scaling)
 
     def shapes(self) -> dict[str, list[int]]:
         """The graph's input, float32."""
@@ -106,8 +110,8 @@ def decoded(content: bytes) -> Any:
     return image
 
 
-def array_of(image: Any, how: ImageConfig) -> Array:
-    """Float32 [channels, height, width] of a Pillow image."""
+def array_of(image: Any, how: ImageConfig, scale: tuple[Array, Array]) -> Array:
+    """Float32 [channels, height, width] of a Pillow image; `scale` is what `scaling` makes of `how`."""
     mode = "L" if how.channels == 1 else "RGB"
     if image.mode != mode:
         if image.mode.startswith("I;16"):  # Pillow clips 16 bits to 8
@@ -122,11 +126,14 @@ def array_of(image: Any, how: ImageConfig) -> Array:
     values = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, how.channels)
     if how.crop:
         values = _middle(values, *how.crop)
-    # (v · scale − mean) / std, as one product and one sum
-    std = np.array(how.std, np.float64)
-    gain = (how.scale / std).astype(np.float32)
-    shift = (-np.array(how.mean, np.float64) / std).astype(np.float32)
+    gain, shift = scale
     return np.ascontiguousarray((values * gain + shift).transpose(2, 0, 1))
+
+
+def scaling(how: ImageConfig) -> tuple[Array, Array]:
+    """(v · scale − mean) / std, as one product and one sum: what to multiply by and what to add, [channels] each."""
+    mean, std = np.array(how.mean, np.float64), np.array(how.std, np.float64)
+    return (how.scale / std).astype(np.float32), (-mean / std).astype(np.float32)
 
 
 def _resized(height: int, width: int, to: list[int] | int) -> tuple[int, int]:
@@ -210,7 +217,7 @@ def fitted(rows: Sequence[Row], largest: tuple[int, int]) -> ImageConfig:
     channels = 1 if all(image.mode in ("1", "L", "I;16", "LA") for image in images) else 3
     size = [min(height, largest[0]), min(width, largest[1])]
     plain = ImageConfig(channels=channels, resize=size, resample=_BICUBIC, mean=[0.0] * channels, std=[1.0] * channels)
-    values = np.stack([array_of(image, plain) for image in images]).astype(np.float64)
+    values = np.stack([array_of(image, plain, scaling(plain)) for image in images]).astype(np.float64)
     mean, std = values.mean(axis=(0, 2, 3)), values.std(axis=(0, 2, 3))
     return ImageConfig(
         channels=channels,
