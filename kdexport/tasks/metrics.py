@@ -103,6 +103,12 @@ def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
     return counts
 
 
+def f1_of(sums: Array) -> Array:
+    """F1 of counts [..., 3]: found rightly, found, there; 1 where nothing is there and nothing was found."""
+    both = sums[..., 1] + sums[..., 2]
+    return np.asarray(np.where(both > 0, 2 * sums[..., 0] / np.maximum(both, 1), 1.0))
+
+
 def roc_auc(positives: Array, negatives: Array) -> tuple[float, tuple[float, float]]:
     """Area under the ROC curve, with a 95 % interval (DeLong, DeLong and Clarke-Pearson 1988).
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Items, Row
-from kdexport.tasks.metrics import Array
+from kdexport.tasks.metrics import Array, f1_of
 
 # Between the labels of a row, where rows are kept.
 BETWEEN = "\x1f"
@@ -63,8 +63,7 @@ class SeveralLabels(Classes):
 
     def metric_of(self, sums: Array) -> Array:
         """F1 over all labels of all rows, of sums [..., 3] of counts."""
-        both = sums[..., 1] + sums[..., 2]
-        return np.asarray(np.where(both > 0, 2 * sums[..., 0] / np.maximum(both, 1), 1.0))
+        return f1_of(sums)
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Macro F1: the mean over labels that the rows have."""

@@ -17,13 +17,15 @@ from tokenizers import Encoding
 
 from kdexport.errors import DataError
 from kdexport.tasks.config import Arrays, Items, Row
-from kdexport.tasks.metrics import Array, softmax
+from kdexport.tasks.metrics import Array, f1_of, softmax
 from kdexport.tasks.texts import Texts
 
 OUTSIDE = "O"
 # Of a word that the model did not read; as sure as a softmax of a trained model is.
 _UNREAD = 10.0
 _NO_LABEL = -100
+# The place of a word that was cut off; −1 is where there is no word.
+_CUT_OFF = -2
 # Letters and digits together, with an apostrophe or dots between them; anything else by itself.
 _WORD = re.compile(r"\w+(?:[.’'-]\w+)*|[^\w\s]")
 
@@ -254,8 +256,7 @@ class TokenClassification(Texts):
 
     def metric_of(self, sums: Array) -> Array:
         """F1 over names, of sums [..., 3] of counts; 1 where there is none, and none was found."""
-        both = sums[..., 1] + sums[..., 2]
-        return np.asarray(np.where(both > 0, 2 * sums[..., 0] / np.maximum(both, 1), 1.0))
+        return f1_of(sums)
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Metrics beside the one that counts: precision and recall of names."""
@@ -296,6 +297,3 @@ class TokenClassification(Texts):
                     places[word] = token
             encoded.append(self._arrays(encoding) | {"places": places})
         return encoded
-
-
-_CUT_OFF = -2
