@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import (
     AutoModelForAudioClassification,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -21,12 +22,14 @@ from kdexport.tasks.config import read_config
 AUTO_CLASSES: dict[str, Any] = {
     "text-classification": AutoModelForSequenceClassification,
     "token-classification": AutoModelForTokenClassification,
+    "causal-lm": AutoModelForCausalLM,
     "image-classification": AutoModelForImageClassification,
     "audio-classification": AutoModelForAudioClassification,
 }
 _HEADS = {
     "text-classification": ("ForSequenceClassification",),
     "token-classification": ("ForTokenClassification",),
+    "causal-lm": ("LMHeadModel", "ForCausalLM"),
     "image-classification": ("ForImageClassification",),
     "audio-classification": ("ForAudioClassification", "ForSequenceClassification"),  # Wav2Vec2's has the latter name
 }

@@ -48,9 +48,9 @@ def run(settings: spec.Spec, out: Path) -> Report:
         data = folder.stage(
             "data",
             version=2,
-            settings=[settings.task, settings.data, settings.seed],
+            settings=[settings.task, settings.data, settings.seed, *teachers.cut_by(settings)],
             reads=files,
-            build=lambda work: prepare(settings.data, settings.task, settings.seed, work),
+            build=lambda work: prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings)),
         )
 
         # 2. The teacher, or several: fine-tuned if asked, else as they are.
@@ -63,11 +63,10 @@ def run(settings: spec.Spec, out: Path) -> Report:
         )
 
         # 3. Soft targets: once for every text, whatever student follows; unlabelled and changed texts too.
-        asked = settings.teacher
         targets = folder.stage(
             "targets",
             version=2,
-            settings=[asked.weights, asked.combine, asked.passes, asked.noise, settings.distill.augment, settings.seed],
+            settings=teachers.asked_of(settings),
             reads=[data, teacher],
             build=lambda work: _targets(settings, data, teacher, work),
         )
@@ -121,7 +120,7 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     """
     local_files(settings.data)
     with tempfile.TemporaryDirectory() as work:
-        prepare(settings.data, settings.task, settings.seed, Path(work))
+        prepare(settings.data, settings.task, settings.seed, Path(work), teachers.cut_of(settings))
         rows = len(read_rows(Path(work), "train"))
     names = recipe.students(settings)
     starts = {recipe.start_of(settings.student, name) for name in names}
@@ -156,7 +155,9 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
 def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None:
     from kdexport.distill.targets import write_targets
 
-    write_targets(data, teacher, work, how=settings.teacher, augment=settings.distill.augment, seed=settings.seed)
+    distill = settings.distill
+    how, augment, samples = settings.teacher, distill.augment, distill.samples
+    write_targets(data, teacher, work, how=how, augment=augment, samples=samples, seed=settings.seed)
 
 
 def _verify(data: Path, targets: Path, student: Path, baseline: Path | None, export: Path, work: Path) -> None:

@@ -83,9 +83,9 @@ class Predictor:
         binding.synchronize_outputs()
         return self.task.pick(np.asarray(binding.copy_outputs_to_cpu()[0]), arrays)
 
-    def logits(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> Array:
+    def logits(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> Array:
         """Logits float32 [N, *answer_shape] of many rows, in batches of similar length, in the rows' order."""
-        encoded = self.task.tokenize(rows)
+        encoded, batch_size = self.task.tokenize(rows), batch_size or self.task.at_once
         lengths = self.task.sizes(encoded)
         order = np.argsort(lengths, kind="stable")
         logits = np.empty((len(rows), *self.task.answer_shape), dtype=np.float32)

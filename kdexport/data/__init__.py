@@ -18,6 +18,7 @@ import msgspec
 
 from kdexport import spec
 from kdexport.data.duplicates import Audit, audit, near_duplicates
+from kdexport.data.passages import Cut
 from kdexport.data.sources import SPLITS, read_splits, read_unlabelled, to_rows
 from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
@@ -45,8 +46,8 @@ class Summary(msgspec.Struct, frozen=True):
     problem: str = "single-label"
 
 
-def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
-    """Read the sources, check every row, split, audit, and write the rows.
+def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | None = None) -> None:
+    """Read the sources, check every row, split, audit, and write the rows; texts that have to be are `cut`.
 
     Raises:
         DataError: a file, column, row or class is wrong; the line says where and how to mend it.
@@ -59,9 +60,9 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path) -> None:
     for split, source in sources.items():
         # What is tested needs labels; where they are, the test may come of train.
         needs_labels = split == "test" or "test" not in sources
-        splits[split], bad = to_rows(source, settings, task, needs_labels=needs_labels)
+        splits[split], bad = to_rows(source, settings, task, needs_labels=needs_labels, cut=cut)
         bad_rows += bad
-    unlabelled, bad = read_unlabelled(settings, task) if settings.unlabelled else ([], 0)
+    unlabelled, bad = read_unlabelled(settings, task, cut) if settings.unlabelled else ([], 0)
     bad_rows += bad
     if bad_rows:
         warn(f"data: {bad_rows:,} bad rows left out")
@@ -178,7 +179,7 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
             if strange := sorted(task.labels_of(row) - labels):
                 where = row["id"].replace(":", ", row ")
                 raise DataError(f"{where}: label {strange[0]!r} stands in no row of train", "Add rows to train")
-    if len(labels) < 2 and task is not task_class("text-classification", "regression"):
+    if len(labels) < 2 and task.has_names:
         raise DataError(f"the rows have one label only: {', '.join(labels)}", "Is --label the right column?")
     return task.ordered(labels)
 
@@ -187,7 +188,7 @@ def _tell(counts: dict[str, int], labels: list[str], missing: list[str], found: 
     sizes = ", ".join(
         f"{count:,} {split}{' (split off)' if split in missing else ''}" for split, count in counts.items()
     )
-    say(f"data: {sizes}; {len(labels)} classes")
+    say(f"data: {sizes}{f'; {len(labels)} classes' if labels else ''}")
     if found.duplicates:
         across = sum(found.across.values())
         dropped = sum(found.dropped.values())

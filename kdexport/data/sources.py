@@ -13,10 +13,12 @@ import msgspec
 
 from kdexport import spec
 from kdexport.data import folders
+from kdexport.data.passages import Cut, read_text
 from kdexport.errors import DataError, MissingPackage
 from kdexport.tasks import TASKS, task_class
 
-SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll", ".bio", ".iob2"}
+TABLES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll", ".bio", ".iob2"}
+SUFFIXES = TABLES | {".txt"}
 SPLITS = ("train", "validation", "test")
 
 # Pairs of columns that need no flag, in order of preference; single ones stand in the tasks.
@@ -24,6 +26,10 @@ _OBVIOUS_PAIRS = (
     ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
     ("text1", "text2"), ("text_a", "text_b"), ("question", "sentence"), ("query", "passage"),
 )  # fmt: skip
+
+
+# What a row is called in its file, and the row.
+Numbered = tuple[int | str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def find_splits(data: spec.Data) -> dict[str, str]:
         found = found if "train" in found else folders.splits_in(folder)
         if "train" not in found:
             raise DataError(
-                f"{folder} holds no train.csv, .tsv, .jsonl or .parquet, nor images or WAV files",
+                f"{folder} holds no train.csv, .tsv, .jsonl, .parquet or .txt, nor images or WAV files",
                 "Name the file with --data",
             )
         given = found | {split: path for split, path in given.items() if path and split != "train"}
@@ -90,7 +96,7 @@ def rows_of_sources(data: spec.Data) -> dict[str, int]:
     counts = {split: len(source.rows) for split, source in read_splits(data).items()}
     if data.unlabelled:
         path = Path(data.unlabelled)
-        counts["unlabelled"] = len(read_file(path).rows if path.suffix in SUFFIXES else _lines(path))
+        counts["unlabelled"] = len(read_file(path).rows if path.suffix in TABLES else _lines(path))
     return counts
 
 
@@ -104,11 +110,14 @@ def _read_local(path: Path) -> Source:
 
 
 def read_file(path: Path) -> Source:
-    """Read a CSV, TSV, JSONL or Parquet file through Hugging Face `datasets`, all of it as it stands."""
+    """Read a CSV, TSV, JSONL or Parquet file through Hugging Face `datasets`, as it stands; a text as one row."""
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} is no {', '.join(sorted(SUFFIXES))} file", "Convert it, or rename it")
     if path.suffix in (".conll", ".bio", ".iob2"):
         return _read_conll(path)
+    if path.suffix == ".txt":
+        _check_utf8(path)
+        return Source(path.name, ["text"], [{"text": read_text(path)}])
     datasets = _datasets()
     options: dict[str, Any] = {}
     if path.suffix in (".csv", ".tsv"):
@@ -132,7 +141,7 @@ def read_file(path: Path) -> Source:
 
 
 def to_rows(
-    source: Source, data: spec.Data, task: str, *, needs_labels: bool = True
+    source: Source, data: spec.Data, task: str, *, needs_labels: bool = True, cut: Cut | None = None
 ) -> tuple[list[dict[str, Any]], int]:
     """Choose the columns and check every row.
 
@@ -142,6 +151,7 @@ def to_rows(
         task: its name.
         needs_labels: whether a file without a column of labels is an error; else its rows have the label None. Where
             there is such a column, or the spec names one, every row needs its label.
+        cut: how a text becomes passages, each a row of its own, with the id `<file>:<row>.<passage>`.
 
     Returns:
         The good rows with a stable id `<file>:<row>`, rows counted from 1; and the number of bad ones.
@@ -150,10 +160,10 @@ def to_rows(
         DataError: a column or, unless `skip_bad_rows`, a row is wrong.
     """
     columns = _choose_columns(source, data, task, needs_labels or data.label is not None)
-    return _check_rows(source, enumerate(source.rows, 1), columns, data, task)
+    return _check_rows(source, _numbered(source.rows, columns, cut), columns, data, task)
 
 
-def read_unlabelled(data: spec.Data, task: str) -> tuple[list[dict[str, Any]], int]:
+def read_unlabelled(data: spec.Data, task: str, cut: Cut | None = None) -> tuple[list[dict[str, Any]], int]:
     """The rows of `data.unlabelled`, with the label None; and the number of bad ones. See `to_rows`.
 
     A file that is no CSV, TSV, JSONL or Parquet file is a text a line; its blank lines are passed over. A column of
@@ -164,11 +174,11 @@ def read_unlabelled(data: spec.Data, task: str) -> tuple[list[dict[str, Any]], i
     """
     assert data.unlabelled
     path = Path(data.unlabelled)
-    if path.suffix in SUFFIXES:
+    if path.suffix in TABLES or cut:
         source = read_file(path)
         columns = _choose_columns(source, msgspec.structs.replace(data, label=None), task, needs_label=False)
         columns.pop("label", None)
-        return _check_rows(source, enumerate(source.rows, 1), columns, data, task)
+        return _check_rows(source, _numbered(source.rows, columns, cut), columns, data, task)
     if TASKS[task].reads != "text":
         raise DataError(f"{path} names no files", "Give a CSV, JSONL or Parquet file")
     if data.text_pair:
@@ -184,8 +194,18 @@ def _lines(path: Path) -> list[str]:
         return [line.rstrip("\n") for line in file]
 
 
+def _numbered(rows: list[dict[str, Any]], columns: dict[str, str], cut: Cut | None) -> Iterator[Numbered]:
+    """Rows from 1 on; of texts that are cut, the i-th passage of row 7 is 7.i."""
+    for number, row in enumerate(rows, 1):
+        text = row.get(columns.get("text", ""))
+        if cut and isinstance(text, str) and text.strip():
+            yield from ((f"{number}.{i}", row | {columns["text"]: part}) for i, part in enumerate(cut(text), 1))
+        else:
+            yield number, row
+
+
 def _check_rows(
-    source: Source, numbered: Iterable[tuple[int, dict[str, Any]]], columns: dict[str, str], data: spec.Data, task: str
+    source: Source, numbered: Iterable[Numbered], columns: dict[str, str], data: spec.Data, task: str
 ) -> tuple[list[dict[str, Any]], int]:
     rows, bad, of_task, name = [], 0, task_class(task, data.problem), source.name
     for number, raw in numbered:

@@ -49,12 +49,13 @@ def transfer_rows(train: Rows, unlabelled: Rows, change: Change | None, task: st
     """
     content = TASKS[task].content
     taken = {*seen, *(content(row) for row in train)}
+    unknown = "" if task == "causal-lm" else None  # texts are their own labels there
     rows: Rows = []
 
     def take(row: dict[str, Any]) -> None:
         if (key := content(row)) not in taken:
             taken.add(key)
-            rows.append(row | {"label": None})
+            rows.append(row | {"label": unknown})
 
     for row in unlabelled:
         take(row)

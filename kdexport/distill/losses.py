@@ -12,6 +12,7 @@ the weights alone how much.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -45,6 +46,7 @@ def objective(
     temperature: float,
     alpha: float,
     hard: str = "ce",
+    packed: bool = False,
 ) -> list[Term]:
     """The terms above of one batch: the teacher's unless alpha is 0, the labels' unless it is 1.
 
@@ -56,13 +58,16 @@ def objective(
         temperature: T of the teacher's terms.
         alpha: weight of the teacher's terms, from 0 to 1.
         hard: the labels' term, one of `LABEL_LOSSES`; other than `ce` takes labels float [B, C].
+        packed: whether the teacher's are packed log probabilities of some classes, see `with_rest`.
     """
     label_loss = LABEL_LOSSES[hard]
     if teacher_logits is None:
         return [Term(hard, 1.0, label_loss(student_logits, labels))]
     student, teacher = student_logits.float(), teacher_logits.float()
+    both = with_rest(student, teacher) if packed and alpha > 0 else (student, teacher)
+    targets = None if packed else labels  # among the k + 1 outcomes they have other places
     terms = [
-        Term(name, alpha * weight, LOGIT_LOSSES[name](student, teacher, labels, temperature))
+        Term(name, alpha * weight, LOGIT_LOSSES[name](*both, targets, temperature))
         for name, weight in losses.items()
         if name in LOGIT_LOSSES and alpha > 0
     ]
@@ -222,14 +227,65 @@ def dist(
     return temperature**2 * loss
 
 
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+    """T² · KL(student_T ‖ teacher_T): a student too small for all that the teacher says keeps to what is surely right.
+
+    Gu et al. 2024 (MiniLLM, https://arxiv.org/abs/2306.08543, section 2.1), here on the given texts.
+    """
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    return temperature**2 * _divergence(student, teacher).mean()
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+    """T² · Jensen-Shannon divergence, half the KL of each to the mean of both: bounded by T² · log 2.
+
+    Agarwal et al. 2024 (GKD, https://arxiv.org/abs/2306.13649, equation 1) with β = 1/2.
+    """
+    student = F.log_softmax(student_logits / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    mean = torch.logaddexp(student, teacher) - math.log(2)
+    return temperature**2 * 0.5 * (_divergence(teacher, mean) + _divergence(student, mean)).mean()
+
+
 LOGIT_LOSSES: dict[str, LogitLoss] = {
     "kl": kl,
+    "reverse-kl": reverse_kl,
+    "jsd": jsd,
     "soft-ce": soft_cross_entropy,
     "mse": mse,
     "bce": bce,
     "dkd": dkd,
     "dist": dist,
 }
+
+
+# --- soft targets of language models
+
+
+def with_rest(student_logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The student's and the teacher's log probabilities of the same k + 1 outcomes: k tokens, and all others together.
+
+    A teacher's answer to a token holds k of V probabilities, so its divergence from a student is taken over what both
+    say of these, and of the rest as one. That is never more than the divergence over all V, and less by the rest's
+    mass times the divergence within the rest. Any loss of logits can be taken of the two.
+
+    Args:
+        student_logits: float [M, V].
+        packed: float [M, 1 + 2k] as `kdexport.tasks.causal_lm` packs them.
+
+    Returns:
+        Twice float [M, k + 1].
+    """
+    ids, teacher = packed[:, 1::2].long(), packed[:, 2::2].float()
+    student = F.log_softmax(student_logits.float(), dim=-1).gather(1, ids)
+    return _and_rest(student), _and_rest(teacher)
+
+
+def _and_rest(logs: Tensor) -> Tensor:
+    """Log probabilities [M, k] and that of what they leave of 1, at least 1e-6, which is what rounding may leave."""
+    rest = torch.log((1 - logs.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-6))
+    return torch.cat([logs, rest], dim=-1)
 
 
 # --- inside

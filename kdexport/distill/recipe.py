@@ -17,6 +17,7 @@ _CONV_WIDTH = 16
 # What a search climbs when no student is named, from the smallest on.
 LADDER = ("bag", "cnn", "tiny", "2x256", "layers:1", "layers:2")
 _MEDIA_LADDER = ("conv:8", "conv", "conv:24", "conv:32")
+_LANGUAGE_LADDER = ("2x128", "2x256", "layers:1", "layers:2")
 _MEDIA = ("image-classification", "audio-classification")
 
 _EXAMPLES_SEEN, _STEPS = 300_000, 500
@@ -75,7 +76,10 @@ def students(settings: spec.Spec) -> tuple[str, ...]:
     """The students to train: one, or the ladder that a search climbs."""
     named = settings.student.model
     if named is None:
-        ladder, one = (_MEDIA_LADDER, "conv") if settings.task in _MEDIA else (LADDER, "tiny")
+        language = settings.task == "causal-lm"
+        ladder, one = (_LANGUAGE_LADDER, "tiny") if language else (LADDER, "tiny")
+        if settings.task in _MEDIA:
+            ladder, one = _MEDIA_LADDER, "conv"
         return ladder if settings.budget.binds() else (one,)
     return (named,) if isinstance(named, str) else tuple(dict.fromkeys(named))
 
@@ -89,13 +93,18 @@ def check(settings: spec.Spec) -> None:
     if settings.distill.augment and settings.task in _MEDIA:
         raise SpecError(f"distill.augment changes texts, and not the rows of {settings.task}", "Leave it out")
     student, shapes = settings.student, [shape_of(name) for name in students(settings)]
-    of_texts, media = {"narrow", "network"}, settings.task in _MEDIA
+    refused, instead = {"conv"}, "Take tiny, bag, cnn or layers:2"
+    if settings.task == "causal-lm":
+        refused, instead = {"conv", "network"}, "Take tiny, 4x192 or layers:2"
+    elif settings.task in _MEDIA:
+        refused, instead = {"narrow", "network"}, "Take conv, conv:32 or layers:2"
     for name in students(settings):
-        if shape_of(name).kind in (of_texts if media else {"conv"}):
-            raise SpecError(
-                f"student.model: {name!r} is none for {settings.task}",
-                "Take conv, conv:32 or layers:2" if media else "Take tiny, bag, cnn or layers:2",
-            )
+        if shape_of(name).kind in refused:
+            raise SpecError(f"student.model: {name!r} is none for {settings.task}", instead)
+    if "int4" in settings.export.variants and settings.task != "causal-lm":
+        raise SpecError(f"export.variants: int4 is for causal-lm, and none for {settings.task}", "Take int8")
+    if settings.task == "causal-lm" and (wants := sorted(spec.losses_of(settings) & OF_LAYERS)):
+        raise SpecError(f"distill.loss: {wants[0]} is none for causal-lm yet", "Take kl, reverse-kl or jsd")
     pooled = [name for name in students(settings) if start_of(student, name) in ("pools", "random")]
     if pooled and (wants := sorted(spec.losses_of(settings) & OF_LAYERS)) and settings.distill.alpha != 0:
         raise SpecError(

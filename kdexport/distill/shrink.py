@@ -176,13 +176,15 @@ def _narrow_config(teacher: Any, layers: int, width: int) -> Any:
         "pooler_hidden_size": width,
         "num_attention_heads": heads,
         "attention_head_size": width // heads,
+        "head_dim": width // heads,
+        "num_key_value_heads": heads,
         "intermediate_size": 4 * width,
         "hidden_dim": 4 * width,  # DistilBERT's name for it
     }.items():
         if hasattr(config, name):
             setattr(config, name, value)
     for name, value in vars(config).items():
-        if "dropout" in name and isinstance(value, float | int):
+        if "drop" in name and isinstance(value, float | int):
             setattr(config, name, 0.0)
     return config
 
@@ -232,7 +234,10 @@ def _widening(model: PreTrainedModel) -> nn.Linear | None:
 
 def _tables(model: PreTrainedModel) -> dict[str, Tensor]:
     """The tables that are summed into the first layer's input, by name."""
-    block = model.base_model.embeddings
+    base = model.base_model
+    if not hasattr(base, "embeddings"):  # GPT-2's and Llama's stand in the model itself
+        return {name: part.weight for name, part in base.named_children() if isinstance(part, nn.Embedding)}
+    block = base.embeddings
     return {name: part.weight for name, part in block.named_modules() if isinstance(part, nn.Embedding)}
 
 

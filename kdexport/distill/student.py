@@ -97,6 +97,7 @@ def train_student(
         temperature=distill.temperature,
         alpha=distill.alpha,
         patience=distill.patience if share == 1 else None,
+        dtype=distill.dtype,
     )
     if soft is not None and unlabelled:
         rows, soft = [*rows, *unlabelled], np.concatenate([soft, np.load(targets / f"{TRANSFER}.npy")])
@@ -176,7 +177,7 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
         return Built(opened, f"its weights from {name}")
     teacher = open_trained(teacher_folder)
     task = task_name(teacher_folder)
-    whole = student.vocabulary == "whole" or TASKS[task].reads != "text"
+    whole = student.vocabulary == "whole" or TASKS[task].reads != "text" or task == "causal-lm"
     tokenizer = open_processor(str(teacher_folder), task)
     kept = None if whole else trim_vocabulary(tokenizer, teacher, texts)
     size = "" if kept is None else f", a vocabulary of {len(kept):,}"

@@ -20,6 +20,7 @@ from kdexport.data.sources import SPLITS
 from kdexport.distill.answers import Run, Teacher
 from kdexport.distill.augment import changer, transfer_rows
 from kdexport.distill.combine import columns_of, combine
+from kdexport.distill.samples import written_by
 from kdexport.distill.store import Store as Store
 from kdexport.distill.store import cache_folder
 from kdexport.distill.teachers import teachers_of
@@ -34,7 +35,7 @@ Rows = Sequence[dict[str, Any]]
 
 TRANSFER = "transfer"
 _PREFLIGHT_ROWS = 256
-_CHANCE_KAPPA = 0.1
+_CHANCE_KAPPA, _CHANCE_TOKENS = 0.1, 0.02
 _BLOCK = 8192
 
 
@@ -46,6 +47,7 @@ def write_targets(
     *,
     how: spec.Teacher | None = None,
     augment: spec.Augment | None = None,
+    samples: int | None = None,
     seed: int = 0,
 ) -> None:
     """Write the teachers' combined logits for every row of every split, and check each teacher on the way.
@@ -59,7 +61,8 @@ def write_targets(
         run_teacher: rows → logits; what the teacher's kind does when absent.
         how: passes and how answers are combined; one pass when absent.
         augment: changed copies of the texts of train and of the unlabelled ones; none when absent.
-        seed: of copies and of dropout.
+        samples: passages that a language model writes, to train on as well; none when absent.
+        seed: of copies, of dropout and of samples.
 
     Raises:
         ModelError: a teacher is near chance on the labelled rows, or gives no finite logits.
@@ -70,6 +73,8 @@ def write_targets(
     unlabelled = read_rows(data, "unlabelled") if (data / "unlabelled.jsonl").is_file() else []
     change = changer(teacher, augment, seed) if augment else None
     seen = {task.content(row) for split in ("validation", "test") for row in splits[split]}
+    if samples:
+        unlabelled = [*unlabelled, *written_by(teacher, splits["train"], samples, seed)]
     if transfer := transfer_rows(splits["train"], unlabelled, change, task.name, seen):
         write_rows(out, TRANSFER, transfer)
         splits[TRANSFER] = transfer
@@ -81,7 +86,8 @@ def write_targets(
     accuracy: dict[str, float] = {}
     each: list[dict[str, float]] = [{} for _ in members]
     for split, rows in splits.items():
-        answers = [member.answers(rows)[..., columns] for member, columns in zip(members, places, strict=True)]
+        answers = [member.answers(rows) for member in members]
+        answers = [a[..., columns] if columns else a for a, columns in zip(answers, places, strict=True)]
         logits = _combine(answers, how)
         np.save(out / f"{split}.npy", logits)
         if chosen := labelled[split]:
@@ -135,7 +141,7 @@ def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     task, logits = teacher.task, teacher.answers(rows)
     if task.config.function != "softmax":
         value = metric(task, logits, rows)
-        if value < _CHANCE_KAPPA:
+        if value < (_CHANCE_TOKENS if task.config.kept else _CHANCE_KAPPA):
             raise ModelError(f"{who} has a {task.metric_name} of {value:.2f} on {len(rows)} labelled rows", "Train it")
         return
     items = task.items(rows, logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,9 @@ from kdexport.tasks.config import Function, TaskConfig
 logging.set_verbosity_error()  # "newly initialized" warnings: we say ourselves what is new
 
 _DEFAULT_MAX_LENGTH = 128
+# Of a language model's vocabulary, as many tokens are kept with their probability, and the mass of the rest. With 64 of
+# a vocabulary of 1,024 the KL of a student is within PERCENT of the whole one's (tests/test_language.py).
+_SOFT_TARGETS = 64
 # As transformers' configurations name them; without one a pipeline takes softmax.
 _PROBLEM_TYPE = {"softmax": None, "sigmoid": "multi_label_classification", "none": "regression"}
 
@@ -71,7 +75,11 @@ def prepare_teacher(
     source = str(folder or settings.model)
     config, summary = open_config(source), read_summary(data)
     of_task, function = summary.task, PROBLEMS[summary.problem][0]
-    if settings.train is None:
+    if of_task == "causal-lm":
+        labels, function = [], "none"
+        if settings.train is None and not has_head(config, of_task):
+            raise ModelError(f"teacher {settings.model} is no language model", "Name one, such as a GPT-2")
+    elif settings.train is None:
         if (theirs := function_of(len(own_labels(config)), config.problem_type)) != function:
             raise ModelError(
                 f"teacher {settings.model} has scores by {theirs}, data.problem {summary.problem} wants {function}",
@@ -84,7 +92,7 @@ def prepare_teacher(
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
     opened = open_model(source, config, of_task, labels, function, to_train=settings.train is not None)
     some = some_rows(data)
-    save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some)
+    save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some, kept=_SOFT_TARGETS)
     task = load_task(out)
     for remark in task.remarks(some):
         say(f"teacher: {remark}")
@@ -94,6 +102,7 @@ def prepare_teacher(
             learning_rate=settings.train.learning_rate,
             batch_size=settings.train.batch_size,
             seed=seed,
+            dtype=settings.train.dtype,
         )
         train, validation = (_labelled(data, split) for split in ("train", "validation"))
         say(f"teacher: fine-tuning on {len(train):,} rows, {recipe.epochs} epochs")
@@ -164,10 +173,11 @@ def open_model(
         ModelError: weights, tokenizer or processor are missing or unreadable.
     """
     processor = open_processor(model, task)
-    config.num_labels = len(labels)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: i for i, label in enumerate(labels)}
-    config.problem_type = _PROBLEM_TYPE[function]
+    if task != "causal-lm":
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+        config.problem_type = _PROBLEM_TYPE[function]
     if Path(model).is_dir() and not _has_weights(Path(model)):
         if not to_train:
             raise ModelError(f"model folder {model} holds no weights", "Train it from random ones: --teacher-epochs 3")
@@ -292,6 +302,7 @@ def save_task(
     function: Function = "softmax",
     at_most: int = _DEFAULT_MAX_LENGTH,
     rows: Sequence[dict[str, Any]] = (),
+    kept: int = 1,
 ) -> None:
     """Write `task.json` and the files of the tokenizer or processor.
 
@@ -304,6 +315,7 @@ def save_task(
         function: from logits to scores.
         at_most: see `max_length`.
         rows: some of train, for what a processor of sound leaves open.
+        kept: of language models, how many of the most probable tokens an answer holds.
     """
     model, tokenizer = opened
     if TASKS[task].reads != "text":
@@ -321,7 +333,9 @@ def save_task(
     if getattr(model.config, "type_vocab_size", None) == 0:  # DeBERTa-v2 and -v3 take token types and read none
         accepted.discard("token_type_ids")
     reads = longest_input(model.config, tokenizer)
-    write_task(tokenizer, accepted, reads, max_length, labels, out, task=task, function=function, at_most=at_most)
+    kept = kept if task == "causal-lm" else 0
+    write = partial(write_task, task=task, function=function, at_most=at_most, kept=kept)
+    write(tokenizer, accepted, reads, max_length, labels, out)
 
 
 def write_task(
@@ -335,22 +349,23 @@ def write_task(
     task: str = "text-classification",
     function: Function = "softmax",
     at_most: int = _DEFAULT_MAX_LENGTH,
+    kept: int = 0,
 ) -> None:
     """Write tokenizer files and `task.json` for a model that takes the inputs `accepted` and `reads` so many tokens.
 
     See `save_task` for the rest.
     """
-    if max_length and max_length > reads:
-        raise ModelError(f"max_length is {max_length}, but the model reads {reads} tokens", "Lower it")
     config = TaskConfig(
         task=task,
         labels=list(labels),
         inputs=[name for name in ("input_ids", "attention_mask", "token_type_ids") if name in accepted],
-        max_length=max_length or min(at_most, reads),
+        max_length=_length(reads, max_length, at_most),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         pad_type_id=tokenizer.pad_token_type_id,
         padding_side=tokenizer.padding_side,
         function=function,
+        kept=min(kept, len(tokenizer)),
+        end_id=tokenizer.eos_token_id if kept else None,
     )
     # A tokenizer.json may carry truncation and padding of its own, which other runtimes would follow.
     tokenizer.backend_tokenizer.no_truncation()
@@ -363,6 +378,21 @@ def write_task(
 def save_model(opened: Opened, out: Path) -> None:
     """Write config and weights as safetensors."""
     opened.model.save_pretrained(out, safe_serialization=True)
+
+
+def read_length(config: Any, tokenizer: PreTrainedTokenizerFast, asked: int | None) -> int:
+    """How many tokens are read of each text.
+
+    Raises:
+        ModelError: more are asked for than the model reads.
+    """
+    return _length(longest_input(config, tokenizer), asked, _DEFAULT_MAX_LENGTH)
+
+
+def _length(reads: int, asked: int | None, at_most: int) -> int:
+    if asked and asked > reads:
+        raise ModelError(f"max_length is {asked}, but the model reads {reads} tokens", "Lower it")
+    return asked or min(at_most, reads)
 
 
 def longest_input(config: Any, tokenizer: PreTrainedTokenizerFast) -> int:

@@ -20,6 +20,7 @@ import msgspec
 
 from kdexport import artifact, spec
 from kdexport.data import read_summary
+from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
 from kdexport.distill import recipe
 from kdexport.distill.combine import columns_of
@@ -81,7 +82,10 @@ def check(settings: spec.Spec) -> None:
             raise SpecError(
                 f"distill.augment: {_SAID[kind]} holds no answers to changed texts ({model})", "Leave it out"
             )
-    media = TASKS[settings.task].reads != "text"
+    language = settings.task == "causal-lm"
+    if language and (len(models) > 1 or teacher.passes > 1):
+        raise SpecError(f"teacher.model: for {settings.task} it is one teacher, which reads each text once", "Name one")
+    media = TASKS[settings.task].reads != "text" or language
     for model, kind in kinds.items():
         if media and (kind != "torch" or is_adapter(Path(model))):
             raise SpecError(f"teacher.model: for {settings.task} it can't be {_SAID[kind]} or an adapter ({model}) yet")
@@ -124,6 +128,33 @@ def settings_of(settings: spec.Spec) -> list[Any]:
     asked = {"weights": None, "combine": "log-mean", "passes": 1, "noise": "dropout"}
     teacher = msgspec.structs.replace(settings.teacher, **asked)
     return [teacher, settings.data.max_length, settings.seed, tokenizer_for_stored(settings)]
+
+
+def asked_of(settings: spec.Spec) -> list[Any]:
+    """The part of the spec that decides what they are asked, and how their answers are combined."""
+    teacher, distill = settings.teacher, settings.distill
+    asked = [teacher.weights, teacher.combine, teacher.passes, teacher.noise, distill.augment, settings.seed]
+    return [*asked, distill.samples] if distill.samples else asked
+
+
+def cut_by(settings: spec.Spec) -> list[str]:
+    """The teacher whose tokenizer says how long passages are, where texts are cut into them."""
+    return [models_of(settings.teacher)[0]] if settings.task == "causal-lm" else []
+
+
+def cut_of(settings: spec.Spec) -> Cut | None:
+    """How a language model's texts are cut into passages: as long as the teacher reads, or as is asked for.
+
+    Raises:
+        ModelError: the teacher has no tokenizer, or reads less than is asked for.
+    """
+    for model in cut_by(settings):
+        from kdexport.distill.teacher import open_config, open_tokenizer, read_length
+
+        tokenizer = open_tokenizer(model)
+        length = read_length(open_config(model), tokenizer, settings.data.max_length)
+        return cutter(tokenizer.backend_tokenizer, length)
+    return None
 
 
 def tokenizer_for_stored(settings: spec.Spec) -> str | None:

@@ -49,7 +49,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
 
     A `Schedule` moves linearly from the first step to the last of all that are planned. Without `patience` the last
     epoch's weights stand; with it, training ends after so many epochs without a better validation metric, and the
-    best epoch's weights stand.
+    best epoch's weights stand. With `dtype` bfloat16 products are taken in half precision, and weights stay float32.
     """
 
     epochs: int
@@ -60,6 +60,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     temperature: float | Schedule = 1.0
     alpha: float | Schedule = 0.0
     patience: int | None = None
+    dtype: str = "float32"
 
 
 def fit(
@@ -127,6 +128,7 @@ def fit(
             matching,
             ledger,
             label_loss=task.label_loss,
+            packed=bool(task.config.kept),
             model=model,
             args=_arguments(recipe, work / "checkpoints", bool(layers)),
             train_dataset=range(len(rows)),
@@ -159,11 +161,11 @@ def logits_of(
     task: Task,
     rows: Rows,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> Array:
     """A model's logits float32 [N, *answer_shape] in the rows' order, computed in batches of similar length."""
-    encoded = task.tokenize(rows)
+    encoded, batch_size = task.tokenize(rows), batch_size or task.at_once
     lengths = task.sizes(encoded)
     order = np.argsort(lengths, kind="stable")[::-1]  # the longest first: memory runs out at once or never
     logits = np.empty((len(rows), *task.answer_shape), dtype=np.float32)
@@ -189,12 +191,13 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         matching: Matching | None,
         ledger: Ledger,
         label_loss: str,
+        packed: bool,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over rows: there is nothing to count beforehand
         self._recipe, self._lengths, self._matching, self._ledger = recipe, lengths, matching, ledger
-        self._label_loss = label_loss
+        self._label_loss, self._packed = label_loss, packed
         named = self.model.named_parameters()
         self._of_student = [each for name, each in named if each.requires_grad and not name.startswith("matching.")]
 
@@ -228,7 +231,14 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
             logits, labels = logits[of, places[of, word]], labels[of, word]
             teacher_logits = None if teacher_logits is None else teacher_logits[of, word]
         terms = objective(
-            logits, labels, teacher_logits, losses, temperature=temperature, alpha=alpha, hard=self._label_loss
+            logits,
+            labels,
+            teacher_logits,
+            losses,
+            temperature=temperature,
+            alpha=alpha,
+            hard=self._label_loss,
+            packed=self._packed,
         )
         if self._matching:
             of_layers = self._matching(inputs, outputs)
@@ -266,6 +276,8 @@ def _arguments(recipe: Recipe, folder: Path, looks_inside: bool) -> TrainingArgu
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_nan_inf_filter=False,  # it waits for the device at every step; Ledger looks every 50
         report_to=[],
+        bf16=recipe.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
     )
     if looks_inside:  # projections are used outside the model's forward, where no search for unused ones finds them;
         arguments.ddp_find_unused_parameters = False

@@ -11,7 +11,7 @@ from kdexport.errors import SpecError
 from kdexport.spec.sections import Distill, Spec, Weight
 
 # What each loss reads besides the logits of both.
-SOFTENED = {"kl", "soft-ce", "bce", "dkd", "dist"}
+SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist"}
 OF_LAYERS = {"hidden", "attention", "relation"}
 
 
@@ -19,12 +19,15 @@ OF_LAYERS = {"hidden", "attention", "relation"}
 _LOSSES = {"multi-label": ("bce", "mse"), "regression": ("mse",)}
 
 
-def with_loss_of_problem(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
-    """The spec with the default loss of its problem, where it names none.
+def with_defaults_of_task(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
+    """The spec with the defaults of its task: the loss of its problem, a language model's temperature.
 
     Raises:
         SpecError: it names a loss that compares labels of which one excludes the others.
     """
+    if spec.task == "causal-lm" and "temperature" not in (tree.get("distill") or {}):
+        # Softening is for the few classes that a sure teacher leaves at 0; of the next token it is never that sure.
+        spec = msgspec.structs.replace(spec, distill=msgspec.structs.replace(spec.distill, temperature=1.0))
     if spec.data.problem == "single-label":
         return spec
     if spec.task != "text-classification":
@@ -83,6 +86,11 @@ def _without_effect(spec: Spec) -> Iterator[tuple[str, str, str]]:
             yield key, f"on {spec.task}", "Remove it: it is of texts"
         for key in ("student.vocabulary", "student.embedding", "student.start"):
             yield key, f"on {spec.task}", "Remove it: it is of students that read texts"
+    if spec.task == "causal-lm":
+        for key in ("data.text_pair", "data.label", "student.vocabulary", "student.embedding", "distill.augment"):
+            yield key, f"on {spec.task}", "Remove it"
+    elif spec.distill.samples:
+        yield "distill.samples", f"on {spec.task}", "Remove it, or take augment"
     several = not isinstance(spec.teacher.model, str) and len(spec.teacher.model) > 1
     if not several:
         yield "teacher.weights", "with one teacher", "Remove it"

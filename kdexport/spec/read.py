@@ -13,7 +13,7 @@ import yaml
 from msgspec import Meta
 
 from kdexport.errors import SpecError
-from kdexport.spec.effects import refuse_without_effect, with_loss_of_problem
+from kdexport.spec.effects import refuse_without_effect, with_defaults_of_task
 from kdexport.spec.sections import Bench, Section, Spec
 
 
@@ -57,7 +57,7 @@ def parse(tree: Any, source: str) -> Spec:
         spec = msgspec.convert(tree, Spec)
     except msgspec.ValidationError as error:
         raise _explain(str(error), source) from None
-    spec = with_loss_of_problem(tree, spec, source)
+    spec = with_defaults_of_task(tree, spec, source)
     refuse_without_effect(tree, spec, source)
     return spec
 

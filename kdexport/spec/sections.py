@@ -34,8 +34,8 @@ class Data(Section, frozen=True):
     train: Annotated[
         Text,
         _help(
-            "CSV, JSONL or Parquet file, a folder with train.*, validation.* and test.*, a folder of images or WAV "
-            "files (labels as subfolders, or metadata.csv), or a hub id"
+            "CSV, JSONL or Parquet file, text for causal-lm, a folder with train.*, validation.* and test.*, a folder "
+            "of images or WAV files (labels as subfolders, or metadata.csv), or a hub id"
         ),
     ]
     validation: Annotated[Text | None, _help("split off from train (10 %, stratified) when absent")] = None
@@ -59,12 +59,18 @@ class Data(Section, frozen=True):
     drop_duplicates: Annotated[bool, _help("drop texts from train that stand in validation or test as well")] = True
 
 
+Dtype = Literal["float32", "bfloat16"]
+
+
 class TeacherTraining(Section, frozen=True):
     """Fine-tuning of the teacher."""
 
     epochs: Annotated[Count, _help("passes over the training rows")] = 3
     learning_rate: Annotated[Positive, _help("the highest; warmed up over 10 %, then linear to zero")] = 5e-5
     batch_size: Annotated[Count, _help("rows a step")] = 16
+    dtype: Annotated[
+        Dtype, _help("of products; bfloat16 is quicker where the CPU or GPU has it, and weights stay float32")
+    ] = "float32"
 
 
 class Teacher(Section, frozen=True):
@@ -121,7 +127,7 @@ class Student(Section, frozen=True):
     ] = "projections"
 
 
-LossName = Literal["kl", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation"]
+LossName = Literal["kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation"]
 Weight = Annotated[float, Meta(ge=0)] | Schedule
 
 
@@ -146,7 +152,8 @@ class Distill(Section, frozen=True):
     loss: Annotated[
         LossName | dict[LossName, Weight],
         _help(
-            "kl, soft-ce, mse, bce, dkd, dist (of logits), hidden, attention, relation (of layers), or {name: weight}"
+            "kl, reverse-kl, jsd, soft-ce, mse, bce, dkd, dist (of logits), hidden, attention, relation (of layers), "
+            "or {name: weight}"
         ),
     ] = "kl"
     temperature: Annotated[
@@ -164,20 +171,26 @@ class Distill(Section, frozen=True):
     learning_rate: Annotated[Positive | None, _help("the highest; derived from the student's width when absent")] = None
     batch_size: Annotated[Count, _help("rows a step")] = 32
     augment: Annotated[Augment | None, _help("also train on changed copies of the texts; absent: none")] = None
+    samples: Annotated[
+        Count | None, _help("of causal-lm: also train on so many passages that the teacher writes; absent: none")
+    ] = None
+    dtype: Annotated[Dtype, _help("of products in training; see teacher.train.dtype")] = "float32"
     seeds: Annotated[Count, _help("train the student (and the baseline) so many times: mean and deviation")] = 1
     baseline: Annotated[
         bool, _help("also train the same student on the labels alone, to see what distillation gave")
     ] = True
 
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 
 
 class Export(Section, frozen=True):
     """What is made of the student."""
 
     variants: Annotated[
-        tuple[Precision, ...], Meta(min_length=1), _help("precisions to export; fp32 is always made")
+        tuple[Precision, ...],
+        Meta(min_length=1),
+        _help("precisions to export; fp32 always, int4 of causal-lm"),
     ] = ("fp32", "int8")
     max_int8_loss: Annotated[
         Share, _help("int8 is recommended only if its metric is at most this far below fp32's")
@@ -233,7 +246,9 @@ class Bench(Section, frozen=True):
     ] = None
 
 
-TaskName = Literal["text-classification", "token-classification", "image-classification", "audio-classification"]
+TaskName = Literal[
+    "text-classification", "token-classification", "causal-lm", "image-classification", "audio-classification"
+]
 
 
 class Spec(Section, frozen=True, kw_only=True):

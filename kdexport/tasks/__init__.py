@@ -10,15 +10,17 @@ from pathlib import Path
 
 from kdexport.errors import ArtifactError
 from kdexport.tasks.audio_classification import AudioClassification
+from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.config import Function, read_config
 from kdexport.tasks.image_classification import ImageClassification
 from kdexport.tasks.text_classification import MultiLabelTexts, TextClassification, TextRegression
 from kdexport.tasks.token_classification import TokenClassification
 
-Task = TextClassification | TokenClassification | ImageClassification | AudioClassification
+Task = TextClassification | TokenClassification | CausalLM | ImageClassification | AudioClassification
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (TextClassification, TokenClassification, ImageClassification, AudioClassification)
+    task.name: task
+    for task in (TextClassification, TokenClassification, CausalLM, ImageClassification, AudioClassification)
 }
 
 

@@ -58,6 +58,7 @@ class Classes:
     is_share: ClassVar[bool] = True
     one_label: ClassVar[bool] = True
     label_loss: ClassVar = "ce"
+    has_names: ClassVar[bool] = True
     config: TaskConfig
     labels: list[str]
 

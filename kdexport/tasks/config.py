@@ -64,6 +64,7 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`task.json`, and the manifest's `task`: all that encode and decode need besides tokenizer.json.
 
     `max_length`, `pad_id`, `pad_type_id` and `padding_side` are of texts, `image` of pictures, `audio` of sound.
+    Of language models, an answer holds the `kept` most probable tokens, and `end_id` ends a text.
     """
 
     task: str
@@ -76,6 +77,8 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     function: Function = "softmax"
     image: ImageConfig | None = None
     audio: AudioConfig | None = None
+    kept: int = 0
+    end_id: int | None = None
 
 
 def read_config(folder: Path) -> TaskConfig:

@@ -72,6 +72,7 @@ class Media:
 
     output: ClassVar = "logits"
     reads: ClassVar[str]
+    at_once: ClassVar = 32
     config: TaskConfig
 
     def __init__(self, config: TaskConfig) -> None:

@@ -89,6 +89,7 @@ class Number(Classes):
     is_share: ClassVar[bool] = False
     one_label: ClassVar[bool] = False
     label_loss: ClassVar = "mse"
+    has_names: ClassVar[bool] = False
 
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:

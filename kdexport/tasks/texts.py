@@ -26,6 +26,7 @@ class Texts:
 
     output: ClassVar = "logits"
     reads: ClassVar = "text"
+    at_once: ClassVar = 32
 
     def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
         self.config = config

@@ -93,6 +93,7 @@ class TokenClassification(Texts):
     is_share: ClassVar[bool] = False
     one_label: ClassVar[bool] = False
     label_loss: ClassVar = "ce"
+    has_names: ClassVar[bool] = True
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("tokens", "words"),
         "label": ("tags", "ner_tags", "labels", "label"),

@@ -1,0 +1,229 @@
+"""Language modelling: for each token of a text the probabilities of the next one.
+
+A row's answer is no [T, V] table, which would be gigabytes, but what is asked of it, packed: [max_length, 1 + 2k], for
+each token that was predicted
+
+    log p of the token that is there · id and log p of the most probable · … · id and log p of the k-th
+
+Its first three columns are all that metrics read. A teacher's hold k = 64, and make soft targets: what they don't
+hold is the rest's mass, 1 − Σ p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+
+from kdexport.tasks.config import Arrays, Items, Row
+from kdexport.tasks.metrics import Array
+from kdexport.tasks.texts import Texts
+
+# Columns of packed answers.
+LOG_P, BEST = 0, 1
+_NO_LABEL = -100
+
+
+class Foreseen(msgspec.Struct, frozen=True):
+    """How well a text was foreseen: tokens that were predicted, the share of them that was the most probable, bits."""
+
+    tokens: int
+    accuracy: float
+    bits_per_byte: float
+
+    def told(self, scores: bool) -> dict[str, Any]:
+        """What the command line prints."""
+        return {
+            "tokens": self.tokens,
+            "accuracy": round(self.accuracy, 6),
+            "bits_per_byte": round(self.bits_per_byte, 6),
+        }
+
+
+class CausalLM(Texts):
+    """Rows `{"text": …}` → packed log probabilities [N, max_length, 1 + 2k]; the labels are the tokens themselves."""
+
+    name: ClassVar = "causal-lm"
+    metric_name: ClassVar = "token accuracy"
+    is_share: ClassVar[bool] = False
+    one_label: ClassVar[bool] = False
+    label_loss: ClassVar = "ce"
+    has_names: ClassVar[bool] = False
+    at_once: ClassVar = 8  # a table of logits is T × V a row
+    columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text", "content", "document", "body")}
+
+    # --- rows as they come
+
+    @staticmethod
+    def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
+        """Texts are their own labels: none is missing, and none has a name."""
+        return row | {"label": ""}
+
+    @staticmethod
+    def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
+        """What is wrong with a row, or None."""
+        return Texts.check(row, max_chars, needs_label=False)
+
+    @staticmethod
+    def labels_of(row: Row) -> set[str]:
+        """There are no names."""
+        return set()
+
+    @staticmethod
+    def ordered(labels: Iterable[str]) -> list[str]:
+        """There are no names."""
+        return []
+
+    @staticmethod
+    def stratum(row: Row) -> str:
+        """Texts need no strata."""
+        return ""
+
+    # --- rows → arrays
+
+    @property
+    def answer_shape(self) -> tuple[int, ...]:
+        """Of one row's packed answer."""
+        return self.config.max_length, 1 + 2 * self.config.kept
+
+    def collate(self, encoded: Sequence[Arrays]) -> Arrays:
+        """Pad to the longest; `places` [B, T − 1] too: the tokens that predict one, −1 where there is none."""
+        batch = super().collate(encoded)
+        sizes = np.array(self.sizes(encoded))[:, None]
+        places = np.arange(max(1, sizes.max() - 1))[None]
+        batch["places"] = np.where(places < sizes - 1, places, -1)
+        return batch
+
+    def graph_inputs(self, arrays: Arrays) -> Arrays:
+        """What the graph reads of an encoded batch, beside an empty cache."""
+        return {name: arrays[name] for name in self.config.inputs}
+
+    def pick(self, output: Array, arrays: Arrays) -> Array:
+        """The graph's logits [B, T, V] → packed answers [B, *answer_shape]; zeros where nothing was predicted."""
+        ids, k = arrays["input_ids"], self.config.kept
+        packed = np.zeros((len(output), *self.answer_shape), dtype=np.float32)
+        for i, (tokens, mask) in enumerate(zip(ids, arrays["attention_mask"], strict=True)):
+            n = int(mask.sum())
+            if n < 2:
+                continue
+            logs = log_softmax(output[i, : n - 1])
+            packed[i, : n - 1, LOG_P] = logs[np.arange(n - 1), tokens[1:n]]
+            best = most_probable(logs, k)
+            packed[i, : n - 1, 1::2] = best
+            packed[i, : n - 1, 2::2] = np.take_along_axis(logs, best, axis=1)
+        return packed
+
+    def encode(self, rows: Sequence[Row]) -> Arrays:
+        """The inputs of a batch of rows: int64 arrays [B, T]."""
+        return self.collate(self.tokenize(rows))
+
+    def prompt(self, text: str, room: int) -> list[int]:
+        """The last tokens of a text that leave room for so many more; a text without any begins as training's did."""
+        self._tokenizer.no_truncation()
+        ids = list(self._tokenizer.encode(text).ids)
+        self._tokenizer.enable_truncation(self.config.max_length)
+        return ids[-max(1, self.config.max_length - room) :] or [self.config.end_id or 0]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Tokens as text, without special ones."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def probes(self) -> list[dict[str, Any]]:
+        """Rows at the edges of what may come in."""
+        return [row | {"label": ""} for row in super().probes()]
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Rows as they come in every day."""
+        return [row | {"label": ""} for row in super().examples()]
+
+    # --- answers
+
+    def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """The mean log probability of each row's tokens, float64 [N]."""
+        counts = self.counts(logits, rows)
+        return np.asarray(-counts[:, 2] / np.maximum(counts[:, 1], 1))
+
+    def decode(self, logits: Array, rows: Sequence[Row]) -> list[Foreseen]:
+        """How well each row was foreseen."""
+        return [
+            Foreseen(int(tokens), right / max(tokens, 1), nats / math.log(2) / max(size, 1))
+            for right, tokens, nats, size in self.counts(logits, rows).tolist()
+        ]
+
+    def agrees(self, logits: Array, reference: Array) -> Array:
+        """Of each row, the share of tokens after which both hold the same one most probable: float64 [N]."""
+        there = reference[..., LOG_P] < 0
+        same = (logits[..., BEST] == reference[..., BEST]) & there
+        return np.asarray(same.sum(axis=1) / np.maximum(there.sum(axis=1), 1))
+
+    def difference(self, logits: Array, reference: Array) -> float:
+        """max |Δ log p|: of the tokens that are there, and of the most probable ones, whichever those are."""
+        return max(float(np.abs(logits[..., i] - reference[..., i]).max()) for i in (LOG_P, BEST + 1))
+
+    def targets(self, rows: Iterable[Row]) -> Array:
+        """The tokens that are predicted, int64 [N, max_length]; −100, which losses pass over, where there is none."""
+        encoded = self.tokenize(list(rows))
+        found = np.full((len(encoded), self.config.max_length), _NO_LABEL, dtype=np.int64)
+        for i, arrays in enumerate(encoded):
+            found[i, : len(arrays["input_ids"]) - 1] = arrays["input_ids"][1:]
+        return found
+
+    def hits(self, logits: Array, rows: Sequence[Row]) -> None:
+        """None: a text is not right or wrong."""
+
+    def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """Of each row, tokens that were the most probable, tokens, nats, and bytes that these spell: float64 [N, 4]."""
+        counts = np.zeros((len(rows), 4))
+        for i, (row, encoding) in enumerate(zip(rows, self._encodings(rows), strict=True)):
+            n = len(encoding.ids) - 1
+            if n < 1:
+                continue
+            ids = np.array(encoding.ids[1:])
+            spelled = row["text"][encoding.offsets[1][0] : encoding.offsets[-1][1]]
+            counts[i] = (
+                (logits[i, :n, BEST] == ids).sum(),
+                n,
+                -logits[i, :n, LOG_P].astype(np.float64).sum(),
+                len(spelled.encode()),
+            )
+        return counts
+
+    def metric_of(self, sums: Array) -> Array:
+        """The share of tokens that were held the most probable, of sums [..., 4] of counts."""
+        return np.asarray(sums[..., 0] / np.maximum(sums[..., 1], 1))
+
+    def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
+        """What the text costs: bits a byte, which holds whatever the tokenizer, and perplexity, which is by token."""
+        _, tokens, nats, size = self.counts(logits, rows).sum(axis=0)
+        return {"bits per byte": float(nats / math.log(2) / size), "perplexity": float(np.exp(nats / tokens))}
+
+    def chosen(self, items: Items) -> Array:
+        """There is nothing to look at by label."""
+        return items.labels
+
+    def items(self, rows: Sequence[Row], logits: Array) -> Items:
+        """There is nothing to look at by label."""
+        none = np.zeros(0, dtype=np.int64)
+        return Items(none, none, np.zeros((0, 1)))
+
+    def scores(self, logits: Array, function: str | None = None) -> Array:
+        """Packed answers are log probabilities already."""
+        return logits
+
+
+def log_softmax(logits: Array) -> Array:
+    """Log probabilities along the last axis, float32, computed without overflow."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def most_probable(logs: Array, k: int) -> Array:
+    """The k most probable tokens of each row [N, V], the first one first: int64 [N, k]."""
+    if k == 1:
+        return np.asarray(logs.argmax(axis=1)[:, None])
+    some = np.argpartition(logs, -k, axis=1)[:, -k:] if k < logs.shape[1] else np.arange(k)[None].repeat(len(logs), 0)
+    order = np.argsort(-np.take_along_axis(logs, some, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(some, order, axis=1)
