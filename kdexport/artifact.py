@@ -4,6 +4,7 @@ config.json tokenizer.json …    as on the Hugging Face Hub
 onnx/model.onnx                 fp32, standard operators only
 onnx/model_quantized.onnx       int8
 onnx/model_fp16.onnx            fp16, for GPUs
+onnx/model_q4.onnx              int4 weights, of language models
 golden.json                     rows, and the logits that each file gave for them when it was packed
 kdexport.json                   the manifest
 README.md                       the model card
@@ -62,7 +63,12 @@ class Golden(msgspec.Struct, frozen=True):
 
 
 # Names that transformers.js, text-embeddings-inference and Optimum look for.
-SHIPPED_AS = {"fp32": "onnx/model.onnx", "fp16": "onnx/model_fp16.onnx", "int8": "onnx/model_quantized.onnx"}
+SHIPPED_AS = {
+    "fp32": "onnx/model.onnx",
+    "fp16": "onnx/model_fp16.onnx",
+    "int8": "onnx/model_quantized.onnx",
+    "int4": "onnx/model_q4.onnx",
+}
 
 # What of a student's folder other tools want beside the graph.
 _SHIPPED = (

@@ -23,6 +23,12 @@ from kdexport.tasks.metrics import Array
 Text = str | tuple[str, str] | list[str] | bytes | Path
 
 
+# How Optimum calls the inputs and outputs of a graph with a key-value cache.
+_PAST, _PRESENT, _POSITIONS = "past_key_values.", "present.", "position_ids"
+# Tokens that were read, and their keys and values by the inputs that take them.
+Past = tuple[int, dict[str, Any]]
+
+
 def allowed_cores() -> int:
     """Cores that this process may use: by affinity, and by the container's quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -66,13 +72,18 @@ class Predictor:
             raise ArtifactError(
                 f"{model} runs on {got}, not on {wanted_provider}", "kdexport doctor says what is there"
             )
-        wanted = {tensor.name for tensor in self._session.get_inputs()}
+        inputs = self._session.get_inputs()
+        self._cache = {tensor.name: tensor for tensor in inputs if tensor.name.startswith(_PAST)}
+        wanted = {tensor.name for tensor in inputs} - self._cache.keys() - {_POSITIONS}
         if wanted != set(task.config.inputs):
             raise ArtifactError(f"{model} wants {sorted(wanted)}, the task gives {sorted(task.config.inputs)}")
+        self._positions = any(tensor.name == _POSITIONS for tensor in inputs)
 
     def run(self, arrays: Arrays) -> Array:
         """Logits float32 [B, *answer_shape] of one encoded batch."""
         inputs = self.task.graph_inputs(arrays)
+        if self._cache:
+            inputs = inputs | self._nothing_before(*inputs["input_ids"].shape)
         if not self._cuda:
             return self.task.pick(np.asarray(self._session.run([self.task.output], inputs)[0]), arrays)
         binding = self._session.io_binding()
@@ -82,6 +93,29 @@ class Predictor:
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return self.task.pick(np.asarray(binding.copy_outputs_to_cpu()[0]), arrays)
+
+    def read(self, ids: Sequence[int], past: Past | None = None) -> tuple[Array, Past]:
+        """Read tokens after those whose keys and values are `past`: logits [V] of the next one, and all of theirs."""
+        before, values = past or (0, {name: self._value(array) for name, array in self._nothing_before(1, 1).items()})
+        length = before + len(ids)
+        given = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, length), dtype=np.int64)}
+        if self._positions:
+            given[_POSITIONS] = np.arange(before, length)[None]
+        feed = values | {name: self._value(array) for name, array in given.items()}
+        names = [self.task.output, *(name.replace(_PAST, _PRESENT, 1) for name in self._cache)]
+        logits, *present = self._session.run_with_ort_values(names, feed)
+        return logits.numpy()[0, -1], (length, dict(zip(self._cache, present, strict=True)))
+
+    def _nothing_before(self, rows: int, length: int) -> Arrays:
+        """Inputs of a graph with a cache where nothing was read yet."""
+        empty = {
+            name: np.zeros((rows, tensor.shape[1], 0, tensor.shape[3]), dtype=np.float32)
+            for name, tensor in self._cache.items()
+        }
+        return empty | ({_POSITIONS: np.arange(length)[None].repeat(rows, 0)} if self._positions else {})
+
+    def _value(self, array: Array) -> Any:
+        return _onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
     def logits(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> Array:
         """Logits float32 [N, *answer_shape] of many rows, in batches of similar length, in the rows' order."""
@@ -104,7 +138,8 @@ class Predictor:
 
         Returns:
             One `Prediction` a text: `label`, its probability `score`, and all `scores` by label. For tokens, one
-            `Tagged`: `words`, their `tags` and `scores`, and the `entities` that these make.
+            `Tagged`: `words`, their `tags` and `scores`, and the `entities` that these make. For language models, one
+            `Foreseen`: how well each text was foreseen; `kdexport.generation.write` goes on from it.
 
         Raises:
             DataError: one of them is no text, image or sound; an empty text is answered like any other.
@@ -162,7 +197,7 @@ def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float
     found, packed = predictor.logits(golden.rows, batch_size=1), np.array(golden.logits[variant])
     if found.shape != packed.shape:
         raise ArtifactError(f"{folder} has golden answers {packed.shape}, its {variant} file gives {found.shape}")
-    return float(np.abs(found - packed).max())
+    return predictor.task.difference(found, packed)
 
 
 class Tensor(NamedTuple):

@@ -21,7 +21,7 @@ from kdexport.bench import doubts, stats
 from kdexport.bench.loads import Loads, put_loads
 from kdexport.bench.machine import environment
 from kdexport.bench.process import Crashed, call
-from kdexport.bench.targets import Target, why_not
+from kdexport.bench.targets import Target, measured_tokens, why_not
 from kdexport.bench.worker import Job, Samples
 from kdexport.errors import RunError
 from kdexport.progress import bar, say, warn
@@ -110,7 +110,8 @@ def bench(
         reasons = "; ".join(f"{name} {why}" for name, why in (failed or left_out).items())
         raise RunError(f"nothing could be measured: {reasons}", "kdexport doctor says what this machine has")
     models = {target.name for target in active if target.runtime != "http"}
-    measured = _measured(settings, found, reference, facts, cells, control, models)
+    writes = max((measured_tokens(load_task(Path(target.task))) for target in active if target.task), default=0)
+    measured = _measured(settings, found, reference, facts, cells, control, models, writes)
     measured = msgspec.structs.replace(
         measured,
         targets=targets,
@@ -201,6 +202,8 @@ def _round(
 ) -> Samples:
     sweep = sweep and number < _SWEEP_ROUNDS and not target.name.endswith(AGAIN)
     threads = threads or settings.threads[0]
+    task = load_task(Path(target.task)) if target.task else None
+    batches = sweep and not (task and measured_tokens(task))  # language models write one text at a time
     job = Job(
         target=target,
         rows=str(rows),
@@ -209,8 +212,8 @@ def _round(
         min_samples=_MIN_SAMPLES_A_ROUND,
         max_seconds=3 * settings.round_seconds,
         start=number * 37,  # each round begins at another row, so that slow variants see all of them
-        batch_sizes=[size for size in settings.batch_sizes if size > 1] if sweep else [],
-        lengths=load_task(Path(target.task)).lengths() if sweep and target.runtime != "http" else [],
+        batch_sizes=[size for size in settings.batch_sizes if size > 1] if batches else [],
+        lengths=task.lengths() if task and sweep and target.runtime != "http" else [],
         spawned_ns=time.monotonic_ns(),
     )
     return msgspec.json.decode(call("kdexport.bench.worker", msgspec.json.encode(job), threads), type=Samples)
@@ -224,6 +227,7 @@ def _measured(
     cells: dict[str, list[Cell]],
     control: str | None,
     models: set[str],
+    writes: int,
 ) -> Measured:
     twin = f"{control}{AGAIN}"
     both = control in found and twin in found
@@ -232,7 +236,7 @@ def _measured(
     base = own.get(reference, {})
     p99 = {name: stats.pooled_ratio(*_totals(base, rounds), 0.99) for name, rounds in own.items()} if base else {}
     return Measured(
-        latency={name: _latency(rounds) for name, rounds in own.items()},
+        latency={name: _latency(rounds, writes) for name, rounds in own.items()},
         speedup={name: _ratio(base, rounds) for name, rounds in own.items()} if base else {},
         speedup_p99={name: ratio for name, ratio in p99.items() if ratio},
         footprint={name: _footprint(rounds) for name, rounds in own.items() if name in models},
@@ -243,7 +247,9 @@ def _measured(
             rounds=max(map(len, own.values())),
             round_seconds=settings.round_seconds,
             rows=0,
-            clock="text to answer: tokenise, run, softmax",
+            clock=f"a prompt of at most {writes} tokens to {writes} more"
+            if writes
+            else "text to answer: tokenise, run, softmax",
             control=checked,
             price_per_hour=settings.price_per_hour,
         ),
@@ -251,7 +257,7 @@ def _measured(
     )
 
 
-def _latency(rounds: Rounds) -> Latency:
+def _latency(rounds: Rounds, writes: int) -> Latency:
     totals = [_total(one) for one in rounds.values()]
     pooled = np.concatenate(totals)
     medians = [float(np.median(total)) for total in totals]
@@ -267,6 +273,8 @@ def _latency(rounds: Rounds) -> Latency:
         p99_at_most=stats.at_most(totals, 0.99) if p99 is None else None,
         tokenize_p50=float(np.median([np.median(one.tokenize_us) for one in rounds.values()])) / 1e3,
         model_p50=float(np.median([np.median(one.model_us) for one in rounds.values()])) / 1e3,
+        first_token_p50=_median(_median(one.first_ms) for one in rounds.values()) if writes else None,
+        tokens_per_second=1e3 * writes / p50 if writes else None,
         samples=len(pooled),
         rounds=len(rounds),
         round_p50=medians,

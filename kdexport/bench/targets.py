@@ -8,10 +8,16 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from kdexport.tasks import load_task
+from kdexport.errors import RunError
+from kdexport.generation import timed
+from kdexport.tasks import Task, load_task
+from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks.metrics import Array
 
 Rows = list[dict[str, Any]]
 
+# Of language models, what a measured prompt has, and what is written after it.
+_TOKENS = 32
 # torch.compile's modes; reduce-overhead replays CUDA graphs.
 _COMPILED = {"torch-compile": "default", "torch-cudagraphs": "reduce-overhead"}
 
@@ -59,6 +65,9 @@ class Opened(NamedTuple):
     decode: Callable[[Any, Rows], Any]
     gpu_peak_mb: Callable[[], float | None] = lambda: None
     device_ms: Callable[[], list[float]] = list
+    # Of language models: the run until the first token alone, and what that took of each run, in ms.
+    read: Callable[[Any], Any] | None = None
+    first_ms: Callable[[], list[float]] = list
 
 
 def open_target(target: Target, threads: int) -> Opened:
@@ -89,6 +98,8 @@ def _open_onnxruntime(target: Target, threads: int) -> Opened:
 
     task = load_task(Path(target.task))
     predictor = Predictor(task, Path(target.model), threads, target.device)
+    if isinstance(task, CausalLM):
+        return writing(task, predictor.read)
     return Opened(task.encode, predictor.run, task.decode)
 
 
@@ -105,6 +116,15 @@ def _open_torch(target: Target, threads: int) -> Opened:
     if target.runtime in _COMPILED:
         model = torch.compile(model, mode=_COMPILED[target.runtime], dynamic=True)
     cuda = target.device == "cuda"
+    if isinstance(task, CausalLM):
+
+        @torch.inference_mode()
+        def read(ids: Sequence[int], past: Any) -> Any:
+            found = model(input_ids=torch.tensor([ids]).to(target.device), past_key_values=past, use_cache=True)
+            return found.logits[0, -1].float().cpu().numpy(), found.past_key_values
+
+        peak = torch.cuda.max_memory_allocated
+        return writing(task, read)._replace(gpu_peak_mb=lambda: peak() / 1e6 if cuda else None)
     events: list[tuple[Any, Any]] = []
 
     @torch.inference_mode()
@@ -131,11 +151,35 @@ def _open_torch(target: Target, threads: int) -> Opened:
     return Opened(task.encode, run, task.decode, gpu_peak_mb, device_ms)
 
 
+def writing(task: CausalLM, read: Callable[[Sequence[int], Any], tuple[Array, Any]]) -> Opened:
+    """A language model: the first tokens of a text → as many more, each the most probable one."""
+    firsts: list[float] = []
+
+    def encode(rows: Rows) -> Any:
+        return {"input_ids": task.tokenize(rows[:1])[0]["input_ids"][None, : measured_tokens(task)]}
+
+    def run(arrays: Any, count: int | None = None) -> list[int]:
+        written, first = timed(read, arrays["input_ids"][0].tolist(), count or measured_tokens(task))
+        firsts.append(1e3 * first)
+        return written
+
+    return Opened(
+        encode, run, lambda ids, _: task.text_of(ids), read=lambda arrays: run(arrays, 1), first_ms=lambda: firsts
+    )
+
+
+def measured_tokens(task: Task) -> int:
+    """How many tokens a measured prompt has at most, and how many are written after it; 0 for what doesn't write."""
+    return min(_TOKENS, task.config.max_length // 2) if isinstance(task, CausalLM) else 0
+
+
 def _open_openvino(target: Target, threads: int) -> Opened:
     """OpenVINO in full precision: by itself it takes bfloat16 where the CPU has it, and answers a little otherwise."""
     import openvino
 
     task = load_task(Path(target.task))
+    if isinstance(task, CausalLM):
+        raise RunError("language models are not measured in OpenVINO yet")
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     settings["INFERENCE_PRECISION_HINT"] = "f32"
     compiled = openvino.Core().compile_model(target.model, "CPU", settings)

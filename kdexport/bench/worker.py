@@ -56,6 +56,7 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True):
     gpu_peak_mb: float | None
     cores_used: float
     os_threads: int
+    first_ms: list[float] = []
 
 
 def measure(job: Job) -> Samples:
@@ -82,6 +83,7 @@ def measure(job: Job) -> Samples:
         model_us=model,
         total_us=total,
         device_ms=opened.device_ms()[-len(total) :],
+        first_ms=opened.first_ms()[-len(total) :],
         cold_ms=cold_ms,
         cores_used=cores_used,
         rss_mb=process.memory_info().rss / 1e6,
@@ -138,7 +140,8 @@ def _runs(opened: Opened, job: Job, rows: list[dict[str, Any]], length: int) -> 
 
     task = load_task(Path(job.target.task))
     inputs = [task.sized(rows[(job.start + 7 * k) % len(rows) :] + rows, length) for k in range(8)]
-    return _repeat(lambda i: opened.run(inputs[i % len(inputs)]))
+    run = opened.read or opened.run
+    return _repeat(lambda i: run(inputs[i % len(inputs)]))
 
 
 def _repeat(once: Callable[[int], Any]) -> list[float]:

@@ -332,6 +332,8 @@ def save_task(
     accepted = set(tokenizer.model_input_names) & set(signature(model.forward).parameters)
     if getattr(model.config, "type_vocab_size", None) == 0:  # DeBERTa-v2 and -v3 take token types and read none
         accepted.discard("token_type_ids")
+    if task == "causal-lm":  # GPT-2 takes token types, and its exported graph does not
+        accepted.discard("token_type_ids")
     reads = longest_input(model.config, tokenizer)
     kept = kept if task == "causal-lm" else 0
     write = partial(write_task, task=task, function=function, at_most=at_most, kept=kept)

@@ -6,6 +6,7 @@ the Trainer's. Ours are the loss, the order of rows, and that a killed training 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -35,6 +37,8 @@ from kdexport.tasks.metrics import Array
 CHECKPOINT_EVERY_S = 20.0
 
 Rows = Sequence[dict[str, Any]]
+
+_MIXED = "ACCELERATE_MIXED_PRECISION"
 
 _SHARES_EVERY = 200  # steps; measuring them costs one more backward pass a term
 
@@ -117,6 +121,8 @@ def fit(
             batch["teacher_logits"] = soft_targets[chosen]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
+    # Half precision ends with this training: transformers leaves a variable, and the model's forward wrapped.
+    launched = os.environ.get(_MIXED)
     ledger = Ledger(recipe.learning_rate)
     matching_or_none = (
         matched(model, teacher, layers, kept, task=task, rows=rows[:100]) if layers and teacher else nullcontext()
@@ -150,6 +156,8 @@ def fit(
             trainer.accelerator.wait_for_everyone()
             best = watch.restore(model, trainer.state.log_history)
             say(f"{title}: epoch {best} of {len(curve)} was the best; its weights are kept")
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    os.environ.pop(_MIXED, None) if launched is None else os.environ.update({_MIXED: launched})
     say_shares(curve, title)
     shutil.rmtree(work / "checkpoints", ignore_errors=True)  # first: a checkpoint without the best weights is no use
     watch.forget()

@@ -39,7 +39,7 @@ def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequen
     """
     from kdexport.export.onnx import export_onnx
     from kdexport.export.optimize import fuse, trim
-    from kdexport.export.quantize import convolves, halve, quantize_int8, quantize_static_int8
+    from kdexport.export.quantize import convolves, halve, quantize_int4, quantize_int8, quantize_static_int8
 
     export_onnx(student, out / "model.onnx")
     found = [Candidate("fp32", "model.onnx", "fp32", "plain")]
@@ -62,6 +62,9 @@ def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequen
         if fused:
             quantize_int8(out / "model_fused.onnx", out / "model_fused_quantized.onnx")
             found.append(Candidate("int8-fused", "model_fused_quantized.onnx", "int8", "fused"))
+    if "int4" in settings.variants:
+        quantize_int4(out / "model.onnx", out / "model_q4.onnx")
+        found.append(Candidate("int4", "model_q4.onnx", "int4", "plain"))
     sizes = ", ".join(f"{c.name} {(out / c.file).stat().st_size / 1e6:.1f} MB" for c in found)
     say(f"export: {sizes}")
     write_json(out / "candidates.json", found)

@@ -21,6 +21,7 @@ from kdexport.progress import say, warn
 from kdexport.results import Metric, Quality
 from kdexport.rundir import write_json
 from kdexport.tasks import Task, load_task
+from kdexport.tasks.causal_lm import LOG_P, CausalLM, log_softmax
 from kdexport.tasks.judging import mcnemar, metric_interval
 from kdexport.tasks.metrics import Array
 
@@ -80,7 +81,7 @@ def compare(
             continue
         predictor = Predictor(task, export / candidate.file)
         found = predictor.logits(rows)
-        difference = max(_difference(found, reference), _small_shapes(predictor, rows, reference))
+        difference = max(task.difference(found, reference), _small_shapes(predictor, rows, reference))
         if candidate.precision == "fp32" and not difference <= allowed:
             _refuse(candidate, difference, allowed)
             refused.add(candidate.graph)
@@ -104,17 +105,27 @@ def read_quality(verify: Path) -> dict[str, Quality]:
     return msgspec.json.decode((verify / "quality.json").read_bytes(), type=dict[str, Quality])
 
 
-def _difference(found: Array, reference: Array) -> float:
-    return float(np.abs(found - reference).max())
-
-
 def _small_shapes(predictor: Predictor, rows: list[dict[str, Any]], reference: Array) -> float:
     """Batches of 1, and of 7 mixed lengths (much padding), against the same reference."""
     few = rows[:_SMALL_SHAPE_ROWS]
     single = np.concatenate([predictor.run(predictor.task.encode([row])) for row in few])
     sevens = [few[i : i + 7] for i in range(0, len(few), 7)]
     mixed = np.concatenate([predictor.run(predictor.task.encode(batch)) for batch in sevens])
-    return max(_difference(single, reference[: len(few)]), _difference(mixed, reference[: len(few)]))
+    differences = [predictor.task.difference(found, reference[: len(few)]) for found in (single, mixed)]
+    if isinstance(predictor.task, CausalLM):
+        differences += [_by_steps(predictor, row, answer) for row, answer in zip(few[:8], reference, strict=False)]
+    return max(differences)
+
+
+def _by_steps(predictor: Predictor, row: dict[str, Any], reference: Array) -> float:
+    """max |Δ log p| of a text's tokens, read one by one through the cache."""
+    first, *rest = predictor.task.tokenize([row])[0]["input_ids"].tolist() or [0]
+    logits, past = predictor.read([first])
+    differences = [0.0]
+    for token, answer in zip(rest, reference, strict=False):
+        differences.append(abs(float(log_softmax(logits)[token] - answer[LOG_P])))
+        logits, past = predictor.read([token], past)
+    return max(differences)
 
 
 def _refuse(candidate: Candidate, difference: float, allowed: float) -> None:

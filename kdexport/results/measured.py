@@ -33,7 +33,8 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 
     p50 is the centre over rounds of each round's median; p90 and p99 are of all samples, p99 from 1,000 on.
     Intervals are taken over rounds. `p99_at_most` is a bound where samples are too few for p99.
-    `quantiles` are at `QUANTILES`, for the distribution's curve.
+    `quantiles` are at `QUANTILES`, for the distribution's curve. Of language models it is from a prompt to the last of
+    some new tokens; `first_token_p50` is until the first, `tokens_per_second` are new ones by p50.
     """
 
     p50: float
@@ -45,6 +46,8 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     p99_at_most: float | None = None
     tokenize_p50: float | None = None
     model_p50: float | None = None
+    first_token_p50: float | None = None
+    tokens_per_second: float | None = None
     samples: int
     rounds: int
     round_p50: list[float] = []

@@ -89,6 +89,11 @@ class CausalLM(Texts):
         """Of one row's packed answer."""
         return self.config.max_length, 1 + 2 * self.config.kept
 
+    def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
+        """Of each row the graph's inputs int64 [T]; a text without tokens is the token that ends one."""
+        nothing = {"input_ids": np.array([self.config.end_id or 0]), "attention_mask": np.array([1])}
+        return [arrays if len(arrays["input_ids"]) else nothing for arrays in super().tokenize(rows)]
+
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
         """Pad to the longest; `places` [B, T − 1] too: the tokens that predict one, −1 where there is none."""
         batch = super().collate(encoded)
@@ -177,7 +182,8 @@ class CausalLM(Texts):
     def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Of each row, tokens that were the most probable, tokens, nats, and bytes that these spell: float64 [N, 4]."""
         counts = np.zeros((len(rows), 4))
-        for i, (row, encoding) in enumerate(zip(rows, self._encodings(rows), strict=True)):
+        encodings = self._tokenizer.encode_batch([row["text"] for row in rows])  # with offsets, unlike the fast one
+        for i, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
             n = len(encoding.ids) - 1
             if n < 1:
                 continue

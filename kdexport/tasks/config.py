@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
+import numpy as np
 
 from kdexport.errors import ArtifactError
 from kdexport.tasks.metrics import Array
@@ -79,6 +80,14 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     audio: AudioConfig | None = None
     kept: int = 0
     end_id: int | None = None
+
+
+class Comparable:
+    """A task whose answers are compared number by number."""
+
+    def difference(self, logits: Array, reference: Array) -> float:
+        """max |Δlogit|."""
+        return float(np.abs(logits - reference).max())
 
 
 def read_config(folder: Path) -> TaskConfig:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self, overload
 import numpy as np
 
 from kdexport.errors import DataError
-from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
+from kdexport.tasks.config import Arrays, Comparable, Row, TaskConfig, read_config
 from kdexport.tasks.metrics import Array
 
 _PART = re.compile(r"(.+)#(\d+)\+(\d+)", re.DOTALL)
@@ -67,7 +67,7 @@ class Encoded(Sequence[Arrays]):
         return Encoded(self._rows[i], self._encode) if isinstance(i, slice) else self._encode(self._rows[i])
 
 
-class Media:
+class Media(Comparable):
     """The side of a task that reads rows `{"image": …}` or `{"audio": …}`; all inputs of a graph are of one size."""
 
     output: ClassVar = "logits"

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from kdexport.errors import ArtifactError, DataError, ModelError
-from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
+from kdexport.tasks.config import Arrays, Comparable, Row, TaskConfig, read_config
 from kdexport.tasks.metrics import Array
 
 # Where a text is cut before it is tokenised, in characters per token that is kept. English has about 5.
@@ -21,7 +21,7 @@ _ASCII_PER_TOKEN, _BYTES_PER_FOREIGN_TOKEN = 4.7, 2.5
 _GIVEN = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
-class Texts:
+class Texts(Comparable):
     """The side of a task that reads rows `{"text": …, "text_pair": …}`."""
 
     output: ClassVar = "logits"
