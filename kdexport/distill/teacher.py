@@ -202,7 +202,10 @@ def open_classifier(model: str, config: Any, task: str) -> Opened:
     """
     if not has_head(config, task):
         kind = ", ".join(config.architectures or []) or "of no known kind"
-        raise ModelError(f"model {model!r} has no classification head: it is {kind}", "Name a trained classifier")
+        raise ModelError(
+            f"model {model!r} has no head of a task of ours: it is {kind}",
+            "Name a trained classifier or language model",
+        )
     processor = open_processor(model, task)
     try:
         opened, found = AUTO_CLASSES[task].from_pretrained(model, output_loading_info=True)
@@ -373,6 +376,8 @@ def write_task(
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = config.max_length
+    if kept:  # or it gives token types, which no graph takes
+        tokenizer.model_input_names = config.inputs
     tokenizer.save_pretrained(out)
     write_json(out / "task.json", config)
 

@@ -24,6 +24,7 @@ from kdexport.tasks.texts import Texts
 
 # Columns of packed answers.
 LOG_P, BEST = 0, 1
+BITS = "bits per byte"
 _NO_LABEL = -100
 
 
@@ -204,7 +205,7 @@ class CausalLM(Texts):
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """What the text costs: bits a byte, which holds whatever the tokenizer, and perplexity, which is by token."""
         _, tokens, nats, size = self.counts(logits, rows).sum(axis=0)
-        return {"bits per byte": float(nats / math.log(2) / size), "perplexity": float(np.exp(nats / tokens))}
+        return {BITS: float(nats / math.log(2) / size), "perplexity": float(np.exp(nats / tokens))}
 
     def chosen(self, items: Items) -> Array:
         """There is nothing to look at by label."""
