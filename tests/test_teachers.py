@@ -30,7 +30,8 @@ from kdexport import artifact, spec
 from kdexport.data import read_rows
 from kdexport.distill import teachers
 from kdexport.distill.augment import changer
-from kdexport.distill.teacher import Opened, save_task
+from kdexport.distill.opened import Opened
+from kdexport.distill.teacher import save_task
 from kdexport.errors import KdexportError, ModelError, SpecError
 from kdexport.tasks import load_task
 

@@ -20,9 +20,10 @@ from kdexport import spec
 from kdexport.data import read_rows, sampled
 from kdexport.distill import recipe
 from kdexport.distill.convolution import build_conv
+from kdexport.distill.opened import Opened, open_config, open_model, open_processor
 from kdexport.distill.shrink import keep_layers, layers_of, narrow
 from kdexport.distill.targets import TRANSFER
-from kdexport.distill.teacher import Opened, open_config, open_model, open_processor, save_model, save_task, some_rows
+from kdexport.distill.teacher import save_model, save_task, some_rows
 from kdexport.distill.train import Recipe, fit, logits_of
 from kdexport.distill.vocabulary import trim_vocabulary
 from kdexport.errors import ModelError

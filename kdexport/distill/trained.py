@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kdexport.distill.teacher import open_classifier, open_config, own_labels, save_model, save_task
+from kdexport.distill.opened import open_classifier, open_config, own_labels
+from kdexport.distill.teacher import save_model, save_task
 from kdexport.distill.train import logits_of
 from kdexport.errors import ModelError
 from kdexport.models import task_of
