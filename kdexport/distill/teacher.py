@@ -25,8 +25,8 @@ from kdexport.tasks.classes import function_of
 from kdexport.tasks.config import Function, TaskConfig
 
 _DEFAULT_MAX_LENGTH = 128
-# Of a language model's vocabulary, as many tokens are kept with their probability, and the mass of the rest. With 64 of
-# a vocabulary of 1,024 the KL of a student is within PERCENT of the whole one's (tests/test_language.py).
+# Of a language model's vocabulary, as many tokens are kept with their probability: see `tasks/causal_lm.py`, and
+# benchmarks/soft_targets.py for how near their loss is to the whole one.
 _SOFT_TARGETS = 64
 
 
