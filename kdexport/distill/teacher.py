@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from kdexport import spec
-from kdexport.data import read_rows, read_summary, sampled
+from kdexport.data import demo, read_rows, read_summary, sampled
 from kdexport.distill.train import Recipe, fit
 from kdexport.errors import ModelError
 from kdexport.models import AUTO_CLASSES, has_head
@@ -132,7 +132,8 @@ def open_config(model: str) -> Any:
     try:
         return AutoConfig.from_pretrained(model)
     except Exception as error:  # OSError, ValueError, KeyError and connection errors, by cause
-        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
+        fix = "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
+        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}", fix) from None
 
 
 def some_rows(data: Path) -> list[dict[str, Any]]:

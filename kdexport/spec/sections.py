@@ -72,7 +72,10 @@ class Teacher(Section, frozen=True):
 
     model: Annotated[
         Text | Annotated[tuple[Text, ...], Meta(min_length=1)],
-        _help("Hugging Face folder or hub id, PEFT adapter, ONNX artifact, stored logits; or a list of them"),
+        _help(
+            "Hugging Face folder or hub id (sentence-transformers/all-MiniLM-L6-v2 comes with kdexport[demo]), PEFT "
+            "adapter, ONNX artifact, stored logits; or a list of them"
+        ),
     ]
     weights: Annotated[tuple[Positive, ...] | None, _help("of several teachers; equal when absent")] = None
     combine: Annotated[
