@@ -22,7 +22,7 @@ import kdexport
 from kdexport import spec
 from kdexport.data import prepare, read_rows, read_summary
 from kdexport.errors import DataError
-from kdexport.tasks import judging
+from kdexport.tasks import judging, load_task
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.token_classification import TokenClassification, entities, words_in
 
@@ -198,6 +198,10 @@ def test_a_run_says_how_well_names_are_found(tagged):
     assert 0 < report["leakage"]["membership"]["student"]["by_label"]["auc"] < 1
     page = (tagged / "report.html").read_text()
     assert "entity F1" in page
+
+
+def test_a_student_keeps_the_tokens_of_names_that_training_lacks(tagged):
+    assert load_task(tagged / "student").vocabulary == load_task(tagged / "teacher").vocabulary
 
 
 def test_changed_copies_have_words_that_single_spaces_part(tagged):

@@ -106,7 +106,8 @@ class Student(Section, frozen=True):
     vocabulary: Annotated[
         Literal["whole", "corpus"] | None,
         _help(
-            "the teacher's tokens, or those of the training texts; when absent corpus, or whole for a folder or hub id"
+            "the teacher's tokens, or those of the training texts; when absent corpus, or whole for a folder or hub id "
+            "and for token-classification, where words that training lacks are the point"
         ),
     ] = None
     embedding: Annotated[
