@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from kdexport.data import demo
 from kdexport.errors import ModelError
 from kdexport.models import AUTO_CLASSES, has_head
 from kdexport.progress import say
@@ -52,7 +53,8 @@ def open_config(model: str) -> Any:
     try:
         return AutoConfig.from_pretrained(model)
     except Exception as error:  # OSError, ValueError, KeyError and connection errors, by cause
-        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
+        fix = "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
+        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}", fix) from None
 
 
 def open_model(

@@ -173,12 +173,12 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
     if shape.kind == "model":
         config = read_config(teacher_folder)
         opened = open_model(name, open_config(name), config.task, config.labels, config.function)
-        if student.vocabulary == "corpus":
+        if recipe.vocabulary(student, name, config.task) == "corpus":
             trim_vocabulary(opened.processor, opened.model, texts)
         return Built(opened, f"its weights from {name}")
     teacher = open_trained(teacher_folder)
     task = task_name(teacher_folder)
-    whole = student.vocabulary == "whole" or TASKS[task].reads != "text" or task == "causal-lm"
+    whole = recipe.vocabulary(student, name, task) == "whole" or TASKS[task].reads != "text"
     tokenizer = open_processor(str(teacher_folder), task)
     kept = None if whole else trim_vocabulary(tokenizer, teacher, texts)
     size = "" if kept is None else f", a vocabulary of {len(kept):,}"

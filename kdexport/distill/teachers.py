@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from kdexport import artifact, spec
-from kdexport.data import read_summary
+from kdexport.data import demo, read_summary
 from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
 from kdexport.distill import recipe
@@ -55,8 +55,9 @@ class Named(NamedTuple):
 
 
 def models_of(settings: spec.Teacher) -> tuple[str, ...]:
-    """The teachers that a spec names."""
-    return (settings.model,) if isinstance(settings.model, str) else settings.model
+    """The teachers that a spec names; the one that comes with `kdexport[demo]` by its folder."""
+    named = (settings.model,) if isinstance(settings.model, str) else settings.model
+    return tuple(demo.located(model) for model in named)
 
 
 def check(settings: spec.Spec) -> None:
