@@ -17,17 +17,27 @@ Finish = Literal["length", "stop", "end"]
 
 # A token whose bytes are not whole characters yet is decoded to this.
 _PARTIAL = "\ufffd"
+# Below it nothing but the most probable token is left, and a quotient may be too large for a float.
+_COLDEST = 1e-6
+
+
+Temperature = Annotated[float, Meta(ge=0, le=100)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Stop = Annotated[str, Meta(min_length=1)]
+MAX_STOPS = 16
+Stops = Annotated[list[Stop], Meta(max_length=MAX_STOPS)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a token is chosen, and when it is enough. At temperature 0 it is the most probable one."""
 
     max_new_tokens: Annotated[int, Meta(ge=1)] = 64
-    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    temperature: Temperature = 0.0
     top_k: Annotated[int, Meta(ge=0)] = 0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    stop: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=16)] = []
-    seed: Annotated[int, Meta(ge=0)] | None = None
+    top_p: Share = 1.0
+    stop: Stops = []
+    seed: Seed | None = None
 
 
 class Piece(NamedTuple):
@@ -117,7 +127,7 @@ def choose(logits: Array, how: Sampling, draw: np.random.Generator) -> tuple[int
         best = int(logs.argmax())
         return best, float(logs[best])
     order = np.argsort(-logs, kind="stable")[: how.top_k or None]
-    shares = np.exp(log_softmax(logs[order] / how.temperature))
+    shares = np.exp(log_softmax(logs[order] / max(how.temperature, _COLDEST)))
     kept = int(np.searchsorted(np.cumsum(shares), how.top_p * shares.sum())) + 1
     shares = shares[:kept] / shares[:kept].sum()
     chosen = int(order[draw.choice(len(shares), p=shares)])

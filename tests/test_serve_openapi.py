@@ -13,7 +13,7 @@ from serve_process import served
 
 from kdexport.serve.app import App
 from kdexport.serve.models import Models
-from kdexport.serve.openapi import document
+from kdexport.serve.openapi import Served, document
 from kdexport.serve.settings import Settings
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
@@ -38,7 +38,7 @@ def schemathesis(url: str, folder: Path, *arguments: str) -> subprocess.Complete
 def test_schemathesis_finds_nothing(server, tmp_path):
     found = schemathesis(server.url, tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", "25")
     assert found.returncode == 0, found.stdout
-    assert "18 selected / 18 total" in found.stdout
+    assert "20 selected / 20 total" in found.stdout
     assert not any('"code":500' in line for line in server.log)
 
 
@@ -54,7 +54,7 @@ def test_schemathesis_finds_nothing_where_a_key_is_needed(finished, tmp_path):
 def test_the_document_has_every_route_and_its_limits_are_the_settings():
     settings = Settings(max_rows=3, max_chars=50, api_keys=(KEY,))
     app = App(Models({}, 1, 1), settings)
-    found = document(("m",), (), settings)
+    found = document(Served(("m",)), settings)
     paths, schemas = found["paths"], found["components"]["schemas"]
     for path, methods in (app._open | app._keyed).items():
         assert {method.upper() for method in paths[path]} == set(methods), path

@@ -127,6 +127,9 @@ def serve(
     max_queue: Annotated[
         str, Flag(help="Work that would wait longer is refused with 429, like 5ms.", rich_help_panel="Limits")
     ] = "100ms",
+    max_writing_queue: Annotated[
+        str, Flag(help="The same of prompts to language models.", rich_help_panel="Limits")
+    ] = "10s",
     timeout: Annotated[str, Flag(help="For one request's answer; then 504.", rich_help_panel="Limits")] = "30s",
     max_body: Annotated[str, Flag(help="Of a request, decompressed.", rich_help_panel="Limits")] = "2MB",
     max_rows: Annotated[int, Flag(min=1, help="Texts of a request.", rich_help_panel="Limits")] = 256,
@@ -139,7 +142,7 @@ def serve(
     tracing: Annotated[bool, Flag("--tracing", help="OpenTelemetry spans; $OTEL_… say where to.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Serve artifacts over HTTP: Open Inference Protocol, text-embeddings-inference, Hugging Face, SageMaker.
+    """Serve artifacts over HTTP: Open Inference Protocol, text-embeddings-inference, Hugging Face, SageMaker, OpenAI.
 
     SIGTERM drains, SIGHUP loads the artifacts again. / shows a page, /openapi.json the API.
 
@@ -167,6 +170,7 @@ def serve(
         max_batch_tokens=max_batch_tokens,
         max_wait_ms=_duration(max_wait, "--max-wait"),
         max_queue_ms=_duration(max_queue, "--max-queue"),
+        max_writing_queue=_duration(max_writing_queue, "--max-writing-queue", "s"),
         timeout=_duration(timeout, "--timeout", "s"),
         max_body=int(quantity(max_body, "--max-body", {"": 1, "b": 1, "kb": 1e3, "mb": 1e6}) or 0),
         max_rows=max_rows,

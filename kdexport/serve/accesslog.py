@@ -36,6 +36,8 @@ class AccessLog:
         }
         if request.model:
             line |= {"model": request.model, "protocol": request.protocol, "rows": request.rows}
+        if request.tokens:
+            line |= {"tokens": request.tokens, "first_ms": round(1e3 * request.first_s, 3)}
         if request.run_s:
             line |= {"queued_ms": round(1e3 * request.queued_s, 3), "run_ms": round(1e3 * request.run_s, 3)}
         if fault:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing, nullcontext
+from types import ModuleType
 from typing import Any
 
 import msgspec
 
 from kdexport import __version__
-from kdexport.serve import huggingface, oip, openapi, page, tei
+from kdexport.generation import Piece
+from kdexport.serve import huggingface, oip, openai, openapi, page, tei, tgi
 from kdexport.serve.accesslog import AccessLog
 from kdexport.serve.batching import Batcher
 from kdexport.serve.connection import respond
 from kdexport.serve.http import (
+    EVENTS,
     ClientGone,
     Headers,
     Keys,
@@ -29,16 +33,19 @@ from kdexport.serve.http import (
     Response,
     Scope,
     Send,
+    Stream,
     answer,
+    event,
     refusal,
 )
 from kdexport.serve.metrics import Metrics
 from kdexport.serve.models import Models, Version
 from kdexport.serve.settings import Settings
 from kdexport.serve.tracing import Tracer
+from kdexport.serve.writing import Writer, awaited
 from kdexport.tasks.texts import Texts
 
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response | Stream]]
 # Nginx's code for a client that went away; it is never sent, only logged and counted.
 _CLIENT_GONE = 499
 _RETRY: Headers = [(b"retry-after", b"1")]
@@ -56,11 +63,12 @@ class App:
         self.metrics, self.log = Metrics(), AccessLog(settings.access_log)
         self.tracer = Tracer(settings.tracing)
         self.batcher: Batcher | None = None
+        self.writing: Batcher | None = None
         self.loaded = self.draining = self.closing = False
         self.running = 0
         self._keys = Keys(settings.api_keys)
         self._open: dict[str, dict[str, Handler]] = {
-            "/": {"GET": self.page, "POST": self.classify},
+            "/": {"GET": self.page, "POST": self.infer},
             "/v2": {"GET": self.server_metadata},
             "/v2/": {"GET": self.server_metadata},
             "/v2/health/live": {"GET": self.live},
@@ -73,11 +81,14 @@ class App:
             "/predict": {"POST": self.predict},
             "/invocations": {"POST": self.predict},
             "/info": {"GET": self.info},
+            "/v1/completions": {"POST": self.complete},
+            "/v1/models": {"GET": self.writers},
         }
         self.metrics.watch("kdexport_ready", "1 when ready", lambda: float(self.ready))
         self.metrics.watch("kdexport_waiting_rows", "Rows that wait", lambda: self._batcher_has("waiting_rows"))
         self.metrics.watch("kdexport_waiting_tokens", "Tokens that wait", lambda: self._batcher_has("waiting_tokens"))
         self.metrics.watch("kdexport_tokens_per_second", "What the threads do", lambda: self._batcher_has("rate"))
+        self.metrics.watch("kdexport_waiting_prompts", "Prompts that wait", self._waiting_prompts)
         self.metrics.watch_models(
             lambda: [(name, v.version, v.variant) for name, v in self.models.in_service().items()]
         )
@@ -102,11 +113,14 @@ class App:
             raise RuntimeError(f"an ASGI {scope['type']} is not spoken here")
         began = time.monotonic()
         request = Request(scope, receive)
-        fault = ""
+        fault, begun = "", False
+        response: Response | Stream
         self.running += 1
         try:
             with self.tracer.span(request):
                 response = await self._answer(request)
+                if begun := isinstance(response, Stream):
+                    await self._send(response, send)
         except Refused as refused:
             response = refusal(refused)
         except ClientGone:
@@ -120,14 +134,27 @@ class App:
         seconds = time.monotonic() - began
         self.metrics.request(request, response.status, seconds)
         self.log.request(request, response.status, seconds, fault)
-        if response.status == _CLIENT_GONE:
+        if isinstance(response, Stream) or response.status == _CLIENT_GONE:
+            return
+        if begun:  # what went wrong since then is the last event
+            await send({"type": "http.response.body", "body": event(response.body)})
             return
         headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
         if self.closing:
             headers.append((b"connection", b"close"))
         await respond(send, response.status, headers, response.body)
 
-    async def _answer(self, request: Request) -> Response:
+    async def _send(self, stream: Stream, send: Send) -> None:
+        """All events of a stream, as they come."""
+        headers = [*EVENTS, (b"connection", b"close")] if self.closing else EVENTS
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async with aclosing(stream.rest):
+            await send({"type": "http.response.body", "body": stream.first, "more_body": True})
+            async for one in stream.rest:
+                await send({"type": "http.response.body", "body": one, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _answer(self, request: Request) -> Response | Stream:
         path = request.path
         routes = self._open.get(path)
         if routes is None or (path == "/" and request.method == "POST"):
@@ -138,7 +165,7 @@ class App:
             return await _of_method(routes, request)(request)
         match path.split("/"):
             case ["", "models", name]:
-                return await _of_method({"POST": self.classify}, request)(request, name)
+                return await _of_method({"POST": self.infer}, request)(request, name)
             case ["", "v2", "models", name, "versions", version, *rest]:
                 return await self._model(request, rest, name, version)
             case ["", "v2", "models", name, *rest]:
@@ -147,11 +174,51 @@ class App:
 
     # --- answers from the models
 
-    async def classify(self, request: Request, name: str | None = None) -> Response:
+    async def infer(self, request: Request, name: str | None = None) -> Response | Stream:
         """`POST /` and `POST /models/{name}`: Hugging Face's API."""
         request.protocol = "huggingface"
         body = await request.body(self.settings)
-        return await self._classified(request, self.version(request, name), body)
+        return await self._by_task(request, self.version(request, name), body)
+
+    async def _by_task(self, request: Request, version: Version, body: bytes) -> Response | Stream:
+        if not version.writer:
+            return await self._classified(request, version, body)
+        query = tgi.parse(body, version.writer, self.settings.max_chars)
+        return await self._written(request, version, query, tgi)
+
+    async def complete(self, request: Request) -> Response | Stream:
+        """`POST /v1/completions`: OpenAI's."""
+        request.protocol = "openai"
+        asked = openai.read(await request.body(self.settings))
+        version = self.version(request, asked.model)
+        if not version.writer:
+            raise Refused(404, f"{version.name} is for {version.task.name}, and writes nothing")
+        query = openai.understood(asked, version.writer, self.settings.max_chars)
+        return await self._written(request, version, query, openai)
+
+    async def _written(self, request: Request, version: Version, query: Any, protocol: ModuleType) -> Response | Stream:
+        """What a language model writes, at once or as it comes; until the first token a failure has its own status."""
+        if query.stream:
+            events = self._events(request, version, query, protocol)
+            return Stream(await anext(events), events)
+        await self.run(request, version, [query.job], [query.job.how.max_new_tokens])
+        return Response(protocol.render(version, query))
+
+    async def _events(
+        self, request: Request, version: Version, query: Any, protocol: ModuleType
+    ) -> AsyncGenerator[bytes, None]:
+        job, index, loop = query.job, 0, asyncio.get_running_loop()
+        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        job.tell = lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        running = asyncio.ensure_future(self.run(request, version, [job], [job.how.max_new_tokens]))
+        running.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield protocol.render_piece(version, query, index, piece)
+                index += 1
+            await running
+        finally:
+            running.cancel()
 
     async def _classified(self, request: Request, version: Version, body: bytes) -> Response:
         protocol = huggingface.TASKS[version.task.name]
@@ -159,14 +226,17 @@ class App:
         rows, costs = self._checked(version, query.rows, 422)
         return Response(protocol.render(version, query, await self.run(request, version, rows, costs)))
 
-    async def predict(self, request: Request) -> Response:
-        """`POST /predict` and `POST /invocations`: text-embeddings-inference's; images and sound as at `POST /`."""
+    async def predict(self, request: Request) -> Response | Stream:
+        """`POST /predict` and `POST /invocations`: text-embeddings-inference's; images and sound as at `POST /`.
+
+        What a language model is asked at `/invocations`, too.
+        """
         request.protocol = "tei"
         body = await request.body(self.settings)
         version = self.version(request)
         task = version.task
-        if not isinstance(task, Texts):
-            return await self._classified(request, version, body)
+        if not isinstance(task, Texts) or (version.writer and request.path == "/invocations"):
+            return await self._by_task(request, version, body)
         if task.name != "text-classification":
             raise Refused(404, f"{version.name} is for {task.name}; POST / answers for it")
         query = tei.parse(body)
@@ -175,7 +245,7 @@ class App:
             raise Refused(422, f"a text has more than {version.task.config.max_length} tokens, and truncate is false")
         return Response(tei.render(version, query, await self.run(request, version, rows, costs)))
 
-    async def _model(self, request: Request, rest: list[str], name: str, version: str | None) -> Response:
+    async def _model(self, request: Request, rest: list[str], name: str, version: str | None) -> Response | Stream:
         """`/v2/models/{name}[/versions/{version}]…`: the Open Inference Protocol."""
         request.protocol = "oip"
         if rest == ["infer"]:
@@ -224,14 +294,22 @@ class App:
         costs: Sequence[int],
         timeout: float | None = None,
     ) -> list[Any]:
-        """A request's rows through the batcher; waiting and running times are noted for the log."""
-        assert self.batcher is not None
+        """A request's rows (a language model's jobs) through their batcher; times are noted for the log."""
+        model: Version | Writer = version.writer or version
+        batcher = self.writing if version.writer else self.batcher
+        assert batcher is not None
         request.rows = len(rows)
         timeout = min(timeout or self.settings.timeout, self.settings.timeout)
-        ticket = await self.batcher.run(version, rows, costs, timeout, request.gone)
+        with awaited(request, rows) if version.writer else nullcontext():
+            ticket = await batcher.run(model, rows, costs, timeout, request.gone)
         request.queued_s = ticket.started - ticket.arrived
         request.run_s = ticket.done_at - ticket.started
         return ticket.results
+
+    async def end_threads(self) -> None:
+        """Finish what waits, then end the threads."""
+        for batcher in filter(None, (self.batcher, self.writing)):
+            await batcher.close()
 
     # --- about the server
 
@@ -254,6 +332,8 @@ class App:
     async def info(self, request: Request) -> Response:
         """`GET /info`, in text-embeddings-inference's words."""
         version = self.version(request)
+        if version.writer:
+            return answer(tgi.info(version, version.writer))
         labels = version.task.labels
         return answer(
             {
@@ -275,21 +355,33 @@ class App:
             }
         )
 
+    async def writers(self, _: Request) -> Response:
+        """`GET /v1/models`: the language models, as OpenAI lists them."""
+        return answer(openai.models(self.models.in_service().values()))
+
     async def openapi(self, _: Request) -> Response:
         """What there is, for machines."""
-        versions = tuple(version.version for version in self.models.in_service().values())
-        return answer(openapi.document(tuple(self.models.names()), versions, self.settings))
+        versions = self.models.in_service().values()
+        served = openapi.Served(
+            tuple(self.models.names()),
+            tuple(version.version for version in versions),
+            tuple((version.name, version.writer.room) for version in versions if version.writer),
+        )
+        return answer(openapi.document(served, self.settings))
 
     async def page(self, _: Request) -> Response:
         """What there is, for people; the card is not shown to those without a key."""
         versions = list(self.models.in_service().values())
         return page.render(versions, with_card=not self._keys)
 
+    def _waiting_prompts(self) -> float:
+        return float(self.writing.waiting_rows) if self.writing else 0.0
+
     def _batcher_has(self, what: str) -> float:
         return float(getattr(self.batcher, what)) if self.batcher else 0.0
 
 
-def _of_method(routes: dict[str, Callable[..., Any]], request: Request) -> Callable[..., Awaitable[Response]]:
+def _of_method(routes: dict[str, Callable[..., Any]], request: Request) -> Callable[..., Awaitable[Response | Stream]]:
     handler = routes.get("GET" if request.method == "HEAD" else request.method)
     if handler is None:
         allowed = ", ".join(["HEAD", *routes] if "GET" in routes else routes)

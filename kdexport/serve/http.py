@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 import msgspec
@@ -20,6 +20,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 JSON = (b"content-type", b"application/json")
+# Proxies that gather answers before they pass them on let these through as they come.
+EVENTS: Headers = [
+    (b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")
+]  # fmt: skip
 FULL = "too much work is waiting"  # of every 429, whoever says it
 encode = msgspec.json.Encoder().encode
 _MAX_MESSAGE = 1000
@@ -45,6 +49,19 @@ class Response(msgspec.Struct):
     headers: Headers = msgspec.field(default_factory=lambda: [JSON])
 
 
+class Stream(msgspec.Struct):
+    """An answer that goes back as it comes, as server-sent events; the first one is there already."""
+
+    first: bytes
+    rest: AsyncGenerator[bytes, None]
+    status: int = 200
+
+
+def event(content: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: %b\n\n" % (content if isinstance(content, bytes) else encode(content))
+
+
 def answer(content: Any, status: int = 200) -> Response:
     """Anything msgspec encodes, as JSON."""
     return Response(encode(content), status)
@@ -58,7 +75,9 @@ def refusal(refused: Refused) -> Response:
 class Request:
     """One HTTP request; what its handler finds out is kept for the log and the metrics."""
 
-    __slots__ = ("_receive", "method", "model", "path", "protocol", "queued_s", "rows", "run_s", "scope")
+    __slots__ = (
+        "_receive", "first_s", "method", "model", "path", "protocol", "queued_s", "rows", "run_s", "scope", "tokens"
+    )  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self.scope, self._receive = scope, receive
@@ -66,6 +85,7 @@ class Request:
         self.path: str = scope["path"]
         self.model, self.protocol, self.rows = "", "", 0
         self.queued_s = self.run_s = 0.0
+        self.tokens, self.first_s = 0, 0.0  # written, and when the first one was
 
     def header(self, name: bytes) -> bytes | None:
         """A header's value; names are in lower case."""

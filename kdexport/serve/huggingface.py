@@ -45,6 +45,7 @@ class ClassifyRequest(msgspec.Struct, frozen=True):
 
     inputs: str | Pair | list[str | Pair]
     parameters: Parameters | None = None
+    stream: bool | None = None
 
 
 class FileRequest(msgspec.Struct, frozen=True):
@@ -80,6 +81,7 @@ def parse_texts(body: bytes) -> Query:
         Refused: the body is not what the API says (422, 400 when it is no JSON at all).
     """
     asked = decoded(_decode, body)
+    _no_writing(asked.stream)
     inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     return Query([_row(one) for one in inputs], asked.parameters or _DEFAULT)
 
@@ -103,6 +105,7 @@ class TagRequest(msgspec.Struct, frozen=True):
 
     inputs: str | list[str]
     parameters: TagParameters | None = None
+    stream: bool | None = None
 
 
 class TagQuery(NamedTuple):
@@ -124,6 +127,7 @@ def parse_tags(body: bytes) -> TagQuery:
         Refused: the body is not what the API says (422, 400 when it is no JSON at all).
     """
     asked = decoded(_decode_tags, body)
+    _no_writing(asked.stream)
     single = isinstance(asked.inputs, str)
     texts = [asked.inputs] if single else asked.inputs
     rows = [TokenClassification.ready({"text": text}) for text in texts]
@@ -216,6 +220,12 @@ def decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
         raise Refused(422, f"the request is not as it should be: {error}") from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Refused(400, f"the body can't be read as JSON: {error}") from None
+
+
+def _no_writing(stream: bool | None) -> None:
+    """Hugging Face's client says with every request to write, and with no other, whether tokens come one by one."""
+    if stream is not None:
+        raise Refused(422, "the model is no language model: it writes nothing, so there is no `stream`")
 
 
 def _row(one: str | Pair) -> dict[str, Any]:

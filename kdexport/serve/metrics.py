@@ -6,7 +6,10 @@ kdexport_queue_seconds{model}                    from taken in to its first batc
 kdexport_inference_seconds{model}                from its first batch begun to its last one done
 kdexport_batch_rows, kdexport_batch_seconds      of the batches that ran
 kdexport_rows_total, kdexport_tokens_total       rows and tokens that ran
+kdexport_generated_tokens_total{model}           tokens that language models wrote
+kdexport_first_token_seconds{model}              from the request read to the first of them
 kdexport_waiting_rows, kdexport_waiting_tokens   what waits now
+kdexport_waiting_prompts                         prompts that wait for a language model now
 kdexport_tokens_per_second                       what the threads are thought to do
 kdexport_ready                                   1 when `ready` says so
 kdexport_model_info{model,version,variant}       1 for each model in service
@@ -58,6 +61,10 @@ class Metrics:
         self._batch_seconds = Histogram("kdexport_batch_seconds", "A batch's run", buckets=BUCKETS, registry=registry)
         self._rows = Counter("kdexport_rows", "Rows that ran", registry=registry)
         self._tokens = Counter("kdexport_tokens", "Tokens that ran, as estimated", registry=registry)
+        self._generated = Counter("kdexport_generated_tokens", "Tokens that were written", ["model"], registry=registry)
+        self._first = Histogram(
+            "kdexport_first_token_seconds", "Request to first token", ["model"], buckets=BUCKETS, registry=registry
+        )
         self.loads = Counter("kdexport_model_loads", "Loads and reloads", ["model", "outcome"], registry=registry)
         # Told apart by nothing: these were not read.
         self.refused = self._requests.labels("", "", "429")
@@ -70,6 +77,9 @@ class Metrics:
     def request(self, request: Request, code: int, seconds: float) -> None:
         """Count one answered request."""
         self._count(request.model, request.protocol, str(code)).inc()
+        if request.tokens:
+            self._generated.labels(request.model).inc(request.tokens)
+            self._first.labels(request.model).observe(request.first_s)
         if code == 200 and request.rows:
             self._time(request.model, request.protocol).observe(seconds)
             self._wait(request.model).observe(request.queued_s)

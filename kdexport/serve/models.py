@@ -15,7 +15,9 @@ from kdexport.errors import ArtifactError, DataError, SpecError
 from kdexport.predictor import Predictor, golden_difference
 from kdexport.rundir import hash_file
 from kdexport.serve.http import Refused
+from kdexport.serve.writing import Writer
 from kdexport.tasks import load_task
+from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.metrics import Array
 
 # What a name in a URL may look like; names are looked up in a dict, never joined to a path.
@@ -40,7 +42,10 @@ class Result(NamedTuple):
 
 
 class Version:
-    """One loaded artifact; it does not change. What runs on it keeps it alive until it is done."""
+    """One loaded artifact; it does not change. What runs on it keeps it alive until it is done.
+
+    A language model has a `writer`, and runs nothing else.
+    """
 
     def __init__(self, name: str, folder: Path, variant: str | None, max_batch: int, max_batch_tokens: int) -> None:
         folder = artifact.resolve(folder)
@@ -59,6 +64,9 @@ class Version:
             )
         card = folder / "README.md"
         self.card = card.read_text(encoding="utf-8") if card.exists() else ""
+        self.writer = Writer(self._predictor) if isinstance(self.task, CausalLM) else None
+        if self.writer:
+            return
         self._lengths = self.task.lengths() or [1]
         self._most, self.rate = self._warm_up(max_batch, max_batch_tokens)
 

@@ -2,7 +2,8 @@
 
 Source: the protocol's inference_rest.md and open_inference_rest.yaml, and Triton's extension_binary_data.md and
 extension_classification.md. A model takes texts (`text`, and `text_pair` for pairs) as BYTES, or the graph's own
-tensors as the client encoded them; it gives `label`, `score`, `scores` and `logits`.
+tensors as the client encoded them; it gives `label`, `score`, `scores` and `logits`. A language model takes `text` and
+gives `text`, what it writes after it; how, the request's parameters say by the names of `Sampling`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import numpy as np
 
+from kdexport.generation import Sampling
 from kdexport.serve.http import Refused, Request, Response, answer, encode
-from kdexport.serve.models import Result, Version
+from kdexport.serve.models import Version
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
+from kdexport.serve.writing import Writer, job_of
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.texts import Texts
 
@@ -23,6 +26,12 @@ EXTENSIONS = ["binary_tensor_data", "classification"]
 HEADER_LENGTH = b"inference-header-content-length"
 TEXTS = ("text", "text_pair")
 OUTPUTS = {"label": "BYTES", "score": "FP32", "scores": "FP32", "logits": "FP32"}
+WRITTEN = {"text": "BYTES"}
+_FLAT = ("label", "score", "text")
+# A request's parameters that are the protocol's, and Triton's; a language model's others say how to write.
+_OF_PROTOCOL = {
+    "binary_data_output", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end"
+}  # fmt: skip
 
 
 class RequestedOutput(msgspec.Struct, frozen=True):
@@ -49,7 +58,7 @@ class InferRequest(msgspec.Struct, frozen=True):
 class Query(NamedTuple):
     """An infer request, understood."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Any]
     costs: list[int]
     outputs: list[RequestedOutput]
     binary: bool
@@ -63,7 +72,9 @@ _decode = msgspec.json.Decoder(InferRequest).decode
 def metadata(version: Version) -> dict[str, Any]:
     """`GET /v2/models/{name}`; -1 is any size."""
     task, tensors = version.task, list[dict[str, Any]]()
-    if isinstance(task, Texts):
+    if version.writer:
+        tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+    elif isinstance(task, Texts):
         tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
         tensors += [{"name": name, "datatype": "INT64", "shape": [-1, -1]} for name in task.config.inputs]
     else:
@@ -75,8 +86,8 @@ def metadata(version: Version) -> dict[str, Any]:
         "platform": "onnxruntime_onnx",
         "inputs": tensors,
         "outputs": [
-            {"name": name, "datatype": datatype, "shape": [-1] if name in ("label", "score") else wide}
-            for name, datatype in OUTPUTS.items()
+            {"name": name, "datatype": datatype, "shape": [-1] if name in _FLAT else wide}
+            for name, datatype in _outputs(version).items()
         ],
     }
 
@@ -109,13 +120,16 @@ def parse(request: Request, body: bytes, version: Version, max_rows: int, max_ch
         shapes[tensor.name] = tensor.shape
     if at != len(raw):
         raise Refused(400, f"{len(raw) - at} bytes follow the last input")
-    rows, costs = rows_of(version, tensors, shapes, max_rows, max_chars)
     parameters = asked.parameters or {}
+    if version.writer:
+        rows, costs = _jobs(version.writer, tensors, parameters, max_rows, max_chars)
+    else:
+        rows, costs = rows_of(version, tensors, shapes, max_rows, max_chars)
     timeout = parameters.get("timeout")
     return Query(
         rows,
         costs,
-        _wanted(asked.outputs or []),
+        _wanted(asked.outputs or [], _outputs(version)),
         parameters.get("binary_data_output") is True,
         asked.id,
         float(timeout) / 1e6
@@ -124,7 +138,7 @@ def parse(request: Request, body: bytes, version: Version, max_rows: int, max_ch
     )
 
 
-def render(version: Version, query: Query, results: Sequence[Result]) -> Response:
+def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
     """Every row's answer, as JSON, or as JSON and raw tensors where they were asked for."""
     values = outputs_of(version, results, query.outputs)
     outputs, raw = [], []
@@ -193,9 +207,11 @@ def _float_rows(
 
 
 def outputs_of(
-    version: Version, results: Sequence[Result], outputs: Sequence[RequestedOutput]
+    version: Version, results: Sequence[Any], outputs: Sequence[RequestedOutput]
 ) -> list[tuple[str, list[int], Any]]:
     """(datatype, shape, values) of each output that is wanted; values are a list of str, or a float32 array."""
+    if version.writer:
+        return [("BYTES", [len(results)], [job.completion for job in results]) for _ in outputs]
     task = version.task
     logits = np.stack([result.logits for result in results])
     scores = np.stack([result.scores for result in results])
@@ -248,13 +264,34 @@ def _split(request: Request, body: bytes) -> tuple[bytes, memoryview]:
     return body[: int(length)], memoryview(body)[int(length) :]
 
 
-def _wanted(outputs: list[RequestedOutput]) -> list[RequestedOutput]:
+def _outputs(version: Version) -> dict[str, str]:
+    return WRITTEN if version.writer else OUTPUTS
+
+
+def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[RequestedOutput]:
     for output in outputs:
-        if output.name not in OUTPUTS:
-            raise Refused(400, f"the outputs are {', '.join(OUTPUTS)}")
+        if output.name not in there:
+            raise Refused(400, f"the outputs are {', '.join(there)}" if there is OUTPUTS else "the output is text")
     if len({output.name for output in outputs}) < len(outputs):
         raise Refused(400, "two outputs have the same name")
-    return outputs or [RequestedOutput(name) for name in OUTPUTS]
+    return outputs or [RequestedOutput(name) for name in there]
+
+
+def _jobs(
+    writer: Writer, tensors: dict[str, Any], parameters: dict[str, Any], max_rows: int, max_chars: int
+) -> tuple[list[Any], list[int]]:
+    """Prompts → jobs, and the tokens that each may write."""
+    texts = tensors.get("text")
+    if set(tensors) != {"text"} or not isinstance(texts, list):
+        raise Refused(400, "the input is `text`, of datatype BYTES")
+    if len(texts) > max_rows:
+        raise Refused(400, f"a request may have 1 to {max_rows} texts; it has {len(texts)}")
+    how = {name: value for name, value in parameters.items() if name not in _OF_PROTOCOL}
+    if isinstance(how.get("stop"), str):
+        how["stop"] = [how["stop"]]
+    how.setdefault("max_new_tokens", min(Sampling().max_new_tokens, writer.room))
+    jobs = [job_of(writer, text, how, max_chars, 400) for text in texts]
+    return jobs, [one.how.max_new_tokens for one in jobs]
 
 
 def _text_rows(

@@ -5,14 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from kdexport import __version__
-from kdexport.serve import huggingface, oip, tei
+from kdexport.serve import huggingface, oip, openai, tei, tgi
+from kdexport.serve.answers import (
+    Class,
+    Error,
+    InferAnswer,
+    Info,
+    Live,
+    ModelMetadata,
+    ModelReady,
+    Ready,
+    ServerMetadata,
+)
 from kdexport.serve.settings import Settings
 
 Schema = dict[str, Any]
@@ -44,112 +54,6 @@ _HEADERS = {
 _LENGTH = "Inference-Header-Content-Length"
 
 
-class Class(msgspec.Struct):
-    """A label and its score."""
-
-    label: str
-    score: float
-
-
-class Error(msgspec.Struct):
-    """What every error is."""
-
-    error: str
-
-
-class Live(msgspec.Struct):
-    """Whether the process is worth keeping."""
-
-    live: bool
-
-
-class Ready(msgspec.Struct):
-    """Whether requests are answered, and will be."""
-
-    live: bool
-    ready: bool
-
-
-class ModelReady(msgspec.Struct):
-    """Whether a model answers."""
-
-    name: str
-    ready: bool
-
-
-class ServerMetadata(msgspec.Struct):
-    """What serves."""
-
-    name: str
-    version: str
-    extensions: list[str]
-
-
-class TensorMetadata(msgspec.Struct):
-    """A tensor that a model takes or gives; -1 is any size."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-
-
-class ModelMetadata(msgspec.Struct):
-    """What a model takes and gives."""
-
-    name: str
-    versions: list[str]
-    platform: str
-    inputs: list[TensorMetadata]
-    outputs: list[TensorMetadata]
-
-
-class OutputTensor(msgspec.Struct):
-    """One output; its elements are in `data`, or follow the JSON as `parameters.binary_data_size` bytes."""
-
-    name: str
-    datatype: str
-    shape: list[int]
-    parameters: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
-    data: list[Any] | msgspec.UnsetType = msgspec.UNSET
-
-
-class InferAnswer(msgspec.Struct):
-    """Every output that was wanted; the request's id, if it had one."""
-
-    model_name: str
-    model_version: str
-    outputs: list[OutputTensor]
-    id: str | msgspec.UnsetType = msgspec.UNSET
-
-
-class Classifier(msgspec.Struct):
-    """The labels, as in a model's config.json."""
-
-    id2label: dict[str, str]
-    label2id: dict[str, int]
-
-
-class ModelType(msgspec.Struct):
-    """The kind of model."""
-
-    classifier: Classifier
-
-
-class Info(msgspec.Struct):
-    """The first model, in text-embeddings-inference's words."""
-
-    model_id: str
-    model_sha: str
-    model_dtype: str
-    model_type: ModelType
-    max_input_length: int
-    max_batch_tokens: int
-    max_batch_requests: int
-    max_client_batch_size: int
-    auto_truncate: bool
-    version: str
-
-
 _EXAMPLES: dict[type, list[Any]] = {
     huggingface.ClassifyRequest: [
         {"inputs": "how much is in my account?", "parameters": {"top_k": 1}},
@@ -163,31 +67,63 @@ _EXAMPLES: dict[type, list[Any]] = {
             "outputs": [{"name": "label"}, {"name": "logits", "parameters": {"classification": 2}}],
         }
     ],
+    tgi.WriteRequest: [
+        {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 5}},
+        {"inputs": "Once upon a time", "parameters": {"max_new_tokens": 5, "temperature": 0.8}, "stream": True},
+    ],
 }
+# What each event of a stream holds.
+_STREAMED = {tgi.WriteRequest: tgi.StreamToken, openai.CompletionRequest: openai.Completion}
+# Of language models, an Open Inference Protocol's request.
+_WRITTEN: list[Any] = [
+    {
+        "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["Once upon a time"]}],
+        "parameters": {"max_new_tokens": 5, "temperature": 0.8},
+        "outputs": [{"name": "text"}],
+    }
+]
 _TYPES = [
     huggingface.ClassifyRequest, tei.PredictRequest, oip.InferRequest, Class, Error, Live, Ready, ModelReady,
-    ServerMetadata, ModelMetadata, InferAnswer, Info,
+    ServerMetadata, ModelMetadata, InferAnswer, Info, tgi.WriteRequest, tgi.Generated, tgi.StreamToken, tgi.WriterInfo,
+    openai.CompletionRequest, openai.Completion, openai.ModelList,
 ]  # fmt: skip
 
 
-@lru_cache(maxsize=1)  # to make it takes as long as an inference, and anyone may ask for it
-def document(models: tuple[str, ...], versions: tuple[str, ...], settings: Settings) -> dict[str, Any]:
-    """OpenAPI 3.1 of the public port.
+class Served(NamedTuple):
+    """What is behind the paths.
 
-    Args:
-        models: the names that may stand in paths.
-        versions: some that may, too; they change when a model is loaded anew.
-        settings: the limits, and whether requests need a key.
+    `names` may stand in them; so may `versions`, which change when a model is loaded anew. `writers` are the language
+    models with the tokens that each writes at most.
     """
+
+    names: tuple[str, ...]
+    versions: tuple[str, ...] = ()
+    writers: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def writing(self) -> list[str]:
+        """The names of language models."""
+        return [name for name, _ in self.writers]
+
+    @property
+    def first_writes(self) -> bool:
+        """Whether the default is a language model."""
+        return bool(self.names) and self.names[0] in self.writing
+
+
+@lru_cache(maxsize=1)  # to make it takes as long as an inference, and anyone may ask for it
+def document(served: Served, settings: Settings) -> dict[str, Any]:
+    """OpenAPI 3.1 of the public port; the settings are the limits, and whether requests need a key."""
     _, schemas = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
     _tighten(schemas, settings)
+    _tighten_writing(schemas, served, settings)
     keys = {"bearer": {"type": "http", "scheme": "bearer"}} | {
         "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"}
     }
     found: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "kdexport", "version": __version__, "description": "Distilled ONNX models behind HTTP."},
-        "paths": _paths(models, versions, bool(settings.api_keys)),
+        "paths": _paths(served, bool(settings.api_keys)),
         "components": {
             "schemas": schemas,
             "responses": {
@@ -201,12 +137,15 @@ def document(models: tuple[str, ...], versions: tuple[str, ...], settings: Setti
     return found
 
 
-def _paths(models: Sequence[str], versions: Sequence[str], keyed: bool) -> dict[str, Any]:
+def _paths(served: Served, keyed: bool) -> dict[str, Any]:
     label = _named(Class)
     nested = {"type": "array", "items": {"type": "array", "items": label}}
-    either = {"anyOf": [{"type": "array", "items": label}, nested]}
-    name = _parameter("name", "path", {"type": "string", "enum": models})
-    version = _parameter("version", "path", {"type": "string", "pattern": "^[0-9a-f]{12}$", "examples": versions})
+    flat = {"anyOf": [{"type": "array", "items": label}, nested]}
+    written: Schema = {"type": "array", "items": _named(tgi.Generated)}
+    name = _parameter("name", "path", {"type": "string", "enum": served.names})
+    version = _parameter(
+        "version", "path", {"type": "string", "pattern": "^[0-9a-f]{12}$", "examples": served.versions}
+    )
 
     def get(id: str, summary: str, answer: type, parameters: list[Schema] | None = None, open: bool = True) -> Schema:
         found = _operation(id, summary, {"application/json": {"schema": _named(answer)}}, parameters or [])
@@ -216,23 +155,61 @@ def _paths(models: Sequence[str], versions: Sequence[str], keyed: bool) -> dict[
             )
         return {"get": found if open or not keyed else _locked(found)}
 
-    def post(id: str, summary: str, asked: type, answer: Schema, parameters: list[Schema] | None = None) -> Schema:
+    def post(
+        id: str, summary: str, asked: type, answer: Schema, parameters: list[Schema] | None = None, *further: Schema
+    ) -> Schema:
         found = _operation(id, summary, {"application/json": {"schema": answer}}, parameters or [], _OF_BODIES)
-        examples = {str(i): {"value": value} for i, value in enumerate(_EXAMPLES[asked], 1)}
+        examples = {str(i): {"value": value} for i, value in enumerate(_examples(asked, served), 1)}
         content = {"application/json": {"schema": _named(asked), "examples": examples}}
         found["requestBody"] = {"required": True, "content": content}
         if asked is not oip.InferRequest:
             found["responses"] |= _references(_UNFIT)
+        if asked in _STREAMED:
+            found["responses"]["200"]["content"]["text/event-stream"] = {"schema": _event(_STREAMED[asked])}
+        if asked in (tei.PredictRequest, openai.CompletionRequest):  # the model may be one that does something else
+            found["responses"] |= _references(_NOT_FOUND)
         return {"post": _locked(found) if keyed else found}
 
+    def infer(id: str, summary: str, writes: bool, parameters: list[Schema] | None = None) -> Schema:
+        if writes:
+            return post(id, summary, tgi.WriteRequest, written, parameters)
+        return post(id, summary, huggingface.ClassifyRequest, nested, parameters)
+
+    def either(first: Schema, second: Schema) -> Schema:
+        """Of models of both kinds: what one of them takes and gives."""
+        bodies = [one["post"]["requestBody"]["content"]["application/json"] for one in (first, second)]
+        answers = [one["post"]["responses"]["200"]["content"] for one in (first, second)]
+        examples = [*bodies[0]["examples"].values(), *bodies[1]["examples"].values()]
+        bodies[0]["schema"] = {"anyOf": [body["schema"] for body in bodies]}
+        bodies[0]["examples"] = {str(i): one for i, one in enumerate(examples, 1)}
+        both = {"anyOf": [one["application/json"]["schema"] for one in answers]}
+        answers[0] |= answers[1] | {"application/json": {"schema": both}}
+        return first
+
+    by_name = [
+        infer("inferBy", "Hugging Face's API", writes, [name])
+        for writes in (False, True)
+        if (served.writing if writes else set(served.names) - set(served.writing) or not served.names)
+    ]
     html = {"text/html": {"schema": {"type": "string"}}}
     paths = {
         "/": {"get": _operation("page", "A page for people", html, [])}
-        | post("classify", "Hugging Face's API, of the first model", huggingface.ClassifyRequest, nested),
-        "/models/{name}": post("classifyBy", "Hugging Face's API", huggingface.ClassifyRequest, nested, [name]),
-        "/predict": post("predict", "text-embeddings-inference's API", tei.PredictRequest, either),
-        "/invocations": post("invocations", "The same, at SageMaker's path", tei.PredictRequest, either),
-        "/info": get("info", "The first model, in text-embeddings-inference's words", Info, open=False),
+        | infer("inferFirst", "Hugging Face's API, of the first model", served.first_writes),
+        "/models/{name}": by_name[0] if len(by_name) == 1 else either(*by_name),
+        "/v1/completions": post(
+            "complete", "OpenAI's API, of language models", openai.CompletionRequest, _named(openai.Completion)
+        ),
+        "/v1/models": get("writers", "The language models, as OpenAI lists them", openai.ModelList, open=False),
+        "/predict": post("predict", "text-embeddings-inference's API", tei.PredictRequest, flat),
+        "/invocations": infer("invocations", "The same as /, at SageMaker's path", True)
+        if served.first_writes
+        else post("invocations", "The same, at SageMaker's path", tei.PredictRequest, flat),
+        "/info": get(
+            "info",
+            "The first model, in text-embeddings-inference's words, or text-generation-inference's",
+            tgi.WriterInfo if served.first_writes else Info,
+            open=False,
+        ),
         "/ping": get("ping", "Ready? SageMaker's path", Ready),
         "/health": get("health", "Ready? text-embeddings-inference's path", Ready),
         "/openapi.json": {
@@ -249,9 +226,25 @@ def _paths(models: Sequence[str], versions: Sequence[str], keyed: bool) -> dict[
     ):
         paths[path] = get(f"model{of}", "A model's inputs and outputs", ModelMetadata, parameters, open=False)
         paths[f"{path}/ready"] = get(f"modelReady{of}", "Ready?", ModelReady, parameters, open=False)
-        infer = post(f"infer{of}", "Open Inference Protocol", oip.InferRequest, _named(InferAnswer), parameters)
-        paths[f"{path}/infer"] = _with_raw_tensors(infer)
+        tensors = post(f"infer{of}", "Open Inference Protocol", oip.InferRequest, _named(InferAnswer), parameters)
+        paths[f"{path}/infer"] = _with_raw_tensors(tensors)
     return paths
+
+
+def _event(holds: type) -> Schema:
+    """One server-sent event, as OpenAPI describes streams until 3.2."""
+    data: Schema = {"type": "string", "contentMediaType": "application/json", "contentSchema": _named(holds)}
+    if holds is openai.Completion:
+        data = {"anyOf": [data, {"const": "[DONE]"}]}
+    about = "When `stream` is true: one event a token; an error ends the stream as one, like `Error`."
+    return {"type": "object", "description": about, "properties": {"data": data}, "required": ["data"]}
+
+
+def _examples(asked: type, served: Served) -> list[Any]:
+    if asked is openai.CompletionRequest:
+        model = next(iter(served.writing), "NAME")
+        return [{"model": model, "prompt": "Once upon a time", "max_tokens": 5, "temperature": 0.8}]
+    return _WRITTEN if asked is oip.InferRequest and served.first_writes else _EXAMPLES[asked]
 
 
 def _with_raw_tensors(infer: Schema) -> Schema:
@@ -278,6 +271,7 @@ def _tighten(schemas: dict[str, Schema], settings: Settings) -> None:
     schemas["ClassifyRequest"]["properties"]["inputs"] = {
         "anyOf": [*one["anyOf"], {"type": "array", "items": one, **rows}]
     }
+    schemas["ClassifyRequest"]["properties"]["stream"] = {"type": "null", "default": None}
     single = {"type": "array", "items": text, "minItems": 1, "maxItems": 2}
     schemas["PredictRequest"]["properties"]["inputs"] = {
         "anyOf": [text, single, {"type": "array", "items": single, **rows}]
@@ -292,9 +286,31 @@ def _tighten(schemas: dict[str, Schema], settings: Settings) -> None:
     }
     for tensor in ("InputTensor", "OutputTensor"):
         schemas[tensor]["properties"]["data"] = {"$ref": "#/components/schemas/TensorData"}
-    whole = {"type": "integer", "minimum": 1, "maximum": 2**31}
-    schemas["Parameters"]["properties"]["top_k"] = {"anyOf": [whole, {"type": "null"}], "default": None}
-    schemas["RequestedOutput"]["properties"]["name"] = {"enum": list(oip.OUTPUTS)}
+    schemas["Parameters"]["properties"]["top_k"] = _whole(1, 2**31)
+
+
+def _tighten_writing(schemas: dict[str, Schema], served: Served, settings: Settings) -> None:
+    """The same of language models."""
+    text: Schema = {"type": "string", "maxLength": settings.max_chars}
+    most = min((most for _, most in served.writers), default=2**31)
+    write, parameters = schemas["WriteRequest"]["properties"], schemas["WriteParameters"]["properties"]
+    complete = schemas["CompletionRequest"]["properties"]
+    write["inputs"] = complete["prompt"] = text
+    parameters["max_new_tokens"] = complete["max_tokens"] = _whole(1, most)
+    parameters["top_k"] = complete["top_k"] = _whole(0, 2**31)
+    parameters["seed"] = complete["seed"] = _whole(0, 2**63 - 1)
+    for properties, neutral in ((parameters, tgi.NEUTRAL), (complete, openai.NEUTRAL)):
+        for name, value in neutral.items():
+            properties[name] = {"enum": [None] if value is None else [value, None], "default": None}
+    if served.writing:
+        complete["model"] = {"enum": served.writing}
+    outputs = [*(oip.WRITTEN if served.writing else ()), *([] if served.first_writes else oip.OUTPUTS)]
+    schemas["RequestedOutput"]["properties"]["name"] = {"enum": outputs}
+
+
+def _whole(least: int, most: int) -> Schema:
+    number = {"type": "integer", "minimum": least, "maximum": most}
+    return {"anyOf": [number, {"type": "null"}], "default": None}
 
 
 def _operation(

@@ -27,7 +27,7 @@ from kdexport.progress import warn
 from kdexport.serve.app import App
 from kdexport.serve.http import Receive, Scope, Send
 from kdexport.serve.models import Models, named_sources
-from kdexport.serve.run import start_batcher
+from kdexport.serve.run import start_threads
 from kdexport.serve.settings import Settings
 
 # Far more than a queue takes in, at some milliseconds a row and `max_queue_ms`.
@@ -112,12 +112,12 @@ class _Replicated:
     async def _live(self, receive: Receive, send: Send) -> None:
         app = self._app
         await receive()
-        app.batcher = start_batcher(app, self._versions, self._die)
+        start_threads(app, self._versions, self._die)
         app.loaded = True
         await send({"type": "lifespan.startup.complete"})
         await receive()
         app.draining = True
-        await app.batcher.close()
+        await app.end_threads()
         app.log.flush()
         app.tracer.close()
         await send({"type": "lifespan.shutdown.complete"})

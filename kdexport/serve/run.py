@@ -97,7 +97,7 @@ class Server:
         grpc = await self._listen_grpc() if settings.grpc_port is not None else None
         try:
             versions = [await asyncio.to_thread(self._load, name) for name in self.models.names()]
-            self.app.batcher = start_batcher(self.app, versions, self._die)
+            start_threads(self.app, versions, self._die)
             # What is loaded stays: the collector need not look through it again and again.
             gc.collect()
             gc.freeze()
@@ -175,8 +175,8 @@ class Server:
             await ending
         if app.running:
             warn(f"{app.running} requests were not finished within {settings.grace:g} s")
-        elif app.batcher:
-            await app.batcher.close()
+        else:
+            await app.end_threads()
 
     async def _listen(self, app: object, host: str, port: int, flag: str, **limits: Any) -> uvicorn.Server:
         settings = self.settings
@@ -220,17 +220,25 @@ class Server:
         say(f"ready after {seconds:.2f} s on {_url(public)}" + (f", admin on {_url(admin)}" if admin else ""))
 
 
-def start_batcher(app: App, versions: list[Version], on_death: Callable[[BaseException], None]) -> Batcher:
-    """Threads for the app's models, as its settings say; in the loop that runs."""
+def start_threads(app: App, versions: list[Version], on_death: Callable[[BaseException], None]) -> None:
+    """Threads for the app's models, as its settings say, in the loop that runs: as many again for language models."""
     settings = app.settings
     threads = settings.threads or allowed_cores()
-    return Batcher(
+    app.batcher = Batcher(
         threads=threads,
         max_batch_tokens=settings.max_batch_tokens,
         max_wait=settings.max_wait_ms / 1e3,
         max_queue=settings.max_queue_ms / 1e3,
-        rate=threads * min(version.rate for version in versions),
+        rate=threads * min((version.rate for version in versions if not version.writer), default=1.0),
         on_batch=app.metrics.batch,
+        on_death=on_death,
+    )
+    app.writing = Batcher(
+        threads=threads,
+        max_batch_tokens=1,
+        max_wait=0.0,
+        max_queue=settings.max_writing_queue,
+        rate=threads * min((version.writer.rate for version in versions if version.writer), default=1.0),
         on_death=on_death,
     )
 

@@ -25,6 +25,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_queue_ms: float = 100.0
     """Work is taken in while it would wait no longer than this; then 429."""
 
+    max_writing_queue: float = 10.0
+    """The same of prompts to language models, in seconds: each takes longer than a batch."""
+
     max_body: int = 2 * 1024 * 1024
     """Of a request, after decompression."""
     max_rows: int = 256

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
+from tokenizers import Tokenizer
 
 from kdexport.tasks.config import Arrays, Items, Row
 from kdexport.tasks.metrics import Array
@@ -131,10 +133,15 @@ class CausalLM(Texts):
 
     def prompt(self, text: str, room: int) -> list[int]:
         """The last tokens of a text that leave room for so many more; a text without any begins as training's did."""
-        self._tokenizer.no_truncation()
-        ids = list(self._tokenizer.encode(text).ids)
-        self._tokenizer.enable_truncation(self.config.max_length)
+        ids = list(self._uncutting.encode(text).ids)
         return ids[-max(1, self.config.max_length - room) :] or [self.config.end_id or 0]
+
+    @cached_property
+    def _uncutting(self) -> Tokenizer:
+        """The tokenizer without truncation. Another one: to change one fails while another thread encodes with it."""
+        found = Tokenizer.from_str(self._tokenizer.to_str())
+        found.no_truncation()
+        return found
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Tokens as text, without special ones."""
