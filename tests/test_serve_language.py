@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -427,3 +431,46 @@ def test_health_is_answered_while_threads_write(language_model):
         assert {one.result().status_code for one in written} == {200}
         assert metric(server, "kdexport_generated_tokens_total") == 3 * (READS - 1)
         assert metric(server, "kdexport_first_token_seconds_count") == 3
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="this machine has no Chromium: apt-get install chromium")
+def test_the_page_shows_what_is_written_and_how_to_ask(server, model, tmp_path):
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import sync_playwright
+
+    expected = write(model, PROMPT, Sampling(max_new_tokens=40))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_context(bypass_csp=True, viewport={"width": 400, "height": 900}).new_page()
+        said = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(server.url)
+        assert "causal-lm: a text in, what comes after it out" in page.locator(".verdict").inner_text()
+        page.get_by_label("Text", exact=True).fill(PROMPT)
+        page.get_by_label("New tokens").fill("40")
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_role("button", name="Write").click()
+        page.get_by_text("40 tokens").wait_for()
+        assert page.locator("#written").text_content() == expected.completion
+        assert not page.get_by_text("Second text, for").is_visible()
+        page.get_by_label("Python").check()
+        code = page.locator("#code").inner_text()
+        (tmp_path / "ask.py").write_text(code)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
+        assert [rule["id"] for rule in found.response["violations"]] == []
+        page.get_by_label("New tokens").fill(str(READS))
+        page.evaluate("document.getElementById('form').noValidate = true")
+        page.get_by_role("button", name="Write").click()
+        page.get_by_text(f"the model writes at most {READS - 1} tokens").wait_for()
+        browser.close()
+    assert [line for line in said if not line.startswith("Failed to load resource")] == []
+    ran = subprocess.run(
+        [sys.executable, tmp_path / "ask.py"],
+        capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "0"},
+    )  # fmt: skip
+    assert ran.stdout == expected.completion, ran.stderr
