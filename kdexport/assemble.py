@@ -253,6 +253,11 @@ def _distillation(
         baseline_seeds=_spread(stages, stages.baseline, [pair[1] for pair in stages.other_seeds]),
         student_curve=training["curve"],
         baseline_curve=_training(stages.baseline)["curve"] if stages.baseline else [],
+        further={
+            name.removesuffix("-torch"): quality[name].further
+            for name in ("teacher", "student-torch", "baseline-torch")
+            if name in quality and quality[name].further
+        },
     )
 
 

@@ -125,7 +125,8 @@ def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     """A Hugging Face model in PyTorch's runtimes; its task is made from its tokenizer and labels."""
     if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise SpecError(f"{name} does not exist", "Name a run, an artifact, a .onnx file, a model folder or an address")
-    from kdexport.distill.teacher import open_config, open_model, own_labels, save_task
+    from kdexport.distill.opened import open_config, open_model, own_labels
+    from kdexport.distill.teacher import save_task
     from kdexport.models import task_of
 
     label = Path(name).name

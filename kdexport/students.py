@@ -34,7 +34,7 @@ class Students(NamedTuple):
         """The student that a search chose, its files, and the search's record."""
         ladder = self.folder.stage(
             "ladder",
-            version=1,
+            version=2,
             settings=[
                 names,
                 msgspec.structs.replace(self.settings.student, model=names),
@@ -94,7 +94,7 @@ class Students(NamedTuple):
 
         return self.folder.stage(
             stage,
-            version=2,
+            version=3,
             settings=[msgspec.structs.replace(self.settings.student, model=name), distill, seed, share],
             reads=[self.data, self.teacher, self.targets, *local(name)],
             build=build,

@@ -19,7 +19,7 @@ LEVELS = [
     {"assemble", "search"},
     {"verdict", "evidence", "leakage"},
     {"distill", "export", "bench", "report"},
-    {"predictor", "models"},
+    {"predictor", "models", "generation"},
     {"networks", "convnet"},
     {"data", "artifact"},
     {"tasks"},
@@ -86,4 +86,4 @@ def test_the_light_side_loads_no_torch(code):
 def test_the_package_stays_small():
     lines = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
     assert max(lines.values()) <= 400, max(lines, key=lines.get)
-    assert sum(lines.values()) <= 20500
+    assert sum(lines.values()) <= 21500

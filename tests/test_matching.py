@@ -324,7 +324,8 @@ def folder(base_model, tmp_path_factory):
     """The base model as a finished teacher stage."""
     from transformers import AutoTokenizer
 
-    from kdexport.distill.teacher import Opened, save_model, save_task
+    from kdexport.distill.opened import Opened
+    from kdexport.distill.teacher import save_model, save_task
 
     path = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)

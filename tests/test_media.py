@@ -368,8 +368,9 @@ MODELS = {
 
 @pytest.mark.parametrize("family", MODELS)
 def test_other_families_lose_layers_and_are_exported(family, tmp_path):
+    from kdexport.distill.opened import Opened
     from kdexport.distill.shrink import keep_layers
-    from kdexport.distill.teacher import Opened, save_model, save_task
+    from kdexport.distill.teacher import save_model, save_task
     from kdexport.distill.train import logits_of
     from kdexport.export import export_student
     from kdexport.models import task_of

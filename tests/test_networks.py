@@ -7,7 +7,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdexport import spec
 from kdexport.data import demo
-from kdexport.distill.teacher import Opened, save_model, save_task
+from kdexport.distill.opened import Opened
+from kdexport.distill.teacher import save_model, save_task
 from kdexport.export import export_student, read_candidates
 from kdexport.networks import KINDS, TextNet, TextNetConfig
 from kdexport.predictor import Predictor

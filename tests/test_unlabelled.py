@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from kdexport import spec
 from kdexport.data import read_rows, read_summary
 from kdexport.data.sources import Source, local_files, read_unlabelled, rows_of_sources, to_rows
-from kdexport.distill.teacher import Opened, prepare_teacher, save_task
+from kdexport.distill.opened import Opened
+from kdexport.distill.teacher import prepare_teacher, save_task
 from kdexport.distill.train import logits_of
 from kdexport.errors import DataError, ModelError
 from kdexport.tasks import load_task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ import typer
 
 from kdexport.cli.options import Debug, Flag, quantity
 from kdexport.errors import SpecError
+
+_WRITING = "Language models"
 
 
 def predict(
@@ -24,9 +27,22 @@ def predict(
     batch_size: Annotated[int, Flag(min=1, help="Texts that run at once.")] = 32,
     threads: Annotated[int | None, Flag(min=1, help="Threads of the runtime.", show_default="all cores")] = None,
     scores: Annotated[bool, Flag("--scores", help="Print the probability of every label (or word).")] = False,
+    max_new_tokens: Annotated[int, Flag(min=1, help="Tokens to write at most.", rich_help_panel=_WRITING)] = 64,
+    temperature: Annotated[
+        float, Flag(min=0, help="0: the most probable token; 1: as the model has it.", rich_help_panel=_WRITING)
+    ] = 0.0,
+    top_k: Annotated[int, Flag(min=0, help="Of so many tokens; 0: of all.", rich_help_panel=_WRITING)] = 0,
+    top_p: Annotated[float, Flag(max=1, help="Of those that sum to this share.", rich_help_panel=_WRITING)] = 1.0,
+    stop: Annotated[list[str] | None, Flag(help="A text that ends it; may be repeated.", rich_help_panel=_WRITING)] = (
+        None
+    ),
+    seed: Annotated[int | None, Flag(min=0, help="Of what is drawn.", rich_help_panel=_WRITING)] = None,
+    perplexity: Annotated[
+        bool, Flag("--perplexity", help="Write nothing; tell how well each text is foreseen.", rich_help_panel=_WRITING)
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Predictions as JSON lines, in the order of the inputs.
+    """Predictions as JSON lines, in the order of the inputs; language models go on from each text.
 
     [bold]Examples[/bold]
 
@@ -37,20 +53,37 @@ def predict(
       cat texts.txt | kdexport predict runs/demo
 
       kdexport predict runs/clothes a.png b.png
+
+      kdexport predict runs/shakespeare "ROMEO:" --max-new-tokens 100 --temperature 0.8
     """
     import msgspec
 
     from kdexport.data.sources import iter_texts
+    from kdexport.generation import Sampling, write
     from kdexport.predictor import load
+    from kdexport.tasks.causal_lm import CausalLM
 
     model = load(artifact, variant, threads)
     if inputs and file:
         raise SpecError("texts and --file were both given", "Give one of them")
     reads = model.task.reads
+    asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    try:
+        sampling = msgspec.convert(asked | {"stop": stop or [], "seed": seed}, Sampling)
+    except msgspec.ValidationError as error:
+        key = str(error).rpartition("$.")[2].partition("[")[0].strip("`")
+        raise SpecError(f"--{key.replace('_', '-')}: {str(error).partition(' - at')[0]}") from None
+    writes = isinstance(model.task, CausalLM)
+    if not writes and (perplexity or sampling != Sampling()):
+        raise SpecError(f"{artifact} is for {model.task.name}, and writes nothing", "Leave out the options of writing")
     rows = iter([{reads: one} for one in inputs]) if inputs else iter_texts(file, sys.stdin)
     while chunk := list(islice(rows, 32 * batch_size)):
         given = [_text_of(row, file, reads) for row in chunk]
-        for one, answer in zip(given, model.predict(given, batch_size), strict=True):
+        if writes and not perplexity:
+            answers: Iterable[Any] = (write(model, text, sampling) for text in given)
+        else:
+            answers = model.predict(given, batch_size)
+        for one, answer in zip(given, answers, strict=True):
             sys.stdout.write(msgspec.json.encode({reads: one} | answer.told(scores)).decode() + "\n")
         sys.stdout.flush()
 

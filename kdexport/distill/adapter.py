@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from kdexport.distill.teacher import open_config, open_model, open_tokenizer, own_labels
+from kdexport.distill.opened import open_config, open_model, open_tokenizer, own_labels
 from kdexport.distill.teachers import base_of
 from kdexport.errors import MissingPackage, ModelError
 from kdexport.models import has_head

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import ASTFeatureExtractor, ViTImageProcessor
 
 from kdexport.convnet import ConvNetConfig, ConvNetForAudioClassification, ConvNetForImageClassification
-from kdexport.distill.teacher import Opened
+from kdexport.distill.opened import Opened
 from kdexport.tasks import audio, images
 from kdexport.tasks.config import TaskConfig
 

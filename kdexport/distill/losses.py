@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdexport.spec import Schedule
+from kdexport.tasks.causal_lm import drawn_of
 
 # The label of a row that has none; the teacher alone teaches it.
 UNLABELLED = -100
@@ -264,28 +265,30 @@ LOGIT_LOSSES: dict[str, LogitLoss] = {
 
 
 def with_rest(student_logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's log probabilities of the same k + 1 outcomes: k tokens, and all others together.
+    """The student's and the teacher's log probabilities of the same k outcomes, as if there were no others.
 
-    A teacher's answer to a token holds k of V probabilities, so its divergence from a student is taken over what both
-    say of these, and of the rest as one. That is never more than the divergence over all V, and less by the rest's
-    mass times the divergence within the rest. Any loss of logits can be taken of the two.
+    A teacher's answer to a token holds k of V probabilities: those of the highest ones, and of some that were drawn
+    from the rest by their probability. Each drawn one stands for an equal part of the rest's mass r: of m drawn, token
+    s has r / m under the teacher and q(s) / p(s) · r / m under the student. So a sum over outcomes is in the mean the
+    one over all V (importance sampling), and any loss of logits can be taken of the two.
 
     Args:
         student_logits: float [M, V].
         packed: float [M, 1 + 2k] as `kdexport.tasks.causal_lm` packs them.
 
     Returns:
-        Twice float [M, k + 1].
+        Twice float [M, k].
     """
     ids, teacher = packed[:, 1::2].long(), packed[:, 2::2].float()
     student = F.log_softmax(student_logits.float(), dim=-1).gather(1, ids)
-    return _and_rest(student), _and_rest(teacher)
-
-
-def _and_rest(logs: Tensor) -> Tensor:
-    """Log probabilities [M, k] and that of what they leave of 1, at least 1e-6, which is what rounding may leave."""
-    rest = torch.log((1 - logs.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-6))
-    return torch.cat([logs, rest], dim=-1)
+    m = drawn_of(ids.shape[1], student_logits.shape[1])
+    if m == 0:
+        return student, teacher
+    top, drawn = teacher[:, :-m], teacher[:, -m:]
+    rest = torch.log((1 - top.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-6)) - math.log(m)
+    return torch.cat([student[:, :-m], student[:, -m:] - drawn + rest], dim=-1), torch.cat(
+        [top, rest.expand(-1, m)], -1
+    )
 
 
 # --- inside

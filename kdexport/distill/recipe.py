@@ -118,6 +118,18 @@ def check(settings: spec.Spec) -> None:
         raise SpecError("student.start has no effect: no student here is a narrower one of its family", "Remove it")
 
 
+def vocabulary(student: spec.Student, name: str, task: str) -> str:
+    """The tokens that a student keeps: `whole` or `corpus`.
+
+    Names are mostly words that no training text has: on WNUT 17 the teacher itself, with the training texts' tokens
+    alone, falls from 55.9 to 46.0 on validation.
+    """
+    if student.vocabulary is not None:
+        return student.vocabulary
+    names_or_writes = task in ("token-classification", "causal-lm")
+    return "whole" if shape_of(name).kind == "model" or names_or_writes else "corpus"
+
+
 def why(settings: spec.Spec) -> str:
     """Why these students, when none is named."""
     return "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"

@@ -149,6 +149,9 @@ def narrow(
     if _head_size(student.config) != _head_size(teacher.config):
         names = None
     stream, table, kept = _project_embeddings(teacher, student, centre=names is None)
+    theirs, ours = teacher.get_output_embeddings(), student.get_output_embeddings()
+    if theirs is not None and theirs.weight is not teacher.get_input_embeddings().weight:
+        ours.weight.copy_(theirs.weight @ stream)
     if names is None:
         return Narrowed(student, kept, 0)
     if table is not None:

@@ -20,9 +20,10 @@ from kdexport import spec
 from kdexport.data import read_rows, sampled
 from kdexport.distill import recipe
 from kdexport.distill.convolution import build_conv
+from kdexport.distill.opened import Opened, open_config, open_model, open_processor
 from kdexport.distill.shrink import keep_layers, layers_of, narrow
 from kdexport.distill.targets import TRANSFER
-from kdexport.distill.teacher import Opened, open_config, open_model, open_processor, save_model, save_task, some_rows
+from kdexport.distill.teacher import save_model, save_task, some_rows
 from kdexport.distill.train import Recipe, fit, logits_of
 from kdexport.distill.vocabulary import trim_vocabulary
 from kdexport.errors import ModelError
@@ -172,12 +173,12 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
     if shape.kind == "model":
         config = read_config(teacher_folder)
         opened = open_model(name, open_config(name), config.task, config.labels, config.function)
-        if student.vocabulary == "corpus":
+        if recipe.vocabulary(student, name, config.task) == "corpus":
             trim_vocabulary(opened.processor, opened.model, texts)
         return Built(opened, f"its weights from {name}")
     teacher = open_trained(teacher_folder)
     task = task_name(teacher_folder)
-    whole = student.vocabulary == "whole" or TASKS[task].reads != "text" or task == "causal-lm"
+    whole = recipe.vocabulary(student, name, task) == "whole" or TASKS[task].reads != "text"
     tokenizer = open_processor(str(teacher_folder), task)
     kept = None if whole else trim_vocabulary(tokenizer, teacher, texts)
     size = "" if kept is None else f", a vocabulary of {len(kept):,}"

@@ -7,24 +7,16 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoImageProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
-from transformers.utils import logging
+from transformers import PreTrainedTokenizerFast, set_seed
 
 from kdexport import spec
 from kdexport.data import read_rows, read_summary, sampled
+from kdexport.distill.opened import Opened, open_config, open_model, own_labels
 from kdexport.distill.train import Recipe, fit
 from kdexport.errors import ModelError
-from kdexport.models import AUTO_CLASSES, has_head
+from kdexport.models import has_head
 from kdexport.progress import say, warn
 from kdexport.rundir import write_json
 from kdexport.tasks import PROBLEMS, TASKS, images, load_task
@@ -32,24 +24,10 @@ from kdexport.tasks import audio as sound
 from kdexport.tasks.classes import function_of
 from kdexport.tasks.config import Function, TaskConfig
 
-logging.set_verbosity_error()  # "newly initialized" warnings: we say ourselves what is new
-
 _DEFAULT_MAX_LENGTH = 128
-# Of a language model's vocabulary, as many tokens are kept with their probability, and the mass of the rest. With 64 of
-# a vocabulary of 1,024 the KL of a student is within PERCENT of the whole one's (tests/test_language.py).
+# Of a language model's vocabulary, as many tokens are kept with their probability: see `tasks/causal_lm.py`, and
+# benchmarks/soft_targets.py for how near their loss is to the whole one.
 _SOFT_TARGETS = 64
-# As transformers' configurations name them; without one a pipeline takes softmax.
-_PROBLEM_TYPE = {"softmax": None, "sigmoid": "multi_label_classification", "none": "regression"}
-
-
-class Opened(NamedTuple):
-    """A model and what makes its inputs: a tokenizer, or a processor of images or of sound.
-
-    The model has a new head where `labels` are not its own.
-    """
-
-    model: PreTrainedModel
-    processor: Any
 
 
 def prepare_teacher(
@@ -127,133 +105,10 @@ def _labelled(data: Path, split: str) -> list[dict[str, Any]]:
     return rows
 
 
-def open_config(model: str) -> Any:
-    """A model's configuration, from a folder or the hub.
-
-    Raises:
-        ModelError: there is none.
-    """
-    folder = Path(model)
-    local = folder.exists() or model.startswith((".", "/", "~"))
-    if local and not (folder / "config.json").is_file():
-        missing = "does not exist" if not folder.exists() else "holds no config.json"
-        raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
-    try:
-        return AutoConfig.from_pretrained(model)
-    except Exception as error:  # OSError, ValueError, KeyError and connection errors, by cause
-        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
-
-
 def some_rows(data: Path) -> list[dict[str, Any]]:
     """Up to 500 training rows, always the same ones."""
     rows = read_rows(data, "train")
     return [rows[i] for i in sampled(len(rows), 500)]
-
-
-def open_model(
-    model: str,
-    config: Any,
-    task: str,
-    labels: Sequence[str],
-    function: Function = "softmax",
-    *,
-    to_train: bool = False,
-) -> Opened:
-    """A model with a head for these labels, and its tokenizer or processor.
-
-    Args:
-        model: folder or hub id.
-        config: its configuration, which is changed to these labels.
-        task: its name.
-        labels: in the order of the logits.
-        function: from logits to scores.
-        to_train: whether it is trained next; then a folder without weights gets random ones.
-
-    Raises:
-        ModelError: weights, tokenizer or processor are missing or unreadable.
-    """
-    processor = open_processor(model, task)
-    if task != "causal-lm":
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-        config.problem_type = _PROBLEM_TYPE[function]
-    if Path(model).is_dir() and not _has_weights(Path(model)):
-        if not to_train:
-            raise ModelError(f"model folder {model} holds no weights", "Train it from random ones: --teacher-epochs 3")
-        say(f"teacher: {model} holds no weights, so it starts from random ones")
-        return Opened(AUTO_CLASSES[task].from_config(config), processor)
-    try:
-        opened = AUTO_CLASSES[task].from_pretrained(model, config=config, ignore_mismatched_sizes=True)
-    except Exception as error:
-        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
-    return Opened(opened, processor)
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-
-
-def open_classifier(model: str, config: Any, task: str) -> Opened:
-    """A model with the head that it was trained with, and its tokenizer or processor.
-
-    Raises:
-        ModelError: it has no head, or some of its weights, or its tokenizer, are missing or unreadable.
-    """
-    if not has_head(config, task):
-        kind = ", ".join(config.architectures or []) or "of no known kind"
-        raise ModelError(f"model {model!r} has no classification head: it is {kind}", "Name a trained classifier")
-    processor = open_processor(model, task)
-    try:
-        opened, found = AUTO_CLASSES[task].from_pretrained(model, output_loading_info=True)
-    except Exception as error:
-        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
-    if missing := sorted(found["missing_keys"]):
-        raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
-    return Opened(opened, processor)
-
-
-def open_processor(model: str, task: str) -> Any:
-    """What makes a model's inputs, from a folder or the hub: a fast tokenizer, or a processor of images or of sound.
-
-    Raises:
-        ModelError: there is none.
-    """
-    reads = TASKS[task].reads
-    if reads == "text":
-        return open_tokenizer(model, task)
-    try:
-        return (AutoImageProcessor if reads == "image" else AutoFeatureExtractor).from_pretrained(model)
-    except Exception as error:
-        raise ModelError(
-            f"model {model!r} has no {reads} processor that can be opened: {_first_line(error)}",
-            "Save it beside the model: processor.save_pretrained(folder)",
-        ) from None
-
-
-def open_tokenizer(model: str, task: str = "text-classification") -> PreTrainedTokenizerFast:
-    """A model's fast tokenizer, from a folder or the hub.
-
-    Raises:
-        ModelError: there is none.
-    """
-    try:
-        # Words of a list each begin with a space, for tokenizers that tell the beginning of a word by it.
-        words = {"add_prefix_space": True} if task == "token-classification" else {}
-        tokenizer = AutoTokenizer.from_pretrained(model, **words)
-    except Exception as error:
-        raise ModelError(
-            f"model {model!r} has no tokenizer that can be opened: {_first_line(error)}",
-            "Save it beside the model: tokenizer.save_pretrained(folder)",
-        ) from None
-    if not tokenizer.is_fast:
-        raise ModelError(f"model {model!r} has only a slow tokenizer, without tokenizer.json", "Convert it first")
-    return tokenizer
-
-
-def own_labels(config: Any) -> list[str]:
-    """A configuration's label names in the order of its logits."""
-    return [str(config.id2label[i]) for i in sorted(config.id2label)]
 
 
 def match_labels(own: list[str], known: list[str], head: bool, model: str, *, can_learn: bool = True) -> list[str]:
@@ -373,6 +228,8 @@ def write_task(
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = config.max_length
+    if kept:  # or it gives token types, which no graph takes
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = config.inputs
     tokenizer.save_pretrained(out)
     write_json(out / "task.json", config)
 
@@ -404,7 +261,3 @@ def longest_input(config: Any, tokenizer: PreTrainedTokenizerFast) -> int:
         positions -= (config.pad_token_id or 0) + 1  # these count positions from pad_token_id + 1
     declared = tokenizer.model_max_length
     return int(min(positions, declared if 0 < declared < 10**6 else positions))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from kdexport import artifact, spec
-from kdexport.data import read_summary
+from kdexport.data import demo, read_summary
 from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
 from kdexport.distill import recipe
@@ -55,8 +55,9 @@ class Named(NamedTuple):
 
 
 def models_of(settings: spec.Teacher) -> tuple[str, ...]:
-    """The teachers that a spec names."""
-    return (settings.model,) if isinstance(settings.model, str) else settings.model
+    """The teachers that a spec names; the one that comes with `kdexport[demo]` by its folder."""
+    named = (settings.model,) if isinstance(settings.model, str) else settings.model
+    return tuple(demo.located(model) for model in named)
 
 
 def check(settings: spec.Spec) -> None:
@@ -149,7 +150,8 @@ def cut_of(settings: spec.Spec) -> Cut | None:
         ModelError: the teacher has no tokenizer, or reads less than is asked for.
     """
     for model in cut_by(settings):
-        from kdexport.distill.teacher import open_config, open_tokenizer, read_length
+        from kdexport.distill.opened import open_config, open_tokenizer
+        from kdexport.distill.teacher import read_length
 
         tokenizer = open_tokenizer(model)
         length = read_length(open_config(model), tokenizer, settings.data.max_length)
@@ -264,7 +266,8 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
     """An artifact of ours, its files checked; or a folder as Optimum writes it."""
     from transformers import AutoConfig
 
-    from kdexport.distill.teacher import longest_input, match_labels, open_tokenizer, own_labels, write_task
+    from kdexport.distill.opened import open_tokenizer, own_labels
+    from kdexport.distill.teacher import longest_input, match_labels, write_task
     from kdexport.predictor import Predictor, tensors_of
     from kdexport.tasks.classes import function_of
 
@@ -292,8 +295,9 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
 
 def _take_stored(settings: spec.Spec, model: str, data: Path, out: Path, first: Path | None) -> None:
     """Its tokenizer only says what a text is to the rest of the toolkit: the first teacher's, or the student's."""
+    from kdexport.distill.opened import open_config, open_model
     from kdexport.distill.stored import take_stored
-    from kdexport.distill.teacher import open_config, open_model, save_task
+    from kdexport.distill.teacher import save_task
 
     labels = take_stored(Path(model), data, rows_of_sources(settings.data), settings.task, out)
     if first:

@@ -9,10 +9,11 @@ import msgspec
 from kdexport import __version__
 from kdexport.report import page
 from kdexport.report.sections import SECTIONS
-from kdexport.report.table import HEADERS, between, megabytes, ms, p99, percent, points, table, times, trimmed
+from kdexport.report.table import between, further, headers, megabytes, ms, p99, percent, points, table, times, trimmed
 from kdexport.results import Exported, Report, read_report, write_report
 from kdexport.rundir import write_text
 from kdexport.tasks import TASKS
+from kdexport.tasks.causal_lm import BITS
 
 
 def write_reports(report: Report, folder: Path) -> None:
@@ -60,7 +61,8 @@ def write_card(report: Report, file: Path) -> None:
     best, teacher = report.variant(report.recommended), next(v for v in report.variants if v.model == "teacher")
     formats = {"percent": percent, "ms": ms, "times": times, "points": points}
     reads = TASKS[report.task].reads
-    values = {"r": report, "reads": reads, "best": best, "teacher": teacher, "headers": HEADERS, "rows": table(report)}
+    values = {"r": report, "reads": reads, "best": best, "teacher": teacher}
+    values |= {"headers": headers(report), "rows": table(report)}
     write_text(file, page.render("card.md.j2", **formats, **values))
 
 
@@ -89,11 +91,15 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     facts = []
     if best.metric and reference.metric:
         facts.append((percent(best.metric.value), f"{report.metric}; teacher {percent(reference.metric.value)}"))
+    if bits := best.further.get(BITS):
+        facts.append((further(BITS, bits), f"{BITS}; teacher {further(BITS, reference.further.get(BITS))}"))
     if report.distillation:
-        facts.append((percent(report.distillation.retention), "of the teacher's kept"))
+        facts.append((percent(report.distillation.retention), f"of the teacher's {report.metric} kept"))
     if best.latency_ms:
         p50 = trimmed(best.latency_ms.p50, best.latency_ms.p50_ci95)
         facts.append((f"{p50} ms", f"p50 for one text; p99 {p99(best)} ms"))
+        if rate := best.latency_ms.tokens_per_second:
+            facts.append((f"{rate:,.0f}", f"tokens a second; the first after {ms(best.latency_ms.first_token_p50)} ms"))
     if best.speedup_p50:
         value, ci = best.speedup_p50.value, best.speedup_p50.ci95
         facts.append((f"{trimmed(value, ci)}×", f"faster than {report.bench.reference}{between(ci, value)}"))

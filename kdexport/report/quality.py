@@ -6,7 +6,7 @@ import math
 
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import percent, points
+from kdexport.report.table import further, percent, points
 from kdexport.results import Bin, ClassScore, Distillation, Report
 
 _WORST_CLASSES = 20
@@ -33,8 +33,22 @@ def quality(r: Report) -> Section | None:
         lead += f"Distillation gave {points(d.gain_points)} over the same student trained on labels alone{ci}, {told}."
     headers = ("model or file", f"{r.metric} [95 %]", "rows")
     return Section(
-        f"How good: {r.metric}", lead, [Figure("With 95 % intervals", chart, Table(headers, rows))], brief=True
+        f"How good: {r.metric}",
+        lead,
+        [Figure("With 95 % intervals", chart, Table(headers, rows))],
+        _further(r, d),
+        brief=True,
     )
+
+
+def _further(r: Report, d: Distillation) -> list[Table]:
+    """The metrics beside the one that counts, of models in PyTorch and of files."""
+    told = {"student": "student, PyTorch", "baseline": "the same student on labels alone"}
+    found = [(told.get(name, name), metrics) for name, metrics in d.further.items()]
+    found += [(v.name, v.further) for v in r.variants if v.model == "student" and v.file and v.further]
+    names = list(dict.fromkeys(name for _, metrics in found for name in metrics))
+    rows = [(name, *(further(key, metrics.get(key)) for key in names)) for name, metrics in found]
+    return [Table(("model or file", *names), rows)] if names else []
 
 
 def classes(r: Report) -> Section | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from kdexport.results import Interval, Report, Variant
+from kdexport.tasks.causal_lm import BITS, CausalLM
 
 HEADERS = (
     "variant",
@@ -101,22 +102,37 @@ def speedup(variant: Variant) -> str:
 
 def headers(report: Report) -> tuple[str, ...]:
     """The table's headers; what variants agree with is the teacher, or what they were measured against."""
-    if report.distillation:
-        return HEADERS
-    return tuple(f"agrees with {report.bench.reference}" if h == HEADERS[2] else h for h in HEADERS)
+    name, metric, agrees, *speed = HEADERS
+    if not report.distillation:
+        agrees = f"agrees with {report.bench.reference}"
+    if report.task == CausalLM.name:
+        speed = ["first token ms", "tokens/s", *speed]
+        return (name, BITS, f"{report.metric} [95 %]", agrees, *speed)
+    return (name, f"{report.metric} [95 %]" if report.metric else metric, agrees, *speed)
 
 
 def table(report: Report) -> list[tuple[str, ...]]:
-    """One tuple of cells a variant, in the order of `HEADERS`; the recommended one has a star."""
-    return [_row(variant, variant.name == report.recommended) for variant in report.variants]
+    """One tuple of cells a variant, in the order of `headers`; the recommended one has a star."""
+    writes = report.task == CausalLM.name
+    return [_row(variant, variant.name == report.recommended, writes) for variant in report.variants]
 
 
-def _row(variant: Variant, recommended: bool) -> tuple[str, ...]:
+def further(name: str, value: float | None) -> str:
+    """A metric beside the one that counts: bits and perplexity as numbers, all others are shares."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if name == BITS else f"{value:.2f}" if name == "perplexity" else percent(value)
+
+
+def _row(variant: Variant, recommended: bool, writes: bool) -> tuple[str, ...]:
     latency = variant.latency_ms
+    first, rate = (latency.first_token_p50, latency.tokens_per_second) if latency else (None, None)
     return (
         f"{variant.name}{' ★' if recommended else ''}",
+        *([further(BITS, variant.further.get(BITS))] if writes else []),
         accuracy(variant),
         percent(variant.agreement),
+        *([ms(first), "–" if rate is None else f"{rate:,.0f}"] if writes else []),
         trimmed(latency.p50, latency.p50_ci95) if latency else "–",
         p99(variant),
         speedup(variant),

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kdexport.report.table import headers, percent, points, table
 from kdexport.results import Report
+from kdexport.tasks.causal_lm import BITS
 
 
 def show(report: Report, folder: Path) -> None:
@@ -51,6 +52,8 @@ def summary(report: Report) -> list[str]:
             f"★ {best.name}: {report.reason}; keeps {percent(found.retention)} of the teacher's {report.metric} "
             f"({found.teacher.n} test rows)."
         )
+        if BITS in best.further and "teacher" in found.further:
+            lines.append(_bits(best.further[BITS], {name: each[BITS] for name, each in found.further.items()}))
         if found.baseline and found.gain_points is not None:
             p = "" if found.gain_mcnemar_p is None else f" (McNemar p = {found.gain_mcnemar_p:.2f})"
             way = "" if found.ratio is None else f", {percent(found.ratio, 0)} of the way to the teacher"
@@ -72,5 +75,11 @@ def summary(report: Report) -> list[str]:
     return lines + [f"doubt: {line}" for line in report.bench.warnings]
 
 
+def _bits(best: float, others: dict[str, float]) -> str:
+    told = f"{best:.3f} {BITS}, {100 * (best / others['teacher'] - 1):+.1f} % on the teacher's {others['teacher']:.3f}"
+    baseline = others.get("baseline")
+    return f"{told}; on labels alone {baseline:.3f}." if baseline else f"{told}."
+
+
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True, width=max(Console().width, 140))
+    return Console(highlight=False, soft_wrap=True, width=max(Console().width, 180))

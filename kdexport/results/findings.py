@@ -143,6 +143,7 @@ class Distillation(msgspec.Struct, frozen=True, kw_only=True):
 
     `model` is the student as the spec names it. `loss`, `temperature` and `alpha` are as in the spec; what moves
     during training is written as text. `ratio` is (student − baseline) ÷ (teacher − baseline).
+    `further` are the metrics beside the one that counts, of teacher, student and baseline in PyTorch.
     """
 
     teacher: Metric
@@ -162,3 +163,4 @@ class Distillation(msgspec.Struct, frozen=True, kw_only=True):
     baseline_seeds: Spread | None = None
     student_curve: list[dict[str, Any]]
     baseline_curve: list[dict[str, Any]]
+    further: dict[str, dict[str, float]] = {}

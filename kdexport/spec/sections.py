@@ -78,7 +78,10 @@ class Teacher(Section, frozen=True):
 
     model: Annotated[
         Text | Annotated[tuple[Text, ...], Meta(min_length=1)],
-        _help("Hugging Face folder or hub id, PEFT adapter, ONNX artifact, stored logits; or a list of them"),
+        _help(
+            "Hugging Face folder or hub id (sentence-transformers/all-MiniLM-L6-v2 comes with kdexport[demo]), PEFT "
+            "adapter, ONNX artifact, stored logits; or a list of them"
+        ),
     ]
     weights: Annotated[tuple[Positive, ...] | None, _help("of several teachers; equal when absent")] = None
     combine: Annotated[
@@ -109,7 +112,8 @@ class Student(Section, frozen=True):
     vocabulary: Annotated[
         Literal["whole", "corpus"] | None,
         _help(
-            "the teacher's tokens, or those of the training texts; when absent corpus, or whole for a folder or hub id"
+            "the teacher's tokens, or those of the training texts; when absent corpus, or whole for a folder or hub id "
+            "and for token-classification, where words that training lacks are the point"
         ),
     ] = None
     embedding: Annotated[

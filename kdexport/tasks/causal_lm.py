@@ -5,8 +5,9 @@ each token that was predicted
 
     log p of the token that is there · id and log p of the most probable · … · id and log p of the k-th
 
-Its first three columns are all that metrics read. A teacher's hold k = 64, and make soft targets: what they don't
-hold is the rest's mass, 1 − Σ p.
+Its first three columns are all that metrics read. A teacher's hold k = 64, and make soft targets: the 48 most probable
+tokens, and 16 drawn from the rest, which stand for its mass, 1 − Σ p. What the most probable ones alone can't say, how
+the rest is spread, drawn ones say in the mean (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from kdexport.tasks.texts import Texts
 
 # Columns of packed answers.
 LOG_P, BEST = 0, 1
+BITS = "bits per byte"
 _NO_LABEL = -100
 
 
@@ -118,7 +120,9 @@ class CausalLM(Texts):
                 continue
             logs = log_softmax(output[i, : n - 1])
             packed[i, : n - 1, LOG_P] = logs[np.arange(n - 1), tokens[1:n]]
-            best = most_probable(logs, k)
+            best = most_probable(logs, k - drawn_of(k, logs.shape[1]))
+            if best.shape[1] < k:
+                best = np.concatenate([best, _drawn(logs, best, k - best.shape[1], tokens[:n])], axis=1)
             packed[i, : n - 1, 1::2] = best
             packed[i, : n - 1, 2::2] = np.take_along_axis(logs, best, axis=1)
         return packed
@@ -211,7 +215,7 @@ class CausalLM(Texts):
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """What the text costs: bits a byte, which holds whatever the tokenizer, and perplexity, which is by token."""
         _, tokens, nats, size = self.counts(logits, rows).sum(axis=0)
-        return {"bits per byte": float(nats / math.log(2) / size), "perplexity": float(np.exp(nats / tokens))}
+        return {BITS: float(nats / math.log(2) / size), "perplexity": float(np.exp(nats / tokens))}
 
     def chosen(self, items: Items) -> Array:
         """There is nothing to look at by label."""
@@ -231,6 +235,25 @@ def log_softmax(logits: Array) -> Array:
     """Log probabilities along the last axis, float32, computed without overflow."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+def drawn_of(k: int, vocabulary: int) -> int:
+    """How many of k tokens are drawn from what the others leave; none where k are all."""
+    return k // 4 if k < vocabulary else 0
+
+
+def _drawn(logs: Array, best: Array, count: int, tokens: Array) -> Array:
+    """Tokens for each row of log probabilities [N, V], drawn from all but the best: int64 [N, count].
+
+    A text's are always the same, and one may come twice.
+    """
+    draw = np.random.default_rng(tokens.tolist())
+    rest = np.exp(logs.astype(np.float64))
+    np.put_along_axis(rest, best, 0.0, axis=1)
+    sums = np.cumsum(rest, axis=1)
+    places = draw.random((len(logs), count)) * sums[:, -1:]
+    found = [np.searchsorted(sums[i], places[i], side="right") for i in range(len(logs))]
+    return np.asarray(np.minimum(np.stack(found), logs.shape[1] - 1))
 
 
 def most_probable(logs: Array, k: int) -> Array:
