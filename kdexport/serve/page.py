@@ -19,6 +19,7 @@ from kdexport.serve.http import Headers, Response
 from kdexport.serve.models import Version
 
 _SAMPLE = "I was charged twice for the same order, and nobody answers my mails."
+_PROMPT = "Once upon a time"
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t\r]*$.*?^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
 # Characters of a card; more would keep the event loop from its requests.
@@ -32,13 +33,17 @@ _HEADERS: Headers = [
 
 
 class _Model(NamedTuple):
-    """What the page says of a version. `path` is where its requests go, relative to the page: proxies add prefixes."""
+    """What the page says of a version. `path` is where its requests go, relative to the page: proxies add prefixes.
+
+    `writes` is how many tokens a language model may write, 0 for other models.
+    """
 
     name: str
     path: str
     task: str
     reads: str
     labels: int
+    writes: int
     function: str
     variant: str
     size: str
@@ -97,6 +102,7 @@ def _model(version: Version, alone: bool, with_card: bool) -> _Model:
         task=version.task.name,
         reads=version.task.reads,
         labels=len(config.labels),
+        writes=version.writer.room if version.writer else 0,
         function=config.function,
         variant=version.variant,
         size=f"{file.size_bytes / 1e6:.1f} MB",
@@ -122,7 +128,7 @@ def _page(models: tuple[_Model, ...], keyed: bool) -> Response:
         texts=all(model.reads == "text" for model in models),
         style=style,
         script=script,
-        sample=_SAMPLE,
+        sample=_PROMPT if models and models[0].writes else _SAMPLE,
         kdexport=__version__,
     )
     policy = (
