@@ -30,6 +30,7 @@ from kdexport.report.table import trimmed
 from kdexport.results import Metric, Report, Variant
 from kdexport.rundir import hash_file
 from kdexport.tasks import load_task
+from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.judging import mcnemar, metric_interval, wrong_rows
 from kdexport.tasks.metrics import Array
 
@@ -219,11 +220,13 @@ def _quality(target: Target, logits: dict[str, Array], rows: list[dict[str, Any]
     if own is None:
         return {}
     found: dict[str, Any] = {}
-    if theirs is not None and theirs.shape == own.shape:
-        found["agreement"] = float(load_task(Path(target.task)).agrees(own, theirs).mean())
     task = load_task(Path(target.task))
-    if not all(row.get("label") and task.labels_of(row) <= set(task.labels) for row in rows):
+    writes = isinstance(task, CausalLM)  # texts are their own labels, and answers may hold more or fewer tokens
+    if theirs is not None and (theirs.shape == own.shape or (writes and theirs.shape[:2] == own.shape[:2])):
+        found["agreement"] = float(task.agrees(own, theirs).mean())
+    if not writes and not all(row.get("label") and task.labels_of(row) <= set(task.labels) for row in rows):
         return found
+    found["further"] = task.further(own, rows)
     found["metric"] = Metric(*metric_interval(task, own, rows), len(rows))
     found["wrong_rows"] = wrong_rows(task, own, rows)
     if theirs is not None and "agreement" in found:

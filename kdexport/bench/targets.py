@@ -65,7 +65,9 @@ class Opened(NamedTuple):
     decode: Callable[[Any, Rows], Any]
     gpu_peak_mb: Callable[[], float | None] = lambda: None
     device_ms: Callable[[], list[float]] = list
-    # Of language models: the run until the first token alone, and what that took of each run, in ms.
+    # Of language models: whole texts → answers, as verification takes them; the run until the first token alone, and
+    # what that took of each run, in ms.
+    answer: Callable[[Rows], Array] | None = None
     read: Callable[[Any], Any] | None = None
     first_ms: Callable[[], list[float]] = list
 
@@ -99,7 +101,7 @@ def _open_onnxruntime(target: Target, threads: int) -> Opened:
     task = load_task(Path(target.task))
     predictor = Predictor(task, Path(target.model), threads, target.device)
     if isinstance(task, CausalLM):
-        return writing(task, predictor.read)
+        return writing(task, predictor.read, predictor.run)
     return Opened(task.encode, predictor.run, task.decode)
 
 
@@ -116,15 +118,6 @@ def _open_torch(target: Target, threads: int) -> Opened:
     if target.runtime in _COMPILED:
         model = torch.compile(model, mode=_COMPILED[target.runtime], dynamic=True)
     cuda = target.device == "cuda"
-    if isinstance(task, CausalLM):
-
-        @torch.inference_mode()
-        def read(ids: Sequence[int], past: Any) -> Any:
-            found = model(input_ids=torch.tensor([ids]).to(target.device), past_key_values=past, use_cache=True)
-            return found.logits[0, -1].float().cpu().numpy(), found.past_key_values
-
-        peak = torch.cuda.max_memory_allocated
-        return writing(task, read)._replace(gpu_peak_mb=lambda: peak() / 1e6 if cuda else None)
     events: list[tuple[Any, Any]] = []
 
     @torch.inference_mode()
@@ -148,10 +141,20 @@ def _open_torch(target: Target, threads: int) -> Opened:
     def gpu_peak_mb() -> float | None:
         return torch.cuda.max_memory_allocated() / 1e6 if cuda else None
 
+    if isinstance(task, CausalLM):
+
+        @torch.inference_mode()
+        def read(ids: Sequence[int], past: Any) -> Any:
+            found = model(input_ids=torch.tensor([ids]).to(target.device), past_key_values=past, use_cache=True)
+            return found.logits[0, -1].float().cpu().numpy(), found.past_key_values
+
+        return writing(task, read, run)._replace(gpu_peak_mb=gpu_peak_mb)
     return Opened(task.encode, run, task.decode, gpu_peak_mb, device_ms)
 
 
-def writing(task: CausalLM, read: Callable[[Sequence[int], Any], tuple[Array, Any]]) -> Opened:
+def writing(
+    task: CausalLM, read: Callable[[Sequence[int], Any], tuple[Array, Any]], run_whole: Callable[[Any], Array]
+) -> Opened:
     """A language model: the first tokens of a text → as many more, each the most probable one."""
     firsts: list[float] = []
 
@@ -164,7 +167,12 @@ def writing(task: CausalLM, read: Callable[[Sequence[int], Any], tuple[Array, An
         return written
 
     return Opened(
-        encode, run, lambda ids, _: task.text_of(ids), read=lambda arrays: run(arrays, 1), first_ms=lambda: firsts
+        encode,
+        run,
+        lambda ids, _: task.text_of(ids),
+        answer=lambda rows: run_whole(task.encode(rows)),
+        read=lambda arrays: run(arrays, 1),
+        first_ms=lambda: firsts,
     )
 
 
