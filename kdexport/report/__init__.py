@@ -89,10 +89,10 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         return []
     best, reference = report.variant(report.recommended), report.variants[0]
     facts = []
-    if best.metric and reference.metric:
-        facts.append((percent(best.metric.value), f"{report.metric}; teacher {percent(reference.metric.value)}"))
     if bits := best.further.get(BITS):
         facts.append((further(BITS, bits), f"{BITS}; teacher {further(BITS, reference.further.get(BITS))}"))
+    if best.metric and reference.metric:
+        facts.append((percent(best.metric.value), f"{report.metric}; teacher {percent(reference.metric.value)}"))
     if report.distillation:
         facts.append((percent(report.distillation.retention), f"of the teacher's {report.metric} kept"))
     if best.latency_ms:

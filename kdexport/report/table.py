@@ -107,7 +107,7 @@ def headers(report: Report) -> tuple[str, ...]:
         agrees = f"agrees with {report.bench.reference}"
     if report.task == CausalLM.name:
         speed = ["first token ms", "tokens/s", *speed]
-        return (name, BITS, f"{report.metric} [95 %]", agrees, *speed)
+        return (name, BITS, f"{report.metric} [95 %]", "agrees", *speed)
     return (name, f"{report.metric} [95 %]" if report.metric else metric, agrees, *speed)
 
 
