@@ -39,7 +39,7 @@ def main(run: Path) -> None:
     print(f"{len(ours):,} tokens, a vocabulary of {ours.shape[1]:,}: KL {whole:.4f}")
     for k in _KS:
         some, mass = [], []
-        for row, student_logits, teacher_logits in zip(rows, *sides, strict=True):
+        for row, teacher_logits, student_logits in zip(rows, *sides, strict=True):
             kept = CausalLM(msgspec.structs.replace(task.config, kept=k), tokenizer)
             batch = kept.encode([row])
             padded = torch.cat([teacher_logits, teacher_logits[-1:]])[None].numpy()
