@@ -29,6 +29,7 @@ from kdexport.report import write_export_card
 from kdexport.results import Exported, ExportedFile
 from kdexport.rundir import disk_errors, move_into_place
 from kdexport.tasks import Task, load_task
+from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.config import Arrays
 
 # int8 is recommended when it gives fp32's answer on this share of rows, of which there must be enough.
@@ -149,8 +150,10 @@ def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Expor
     for folder in (source, graphs, packed):
         folder.mkdir()
     take_trained(model, how.max_length, rows, source)
-    export_student(spec.Export(variants=how.variants), source, graphs, rows)
     task = load_task(source)
+    if "int4" in how.variants and not isinstance(task, CausalLM):
+        raise SpecError(f"--variants: int4 is for causal-lm, and {model} is for {task.name}", "Take int8")
+    export_student(spec.Export(variants=how.variants), source, graphs, rows)
     files, chosen = _verify(task, source, graphs, rows)
     recommended, reason = recommend(files, len(rows))
     found = Exported(

@@ -118,7 +118,10 @@ WRONG = [
     (without("config.json"), "holds no config.json. Name a folder written by save_pretrained"),
     (without("token*", "vocab*", "special*"), "has no tokenizer that can be opened"),
     (without("*.safetensors"), "can't be opened"),
-    (config(architectures=["BertModel"]), "has no classification head: it is BertModel. Name a trained classifier"),
+    (
+        config(architectures=["BertModel"]),
+        "has no head of a task of ours: it is BertModel",
+    ),
     (config(num_hidden_layers=3), "lacks trained weights: bert.encoder.layer.2"),
     (config(id2label={"0": "good", "1": "good", "2": "bad"}, label2id={}), "has labels of the same name"),
 ]
@@ -144,7 +147,7 @@ def test_a_length_that_the_model_does_not_read_is_refused(exported, tmp_path):
     ("flags", "says"),
     [
         (["nowhere", "{out}"], "nowhere does not exist. Name a folder written by save_pretrained"),
-        (["{model}", "{out}", "--variants", "fp32,int4"], "--variants 'fp32,int4' can't be read"),
+        (["{model}", "{out}", "--variants", "fp32,int2"], "--variants 'fp32,int2' can't be read"),
         (["{model}", "{out}", "--data", "{model}/config.txt"], "config.txt does not exist"),
     ],
 )
