@@ -1,6 +1,7 @@
 """The README is kept true: its commands exist, its table is the demo's, its Python runs."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ def test_the_table_is_the_one_of_the_demo_run_that_is_kept():
     for row in (headers(report), *table(report)):
         pattern = r"\s+".join(re.escape(cell) for cell in row)
         assert re.search(pattern, README), row
+
+
+def test_the_table_of_tasks_is_made_of_the_reports_that_are_kept():
+    rows = runpy.run_path(str(ROOT / "benchmarks" / "tasks.py"))["rows"]()
+    assert len(rows) == 5
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in README
 
 
 COMMANDS = ["run", "demo", "init", "export", "predict", "serve", "bench", "report", "compare", "doctor"]
