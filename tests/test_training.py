@@ -152,7 +152,7 @@ def test_projections_are_trained(task, rows, soft, teacher, tmp_path, monkeypatc
 def test_schedules_run_from_the_first_step_to_the_last(task, rows, soft, tmp_path, monkeypatch):
     seen = []
 
-    def noted(student, labels, teacher, losses, *, temperature, alpha, hard):
+    def noted(student, labels, teacher, losses, *, temperature, alpha, hard, packed):
         seen.append((losses["kl"], losses["mse"], temperature, alpha))
         return objective(student, labels, teacher, losses, temperature=temperature, alpha=alpha)
 
