@@ -14,7 +14,7 @@ from kdexport.tasks.causal_lm import BITS
 RESULTS = Path(__file__).parent / "results"
 # report → the task and data as the README names them
 KEPT = {
-    "demo.json": "texts: BBC News (`kdexport demo`)",
+    "clinc150.json": "texts: clinc150, 150 intents",
     "wnut17.json": "tokens: WNUT 17, entity F1",
     "shakespeare.json": "language model: Shakespeare, bits per byte",
     "fashion-mnist.json": "images: Fashion-MNIST",
