@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,16 @@ def test_the_report_has_bits_per_byte_and_tokens_a_second(shakespeare):
     assert {"teacher", "student", "baseline"} == set(report.distillation.further)
     assert report.variant("student-fp32").max_abs_diff < 1e-4
     assert "bits per byte" in (shakespeare / "report.md").read_text()
+
+
+def test_the_card_says_how_it_is_used_and_its_python_runs(shakespeare, capsys):
+    card = (shakespeare / "artifact" / "README.md").read_text()
+    for said in ("pipeline_tag: text-generation", "name: bits per byte", "ORTModelForCausalLM.from_pretrained"):
+        assert said in card
+    assert "labels:" not in card
+    (block,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    exec(block.replace("path/to/this/folder", str(shakespeare / "artifact")))
+    assert capsys.readouterr().out.strip()
 
 
 def test_the_teacher_wrote_what_the_student_also_learned(shakespeare):

@@ -54,7 +54,7 @@ def predict(
 
       kdexport predict runs/clothes a.png b.png
 
-      kdexport predict runs/shakespeare "ROMEO:" --max-new-tokens 100 --temperature 0.8
+      kdexport predict runs/causal-lm "ROMEO:" --max-new-tokens 100 --temperature 0.8
     """
     import msgspec
 

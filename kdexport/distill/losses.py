@@ -66,7 +66,7 @@ def objective(
         return [Term(hard, 1.0, label_loss(student_logits, labels))]
     student, teacher = student_logits.float(), teacher_logits.float()
     both = with_rest(student, teacher) if packed and alpha > 0 else (student, teacher)
-    targets = None if packed else labels  # among the k + 1 outcomes they have other places
+    targets = None if packed else labels  # among the k outcomes they have other places
     terms = [
         Term(name, alpha * weight, LOGIT_LOSSES[name](*both, targets, temperature))
         for name, weight in losses.items()

@@ -13,7 +13,7 @@ from kdexport.report.table import between, further, headers, megabytes, ms, p99,
 from kdexport.results import Exported, Report, read_report, write_report
 from kdexport.rundir import write_text
 from kdexport.tasks import TASKS
-from kdexport.tasks.causal_lm import BITS
+from kdexport.tasks.causal_lm import BITS, CausalLM
 
 
 def write_reports(report: Report, folder: Path) -> None:
@@ -61,7 +61,7 @@ def write_card(report: Report, file: Path) -> None:
     best, teacher = report.variant(report.recommended), next(v for v in report.variants if v.model == "teacher")
     formats = {"percent": percent, "ms": ms, "times": times, "points": points}
     reads = TASKS[report.task].reads
-    values = {"r": report, "reads": reads, "best": best, "teacher": teacher}
+    values = {"r": report, "reads": reads, "best": best, "teacher": teacher, "use": _use(report.task)}
     values |= {"headers": headers(report), "rows": table(report)}
     write_text(file, page.render("card.md.j2", **formats, **values))
 
@@ -71,9 +71,28 @@ def write_export_card(exported: Exported, file: Path) -> None:
     write_text(
         file,
         page.render(
-            "exported.md.j2", e=exported, reads=TASKS[exported.task].reads, version=__version__, percent=percent
+            "exported.md.j2",
+            e=exported,
+            reads=TASKS[exported.task].reads,
+            use=_use(exported.task),
+            version=__version__,
+            percent=percent,
         ),
     )
+
+
+def _use(task: str) -> dict[str, str]:
+    """How a card says that its folder is used: the hub's name of the task, Optimum's class, and Python of ours."""
+    if task == CausalLM.name:
+        code = 'from kdexport.generation import Sampling, write\n\nmodel = kdexport.load("path/to/this/folder")\n'
+        code += 'print(write(model, "Once upon a time", Sampling(max_new_tokens=40)).completion)'
+        return {"tag": "text-generation", "optimum": "ORTModelForCausalLM", "code": code}
+    given = {"image": '"a.png"', "audio": '"a.wav"'}.get(TASKS[task].reads, '"a text to classify"')
+    return {
+        "tag": task,
+        "optimum": f"ORTModelFor{task.title().replace('Text-', 'Sequence-').replace('-', '')}",
+        "code": f'\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict([{given}])',
+    }
 
 
 def _verdict(report: Report) -> str:

@@ -24,8 +24,9 @@ def data(r: Report) -> Section | None:
         return None
     counts, audit = r.data["rows"], r.leakage
     across, dropped = sum(audit["across"].values()), sum(audit["dropped"].values())
+    classes = f"{len(r.labels)} classes. " if r.labels else ""
     lead = (
-        f"{len(r.labels)} classes. {audit['duplicates']:,} of {audit['rows']:,} rows are exact duplicates; {across:,} "
+        f"{classes}{audit['duplicates']:,} of {audit['rows']:,} rows are exact duplicates; {across:,} "
         f"texts stood in two splits, {dropped:,} rows were dropped for it, so that no test text was seen in training."
     )
     rows = [
