@@ -101,6 +101,29 @@ def test_a_damaged_shard_is_left_out_and_computed_again(tmp_path):
     shard.write_bytes(shard.read_bytes()[:40])
     again = Store(tmp_path)
     assert 0 < len(again.missing(["a", "b", "c"])) < 3
+    assert shard.exists()  # it may be somebody's
+
+
+def test_logits_that_were_changed_and_logits_of_another_shape_are_left_out(tmp_path):
+    Store(tmp_path).add(["a", "b"], np.eye(2, dtype=np.float32))
+    assert Store(tmp_path, (2,)).missing(["a", "b"]) == []
+    assert Store(tmp_path, (3,)).missing(["a", "b"]) == ["a", "b"]
+    (shard,) = tmp_path.glob("*.npz")
+    with np.load(shard) as arrays:
+        keys, logits = arrays["keys"], arrays["logits"]
+    logits[0, 0] = np.nan
+    np.savez(shard, keys=keys, logits=logits)
+    assert Store(tmp_path, (2,)).missing(["a", "b"]) == ["a", "b"]
+
+
+def test_a_cache_that_can_t_be_written_is_gone_on_without(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / "cache", (2,), optional=True)
+    store.add(["a"], np.ones((1, 2), dtype=np.float32))
+    assert store.look_up(["a"]).tolist() == [[1, 1]]
+    assert "can't be written" in capfd.readouterr().err
+    with pytest.raises(OSError, match="Not a directory"):
+        Store(tmp_path / "file" / "logits")
 
 
 def test_a_teacher_with_another_label_order_is_refused_and_the_order_named(finished, copied, tmp_path, monkeypatch):
