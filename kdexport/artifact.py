@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from kdexport.errors import ArtifactError
-from kdexport.rundir import hash_file, write_json
+from kdexport.files import hash_file, write_json
 from kdexport.tasks import load_task
 from kdexport.tasks.config import TaskConfig
 

@@ -18,9 +18,10 @@ from kdexport.distill.teachers import kind_of_first
 from kdexport.evidence import look_closely
 from kdexport.export import Candidate, read_candidates
 from kdexport.export.verify import read_quality
+from kdexport.files import hash_file
 from kdexport.leakage import membership
 from kdexport.results import Distillation, Quality, Report, Search, Spread, Variant
-from kdexport.rundir import hash_file, read_record
+from kdexport.stages import read_record
 from kdexport.tasks import Task, judging, load_task
 from kdexport.tasks.metrics import Array
 from kdexport.verdict import Choice, choose, judge_budget

@@ -22,11 +22,11 @@ from kdexport.bench import stats
 from kdexport.bench.engine import bench, read_rounds
 from kdexport.bench.targets import Target
 from kdexport.errors import KdexportError, RunError, SpecError
+from kdexport.files import hash_file
 from kdexport.measure import read_texts
 from kdexport.progress import say
 from kdexport.report.exchange import read_any
 from kdexport.results import Change, Comparison, Gate, Interval, Latency, Metric, Ratio, Report, Variant
-from kdexport.rundir import hash_file
 from kdexport.tasks.metrics import Array, paired_difference, wilson_interval
 
 # Rounds a look; the level of each look is shared out (Bonferroni), because a gate may stop at any of them.

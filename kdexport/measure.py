@@ -6,6 +6,7 @@ folder or hub id, or the address of a server.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Sequence
@@ -24,15 +25,18 @@ from kdexport.bench.targets import Target, of_file, of_model
 from kdexport.data import read_rows
 from kdexport.data.sources import rows_with_texts
 from kdexport.errors import ArtifactError, SpecError
+from kdexport.files import hash_file
+from kdexport.output import Output
 from kdexport.progress import bar, say, warn
 from kdexport.report import write_reports
 from kdexport.report.table import trimmed
 from kdexport.results import Metric, Report, Variant
-from kdexport.rundir import hash_file
 from kdexport.tasks import load_task
 from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.judging import mcnemar, metric_interval, wrong_rows
 from kdexport.tasks.metrics import Array
+
+FILES = ("bench.json", "samples.npz", "report.json", "report.md", "report.html")
 
 
 def measure(
@@ -44,8 +48,9 @@ def measure(
     reference: str | None = None,
     loads: Loads | None = None,
     command: str = "",
+    move_aside: bool = False,
 ) -> Report:
-    """Measure everything that is named, and write report.json, .md, .html and samples.npz into `out`.
+    """Measure everything that is named, and write report.json, .md, .html, bench.json and samples.npz into `out`.
 
     Args:
         names: what to measure.
@@ -55,11 +60,14 @@ def measure(
         reference: the variant that ratios are taken to; the first by default.
         loads: what to put on servers.
         command: the command line, for the report.
+        move_aside: rename what kdexport did not write and stands in the way, rather than refuse.
 
     Raises:
         SpecError: a name is nothing that can be measured, or there are no texts.
+        RunError: `out` holds something else than what this function wrote.
     """
-    with tempfile.TemporaryDirectory() as work:
+    with Output(out, "bench", move_aside=move_aside) as folder, tempfile.TemporaryDirectory() as work:
+        folder.check(*FILES)
         targets = [t for i, name in enumerate(names) for t in find_targets(name, settings, Path(work) / str(i))]
         targets = [_told_apart(t, targets[:i]) for i, t in enumerate(targets)]
         known = [t.name for t in targets]
@@ -70,10 +78,15 @@ def measure(
         quick = ("onnxruntime", "openvino", "torch")  # a twin costs as much as its model: best a file
         control = next((t.name for kind in quick for t in targets if t.runtime == kind), None)
         first = reference or known[0]
-        out.mkdir(parents=True, exist_ok=True)
-        measured = bench(settings, targets, rows, first, 0, out, control=control, loads=loads)
+        made = folder.work("bench")
+        made.mkdir(exist_ok=True)
+        measured = bench(settings, targets, rows, first, 0, made, control=control, loads=loads)
         report = _report(targets, measured, rows, first, command)
-    write_reports(report, out)
+        for name in ("bench.json", "samples.npz"):
+            folder.replace(made / name, name)
+        with contextlib.suppress(OSError):  # rounds of an interrupted call of other targets may go on
+            made.rmdir()
+        write_reports(report, folder)
     return report
 
 

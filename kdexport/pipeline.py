@@ -19,19 +19,25 @@ from kdexport.data import prepare, read_rows
 from kdexport.data.sources import local_files
 from kdexport.distill import recipe, teachers
 from kdexport.export import read_candidates
+from kdexport.files import disk_errors
 from kdexport.predictor import golden_answers
 from kdexport.progress import say
 from kdexport.report import write_card, write_reports
 from kdexport.results import Report
-from kdexport.rundir import Run, disk_errors, write_text
 from kdexport.search import teacher_targets
-from kdexport.students import Students
+from kdexport.stages import Run
+from kdexport.students import Students, local
 from kdexport.tasks import TASKS, load_task
 from kdexport.verdict import Choice
 
 
-def run(settings: spec.Spec, out: Path) -> Report:
+def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     """Do the whole job, or what is left of it, in the run folder `out`.
+
+    Args:
+        settings: the spec.
+        out: the run's folder; made when it is absent.
+        move_aside: rename what kdexport did not write and stands in the way, rather than refuse.
 
     Raises:
         KdexportError: what the user gave can't be used; finished stages are kept.
@@ -41,8 +47,9 @@ def run(settings: spec.Spec, out: Path) -> Report:
     recipe.check(settings)  # what is wrong is said before an hour's work
     teachers.check(settings)
     files = local_files(settings.data)
-    with Run(out) as folder, disk_errors(out):
-        write_text(out / "spec.yaml", spec.dump(settings))
+    sources = [*files, *teachers.files(settings), *local(*names)]
+    with Run(out, sources, move_aside=move_aside) as folder, disk_errors(out):
+        folder.write("spec.yaml", spec.dump(settings).encode())
 
         # 1. Rows: read, checked, split, audited.
         data = folder.stage(
@@ -108,7 +115,7 @@ def run(settings: spec.Spec, out: Path) -> Report:
             reads=[student, export, verified, bench],
             build=lambda work: _pack(stages, report, choice, work),
         )
-        write_reports(report, out)
+        write_reports(report, folder)
         say(f"artifact: {packed}")
         return report
 

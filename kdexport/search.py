@@ -24,10 +24,11 @@ from kdexport.data import read_rows
 from kdexport.distill.teachers import kind_of_first
 from kdexport.errors import ModelError
 from kdexport.export import Candidate, export_student, read_candidates
+from kdexport.files import write_json
 from kdexport.predictor import Predictor
 from kdexport.progress import say, warn
 from kdexport.results import Rung, Search
-from kdexport.rundir import read_record, write_json
+from kdexport.stages import read_record
 from kdexport.tasks import judging, load_task
 
 # Of the examples that a transformer's whole training sees; all students are tried on as many.

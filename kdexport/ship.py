@@ -6,9 +6,7 @@ not, laid out for Triton or KServe.
 
 from __future__ import annotations
 
-import contextlib
 import re
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +18,15 @@ import numpy as np
 from kdexport import artifact, spec
 from kdexport.bench.stats import ratio
 from kdexport.data.sources import rows_with_texts
-from kdexport.errors import ArtifactError, ModelError, RunError, SpecError
+from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student, layouts
 from kdexport.export.verify import FP32_TOLERANCE, compare
+from kdexport.files import disk_errors
+from kdexport.output import check_place, making, publish
 from kdexport.predictor import Predictor, golden_answers
 from kdexport.progress import say
 from kdexport.report import write_export_card
 from kdexport.results import Exported, ExportedFile
-from kdexport.rundir import disk_errors, move_into_place
 from kdexport.tasks import Task, load_task
 from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.config import Arrays
@@ -37,7 +36,7 @@ AGREEMENT, ENOUGH_ROWS = 0.99, 100
 # PyTorch has to read them, too; more rows say little more.
 _MOST_ROWS = 2000
 _ROUNDS, _CALLS = 7, 5
-_BY = "kdexport export"  # in the manifest: what may be replaced
+_BY = "kdexport export"
 
 
 class How(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +56,14 @@ _DEFAULT = How()
 
 
 def export(
-    model: str, out: Path, how: How = _DEFAULT, layout: str = "hub", name: str | None = None, image: str | None = None
+    model: str,
+    out: Path,
+    how: How = _DEFAULT,
+    layout: str = "hub",
+    name: str | None = None,
+    image: str | None = None,
+    *,
+    move_aside: bool = False,
 ) -> Exported | None:
     """Pack a trained model as an artifact, or lay one out for others.
 
@@ -65,12 +71,14 @@ def export(
         model: Hugging Face folder or hub id of a classifier (single-label, multi-label, one-label or regression) of
             texts, tokens, images or sound, or of a language model. For layouts other than hub also an artifact, or a
             run that holds one, as `folder[:variant]`.
-        out: hub and kserve: the folder to write; one that this function wrote is replaced once the new one is
-            complete. triton: the model repository; models in it of another name stay.
+        out: hub and kserve: the folder to write; one that holds exactly what this function wrote is replaced once the
+            new one is complete. triton: the model repository; models in it of another name, and other versions than 1
+            of this one, stay.
         how: for a Hugging Face model.
         layout: hub, triton or kserve.
         name: of the model, in a repository or in URLs; the model's folder's own when None.
         image: that kserve's Dockerfile is to be built as.
+        move_aside: rename what kdexport did not write and stands in the way, rather than refuse.
 
     Returns:
         What was verified; None when the model was an artifact already.
@@ -87,15 +95,15 @@ def export(
         raise SpecError(f"--{'name' if name else 'image'} has no effect on layout {layout}")
     name = _name(model if source is None else str(source[0].resolve()), name) if layout != "hub" else ""
     places = [out / name, out / f"{name}_text"] if layout == "triton" else [out]
+    mine = layouts.TRITON_NAMES if layout == "triton" else None
     for place in places:
-        _check_place(place)
+        check_place(place, mine, may_move=move_aside)
     rows = _spread(rows_with_texts(how.data, how.column)) if how.data else []
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(out.parent), tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
-        made = Path(work) / "made"
+    with disk_errors(out.parent), making(out) as work:
+        made = work / "made"
         made.mkdir()
-        found = None if source else _make(model, how, rows, Path(work))
-        folder, variant = source or (Path(work) / "artifact", None)
+        found = None if source else _make(model, how, rows, work)
+        folder, variant = source or (work / "artifact", None)
         match layout:
             case "triton":
                 layouts.triton(folder, variant, name, made)
@@ -104,8 +112,7 @@ def export(
             case _:
                 folder.rename(made / out.name)
         for place in places:
-            place.parent.mkdir(exist_ok=True)
-            move_into_place(made / place.name, place)
+            publish(made / place.name, place, work, mine, may_move=move_aside)
     return found
 
 
@@ -121,23 +128,6 @@ def _name(model: str, name: str | None) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", found):
         raise SpecError(f"{found!r} can't be a model's name", "Give one of letters and digits: --name")
     return found
-
-
-def _check_place(place: Path) -> None:
-    """Whether a folder may be written: it is absent, empty, or was written by `kdexport export` before.
-
-    Raises:
-        RunError: it holds something else.
-    """
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
-        return
-    for file in (place / "config.pbtxt", place / "kubernetes.yaml"):
-        if file.is_file() and file.read_text(encoding="utf-8", errors="replace").startswith(layouts.MARK):
-            return
-    with contextlib.suppress(ArtifactError):
-        if (place / artifact.MANIFEST).exists() and artifact.read_manifest(place).made.get("by") == _BY:
-            return
-    raise RunError(f"{place} exists, and is nothing that kdexport export wrote", "Name another folder")
 
 
 def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Exported:

@@ -1,6 +1,6 @@
 """A run is a folder of stages; a stage is a folder that is complete or absent.
 
-A stage is built in `.<name>.tmp` beside its own folder. Its `stage.json`, written last, holds the key (the
+A stage is built in `.kdexport-<name>` beside its own folder. Its `stage.json`, written last, holds the key (the
 hash of all that went in) and the sha256 of every file that came out; then the folder is renamed into place.
 A stage whose key stands is skipped, so a run that was killed at any moment goes on where it was, and what
 one stage wrote is known to the next by content, never by time.
@@ -8,24 +8,25 @@ one stage wrote is known to the next by content, never by time.
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
-import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import msgspec
 
-from kdexport.errors import KdexportError, RunError
+from kdexport.errors import RunError
+from kdexport.files import digest, disk_errors, hash_file, hash_files, write_json, write_text
+from kdexport.output import PRIVATE, Output
 from kdexport.progress import say
 
 _KEY_FILE = ".key"
 _STAGE_FILE = "stage.json"
+# Whatever a run may write: its stages, and the files beside them.
+_STAGES = re.compile(r"(data|teacher|targets|ladder|verify|bench|artifact|(student|export|baseline|trial)(-.*)?)")
+_FILES = ("spec.yaml", "report.json", "report.md", "report.html")
 
 
 class StageRecord(msgspec.Struct, frozen=True):
@@ -43,34 +44,28 @@ class StageRecord(msgspec.Struct, frozen=True):
         return digest(self.outputs)
 
 
-class Run:
+class Run(Output):
     """An open run folder. Only one process may have it open.
 
+    Args:
+        folder: made when it is absent.
+        sources: files and folders that the run reads.
+        move_aside: rename what is not ours and stands in the way, rather than refuse.
+
     Raises:
-        RunError: the folder is in use, can't be written, or holds something that is not a run.
+        RunError: the folder is in use, can't be written or holds something that is not a run, or a source lies where
+            the run writes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        try:
-            strangers = folder.exists() and any(folder.iterdir()) and not (folder / ".lock").exists()
-            if strangers:
-                raise RunError(f"{folder} is not empty and not a run folder", "Name another with --out")
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / ".lock").open("w")
-        except OSError as error:
-            raise RunError(f"run folder {folder} can't be used: {error.strerror}", "Name another with --out") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise RunError(f"run folder {folder} is in use by another kdexport", "Wait for it, or use --out") from None
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._lock.close()
+    def __init__(self, folder: Path, sources: Iterable[Path] = (), *, move_aside: bool = False) -> None:
+        home = folder.resolve()
+        for source in sources:
+            within = source.resolve().relative_to(home).parts if source.resolve().is_relative_to(home) else ()
+            if within and (_STAGES.fullmatch(within[0]) or within[0] in _FILES or within[0].startswith(PRIVATE)):
+                raise RunError(f"{source} lies where the run writes", "Name another folder with --out, or move it")
+        super().__init__(folder, "run", move_aside=move_aside)
+        self.check(*_FILES)
+        self._looked_ahead, self._done = False, set[str]()
 
     def stage(
         self,
@@ -97,24 +92,41 @@ class Run:
             "reads": [self._content(path) for path in reads],
         }
         key = digest([name, inputs])
-        folder, work = self.folder / name, self.folder / f".{name}.tmp"
+        folder, work = self.folder / name, self.work(name)
+        self._done.add(name)
         if not _stands(folder, key) and _stands(work, key):  # killed between the last write and the rename
-            move_into_place(work, folder)
+            self._finish(work, name)
         if _stands(folder, key):
             say(f"{name}: done before")
             return folder
+        self._look_ahead(name)
         started = time.monotonic()
         with disk_errors(self.folder):
             if not (work / _KEY_FILE).exists() or (work / _KEY_FILE).read_text() != key:
+                if work.exists() and any(work.iterdir()) and not _begun(work):
+                    raise RunError(f"{work} was not written by kdexport", "Move it elsewhere")
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir()
                 write_text(work / _KEY_FILE, key)
             build(work)
-            record = StageRecord(name, key, inputs, hash_files(work), round(time.monotonic() - started, 3))
+            record = StageRecord(name, key, inputs, _outputs(work), round(time.monotonic() - started, 3))
             write_json(work / _STAGE_FILE, record)
-            move_into_place(work, folder)
+            self._finish(work, name)
         say(f"{name}: {record.seconds:.1f} s", style="dim")
         return folder
+
+    def _finish(self, work: Path, name: str) -> None:
+        (work / _KEY_FILE).unlink(missing_ok=True)
+        self.replace(work, name)
+
+    def _look_ahead(self, name: str) -> None:
+        """Refuse before the first hour's work what the last stage would have to refuse.
+
+        A stage that is built changes most of those behind it, so all that are still to come must be replaceable.
+        """
+        there = () if self._looked_ahead else (path.name for path in self.folder.iterdir())
+        self.check(name, *(one for one in there if _STAGES.fullmatch(one) and one not in self._done))
+        self._looked_ahead = True
 
     def _content(self, path: Path) -> tuple[str, str]:
         """Name and hash: of one of this run's own stages from its record, of anything else from its bytes.
@@ -123,7 +135,7 @@ class Run:
         """
         if path.parent == self.folder and (path / _STAGE_FILE).is_file():
             return path.name, read_record(path).content
-        return path.name, hash_file(path) if path.is_file() else digest(hash_files(path))
+        return path.name, hash_file(path) if path.is_file() else digest(_outputs(path))
 
 
 def read_record(folder: Path) -> StageRecord:
@@ -134,64 +146,13 @@ def read_record(folder: Path) -> StageRecord:
         raise RunError(f"{folder} holds no finished stage ({error})", "Run kdexport run again") from None
 
 
-def digest(value: object) -> str:
-    """Sha256 of a JSON-able value, independent of the order of keys."""
-    return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()
+def _begun(work: Path) -> bool:
+    return (work / _KEY_FILE).is_file() or (work / _STAGE_FILE).is_file()
 
 
-def hash_file(path: Path) -> str:
-    """Sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_files(folder: Path) -> dict[str, str]:
-    """Relative path → sha256 of every file below a folder; a finished stage's own record is left out."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (_STAGE_FILE, _KEY_FILE))
-    return {p.relative_to(folder).as_posix(): hash_file(p) for p in paths}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, whatever happens."""
-    write_bytes(path, text.encode())
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as indented JSON, atomically."""
-    write_bytes(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: into a neighbour, synced, then renamed."""
-    neighbour = path.with_name(f".{path.name}.tmp")
-    with neighbour.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    neighbour.replace(path)
-
-
-class disk_errors:
-    """Turn a full disk, however a library reports it, into one line for the user."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, KdexportError):
-            return
-        # safetensors, torch and onnxruntime each raise a class of their own for ENOSPC.
-        full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
-            "No space left" in str(error) or shutil.disk_usage(self.folder).free < 2**16
-        )
-        if full:
-            raise RunError(
-                f"the disk is full: {self.folder}",
-                "Make room and run the same command again: finished stages are kept",
-            ) from error
+def _outputs(folder: Path) -> dict[str, str]:
+    """Relative path → sha256 of a stage's files; its own record, and ours of an exported folder, are left out."""
+    return hash_files(folder, without=frozenset({_STAGE_FILE, _KEY_FILE, PRIVATE}))
 
 
 def _stands(folder: Path, key: str) -> bool:
@@ -199,14 +160,3 @@ def _stands(folder: Path, key: str) -> bool:
         return read_record(folder).key == key
     except RunError:
         return False
-
-
-def move_into_place(work: Path, folder: Path) -> None:
-    """Rename a complete folder over an older one; a kill between the two renames loses nothing."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    (work / _KEY_FILE).unlink(missing_ok=True)
-    if folder.exists():
-        folder.rename(old)
-    work.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

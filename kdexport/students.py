@@ -13,7 +13,7 @@ from kdexport.data import read_rows
 from kdexport.distill import recipe
 from kdexport.progress import say
 from kdexport.results import Rung, Search
-from kdexport.rundir import Run, read_record
+from kdexport.stages import Run, read_record
 
 
 class Students(NamedTuple):

@@ -14,7 +14,7 @@ from kdexport.distill import teachers
 from kdexport.distill.opened import Opened
 from kdexport.distill.targets import write_targets
 from kdexport.distill.teacher import save_task
-from kdexport.rundir import Run
+from kdexport.stages import Run
 from kdexport.tasks import load_task
 
 LABELS = ["business", "entertainment", "politics", "sports", "tech"]

@@ -35,6 +35,7 @@ def pages(finished, tmp_path_factory):
     import msgspec
 
     from kdexport.compare import compare, parse_gate
+    from kdexport.output import Output
     from kdexport.report import draw
     from kdexport.report.difference import write_comparison
     from kdexport.results import Check, Verdict, read_report
@@ -42,9 +43,10 @@ def pages(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     report = read_report(finished / "report.json")
     how = msgspec.structs.replace(report.bench, warnings=["this machine was too noisy"])
-    draw(msgspec.structs.replace(report, bench=how, budget=Verdict(False, [Check("p99_ms", 0.1, 0.2, False)])), folder)
+    out = Output(folder, "report")
+    draw(msgspec.structs.replace(report, bench=how, budget=Verdict(False, [Check("p99_ms", 0.1, 0.2, False)])), out)
     gates = [parse_gate("p99>+10%"), parse_gate("accuracy<-0.5")]
-    write_comparison(compare(str(finished), str(finished), gates, side_by_side=False), folder)
+    write_comparison(compare(str(finished), str(finished), gates, side_by_side=False), out)
     return {"report": finished / "report.html", "missed": folder / "report.html", "compare": folder / "compare.html"}
 
 

@@ -65,7 +65,7 @@ def test_ctrl_c_is_130_and_says_that_nothing_is_lost(settings, tmp_path):
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"KDEXPORT_CACHE": str(tmp_path / "cache")}
     )
-    while not (tmp_path / "run" / ".teacher.tmp" / "task.json").exists():
+    while not (tmp_path / "run" / ".kdexport-teacher" / "task.json").exists():
         time.sleep(0.05)
     time.sleep(2)
     process.send_signal(signal.SIGINT)

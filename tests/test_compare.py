@@ -7,8 +7,8 @@ import pytest
 
 from kdexport.compare import compare, parse_gate
 from kdexport.errors import RunError, SpecError
-from kdexport.results import read_report, write_report
-from kdexport.rundir import hash_file
+from kdexport.files import hash_file, write_json
+from kdexport.results import read_report
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def slower(report, factor, all_variants=False):
 @pytest.fixture
 def write(tmp_path):
     def write(report, name):
-        write_report(report, tmp_path / name)
+        write_json(tmp_path / name, report)
         return str(tmp_path / name)
 
     return write

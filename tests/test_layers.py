@@ -24,7 +24,9 @@ LEVELS = [
     {"data", "artifact"},
     {"tasks"},
     {"results", "spec"},
-    {"rundir"},
+    {"stages"},
+    {"output"},
+    {"files"},
     {"progress"},
     {"errors"},
 ]

@@ -21,8 +21,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, 
 
 import kdexport as package
 from kdexport.errors import KdexportError
+from kdexport.files import hash_file
 from kdexport.predictor import tensors_of
-from kdexport.rundir import hash_file
 from kdexport.ship import How, export
 from kdexport.tasks import load_task
 from kdexport.tasks.config import TaskConfig

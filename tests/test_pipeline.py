@@ -15,7 +15,7 @@ from kdexport import artifact
 from kdexport.data import read_rows
 from kdexport.predictor import golden_difference
 from kdexport.results import read_report
-from kdexport.rundir import read_record
+from kdexport.stages import read_record
 from kdexport.tasks import load_task
 
 
@@ -36,7 +36,7 @@ def test_a_run_leaves_every_stage_an_artifact_and_three_reports(finished):
     assert {"kdexport.json", "README.md", "config.json", "tokenizer.json", "onnx/model.onnx"} <= shipped
     assert "onnx/model_quantized.onnx" in shipped
     assert all((finished / f"report.{kind}").stat().st_size > 1000 for kind in ("json", "md", "html"))
-    assert not list(finished.glob(".*.tmp"))
+    assert not list(finished.glob(".kdexport-*"))
 
 
 def test_the_teacher_learned_and_the_student_follows_it(report):

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from kdexport.errors import RunError
+from kdexport.output import Output
 from kdexport.report import page_of, write_reports
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import html, markdown
@@ -175,8 +176,8 @@ def test_an_older_schema_is_migrated_and_a_newer_one_refused(report, finished, t
     (tmp_path / "report.json").write_text(json.dumps(old))
     migrated = read_report(tmp_path / "report.json")
     assert migrated.schema == report.schema
-    write_reports(migrated, tmp_path)
-    assert "Ship " in (tmp_path / "report.html").read_text()
+    write_reports(migrated, Output(tmp_path / "drawn", "report"))
+    assert "Ship " in (tmp_path / "drawn" / "report.html").read_text()
     (tmp_path / "report.json").write_text(json.dumps(raw | {"schema": 9}))
     with pytest.raises(RunError, match="is of schema 9, this kdexport reads 1 and 2"):
         read_report(tmp_path / "report.json")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import as_flags
 
-from kdexport.rundir import read_record
+from kdexport.stages import read_record
 
 STAGES = ("data", "teacher", "targets", "student", "export", "baseline", "verify", "bench", "artifact")
 
@@ -31,7 +31,7 @@ def start(settings, out, cache) -> subprocess.Popen:
 
 def kill_in(stage, settings, out, cache) -> bool:
     """Start a run and kill it, with its children, in the middle of a stage; False if the stage was too quick."""
-    work = out / f".{stage}.tmp"
+    work = out / f".kdexport-{stage}"
     process = start(settings, out, cache)
     try:
         while process.poll() is None and not (out / stage).exists():
@@ -65,4 +65,4 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_result(finished, setting
         else:
             assert ours == theirs, stage
     assert np.array_equal(np.load(out / "student/reference.npy"), np.load(finished / "student/reference.npy"))
-    assert not list(out.glob(".*.tmp"))
+    assert not list(out.glob(".kdexport-*"))

@@ -9,7 +9,7 @@ from kdexport.distill import recipe
 from kdexport.errors import SpecError
 from kdexport.report.search import frontier
 from kdexport.results import Rung, read_report
-from kdexport.rundir import read_record
+from kdexport.stages import read_record
 
 
 def rung(name, p99=1.0, size=1.0, trial=None, metric=None):

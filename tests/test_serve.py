@@ -16,7 +16,7 @@ from load_client import Load, ask
 from serve_process import served
 
 import kdexport as package
-from kdexport.rundir import hash_file
+from kdexport.files import hash_file
 from kdexport.serve import metrics
 
 TEXTS = [

@@ -26,9 +26,9 @@ from wire import Wire, request
 
 from kdexport import artifact, load, spec
 from kdexport.export import export_student
+from kdexport.files import write_json
 from kdexport.generation import Sampling, write
 from kdexport.predictor import golden_answers
-from kdexport.rundir import write_json
 from kdexport.tasks import load_task
 from kdexport.tasks.config import TaskConfig
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from kdexport.errors import RunError
-from kdexport.rundir import Run, read_record, write_bytes
+from kdexport.files import write_bytes
+from kdexport.stages import Run, read_record
 
 
 def build(calls, content="x"):
@@ -39,7 +40,7 @@ def test_a_later_stage_is_kept_when_an_earlier_one_gives_the_same_again(tmp_path
         with Run(tmp_path) as run:
             first = run.stage("first", version=version, settings=None, reads=[], build=build(calls))
             run.stage("second", version=1, settings=None, reads=[first], build=build(calls))
-    assert calls == [".first.tmp", ".second.tmp", ".first.tmp"]
+    assert calls == [".kdexport-first", ".kdexport-second", ".kdexport-first"]
 
 
 def test_two_things_of_one_name_and_an_edited_stage_of_another_run_are_told_apart(tmp_path):
@@ -92,7 +93,7 @@ def test_interrupted_work_is_found_again_by_the_same_key_only(tmp_path):
 def test_a_stage_killed_before_its_rename_is_taken_as_it_is(tmp_path):
     with Run(tmp_path) as run:
         one = run.stage("one", version=1, settings=None, reads=[], build=build([]))
-    one.rename(tmp_path / ".one.tmp")
+    one.rename(tmp_path / ".kdexport-one")
     calls = []
     with Run(tmp_path) as run:
         run.stage("one", version=1, settings=None, reads=[], build=build(calls))
@@ -107,7 +108,7 @@ def test_two_processes_cannot_share_a_run(tmp_path):
 
 def test_a_strange_folder_is_not_taken_for_a_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(RunError, match="not a run folder"):
+    with pytest.raises(RunError, match="is not empty, and kdexport run did not write it"):
         Run(tmp_path)
 
 

@@ -14,7 +14,7 @@ from kdexport.distill import train, watch
 from kdexport.distill.losses import UNLABELLED, Term, objective
 from kdexport.distill.train import Recipe, fit, logits_of
 from kdexport.errors import ModelError, SpecError
-from kdexport.rundir import write_json
+from kdexport.files import write_json
 from kdexport.spec import Schedule
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.text_classification import TextClassification

@@ -24,9 +24,9 @@ from kdexport.bench.process import Crashed, call
 from kdexport.bench.targets import Target, measured_tokens, why_not
 from kdexport.bench.worker import Job, Samples
 from kdexport.errors import RunError
+from kdexport.files import digest, write_bytes, write_json
 from kdexport.progress import bar, say, warn
 from kdexport.results import QUANTILES, Cell, Conditions, Control, Footprint, Latency, Ratio
-from kdexport.rundir import digest, write_bytes, write_json
 from kdexport.tasks import load_task
 from kdexport.tasks.metrics import Array
 

@@ -14,6 +14,7 @@ from kdexport.cli.options import (
     Max99,
     MaxSize,
     MinRetention,
+    MoveAside,
     Out,
     Sets,
     TimeLimit,
@@ -71,6 +72,7 @@ def run(
     skip_bad_rows: Annotated[bool, Flag("--skip-bad-rows", help="Leave bad rows out, and count them.")] = False,
     sets: Sets = None,
     out: Out = None,
+    move_aside: MoveAside = False,
     plan: Annotated[bool, Flag("--plan", help="Print every value with its reason; train nothing.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -119,7 +121,7 @@ def run(
     if plan:
         _print_plan(settings, as_json)
         return
-    _run(settings, out or Path("runs") / _name(spec_file, settings), as_json)
+    _run(settings, out or Path("runs") / _name(spec_file, settings), as_json, move_aside)
 
 
 def demo(
@@ -131,6 +133,7 @@ def demo(
     max_size: MaxSize = None,
     min_retention: MinRetention = None,
     sets: Sets = None,
+    move_aside: MoveAside = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -161,7 +164,7 @@ def demo(
     }
     given = {"student.model": _one_or_more(student)} | _budget(max_p99, max_size, min_retention, None)
     overrides |= {key: value for key, value in given.items() if value is not None}
-    _run(spec.load(None, overrides | parse_sets(sets)), out, as_json)
+    _run(spec.load(None, overrides | parse_sets(sets)), out, as_json, move_aside)
 
 
 def init(
@@ -177,10 +180,13 @@ def init(
       kdexport init --teacher ./my-bert --data tickets.csv && kdexport run spec.yaml
     """
     from kdexport import spec
+    from kdexport.files import write_bytes
 
-    if out.exists():
-        raise SpecError(f"{out} exists already", "Name another file with --out")
-    out.write_text(spec.commented(spec.load(None, {"teacher.model": teacher, "data.train": data})), encoding="utf-8")
+    content = spec.commented(spec.load(None, {"teacher.model": teacher, "data.train": data})).encode()
+    try:
+        write_bytes(out, content, new=True)
+    except FileExistsError:
+        raise SpecError(f"{out} exists already", "Name another file with --out") from None
     typer.echo(f"wrote {out}; run it with: kdexport run {out}")
 
 
@@ -189,7 +195,7 @@ def export(
         str,
         typer.Argument(help="Hugging Face folder or hub id of a trained text classifier; or an artifact, or a run."),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write; what export wrote there before is replaced.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; what export wrote, and nobody changed, is replaced.")],
     layout: Annotated[
         str,
         Flag(help="hub: the artifact; triton: in a model repository; kserve: with files for Kubernetes and KServe."),
@@ -210,6 +216,7 @@ def export(
     image: Annotated[
         str | None, Flag(help="The image that kserve's Dockerfile makes.", show_default="<name>:<version>")
     ] = None,
+    move_aside: MoveAside = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -246,7 +253,7 @@ def export(
         raise SpecError(f"--variants {variants!r} can't be read", "Write some of fp32,int8,fp16") from None
     if layout not in ("hub", "triton", "kserve"):
         raise SpecError(f"--layout {layout!r} is none of hub, triton, kserve")
-    found = ship(model, out, how, layout, name, image)
+    found = ship(model, out, how, layout, name, image, move_aside=move_aside)
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
         return
@@ -279,11 +286,11 @@ def _one_or_more(values: list[str] | None) -> str | list[str] | None:
     return values[0] if values and len(values) == 1 else values or None
 
 
-def _run(settings: Any, out: Path, as_json: bool) -> None:
+def _run(settings: Any, out: Path, as_json: bool, move_aside: bool) -> None:
     from kdexport.pipeline import run as run_pipeline
 
     try:
-        found = run_pipeline(settings, out)
+        found = run_pipeline(settings, out, move_aside=move_aside)
     except KeyboardInterrupt:
         raise Interrupted("Finished stages are kept: the same command goes on from there") from None
     show_report(found, out, as_json)

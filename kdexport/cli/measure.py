@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kdexport.cli.options import Debug, Flag, Json, numbers, quantity, show_report
-from kdexport.errors import Interrupted, SpecError
+from kdexport.cli.options import Debug, Flag, Json, MoveAside, numbers, quantity, show_report
+from kdexport.errors import Interrupted, RunError, SpecError
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "min": 60.0, "m": 60.0}
 
@@ -49,8 +51,9 @@ def bench(
     price: Annotated[float | None, Flag(min=0.0, help="Of an hour of one core (or GPU), for the cost table.")] = None,
     out: Annotated[Path | None, Flag("--out", "-o", help="Folder.", show_default="runs/bench-<time>")] = None,
     pytest_benchmark: Annotated[
-        Path | None, Flag("--pytest-benchmark", help="Write pytest-benchmark's JSON here too.")
+        Path | None, Flag("--pytest-benchmark", help="Write pytest-benchmark's JSON here too, to a new file.")
     ] = None,
+    move_aside: MoveAside = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -72,6 +75,7 @@ def bench(
     from kdexport import spec
     from kdexport.bench.loads import Loads
     from kdexport.measure import measure
+    from kdexport.output import move_aside as move_out_of_the_way
     from kdexport.report.exchange import write_pytest_benchmark
 
     share = quantity(precision, "--precision", {"": 1.0, "%": 0.01}) or 0.0
@@ -102,6 +106,8 @@ def bench(
         seconds=load_seconds,
     )
     folder = out or Path(f"runs/bench-{time.strftime('%Y%m%d-%H%M%S')}")
+    if pytest_benchmark and os.path.lexists(pytest_benchmark) and not move_aside:
+        raise RunError(f"--pytest-benchmark {pytest_benchmark} exists already", "Name another, or pass --move-aside")
     try:
         found = measure(
             targets,
@@ -111,10 +117,13 @@ def bench(
             reference=reference,
             loads=loads,
             command=shlex.join(["kdexport", *sys.argv[1:]]),
+            move_aside=move_aside,
         )
     except KeyboardInterrupt:
         raise Interrupted(f"Whole rounds are kept: the same command with --out {folder} goes on from there") from None
     if pytest_benchmark:
+        if os.path.lexists(pytest_benchmark):
+            move_out_of_the_way(pytest_benchmark)
         write_pytest_benchmark(found, folder / "samples.npz", pytest_benchmark)
     show_report(found, folder, as_json)
 
@@ -125,6 +134,7 @@ def report(
     to: Annotated[
         str | None, Flag("--to", help="Also log to: mlflow, mlflow:URI, tensorboard:FOLDER.", show_default="nowhere")
     ] = None,
+    move_aside: MoveAside = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -138,7 +148,7 @@ def report(
     """
     from kdexport.report import redraw
 
-    found = redraw(run_folder, price)
+    found = redraw(run_folder, price, move_aside=move_aside)
     if to:
         from kdexport.report.exchange import log_to
 
@@ -187,6 +197,7 @@ def compare(
     time_limit: Annotated[str, Flag(help="For measuring.")] = "120s",
     unsure_fails: Annotated[bool, Flag("--unsure-fails", help="A gate that stays unsure fails too.")] = False,
     out: Annotated[Path | None, Flag("--out", "-o", help="Write compare.html, .md and .json here.")] = None,
+    move_aside: MoveAside = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -206,16 +217,20 @@ def compare(
     from kdexport.cli.build import BUDGET_NOT_MET
     from kdexport.compare import compare as compare_reports
     from kdexport.compare import parse_gate
-    from kdexport.report.difference import show_comparison, write_comparison
+    from kdexport.output import Output
+    from kdexport.report.difference import FILES, show_comparison, write_comparison
 
     gates = [parse_gate(text) for text in fail_if or []]
     limit = quantity(time_limit, "--time-limit", SECONDS) or 0.0
-    try:
-        found = compare_reports(a, b, gates, variant=variant, side_by_side=side_by_side, time_limit_s=limit)
-    except KeyboardInterrupt:
-        raise Interrupted("Nothing was written") from None
-    if out:
-        write_comparison(found, out)
+    with Output(out, "compare", move_aside=move_aside) if out else nullcontext() as folder:
+        if folder:
+            folder.check(*FILES)
+        try:
+            found = compare_reports(a, b, gates, variant=variant, side_by_side=side_by_side, time_limit_s=limit)
+        except KeyboardInterrupt:
+            raise Interrupted("Nothing was written") from None
+        if folder:
+            write_comparison(found, folder)
     if as_json:
         import msgspec
 

@@ -24,6 +24,10 @@ TimeLimit = Annotated[
     str | None,
     Flag("--time-limit", help="A search trains no new student after this, like 30min.", rich_help_panel="Budget"),
 ]
+MoveAside = Annotated[
+    bool,
+    Flag("--move-aside", help="Rename what kdexport did not write and is in the way to NAME.old-1, not refuse."),
+]
 Sets = Annotated[
     list[str] | None,
     Flag("--set", metavar="KEY=VALUE", help="Any other key of the spec, like --set distill.batch_size=64."),

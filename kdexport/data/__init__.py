@@ -22,8 +22,8 @@ from kdexport.data.passages import Cut
 from kdexport.data.sources import SPLITS, read_splits, read_unlabelled, to_rows
 from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
+from kdexport.files import write_bytes, write_json
 from kdexport.progress import say, warn
-from kdexport.rundir import write_bytes, write_json
 from kdexport.tasks import Task, task_class
 
 Rows = list[dict[str, Any]]

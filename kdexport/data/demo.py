@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from kdexport.errors import MissingPackage, ModelError
-from kdexport.rundir import hash_file, write_bytes
+from kdexport.files import hash_file, write_bytes
 
 # What the teacher is called on the hub; the package brings the hub's own model.safetensors.
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"

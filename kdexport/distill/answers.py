@@ -15,8 +15,8 @@ from kdexport.distill.combine import combine
 from kdexport.distill.store import Store, cache_folder, content_key
 from kdexport.distill.teachers import Named
 from kdexport.errors import ModelError
+from kdexport.files import digest
 from kdexport.progress import bar
-from kdexport.rundir import digest
 from kdexport.tasks import Task, load_task
 from kdexport.tasks.metrics import Array
 
@@ -91,13 +91,15 @@ class Teacher:
     @cached_property
     def _plain(self) -> Store:
         if self.named.kind == "stored":
-            return Store(self.named.folder / "logits")
-        return Store(cache_folder() / "targets" / digest(self._identity)[:32])
+            return Store(self.named.folder / "logits", self.task.answer_shape)
+        return self._cached(self._identity)
 
     @cached_property
     def _noisy(self) -> list[Store]:
-        keys = [digest([self._identity, "dropout", self._seed, i])[:32] for i in range(self._how.passes)]
-        return [Store(cache_folder() / "targets" / key) for key in keys]
+        return [self._cached([self._identity, "dropout", self._seed, i]) for i in range(self._how.passes)]
+
+    def _cached(self, identity: object) -> Store:
+        return Store(cache_folder() / "targets" / digest(identity)[:32], self.task.answer_shape, optional=True)
 
     # --- passes
 

@@ -27,10 +27,10 @@ from kdexport.distill.teacher import save_model, save_task, some_rows
 from kdexport.distill.train import Recipe, fit, logits_of
 from kdexport.distill.vocabulary import trim_vocabulary
 from kdexport.errors import ModelError
+from kdexport.files import write_json
 from kdexport.models import open_trained, task_name
 from kdexport.networks import TextNet, TextNetConfig, TextNetForTokens, start_as_mean
 from kdexport.progress import say
-from kdexport.rundir import write_json
 from kdexport.tasks import TASKS, load_task
 from kdexport.tasks.config import read_config
 

@@ -25,8 +25,9 @@ from kdexport.distill.store import Store as Store
 from kdexport.distill.store import cache_folder
 from kdexport.distill.teachers import teachers_of
 from kdexport.errors import ModelError
+from kdexport.files import write_json
 from kdexport.progress import say
-from kdexport.rundir import read_record, write_json
+from kdexport.stages import read_record
 from kdexport.tasks import load_task
 from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix

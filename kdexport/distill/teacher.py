@@ -16,9 +16,9 @@ from kdexport.data import read_rows, read_summary, sampled
 from kdexport.distill.opened import Opened, open_config, open_model, own_labels
 from kdexport.distill.train import Recipe, fit
 from kdexport.errors import ModelError
+from kdexport.files import write_json
 from kdexport.models import has_head
 from kdexport.progress import say, warn
-from kdexport.rundir import write_json
 from kdexport.tasks import PROBLEMS, TASKS, images, load_task
 from kdexport.tasks import audio as sound
 from kdexport.tasks.classes import function_of

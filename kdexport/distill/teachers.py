@@ -25,8 +25,8 @@ from kdexport.data.sources import rows_of_sources
 from kdexport.distill import recipe
 from kdexport.distill.combine import columns_of
 from kdexport.errors import ModelError, SpecError
+from kdexport.files import write_json
 from kdexport.progress import say
-from kdexport.rundir import write_json
 from kdexport.spec.effects import OF_LAYERS, losses_of
 from kdexport.tasks import TASKS, load_task
 

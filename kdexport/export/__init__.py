@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from kdexport import spec
+from kdexport.files import write_json
 from kdexport.progress import say
-from kdexport.rundir import write_json
 from kdexport.tasks import load_task
 from kdexport.tasks.config import Arrays
 

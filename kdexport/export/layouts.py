@@ -17,11 +17,14 @@ import msgspec
 import yaml
 
 from kdexport import artifact
+from kdexport.files import hash_file, write_bytes, write_json, write_text
 from kdexport.predictor import Tensor, tensors_of
-from kdexport.rundir import hash_file, write_bytes, write_json, write_text
 from kdexport.tasks import Task, load_task
 
 MARK = "# Written by kdexport export.\n"
+
+# Of a model in a Triton repository; other versions may stand beside version 1.
+TRITON_NAMES = ("1", "config.pbtxt", "labels.txt", "warmup")
 
 _MAX_BATCH, _WARM_UP_TOKENS = 32, 32
 _TRITON_TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32"}

@@ -16,10 +16,10 @@ import numpy as np
 from kdexport.data import read_rows, sampled
 from kdexport.errors import VerificationError
 from kdexport.export import Candidate, read_candidates
+from kdexport.files import write_json
 from kdexport.predictor import Predictor
 from kdexport.progress import say, warn
 from kdexport.results import Metric, Quality
-from kdexport.rundir import write_json
 from kdexport.tasks import Task, load_task
 from kdexport.tasks.causal_lm import LOG_P, CausalLM, log_softmax
 from kdexport.tasks.judging import mcnemar, metric_interval

@@ -7,41 +7,43 @@ from pathlib import Path
 import msgspec
 
 from kdexport import __version__
+from kdexport.files import as_json, write_text
+from kdexport.output import Output
 from kdexport.report import page
 from kdexport.report.sections import SECTIONS
 from kdexport.report.table import between, further, headers, megabytes, ms, p99, percent, points, table, times, trimmed
-from kdexport.results import Exported, Report, read_report, write_report
-from kdexport.rundir import write_text
+from kdexport.results import Exported, Report, read_report
 from kdexport.tasks import TASKS
 from kdexport.tasks.causal_lm import BITS, CausalLM
 
 
-def write_reports(report: Report, folder: Path) -> None:
+def write_reports(report: Report, out: Output) -> None:
     """Write `report.json`, `report.md` and `report.html` into a folder."""
-    write_report(report, folder / "report.json")
-    draw(report, folder)
+    out.write("report.json", as_json(report))
+    draw(report, out)
 
 
-def redraw(folder: Path, price_per_hour: float | None = None) -> Report:
+def redraw(folder: Path, price_per_hour: float | None = None, *, move_aside: bool = False) -> Report:
     """Draw Markdown and HTML again from `report.json`, into which another price goes first, if one is given.
 
     Raises:
-        RunError: the folder has no readable report.
+        RunError: the folder has no readable report, or files that are to be replaced were not written by kdexport.
     """
     report = read_report(folder / "report.json")
-    if price_per_hour is not None:
-        priced = msgspec.structs.replace(report.bench, price_per_hour=price_per_hour)
-        report = msgspec.structs.replace(report, bench=priced)
-        write_report(report, folder / "report.json")
-    draw(report, folder)
+    with Output(folder, "report", move_aside=move_aside) as out:
+        if price_per_hour is not None:
+            priced = msgspec.structs.replace(report.bench, price_per_hour=price_per_hour)
+            report = msgspec.structs.replace(report, bench=priced)
+            out.write("report.json", as_json(report))
+        draw(report, out)
     return report
 
 
-def draw(report: Report, folder: Path) -> None:
+def draw(report: Report, out: Output) -> None:
     """Write `report.md` and `report.html`."""
     drawn = page_of(report)
-    write_text(folder / "report.md", page.markdown(drawn))
-    write_text(folder / "report.html", page.html(drawn))
+    out.write("report.md", page.markdown(drawn).encode())
+    out.write("report.html", page.html(drawn).encode())
 
 
 def page_of(report: Report) -> page.Page:

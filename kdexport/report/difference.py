@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from kdexport.files import as_json
+from kdexport.output import Output
 from kdexport.report import page
 from kdexport.report.charts import Axis, Bar, bars
 from kdexport.report.page import Figure, Page, Section, Table
 from kdexport.report.table import percent, signed, trimmed
 from kdexport.report.terminal import print_line, show_table
 from kdexport.results import Change, Comparison
-from kdexport.rundir import write_json, write_text
 
+FILES = ("compare.json", "compare.md", "compare.html")
 HEADERS = ("variant", "metric", "A", "B", "change [95 %]", "verdict", "how")
 _UNITS = {"p50": "ms", "p90": "ms", "p99": "ms", "cold": "ms", "size": "MB", "memory": "MB", "speedup": "×"}
 
@@ -26,13 +26,13 @@ def show_comparison(found: Comparison) -> None:
         print_line(f"gate {gate.expression}: {gate.status.upper()}; {gate.why}")
 
 
-def write_comparison(found: Comparison, out: Path) -> None:
-    """Write compare.json, compare.md and compare.html into a folder, made when absent."""
-    out.mkdir(parents=True, exist_ok=True)
+def write_comparison(found: Comparison, out: Output) -> None:
+    """Write compare.json, compare.md and compare.html into a folder."""
     drawn = page_of(found)
-    write_json(out / "compare.json", found)
-    write_text(out / "compare.md", page.markdown(drawn))
-    write_text(out / "compare.html", page.html(drawn))
+    for name, content in zip(
+        FILES, (as_json(found), page.markdown(drawn).encode(), page.html(drawn).encode()), strict=True
+    ):
+        out.write(name, content)
 
 
 def page_of(found: Comparison) -> Page:

@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 
 from kdexport.errors import RunError, SpecError
+from kdexport.files import write_json
 from kdexport.results import QUANTILES, Conditions, Latency, Report, Variant, read_report
-from kdexport.rundir import write_json
 
 _PROCESSES_DIFFER = 0.05
 

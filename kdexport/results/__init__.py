@@ -42,7 +42,6 @@ from kdexport.results.report import (
     Gate,
     Report,
     read_report,
-    write_report,
 )
 
 __all__ = [
@@ -80,5 +79,4 @@ __all__ = [
     "Verdict",
     "VerdictOfRatio",
     "read_report",
-    "write_report",
 ]

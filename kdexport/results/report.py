@@ -10,7 +10,6 @@ import msgspec
 from kdexport.errors import RunError
 from kdexport.results.findings import Distillation, Evidence, Search, Verdict
 from kdexport.results.measured import Conditions, Interval, Variant
-from kdexport.rundir import write_json
 
 SCHEMA = 2
 
@@ -102,11 +101,6 @@ class Exported(msgspec.Struct, frozen=True, kw_only=True):
     recommended: str
     reason: str
     files: list[ExportedFile]
-
-
-def write_report(report: Report, path: Path) -> None:
-    """Write `report.json`, atomically."""
-    write_json(path, report)
 
 
 def read_report(path: Path) -> Report:

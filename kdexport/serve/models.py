@@ -12,8 +12,8 @@ import numpy as np
 
 from kdexport import artifact
 from kdexport.errors import ArtifactError, DataError, SpecError
+from kdexport.files import hash_file
 from kdexport.predictor import Predictor, golden_difference
-from kdexport.rundir import hash_file
 from kdexport.serve.http import Refused
 from kdexport.serve.writing import Writer
 from kdexport.tasks import load_task

@@ -1,0 +1,115 @@
+"""Hash files, and write them so that each is the old one or the new one, whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from kdexport.errors import KdexportError, RunError
+
+TEMPORARY = ".kdexport-tmp"
+
+
+def digest(value: object) -> str:
+    """Return the sha256 of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, *, without: frozenset[str] = frozenset()) -> dict[str, str]:
+    """Return relative path → sha256 of every file below a folder, but for the top-level names in `without`."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {name.as_posix(): hash_file(folder / name) for name in names if name.parts[0] not in without}
+
+
+def entries(place: Path) -> Iterator[Path]:
+    """Yield everything below a place that is no folder, links to folders included; or the place itself."""
+    if place.is_symlink() or not place.is_dir():
+        yield place
+        return
+    for here, folders, files in os.walk(place):
+        yield from (Path(here, name) for name in files)
+        yield from (path for name in folders if (path := Path(here, name)).is_symlink())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_bytes(path, as_json(value))
+
+
+def as_json(value: object) -> bytes:
+    """Return a value as indented JSON, as `write_json` writes it."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
+    """Write a file atomically: into a neighbour of a name that nobody has, synced, then renamed.
+
+    Args:
+        path: the file.
+        content: its bytes.
+        new: leave a file that is there already as it is.
+
+    Raises:
+        FileExistsError: `new`, and there is one.
+        OSError: it can't be written; nothing is left behind.
+    """
+    neighbour = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}{TEMPORARY}")
+    try:
+        with neighbour.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            os.link(neighbour, path)
+        else:
+            neighbour.replace(path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # a full disk names no file
+        raise
+    finally:
+        neighbour.unlink(missing_ok=True)
+
+
+class disk_errors:
+    """Turn a full disk, however a library reports it, into one line for the user."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, KdexportError):
+            return
+        # safetensors, torch and onnxruntime each raise a class of their own for ENOSPC.
+        full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
+            "No space left" in str(error) or shutil.disk_usage(_existing(self.folder)).free < 2**16
+        )
+        if full:
+            raise RunError(
+                f"the disk is full: {self.folder}",
+                "Make room and run the same command again: finished stages are kept",
+            ) from error
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

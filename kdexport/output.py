@@ -1,0 +1,281 @@
+"""What a command may replace: files that kdexport wrote and nobody changed since, and nothing else.
+
+A folder that kdexport wrote has a folder `.kdexport` in it, whose `record.json` lists every file that was written there
+with its sha256. A file or folder is replaced only if it holds exactly what the record lists. All else is the user's:
+the command refuses with one line, before its work begins where that can be known, or renames it to `NAME.old-1` when it
+was asked to. Names that begin with `.kdexport` are ours in such a folder: what is being written lies there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, Self
+
+import msgspec
+
+from kdexport.errors import RunError
+from kdexport.files import TEMPORARY, entries, hash_file, hash_files, write_bytes, write_json
+from kdexport.progress import say
+
+PRIVATE = ".kdexport"
+_RECORD = "record.json"
+_LOCK, _OLD = "lock", "old"
+_FIX = "Move it elsewhere, name another folder, or pass --move-aside"
+By = Literal["run", "bench", "export", "report", "compare"]
+
+
+class Record(msgspec.Struct, forbid_unknown_fields=True):
+    """`.kdexport/record.json`: the command that wrote a folder, and the sha256 that each of its files may have.
+
+    There are two of a file that was replaced: a command may be killed at any moment, and finds either.
+    """
+
+    by: By
+    files: dict[str, list[str]]
+
+    def stranger(self, folder: Path, place: Path) -> str | None:
+        """Return what stands at a place in the folder that is not as recorded, in words; None if there is nothing."""
+        if not os.path.lexists(place):
+            return None
+        for path in entries(place):
+            sums = self.files.get(path.relative_to(folder).as_posix())
+            if sums is None or path.is_symlink() or not path.is_file():
+                return f"{path} was not written by kdexport"
+            if hash_file(path) not in sums:
+                return f"{path} was changed after kdexport wrote it"
+        return None
+
+
+def read_record(folder: Path) -> Record | None:
+    """Return the record of a folder that kdexport wrote; None of any other folder."""
+    try:
+        return msgspec.json.decode((folder / PRIVATE / _RECORD).read_bytes(), type=Record)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+class Output:
+    """A folder that a command writes into, open to one process at a time.
+
+    Args:
+        folder: made when it is absent.
+        by: the command. `run` and `bench` want a folder of their own, `report` and `compare` add files to any.
+        move_aside: rename what is not ours and stands in the way, rather than refuse.
+
+    Raises:
+        RunError: the folder is in use, can't be written, or holds something else.
+    """
+
+    def __init__(self, folder: Path, by: By, *, move_aside: bool = False) -> None:
+        self.folder, self._move_aside, self._private = folder, move_aside, folder / PRIVATE
+        adds = by in ("report", "compare")
+        try:
+            record = read_record(folder)
+            if record and record.by != by and not adds:
+                raise RunError(f"{folder} holds what kdexport {record.by} wrote", "Name another with --out")
+            if not record and not (_is_fresh(folder) or ((adds or move_aside) and not self._private.exists())):
+                raise RunError(
+                    f"{folder} is not empty, and kdexport {by} did not write it",
+                    "Name another with --out, or pass --move-aside to rename what is in the way",
+                )
+            self._private.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._private / _LOCK).open("a")
+        except OSError as error:
+            raise RunError(f"folder {folder} can't be used: {error.strerror}", "Name another with --out") from None
+        if not _locked(self._lock):
+            self._lock.close()
+            raise RunError(f"folder {folder} is in use by another kdexport", "Wait for it, or use --out")
+        self._record = read_record(folder) or Record(by, {})
+        _remove(self._private / _OLD)
+        write_json(self._private / _RECORD, self._record)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def work(self, name: str) -> Path:
+        """Return where to make what will be called `name`: beside it, so that relative paths stay right.
+
+        Raises:
+            RunError: something that is not ours stands there.
+        """
+        return self.folder / f"{PRIVATE}-{name}"
+
+    def check(self, *names: str) -> None:
+        """See that what stands under these names may be replaced, or moved aside.
+
+        Raises:
+            RunError: something there is not as kdexport wrote it.
+        """
+        for name in names:
+            self._stands_in_the_way(name)
+
+    def _stands_in_the_way(self, name: str) -> bool:
+        place = self.folder / name
+        found = self._record.stranger(self.folder, place)
+        if found and not self._move_aside:
+            raise RunError(f"{found}, and {place} is to be replaced", _FIX)
+        return found is not None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, atomically.
+
+        Raises:
+            RunError: see `check`.
+        """
+        found, place = hashlib.sha256(content).hexdigest(), self.folder / name
+        # What is there already, letter by letter, is as good as written.
+        same = place.is_file() and not place.is_symlink() and hash_file(place) == found
+        if not same and self._stands_in_the_way(name):
+            move_aside(place)
+        with self._writing(name, {name: found}):
+            write_bytes(self._private / "new", content)
+            (self._private / "new").replace(self.folder / name)
+
+    def replace(self, made: Path, name: str) -> None:
+        """Put a file or folder that was made in this folder under its name; a kill at any moment loses nothing.
+
+        Raises:
+            RunError: see `check`.
+        """
+        if self._stands_in_the_way(name):
+            move_aside(self.folder / name)
+        below = hash_files(made) if made.is_dir() else {"": hash_file(made)}
+        with self._writing(name, {f"{name}/{path}".rstrip("/"): found for path, found in below.items()}):
+            _swap(made, self.folder / name, self._private / _OLD)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str, sums: dict[str, str]) -> Iterator[None]:
+        """Record what is about to be written beside what is there, and afterwards (with the next record) by itself."""
+        files = self._record.files
+        for path, found in sums.items():
+            files[path] = [*(one for one in files.get(path, []) if one != found), found]
+        write_json(self._private / _RECORD, self._record)
+        yield
+        for path in [path for path in files if path == name or path.startswith(f"{name}/")]:
+            del files[path]
+        files |= {path: [found] for path, found in sums.items()}
+
+
+def move_aside(place: Path) -> None:
+    """Rename what stands at a place to `NAME.old-1`, or the next number that is free."""
+    names = (f"{place.name}.old-{n}" for n in itertools.count(1))
+    aside = next(path for path in map(place.with_name, names) if not os.path.lexists(path))
+    place.rename(aside)
+    say(f"{place} was moved aside, to {aside.name}")
+
+
+# --- folders that are made whole, and then put into place
+
+
+@contextlib.contextmanager
+def making(place: Path) -> Iterator[Path]:
+    """Yield a folder beside `place` to make it in, deleted afterwards; what killed calls left there is cleared."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for left in place.parent.glob(f".{glob.escape(place.name)}{PRIVATE}-*"):
+        with contextlib.suppress(OSError), (left / _LOCK).open("a") as lock:
+            if _locked(lock):
+                if (left / _OLD).exists() and not place.exists():  # killed between two renames
+                    (left / _OLD).rename(place)
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}{PRIVATE}-", dir=place.parent) as work:
+        with (Path(work) / "lock.new").open("a") as lock:
+            _locked(lock)
+            (Path(work) / "lock.new").rename(Path(work) / _LOCK)  # never seen unlocked
+            yield Path(work)
+
+
+def check_place(place: Path, mine: Iterable[str] | None = None, *, may_move: bool = False) -> None:
+    """See that a folder that `publish` made may be replaced: it is absent, empty, or exactly as it was made.
+
+    Args:
+        place: the folder.
+        mine: top-level names that are replaced, where others may stand beside them; None for the whole.
+        may_move: what is not ours will be moved aside.
+
+    Raises:
+        RunError: something there is not as kdexport wrote it.
+    """
+    if (found := _stranger(place, mine)) and not may_move:
+        raise RunError(f"{found}, and {place} is to be replaced", _FIX)
+
+
+def publish(made: Path, place: Path, work: Path, mine: Iterable[str] | None = None, *, may_move: bool = False) -> None:
+    """Put a folder that was made in `work` into its place, with a record of its files; see `check_place`.
+
+    The old folder stands whole until the new one is; where others' files stay beside ours (`mine`), each top-level
+    name is replaced by itself.
+    """
+    check_place(place, mine, may_move=may_move)
+    if _stranger(place, mine):
+        move_aside(place)
+    made_now = {name: [found] for name, found in hash_files(made).items()}
+    beside = mine is not None and _stranger(place, None) is not None
+    if beside:  # a kill between two names leaves some old and some new: the record holds both
+        before = read_record(place)
+        both = {name: (before.files if before else {}).get(name, []) + found for name, found in made_now.items()}
+        _write_record(place, both)
+        for path in sorted(made.iterdir()):
+            _swap(path, place / path.name, work / _OLD)
+        _write_record(place, made_now)
+    else:
+        _write_record(made, made_now)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _swap(made, place, work / _OLD)
+
+
+def _write_record(folder: Path, files: dict[str, list[str]]) -> None:
+    (folder / PRIVATE).mkdir(exist_ok=True)
+    write_json(folder / PRIVATE / _RECORD, Record("export", files))
+
+
+def _swap(made: Path, place: Path, old: Path) -> None:
+    if place.exists():
+        place.rename(old)
+    made.rename(place)
+    _remove(old)
+
+
+def _stranger(place: Path, mine: Iterable[str] | None) -> str | None:
+    record = read_record(place) or Record("export", {})
+    if not place.is_dir():
+        return record.stranger(place.parent, place)
+    names = {path.name for path in place.iterdir()} - ({PRIVATE} if record.files else set())
+    names &= names if mine is None else {*mine}
+    return next(filter(None, (record.stranger(place, place / name) for name in sorted(names))), None)
+
+
+def _is_fresh(folder: Path) -> bool:
+    """Whether a folder is absent or empty, or was just begun by a call that was killed before it wrote anything."""
+    if not folder.exists():
+        return True
+    private = folder / PRIVATE
+    if {path.name for path in folder.iterdir()} - {PRIVATE} or private.is_symlink():
+        return False
+    return not private.exists() or all(path.name == _LOCK or path.suffix == TEMPORARY for path in private.iterdir())
+
+
+def _locked(file: object) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
+    except OSError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
