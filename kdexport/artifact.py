@@ -36,7 +36,7 @@ MANIFEST, GOLDEN, CARD = "kdexport.json", "golden.json", "README.md"
 SCHEMA = 1
 _AGAIN = "Pack the artifact again"
 # The largest files that are read, in bytes. Protobuf ends at 2 GiB; the largest tokenizers have about 40 MB.
-_MOST_MODEL, _MOST_OTHER, _MOST_GOLDEN, _MOST_CARD = 2**31, 2**27, 2**26, 2**20
+_MOST_MODEL, _MOST_OTHER, _MOST_CARD = 2**31, 2**27, 2**20
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
@@ -128,8 +128,9 @@ def pack(
             sha256=hash_file(file),
             size_bytes=file.stat().st_size,
         )
-    if golden:
-        write_bytes(out / GOLDEN, msgspec.json.encode(golden))
+    answers = msgspec.json.encode(golden) if golden else b""
+    if 0 < len(answers) <= _MOST_OTHER:  # or it would not be read
+        write_bytes(out / GOLDEN, answers)
     manifest = Manifest(
         kdexport=__version__,
         task=task,
@@ -196,7 +197,7 @@ def read_golden(folder: Path) -> Golden | None:
         ArtifactError: they can't be read.
     """
     try:
-        return msgspec.json.decode(read_regular(folder / GOLDEN, _MOST_GOLDEN), type=Golden)
+        return msgspec.json.decode(read_regular(folder / GOLDEN, _MOST_OTHER), type=Golden)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -276,7 +277,7 @@ def only_artifact_errors(folder: Path) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).strip() or type(error).__name__
-        raise ArtifactError(f"{folder} can't be loaded: {reason[:500]}", _AGAIN) from error
+        raise ArtifactError(f"{folder} can't be loaded: {reason}", _AGAIN) from error
 
 
 def _check_inside(folder: Path, name: str) -> None:

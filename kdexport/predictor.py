@@ -246,7 +246,8 @@ class Tensor(NamedTuple):
 
 def tensors_of(model: Path) -> tuple[list[Tensor], list[Tensor]]:
     """The inputs and the outputs of an ONNX file, as ONNX Runtime sees them; types are `int64`, `float`, …"""
-    session = _onnxruntime().InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    with artifact.only_artifact_errors(model):
+        session = _onnxruntime().InferenceSession(str(model), providers=["CPUExecutionProvider"])
 
     def tensor(found: Any) -> Tensor:
         sizes = [size if isinstance(size, int) else None for size in found.shape]
