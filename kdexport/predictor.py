@@ -64,7 +64,7 @@ class Predictor:
         options.inter_op_num_threads = 1
         # Spinning threads burn the cores that other work wants, and double latency on shared machines.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised as well
         try:
             wanted_provider = "CUDAExecutionProvider" if self._cuda else "CPUExecutionProvider"
             self._session = onnxruntime.InferenceSession(str(model), options, providers=[wanted_provider])
