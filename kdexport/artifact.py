@@ -8,48 +8,63 @@ onnx/model_q4.onnx              int4 weights, of language models
 golden.json                     rows, and the logits that each file gave for them when it was packed
 kdexport.json                   the manifest
 README.md                       the model card
+
+The manifest holds the sha256 of every file that is read for answers, and of itself. Checksums show that a copy is
+incomplete, damaged or was edited by accident or in part. They say nothing of who made it: whoever can write into the
+folder can write the checksums too. So an artifact may come from anybody: no content of it may read another file,
+hang a program that loads it, or end it with anything but an `ArtifactError`.
 """
 
 from __future__ import annotations
 
-import mmap
-import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
-from kdexport.errors import ArtifactError
-from kdexport.files import hash_file, write_json
+from kdexport.errors import ArtifactError, MissingPackage
+from kdexport.files import digest, hash_file, write_bytes, write_json
+from kdexport.onnx_wire import has_external_data
 from kdexport.tasks import load_task
-from kdexport.tasks.config import TaskConfig
+from kdexport.tasks.config import MOST_JSON, Name, TaskConfig, read_regular
 
 MANIFEST, GOLDEN, CARD = "kdexport.json", "golden.json", "README.md"
 SCHEMA = 1
 _AGAIN = "Pack the artifact again"
+# The largest files that are read, in bytes. Protobuf ends at 2 GiB; the largest tokenizers have about 40 MB.
+_MOST_MODEL, _MOST_OTHER, _MOST_CARD = 2**31, 2**27, 2**20
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ManifestVariant(msgspec.Struct, frozen=True, kw_only=True):
     """One model file of an artifact."""
 
-    precision: str
-    file: str
+    precision: Name
+    file: Name
     graph: str
-    sha256: str
-    size_bytes: int
+    sha256: Sha256
+    size_bytes: Annotated[int, Meta(ge=0)]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """`kdexport.json`: all that a runtime needs to know, and how the files came to be."""
+    """`kdexport.json`: all that a runtime needs to know, and how the files came to be.
+
+    `sha256` is that of all else in it; older manifests have none.
+    """
 
     schema: int = SCHEMA
     kdexport: str
     task: TaskConfig
-    recommended: str
-    variants: dict[str, ManifestVariant]
-    files: dict[str, str]
+    recommended: Name
+    variants: Annotated[dict[Name, ManifestVariant], Meta(max_length=16)]
+    files: Annotated[dict[Name, Sha256], Meta(max_length=64)]
     made: dict[str, Any]
+    sha256: str = ""
 
 
 class Golden(msgspec.Struct, frozen=True):
@@ -58,7 +73,7 @@ class Golden(msgspec.Struct, frozen=True):
     `logits` are [N, *answer_shape] for each variant, of `rows` one by one: int8 activations are scaled by the batch.
     """
 
-    rows: list[dict[str, str]]
+    rows: Annotated[list[dict[str, str]], Meta(min_length=1, max_length=64)]
     logits: dict[str, list[Any]]
 
 
@@ -75,10 +90,6 @@ _SHIPPED = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
     "preprocessor_config.json",
 )  # fmt: skip
-
-# What stands before the key `location` of a tensor whose weights are in another file: protobuf's tag of a first
-# field, and the key's length, each in the shortest form or in longer ones that are read alike.
-_KEY = re.compile(rb"(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)\Z")
 
 
 def pack(
@@ -117,8 +128,9 @@ def pack(
             sha256=hash_file(file),
             size_bytes=file.stat().st_size,
         )
-    if golden:
-        write_json(out / GOLDEN, golden)
+    answers = msgspec.json.encode(golden) if golden else b""
+    if 0 < len(answers) <= _MOST_OTHER:  # or it would not be read
+        write_bytes(out / GOLDEN, answers)
     manifest = Manifest(
         kdexport=__version__,
         task=task,
@@ -127,7 +139,13 @@ def pack(
         files={name: hash_file(out / name) for name in (*_SHIPPED, GOLDEN) if (out / name).exists()},
         made=made,
     )
-    write_json(out / MANIFEST, manifest)
+    write_json(out / MANIFEST, sealed(msgspec.json.decode(msgspec.json.encode(manifest))))
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the checksum of its content."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return content | {"sha256": digest(content)}
 
 
 _STANDS_FOR = {
@@ -156,13 +174,15 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of an artifact folder, or of the run that holds one.
 
     Raises:
-        ArtifactError: there is none, or it is of another schema.
+        ArtifactError: there is none, it is of another schema, was changed, or has a value out of its bounds.
     """
     folder = resolve(folder)
     try:
-        raw = msgspec.json.decode((folder / MANIFEST).read_bytes())
+        raw = msgspec.json.decode(read_regular(folder / MANIFEST, MOST_JSON))
         if raw.get("schema") != SCHEMA:
             raise ArtifactError(f"{folder}/{MANIFEST} is of schema {raw.get('schema')}, this kdexport reads {SCHEMA}")
+        if raw.get("sha256") and raw != sealed(raw):
+            raise ArtifactError(f"{folder}/{MANIFEST} was changed after it was packed: its sha256 differs", _AGAIN)
         return msgspec.convert(raw, Manifest)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}", "kdexport run writes one") from None
@@ -177,11 +197,22 @@ def read_golden(folder: Path) -> Golden | None:
         ArtifactError: they can't be read.
     """
     try:
-        return msgspec.json.decode((folder / GOLDEN).read_bytes(), type=Golden)
+        return msgspec.json.decode(read_regular(folder / GOLDEN, _MOST_OTHER), type=Golden)
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{folder}/{GOLDEN} can't be read: {error}", _AGAIN) from None
+
+
+def read_card(folder: Path) -> str:
+    """Return the model card for display, cut at 1 MiB; empty where there is none or it can't be read."""
+    try:
+        if not (folder / CARD).is_file():
+            return ""
+        with (folder / CARD).open("rb") as file:
+            return file.read(_MOST_CARD).decode("utf-8", "replace")
+    except (OSError, ValueError):
+        return ""
 
 
 def resolve(folder: Path) -> Path:
@@ -205,17 +236,48 @@ def model_file(folder: Path, variant: str | None = None) -> Path:
             files, or there is no such variant.
     """
     manifest = read_manifest(folder)
-    chosen = manifest.variants.get(variant or manifest.recommended)
+    name = variant or manifest.recommended
+    chosen = manifest.variants.get(name)
     if chosen is None:
-        raise ArtifactError(f"{folder} has no variant {variant!r}", f"It has: {', '.join(manifest.variants)}")
+        it = "has no variant" if variant else "recommends a variant that it lacks:"
+        raise ArtifactError(f"{folder} {it} {name!r}", f"It has: {', '.join(manifest.variants)}")
     sums = {**manifest.files, chosen.file: chosen.sha256}
     for name in {*sums, *_SHIPPED, GOLDEN, MANIFEST, CARD}:
         _check_inside(folder, name)
+    for name in {*sums, *_SHIPPED, GOLDEN}:
+        _check_regular(folder / name, _MOST_MODEL if name == chosen.file else _MOST_OTHER)
     for name, sha256 in sums.items():
         _check(folder / name, sha256)
-    if _has_external_data(folder / chosen.file):
-        raise ArtifactError(f"{folder / chosen.file} has weights in other files, which nobody checked", _AGAIN)
-    return folder / chosen.file
+    _check_labels(folder, manifest)
+    file = folder / chosen.file
+    try:
+        external = has_external_data(file)
+    except ValueError as error:
+        raise ArtifactError(f"{file} can't be loaded: it is no ONNX model ({error})", _AGAIN) from None
+    if external:
+        raise ArtifactError(f"{file} has weights in other files, which nobody checked", _AGAIN)
+    if file.suffix != ".onnx":  # ONNX Runtime reads other formats by the name's end
+        raise ArtifactError(f"{file} is not called .onnx", _AGAIN)
+    return file
+
+
+@contextmanager
+def only_artifact_errors(folder: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while an artifact is loaded into one `ArtifactError`.
+
+    Its content decides what numpy, Pillow, the tokenizer and ONNX Runtime are asked to do, and each of them raises
+    classes of its own: MemoryError, RecursionError, onnxruntime's Fail, the PanicException of Rust, which is no
+    Exception.
+    """
+    try:
+        yield
+    except (ArtifactError, MissingPackage):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip() or type(error).__name__
+        raise ArtifactError(f"{folder} can't be loaded: {reason}", _AGAIN) from error
 
 
 def _check_inside(folder: Path, name: str) -> None:
@@ -229,25 +291,32 @@ def _check_inside(folder: Path, name: str) -> None:
         )
 
 
-def _has_external_data(model: Path) -> bool:
-    """Whether an ONNX file keeps weights in other files. ONNX Runtime would read any beside it, listed or not."""
-    if not model.stat().st_size:  # which can't be mapped
-        return False
-    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at = data.find(b"location")
-        while at >= 0:
-            if _KEY.search(data[max(0, at - 20) : at]):
-                return True
-            at = data.find(b"location", at + 1)
-    return False
+def _check_regular(path: Path, most: int) -> None:
+    """Refuse what isn't a file, such as a pipe, which would be waited for, and files that are too large."""
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"{path} is no file", _AGAIN)
+    if path.exists() and path.stat().st_size > most:
+        raise ArtifactError(f"{path} has {path.stat().st_size:,} bytes; at most {most:,} are read", _AGAIN)
 
 
 def _check(path: Path, sha256: str) -> None:
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ArtifactError(f"{path} is no file", _AGAIN)
         found = hash_file(path)
     except OSError as error:
         raise ArtifactError(f"{path} is missing or unreadable ({error.strerror})", _AGAIN) from None
     if found != sha256:
         raise ArtifactError(f"{path} is not the file that was packed: its sha256 differs", "Pack it again")
+
+
+def _check_labels(folder: Path, manifest: Manifest) -> None:
+    """Hold the labels against those of config.json, which has a checksum also where the manifest has none."""
+    if "config.json" not in manifest.files or not manifest.task.labels:
+        return
+    try:
+        config = msgspec.json.decode(read_regular(folder / "config.json", MOST_JSON), type=dict[str, Any])
+        names = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
+    except (OSError, msgspec.MsgspecError, ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{folder}/config.json can't be read: {error}", _AGAIN) from None
+    labels = dict(enumerate(manifest.task.labels))
+    if names not in ({}, labels, {i: f"LABEL_{i}" for i in names}):  # LABEL_0 … are Transformers' own, for want of any
+        raise ArtifactError(f"{folder}/{MANIFEST} has other labels than its config.json", _AGAIN)

@@ -39,7 +39,13 @@ class VerificationError(KdexportError):
 
 
 class ArtifactError(KdexportError):
-    """An artifact folder is incomplete, unreadable or was changed after it was packed."""
+    """An artifact folder is incomplete, unreadable or was changed after it was packed.
+
+    Texts of the artifact that the line quotes may be of any length, and hold what a terminal obeys.
+    """
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(*("".join(c if c.isprintable() else " " for c in text[:1000]) for text in (what, fix)))
 
 
 class RunError(KdexportError):

@@ -6,6 +6,7 @@ what ships.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ Text = str | tuple[str, str] | list[str] | bytes | Path
 
 # How Optimum calls the inputs and outputs of a graph with a key-value cache.
 _PAST, _PRESENT, _POSITIONS = "past_key_values.", "present.", "position_ids"
+# Logits of all variants in golden.json; an answer for each of 8,192 tokens is large.
+_MOST_NUMBERS = 3_000_000
 # Tokens that were read, and their keys and values by the inputs that take them.
 Past = tuple[int, dict[str, Any]]
 
@@ -61,12 +64,12 @@ class Predictor:
         options.inter_op_num_threads = 1
         # Spinning threads burn the cores that other work wants, and double latency on shared machines.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised as well
         try:
             wanted_provider = "CUDAExecutionProvider" if self._cuda else "CPUExecutionProvider"
             self._session = onnxruntime.InferenceSession(str(model), options, providers=[wanted_provider])
         except Exception as error:  # onnxruntime raises a dozen classes; all mean that the file is no good
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise ArtifactError(f"{model} can't be loaded: {reason}", "Pack the artifact again") from None
         if (got := self._session.get_providers()[0]) != wanted_provider:  # it falls back without a word
             raise ArtifactError(
@@ -81,18 +84,37 @@ class Predictor:
 
     def run(self, arrays: Arrays) -> Array:
         """Logits float32 [B, *answer_shape] of one encoded batch."""
+        return self.task.pick(self._output(arrays), arrays)
+
+    def prove(self) -> None:
+        """Run two short rows, so that a file that doesn't fit its task is found before the first request.
+
+        Raises:
+            ArtifactError: it gives another number of logits than the task has labels.
+        """
+        rows = self.task.probes()[:2]
+        arrays = self.task.encode(rows)
+        output, labels = self._output(arrays), len(self.task.labels)
+        if labels and output.shape[-1:] != (labels,):
+            raise ArtifactError(f"the model gives logits {list(output.shape)}, its task has {labels} labels")
+        found, wanted = self.task.pick(output, arrays).shape, (len(rows), *self.task.answer_shape)
+        if found != wanted:
+            raise ArtifactError(f"the model gives logits {list(found)}, its task wants {list(wanted)}")
+
+    def _output(self, arrays: Arrays) -> Array:
+        """The graph's output for one encoded batch."""
         inputs = self.task.graph_inputs(arrays)
         if self._cache:
             inputs = inputs | self._nothing_before(*inputs["input_ids"].shape)
         if not self._cuda:
-            return self.task.pick(np.asarray(self._session.run([self.task.output], inputs)[0]), arrays)
+            return np.asarray(self._session.run([self.task.output], inputs)[0])
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_cpu_input(name, array)
         binding.bind_output(self.task.output, "cuda")
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        return self.task.pick(np.asarray(binding.copy_outputs_to_cpu()[0]), arrays)
+        return np.asarray(binding.copy_outputs_to_cpu()[0])
 
     def read(self, ids: Sequence[int], past: Past | None = None) -> tuple[Array, Past]:
         """Read tokens after those whose keys and values are `past`: logits [V] of the next one, and all of theirs."""
@@ -161,16 +183,20 @@ def load(folder: str | Path, variant: str | None = None, threads: int | None = N
         threads: of ONNX Runtime; all allowed cores when None.
 
     Raises:
-        ArtifactError: a file is missing or was changed, or there is no such variant.
+        ArtifactError: a file is missing or was changed, there is no such variant, or the model can't do its task.
     """
-    folder = artifact.resolve(Path(folder))
-    model = artifact.model_file(folder, variant)
-    return Predictor(load_task(folder), model, threads)
+    with artifact.only_artifact_errors(Path(folder)):
+        folder = artifact.resolve(Path(folder))
+        model = artifact.model_file(folder, variant)
+        predictor = Predictor(load_task(folder), model, threads)
+        predictor.prove()
+    return predictor
 
 
 def golden_answers(task: Task, files: Mapping[str, Path]) -> artifact.Golden:
     """What each file (by variant) answers on the task's probes and examples: goes into the artifact."""
     rows = [*task.probes(), *task.examples()]
+    rows = rows[: max(1, _MOST_NUMBERS // (math.prod(task.answer_shape) * len(files)))]
     answers = {variant: Predictor(task, file, threads=1).logits(rows, batch_size=1) for variant, file in files.items()}
     return artifact.Golden(
         rows, {variant: logits.astype(float).round(6).tolist() for variant, logits in answers.items()}
@@ -189,15 +215,25 @@ def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float
         None when the artifact has no golden answers for the variant, as older ones; NaN if a logit is none.
 
     Raises:
-        ArtifactError: they can't be read, or are of another number of labels.
+        ArtifactError: they can't be read, are of another number of labels, or name files.
     """
-    golden = artifact.read_golden(artifact.resolve(folder))
+    golden, task = artifact.read_golden(artifact.resolve(folder)), predictor.task
     if golden is None or variant not in golden.logits:
         return None
-    found, packed = predictor.logits(golden.rows, batch_size=1), np.array(golden.logits[variant])
-    if found.shape != packed.shape:
-        raise ArtifactError(f"{folder} has golden answers {packed.shape}, its {variant} file gives {found.shape}")
-    return predictor.task.difference(found, packed)
+    for row in golden.rows:
+        # A path would have any file of this machine read, and the error would tell whether it exists.
+        inline = task.reads == "text" or row.get(task.reads, "").startswith("data:;base64,")
+        if not inline or not {task.reads} <= row.keys() <= {task.reads, "text_pair", "label"}:
+            raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.reads}")
+    try:
+        packed = np.array(golden.logits[variant], dtype=np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ArtifactError(f"{folder}/{artifact.GOLDEN} has logits that are no table: {error}") from None
+    shape = (len(golden.rows), *task.answer_shape)
+    if packed.shape != shape or not np.isfinite(packed).all():
+        raise ArtifactError(f"{folder} has golden answers {packed.shape}, its {variant} file gives {shape}")
+    with artifact.only_artifact_errors(folder):
+        return task.difference(predictor.logits(golden.rows, batch_size=1), packed)
 
 
 class Tensor(NamedTuple):
@@ -210,7 +246,8 @@ class Tensor(NamedTuple):
 
 def tensors_of(model: Path) -> tuple[list[Tensor], list[Tensor]]:
     """The inputs and the outputs of an ONNX file, as ONNX Runtime sees them; types are `int64`, `float`, …"""
-    session = _onnxruntime().InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    with artifact.only_artifact_errors(model):
+        session = _onnxruntime().InferenceSession(str(model), providers=["CPUExecutionProvider"])
 
     def tensor(found: Any) -> Tensor:
         sizes = [size if isinstance(size, int) else None for size in found.shape]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import onnx.helper
+import onnxruntime
 import pytest
 
 import kdexport
@@ -40,7 +41,7 @@ def rewrite(folder: Path, **changes: object) -> None:
     for name in manifest["files"]:
         if (folder / name).is_file():
             manifest["files"][name] = sha256(folder / name)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(artifact.sealed(manifest)))
 
 
 def test_the_files_of_an_artifact_are_taken_as_they_are(folder):
@@ -150,18 +151,47 @@ def test_weights_in_other_files_are_refused(folder, location):
         kdexport.load(folder)
 
 
-def test_weights_in_other_files_are_found_however_protobuf_writes_them(folder):
-    model = artifact.model_file(folder)
-    keep_outside(model, "weights.bin")
-    short = b"\x0a\x08location"
-    data = model.read_bytes()
-    assert data.count(short) == 1
-    for written in (b"\x8a\x00\x08location", b"\x0a\x88\x00location", b"\x8a\x80\x00\x88\x80\x80\x00location"):
-        # The enclosing message's length is no longer right, and the search doesn't ask for it.
-        model.write_bytes(data.replace(short, written))
-        assert artifact._has_external_data(model)
-    model.write_bytes(data.replace(short, b"\x12\x08location"))  # a value, not a key
-    assert not artifact._has_external_data(model)
+# The tags of TensorProto's external_data and data_location, and of a location's key: the shortest form, a longer one,
+# and one with bits in the fifth byte that protobuf's C++ parser drops.
+@pytest.mark.parametrize("short", [b"\x6a", b"\x70", b"\x0a"])
+@pytest.mark.parametrize("ending", ["", "\x80\x00", "\x80\x80\x80\x10", "\x80\x80\x80\x70"])
+def test_weights_in_other_files_are_found_however_protobuf_writes_them(folder, short, ending):
+    def field(tag: bytes, content: bytes) -> bytes:
+        if tag == short and ending:
+            tag = bytes([tag[0] | 0x80]) + ending.encode("latin-1")
+        return tag + content
+
+    def sized(content: bytes) -> bytes:
+        assert len(content) < 128
+        return bytes([len(content)]) + content
+
+    weights = onnx.TensorProto(name="w", dims=[8], data_type=onnx.TensorProto.UINT8).SerializeToString()
+    entry = field(b"\x0a", sized(b"location")) + b"\x12" + sized(b"weights.bin")
+    weights += field(b"\x6a", sized(entry)) + field(b"\x70", b"\x01")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["w"], ["logits"])],
+        "g",
+        [],
+        [onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.UINT8, [8])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    path = artifact.model_file(folder)
+    path.write_bytes(model.SerializeToString() + b"\x3a" + sized(b"\x2a" + sized(weights)))
+    (path.parent / "weights.bin").write_bytes(bytes(range(8)))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert session.run(None, {})[0].tolist() == list(range(8))  # ONNX Runtime would read it
+    rewrite(folder)
+    with pytest.raises(ArtifactError, match="weights in other files"):
+        kdexport.load(folder)
+
+
+@pytest.mark.parametrize("name", ["onnx/model.ort", "onnx/model", "onnx/model.ONNX"])
+def test_a_model_is_called_onnx_or_other_formats_would_be_read(folder, name):
+    """ONNX Runtime takes a file that ends in .ort for another format, in which weights in other files are elsewhere."""
+    shutil.copyfile(artifact.model_file(folder), folder / name)
+    rewrite(folder, file=name)
+    with pytest.raises(ArtifactError, match=r"is not called \.onnx"):
+        kdexport.load(folder)
 
 
 def test_a_word_that_looks_like_it_is_no_weight(folder):

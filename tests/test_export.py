@@ -81,7 +81,7 @@ def test_what_export_wrote_is_replaced_and_nothing_else_is(exported, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     of_a_run = shutil.copytree(out, tmp_path / "run" / "artifact")
     manifest = json.loads((of_a_run / "kdexport.json").read_text())
-    (of_a_run / "kdexport.json").write_text(json.dumps(manifest | {"made": {"teacher": "t"}}))
+    (of_a_run / "kdexport.json").write_text(json.dumps(artifact.sealed(manifest | {"made": {"teacher": "t"}})))
     for place in (tmp_path, tmp_path / "run", of_a_run, tmp_path / "mine.txt"):
         with pytest.raises(KdexportError, match="is nothing that kdexport export wrote"):
             export(str(model), place)

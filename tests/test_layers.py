@@ -22,6 +22,7 @@ LEVELS = [
     {"predictor", "models", "generation"},
     {"networks", "convnet"},
     {"data", "artifact"},
+    {"onnx_wire"},
     {"tasks"},
     {"results", "spec"},
     {"stages"},

@@ -16,6 +16,7 @@ from load_client import Load, ask
 from serve_process import served
 
 import kdexport as package
+from kdexport.artifact import sealed
 from kdexport.files import hash_file
 from kdexport.serve import metrics
 
@@ -152,7 +153,7 @@ def test_a_new_version_takes_over_under_load_and_a_bad_one_does_not(copied):
 
     def change_manifest():
         content = msgspec.json.decode(manifest.read_bytes())
-        manifest.write_bytes(msgspec.json.encode(content | {"made": {"note": "second"}}))
+        manifest.write_bytes(msgspec.json.encode(sealed(content | {"made": {"note": "second"}})))
 
     def spoil_golden():
         # A model that answers otherwise than when it was packed, with all its checksums right.
@@ -161,7 +162,7 @@ def test_a_new_version_takes_over_under_load_and_a_bad_one_does_not(copied):
         (artifact / "golden.json").write_bytes(msgspec.json.encode(golden))
         content = msgspec.json.decode(manifest.read_bytes())
         content["files"]["golden.json"] = hash_file(artifact / "golden.json")
-        manifest.write_bytes(msgspec.json.encode(content))
+        manifest.write_bytes(msgspec.json.encode(sealed(content)))
 
     def break_file():
         for path, data in good.items():

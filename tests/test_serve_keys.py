@@ -12,6 +12,7 @@ import pytest
 from serve_process import served
 from wire import GOOD, ask, assert_refused
 
+from kdexport.artifact import sealed
 from kdexport.errors import SpecError
 from kdexport.serve.http import Keys, Refused, Request
 
@@ -190,14 +191,14 @@ def test_an_artifact_that_went_bad_is_not_loaded_and_the_one_before_serves_on(se
                 tokenizer.write_bytes(b"[")
                 listed = json.loads(kept[manifest])
                 del listed["files"]["tokenizer.json"]
-                manifest.write_text(json.dumps(listed))
+                manifest.write_text(json.dumps(sealed(listed)))
             case "no word for unknown words":  # found out only when a text is cut into words
                 listed, words = json.loads(kept[manifest]), json.loads(kept[tokenizer])
                 del listed["files"]["tokenizer.json"]
                 vocabulary = words["model"]["vocab"]
                 words["model"]["vocab"] = {word: vocabulary[word] for word in ("[PAD]", "[CLS]", "[SEP]")}
                 tokenizer.write_text(json.dumps(words))
-                manifest.write_text(json.dumps(listed))
+                manifest.write_text(json.dumps(sealed(listed)))
         found = ask(server.admin, "/v2/repository/models/news/load", b"", bearer(KEYS[0]))
         assert found.status in (400, 500)
         assert "serves on" in found.json["error"] or found.status == 500

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.cli.options import Debug, Flag, Json, MoveAside, numbers, quantity, show_report
+from kdexport.cli.options import Debug, Flag, Json, MoveAside, finite, numbers, quantity, show_report
 from kdexport.errors import Interrupted, RunError, SpecError
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "min": 60.0, "m": 60.0}
@@ -47,7 +47,7 @@ def bench(
     even: Annotated[
         bool, Flag("--even", help="Evenly spaced requests, not a Poisson process.", rich_help_panel="Load")
     ] = False,
-    load_seconds: Annotated[float, Flag(help="Time of each load.", rich_help_panel="Load")] = 5.0,
+    load_seconds: Annotated[float, Flag(callback=finite, help="Time of each load.", rich_help_panel="Load")] = 5.0,
     price: Annotated[float | None, Flag(min=0.0, help="Of an hour of one core (or GPU), for the cost table.")] = None,
     out: Annotated[Path | None, Flag("--out", "-o", help="Folder.", show_default="runs/bench-<time>")] = None,
     pytest_benchmark: Annotated[

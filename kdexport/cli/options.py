@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 from kdexport.errors import SpecError
 
 Flag = typer.Option
+_MOST, _SHOWN = 1_000_000, 40
 Debug = Annotated[bool, Flag("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, Flag("--json", help="Print the result as JSON on stdout; all else goes to stderr.")]
 Out = Annotated[Path | None, Flag("--out", "-o", help="The run's folder.", show_default="runs/<data's name>")]
@@ -36,19 +38,14 @@ Sets = Annotated[
 
 def parse_sets(sets: list[str] | None) -> dict[str, Any]:
     """`key=value` pairs; values are read as YAML, so 3, true and [fp32] mean what they look like."""
-    import yaml
-
-    from kdexport.spec import Loader
+    from kdexport.spec import read_yaml
 
     found = {}
     for pair in sets or []:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise SpecError(f"--set {pair!r} is not KEY=VALUE", "Write it like --set distill.batch_size=64")
-        try:
-            found[key] = yaml.load(value, Loader)
-        except yaml.YAMLError:
-            raise SpecError(f"--set {key}: {value!r} can't be read") from None
+        found[key] = read_yaml(value, f"--set {key}")
     return found
 
 
@@ -56,24 +53,33 @@ def quantity(text: str | None, flag: str, units: dict[str, float]) -> float | No
     """`2ms` → 2.0; a bare number is in the first unit."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d*\.?\d+(?:e-?\d+)?)\s*([a-zµ%/]*)\s*", text.lower())
-    try:
-        assert found
-        return float(found[1]) * units[found[2] or next(iter(units))]
-    except (AssertionError, ValueError, KeyError):
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*([a-zµ%/]*)\s*", text.lower())
+    unit = units.get(found[3] or next(iter(units))) if found else None
+    value = float(found[1] + (found[2] or "")) * unit if found and unit is not None else math.inf
+    if not math.isfinite(value):
         known = ", ".join(unit for unit in units if unit)
-        raise SpecError(f"{flag} {text!r} can't be read", f"Write a number and one of: {known}") from None
+        raise SpecError(f"{flag} {text[:_SHOWN]!r} can't be read", f"Write a number and one of: {known}")
+    return value
 
 
 def numbers(text: str, flag: str, least: int = 1) -> list[int]:
-    """`1,4` → [1, 4]; none below `least`."""
+    """`1,4` → [1, 4]; none below `least`, nor above a million."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < least:
-        raise SpecError(f"{flag} {text!r} can't be read", f"Write whole numbers from {least} on, like 1,4")
+    if not found or not least <= min(found) <= max(found) <= _MOST:
+        raise SpecError(
+            f"{flag} {text[:_SHOWN]!r} can't be read", f"Write whole numbers from {least} to {_MOST:,}, like 1,4"
+        )
     return found
+
+
+def finite(flag: typer.CallbackParam, value: float | None) -> float | None:
+    """Refuse inf and nan, which Python reads as numbers."""
+    if value is not None and not math.isfinite(value):
+        raise SpecError(f"--{str(flag.name).replace('_', '-')} {value} is no finite number")
+    return value
 
 
 def show_report(found: Any, run_folder: Path, as_json: bool) -> None:

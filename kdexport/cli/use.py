@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.cli.options import Debug, Flag, quantity
+from kdexport.cli.options import Debug, Flag, finite, quantity
 from kdexport.errors import SpecError
 
 _WRITING = "Language models"
@@ -29,10 +29,15 @@ def predict(
     scores: Annotated[bool, Flag("--scores", help="Print the probability of every label (or word).")] = False,
     max_new_tokens: Annotated[int, Flag(min=1, help="Tokens to write at most.", rich_help_panel=_WRITING)] = 64,
     temperature: Annotated[
-        float, Flag(min=0, help="0: the most probable token; 1: as the model has it.", rich_help_panel=_WRITING)
+        float,
+        Flag(
+            min=0, callback=finite, help="0: the most probable token; 1: as the model has it.", rich_help_panel=_WRITING
+        ),
     ] = 0.0,
     top_k: Annotated[int, Flag(min=0, help="Of so many tokens; 0: of all.", rich_help_panel=_WRITING)] = 0,
-    top_p: Annotated[float, Flag(max=1, help="Of those that sum to this share.", rich_help_panel=_WRITING)] = 1.0,
+    top_p: Annotated[
+        float, Flag(max=1, callback=finite, help="Of those that sum to this share.", rich_help_panel=_WRITING)
+    ] = 1.0,
     stop: Annotated[list[str] | None, Flag(help="A text that ends it; may be repeated.", rich_help_panel=_WRITING)] = (
         None
     ),

@@ -56,14 +56,14 @@ class Version:
         self.version = hash_file(folder / artifact.MANIFEST)[:12]
         self.task = load_task(folder)
         self._predictor = Predictor(self.task, file, threads=1)
+        self._predictor.prove()
         difference = golden_difference(self._predictor, folder, self.variant)
         if difference is not None and not difference <= _GOLDEN_TOLERANCE:
             raise ArtifactError(
                 f"{folder} does not answer here as it did when it was packed: a logit differs by {difference:.2g}",
                 "Export it again on a machine like this one",
             )
-        card = folder / "README.md"
-        self.card = card.read_text(encoding="utf-8") if card.exists() else ""
+        self.card = artifact.read_card(folder)
         self.writer = Writer(self._predictor) if isinstance(self.task, CausalLM) else None
         if self.writer:
             return
@@ -146,10 +146,11 @@ class Models:
         The version that served until then goes on when this fails, and finishes what it has begun when it does not.
 
         Raises:
-            ArtifactError: it is incomplete, was changed, or does not answer as it did when it was packed.
+            ArtifactError: it is incomplete, was changed, can't be run, or does not answer as it did when it was packed.
         """
         folder, variant = self._sources[name]
-        version = Version(name, folder, variant, *self._batch)
+        with artifact.only_artifact_errors(folder):
+            version = Version(name, folder, variant, *self._batch)
         self._current[name] = version
         return version
 

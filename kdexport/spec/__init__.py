@@ -6,7 +6,7 @@ would have no effect are errors that name the key. What is left at `None` is der
 """
 
 from kdexport.spec.effects import losses_of, several_students, weights_of
-from kdexport.spec.read import Loader, commented, dump, load, parse, parse_bench, settings, walk
+from kdexport.spec.read import commented, dump, load, parse, parse_bench, read_yaml, settings, walk
 from kdexport.spec.sections import (
     Augment,
     Bench,
@@ -30,7 +30,6 @@ __all__ = [
     "Data",
     "Distill",
     "Export",
-    "Loader",
     "Precision",
     "Schedule",
     "Spec",
@@ -44,6 +43,7 @@ __all__ = [
     "losses_of",
     "parse",
     "parse_bench",
+    "read_yaml",
     "settings",
     "several_students",
     "walk",

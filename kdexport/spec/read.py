@@ -16,14 +16,85 @@ from kdexport.errors import SpecError
 from kdexport.spec.effects import refuse_without_effect, with_defaults_of_task
 from kdexport.spec.sections import Bench, Section, Spec
 
+# A spec is four deep and has about a hundred values; aliases of aliases multiply.
+_DEEPEST, _MOST_VALUES = 20, 10_000
+_SHOWN = 40  # characters of a wrong value in an error
+
 
 class Loader(yaml.SafeLoader):
-    """YAML in which 2e-4 is a number, as everyone means it; YAML 1.1 reads a text."""
+    """YAML of texts, numbers, lists and sections; 2e-4 is a number, as everyone means it; YAML 1.1 reads a text.
+
+    Other tags, dates, merge keys and repeated keys are errors, and so is what would exhaust memory or the stack.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Read a value that is nested no deeper than a spec can be."""
+        if self._depth > _DEEPEST:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="it is nested too deep", problem_mark=mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Turn the nodes of a document into plain values."""
+        return self._value(node, "")
+
+    def _value(self, node: yaml.Node, key: str) -> Any:
+        def wrong(problem: str, at: yaml.Node = node) -> yaml.MarkedYAMLError:
+            return yaml.MarkedYAMLError(context=key[:200], problem=problem, problem_mark=at.start_mark)
+
+        self._values += 1
+        if self._values > _MOST_VALUES or key.count(".") > _DEEPEST:
+            raise wrong("it is nested too deep, or has too many values")
+        tag = node.tag.removeprefix("tag:yaml.org,2002:")
+        if isinstance(node, yaml.MappingNode) and tag == "map":
+            found: dict[str, Any] = {}
+            for named, value in node.value:
+                name = named.value if isinstance(named, yaml.ScalarNode) else None
+                if name is None or named.tag != "tag:yaml.org,2002:str":
+                    raise wrong("a key must be a text, and no merge key (<<)", named)
+                if name in found:
+                    raise wrong(f"the key {name[:_SHOWN]!r} stands twice", named)
+                found[name] = self._value(value, f"{key}.{name}" if key else name)
+            return found
+        if isinstance(node, yaml.SequenceNode) and tag == "seq":
+            return [self._value(value, f"{key}.{i}") for i, value in enumerate(node.value)]
+        if not isinstance(node, yaml.ScalarNode) or tag not in ("str", "int", "float", "bool", "null"):
+            quoted = "; put quotes around a text" if tag == "timestamp" else ""
+            raise wrong(f"a value of the kind {tag[:_SHOWN]!r} is not known here{quoted}")
+        try:
+            plain = self.construct_object(node)
+        except (ValueError, KeyError, OverflowError, IndexError):
+            raise wrong(f"{node.value[:_SHOWN]!r} is no {tag} that can be read") from None
+        if not _is_real(plain):
+            raise wrong(f"{node.value[:_SHOWN]!r} is no finite number below 2⁶³")
+        return plain
 
 
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Read a text of YAML as plain values; `source` is named in errors.
+
+    Raises:
+        SpecError: it is no YAML, or a value of it can't be read; the line and the key are named.
+    """
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        key = f"{context}: " if type(error) is yaml.MarkedYAMLError and (context := error.context) else ""
+        raise SpecError(f"{source}{line} is not valid YAML: {key}{getattr(error, 'problem', None) or error}") from None
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Spec:
@@ -53,6 +124,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Spec:
 
 def parse(tree: Any, source: str) -> Spec:
     """Check a tree of plain values and turn it into a `Spec`; `source` is named in errors."""
+    _refuse_unreal(tree, source)
     try:
         spec = msgspec.convert(tree, Spec)
     except msgspec.ValidationError as error:
@@ -64,6 +136,7 @@ def parse(tree: Any, source: str) -> Spec:
 
 def parse_bench(values: Mapping[str, Any]) -> Bench:
     """Check the settings of `kdexport bench`, which has no spec."""
+    _refuse_unreal(values, "kdexport bench")
     try:
         return msgspec.convert(values, Bench)
     except msgspec.ValidationError as error:
@@ -130,18 +203,30 @@ def _description(hint: Any) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"spec {path} does not exist", "Write one with: kdexport init --data … --teacher …") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"spec {path} can't be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise SpecError(f"spec {path}{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    tree = read_yaml(text, f"spec {path}")
     if not isinstance(tree, dict):
         raise SpecError(f"spec {path} holds no settings", "Write one with: kdexport init")
     return tree
+
+
+def _refuse_unreal(value: Any, source: str, key: str = "") -> None:
+    """Refuse numbers that are infinite, NaN or of more than 64 bits, wherever they come from: a file or a flag."""
+    if isinstance(value, Mapping | list | tuple):
+        named = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, one in named:
+            _refuse_unreal(one, source, f"{key}.{name}" if key else str(name))
+    elif not _is_real(value):
+        raise SpecError(f"{source}: {key}: expected a finite number below 2⁶³")
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a value is no number, or one that is finite and fits 64 bits."""
+    return not isinstance(value, int | float) or abs(value) < 2**63
 
 
 def _explain(message: str, source: str) -> SpecError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from kdexport.errors import ArtifactError
 from kdexport.tasks.audio_classification import AudioClassification
 from kdexport.tasks.causal_lm import CausalLM
-from kdexport.tasks.config import Function, read_config
+from kdexport.tasks.config import Function, TaskConfig, read_config
 from kdexport.tasks.image_classification import ImageClassification
 from kdexport.tasks.text_classification import MultiLabelTexts, TextClassification, TextRegression
 from kdexport.tasks.token_classification import TokenClassification
@@ -41,11 +41,31 @@ def load_task(folder: Path) -> Task:
     """Open the task that a model folder or an artifact was made for.
 
     Raises:
-        ArtifactError: the folder holds no task, or its tokenizer is missing or unreadable.
+        ArtifactError: the folder holds no task, or one that contradicts itself, or its tokenizer is missing or
+            unreadable.
     """
     config = read_config(folder)
     name = config.task
     if name not in TASKS:
         raise ArtifactError(f"{folder} is for the task {name!r}, which is none of {', '.join(TASKS)}")
+    if wrong := _contradiction(config):
+        raise ArtifactError(f"{folder}: the task {name} {wrong}", "Pack the artifact again")
     problem = next(problem for problem, (function, _) in PROBLEMS.items() if function == config.function)
     return task_class(name, problem).load(folder)
+
+
+def _contradiction(config: TaskConfig) -> str:
+    """Return what a task's settings lack, which types can't say."""
+    reads, inputs = TASKS[config.task].reads, set(config.inputs)
+    if not config.labels and config.task != CausalLM.name:
+        return "has no labels"
+    if reads == "text":
+        if "input_ids" not in inputs or inputs - {"input_ids", "attention_mask", "token_type_ids"}:
+            return f"can't be read from the inputs {config.inputs}"
+        return "" if config.max_length else "reads no token: max_length is 0"
+    how = getattr(config, reads)
+    if how is None:
+        return f"says nothing of how {reads} is read"
+    if len(inputs) != 1:
+        return f"has one input, not {config.inputs}"
+    return "reads too much" if config.audio and config.audio.length * max(1, config.audio.mels) > 2**25 else ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from kdexport.errors import ArtifactError
 from kdexport.tasks.metrics import Array
@@ -15,6 +17,17 @@ from kdexport.tasks.metrics import Array
 Row = Mapping[str, Any]
 Arrays = dict[str, Array]
 Function = Literal["softmax", "sigmoid", "none"]
+# Bounds of what a file may ask for, wide enough for every model there is.
+Name = Annotated[str, Meta(max_length=255)]
+Length = Annotated[int, Meta(ge=0, le=2**20)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+Side = Annotated[int, Meta(ge=1, le=4096)]
+Shift = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Scale = Annotated[float, Meta(ge=1e-9, le=1e6)]
+Each = Meta(min_length=1, max_length=3)
+Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
+# The largest manifest or configuration that is read, in bytes.
+MOST_JSON = 2**24
 
 
 class Items(NamedTuple):
@@ -36,13 +49,13 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     Pillow's number of a filter. A value v of 0 … 255 becomes (v · scale − mean) / std.
     """
 
-    channels: int = 3
-    resize: list[int] | int | None
-    crop: list[int] | None = None
-    resample: int = 2
-    scale: float = 1 / 255
-    mean: list[float]
-    std: list[float]
+    channels: Annotated[int, Meta(ge=1, le=3)] = 3
+    resize: Sides | Side | None
+    crop: Sides | None = None
+    resample: Annotated[int, Meta(ge=0, le=5)] = 2
+    scale: Scale = 1 / 255
+    mean: Annotated[list[Shift], Each]
+    std: Annotated[list[Scale], Each]
 
 
 class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,12 +66,12 @@ class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
     2 · `std`.
     """
 
-    rate: int
-    length: int
-    mels: int = 0
+    rate: Annotated[int, Meta(ge=1, le=384_000)]
+    length: Annotated[int, Meta(ge=1, le=2**25)]
+    mels: Annotated[int, Meta(ge=0, le=1024)] = 0
     normalise: bool = True
-    mean: float = 0.0
-    std: float = 0.5
+    mean: Shift = 0.0
+    std: Scale = 0.5
 
 
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,18 +81,18 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     Of language models, an answer holds the `kept` most probable tokens, and `end_id` ends a text.
     """
 
-    task: str
-    labels: list[str]
-    inputs: list[str]
-    max_length: int = 0
-    pad_id: int = 0
-    pad_type_id: int = 0
-    padding_side: str = "right"
+    task: Name
+    labels: Annotated[list[str], Meta(max_length=2**20)]
+    inputs: Annotated[list[Name], Meta(max_length=8)]
+    max_length: Length = 0
+    pad_id: TokenId = 0
+    pad_type_id: TokenId = 0
+    padding_side: Literal["right", "left"] = "right"
     function: Function = "softmax"
     image: ImageConfig | None = None
     audio: AudioConfig | None = None
-    kept: int = 0
-    end_id: int | None = None
+    kept: Annotated[int, Meta(ge=0, le=4096)] = 0
+    end_id: TokenId | None = None
 
 
 class Comparable:
@@ -98,8 +111,24 @@ def read_config(folder: Path) -> TaskConfig:
     """
     try:
         if (folder / "kdexport.json").exists():
-            manifest = msgspec.json.decode((folder / "kdexport.json").read_bytes())
+            manifest = msgspec.json.decode(read_regular(folder / "kdexport.json", MOST_JSON))
             return msgspec.convert(manifest["task"], TaskConfig)
-        return msgspec.json.decode((folder / "task.json").read_bytes(), type=TaskConfig)
-    except (OSError, msgspec.MsgspecError, KeyError) as error:
+        return msgspec.json.decode(read_regular(folder / "task.json", MOST_JSON), type=TaskConfig)
+    except (OSError, msgspec.MsgspecError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{folder} holds no task of ours: {error}") from None
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Read a regular file; a pipe would be waited for, and a device such as /dev/zero never ends.
+
+    Raises:
+        OSError: it is missing or unreadable.
+        ArtifactError: it is no regular file, or has more than `most` bytes.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ArtifactError(f"{path} is no file")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ArtifactError(f"{path} has more than {most:,} bytes")
+    return content
