@@ -31,21 +31,22 @@ def main() -> None:
         run()
     except SystemExit as end:
         if any(thread.name.startswith(("load ", "consumer-")) for thread in threading.enumerate()):
-            # A model that never ends: the interpreter would be taken down below its feet.
-            _flush()
+            # A model that never ends: it would run on while the interpreter is taken down.
             os._exit(end.code if isinstance(end.code, int) else 1)
         raise
+    except KeyboardInterrupt:  # outside of any command
+        raise SystemExit(130) from None
     finally:
         _flush()
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """Nothing has begun yet that would have to be finished: end at once."""
+    """End at once: nothing has begun that would have to be finished."""
     os._exit(0 if number == signal.SIGTERM and sys.argv[1:2] == ["serve"] else 128 + number)
 
 
 def _flush() -> None:
-    """Let what stderr doesn't take go, which would else change the exit code."""
+    """Drop text that stderr does not take: the interpreter would change the exit code because of it."""
     try:
         if sys.stderr is not None:
             sys.stderr.flush()

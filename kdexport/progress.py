@@ -29,9 +29,9 @@ class Outlet:
     """A file descriptor that a thread writes to, so that a reader who stops reading holds up nobody.
 
     Args:
-        fd: where to.
-        note: makes the line that stands for so many dropped lines, once there is room again.
-        on_dropped: called with a number of lines that were just dropped, on either thread.
+        fd: the file descriptor.
+        note: renders a number of dropped lines as the line that is written in their place.
+        on_dropped: called with the number of lines just dropped, on the caller's thread or the writer's.
     """
 
     def __init__(
@@ -100,51 +100,35 @@ class Outlet:
         return bytes(left)
 
 
-class _Unwaiting(io.TextIOBase):
-    """A text stream in front of an `Outlet`."""
+class _Stderr(io.TextIOBase):
+    """The stderr of the moment, where failing to write is no error; or, with an outlet, one that never waits."""
 
-    def __init__(self, fd: int, outlet: Outlet) -> None:
-        self._fd, self._outlet = fd, outlet
+    def __init__(self, outlet: Outlet | None = None) -> None:
+        self._outlet = outlet
 
     def write(self, text: str) -> int:
-        self._outlet.put(text.encode(errors="backslashreplace"))
+        if self._outlet:
+            self._outlet.put(text.encode(errors="backslashreplace"))
+        elif sys.stderr is not None:
+            with suppress(OSError, ValueError):  # a closed pipe, a full disk, a closed file
+                sys.stderr.write(text)
+                sys.stderr.flush()
         return len(text)
 
     def isatty(self) -> bool:
-        return os.isatty(self._fd)
-
-    def fileno(self) -> int:
-        return self._fd
+        return os.isatty(2) if self._outlet else sys.stderr is not None and sys.stderr.isatty()
 
 
 @contextmanager
 def unwaiting_stderr() -> Iterator[None]:
     """Let no line that Python writes to stderr wait for its reader: a server answers its clients meanwhile."""
     before, outlet = sys.stderr, Outlet(2)
-    sys.stderr = _Unwaiting(2, outlet)
+    sys.stderr = _Stderr(outlet)
     try:
         yield
     finally:
         sys.stderr = before
         outlet.close()
-
-
-class _Stderr:
-    """The stderr of the moment; failing to write there is no error."""
-
-    def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # a closed pipe, a full disk, a closed file
-            if sys.stderr is not None:
-                sys.stderr.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            if sys.stderr is not None:
-                sys.stderr.flush()
-
-    def isatty(self) -> bool:
-        return sys.stderr is not None and sys.stderr.isatty()
 
 
 @cache

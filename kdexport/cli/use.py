@@ -113,17 +113,12 @@ def serve(
     api_keys: Annotated[
         Path | None,
         Flag(
-            help="File with one API key a line, # for comments; or $KDEXPORT_API_KEYS, between commas.",
-            show_default="no keys",
+            help="File: an API key a line, # comments; or $KDEXPORT_API_KEYS, between commas.", show_default="no keys"
         ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        Flag(
-            metavar="NAME",
-            help="On loopback without keys: a Host or Origin to take beside localhost; repeatable, * for any.",
-            show_default="none",
-        ),
+        Flag(metavar="NAME", help="Another Host or Origin to accept on loopback; repeatable, * accepts any."),
     ] = None,
     threads: Annotated[
         int | None, Flag(min=1, help="Batches that run at once.", show_default="all cores", rich_help_panel="Batching")

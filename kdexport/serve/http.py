@@ -27,6 +27,7 @@ EVENTS: Headers = [
 FULL = "too much work is waiting"  # of every 429, whoever says it
 encode = msgspec.json.Encoder().encode
 _MAX_MESSAGE = 1000
+_HEAD = {b"host", b"content-length", b"content-encoding", b"origin", b"transfer-encoding"}
 
 
 class Refused(Exception):
@@ -100,6 +101,8 @@ class Request:
             Refused: the transfer encoding is another one (400).
         """
         for key, value in self.scope["headers"]:
+            if key not in _HEAD:
+                continue
             if key == b"host":
                 self.host.append(value)
             elif key == b"content-length":

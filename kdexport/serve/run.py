@@ -41,9 +41,8 @@ if TYPE_CHECKING:  # gRPC is an extra
 # Clients that hold a connection open without a request in flight get this long to send the one that they may
 # have begun when the port closed.
 _LINGER_S = 0.5
-# Of threads: batches that nobody waits for any more may still run, or never end.
+# How long threads may take to end: a batch whose requests have all expired may run on for ever.
 _THREADS_END_S = 1.0
-LOADING = "load "  # how the names of threads begin that load a model
 
 
 def serve(artifacts: list[str], settings: Settings) -> int:
@@ -186,7 +185,7 @@ class Server:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(found.set_result, outcome)
 
-        thread = threading.Thread(target=read, name=f"{LOADING}{name}", daemon=True)
+        thread = threading.Thread(target=read, name=f"load {name}", daemon=True)
         thread.start()
         await asyncio.wait((found,), timeout=self.settings.load_timeout)
         if not found.done():
