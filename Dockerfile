@@ -77,6 +77,7 @@ server = http.client.HTTPConnection('127.0.0.1', 8080, timeout=2); \
 server.request('GET', '/v2/health/ready'); \
 raise SystemExit(server.getresponse().status != 200)"]
 # What is given to `docker run` replaces the CMD alone: other folders, and flags, which win over these here.
-# Metrics and reloads stay on 127.0.0.1:8081 of the container; `--admin-host 0.0.0.0` lets others in.
+# Metrics and reloads stay on 127.0.0.1:8081 of the container; `--admin-host 0.0.0.0` lets others in, to reloads with an
+# API key only.
 ENTRYPOINT ["kdexport", "serve", "--host", "0.0.0.0", "--port", "8080"]
 CMD ["/models/model"]

@@ -5,17 +5,19 @@
 >>> model.predict(["Shares rose after the merger"])      # doctest: +SKIP
 """
 
-from importlib.metadata import version
 from typing import Any
 
 from kdexport.errors import KdexportError
 
-__version__ = version("kdexport")
 __all__ = ["KdexportError", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
     # numpy, tokenizers and onnxruntime are loaded when a model is, not when the package is
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("kdexport")
     if name == "load":
         from kdexport.predictor import load
 

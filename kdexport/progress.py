@@ -1,24 +1,140 @@
 """The only painter: progress bars on a terminal, plain lines elsewhere; all of it on stderr.
 
-Results go to stdout (cli.py), so `kdexport … --json | jq` works while a person watches.
+Results go to stdout (cli.py), so `kdexport … --json | jq` works while a person watches. A stderr that is closed, full
+or unread changes nothing else: `say` and `warn` never raise, and in a server they never wait.
 """
 
 from __future__ import annotations
 
+import io
+import os
+import select
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from queue import SimpleQueue
+from typing import Any, cast
 
 from rich.console import Console
 
 _PLAIN_LINE_EVERY_S = 15.0
+# Bytes that may wait for a reader; what comes beyond is dropped.
+_MOST_WAITING = 4 * 1024 * 1024
+
+
+class Outlet:
+    """A file descriptor that a thread writes to, so that a reader who stops reading holds up nobody.
+
+    Args:
+        fd: the file descriptor.
+        note: renders a number of dropped lines as the line that is written in their place.
+        on_dropped: called with the number of lines just dropped, on the caller's thread or the writer's.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        note: Callable[[int], bytes] = lambda lines: b"%d lines were dropped, as nobody read them\n" % lines,
+        on_dropped: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._fd, self._note, self._on_dropped = fd, note, on_dropped
+        self._queue: SimpleQueue[bytes | None] = SimpleQueue()
+        self._waiting = self._dropped = 0
+        self._torn = False  # whether the last line is there in part
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def put(self, data: bytes) -> None:
+        """Have whole lines written soon, or drop them when too many wait."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="outlet", daemon=True)
+                self._thread.start()
+            full = self._waiting + len(data) > _MOST_WAITING
+            if not full:
+                self._waiting += len(data)
+                self._queue.put(data)
+        if full:
+            self._drop(data)
+
+    def close(self, timeout: float = 1.0) -> None:
+        """Wait until everything is written, but not for ever."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            with self._lock:
+                dropped, self._dropped = self._dropped, 0
+            if dropped and self._write(self._note(dropped)):
+                with self._lock:
+                    self._dropped += dropped
+            if left := self._write(data):  # a full disk may have room again for the next ones
+                self._drop(left)
+            with self._lock:
+                self._waiting -= len(data)
+
+    def _drop(self, data: bytes) -> None:
+        lines = data.count(b"\n") or 1
+        with self._lock:
+            self._dropped += lines
+        self._on_dropped(lines)
+
+    def _write(self, data: bytes) -> bytes:
+        """Write as much as can be written; return the rest."""
+        left = memoryview(b"\n" + data if self._torn else data)
+        try:
+            while left:
+                try:
+                    written = os.write(self._fd, left)
+                    self._torn = left[written - 1] != ord("\n")
+                    left = left[written:]
+                except BlockingIOError:  # a pipe that another program has set so
+                    select.select([], [self._fd], [])
+        except (OSError, ValueError):
+            pass
+        return bytes(left)
+
+
+class _Stderr(io.TextIOBase):
+    """The stderr of the moment, where failing to write is no error; or, with an outlet, one that never waits."""
+
+    def __init__(self, outlet: Outlet | None = None) -> None:
+        self._outlet = outlet
+
+    def write(self, text: str) -> int:
+        if self._outlet:
+            self._outlet.put(text.encode(errors="backslashreplace"))
+        elif sys.stderr is not None:
+            with suppress(OSError, ValueError):  # a closed pipe, a full disk, a closed file
+                sys.stderr.write(text)
+                sys.stderr.flush()
+        return len(text)
+
+    def isatty(self) -> bool:
+        return os.isatty(2) if self._outlet else sys.stderr is not None and sys.stderr.isatty()
+
+
+@contextmanager
+def unwaiting_stderr() -> Iterator[None]:
+    """Let no line that Python writes to stderr wait for its reader: a server answers its clients meanwhile."""
+    before, outlet = sys.stderr, Outlet(2)
+    sys.stderr = _Stderr(outlet)
+    try:
+        yield
+    finally:
+        sys.stderr = before
+        outlet.close()
 
 
 @cache
 def console() -> Console:
     """The console on stderr."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(file=cast(Any, _Stderr()), highlight=False, soft_wrap=True)
 
 
 def say(text: str, style: str = "") -> None:

@@ -62,7 +62,7 @@ class Load:
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: str) -> bool:
         body = json.dumps({"inputs": text, "parameters": {"top_k": 1}}).encode()
         try:
-            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+            writer.write(b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
             await writer.drain()
             head = await reader.readuntil(b"\r\n\r\n")
             length = next(

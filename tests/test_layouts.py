@@ -21,8 +21,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, 
 
 import kdexport as package
 from kdexport.errors import KdexportError
+from kdexport.export import layouts
 from kdexport.files import hash_file
-from kdexport.predictor import tensors_of
+from kdexport.predictor import Tensor, tensors_of
 from kdexport.ship import How, export
 from kdexport.tasks import load_task
 from kdexport.tasks.config import TaskConfig
@@ -240,6 +241,9 @@ def test_pods_are_probed_drained_and_confined(kserve, kdexport):
         paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
         ready, live = "/v2/health/ready", "/v2/health/live"
         assert paths == {"startup": ready, "readiness": ready, "liveness": live}
+        # Idle clients may hold all connections of the public port.
+        assert {container[f"{kind}Probe"]["httpGet"]["port"] for kind in paths} == {int(flags["--admin-port"])}
+        assert flags["--admin-host"] == "0.0.0.0"
         assert pod["securityContext"]["runAsUser"] == 10001
         assert pod["securityContext"]["runAsNonRoot"]
         assert container["securityContext"]["readOnlyRootFilesystem"]
@@ -296,6 +300,10 @@ WRONG = [
     (["{run}", "{out}", "--layout", "hug"], "--layout 'hug' is none of hub, triton, kserve"),
     (["{run}", "{out}", "--layout", "triton", "--max-length", "9"], "so only its layout is left to choose"),
     (["{run}", "{out}", "--layout", "triton", "--image", "x"], "--image has no effect on layout triton"),
+    (
+        ["{run}", "{out}", "--layout", "kserve", "--image", "x\nRUN curl evil"],
+        "'x\\nRUN curl evil' can't be an image's name",
+    ),
     (["{run}", "{out}", "--layout", "triton", "--name", "../x"], "'../x' can't be a model's name"),
     (["{run}:int8", "{out}", "--layout", "triton"], "has no variant 'int8'. It has: fp32"),
 ]
@@ -308,6 +316,46 @@ def test_wrong_use_is_one_line_and_exit_code_2(kdexport, run, tmp_path, flags, s
     assert found.stderr.count("\n") == 1
     assert says in found.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+IMAGES = {
+    True: [
+        "x", "x:1", "registry/tickets:2", "localhost:5000/a/b_c/d.e--f:V1.0", "[::1]:5000/a:b", "ghcr.io/a/b",
+        f"docker.io/team/x:1@sha256:{'0a' * 32}",
+    ],
+    False: [
+        "", "x\n", "x\r\ny", "x y", "X", "x:", "x:1:2", "/x", "x/", "a//b", "x -f evil", "$(id)", "${BASE}", "x#y",
+        '"x"', "x@sha256:12", "http://x/y", "\u00e9", "x:" + "1" * 129, "x\x85y",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fit", "image"), [(fit, image) for fit, images in IMAGES.items() for image in images])
+def test_an_images_name_is_one_or_refused(fit, image):
+    assert bool(layouts._IMAGE.fullmatch(image)) == fit
+
+
+def test_tensors_may_have_any_name_in_a_configuration():
+    name = 'a"b\\c\n}] name: "owned" \u00e9\x85/../x'
+    text = layouts._tensor_config("model", [Tensor(name, "int64", [None, 7])], [Tensor(name, "float", [None, 2])], "")
+    config = text_format.Parse(text, ModelConfig())
+    assert [one.name for one in (*config.input, *config.output)] == [name, name]
+    assert config.name == "model"
+
+
+def test_warm_up_files_stay_in_their_folder(run, tmp_path):
+    name = "../../out"
+
+    class Odd:
+        config = load_task(run / "artifact").config
+        examples = staticmethod(list)
+        sized = staticmethod(lambda _, length: {name: np.zeros((1, length), dtype=np.int64)})
+
+    (tmp_path / "model").mkdir()
+    text = layouts._write_warm_up(Odd, tmp_path / "model" / "warmup")
+    (warm_up,) = text_format.Parse(text, ModelConfig()).model_warmup
+    assert (tmp_path / "model" / "warmup" / warm_up.inputs[name].input_data_file).is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_changed_artifact_is_not_laid_out(run, tmp_path):

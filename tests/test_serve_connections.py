@@ -44,7 +44,7 @@ def wire(server):
 
 
 def post(*headers: bytes, body: bytes = b"") -> bytes:
-    return b"\r\n".join([b"POST / HTTP/1.1", b"Host: test", *headers, b"", body])
+    return b"\r\n".join([b"POST / HTTP/1.1", b"Host: localhost", *headers, b"", body])
 
 
 def drip(wire: Wire, byte: bytes) -> float:

@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from kdexport.serve import grpc as ours
+from kdexport.serve.accesslog import AccessLog
 from kdexport.serve.app import App
 from kdexport.serve.batching import Batcher
 from kdexport.serve.models import Models
@@ -223,12 +224,12 @@ def test_our_own_faults_are_ours_and_told_to_the_operator_alone(models, monkeypa
 
     async def main(log: int) -> None:
         async with listening(models, access_log="all") as (app, _, stub):
-            app.log._fd = log
+            app.log = AccessLog("all", fd=log)
             with pytest.raises(grpc.aio.AioRpcError) as found:
                 await stub.ModelInfer(request(TEXTS))
             assert found.value.code() == Code.INTERNAL
             assert found.value.details() == "the server could not answer this; its log says why"
-            app.log.flush()
+            app.log.close()
 
     monkeypatch.setattr(models.find("news"), "run", broken)
     read, write = os.pipe()

@@ -295,7 +295,7 @@ def chunked(body: bytes, size: int) -> bytes:
 
 
 def post(*headers: bytes, body: bytes = b"") -> bytes:
-    return b"\r\n".join([b"POST / HTTP/1.1", b"Host: test", *headers, b"", body])
+    return b"\r\n".join([b"POST / HTTP/1.1", b"Host: localhost", *headers, b"", body])
 
 
 @pytest.mark.parametrize("path", ["/", "/predict", INFER, "/nowhere"])
@@ -323,7 +323,7 @@ def test_thousands_of_tiny_chunks_are_one_body(server):
 def test_trailers_are_bounded(server, path, trailers):
     before = memory_kb(server, "VmRSS")
     with Wire(server.url) as wire:
-        head = b"POST %s HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" % path.encode()
+        head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" % path.encode()
         assert_refused(wire.send(head, trailers).answer(), 431, 404)
         assert wire.answers() == []
     assert memory_kb(server, "VmRSS") - before < 20_000

@@ -98,7 +98,7 @@ class Wire:
 def request(path: str | bytes, body: bytes | None = None, *headers: bytes, method: str = "") -> bytes:
     """A well-formed request around whatever path, body and headers."""
     path = path.encode() if isinstance(path, str) else path
-    lines = [b"%s %s HTTP/1.1" % ((method or ("GET" if body is None else "POST")).encode(), path), b"Host: test"]
+    lines = [b"%s %s HTTP/1.1" % ((method or ("GET" if body is None else "POST")).encode(), path), b"Host: localhost"]
     if body is not None:
         lines.append(b"Content-Length: %d" % len(body))
     return b"\r\n".join([*lines, *headers, b"", body or b""])

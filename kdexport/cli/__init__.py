@@ -11,6 +11,7 @@ import typer
 from kdexport.cli import build, measure, use
 from kdexport.cli.options import Flag
 from kdexport.errors import Interrupted, KdexportError
+from kdexport.progress import Outlet
 
 app = typer.Typer(
     name="kdexport",
@@ -58,5 +59,7 @@ def main() -> None:
 def _fail(line: str, code: int) -> None:
     if "--debug" in sys.argv:
         raise
-    sys.stderr.write(f"error: {line}\n")
+    last = Outlet(2)  # a stderr that is closed, full or unread changes no exit code
+    last.put(f"error: {line}\n".encode(errors="backslashreplace"))
+    last.close()
     raise SystemExit(code) from None

@@ -117,7 +117,13 @@ def serve(
     grpc_port: Annotated[int | None, Flag(min=0, max=65535, help="Port of gRPC.", show_default="none")] = None,
     api_keys: Annotated[
         Path | None,
-        Flag(help="File with one API key a line; or $KDEXPORT_API_KEYS, between commas.", show_default="no keys"),
+        Flag(
+            help="File: an API key a line, # comments; or $KDEXPORT_API_KEYS, between commas.", show_default="no keys"
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        Flag(metavar="NAME", help="Another Host or Origin to accept on loopback; repeatable, * accepts any."),
     ] = None,
     threads: Annotated[
         int | None, Flag(min=1, help="Batches that run at once.", show_default="all cores", rich_help_panel="Batching")
@@ -143,6 +149,9 @@ def serve(
         str, Flag(help="After SIGTERM, how long requests are still taken in.", rich_help_panel="Limits")
     ] = "0s",
     grace: Annotated[str, Flag(help="How long accepted requests may then take.", rich_help_panel="Limits")] = "30s",
+    load_timeout: Annotated[
+        str, Flag(help="For loading and checking a model; then it is refused.", rich_help_panel="Limits")
+    ] = "300s",
     access_log: Annotated[str, Flag(help="JSON lines on stdout: all, errors or off.")] = "all",
     tracing: Annotated[bool, Flag("--tracing", help="OpenTelemetry spans; $OTEL_… say where to.")] = False,
     debug: Debug = False,
@@ -182,8 +191,10 @@ def serve(
         max_chars=max_chars,
         drain_delay=_duration(drain_delay, "--drain-delay", "s"),
         grace=_duration(grace, "--grace", "s"),
+        load_timeout=_duration(load_timeout, "--load-timeout", "s"),
         access_log=access_log,
         api_keys=_keys(api_keys),
+        allow_host=tuple(allow_host or ()),
         tracing=tracing,
     )
     raise typer.Exit(run_server(artifacts, settings))
@@ -201,12 +212,13 @@ def _keys(file: Path | None) -> tuple[str, ...]:
     if file is not None:
         source = f"--api-keys {file}"
         try:
-            given = file.read_text(encoding="utf-8-sig").splitlines()
+            lines = file.read_bytes().decode("utf-8-sig").split("\n")  # splitlines also ends lines within a key
         except (OSError, UnicodeDecodeError) as error:
             raise SpecError(f"{source} can't be read: {getattr(error, 'strerror', error)}") from None
+        given = [line for line in lines if not line.lstrip().startswith("#")]
     if given is None:
         return ()
-    keys = tuple(key.strip() for key in given if key.strip())
+    keys = tuple(key for one in given if (key := one.strip(" \t\r\n")))
     if not keys:  # whoever set it wanted a locked door
         raise SpecError(f"{source} holds no key", "Write one a line in a file, or between commas in the environment")
     return keys

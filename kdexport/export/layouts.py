@@ -17,6 +17,7 @@ import msgspec
 import yaml
 
 from kdexport import artifact
+from kdexport.errors import SpecError
 from kdexport.files import hash_file, write_bytes, write_json, write_text
 from kdexport.predictor import Tensor, tensors_of
 from kdexport.tasks import Task, load_task
@@ -51,6 +52,13 @@ dynamic_batching {
   }
 }
 """
+
+# [registry[:port]/]path[:tag][@digest], as Docker reads it. In a Dockerfile a further line would be a command.
+_IMAGE = re.compile(
+    r"(?:(?:[a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)*|\[[0-9a-fA-F:]+\])(?::[0-9]+)?/)?"
+    r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*)*"
+    r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@[a-z0-9]+:[0-9a-f]{32,128})?"
+)
 
 # --drain-delay, --grace of the server, and some seconds to spare.
 _DRAIN_S, _GRACE_S, _SPARE_S = 5, 30, 5
@@ -114,8 +122,14 @@ def _tensors(tensors: list[Tensor], more: str = "") -> str:
     for tensor in tensors:
         dims = ", ".join(str(-1 if size is None else size) for size in tensor.shape[1:])
         data_type = _TRITON_TYPES[tensor.type]
-        lines.append(f'  {{ name: "{tensor.name}" data_type: {data_type} dims: [ {dims} ]{more} }}')
+        lines.append(f"  {{ name: {_quoted(tensor.name)} data_type: {data_type} dims: [ {dims} ]{more} }}")
     return ",\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format: bytes that could end it, or its line, are written in octal."""
+    inner = (chr(b) if 32 <= b < 127 and b not in b'"\\' else f"\\{b:03o}" for b in text.encode())
+    return f'"{"".join(inner)}"'
 
 
 def _write_warm_up(task: Task, folder: Path) -> str:
@@ -123,10 +137,11 @@ def _write_warm_up(task: Task, folder: Path) -> str:
     folder.mkdir()
     length = min(_WARM_UP_TOKENS, task.config.max_length)
     inputs = []
-    for name, array in task.sized(task.examples(), length).items():
-        write_bytes(folder / name, array.astype("<i8").tobytes())
-        what = f'data_type: TYPE_INT64 dims: [ {length} ] input_data_file: "{name}"'
-        inputs.append(f'  inputs {{ key: "{name}" value {{ {what} }} }}')
+    for i, (name, array) in enumerate(task.sized(task.examples(), length).items()):
+        file = f"input-{i}"  # a graph may call its tensors anything, ../ included
+        write_bytes(folder / file, array.astype("<i8").tobytes())
+        what = f'data_type: TYPE_INT64 dims: [ {length} ] input_data_file: "{file}"'
+        inputs.append(f"  inputs {{ key: {_quoted(name)} value {{ {what} }} }}")
     return "\n".join(["model_warmup [ {", '  name: "a text"', "  batch_size: 1", *inputs, "} ]", ""])
 
 
@@ -143,6 +158,8 @@ def kserve(folder: Path, variant: str | None, name: str, image: str | None, out:
     _copy(folder, out / name)
     file = artifact.model_file(folder, variant)
     image = image or f"{name.lower()}:{hash_file(folder / artifact.MANIFEST)[:12]}"
+    if not _IMAGE.fullmatch(image):
+        raise SpecError(f"{image!r} can't be an image's name", "Give one like --image registry.example/team/tickets:2")
     dns = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-")[:50]
     model = f"/models/{name}:{variant}" if variant else f"/models/{name}"
     pod = _pod(dns, model, image, file.stat().st_size)
@@ -172,10 +189,11 @@ def _dockerfile(name: str, image: str) -> str:
 
 
 def _pod(name: str, model: str, image: str, size: int) -> dict[str, Any]:
-    """What runs: the server on 8080, metrics and reloads on 8081; not root, nothing to write but /tmp."""
+    """What runs: the server on 8080; health, metrics and reloads on 8081; not root, nothing to write but /tmp."""
 
     def probe(path: str, **times: int) -> dict[str, Any]:
-        return {"httpGet": {"path": path, "port": 8080}, "timeoutSeconds": 2} | times
+        # Not on the clients' port: when they hold all of its connections, the pod is busy, not dead.
+        return {"httpGet": {"path": path, "port": 8081}, "timeoutSeconds": 2} | times
 
     # Measured: 125 MiB and 1.2 times the file. A reload loads the new version beside the old one.
     memory = f"{256 + 128 * -(-3 * size // 2**27)}Mi"
@@ -202,7 +220,8 @@ def _pod(name: str, model: str, image: str, size: int) -> dict[str, Any]:
                     *("--admin-host", "0.0.0.0", "--admin-port", "8081"),
                     *("--drain-delay", str(_DRAIN_S), "--grace", str(_GRACE_S)),
                 ],
-                # With keys in the secret, the API and reloads want one of them; without it, whoever comes is answered.
+                # With keys in the secret, the API and reloads want one of them. Without it, whoever comes is answered,
+                # and models are neither loaded nor unloaded through port 8081.
                 "env": [{"name": "KDEXPORT_API_KEYS", "valueFrom": {"secretKeyRef": keys}}],
                 "ports": [{"containerPort": 8080, "protocol": "TCP"}],
                 "startupProbe": probe("/v2/health/ready", periodSeconds=1, failureThreshold=120),

@@ -1,25 +1,34 @@
-"""One JSON line a request on stdout, written in bundles; never a text, never a key."""
+"""One JSON line a request on stdout, written in bundles by a thread; never a text, never a key.
+
+Nobody waits for whoever reads the log: lines for which there is no room are dropped, counted, and replaced by one line
+with their number once there is room again.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import re
 import time
+from collections.abc import Callable
 
 import msgspec
 
+from kdexport.progress import Outlet
 from kdexport.serve.http import Request
 
 _EVERY_S = 0.1
 _encode = msgspec.json.Encoder().encode
+# DEL, and U+0080 to U+009F as UTF-8: JSON lets them stand as they are, and terminals obey them.
+_CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]")
 
 
 class AccessLog:
-    """Writes what is asked for: `all`, `errors` (400 and up) or `off`."""
+    """Writes what is asked for: `all`, `errors` (400 and up) or `off`; `on_dropped` is called with a count of lines."""
 
-    def __init__(self, which: str, fd: int = 1) -> None:
+    def __init__(self, which: str, fd: int = 1, on_dropped: Callable[[int], None] = lambda _: None) -> None:
         self._from = {"all": 0, "errors": 400, "off": 1000}[which]
-        self._fd, self._lines, self._refused = fd, list[bytes](), 0
+        self._lines, self._refused = list[bytes](), 0
+        self._outlet = Outlet(fd, _dropped_line, on_dropped)
 
     def request(self, request: Request, code: int, seconds: float, fault: str = "") -> None:
         """Note one request; a fault is for the operator's eyes."""
@@ -60,13 +69,23 @@ class AccessLog:
         self._lines.append(_encode(line))
 
     def flush(self) -> None:
-        """Write what is there."""
-        if not self._lines:
-            return
-        data = b"\n".join([*self._lines, b""])
-        self._lines.clear()
-        try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-        except OSError:  # nobody reads the log any more: serving goes on
-            self._from = 1000
+        """Have written what is there."""
+        if self._lines:
+            data = b"\n".join([*self._lines, b""])
+            self._lines.clear()
+            if b"\x7f" in data or b"\xc2" in data:
+                data = _CONTROLS.sub(_escaped, data)
+            self._outlet.put(data)
+
+    def close(self) -> None:
+        """Write what is there, and wait a moment until it is written."""
+        self.flush()
+        self._outlet.close()
+
+
+def _dropped_line(lines: int) -> bytes:
+    return _encode({"time": round(time.time(), 3), "dropped": lines}) + b"\n"
+
+
+def _escaped(control: re.Match[bytes]) -> bytes:
+    return b"\\u%04x" % ord(control[0].decode())

@@ -1,4 +1,7 @@
-"""The admin port: metrics, and Triton's model repository protocol. On loopback unless told; it needs no key there."""
+"""The admin port: metrics, health, and Triton's model repository protocol. On loopback unless told otherwise.
+
+Loading and unloading need a key where there are keys; without keys they can be asked for on loopback alone.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from kdexport.errors import KdexportError
 from kdexport.progress import warn
 from kdexport.serve.app import App
 from kdexport.serve.connection import respond
+from kdexport.serve.hosts import Hosts
 from kdexport.serve.http import Keys, Receive, Refused, Request, Response, Scope, Send, answer, refusal
 from kdexport.serve.models import Version
 
@@ -20,6 +24,7 @@ class Admin:
     def __init__(self, app: App, reload: Callable[[str], Awaitable[Version]]) -> None:
         self._app, self._reload = app, reload
         self._keys = Keys(app.settings.api_keys)
+        self.hosts: Hosts | None = None  # of the port that is listened on
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, as ASGI has it."""
@@ -29,13 +34,16 @@ class Admin:
         except Refused as refused:
             response = refusal(refused)
         except Exception as error:  # of a file that is broken in a way that nobody thought of
-            warn(f"{request.method} {request.path} on the admin port failed: {error!r}")
+            warn(f"{request.method} {request.path[:256]!r} on the admin port failed: {error!r}")
             response = refusal(Refused(500, "the server could not do this; its log says why"))
         headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
         await respond(send, response.status, headers, response.body)
 
     async def _answer(self, request: Request) -> Response:
-        if request.header(b"origin") is not None:  # a web page that its visitor's browser runs; tools send none
+        request.read_head()
+        if self.hosts:
+            self.hosts.check(request)
+        if request.origin is not None:  # a web page that its visitor's browser runs; tools send none
             raise Refused(403, "browsers' pages may not ask this port")
         match request.method, request.path.strip("/").split("/"):
             case "GET", ["metrics"]:
@@ -49,6 +57,8 @@ class Admin:
             case "POST", ["v2", "repository", "models", name, ("load" | "unload") as what]:
                 if self._keys:
                     self._keys.check(request)
+                elif not (self.hosts and self.hosts.loopback):
+                    raise Refused(403, "models are loaded and unloaded with an API key, or on loopback")
                 return await self._change(name, what)
         raise Refused(404, "here are GET /metrics and POST /v2/repository/index, …/models/NAME/load and …/unload")
 

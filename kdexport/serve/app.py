@@ -22,6 +22,7 @@ from kdexport.serve import huggingface, oip, openai, openapi, page, tei, tgi
 from kdexport.serve.accesslog import AccessLog
 from kdexport.serve.batching import Batcher
 from kdexport.serve.connection import respond
+from kdexport.serve.hosts import Hosts
 from kdexport.serve.http import (
     EVENTS,
     ClientGone,
@@ -60,7 +61,9 @@ class App:
 
     def __init__(self, models: Models, settings: Settings) -> None:
         self.models, self.settings = models, settings
-        self.metrics, self.log = Metrics(), AccessLog(settings.access_log)
+        self.metrics = Metrics()
+        self.log = AccessLog(settings.access_log, on_dropped=self.metrics.log_dropped.inc)
+        self.hosts: Hosts | None = None  # of the port that is listened on; None where another server listens
         self.tracer = Tracer(settings.tracing)
         self.batcher: Batcher | None = None
         self.writing: Batcher | None = None
@@ -120,7 +123,7 @@ class App:
             with self.tracer.span(request):
                 response = await self._answer(request)
                 if begun := isinstance(response, Stream):
-                    await self._send(response, send)
+                    await self._send(request, response, send)
         except Refused as refused:
             response = refusal(refused)
         except ClientGone:
@@ -144,17 +147,22 @@ class App:
             headers.append((b"connection", b"close"))
         await respond(send, response.status, headers, response.body)
 
-    async def _send(self, stream: Stream, send: Send) -> None:
+    async def _send(self, request: Request, stream: Stream, send: Send) -> None:
         """All events of a stream, as they come."""
         headers = [*EVENTS, (b"connection", b"close")] if self.closing else EVENTS
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with aclosing(stream.rest):
             await send({"type": "http.response.body", "body": stream.first, "more_body": True})
             async for one in stream.rest:
+                if request.gone():
+                    raise ClientGone
                 await send({"type": "http.response.body", "body": one, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
     async def _answer(self, request: Request) -> Response | Stream:
+        request.read_head()
+        if self.hosts:
+            self.hosts.check(request)
         path = request.path
         routes = self._open.get(path)
         if routes is None or (path == "/" and request.method == "POST"):

@@ -170,8 +170,8 @@ class Batcher:
         with self._lock:
             self._closed = True
             self._wake(self._threads)
-        for consumer in self._consumers:
-            await asyncio.to_thread(consumer.join)
+        while any(consumer.is_alive() for consumer in self._consumers):  # no join: a model may never end
+            await asyncio.sleep(0.005)
 
     # --- on the threads
 

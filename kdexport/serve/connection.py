@@ -49,6 +49,7 @@ class Connection(HttpToolsProtocol):
         self._beside = 0  # bytes that came since something was whole: of a head, of trailers, of a chunk's extensions
         self._refusing = 0  # while a request is being refused: Retry-After, in seconds
         self._unread: TimerHandle | None = None  # since more was written than the client reads
+        self._answered: RequestResponseCycle | None = None  # the request that is being answered
         self._timer: TimerHandle | None = self.loop.call_later(self.read_timeout, self._too_slow)
         if len(self.connections) > self.max_connections:
             self._refuse(503, "too many connections")
@@ -57,6 +58,10 @@ class Connection(HttpToolsProtocol):
         """Nothing more will come."""
         for timer in filter(None, (self._timer, self._unread)):
             timer.cancel()
+        # uvicorn tells the newest request alone; the one that is being answered stands before all in the pipeline.
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -105,10 +110,18 @@ class Connection(HttpToolsProtocol):
             self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
         else:
             super().on_headers_complete()
+            if not self.pipeline:
+                self._answered = self.cycle
             if self.expect_100_continue:
                 # An answer that comes without a 100 leaves open whether the body will follow.
                 self.cycle.keep_alive = False
         self.headers = []  # where trailers go: they are none of the request's headers
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request that waits."""
+        if self.pipeline:
+            self._answered = self.pipeline[-1][0]
+        super().on_response_complete()
 
     def on_body(self, body: bytes) -> None:
         """Keep the body of what is answered."""

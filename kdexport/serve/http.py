@@ -27,6 +27,7 @@ EVENTS: Headers = [
 FULL = "too much work is waiting"  # of every 429, whoever says it
 encode = msgspec.json.Encoder().encode
 _MAX_MESSAGE = 1000
+_HEAD = {b"host", b"content-length", b"content-encoding", b"origin", b"transfer-encoding"}
 
 
 class Refused(Exception):
@@ -76,7 +77,8 @@ class Request:
     """One HTTP request; what its handler finds out is kept for the log and the metrics."""
 
     __slots__ = (
-        "_receive", "first_s", "method", "model", "path", "protocol", "queued_s", "rows", "run_s", "scope", "tokens"
+        "_encoding", "_length", "_receive", "first_s", "host", "method", "model", "origin", "path", "protocol",
+        "queued_s", "rows", "run_s", "scope", "tokens",
     )  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -86,6 +88,31 @@ class Request:
         self.model, self.protocol, self.rows = "", "", 0
         self.queued_s = self.run_s = 0.0
         self.tokens, self.first_s = 0, 0.0  # written, and when the first one was
+        self._length, self._encoding = 0, b""
+        self.host: list[bytes] = []
+        self.origin: bytes | None = None
+
+    def read_head(self) -> None:
+        """Note what every request is asked for, in one pass over its headers.
+
+        Of transfer encodings only plain chunks are taken: what a proxy in front may read otherwise, it cuts otherwise.
+
+        Raises:
+            Refused: the transfer encoding is another one (400).
+        """
+        for key, value in self.scope["headers"]:
+            if key not in _HEAD:
+                continue
+            if key == b"host":
+                self.host.append(value)
+            elif key == b"content-length":
+                self._length = int(value)
+            elif key == b"content-encoding":
+                self._encoding = value.lower()
+            elif key == b"origin":
+                self.origin = value
+            elif key == b"transfer-encoding" and (value.lower() != b"chunked" or self.scope["http_version"] != "1.1"):
+                raise Refused(400, "transfer-encoding may be chunked, in HTTP/1.1", [(b"connection", b"close")])
 
     def header(self, name: bytes) -> bytes | None:
         """A header's value; names are in lower case."""
@@ -99,18 +126,17 @@ class Request:
         return bool(getattr(getattr(self._receive, "__self__", None), "disconnected", False))
 
     async def body(self, settings: Settings) -> bytes:
-        """The whole body, decompressed.
+        """The whole body, decompressed; after `read_head`.
 
         Bytes are counted as they come: a declared length may lie, and chunks declare none.
 
         Raises:
             Refused: it is larger than `max_body` (413), slower than `read_timeout` (408), in an unknown or broken
-                encoding (415, 400), or cut into pieces otherwise than HTTP/1.1 does it (400).
+                encoding (415, 400).
             ClientGone: the connection closed before its end.
         """
         limit = settings.max_body
-        declared, encoding = self._about_body()
-        if declared > limit:
+        if self._length > limit:
             raise _too_large(limit)
         ends = time.monotonic() + settings.read_timeout
         message = await self._read(settings.read_timeout)
@@ -127,22 +153,7 @@ class Request:
             body = message.get("body", b"")
         if len(body) > limit:
             raise _too_large(limit)
-        return body if encoding in (b"", b"identity") else _inflate(body, encoding, limit)
-
-    def _about_body(self) -> tuple[int, bytes]:
-        """Content-Length (0 when there is none) and Content-Encoding, in one pass: every request is asked.
-
-        Of transfer encodings only plain chunks are taken: what a proxy in front may read otherwise, it cuts otherwise.
-        """
-        length, encoding = 0, b""
-        for key, value in self.scope["headers"]:
-            if key == b"content-length":
-                length = int(value)
-            elif key == b"content-encoding":
-                encoding = value.lower()
-            elif key == b"transfer-encoding" and (value.lower() != b"chunked" or self.scope["http_version"] != "1.1"):
-                raise Refused(400, "transfer-encoding may be chunked, in HTTP/1.1", [(b"connection", b"close")])
-        return length, encoding
+        return body if self._encoding in (b"", b"identity") else _inflate(body, self._encoding, limit)
 
     async def _read(self, timeout: float) -> MutableMapping[str, Any]:
         if not self._whole():

@@ -14,6 +14,7 @@ kdexport_tokens_per_second                       what the threads are thought to
 kdexport_ready                                   1 when `ready` says so
 kdexport_model_info{model,version,variant}       1 for each model in service
 kdexport_model_loads_total{model,outcome}        loads and reloads: ok, refused
+kdexport_log_dropped_lines_total                 access-log lines that nobody read in time, or that a disk refused
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Metrics:
             "kdexport_first_token_seconds", "Request to first token", ["model"], buckets=BUCKETS, registry=registry
         )
         self.loads = Counter("kdexport_model_loads", "Loads and reloads", ["model", "outcome"], registry=registry)
+        self.log_dropped = Counter("kdexport_log_dropped_lines", "Lines that were not logged", registry=registry)
         # Told apart by nothing: these were not read.
         self.refused = self._requests.labels("", "", "429")
         # Looking a child up by its labels takes as long as counting; requests repeat theirs.

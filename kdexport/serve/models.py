@@ -148,11 +148,23 @@ class Models:
         Raises:
             ArtifactError: it is incomplete, was changed, can't be run, or does not answer as it did when it was packed.
         """
+        version = self.read(name)
+        self.use(version)
+        return version
+
+    def read(self, name: str) -> Version:
+        """Load the version that now lies in a model's folder, without putting it into service.
+
+        Raises:
+            ArtifactError: as `load` does.
+        """
         folder, variant = self._sources[name]
         with artifact.only_artifact_errors(folder):
-            version = Version(name, folder, variant, *self._batch)
-        self._current[name] = version
-        return version
+            return Version(name, folder, variant, *self._batch)
+
+    def use(self, version: Version) -> None:
+        """Put a version into service."""
+        self._current[version.name] = version
 
     def unload(self, name: str) -> None:
         """Take a model out of service; `load` brings it back."""

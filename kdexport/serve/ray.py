@@ -118,7 +118,7 @@ class _Replicated:
         await receive()
         app.draining = True
         await app.end_threads()
-        app.log.flush()
+        app.log.close()
         app.tracer.close()
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -1,7 +1,8 @@
 """One process from start to end: bind, load, serve, reload, drain.
 
 SIGTERM and Ctrl-C: `ready` says no; after `drain_delay` nothing new is accepted; what was accepted is answered,
-each answer closing its connection; then the process ends. SIGHUP: every model is loaded again from its folder.
+each answer closing its connection; then the process ends. While the models are still being loaded it ends at once.
+SIGHUP: every model is loaded again from its folder.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import resource
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 import uvloop
 
-from kdexport.errors import KdexportError, SpecError
+from kdexport.errors import ArtifactError, KdexportError, SpecError
 from kdexport.predictor import allowed_cores
-from kdexport.progress import say, warn
+from kdexport.progress import say, unwaiting_stderr, warn
 from kdexport.serve.admin import Admin
 from kdexport.serve.app import App
 from kdexport.serve.batching import Batcher
 from kdexport.serve.connection import limited
+from kdexport.serve.hosts import Hosts
 from kdexport.serve.models import Models, Version, named_sources
 from kdexport.serve.settings import Settings
 
@@ -38,6 +41,8 @@ if TYPE_CHECKING:  # gRPC is an extra
 # Clients that hold a connection open without a request in flight get this long to send the one that they may
 # have begun when the port closed.
 _LINGER_S = 0.5
+# How long threads may take to end: a batch whose requests have all expired may run on for ever.
+_THREADS_END_S = 1.0
 
 
 def serve(artifacts: list[str], settings: Settings) -> int:
@@ -59,7 +64,7 @@ def serve(artifacts: list[str], settings: Settings) -> int:
     models = Models(named_sources(artifacts), settings.max_batch, settings.max_batch_tokens)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with unwaiting_stderr(), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Server(models, settings).run())
 
 
@@ -70,13 +75,17 @@ class Server:
         self.models, self.settings = models, settings
         self.app = App(models, settings)
         self._stop = asyncio.Event()
-        self._reloading = asyncio.Lock()
+        self._loading = asyncio.Lock()
+        self._stuck: dict[str, threading.Thread] = {}  # loads that went past their deadline
         self._code = 0
 
     async def run(self) -> int:
         """Start, serve, drain."""
         began = time.monotonic()
         loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         settings = self.settings
         public = await self._listen(
             self.app,
@@ -91,26 +100,24 @@ class Server:
             admin = await self._listen(
                 Admin(self.app, self.reload), settings.admin_host, settings.admin_port, "--admin-port"
             )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         grpc = await self._listen_grpc() if settings.grpc_port is not None else None
         try:
-            versions = [await asyncio.to_thread(self._load, name) for name in self.models.names()]
-            start_threads(self.app, versions, self._die)
-            # What is loaded stays: the collector need not look through it again and again.
-            gc.collect()
-            gc.freeze()
-            self.app.loaded = True
-            self._say_ready(public, admin, time.monotonic() - began)
-            await self._stop.wait()
-            await self._drain(public, grpc)
+            versions = await self._load_all()
+            if versions is not None:
+                start_threads(self.app, versions, self._die)
+                # What is loaded stays: the collector need not look through it again and again.
+                gc.collect()
+                gc.freeze()
+                self.app.loaded = True
+                self._say_ready(public, admin, time.monotonic() - began)
+                await self._stop.wait()
+                await self._drain(public, grpc)
         finally:
             for server in filter(None, (public, admin)):
                 await _close(server)
             if grpc:
                 await grpc.stop(0)
-            self.app.log.flush()
+            self.app.log.close()
             await asyncio.to_thread(self.app.tracer.close)
         return self._code
 
@@ -131,26 +138,71 @@ class Server:
         Raises:
             KdexportError: it has not; nothing changed.
         """
-        async with self._reloading:  # one at a time: two would hold three versions in memory
-            version = await asyncio.to_thread(self._load, name)
+        async with self._loading:  # one at a time: two would hold three versions in memory
+            version = await self._load(name)
         say(f"{name}: version {version.version} serves")
         return version
 
-    def _load(self, name: str) -> Version:
+    async def _load_all(self) -> list[Version] | None:
+        """The first versions of all models; None when the server is to end before they are there."""
+
+        async def load() -> list[Version]:
+            async with self._loading:
+                return [await self._load(name) for name in self.models.names()]
+
+        loading, stopping = asyncio.ensure_future(load()), asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            loading.cancel()
+            return None
+        stopping.cancel()
+        return loading.result()
+
+    async def _load(self, name: str) -> Version:
         try:
-            version = self.models.load(name)
+            version = await self._read(name)
         except KdexportError:
             self.app.metrics.loads.labels(name, "refused").inc()
             raise
+        self.models.use(version)
         self.app.metrics.loads.labels(name, "ok").inc()
         return version
 
+    async def _read(self, name: str) -> Version:
+        """Load a version on a thread of its own, which is left behind at the deadline: a graph may have no end, a
+        disk no answer, and neither can be interrupted."""
+        if name in self._stuck and self._stuck[name].is_alive():
+            raise ArtifactError(f"{name}: an earlier load has not ended, so no other is begun", "Restart the server")
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[Version | Exception] = loop.create_future()
+
+        def read() -> None:
+            outcome: Version | Exception
+            try:
+                outcome = self.models.read(name)
+            except BaseException as error:
+                outcome = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(found.set_result, outcome)
+
+        thread = threading.Thread(target=read, name=f"load {name}", daemon=True)
+        thread.start()
+        await asyncio.wait((found,), timeout=self.settings.load_timeout)
+        if not found.done():
+            self._stuck[name] = thread
+            raise ArtifactError(
+                f"{name} was not loaded within {self.settings.load_timeout:g} s", "Allow more with --load-timeout"
+            )
+        if isinstance(outcome := found.result(), Exception):
+            raise outcome
+        return outcome
+
     def _die(self, error: BaseException) -> None:
-        """A consumer ended: no answer would ever come. Say so, and make room for a new process."""
-        warn(f"a batching thread died, the server ends: {error!r}")
+        """A consumer ended: no answer would ever come. Make room for a new process, and say so."""
         self.app.loaded = False
         self._code = 1
         self._stop.set()
+        warn(f"a batching thread died, the server ends: {error!r}")
 
     async def _drain(self, public: uvicorn.Server, grpc: Listener | None) -> None:
         app, settings = self.app, self.settings
@@ -175,13 +227,14 @@ class Server:
             await ending
         if app.running:
             warn(f"{app.running} requests were not finished within {settings.grace:g} s")
-        else:
-            await app.end_threads()
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(app.end_threads(), _THREADS_END_S)
 
-    async def _listen(self, app: object, host: str, port: int, flag: str, **limits: Any) -> uvicorn.Server:
+    async def _listen(self, app: App | Admin, host: str, port: int, flag: str, **limits: Any) -> uvicorn.Server:
         settings = self.settings
         config = uvicorn.Config(
-            app,  # type: ignore[arg-type]
+            app,
             http=limited(read_timeout=settings.read_timeout, max_connections=settings.max_connections, **limits),
             ws="none",
             lifespan="off",
@@ -198,6 +251,9 @@ class Server:
         server = uvicorn.Server(config)
         server.lifespan = config.lifespan_class(config)
         door = _bind(host, port, flag)
+        # Metrics and the index of models need no key on the admin port, with keys or without.
+        open_to_all = isinstance(app, Admin) or not settings.api_keys
+        app.hosts = Hosts(door.getsockname()[0], host, settings.allow_host, open_to_all)
         await server.startup(sockets=[door])
         server.door = door  # type: ignore[attr-defined]
         server.ticking = asyncio.ensure_future(server.main_loop())  # type: ignore[attr-defined]

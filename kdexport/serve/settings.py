@@ -45,9 +45,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """After SIGTERM, how long requests are still taken in while `ready` says no."""
     grace: float = 30.0
     """How long accepted requests may then take."""
+    load_timeout: float = 300.0
+    """For reading, warming up and checking one model; one that takes longer is refused."""
 
     access_log: str = "all"
     """`all`, `errors` or `off`."""
     api_keys: tuple[str, ...] = ()
     """When there are any, requests must carry one of them."""
+    allow_host: tuple[str, ...] = ()
+    """On loopback without keys: names that a `Host` or an `Origin` may have beside loopback's own; `*` for any."""
     tracing: bool = False

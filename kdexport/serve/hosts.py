@@ -1,0 +1,61 @@
+"""The hosts that a port answers for, and the web pages that may ask it.
+
+A server on loopback without keys trusts whoever reaches it, and a browser lets any web page reach it: by requests to
+another origin, or as the same origin once the page's own name leads to 127.0.0.1 (DNS rebinding). The first carry a
+foreign `Origin`, the second a foreign `Host`. Elsewhere any `Host` is right: a cluster's names and addresses are many.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from functools import lru_cache
+
+from kdexport.serve.http import Refused, Request
+
+
+class Hosts:
+    """The `Host` and `Origin` headers that one port takes.
+
+    Args:
+        address: that the port is bound to.
+        name: as the user gave it.
+        allowed: further names, of proxies on this machine; `*` for any.
+        open: whether who asks needs no key.
+    """
+
+    def __init__(self, address: str, name: str, allowed: Iterable[str], open: bool) -> None:
+        self.loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        self._allowed = {one.lower().removeprefix("[").removesuffix("]") for one in allowed}
+        self._own = {"localhost", "127.0.0.1", "::1", address, name.lower()}
+        self._checked = open and self.loopback and "*" not in self._allowed
+        self._fault = lru_cache(256)(self._find_fault)
+
+    def check(self, request: Request) -> None:
+        """Let a request pass whose head was read.
+
+        Raises:
+            Refused: it comes from a foreign page or for a foreign host (403), or names no host or two (400).
+        """
+        hosts = request.host
+        if len(hosts) != 1 and (hosts or request.scope["http_version"] == "1.1"):
+            raise Refused(400, "a request has one Host header")
+        if self._checked and (fault := self._fault(hosts[0] if hosts else None, request.origin)):
+            raise Refused(403, fault)
+
+    def _find_fault(self, host: bytes | None, origin: bytes | None) -> str:
+        if host is not None and (name := _name(host)) not in self._own and name not in self._allowed:
+            return "this Host is none of the server's; kdexport serve --allow-host NAME adds one"
+        if origin is not None:
+            own = origin.rpartition(b"://")[2]
+            if own != host and _name(own) not in self._allowed:
+                return "web pages of other origins may not ask this server; kdexport serve --allow-host NAME adds one"
+        return ""
+
+
+def _name(host: bytes) -> str:
+    """A `Host` without its port, its dot at the end, and the brackets of an IPv6 address."""
+    text = host.decode("latin-1").lower()
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0].removesuffix(".")
