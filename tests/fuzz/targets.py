@@ -280,9 +280,7 @@ def specs() -> Target:
         file.write_bytes(data)
         _expect(SpecError, lambda: spec.load(file, {}))
         text = data.decode("utf-8", "replace")
-        _expect(
-            SpecError, lambda: spec.load(None, {"teacher.model": "a/b", "data.train": "a.csv"} | parse_sets([text]))
-        )
+        _expect(SpecError, lambda: spec.load(None, needed | parse_sets([text])))
 
     return Target(run, _specs())
 
