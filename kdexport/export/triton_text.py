@@ -95,7 +95,7 @@ class TritonPythonModel:
             cut = BREAK.search(text, end, end + 256) if end < len(text) else None
             end = cut.start() + 1 if cut else end
             (found,) = self.tokenizer.encode_batch_fast([text[:end]], add_special_tokens=False)
-            if end >= len(text) or len(found) > limit + (0 if cut else 128):
+            if end >= len(text) or len(found) >= limit + 2 + (0 if cut else 128):
                 return found
             end *= 2
 

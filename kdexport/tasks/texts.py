@@ -173,8 +173,10 @@ class Texts(Comparable):
         limit = self.config.max_length
         text = row["text"] + row["text_pair"] if row.get("text_pair") else row["text"]
         if len(text) > limit * CHARS_PER_TOKEN:
-            words = len(text[: limit * _CHARS_PER_WORD].split())
-            return limit if words >= limit else limit + min(len(text), _COUNTED) // _CHARS_PER_WORD
+            sure = limit * _CHARS_PER_WORD
+            if len(text) <= sure or len(text[:sure].split()) >= limit:
+                return limit
+            return limit + min(len(text), _COUNTED) // _CHARS_PER_WORD
         tokens = 2 + len(text) / _ASCII_PER_TOKEN
         if not text.isascii():  # other scripts take more tokens a character, and more bytes
             tokens += (len(text.encode("utf-8", "replace")) - len(text)) / _BYTES_PER_FOREIGN_TOKEN
@@ -260,7 +262,7 @@ class Texts(Comparable):
         found = self._split([text[:end] for text, (end, _) in zip(texts, ends, strict=True)], offsets)
         for i, text in enumerate(texts):
             end, spare = ends[i]
-            while end < len(text) and len(found[i]) <= limit + spare:
+            while end < len(text) and len(found[i]) < limit + 2 + spare:
                 end, spare = _end_near(text, 2 * end)
                 (found[i],) = self._split([text[:end]], offsets)
         return found
