@@ -128,6 +128,7 @@ def test_words_and_prompts_are_those_of_the_whole_text(kind):
         tagger = task_of(TokenClassification, Tokenizer.from_str(kept), max_length)
         writer = task_of(CausalLM, Tokenizer.from_str(kept), max_length, labels=[], end_id=1)
         cutting = Tokenizer.from_str(kept)
+        cutting.no_padding()
         cutting.enable_truncation(max_length)
         for _ in range(40):
             text = some_text(draw, 6000)
