@@ -23,7 +23,7 @@ _COLDEST = 1e-6
 
 Temperature = Annotated[float, Meta(ge=0, le=100)]
 Share = Annotated[float, Meta(gt=0, le=1)]
-Stop = Annotated[str, Meta(min_length=1)]
+Stop = Annotated[str, Meta(min_length=1, max_length=256)]
 MAX_STOPS = 16
 Stops = Annotated[list[Stop], Meta(max_length=MAX_STOPS)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -157,8 +157,10 @@ def _sure(text: str, stops: Sequence[str]) -> int:
     """How much of a text stays as it is, whatever comes: no half character, and no beginning of a text that stops."""
     end = len(text) - 1 if text.endswith(_PARTIAL) else len(text)
     for stop in stops:
-        for n in range(min(len(stop) - 1, end), 0, -1):
-            if text.startswith(stop[:n], end - n):
-                end -= n
+        at = max(0, end - len(stop) + 1)
+        while (at := text.find(stop[0], at, end)) >= 0:
+            if stop.startswith(text[at:end]):
+                end = at
                 break
+            at += 1
     return end

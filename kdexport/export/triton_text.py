@@ -8,12 +8,18 @@ holds this to them.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found] # only inside Triton
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+
+# Tokenizers split at a single space between letters or digits; cut elsewhere, 128 more tokens must follow.
+BREAK = re.compile(r"\w (?=\w)")
 
 
 class TritonPythonModel:
@@ -31,7 +37,10 @@ class TritonPythonModel:
         self.labels = np.array([label.encode() for label in self.task["labels"]], dtype=object)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(self.task["max_length"])
+        self.tokenizer.no_truncation()
+        self.finisher = Tokenizer(BPE())  # truncates and adds special tokens
+        self.finisher.post_processor = self.tokenizer.post_processor or TemplateProcessing(pair="$A $B:1")
+        self.finisher.enable_truncation(self.task["max_length"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request."""
@@ -49,7 +58,7 @@ class TritonPythonModel:
 
     def encode(self, rows: list[Any]) -> dict[str, np.ndarray]:
         """The ONNX model's inputs, int64 [B, T], padded to the longest."""
-        encodings = self.tokenizer.encode_batch_fast(rows)
+        encodings = [self.encoding(row) for row in rows]
         longest = max(len(encoding.ids) for encoding in encodings)
         fill = {"input_ids": self.task["pad_id"], "token_type_ids": self.task["pad_type_id"]}
         columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
@@ -63,6 +72,32 @@ class TritonPythonModel:
                 else:
                     row[longest - len(values) :] = values
         return batch
+
+    def encoding(self, row: Any) -> Encoding:
+        """Encode a text or a pair of texts: of long ones only as much as is read."""
+        if isinstance(row, str):
+            return self.finisher.post_process(self.head(row))
+        limit = self.task["max_length"]
+        sides = [self.head(text) for text in row]
+        sizes = [len(side) for side in sides]
+        if min(sizes) > limit and (limit - self.finisher.num_special_tokens_to_add(True)) % 2:
+            few = max(map(len, row)) <= 10_000
+            sizes = [len(self.tokenizer.encode(text, add_special_tokens=False)) if few else len(text) for text in row]
+        for side, size in zip(sides, sizes, strict=True):
+            side.truncate(limit + 1 + (size > min(sizes)))
+        return self.finisher.post_process(*sides)
+
+    def head(self, text: str) -> Encoding:
+        """Encode the beginning of a text that holds its first `max_length` tokens, without special tokens."""
+        limit = self.task["max_length"]
+        end = 6 * limit
+        while True:
+            cut = BREAK.search(text, end, end + 256) if end < len(text) else None
+            end = cut.start() + 1 if cut else end
+            (found,) = self.tokenizer.encode_batch_fast([text[:end]], add_special_tokens=False)
+            if end >= len(text) or len(found) >= limit + 2 + (0 if cut else 128):
+                return found
+            end *= 2
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """Logits [B, C] → scores float64 [B, C]."""

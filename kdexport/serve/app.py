@@ -37,6 +37,7 @@ from kdexport.serve.http import (
     Stream,
     answer,
     event,
+    off_loop,
     refusal,
 )
 from kdexport.serve.metrics import Metrics
@@ -191,13 +192,14 @@ class App:
     async def _by_task(self, request: Request, version: Version, body: bytes) -> Response | Stream:
         if not version.writer:
             return await self._classified(request, version, body)
-        query = tgi.parse(body, version.writer, self.settings.max_chars)
+        query = await off_loop(len(body), tgi.parse, body, version.writer, self.settings.max_chars)
         return await self._written(request, version, query, tgi)
 
     async def complete(self, request: Request) -> Response | Stream:
         """`POST /v1/completions`: OpenAI's."""
         request.protocol = "openai"
-        asked = openai.read(await request.body(self.settings))
+        body = await request.body(self.settings)
+        asked = await off_loop(len(body), openai.read, body)
         version = self.version(request, asked.model)
         if not version.writer:
             raise Refused(404, f"{version.name} is for {version.task.name}, and writes nothing")
@@ -230,9 +232,10 @@ class App:
 
     async def _classified(self, request: Request, version: Version, body: bytes) -> Response:
         protocol = huggingface.TASKS[version.task.name]
-        query = protocol.parse(body)
-        rows, costs = self._checked(version, query.rows, 422)
-        return Response(protocol.render(version, query, await self.run(request, version, rows, costs)))
+        query, rows, costs = await off_loop(len(body), self._understood, version, protocol.parse, body)
+        size = huggingface.answer_size(version, protocol.entries(version, query))
+        results = await self.run(request, version, rows, costs)
+        return Response(await off_loop(size, protocol.render, version, query, results))
 
     async def predict(self, request: Request) -> Response | Stream:
         """`POST /predict` and `POST /invocations`: text-embeddings-inference's; images and sound as at `POST /`.
@@ -247,11 +250,12 @@ class App:
             return await self._by_task(request, version, body)
         if task.name != "text-classification":
             raise Refused(404, f"{version.name} is for {task.name}; POST / answers for it")
-        query = tei.parse(body)
-        rows, costs = self._checked(version, query.rows, 422)
+        query, rows, costs = await off_loop(len(body), self._understood, version, tei.parse, body)
+        size = huggingface.answer_size(version, len(rows) * len(task.labels))
         if query.uncut and await asyncio.to_thread(lambda: any(map(task.is_cut, rows))):
             raise Refused(422, f"a text has more than {version.task.config.max_length} tokens, and truncate is false")
-        return Response(tei.render(version, query, await self.run(request, version, rows, costs)))
+        results = await self.run(request, version, rows, costs)
+        return Response(await off_loop(size, tei.render, version, query, results))
 
     async def _model(self, request: Request, rest: list[str], name: str, version: str | None) -> Response | Stream:
         """`/v2/models/{name}[/versions/{version}]…`: the Open Inference Protocol."""
@@ -267,8 +271,11 @@ class App:
     async def _infer(self, request: Request, name: str, asked: str | None) -> Response:
         body = await request.body(self.settings)
         version = self.version(request, name, asked)
-        query = oip.parse(request, body, version, self.settings.max_rows, self.settings.max_chars)
-        return oip.render(version, query, await self.run(request, version, query.rows, query.costs, query.timeout))
+        limits = self.settings.max_rows, self.settings.max_chars
+        query = await off_loop(len(body), oip.parse, request, body, version, *limits)
+        size = oip.answer_size(version, query)
+        results = await self.run(request, version, query.rows, query.costs, query.timeout)
+        return await off_loop(size, oip.render, version, query, results)
 
     async def _metadata(self, request: Request, name: str, asked: str | None) -> Response:
         return answer(oip.metadata(self.version(request, name, asked)))
@@ -289,10 +296,11 @@ class App:
         request.model = version.name
         return version
 
-    def _checked(
-        self, version: Version, rows: list[dict[str, Any]], status: int
-    ) -> tuple[list[dict[str, Any]], list[int]]:
-        return oip.check_rows(version, rows, self.settings.max_rows, self.settings.max_chars, status)
+    def _understood(
+        self, version: Version, parse: Callable[[bytes], Any], body: bytes
+    ) -> tuple[Any, list[Any], list[int]]:
+        query = parse(body)
+        return query, *oip.check_rows(version, query.rows, self.settings.max_rows, self.settings.max_chars, 422)
 
     async def run(
         self,

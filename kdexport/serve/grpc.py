@@ -21,7 +21,8 @@ from kdexport import __version__
 from kdexport.errors import MissingPackage
 from kdexport.serve import oip
 from kdexport.serve.app import App
-from kdexport.serve.http import Keys, Refused, Request, encode
+from kdexport.serve.http import Keys, Refused, Request, encode, off_loop
+from kdexport.serve.models import Version
 from kdexport.serve.tensors import raw_array, raw_texts
 
 try:
@@ -177,15 +178,22 @@ class _Service:
         app, settings = self._app, self._app.settings
         version = app.version(request, message.model_name, message.model_version or None)
         raw = bool(message.raw_input_contents)
-        body, head = _as_http(message, raw)
-        request.scope["headers"].insert(0, (oip.HEADER_LENGTH, b"%d" % head))
-        query = oip.parse(request, body, version, settings.max_rows, settings.max_chars)
+
+        def read() -> oip.Query:
+            body, head = _as_http(message, raw)
+            request.scope["headers"].insert(0, (oip.HEADER_LENGTH, b"%d" % head))
+            return oip.parse(request, body, version, settings.max_rows, settings.max_chars)
+
+        query = await off_loop(message.ByteSize(), read)
+        size = oip.answer_size(version, query)
         limits = [limit for limit in (query.timeout, context.time_remaining()) if limit is not None]
         timeout = min(limits) if limits else None
         results = await app.run(request, version, query.rows, query.costs, timeout)
-        response = _MESSAGES["ModelInferResponse"](
-            model_name=version.name, model_version=version.version, id=message.id
-        )
+        return await off_loop(size, self._response, version, message.id, query, results, raw)
+
+    @staticmethod
+    def _response(version: Version, id_: str, query: oip.Query, results: list[Any], raw: bool) -> Any:
+        response = _MESSAGES["ModelInferResponse"](model_name=version.name, model_version=version.version, id=id_)
         values = oip.outputs_of(version, results, query.outputs)
         for wanted, (datatype, shape, value) in zip(query.outputs, values, strict=True):
             output = response.outputs.add(name=wanted.name, datatype=datatype, shape=shape)

@@ -8,7 +8,7 @@ import hmac
 import time
 import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,6 +18,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
+Found = TypeVar("Found")
 
 JSON = (b"content-type", b"application/json")
 # Proxies that gather answers before they pass them on let these through as they come.
@@ -28,6 +29,9 @@ FULL = "too much work is waiting"  # of every 429, whoever says it
 encode = msgspec.json.Encoder().encode
 _MAX_MESSAGE = 1000
 _HEAD = {b"host", b"content-length", b"content-encoding", b"origin", b"transfer-encoding"}
+# Bytes that are read or written within a millisecond or so: a thread would only make them later.
+_SMALL = 64 * 1024
+_MAX_ANSWER = 16 * 1024 * 1024
 
 
 class Refused(Exception):
@@ -71,6 +75,22 @@ def answer(content: Any, status: int = 200) -> Response:
 def refusal(refused: Refused) -> Response:
     """A refused request's answer, as every protocol here has it; a name in it may be as long as the request."""
     return Response(encode({"error": refused.message[:_MAX_MESSAGE]}), refused.status, [JSON, *refused.headers])
+
+
+async def off_loop(size: int, work: Callable[..., Found], *arguments: Any) -> Found:
+    """Call a function that reads or writes so many bytes; on a thread if they are many, so that others are answered."""
+    return await asyncio.to_thread(work, *arguments) if size > _SMALL else work(*arguments)
+
+
+def check_answer(size: int, advice: str) -> int:
+    """Return the estimated bytes of an answer.
+
+    Raises:
+        Refused: they are too many (413).
+    """
+    if size > _MAX_ANSWER:
+        raise Refused(413, f"the answer would have {size >> 20} MiB, of {_MAX_ANSWER >> 20} at most: {advice}")
+    return size
 
 
 class Request:

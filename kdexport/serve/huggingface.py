@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from kdexport.serve.http import Refused, encode
+from kdexport.serve.http import Refused, check_answer, encode
 from kdexport.serve.models import Result, Version
 from kdexport.tasks.token_classification import TokenClassification
 
@@ -66,6 +66,8 @@ class TaskProtocol(NamedTuple):
     """One task behind `POST /`."""
 
     parse: Callable[[bytes], Any]
+    entries: Callable[[Version, Any], int]
+    """How many labels or words the answer may have."""
     render: Callable[[Version, Any, Sequence[Any]], bytes]
 
 
@@ -84,6 +86,26 @@ def parse_texts(body: bytes) -> Query:
     _no_writing(asked.stream)
     inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     return Query([_row(one) for one in inputs], asked.parameters or _DEFAULT)
+
+
+def answer_size(version: Version, entries: int) -> int:
+    """Estimate an answer's bytes from its labels with scores, or its words with their places.
+
+    Raises:
+        Refused: it would be too large (413).
+    """
+    return check_answer(entries * version.entry_bytes, "give fewer rows, or top_k")
+
+
+def count_labels(version: Version, query: Query) -> int:
+    """Count the labels of all rows that are answered."""
+    labels = len(version.task.labels)
+    return len(query.rows) * min(int(query.parameters.top_k or labels), labels)
+
+
+def count_words(version: Version, query: TagQuery) -> int:
+    """Count the words of all rows that may be answered."""
+    return sum(min(row["text"].count(" ") + 1, version.task.config.max_length) for row in query.rows)
 
 
 def render_classes(version: Version, query: Query, results: Sequence[Result]) -> bytes:
@@ -182,10 +204,10 @@ def render_flat(version: Version, query: Query, results: Sequence[Result]) -> by
 
 
 TASKS: dict[str, TaskProtocol] = {
-    "text-classification": TaskProtocol(parse_texts, render_classes),
-    "token-classification": TaskProtocol(parse_tags, render_tags),
-    "image-classification": TaskProtocol(partial(parse_file, "image"), render_flat),
-    "audio-classification": TaskProtocol(partial(parse_file, "audio"), render_flat),
+    "text-classification": TaskProtocol(parse_texts, count_labels, render_classes),
+    "token-classification": TaskProtocol(parse_tags, count_words, render_tags),
+    "image-classification": TaskProtocol(partial(parse_file, "image"), count_labels, render_flat),
+    "audio-classification": TaskProtocol(partial(parse_file, "audio"), count_labels, render_flat),
 }
 
 

@@ -64,6 +64,8 @@ class Version:
                 "Export it again on a machine like this one",
             )
         self.card = artifact.read_card(folder)
+        # Of a label with its score, or a word with its tag and place, in a JSON answer.
+        self.entry_bytes = 80 + sum(map(len, self.task.labels)) // max(1, len(self.task.labels))
         self.writer = Writer(self._predictor) if isinstance(self.task, CausalLM) else None
         if self.writer:
             return

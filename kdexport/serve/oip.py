@@ -8,6 +8,7 @@ gives `text`, what it writes after it; how, the request's parameters say by the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -15,12 +16,13 @@ import msgspec
 import numpy as np
 
 from kdexport.generation import Sampling
-from kdexport.serve.http import Refused, Request, Response, answer, encode
+from kdexport.serve.http import Refused, Request, Response, answer, check_answer, encode
 from kdexport.serve.models import Version
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
 from kdexport.serve.writing import Writer, job_of
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.texts import Texts
+from kdexport.tasks.token_classification import TokenClassification
 
 EXTENSIONS = ["binary_tensor_data", "classification"]
 HEADER_LENGTH = b"inference-header-content-length"
@@ -28,6 +30,7 @@ TEXTS = ("text", "text_pair")
 OUTPUTS = {"label": "BYTES", "score": "FP32", "scores": "FP32", "logits": "FP32"}
 WRITTEN = {"text": "BYTES"}
 _FLAT = ("label", "score", "text")
+_JSON_NUMBER, _RAW_NUMBER = 20, 4  # bytes
 # A request's parameters that are the protocol's, and Triton's; a language model's others say how to write.
 _OF_PROTOCOL = {
     "binary_data_output", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end"
@@ -162,6 +165,22 @@ def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
     )
 
 
+def answer_size(version: Version, query: Query) -> int:
+    """Estimate an answer's bytes.
+
+    Raises:
+        Refused: it would be too large (413).
+    """
+    size = 0
+    for wanted in [] if version.writer else query.outputs:
+        *rows, classes = (len(query.rows), *version.task.answer_shape)
+        top = wanted.asks("classification", classes)
+        most = 1 if wanted.name in _FLAT else min(classes, top) if isinstance(top, int) else classes
+        raw = wanted.asks("binary_data", query.binary) is True
+        size += math.prod(rows) * most * (_RAW_NUMBER if raw else _JSON_NUMBER)
+    return check_answer(size, "give fewer rows, or ask for fewer outputs, or for binary ones")
+
+
 def rows_of(
     version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
 ) -> tuple[list[dict[str, Any]], list[int]]:
@@ -239,9 +258,9 @@ def _best(labels: list[str], logits: Array, scores: Array) -> tuple[list[str], A
     best, highest = scores.argmax(axis=-1), scores.max(axis=-1)
     if scores.ndim == 2:
         return [labels[i] for i in best], highest
-    words: Array = np.asarray(logits.any(axis=-1))  # zeros are where there is no word
-    tags = [" ".join(labels[i] for i in row[there]) for row, there in zip(best, words, strict=True)]
-    return tags, np.where(words, highest, 1.0).min(axis=1)
+    words = TokenClassification.words_read(logits)
+    tags = [" ".join(labels[i] for i in row[:n]) for row, n in zip(best, words, strict=True)]
+    return tags, np.where(np.arange(best.shape[1]) < words[:, None], highest, 1.0).min(axis=1)
 
 
 def _classes(labels: list[str], values: Array, top: object) -> tuple[str, list[int], list[str]]:

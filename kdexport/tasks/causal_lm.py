@@ -14,16 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
-from tokenizers import Tokenizer
 
 from kdexport.tasks.config import Arrays, Items, Row
 from kdexport.tasks.metrics import Array
-from kdexport.tasks.texts import Texts
+from kdexport.tasks.texts import CHARS_PER_TOKEN, SPARE, Texts
 
 # Columns of packed answers.
 LOG_P, BEST = 0, 1
@@ -132,16 +130,18 @@ class CausalLM(Texts):
         return self.collate(self.tokenize(rows))
 
     def prompt(self, text: str, room: int) -> list[int]:
-        """The last tokens of a text that leave room for so many more; a text without any begins as training's did."""
-        ids = list(self._uncutting.encode(text).ids)
-        return ids[-max(1, self.config.max_length - room) :] or [self.config.end_id or 0]
+        """Return the last tokens of a text that leave room for so many more; an empty text begins as in training.
 
-    @cached_property
-    def _uncutting(self) -> Tokenizer:
-        """The tokenizer without truncation. Another one: to change one fails while another thread encodes with it."""
-        found = Tokenizer.from_str(self._tokenizer.to_str())
-        found.no_truncation()
-        return found
+        Only the end of a long text is tokenised: more of it until it gives enough tokens, as for beginnings of texts.
+        """
+        wanted = max(1, self.config.max_length - room)
+        size = (wanted + SPARE) * CHARS_PER_TOKEN
+        while True:
+            tail = text[-size:]
+            ids = list(self._tokenizer.encode(tail).ids)
+            if len(ids) >= wanted + SPARE or len(tail) == len(text):
+                return ids[-wanted:] or [self.config.end_id or 0]
+            size *= 2
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Tokens as text, without special ones."""
@@ -193,8 +193,7 @@ class CausalLM(Texts):
     def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Of each row, tokens that were the most probable, tokens, nats, and bytes that these spell: float64 [N, 4]."""
         counts = np.zeros((len(rows), 4))
-        encodings = self._tokenizer.encode_batch([row["text"] for row in rows])  # with offsets, unlike the fast one
-        for i, (row, encoding) in enumerate(zip(rows, encodings, strict=True)):
+        for i, (row, encoding) in enumerate(zip(rows, self._encodings(rows, offsets=True), strict=True)):
             n = len(encoding.ids) - 1
             if n < 1:
                 continue

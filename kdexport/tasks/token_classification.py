@@ -2,7 +2,8 @@
 
 A row's `text` is its words with single spaces between them, its `label` their tags in the same way. Logits are those of
 each word's first token, [N, max_length, C]: so models whose tokenizers differ answer the same words, and a teacher's
-logits can be held against a student's. A word that is cut off is answered with the first label, which is O.
+logits can be held against a student's. Answers end with the last word that the model reads; metrics count the names
+behind it as missed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kdexport.tasks.metrics import Array, f1_of, softmax
 from kdexport.tasks.texts import Texts
 
 OUTSIDE = "O"
-# Of a word that the model did not read; as sure as a softmax of a trained model is.
+# The logit of O for a word that the model did not read; the others are 0, and no trained model's are.
 _UNREAD = 10.0
 _NO_LABEL = -100
 # The place of a word that was cut off; −1 is where there is no word.
@@ -147,8 +148,8 @@ class TokenClassification(Texts):
 
     @staticmethod
     def ready(row: dict[str, Any]) -> dict[str, Any]:
-        """A row of plain text, its words apart."""
-        return row | {"text": " ".join(words_in(row["text"])) or "."}
+        """Separate the words of a plain text by single spaces; there may be none."""
+        return row | {"text": " ".join(words_in(row["text"]))}
 
     @staticmethod
     def labels_of(row: Row) -> set[str]:
@@ -221,12 +222,21 @@ class TokenClassification(Texts):
         return softmax(logits.astype(np.float64))
 
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """The lowest of the highest scores of a row's words, float64 [N]."""
-        return np.array([min(answer.scores) for answer in self.decode(logits, rows)])
+        """The lowest of the highest scores of a row's words, float64 [N]; 1 where no word is read."""
+        return np.array([min(answer.scores, default=1.0) for answer in self.decode(logits, rows)])
 
     def decode(self, logits: Array, rows: Sequence[Row]) -> list[Tagged]:
-        """Logits [N, max_length, C] → the most probable tag of each word of each row."""
-        return [self._tagged(row["text"].split(" "), of_row) for row, of_row in zip(rows, logits, strict=True)]
+        """Return of each row the words that the model reads, each with its most probable tag."""
+        return [
+            self._tagged(row["text"].split(" ", n)[:n], of_row)
+            for row, of_row, n in zip(rows, logits, self.words_read(logits), strict=True)
+        ]
+
+    @staticmethod
+    def words_read(logits: Array) -> Array:
+        """Count the words up to the last one that the model reads, from logits [N, max_length, C]: int64 [N]."""
+        read = logits.any(axis=-1) & ((logits[..., 0] != _UNREAD) | logits[..., 1:].any(axis=-1))
+        return np.asarray((read * np.arange(1, read.shape[1] + 1)).max(axis=1))
 
     def agrees(self, logits: Array, reference: Array) -> Array:
         """Whether all words of a row have the same tags in both: bool [N]."""
@@ -272,27 +282,28 @@ class TokenClassification(Texts):
         """Each labelled word as a row of its own."""
         targets = self.targets(rows)
         of, word = (targets != _NO_LABEL).nonzero()
-        texts = [rows[i]["text"].split(" ") for i in range(len(rows))]
+        texts = [row["text"].split(" ", self.config.max_length) for row in rows]
         return Items(of, targets[of, word], logits[of, word], [texts[i][j] for i, j in zip(of, word, strict=True)])
 
     # --- inside
 
     def _tagged(self, words: list[str], logits: Array) -> Tagged:
-        n = min(len(words), self.config.max_length)
+        n = len(words)
         best = logits[:n].argmax(axis=-1)
         scores = self.scores(logits[:n])[np.arange(n), best]
-        rest = len(words) - n
-        tags = [self.labels[i] for i in best] + rest * [OUTSIDE]
-        return Tagged(words, tags, scores.tolist() + rest * [1.0])
+        return Tagged(words, [self.labels[i] for i in best], scores.tolist())
 
-    def _encodings(self, rows: Sequence[Row]) -> list[Encoding]:
-        return list(self._tokenizer.encode_batch([row["text"].split(" ") for row in rows], is_pretokenized=True))
+    def _split(self, texts: list[str], offsets: bool) -> list[Encoding]:
+        # A model reads at least one token: where there is no word, a full stop that nobody is told of.
+        words = [(text or ".").split(" ") for text in texts]
+        return list(self._tokenizer.encode_batch(words, is_pretokenized=True, add_special_tokens=False))
 
     def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
         """Of each row the graph's inputs int64 [T], and `places` [W]: where each word's first token stands."""
         encoded = []
         for row, encoding in zip(rows, self._encodings(rows), strict=True):
-            places = np.full(min(row["text"].count(" ") + 1, self.config.max_length), _CUT_OFF, dtype=np.int64)
+            words = min(row["text"].count(" ") + 1, self.config.max_length) if row["text"] else 0
+            places = np.full(words, _CUT_OFF, dtype=np.int64)
             for token in range(len(encoding.ids) - 1, -1, -1):
                 if (word := encoding.word_ids[token]) is not None and word < len(places):
                     places[word] = token
