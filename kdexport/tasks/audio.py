@@ -11,8 +11,9 @@ import io
 import math
 import struct
 import wave
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from kdexport.errors import DataError, ModelError
 from kdexport.tasks.config import AudioConfig, Row
-from kdexport.tasks.media import Media, bytes_of, inline
+from kdexport.tasks.media import DECODING, Media, bytes_of, inline
 from kdexport.tasks.metrics import Array
 
 FRAME, HOP = 400, 160
@@ -30,6 +31,17 @@ _LONGEST_S = 120
 # What models read of a recording at most, where nothing else says how much.
 _USUAL_S = 10.0
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
+_MOST_HZ, _MOST_CHUNKS = 384_000, 1_000
+# Floats of a WAV file are within −1 … 1, or of any scale that integers have; squares of larger ones overflow.
+_LOUDEST = 2.0**32
+# Numbers that are converted at once: all of a large file as float32 would be several times its size.
+_AT_ONCE = 1 << 20
+# Fourier transforms are slow, and large, where their length has large factors. Ratios of the usual rates have none
+# (160 : 441, 147 : 1,280); of all others the nearest one of small parts is taken, within a thousandth.
+_MOST_RATIO, _MOST_ODD_RATIO, _MOST_ODD_LENGTH = 3_000, 100, 1 << 19
+_SMOOTH = math.prod((2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)) ** 24
+# What reading a number and resampling a sample take on one core, and the copies of a sample that there are meanwhile.
+_SECONDS_PER_NUMBER, _SECONDS_PER_SAMPLE, _BYTES_PER_SAMPLE = 5e-9, 6e-8, 32
 
 
 class Recording(NamedTuple):
@@ -44,6 +56,23 @@ class Recording(NamedTuple):
     def seconds(self) -> float:
         """How long it is."""
         return len(self.samples) / self.rate
+
+
+class Header(NamedTuple):
+    """The numbers of a WAV file, and where they stand."""
+
+    kind: int
+    channels: int
+    rate: int
+    """Hz."""
+    bits: int
+    at: int
+    frames: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return self.frames / self.rate
 
 
 class Sounds(Media):
@@ -62,19 +91,38 @@ class Sounds(Media):
 
     @classmethod
     def inspect(cls, content: bytes) -> object:
-        """Decode the sound, to see that it can be."""
-        return decoded(content)
+        """Check the header, and numbers that may be no sound: floats."""
+        header = read_header(content)
+        if header.kind == _FLOAT:
+            for _ in _pieces(content, header, header.frames):
+                pass
+        return header
+
+    @property
+    def _needed(self) -> int:
+        """Samples that the model reads."""
+        return FRAME + (self._how.length - 1) * HOP if self._how.mels else self._how.length
 
     def array(self, content: bytes) -> Array:
         """Float32 [length] of one recording, or [length, mels]."""
-        how = self._how
-        needed = how.length if not how.mels else FRAME + (how.length - 1) * HOP
-        samples = resampled(decoded(content), how.rate, needed)
-        if not how.mels:
-            read = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7) if how.normalise else samples
-            return _padded(read, how.length)
-        bands = _padded(log_mels(samples, self._filters), how.length)
-        return ((bands - how.mean) / (how.std * 2) if how.normalise else bands).astype(np.float32)
+        how, needed = self._how, self._needed
+        read = (needed + HOP) / how.rate + 1  # a second more than is heard, as resampling takes whole units
+        with DECODING.room(read_header(content, read).frames * _BYTES_PER_SAMPLE):
+            samples = resampled(decoded(content, read), how.rate, needed)
+            if not how.mels:
+                heard = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7) if how.normalise else samples
+                return _padded(heard, how.length)
+            bands = _padded(log_mels(samples, self._filters), how.length)
+            return ((bands - how.mean) / (how.std * 2) if how.normalise else bands).astype(np.float32)
+
+    def seconds(self, row: Row) -> float:
+        """Estimate the seconds that decoding a row takes, from its header.
+
+        Raises:
+            DataError: it is no sound that can be read.
+        """
+        header = read_header(bytes_of(row[self.reads]), (self._needed + HOP) / self._how.rate + 1)
+        return header.frames * (header.channels * _SECONDS_PER_NUMBER + _SECONDS_PER_SAMPLE)
 
     def shapes(self) -> dict[str, list[int]]:
         """The graph's input, float32."""
@@ -88,7 +136,7 @@ class Sounds(Media):
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
         """What is worth saying of how these rows are read."""
-        recordings = [decoded(bytes_of(row[self.reads])) for row in rows]
+        recordings = [read_header(bytes_of(row[self.reads])) for row in rows]
         reads, said = seconds_of(self._how), []
         if others := sorted({r.rate for r in recordings} - {self._how.rate}):
             said.append(f"sound of {', '.join(f'{rate:,}' for rate in others)} Hz is resampled to {self._how.rate:,}")
@@ -116,8 +164,27 @@ class Sounds(Media):
 # --- files
 
 
-def decoded(content: bytes) -> Recording:
-    """The sound of a WAV file: PCM of 8 to 32 bits, or floats.
+def decoded(content: bytes, seconds: float = math.inf) -> Recording:
+    """Return the sound of a WAV file: PCM of 8 to 32 bits, or floats.
+
+    Args:
+        content: the file.
+        seconds: how much of it to read at most.
+
+    Raises:
+        DataError: it is none, holds no sound, or more than 120 s.
+    """
+    header = read_header(content, seconds)
+    samples = np.empty(header.frames, np.float32)
+    at = 0
+    for piece in _pieces(content, header, header.frames):
+        samples[at : at + len(piece)] = piece
+        at += len(piece)
+    return Recording(samples, header.rate)
+
+
+def read_header(content: bytes, seconds: float = math.inf) -> Header:
+    """Return the kind of a WAV file's numbers, and how many frames of them there are within the first `seconds`.
 
     Raises:
         DataError: it is none, holds no sound, or more than 120 s.
@@ -127,24 +194,39 @@ def decoded(content: bytes) -> Recording:
     if len(content) < 12 or content[:4] != b"RIFF" or content[8:12] != b"WAVE":
         raise DataError("it is no WAV file", "Convert it: ffmpeg -i in.mp3 out.wav")
     kind, channels, rate, bits, at, size = _chunks(content)
-    frame = channels * bits // 8
-    frames = min(size, len(content) - at) // frame
+    frames = min(size, len(content) - at) // (channels * bits // 8)
     if not frames:
         raise DataError("it holds no sound")
     if frames > _LONGEST_S * rate:
         raise DataError(f"it lasts {frames / rate:,.0f} s; at most {_LONGEST_S} are read", "Cut it")
-    samples = _numbers(content[at : at + frames * frame], kind, bits)
-    if channels > 1:
-        samples = samples.reshape(-1, channels).mean(axis=1)
-    if not np.isfinite(samples).all():
-        raise DataError("it holds numbers that are not finite")
-    return Recording(samples.astype(np.float32, copy=False), rate)
+    if rate > _MOST_HZ:
+        raise DataError(f"it has {rate:,} samples a second; at most {_MOST_HZ:,} are read", "Resample it")
+    return Header(kind, channels, rate, bits, at, int(min(frames, math.ceil(min(seconds, _LONGEST_S) * rate))))
+
+
+def _pieces(content: bytes, header: Header, frames: int) -> Iterator[Array]:
+    """Mono float32 of a file, piece by piece."""
+    frame = header.channels * header.bits // 8
+    step = max(1, _AT_ONCE // header.channels)
+    for first in range(0, frames, step):
+        start = header.at + first * frame
+        raw = content[start : start + min(step, frames - first) * frame]
+        with np.errstate(over="ignore", invalid="ignore"):
+            samples = _numbers(raw, header.kind, header.bits)
+            if header.channels > 1:
+                samples = samples.reshape(-1, header.channels).mean(axis=1)
+            samples = samples.astype(np.float32, copy=False)
+        if header.kind == _FLOAT and not np.abs(samples).max() <= _LOUDEST:  # nor is NaN
+            raise DataError("it holds numbers that are no sound: infinite, or far beyond 1")
+        yield samples
 
 
 def _chunks(content: bytes) -> tuple[int, int, int, int, int, int]:
     """Kind of numbers, channels, rate, bits, and where the sound begins, with its size in bytes."""
     at, kind, channels, rate, bits = 12, 0, 0, 0, 0
-    while at + 8 <= len(content):
+    for _ in range(_MOST_CHUNKS):
+        if at + 8 > len(content):
+            break
         name, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
         at += 8
         if name == b"fmt " and size >= 16 and at + 16 <= len(content):
@@ -180,14 +262,25 @@ def resampled(recording: Recording, rate: int, needed: int) -> Array:
     samples, own = recording
     if own == rate:
         return samples[:needed]
-    step = math.gcd(own, rate)
-    blocks = -(-min(len(samples), math.ceil((needed + HOP) * own / rate)) // (own // step))
-    samples = samples[: blocks * (own // step)]
+    to, of = _ratio(rate, own)
+    blocks = -(-min(len(samples), math.ceil((needed + HOP) * own / rate)) // of)
+    samples = samples[: blocks * of]
     wanted = min(needed, max(1, math.ceil(len(samples) * rate / own)))
     blocks = -(-blocks // 32) * 32  # lengths that are products of small numbers are transformed sooner
-    spectrum = np.fft.rfft(samples, blocks * (own // step))
-    length = blocks * (rate // step)
+    while blocks * of > _MOST_ODD_LENGTH and _SMOOTH % blocks:
+        blocks += 32
+    spectrum = np.fft.rfft(samples, blocks * of)
+    length = blocks * to
     return (np.fft.irfft(spectrum[: length // 2 + 1], length)[:wanted] * (rate / own)).astype(np.float32)
+
+
+@lru_cache(64)
+def _ratio(rate: int, own: int) -> tuple[int, int]:
+    """Samples after and before resampling, in small whole numbers."""
+    ratio = Fraction(rate, own)
+    if any(part > _MOST_RATIO or _SMOOTH % part for part in ratio.as_integer_ratio()):
+        ratio = ratio.limit_denominator(_MOST_ODD_RATIO)
+    return max(1, ratio.numerator), ratio.denominator
 
 
 def log_mels(samples: Array, filters: Array) -> Array:
@@ -283,7 +376,7 @@ def fitted(rows: Sequence[Row], most_rate: int, mels: int) -> AudioConfig:
         most_rate: the teacher's, in Hz, which is not exceeded.
         mels: bands.
     """
-    recordings = [decoded(bytes_of(row["audio"])) for row in rows]
+    recordings = [decoded(bytes_of(row["audio"]), _USUAL_S + 1) for row in rows]
     rate = min(most_rate, int(np.median([recording.rate for recording in recordings])))
     samples = int(_usual_seconds(rows) * rate)
     length = max(8, 1 + (samples - FRAME) // HOP)
@@ -299,7 +392,7 @@ def fitted(rows: Sequence[Row], most_rate: int, mels: int) -> AudioConfig:
 
 
 def _usual_seconds(rows: Sequence[Row]) -> float:
-    lengths = [decoded(bytes_of(row["audio"])).seconds for row in rows]
+    lengths = [read_header(bytes_of(row["audio"])).seconds for row in rows]
     return min(_USUAL_S, max(0.1, float(np.quantile(lengths, 0.99)))) if lengths else _USUAL_S
 
 
