@@ -58,7 +58,7 @@ def read_header(content: bytes) -> Header:
         if content.startswith(start):
             try:
                 return check(read(content))
-            except (struct.error, IndexError, ValueError):
+            except (struct.error, LookupError, ValueError):
                 break
     raise DataError(f"it is no image; known are {', '.join(FORMATS)}")
 
@@ -82,7 +82,8 @@ def check(header: Header) -> Header:
 def trimmed(content: bytes) -> bytes:
     """Return a JPEG, PNG or TIFF without what its first picture does not depend on; other formats unchanged."""
     if content.startswith(b"\xff\xd8"):
-        return _jpeg_parts(content)[0]
+        kept, _, scan = _jpeg_parts(content)
+        return content if sum(map(len, kept)) == scan else b"".join([*kept, content[scan:]])
     if content.startswith(b"\x89PNG"):
         return _png_parts(content)
     if content[:2] in (b"II", b"MM"):  # Pillow follows the chain of all further pictures
@@ -91,40 +92,33 @@ def trimmed(content: bytes) -> bytes:
     return content
 
 
-def _jpeg_parts(content: bytes) -> tuple[bytes, bytes, bytes]:
-    """The file without its metadata, the frame's header, and all from the first scan on."""
-    kept, at, frame = [], 0, b""
+def _jpeg_parts(content: bytes) -> tuple[list[bytes], bytes, int]:
+    """Return the segments before the first scan but for metadata, the frame's header, and where the scan begins."""
+    kept, at, frame = list[bytes](), 0, b""
     for _ in range(_MOST_PARTS):
         if not (found := _MARKER.search(content, at)):
-            break
-        kind, start = content[found.start() + 1], found.start()
-        if kind in _NO_LENGTH:
-            at = start + 2
-            kept += [content[start:at]]
-            continue
-        at = start + 2 + int.from_bytes(found[2], "big")
+            raise ValueError("no scan")
+        start, kind = found.start(), found[1][0]
+        at = start + 2 if kind in _NO_LENGTH else start + 2 + int.from_bytes(found[2], "big")
         if kind == 0xDA:
-            whole = content if sum(map(len, kept)) == start else b"".join([*kept, content[start:]])
-            return whole, frame, content[start:]
+            return kept, frame, start
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             frame = content[start:at]
-        if kind in (0xE0, 0xEE) or not (kind == 0xFE or 0xE0 <= kind <= 0xEF):
-            kept += [content[start:at]]
-    else:
-        raise DataError("it is a JPEG of too many parts")
-    raise ValueError("no scan")
+        if kind in (0xE0, 0xEE) or not 0xE0 <= kind <= 0xFE:
+            kept.append(content[start:at])
+    raise DataError("it is a JPEG of too many parts")
 
 
 def _jpeg(content: bytes) -> Header:
-    _, frame, scans = _jpeg_parts(content)
+    _, frame, scan = _jpeg_parts(content)
     kind, height, width, bands = frame[1], *struct.unpack_from(">HHB", frame, 5)
     if kind > 0xC2:
         raise DataError("it is a JPEG that is neither baseline nor progressive", "Convert it")
     per_pixel = 4.2 if bands == 3 else 5.0 if bands == 1 else 8.0
-    if kind != 0xC2 and scans[4] == bands:  # else all coefficients are held until the last scan
+    if kind != 0xC2 and content[scan + 4] == bands:  # else all coefficients are held until the last scan
         scale = next((s for s in (1, 2, 4) if width * height * per_pixel / s**2 <= _MOST_EXACT), 8)
         return Header(width, height, 2.4 if scale > 1 else per_pixel, scale)  # 7 ns a pixel, in little memory
-    return Header(width, height, per_pixel + 2 * bands + 0.13 * scans.count(b"\xff\xda"))
+    return Header(width, height, per_pixel + 2 * bands + 0.13 * content.count(b"\xff\xda", scan))
 
 
 def _png(content: bytes) -> Header:
