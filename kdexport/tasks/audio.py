@@ -31,7 +31,7 @@ _USUAL_S = 10.0
 # Fourier transforms are slow, and large, where their length has large factors. Ratios of the usual rates have none
 # (160 : 441, 147 : 1,280); of all others the nearest one of small parts is taken, within a thousandth.
 _MOST_RATIO, _MOST_ODD_RATIO, _MOST_ODD_LENGTH = 3_000, 100, 1 << 19
-_SMOOTH = math.prod((2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)) ** 24
+_SMOOTH = math.prod(p for p in range(2, 100) if all(p % q for q in range(2, p))) ** 24
 # What reading a number and resampling a sample take on one core, and the copies of a sample that there are meanwhile.
 _SECONDS_PER_NUMBER, _SECONDS_PER_SAMPLE, _BYTES_PER_SAMPLE = 5e-9, 6e-8, 32
 
