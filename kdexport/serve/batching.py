@@ -137,11 +137,11 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise Refused(503, "the server is ending")
-            if rows:
-                self._usual += _NEWEST * (tokens / len(rows) - self._usual)
             # What waits is bounded, not what comes: a request larger than the bound runs when nothing waits.
             if self.waiting_tokens and (self.waiting_tokens + tokens) / self.rate > self._max_queue:
                 raise Refused(429, FULL, [(b"retry-after", b"%d" % self._retry_after())])
+            if rows:  # only those that are taken in: a flood of large rows that are refused shuts out nobody
+                self._usual += _NEWEST * (tokens / len(rows) - self._usual)
             for key, item in items:
                 queue = self._queues.get(key)
                 if queue is None:

@@ -19,6 +19,7 @@ from kdexport.serve.writing import Writer
 from kdexport.tasks import load_task
 from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.metrics import Array
+from kdexport.tasks.texts import Texts
 
 # What a name in a URL may look like; names are looked up in a dict, never joined to a path.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -30,6 +31,8 @@ _WORTH_IT = 0.95
 # … unless it is over so soon that nobody waits: then what every batch costs beside its run is shared by more rows.
 _SHORT_S = 0.002
 _TUNING_S = 0.05
+# Usual rows that a picture or a recording may cost to share a batch.
+_ALIKE = 8
 
 
 class Result(NamedTuple):
@@ -82,7 +85,7 @@ class Version:
                     encoded[i] = arrays
             except DataError as error:  # it fails alone, whoever shares its batch
                 if len(rows) == 1:
-                    return [Refused(422, f"the {self.task.reads} can't be read: {error}")]
+                    return [self._unread(error)]
                 return [self.run([row])[0] for row in rows]
         logits = self._predictor.run(self.task.collate(encoded))
         results: list[Any] = [Result(*row) for row in zip(logits, self.task.scores(logits), strict=True)]
@@ -91,16 +94,36 @@ class Version:
             return [result if np.isfinite(result.logits).all() else bad for result in results]
         return results
 
+    def cost(self, row: dict[str, Any]) -> int:
+        """A text's tokens; of a picture or a recording, how many usual rows could run in the time that it takes.
+
+        Raises:
+            Refused: its header shows that it can't be read, or would cost too much (422).
+        """
+        if isinstance(self.task, Texts):
+            return self.task.cost(row)
+        try:
+            return 1 + int(self.task.seconds(row) / self._row_seconds)
+        except DataError as error:
+            raise self._unread(error) from None
+
+    def _unread(self, error: DataError) -> Refused:
+        return Refused(422, f"the {self.task.reads} can't be read: {error}")
+
     def bucket(self, cost: int) -> int:
-        """The smallest of the task's lengths that holds so many tokens."""
+        """The smallest of the task's lengths that holds so many tokens.
+
+        Pictures and sound that take far longer than usual run alone: others would wait for them, and their own
+        deadlines are looked at between batches.
+        """
         for length in self._lengths:
             if cost <= length:
                 return length
-        return self._lengths[-1]
+        return self._lengths[-1] if isinstance(self.task, Texts) or cost <= _ALIKE else _ALIKE
 
     def most(self, bucket: int) -> int:
         """Rows of a batch, as warm-up found them to pay."""
-        return self._most[bucket]
+        return self._most.get(bucket, 1)
 
     def _warm_up(self, max_batch: int, max_batch_tokens: int) -> tuple[dict[int, int], float]:
         """Run every length once, and find by doubling where larger batches stop being faster by the row.
@@ -122,7 +145,7 @@ class Version:
                 rows, per_row = 2 * rows, min(per_row, seconds / (2 * rows))
             most[length] = rows
             if length <= 32:
-                rate = length / per_row
+                rate, self._row_seconds = length / per_row, per_row
         return most, rate
 
     def _seconds(self, arrays: Any) -> float:

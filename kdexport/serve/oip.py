@@ -335,4 +335,4 @@ def check_rows(
     for row in rows:
         if any(isinstance(text, str) and len(text) > max_chars for text in row.values()):
             raise Refused(413, f"a text may have {max_chars:,} characters")
-    return rows, [version.task.cost(row) for row in rows]
+    return rows, [version.cost(row) for row in rows]

@@ -9,41 +9,31 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 import wave
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from kdexport.errors import DataError, ModelError
+from kdexport.errors import ModelError
 from kdexport.tasks.config import AudioConfig, Row
-from kdexport.tasks.media import Media, bytes_of, inline
+from kdexport.tasks.media import DECODING, Media, bytes_of, inline
 from kdexport.tasks.metrics import Array
+from kdexport.tasks.wav import Recording, decoded, pieces, read_header
 
 FRAME, HOP = 400, 160
 _FFT, _PREEMPHASIS, _FLOOR, _LOWEST_HZ = 512, 0.97, 1.192092955078125e-07, 20
-# Longer ones are most often whole recordings that were never cut.
-_LONGEST_S = 120
 # What models read of a recording at most, where nothing else says how much.
 _USUAL_S = 10.0
-_PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
-
-
-class Recording(NamedTuple):
-    """Sound as it was recorded."""
-
-    samples: Array
-    """float32 [T], mono, within −1 … 1."""
-    rate: int
-    """Hz."""
-
-    @property
-    def seconds(self) -> float:
-        """How long it is."""
-        return len(self.samples) / self.rate
+# Fourier transforms are slow, and large, where their length has large factors. Ratios of the usual rates have none
+# (160 : 441, 147 : 1,280); of all others the nearest one of small parts is taken, within a thousandth.
+_MOST_RATIO, _MOST_ODD_RATIO, _MOST_ODD_LENGTH = 3_000, 100, 1 << 19
+_SMOOTH = math.prod(p for p in range(2, 100) if all(p % q for q in range(2, p))) ** 24
+# What reading a number and resampling a sample take on one core, and the copies of a sample that there are meanwhile.
+_SECONDS_PER_NUMBER, _SECONDS_PER_SAMPLE, _BYTES_PER_SAMPLE = 5e-9, 6e-8, 32
 
 
 class Sounds(Media):
@@ -62,19 +52,38 @@ class Sounds(Media):
 
     @classmethod
     def inspect(cls, content: bytes) -> object:
-        """Decode the sound, to see that it can be."""
-        return decoded(content)
+        """Check the header, and numbers that may be no sound: floats."""
+        header = read_header(content)
+        if header.is_float:
+            for _ in pieces(content, header):
+                pass
+        return header
+
+    @property
+    def _needed(self) -> int:
+        """Samples that the model reads."""
+        return FRAME + (self._how.length - 1) * HOP if self._how.mels else self._how.length
 
     def array(self, content: bytes) -> Array:
         """Float32 [length] of one recording, or [length, mels]."""
-        how = self._how
-        needed = how.length if not how.mels else FRAME + (how.length - 1) * HOP
-        samples = resampled(decoded(content), how.rate, needed)
-        if not how.mels:
-            read = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7) if how.normalise else samples
-            return _padded(read, how.length)
-        bands = _padded(log_mels(samples, self._filters), how.length)
-        return ((bands - how.mean) / (how.std * 2) if how.normalise else bands).astype(np.float32)
+        how, needed = self._how, self._needed
+        read = (needed + HOP) / how.rate + 1  # a second more than is heard, as resampling takes whole units
+        with DECODING.room(read_header(content, read).frames * _BYTES_PER_SAMPLE):
+            samples = resampled(decoded(content, read), how.rate, needed)
+            if not how.mels:
+                heard = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7) if how.normalise else samples
+                return _padded(heard, how.length)
+            bands = _padded(log_mels(samples, self._filters), how.length)
+            return ((bands - how.mean) / (how.std * 2) if how.normalise else bands).astype(np.float32)
+
+    def seconds(self, row: Row) -> float:
+        """Estimate the seconds that decoding a row takes, from its header.
+
+        Raises:
+            DataError: it is no sound that can be read.
+        """
+        header = read_header(bytes_of(row[self.reads]), (self._needed + HOP) / self._how.rate + 1)
+        return header.frames * (header.channels * _SECONDS_PER_NUMBER + _SECONDS_PER_SAMPLE)
 
     def shapes(self) -> dict[str, list[int]]:
         """The graph's input, float32."""
@@ -88,7 +97,7 @@ class Sounds(Media):
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
         """What is worth saying of how these rows are read."""
-        recordings = [decoded(bytes_of(row[self.reads])) for row in rows]
+        recordings = [read_header(bytes_of(row[self.reads])) for row in rows]
         reads, said = seconds_of(self._how), []
         if others := sorted({r.rate for r in recordings} - {self._how.rate}):
             said.append(f"sound of {', '.join(f'{rate:,}' for rate in others)} Hz is resampled to {self._how.rate:,}")
@@ -113,65 +122,6 @@ class Sounds(Media):
         return [_recording(_noise(int(seconds_of(self._how) * rate), 1, seed), rate) for seed in range(2, 6)]
 
 
-# --- files
-
-
-def decoded(content: bytes) -> Recording:
-    """The sound of a WAV file: PCM of 8 to 32 bits, or floats.
-
-    Raises:
-        DataError: it is none, holds no sound, or more than 120 s.
-    """
-    if not content:
-        raise DataError("it is empty")
-    if len(content) < 12 or content[:4] != b"RIFF" or content[8:12] != b"WAVE":
-        raise DataError("it is no WAV file", "Convert it: ffmpeg -i in.mp3 out.wav")
-    kind, channels, rate, bits, at, size = _chunks(content)
-    frame = channels * bits // 8
-    frames = min(size, len(content) - at) // frame
-    if not frames:
-        raise DataError("it holds no sound")
-    if frames > _LONGEST_S * rate:
-        raise DataError(f"it lasts {frames / rate:,.0f} s; at most {_LONGEST_S} are read", "Cut it")
-    samples = _numbers(content[at : at + frames * frame], kind, bits)
-    if channels > 1:
-        samples = samples.reshape(-1, channels).mean(axis=1)
-    if not np.isfinite(samples).all():
-        raise DataError("it holds numbers that are not finite")
-    return Recording(samples.astype(np.float32, copy=False), rate)
-
-
-def _chunks(content: bytes) -> tuple[int, int, int, int, int, int]:
-    """Kind of numbers, channels, rate, bits, and where the sound begins, with its size in bytes."""
-    at, kind, channels, rate, bits = 12, 0, 0, 0, 0
-    while at + 8 <= len(content):
-        name, size = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
-        at += 8
-        if name == b"fmt " and size >= 16 and at + 16 <= len(content):
-            kind, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", content, at)
-            if kind == _EXTENSIBLE and size >= 26:
-                kind = int.from_bytes(content[at + 24 : at + 26], "little")
-        elif name == b"data":
-            known = (kind == _PCM and bits in (8, 16, 24, 32)) or (kind == _FLOAT and bits in (32, 64))
-            if not known or not channels or not rate:
-                raise DataError(f"it is a WAV file of kind {kind}, {bits} bits: neither PCM nor float", "Convert it")
-            return kind, channels, rate, bits, at, size
-        at += size + size % 2
-    raise DataError("it is a broken WAV file: it has no data")
-
-
-def _numbers(raw: bytes, kind: int, bits: int) -> Array:
-    if kind == _FLOAT:
-        return np.frombuffer(raw, f"<f{bits // 8}")
-    if bits == 8:
-        return (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
-    if bits == 24:  # the upper three bytes of 32 bits
-        wide = np.zeros((len(raw) // 3, 4), np.uint8)
-        wide[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
-        raw, bits = wide.tobytes(), 32
-    return np.frombuffer(raw, f"<i{bits // 8}").astype(np.float32) / np.float32(2 ** (bits - 1))
-
-
 # --- samples → what a model reads
 
 
@@ -180,14 +130,25 @@ def resampled(recording: Recording, rate: int, needed: int) -> Array:
     samples, own = recording
     if own == rate:
         return samples[:needed]
-    step = math.gcd(own, rate)
-    blocks = -(-min(len(samples), math.ceil((needed + HOP) * own / rate)) // (own // step))
-    samples = samples[: blocks * (own // step)]
+    to, of = _ratio(rate, own)
+    blocks = -(-min(len(samples), math.ceil((needed + HOP) * own / rate)) // of)
+    samples = samples[: blocks * of]
     wanted = min(needed, max(1, math.ceil(len(samples) * rate / own)))
     blocks = -(-blocks // 32) * 32  # lengths that are products of small numbers are transformed sooner
-    spectrum = np.fft.rfft(samples, blocks * (own // step))
-    length = blocks * (rate // step)
+    while blocks * of > _MOST_ODD_LENGTH and _SMOOTH % blocks:
+        blocks += 32
+    spectrum = np.fft.rfft(samples, blocks * of)
+    length = blocks * to
     return (np.fft.irfft(spectrum[: length // 2 + 1], length)[:wanted] * (rate / own)).astype(np.float32)
+
+
+@lru_cache(64)
+def _ratio(rate: int, own: int) -> tuple[int, int]:
+    """Samples after and before resampling, in small whole numbers."""
+    ratio = Fraction(rate, own)
+    if any(part > _MOST_RATIO or _SMOOTH % part for part in ratio.as_integer_ratio()):
+        ratio = ratio.limit_denominator(_MOST_ODD_RATIO)
+    return max(1, ratio.numerator), ratio.denominator
 
 
 def log_mels(samples: Array, filters: Array) -> Array:
@@ -283,7 +244,7 @@ def fitted(rows: Sequence[Row], most_rate: int, mels: int) -> AudioConfig:
         most_rate: the teacher's, in Hz, which is not exceeded.
         mels: bands.
     """
-    recordings = [decoded(bytes_of(row["audio"])) for row in rows]
+    recordings = [decoded(bytes_of(row["audio"]), _USUAL_S + 1) for row in rows]
     rate = min(most_rate, int(np.median([recording.rate for recording in recordings])))
     samples = int(_usual_seconds(rows) * rate)
     length = max(8, 1 + (samples - FRAME) // HOP)
@@ -299,7 +260,7 @@ def fitted(rows: Sequence[Row], most_rate: int, mels: int) -> AudioConfig:
 
 
 def _usual_seconds(rows: Sequence[Row]) -> float:
-    lengths = [decoded(bytes_of(row["audio"])).seconds for row in rows]
+    lengths = [read_header(bytes_of(row["audio"])).seconds for row in rows]
     return min(_USUAL_S, max(0.1, float(np.quantile(lengths, 0.99)))) if lengths else _USUAL_S
 
 

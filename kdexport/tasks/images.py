@@ -7,21 +7,22 @@ The arithmetic is that of Hugging Face's image processors (transformers 4.57, th
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 
 from kdexport.errors import DataError, MissingPackage, ModelError
 from kdexport.tasks.config import ImageConfig, Row
-from kdexport.tasks.media import Media, bytes_of, inline
+from kdexport.tasks.headers import FORMATS, MOST_BYTES, check, read_header, trimmed
+from kdexport.tasks.media import DECODING, Media, bytes_of, inline
 from kdexport.tasks.metrics import Array
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# A file of a few kB can stand for a picture that fills the memory.
-_MOST_PIXELS = 50_000_000
 _BICUBIC = 3
+# What decoding takes on one core; the slowest of the formats, measured.
+_SECONDS_PER_BYTE = 3e-9
 
 
 class Images(Media):
@@ -45,7 +46,17 @@ class Images(Media):
 
     def array(self, content: bytes) -> Array:
         """Float32 [channels, height, width] of one picture."""
-        return array_of(decoded(content), self._how, self._scaling)
+        image, size = opened(content)
+        with DECODING.room(size):
+            return array_of(_loaded(image), self._how, self._scaling)
+
+    def seconds(self, row: Row) -> float:
+        """Estimate the seconds that decoding a row takes, from its header.
+
+        Raises:
+            DataError: it is no picture, or too large a one.
+        """
+        return read_header(bytes_of(row[self.reads])).bytes * _SECONDS_PER_BYTE
 
     def shapes(self) -> dict[str, list[int]]:
         """The graph's input, float32."""
@@ -65,7 +76,7 @@ class Images(Media):
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
         """What is worth saying of how these rows are read."""
-        grey = sum(decoded(bytes_of(row[self.reads])).mode in ("1", "L", "I;16", "LA") for row in rows)
+        grey = sum(opened(bytes_of(row[self.reads]))[0].mode in ("1", "L", "I;16", "LA") for row in rows)
         if self._how.channels == 3 and grey:
             return [f"{grey / len(rows):.0%} of the images are grey; the model reads colours, so they are converted"]
         return ["the model reads grey, so colours are lost"] if self._how.channels == 1 and grey < len(rows) else []
@@ -86,46 +97,86 @@ class Images(Media):
 
 
 def decoded(content: bytes) -> Any:
-    """A Pillow image, all of it read.
+    """Return a Pillow image with all of its pixels.
+
+    A JPEG that would take more than 100 MB is decoded at half its size, a quarter or an eighth, whichever fits.
 
     Raises:
-        DataError: it is none, is broken, or has more pixels than 50 million.
+        DataError: it is none, is broken, or decoding it would cost too much.
     """
+    image, size = opened(content)
+    with DECODING.room(size):
+        return _loaded(image)
+
+
+def opened(content: bytes) -> tuple[Any, int]:
+    """Return a Pillow image whose pixels are not decoded yet, and the bytes of memory that decoding takes.
+
+    Raises:
+        DataError: it is none, or decoding it would cost too much.
+    """
+    header = read_header(content)
+    try:
+        image = _pillow().open(io.BytesIO(trimmed(content)), formats=FORMATS)
+    except Exception as error:
+        raise _broken(error) from None
+    if header.scale > 1:
+        image.draft(image.mode, (image.width // header.scale, image.height // header.scale))
+        return image, header.bytes
+    # the frame of a GIF may be larger than the header says
+    return image, check(header._replace(width=image.width, height=image.height)).bytes
+
+
+def _loaded(image: Any) -> Any:
+    try:
+        image.load()
+    except Exception as error:
+        raise _broken(error) from None
+    return image
+
+
+def _broken(error: Exception) -> DataError:
+    """Pillow's plugins raise a dozen classes; all mean that the file is no good."""
+    if isinstance(error, DataError):
+        return error
+    reason = "it is no image" if "cannot identify" in str(error) else f"it is a broken image ({error})"
+    return DataError(f"{reason}; known are {', '.join(FORMATS)}")
+
+
+@cache
+def _pillow() -> Any:
     try:
         from PIL import Image
     except ModuleNotFoundError:
         raise MissingPackage("pillow", "cpu") from None
-    if not content:
-        raise DataError("it is empty")
-    try:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
-        if image.width * image.height > _MOST_PIXELS:
-            raise DataError(f"it has {image.width} × {image.height} pixels; at most {_MOST_PIXELS:,} are read")
-        image.load()
-    except DataError:
-        raise
-    except Exception as error:  # Pillow's plugins raise a dozen classes; all mean that the file is no good
-        reason = "it is no image" if "cannot identify" in str(error) else f"it is a broken image ({error})"
-        raise DataError(f"{reason}; known are {', '.join(_FORMATS)}") from None
-    return image
+    # For all threads and for good: `warnings.catch_warnings` in one thread would change them for the others.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    return Image
 
 
 def array_of(image: Any, how: ImageConfig, scale: tuple[Array, Array]) -> Array:
-    """Float32 [channels, height, width] of a Pillow image; `scale` is what `scaling` makes of `how`."""
+    """Float32 [channels, height, width] of a Pillow image; `scale` is what `scaling` makes of `how`.
+
+    Raises:
+        DataError: it is so long and thin that resizing it would cost too much.
+    """
     mode = "L" if how.channels == 1 else "RGB"
     if image.mode != mode:
         if image.mode.startswith("I;16"):  # Pillow clips 16 bits to 8
-            from PIL import Image
-
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = _pillow().fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode == "LAB":  # which becomes no other mode
+            image = image.convert("RGB")
         image = image.convert(mode)
     if how.resize is not None:
         height, width = _resized(image.height, image.width, how.resize)
+        # Pillow resizes the rows first, so there is a picture of the new width and the old height in between
+        if 4 * (image.width * image.height + width * (image.height + height)) > MOST_BYTES:
+            raise DataError(f"it has {image.width} × {image.height} pixels, too long and thin to be resized")
         if (width, height) != image.size:
             image = image.resize((width, height), how.resample)
-    values = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, how.channels)
     if how.crop:
-        values = _middle(values, *how.crop)
+        image = _middle(image, *how.crop)
+    values = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, how.channels)
     gain, shift = scale
     return np.ascontiguousarray((values * gain + shift).transpose(2, 0, 1))
 
@@ -143,14 +194,10 @@ def _resized(height: int, width: int, to: list[int] | int) -> tuple[int, int]:
     return (to, long) if height <= width else (long, to)
 
 
-def _middle(values: Array, height: int, width: int) -> Array:
-    """The middle [height, width] of values [H, W, channels]; zeros around where it is smaller."""
-    short = max(0, height - values.shape[0]), max(0, width - values.shape[1])
-    if any(short):
-        pads = [(-(-missing // 2), missing // 2) for missing in short]
-        values = np.pad(values, [*pads, (0, 0)])
-    top, left = (values.shape[0] - height) // 2, (values.shape[1] - width) // 2
-    return values[top : top + height, left : left + width]
+def _middle(image: Any, height: int, width: int) -> Any:
+    """The middle of a picture; black around where it is smaller."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def output_size(how: ImageConfig) -> tuple[int, int]:

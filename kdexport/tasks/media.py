@@ -9,7 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self, overload
 
@@ -23,31 +26,84 @@ _PART = re.compile(r"(.+)#(\d+)\+(\d+)", re.DOTALL)
 _INLINE = "data:;base64,"
 
 
+# Bytes of one picture or recording, and of all that are decoded at once.
+_MOST_BYTES, _MOST_DECODED = 100_000_000, 400_000_000
+_SMALL = 4_000_000
+
+
 def bytes_of(value: object) -> bytes:
-    """The bytes that a row's value names.
+    """Return the bytes that a row's value names.
 
     Raises:
-        DataError: there is no such file, or the value names none.
+        DataError: there is no such file, it is too large, or the value names none.
     """
     match value:
         case bytes():
             return value
         case str() if value.startswith(_INLINE):
-            return base64.b64decode(value.removeprefix(_INLINE))
+            return inline_bytes(value)
         case str():
-            path, offset, length = found.groups() if (found := _PART.fullmatch(value)) else (value, 0, -1)
+            path, offset, length = found.groups() if (found := _PART.fullmatch(value)) else (value, 0, None)
             try:
+                status = Path(path).stat()
+                if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end, or never begin
+                    raise DataError(f"{value} is no file")
+                size = status.st_size if length is None else int(length)
+                if size > _MOST_BYTES:
+                    raise DataError(f"{value} has {size:,} bytes; at most {_MOST_BYTES:,} are read")
                 with Path(path).open("rb") as file:
                     file.seek(int(offset))
-                    return file.read(int(length))
-            except (OSError, ValueError) as error:
+                    return file.read(size)
+            except (OSError, ValueError, OverflowError) as error:
                 raise DataError(f"{value} can't be read: {getattr(error, 'strerror', None) or error}") from None
     raise DataError(f"it names no file and is no bytes but {type(value).__name__}")
+
+
+def inline_bytes(value: object) -> bytes:
+    """Return the bytes of a `data:;base64,…` value, and never open a file: for rows that come from elsewhere.
+
+    Raises:
+        DataError: it is none, or no base64.
+    """
+    if not isinstance(value, str) or not value.startswith(_INLINE):
+        raise DataError(f"it does not begin with {_INLINE}")
+    try:
+        return base64.b64decode(value.removeprefix(_INLINE), validate=True)
+    except ValueError:
+        raise DataError("it is no base64") from None
 
 
 def inline(content: bytes) -> str:
     """Bytes as a value of a row that can be written as JSON."""
     return _INLINE + base64.b64encode(content).decode()
+
+
+class Decoding:
+    """Memory that all threads together may use to decode: who needs more waits, in turn."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._used = most, 0
+        self._turn, self._freed = threading.Lock(), threading.Condition()
+
+    @contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        """Hold `size` bytes of it; small ones, of which a thread has one at a time, don't count."""
+        if size < _SMALL:
+            yield
+            return
+        size = min(size, self._most)
+        with self._turn, self._freed:  # one waits at a time, so that large ones get their turn
+            self._freed.wait_for(lambda: self._used + size <= self._most)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._used -= size
+                self._freed.notify()
+
+
+DECODING = Decoding(_MOST_DECODED)
 
 
 class Encoded(Sequence[Arrays]):
@@ -149,7 +205,15 @@ class Media(Comparable):
     def tokenize(self, rows: Sequence[Row]) -> Sequence[Arrays]:
         """The graph's input of each row, made when it is asked for."""
         name = self.config.inputs[0]
-        return Encoded(rows, lambda row: {name: self.array(bytes_of(row[self.reads]))})
+        return Encoded(rows, lambda row: {name: self._array(row)})
+
+    def _array(self, row: Row) -> Array:
+        try:
+            return self.array(bytes_of(row[self.reads]))
+        except DataError as error:
+            if "id" not in row:
+                raise
+            raise DataError(f"{row['id']}: its {self.reads} {error.what.removeprefix('it ')}", error.fix) from None
 
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
         """The batch of encoded rows; all are of one size."""
@@ -158,7 +222,7 @@ class Media(Comparable):
     def encode(self, rows: Sequence[Row]) -> Arrays:
         """The graph's input for a batch of rows."""
         if len(rows) == 1:  # nothing to put side by side; a single row is what latency is measured by
-            return {self.config.inputs[0]: self.array(bytes_of(rows[0][self.reads]))[np.newaxis]}
+            return {self.config.inputs[0]: self._array(rows[0])[np.newaxis]}
         return self.collate(list(self.tokenize(rows)))
 
     def sizes(self, encoded: Sequence[Arrays]) -> list[int]:
@@ -177,9 +241,13 @@ class Media(Comparable):
         """The graph's inputs as clients may send them, float32; −1 is any size."""
         raise NotImplementedError
 
-    def cost(self, row: Row) -> int:
-        """One: all rows take the same time."""
-        return 1
+    def seconds(self, row: Row) -> float:
+        """Estimate the seconds that decoding a row takes, from its header.
+
+        Raises:
+            DataError: it can't be read, or decoding it would cost too much.
+        """
+        raise NotImplementedError
 
     def lengths(self) -> list[int]:
         """There is one length only, so none is worth measuring."""
