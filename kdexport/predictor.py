@@ -18,6 +18,7 @@ from kdexport import artifact
 from kdexport.errors import ArtifactError, DataError, MissingPackage
 from kdexport.tasks import Task, load_task
 from kdexport.tasks.config import Arrays
+from kdexport.tasks.media import inline_bytes
 from kdexport.tasks.metrics import Array
 
 # A text, a pair of them, or (for tokens) its words; of images and sound a path or bytes.
@@ -221,10 +222,12 @@ def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float
     if golden is None or variant not in golden.logits:
         return None
     for row in golden.rows:
-        # A path would have any file of this machine read, and the error would tell whether it exists.
-        inline = task.reads == "text" or row.get(task.reads, "").startswith("data:;base64,")
-        if not inline or not {task.reads} <= row.keys() <= {task.reads, "text_pair", "label"}:
+        if not {task.reads} <= row.keys() <= {task.reads, "text_pair", "label"}:
             raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.reads}")
+        if task.reads != "text":
+            # A path would have any file of this machine read, and the error would tell whether it exists.
+            with artifact.only_artifact_errors(folder):
+                inline_bytes(row[task.reads])
     try:
         packed = np.array(golden.logits[variant], dtype=np.float64)
     except (ValueError, TypeError, OverflowError) as error:

@@ -199,7 +199,7 @@ def test_a_repository_keeps_its_other_models(run, tmp_path):
     names = ["news", "news_text", "other", "tickets", "tickets_text"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     (tmp_path / "other" / "config.pbtxt").write_text('name: "other"')
-    with pytest.raises(KdexportError, match="other exists, and is nothing that kdexport export wrote"):
+    with pytest.raises(KdexportError, match=r"other/config\.pbtxt was not written by kdexport"):
         export(str(run), tmp_path, layout="triton", name="other")
 
 
@@ -275,8 +275,12 @@ def test_kubernetes_finds_the_pods_and_scrapes_the_admin_port(kserve):
 
 def test_the_same_command_replaces_what_it_wrote(kserve, run):
     (kserve / "stale").touch()
+    with pytest.raises(KdexportError, match="stale was not written by kdexport"):
+        export(str(run), kserve, layout="kserve", image="registry/tickets:2")
+    (kserve / "stale").unlink()
     export(str(run), kserve, layout="kserve", image="registry/tickets:2")
     assert sorted(path.name for path in kserve.iterdir()) == [
+        ".kdexport",
         "Dockerfile",
         "inferenceservice.yaml",
         "kubernetes.yaml",

@@ -350,26 +350,7 @@ class App:
         version = self.version(request)
         if version.writer:
             return answer(tgi.info(version, version.writer))
-        labels = version.task.labels
-        return answer(
-            {
-                "model_id": version.name,
-                "model_sha": version.version,
-                "model_dtype": version.variant,
-                "model_type": {
-                    "classifier": {
-                        "id2label": {str(i): label for i, label in enumerate(labels)},
-                        "label2id": {label: i for i, label in enumerate(labels)},
-                    }
-                },
-                "max_input_length": version.task.config.max_length,
-                "max_batch_tokens": self.settings.max_batch_tokens,
-                "max_batch_requests": self.settings.max_batch,
-                "max_client_batch_size": self.settings.max_rows,
-                "auto_truncate": True,
-                "version": __version__,
-            }
-        )
+        return answer(tei.info(version, self.settings))
 
     async def writers(self, _: Request) -> Response:
         """`GET /v1/models`: the language models, as OpenAI lists them."""

@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
+from kdexport import __version__
+from kdexport.serve.answers import Classifier, Info, ModelType
 from kdexport.serve.http import Refused, encode
 from kdexport.serve.huggingface import classes, decoded
 from kdexport.serve.models import Result, Version
+from kdexport.serve.settings import Settings
 
 Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]
 
@@ -57,6 +60,24 @@ def render(version: Version, query: Query, results: Sequence[Result]) -> bytes:
     """A list of all labels with scores, best first; a list of such lists for a batch."""
     found = classes(version, results, "none" if query.raw_scores else None, None)
     return encode(found[0] if query.single else found)
+
+
+def info(version: Version, settings: Settings) -> Info:
+    """`GET /info`."""
+    labels = version.task.labels
+    names = Classifier({str(i): label for i, label in enumerate(labels)}, {label: i for i, label in enumerate(labels)})
+    return Info(
+        model_id=version.name,
+        model_sha=version.version,
+        model_dtype=version.variant,
+        model_type=ModelType(names),
+        max_input_length=version.task.config.max_length,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_requests=settings.max_batch,
+        max_client_batch_size=settings.max_rows,
+        auto_truncate=True,
+        version=__version__,
+    )
 
 
 def _row(one: str | list[str]) -> dict[str, Any]:
