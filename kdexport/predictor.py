@@ -68,7 +68,9 @@ class Predictor:
         options.log_severity_level = 4  # what fails is raised as well
         try:
             wanted_provider = "CUDAExecutionProvider" if self._cuda else "CPUExecutionProvider"
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=[wanted_provider])
+            self._session = onnxruntime.InferenceSession(
+                str(model), options, providers=[wanted_provider], enable_fallback=0
+            )
         except Exception as error:  # onnxruntime raises a dozen classes; all mean that the file is no good
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise ArtifactError(f"{model} can't be loaded: {reason}", "Pack the artifact again") from None
@@ -250,7 +252,7 @@ class Tensor(NamedTuple):
 def tensors_of(model: Path) -> tuple[list[Tensor], list[Tensor]]:
     """The inputs and the outputs of an ONNX file, as ONNX Runtime sees them; types are `int64`, `float`, …"""
     with artifact.only_artifact_errors(model):
-        session = _onnxruntime().InferenceSession(str(model), providers=["CPUExecutionProvider"])
+        session = _onnxruntime().InferenceSession(str(model), providers=["CPUExecutionProvider"], enable_fallback=0)
 
     def tensor(found: Any) -> Tensor:
         sizes = [size if isinstance(size, int) else None for size in found.shape]

@@ -264,13 +264,14 @@ def _best(labels: list[str], logits: Array, scores: Array) -> tuple[list[str], A
 
 
 def _classes(labels: list[str], values: Array, top: object) -> tuple[str, list[int], list[str]]:
-    """Triton's classification: the highest as `value:index:label`."""
+    """Triton's classification of values [..., C]: the highest as `value:index:label`, in a last axis of their own."""
     if not isinstance(top, int) or isinstance(top, bool) or top < 1:
         raise Refused(400, "classification must be a number from 1 on")
     top = min(top, len(labels))
-    order = np.argsort(-values, axis=1, kind="stable")[:, :top]
-    texts = [f"{row[i]:f}:{i}:{labels[i]}" for row, best in zip(values, order, strict=True) for i in best]
-    return "BYTES", [len(values), top], texts
+    rows = values.reshape(-1, values.shape[-1])
+    order = np.argsort(-rows, axis=1, kind="stable")[:, :top]
+    texts = [f"{row[i]:f}:{i}:{labels[i]}" for row, best in zip(rows, order, strict=True) for i in best]
+    return "BYTES", [*values.shape[:-1], top], texts
 
 
 def _split(request: Request, body: bytes) -> tuple[bytes, memoryview]:

@@ -58,7 +58,7 @@ def read_header(content: bytes) -> Header:
         if content.startswith(start):
             try:
                 return check(read(content))
-            except (struct.error, LookupError, ValueError):
+            except (struct.error, LookupError, OverflowError, ValueError):  # sizes and places of any number
                 break
     raise DataError(f"it is no image; known are {', '.join(FORMATS)}")
 

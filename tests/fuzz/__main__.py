@@ -86,7 +86,7 @@ def main() -> int:
         print(f"{name}: {'ok' if done.returncode == 0 else 'FAULT'}; {'; '.join(facts)}", flush=True)
         if done.returncode:
             faults += 1
-            print("\n".join(lines[-60:]), flush=True)
+            print("\n".join([line for line in lines if not line.startswith(("INFO", "#"))][-60:]), flush=True)
     return faults
 
 

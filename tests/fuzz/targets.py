@@ -68,7 +68,7 @@ def _task(name: str, reads: str, **how: Any) -> Any:
 def _encode(tasks: list[Any], reads: str, data: bytes) -> None:
     for task in tasks:
         try:
-            task.cost({reads: data})
+            task.seconds({reads: data})
             arrays = task.encode([{reads: data}])
         except DataError:
             continue
@@ -91,7 +91,7 @@ def _pictures() -> Iterator[bytes]:
             file = io.BytesIO()
             try:
                 Image.new("L", size).save(file, kind)
-            except (OSError, ValueError):
+            except (OSError, ValueError, OverflowError):
                 continue
             yield file.getvalue()
 
