@@ -90,10 +90,10 @@ class Output:
             self._private.mkdir(parents=True, exist_ok=True)
             self._lock = (self._private / _LOCK).open("a")
         except OSError as error:
-            raise RunError(f"folder {folder} can't be used: {error.strerror}", "Name another with --out") from None
+            raise RunError(f"{folder} can't be used: {error.strerror}", "Name another folder with --out") from None
         if not _locked(self._lock):
             self._lock.close()
-            raise RunError(f"folder {folder} is in use by another kdexport", "Wait for it, or use --out")
+            raise RunError(f"{folder} is in use by another kdexport", "Wait for it, or name another with --out")
         self._record = read_record(folder) or Record(by, {})
         _remove(self._private / _OLD)
         write_json(self._private / _RECORD, self._record)

@@ -98,7 +98,7 @@ class Predictor:
         rows = self.task.probes()[:2]
         arrays = self.task.encode(rows)
         output, labels = self._output(arrays), len(self.task.labels)
-        if labels and output.shape[-1:] != (labels,):
+        if labels and (output.ndim != 1 + len(self.task.answer_shape) or output.shape[-1] != labels):
             raise ArtifactError(f"the model gives logits {list(output.shape)}, its task has {labels} labels")
         found, wanted = self.task.pick(output, arrays).shape, (len(rows), *self.task.answer_shape)
         if found != wanted:
@@ -228,8 +228,10 @@ def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float
             raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.reads}")
         if task.reads != "text":
             # A path would have any file of this machine read, and the error would tell whether it exists.
-            with artifact.only_artifact_errors(folder):
+            try:
                 inline_bytes(row[task.reads])
+            except DataError:
+                raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.reads}") from None
     try:
         packed = np.array(golden.logits[variant], dtype=np.float64)
     except (ValueError, TypeError, OverflowError) as error:

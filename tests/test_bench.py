@@ -281,7 +281,7 @@ def test_what_can_not_be_written_is_one_line(kdexport, finished, tmp_path):
     ):
         found = kdexport(*arguments)
         assert found.returncode == 2
-        assert found.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'file'}: ")
+        assert found.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'file'} can't be used: Not a directory")
         assert "Traceback" not in found.stderr
 
 

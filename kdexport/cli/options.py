@@ -70,7 +70,7 @@ def numbers(text: str, flag: str, least: int = 1) -> list[int]:
         found = []
     if not found or not least <= min(found) <= max(found) <= _MOST:
         raise SpecError(
-            f"{flag} {text[:_SHOWN]!r} can't be read", f"Write whole numbers from {least} to {_MOST:,}, like 1,4"
+            f"{flag} {text[:_SHOWN]!r} can't be read", f"Write whole numbers from {least} on, like 1,4, at most {_MOST:,}"
         )
     return found
 
