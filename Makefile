@@ -1,9 +1,10 @@
 # Everything runs in .venv/, made from the pins when it is missing or older than they are.
 PYTHON ?= python3.11
 VENV := .venv
+FUZZ_SECONDS ?= 3600
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench schemas proto clean
+.PHONY: demo test test-all lint fuzz bench schemas proto clean
 
 demo: $(VENV)/.made
 	$(BIN)/kdexport demo --student tiny --max-size 5MB --min-retention 0.97 --out runs/demo
@@ -18,6 +19,9 @@ lint: $(VENV)/.made
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.made
+	$(BIN)/python tests/fuzz --seconds $(FUZZ_SECONDS)
 
 bench: $(VENV)/.made
 	mkdir -p .benchmarks

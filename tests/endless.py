@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
+from kdexport.artifact import sealed
 from kdexport.files import hash_file
 
 
@@ -22,7 +23,7 @@ def endless(source: Path, out: Path, token: int = -1) -> Path:
     file["sha256"] = hash_file(out / "onnx" / "model.onnx")
     file["size_bytes"] = (out / "onnx" / "model.onnx").stat().st_size
     manifest |= {"recommended": "fp32", "variants": {"fp32": file}}
-    (out / "kdexport.json").write_text(json.dumps(manifest))
+    (out / "kdexport.json").write_text(json.dumps(sealed(manifest)))
     (out / "golden.json").unlink()
     return out
 

@@ -160,7 +160,7 @@ async def test_more_than_may_wait_is_refused_whole_with_a_time_to_come_back():
         async with busy(batcher, model):
             large = ask(batcher, model, [1] * 100)  # 800 tokens: what waits is bounded, not what comes
             await until(lambda: batcher.waiting_rows == 100)
-            too_much = await refused(ask(batcher, model, [2] * 3))
+            too_much = await refused(ask(batcher, model, [2] * 4))  # large as well: it would take 32 ms
             assert too_much.status == 429
             assert too_much.headers == [(b"retry-after", b"1")]
             assert (batcher.waiting_rows, batcher.waiting_tokens) == (100, 800)
@@ -168,6 +168,58 @@ async def test_more_than_may_wait_is_refused_whole_with_a_time_to_come_back():
         assert (await ask(batcher, model, [3] * 100)).results == [6] * 100
         assert all(2 not in batch for batch in model.batches)
         assert (batcher.waiting_rows, batcher.waiting_tokens) == (0, 0)
+
+
+@with_a_loop
+async def test_large_requests_wait_in_a_lane_of_their_own_and_small_ones_go_first():
+    model = Doubler()
+    async with batching(max_queue=0.1, rate=1000.0) as batcher:
+        async with busy(batcher, model):
+            large = ask(batcher, model, [1] * 100)
+            await until(lambda: batcher.waiting_rows == 100)
+            assert batcher.full() == 0  # whoever asks for little is not turned away at the door
+            small = [ask(batcher, model, [i]) for i in (2, 3, 4)]
+            await until(lambda: batcher.waiting_rows == 103)
+        await asyncio.gather(large, *small)
+        assert model.batches[1] == [2, 3, 4]
+
+
+@with_a_loop
+async def test_small_requests_have_a_bound_too_and_keep_no_large_one_out():
+    model = Doubler()
+    async with batching(max_queue=0.1, rate=1000.0) as batcher:
+        async with busy(batcher, model):
+            small = [ask(batcher, model, [5]) for _ in range(12)]
+            await until(lambda: batcher.waiting_rows == 12)
+            assert (await refused(ask(batcher, model, [6]))).status == 429
+            large = ask(batcher, model, [7] * 100)
+            await until(lambda: batcher.waiting_rows == 112)
+        await asyncio.gather(large, *small)
+
+
+@with_a_loop
+async def test_a_large_request_has_a_turn_at_last_whatever_else_there_is():
+    model = Doubler()
+    async with batching(max_queue=0.1, rate=1000.0) as batcher:
+        async with busy(batcher, model):
+            large = ask(batcher, model, [1] * 100)
+            await until(lambda: batcher.waiting_rows == 100)
+            await asyncio.sleep(0.55)
+            small = ask(batcher, model, [2])
+            await until(lambda: batcher.waiting_rows == 101)
+        await asyncio.gather(large, small)
+        assert model.batches[1:3] == [[1] * 8, [2]]
+
+
+@with_a_loop
+async def test_without_lanes_all_wait_their_turn():
+    model = Doubler()
+    async with batching(max_queue=0.1, rate=1000.0, lanes=False) as batcher:
+        async with busy(batcher, model):
+            large = ask(batcher, model, [1] * 16)
+            await until(lambda: batcher.waiting_rows == 16)
+            assert (await refused(ask(batcher, model, [2]))).status == 429
+        await large
 
 
 @with_a_loop

@@ -308,9 +308,9 @@ def test_ctrl_c_while_measuring_is_130_and_keeps_whole_rounds(kdexport, finished
     ]
     command = [sys.executable, "-m", "kdexport", "bench", str(finished), *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
-    while not list(tmp_path.glob("out/rounds-*/0.json")):
+    while not list(tmp_path.glob("out/.kdexport-bench/rounds-*/0.json")):
         time.sleep(0.01)
-    (first,) = tmp_path.glob("out/rounds-*/0.json")
+    (first,) = tmp_path.glob("out/.kdexport-bench/rounds-*/0.json")
     before = json.loads(first.read_bytes())
     process.send_signal(signal.SIGINT)
     _, log = process.communicate()
@@ -322,6 +322,6 @@ def test_ctrl_c_while_measuring_is_130_and_keeps_whole_rounds(kdexport, finished
     assert "round 1 was measured before" in again.stderr
     name = next(name for name in before if not name.endswith(" again"))
     assert np.allclose(read_rounds(tmp_path / "out", name)[0] * 1e3, before[name]["total_us"], rtol=1e-5)
-    assert not list(tmp_path.glob("out/rounds-*"))
+    assert not list(tmp_path.glob("out/.kdexport-bench"))
     other = kdexport("bench", finished, *flags, "--threads", "2")  # another question gets no old answer
     assert "was measured before" not in other.stderr

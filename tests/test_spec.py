@@ -205,11 +205,11 @@ def test_numbers_are_whole_and_below_a_million(text):
     ],
     ids=" ".join,
 )
-def test_a_flag_that_is_no_finite_number_is_an_error_of_the_user(arguments, tmp_path, monkeypatch, capsys):
+def test_a_flag_that_is_no_finite_number_is_an_error_of_the_user(arguments, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["kdexport", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "finite number" in capsys.readouterr().err
+    assert "finite number" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -70,7 +70,8 @@ def numbers(text: str, flag: str, least: int = 1) -> list[int]:
         found = []
     if not found or not least <= min(found) <= max(found) <= _MOST:
         raise SpecError(
-            f"{flag} {text[:_SHOWN]!r} can't be read", f"Write whole numbers from {least} on, like 1,4, at most {_MOST:,}"
+            f"{flag} {text[:_SHOWN]!r} can't be read",
+            f"Write whole numbers from {least} on, like 1,4; at most {_MOST}",
         )
     return found
 

@@ -18,6 +18,7 @@ import msgspec
 
 from kdexport import __version__
 from kdexport.generation import Piece
+from kdexport.predictor import allowed_cores
 from kdexport.serve import huggingface, oip, openai, openapi, page, tei, tgi
 from kdexport.serve.accesslog import AccessLog
 from kdexport.serve.batching import Batcher
@@ -37,9 +38,9 @@ from kdexport.serve.http import (
     Stream,
     answer,
     event,
-    off_loop,
     refusal,
 )
+from kdexport.serve.large import Turns, off_loop
 from kdexport.serve.metrics import Metrics
 from kdexport.serve.models import Models, Version
 from kdexport.serve.settings import Settings
@@ -66,6 +67,7 @@ class App:
         self.log = AccessLog(settings.access_log, on_dropped=self.metrics.log_dropped.inc)
         self.hosts: Hosts | None = None  # of the port that is listened on; None where another server listens
         self.tracer = Tracer(settings.tracing)
+        self.turns = Turns(max(4, 2 * (settings.threads or allowed_cores())))
         self.batcher: Batcher | None = None
         self.writing: Batcher | None = None
         self.loaded = self.draining = self.closing = False
@@ -116,7 +118,7 @@ class App:
         if scope["type"] != "http":
             raise RuntimeError(f"an ASGI {scope['type']} is not spoken here")
         began = time.monotonic()
-        request = Request(scope, receive)
+        request = Request(scope, receive, self.turns)
         fault, begun = "", False
         response: Response | Stream
         self.running += 1
@@ -135,6 +137,7 @@ class App:
             response = refusal(Refused(500, "the server could not answer this; its log says why"))
         finally:
             self.running -= 1
+            request.end()
         seconds = time.monotonic() - began
         self.metrics.request(request, response.status, seconds)
         self.log.request(request, response.status, seconds, fault)
@@ -208,6 +211,7 @@ class App:
 
     async def _written(self, request: Request, version: Version, query: Any, protocol: ModuleType) -> Response | Stream:
         """What a language model writes, at once or as it comes; until the first token a failure has its own status."""
+        request.end()  # writing takes long, and no memory
         if query.stream:
             events = self._events(request, version, query, protocol)
             return Stream(await anext(events), events)
@@ -300,7 +304,8 @@ class App:
         self, version: Version, parse: Callable[[bytes], Any], body: bytes
     ) -> tuple[Any, list[Any], list[int]]:
         query = parse(body)
-        return query, *oip.check_rows(version, query.rows, self.settings.max_rows, self.settings.max_chars, 422)
+        rows, costs = oip.check_rows(version, query.rows, self.settings.max_rows, self.settings.max_chars, 422)
+        return query._replace(rows=rows), rows, costs
 
     async def run(
         self,

@@ -3,6 +3,9 @@
 A request is taken in whole or refused. Its rows wait in queues by model and length, so that a batch holds rows
 of similar length. A thread that has nothing to do takes the oldest row and whatever of its queue fits beside it,
 without waiting for more: under load the queues fill while batches run, so batches grow by themselves.
+
+Requests that take long stand in a lane of their own, with a bound of their own. Between any two of their batches the
+others go first, so a few large requests, or a flood of them, delay a small one by a batch, and never shut it out.
 """
 
 from __future__ import annotations
@@ -20,6 +23,10 @@ from kdexport.serve.http import FULL, ClientGone, Refused
 # How much the newest batch says about the rate; a hundred batches are some tens of milliseconds.
 _NEWEST = 0.02
 _FIRST_S = 0.5  # how long the first guess weighs as much as what is found
+# A request is large that takes this share of the time that work may wait.
+_LARGE = 0.25
+# A large request that waits so long has a turn whatever else there is.
+_PATIENCE_S = 0.5
 
 
 class Model(Protocol):
@@ -60,6 +67,29 @@ class Ticket:
 Item = tuple[Ticket, int, Any, int]  # whose, which of its rows, the row, its cost in tokens
 
 
+class _Lane:
+    """Rows that wait, by model and length: all are bounded together."""
+
+    def __init__(self) -> None:
+        self.queues: dict[tuple[Model, int], deque[Item]] = {}
+        self.tokens = self.rows = 0
+        self.served = 0.0  # when a batch was last taken
+
+    def put(self, key: tuple[Model, int], item: Item) -> None:
+        queue = self.queues.get(key)
+        if queue is None:
+            queue = self.queues[key] = deque()
+        queue.append(item)
+        self.tokens += item[3]
+        self.rows += 1
+
+    def since(self, key: tuple[Model, int]) -> float:
+        return self.queues[key][0][0].arrived
+
+    def oldest(self) -> tuple[Model, int]:
+        return min(self.queues, key=self.since)
+
+
 class Batcher:
     """N threads over shared queues.
 
@@ -71,6 +101,7 @@ class Batcher:
         rate: tokens a second that all threads together are thought to do; learnt while running.
         on_batch: told (rows, tokens, seconds) of every batch, on the loop.
         on_death: told when a thread ends by an error that is ours, on the loop; nothing runs any more then.
+        lanes: whether large requests stand apart; else all wait their turn.
     """
 
     def __init__(
@@ -83,6 +114,7 @@ class Batcher:
         rate: float,
         on_batch: Callable[[int, int, float], None] = lambda *_: None,
         on_death: Callable[[BaseException], None] = lambda _: None,
+        lanes: bool = True,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._threads, self._max_batch_tokens = threads, max_batch_tokens
@@ -91,13 +123,12 @@ class Batcher:
         self._done, self._took = _FIRST_S * rate, _FIRST_S
         self._last = time.monotonic()
         self._on_batch, self._on_death = on_batch, on_death
-        self._queues: dict[tuple[Model, int], deque[Item]] = {}
+        self._small, self._large = _Lane(), _Lane()
+        self._lanes = lanes
         self._lock = threading.Lock()
         # Threads that have nothing to do, each behind a lock that it waits for. The last to rest is the first to be
         # woken: its caches are warm, and under a light load the others sleep on.
         self._resting: list[Any] = []
-        self.waiting_tokens = 0
-        self.waiting_rows = 0
         self._usual = 0.0  # tokens of a row; by whole requests, a few large ones would shut out the small
         self._closed = False
         self._consumers = [
@@ -129,6 +160,8 @@ class Batcher:
     def _submit(self, model: Model, rows: Sequence[Any], costs: Sequence[int], gone: Callable[[], bool]) -> Ticket:
         ticket = Ticket(self._loop.create_future(), len(rows), gone, time.monotonic())
         tokens = sum(costs)
+        large = self._lanes and tokens / self.rate > _LARGE * self._max_queue
+        lane = self._large if large else self._small
         # All that may fail is done before the first row is queued: a request is taken in whole or not at all.
         items = [
             ((model, model.bucket(cost)), (ticket, i, row, cost))
@@ -138,17 +171,12 @@ class Batcher:
             if self._closed:
                 raise Refused(503, "the server is ending")
             # What waits is bounded, not what comes: a request larger than the bound runs when nothing waits.
-            if self.waiting_tokens and (self.waiting_tokens + tokens) / self.rate > self._max_queue:
-                raise Refused(429, FULL, [(b"retry-after", b"%d" % self._retry_after())])
-            if rows:  # only those that are taken in: a flood of large rows that are refused shuts out nobody
+            if lane.tokens and (lane.tokens + tokens) / self.rate > self._max_queue:
+                raise Refused(429, FULL, [(b"retry-after", b"%d" % self._retry_after(lane))])
+            if rows and not large:
                 self._usual += _NEWEST * (tokens / len(rows) - self._usual)
             for key, item in items:
-                queue = self._queues.get(key)
-                if queue is None:
-                    queue = self._queues[key] = deque()
-                queue.append(item)
-            self.waiting_tokens += tokens
-            self.waiting_rows += len(rows)
+                lane.put(key, item)
             self._wake(len(rows))
         return ticket
 
@@ -159,11 +187,22 @@ class Batcher:
 
     def full(self) -> int:
         """0 while there is room for a row of the usual size; else after how many seconds there should be."""
-        wait = (self.waiting_tokens + self._usual) / self.rate
-        return self._retry_after() if self.waiting_tokens and wait > self._max_queue else 0
+        lane = self._small
+        wait = (lane.tokens + self._usual) / self.rate
+        return self._retry_after(lane) if lane.tokens and wait > self._max_queue else 0
 
-    def _retry_after(self) -> int:
-        return max(1, math.ceil(self.waiting_tokens / self.rate))
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens that wait."""
+        return self._small.tokens + self._large.tokens
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that wait."""
+        return self._small.rows + self._large.rows
+
+    def _retry_after(self, lane: _Lane) -> int:
+        return max(1, math.ceil(lane.tokens / self.rate))
 
     async def close(self) -> None:
         """Finish what waits, then end the threads."""
@@ -192,12 +231,13 @@ class Batcher:
         """The oldest row and what fits beside it; None when closed and empty."""
         while True:
             with self._lock:
-                wait = self._pause()
+                lane = self._next()
+                wait = self._pause(lane)
                 if wait == 0:
-                    if batch := self._batch():
+                    if batch := self._batch(lane):
                         return batch
                     continue
-                if self._closed and not self._queues:
+                if self._closed and not lane.queues:
                     return None
                 self._resting.append(bell)
             if not bell.acquire(timeout=wait):
@@ -207,26 +247,34 @@ class Batcher:
                     else:  # it was rung just now
                         bell.acquire()
 
-    def _pause(self) -> float:
-        """How long to rest before there is a batch to take: 0 now, -1 until woken."""
-        if not self._queues:
-            return -1
-        if not self._max_wait or self._closed or any(len(q) >= self._most(*key) for key, q in self._queues.items()):
-            return 0
-        return max(0.0, self._since(min(self._queues, key=self._since)) + self._max_wait - time.monotonic())
+    def _next(self) -> _Lane:
+        """The lane whose turn it is: small requests go first, unless a large one waits for too long."""
+        small, large = self._small, self._large
+        if not large.queues:
+            return small
+        patient = time.monotonic() - max(large.since(large.oldest()), large.served) <= _PATIENCE_S
+        return small if small.queues and patient else large
 
-    def _batch(self) -> tuple[Model, list[Item]] | None:
+    def _pause(self, lane: _Lane) -> float:
+        """How long to rest before there is a batch to take: 0 now, -1 until woken."""
+        if not lane.queues:
+            return -1
+        if not self._max_wait or self._closed or any(len(q) >= self._most(*key) for key, q in lane.queues.items()):
+            return 0
+        return max(0.0, lane.since(lane.oldest()) + self._max_wait - time.monotonic())
+
+    def _batch(self, lane: _Lane) -> tuple[Model, list[Item]] | None:
         """Take the oldest row's batch out of its queue; None when nobody waits for any of it."""
-        key = min(self._queues, key=self._since)
-        if self._max_wait and not self._closed and self._since(key) + self._max_wait > time.monotonic():
+        key = lane.oldest()
+        if self._max_wait and not self._closed and lane.since(key) + self._max_wait > time.monotonic():
             # The oldest may wait for more; what is full need not wait for it.
-            key = min((k for k, queue in self._queues.items() if len(queue) >= self._most(*k)), key=self._since)
-        model, queue, most = key[0], self._queues[key], self._most(*key)
+            key = min((k for k, queue in lane.queues.items() if len(queue) >= self._most(*k)), key=lane.since)
+        model, queue, most = key[0], lane.queues[key], self._most(*key)
         batch: list[Item] = []
         while queue and len(batch) < most:
             item = queue.popleft()
-            self.waiting_tokens -= item[3]
-            self.waiting_rows -= 1
+            lane.tokens -= item[3]
+            lane.rows -= 1
             # Rows whose request was answered (by its deadline) or whose client has gone cost nothing more.
             if item[0].future.done():
                 continue
@@ -235,11 +283,9 @@ class Batcher:
                 continue
             batch.append(item)
         if not queue:
-            del self._queues[key]
+            del lane.queues[key]
+        lane.served = time.monotonic()
         return (model, batch) if batch else None
-
-    def _since(self, key: tuple[Model, int]) -> float:
-        return self._queues[key][0][0].arrived
 
     def _most(self, model: Model, bucket: int) -> int:
         return max(1, min(model.most(bucket), self._max_batch_tokens // bucket))
@@ -291,9 +337,9 @@ class Batcher:
         """Nothing that waits would ever run: say so to all, then to the owner."""
         with self._lock:
             self._closed = True
-            tickets = {item[0] for queue in self._queues.values() for item in queue}
-            self._queues.clear()
-            self.waiting_rows = self.waiting_tokens = 0
+            lanes = self._small, self._large
+            tickets = {item[0] for lane in lanes for queue in lane.queues.values() for item in queue}
+            self._small, self._large = _Lane(), _Lane()
             self._wake(self._threads)
         for ticket in tickets:
             if not ticket.future.done():

@@ -21,7 +21,8 @@ from kdexport import __version__
 from kdexport.errors import MissingPackage
 from kdexport.serve import oip
 from kdexport.serve.app import App
-from kdexport.serve.http import Keys, Refused, Request, encode, off_loop
+from kdexport.serve.http import SMALL, Keys, Refused, Request, encode
+from kdexport.serve.large import Turns, off_loop
 from kdexport.serve.models import Version
 from kdexport.serve.tensors import raw_array, raw_texts
 
@@ -139,7 +140,7 @@ class _Service:
     async def _call(self, method: _Method, data: bytes, context: Any) -> bytes:
         """One call: in the spans, the metrics and the log, and with a status for whatever goes wrong."""
         app, began = self._app, time.monotonic()
-        request = _request(method.path, context)
+        request = _request(method.path, context, app.turns)
         fault, code = "", 200
         app.running += 1
         try:
@@ -156,6 +157,7 @@ class _Service:
             refused = Refused(500, "the server could not answer this; its log says why")
         finally:
             app.running -= 1
+            request.end()
             seconds = time.monotonic() - began
             app.metrics.request(request, code, seconds)
             app.log.request(request, code, seconds, fault)
@@ -168,6 +170,8 @@ class _Service:
             raise Refused(503, "the server is going down", [(b"retry-after", b"1")])
         if method.keyed:
             self._keys.check(request)
+        if len(data) > SMALL:
+            await request.take_turn(len(data), self._app.settings.timeout)
         try:
             message = method.read(data)
         except DecodeError:
@@ -228,7 +232,7 @@ class _Service:
         return _MESSAGES["ServerMetadataResponse"](name="kdexport", version=__version__, extensions=["classification"])
 
 
-def _request(path: str, context: Any) -> Request:
+def _request(path: str, context: Any, turns: Turns) -> Request:
     """A call as the keys, the tracer and the log know requests."""
     headers = [
         (name.encode(), value.encode() if isinstance(value, str) else value)
@@ -236,7 +240,8 @@ def _request(path: str, context: Any) -> Request:
     ]
     address = unquote(context.peer()).partition(":")[2]  # ipv4:127.0.0.1:5000, ipv6:[::1]:5000, unix:…
     client = (address.rpartition(":")[0].strip("[]"), 0)
-    request = Request({"type": "grpc", "method": "POST", "path": path, "headers": headers, "client": client}, _no_body)
+    scope = {"type": "grpc", "method": "POST", "path": path, "headers": headers, "client": client}
+    request = Request(scope, _no_body, turns)
     request.protocol = "grpc"
     return request
 

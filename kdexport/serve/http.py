@@ -8,17 +8,19 @@ import hmac
 import time
 import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from kdexport.serve.settings import Settings
 
+if TYPE_CHECKING:
+    from kdexport.serve.large import Turns
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
-Found = TypeVar("Found")
 
 JSON = (b"content-type", b"application/json")
 # Proxies that gather answers before they pass them on let these through as they come.
@@ -29,9 +31,8 @@ FULL = "too much work is waiting"  # of every 429, whoever says it
 encode = msgspec.json.Encoder().encode
 _MAX_MESSAGE = 1000
 _HEAD = {b"host", b"content-length", b"content-encoding", b"origin", b"transfer-encoding"}
-# Bytes that are read or written within a millisecond or so: a thread would only make them later.
-_SMALL = 64 * 1024
-_MAX_ANSWER = 16 * 1024 * 1024
+# Bytes of a body from which on a request is large: it takes turns with others, see `large`.
+SMALL = 64 * 1024
 
 
 class Refused(Exception):
@@ -77,32 +78,17 @@ def refusal(refused: Refused) -> Response:
     return Response(encode({"error": refused.message[:_MAX_MESSAGE]}), refused.status, [JSON, *refused.headers])
 
 
-async def off_loop(size: int, work: Callable[..., Found], *arguments: Any) -> Found:
-    """Call a function that reads or writes so many bytes; on a thread if they are many, so that others are answered."""
-    return await asyncio.to_thread(work, *arguments) if size > _SMALL else work(*arguments)
-
-
-def check_answer(size: int, advice: str) -> int:
-    """Return the estimated bytes of an answer.
-
-    Raises:
-        Refused: they are too many (413).
-    """
-    if size > _MAX_ANSWER:
-        raise Refused(413, f"the answer would have {size >> 20} MiB, of {_MAX_ANSWER >> 20} at most: {advice}")
-    return size
-
-
 class Request:
     """One HTTP request; what its handler finds out is kept for the log and the metrics."""
 
     __slots__ = (
-        "_encoding", "_length", "_receive", "first_s", "host", "method", "model", "origin", "path", "protocol",
-        "queued_s", "rows", "run_s", "scope", "tokens",
+        "_encoding", "_held", "_length", "_receive", "_turn", "_turns", "first_s", "host", "method", "model", "origin",
+        "path", "protocol", "queued_s", "rows", "run_s", "scope", "tokens",
     )  # fmt: skip
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
-        self.scope, self._receive = scope, receive
+    def __init__(self, scope: Scope, receive: Receive, turns: Turns | None = None) -> None:
+        self.scope, self._receive, self._turns = scope, receive, turns
+        self._held, self._turn = 0, False
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.model, self.protocol, self.rows = "", "", 0
@@ -152,7 +138,7 @@ class Request:
 
         Raises:
             Refused: it is larger than `max_body` (413), slower than `read_timeout` (408), in an unknown or broken
-                encoding (415, 400).
+                encoding (415, 400), or too many large ones are under way (429).
             ClientGone: the connection closed before its end.
         """
         limit = settings.max_body
@@ -167,13 +153,44 @@ class Request:
                 total += len(message["body"])
                 if total > limit:
                     raise _too_large(limit)
+                self._hold(total)
                 parts.append(message["body"])
             body = b"".join(parts)
         else:
             body = message.get("body", b"")
         if len(body) > limit:
             raise _too_large(limit)
-        return body if self._encoding in (b"", b"identity") else _inflate(body, self._encoding, limit)
+        if len(body) > SMALL:
+            await self.take_turn(len(body), settings.timeout)
+        if self._encoding in (b"", b"identity"):
+            return body
+        stream = _Inflating(body, self._encoding, limit)
+        if not stream.small():
+            await self.take_turn(SMALL, settings.timeout)
+            await asyncio.to_thread(stream.rest)
+        return stream.data
+
+    async def take_turn(self, size: int, timeout: float) -> None:
+        """Wait until a large request is worked on; it holds its turn until `end`.
+
+        Raises:
+            Refused: too many others wait (429).
+        """
+        self._hold(size)
+        if self._turns and not self._turn:
+            await self._turns.take(timeout)
+            self._turn = True
+
+    def end(self) -> None:
+        """Give back what a large request held, if anything."""
+        if self._turns and (self._held or self._turn):
+            self._turns.end(self._held, self._turn)
+            self._held, self._turn = 0, False
+
+    def _hold(self, size: int) -> None:
+        if self._turns and size > SMALL and size > self._held:
+            self._turns.hold(size - self._held)
+            self._held = size
 
     async def _read(self, timeout: float) -> MutableMapping[str, Any]:
         if not self._whole():
@@ -198,20 +215,38 @@ def _too_large(limit: int) -> Refused:
     return Refused(413, f"the body has more than {limit:,} bytes")
 
 
-def _inflate(body: bytes, encoding: bytes, limit: int) -> bytes:
+class _Inflating:
     """Gzip or deflate, never further than the limit: 50 kB of gzip can hold 50 MB."""
-    if encoding not in (b"gzip", b"deflate"):
-        raise Refused(415, "content-encoding may be gzip, deflate or identity")
-    stream = zlib.decompressobj(wbits=47)  # either header
-    try:
-        data = stream.decompress(body, limit + 1)
-    except zlib.error:
-        raise Refused(400, "the body is not what its content-encoding says") from None
-    if len(data) > limit:
-        raise _too_large(limit)
-    if not stream.eof or stream.unused_data:
-        raise Refused(400, "the compressed body ends too early, or too late")
-    return data
+
+    def __init__(self, body: bytes, encoding: bytes, limit: int) -> None:
+        if encoding not in (b"gzip", b"deflate"):
+            raise Refused(415, "content-encoding may be gzip, deflate or identity")
+        self._stream, self._limit = zlib.decompressobj(wbits=47), limit  # either header
+        self._body, self.data = body, b""
+
+    def small(self) -> bool:
+        """Inflate the first 64 KiB, and say whether that is all."""
+        self._read(self._body, min(SMALL, self._limit) + 1)
+        if len(self.data) <= SMALL:
+            self._check()
+        return len(self.data) <= SMALL
+
+    def rest(self) -> None:
+        """Inflate what is left."""
+        self._read(self._stream.unconsumed_tail, self._limit + 1 - len(self.data))
+        self._check()
+
+    def _read(self, body: bytes, most: int) -> None:
+        try:
+            self.data += self._stream.decompress(body, most) if most > 0 else b""
+        except zlib.error:
+            raise Refused(400, "the body is not what its content-encoding says") from None
+
+    def _check(self) -> None:
+        if len(self.data) > self._limit:
+            raise _too_large(self._limit)
+        if not self._stream.eof or self._stream.unused_data:
+            raise Refused(400, "the compressed body ends too early, or too late")
 
 
 class Keys:

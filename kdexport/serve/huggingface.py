@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from kdexport.serve.http import Refused, check_answer, encode
+from kdexport.serve.http import Refused, encode
+from kdexport.serve.large import check_answer
 from kdexport.serve.models import Result, Version
-from kdexport.tasks.token_classification import TokenClassification
 
 Function = Literal["softmax", "sigmoid", "none"]
 # A whole number; 2.0 is one, too, to JSON Schema and to languages that have one kind of number.
@@ -131,7 +131,7 @@ class TagRequest(msgspec.Struct, frozen=True):
 
 
 class TagQuery(NamedTuple):
-    """A request, understood; `texts` as they came in, `rows` with their words apart."""
+    """A request, understood; `texts` as they came in, `rows` with their words apart once they were checked."""
 
     rows: list[dict[str, Any]]
     texts: list[str]
@@ -152,8 +152,7 @@ def parse_tags(body: bytes) -> TagQuery:
     _no_writing(asked.stream)
     single = isinstance(asked.inputs, str)
     texts = [asked.inputs] if single else asked.inputs
-    rows = [TokenClassification.ready({"text": text}) for text in texts]
-    return TagQuery(rows, texts, asked.parameters or TagParameters(), single)
+    return TagQuery([{"text": text} for text in texts], texts, asked.parameters or TagParameters(), single)
 
 
 def render_tags(version: Version, query: TagQuery, results: Sequence[Result]) -> bytes:

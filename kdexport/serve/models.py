@@ -31,7 +31,7 @@ _WORTH_IT = 0.95
 # … unless it is over so soon that nobody waits: then what every batch costs beside its run is shared by more rows.
 _SHORT_S = 0.002
 _TUNING_S = 0.05
-# Usual rows that a picture or a recording may cost to share a batch.
+# Rows of the largest usual length that another row may cost to share a batch with them.
 _ALIKE = 8
 
 
@@ -113,13 +113,14 @@ class Version:
     def bucket(self, cost: int) -> int:
         """The smallest of the task's lengths that holds so many tokens.
 
-        Pictures and sound that take far longer than usual run alone: others would wait for them, and their own
-        deadlines are looked at between batches.
+        Rows that take far longer than usual run alone: others would wait for them, and their own deadlines are looked
+        at between batches.
         """
         for length in self._lengths:
             if cost <= length:
                 return length
-        return self._lengths[-1] if isinstance(self.task, Texts) or cost <= _ALIKE else _ALIKE
+        most = self._lengths[-1] * _ALIKE
+        return self._lengths[-1] if cost <= most else most
 
     def most(self, bucket: int) -> int:
         """Rows of a batch, as warm-up found them to pay."""

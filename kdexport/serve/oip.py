@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 
 from kdexport.generation import Sampling
-from kdexport.serve.http import Refused, Request, Response, answer, check_answer, encode
+from kdexport.serve.http import Refused, Request, Response, answer, encode
+from kdexport.serve.large import check_answer
 from kdexport.serve.models import Version
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
 from kdexport.serve.writing import Writer, job_of
@@ -324,7 +325,7 @@ def _text_rows(
     if pairs is not None and len(pairs) != len(texts):
         raise Refused(400, "text and text_pair must be equally many")
     rows = [{"text": text} if pairs is None else {"text": text, "text_pair": pairs[i]} for i, text in enumerate(texts)]
-    return check_rows(version, [version.task.ready(row) for row in rows], max_rows, max_chars)
+    return check_rows(version, rows, max_rows, max_chars)
 
 
 def check_rows(
@@ -336,4 +337,5 @@ def check_rows(
     for row in rows:
         if any(isinstance(text, str) and len(text) > max_chars for text in row.values()):
             raise Refused(413, f"a text may have {max_chars:,} characters")
+    rows = [version.task.ready(row) for row in rows]
     return rows, [version.cost(row) for row in rows]

@@ -296,6 +296,7 @@ def start_threads(app: App, versions: list[Version], on_death: Callable[[BaseExc
         max_queue=settings.max_writing_queue,
         rate=threads * min((version.writer.rate for version in versions if version.writer), default=1.0),
         on_death=on_death,
+        lanes=False,
     )
 
 

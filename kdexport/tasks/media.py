@@ -180,9 +180,8 @@ class Media(Comparable):
         value = row[cls.reads]
         return str(row["id"]) if _PART.fullmatch(str(value)) else Path(str(value)).name
 
-    @staticmethod
-    def ready(row: dict[str, Any]) -> dict[str, Any]:
-        """A row as the task reads it."""
+    def ready(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row as the task reads it."""
         return row
 
     @classmethod

@@ -94,8 +94,7 @@ class Texts(Comparable):
         """What a row is called in reports: its texts."""
         return " ‖ ".join(filter(None, (row["text"], row.get("text_pair"))))
 
-    @staticmethod
-    def row(given: object) -> dict[str, Any]:
+    def row(self, given: object) -> dict[str, Any]:
         """The row of what a caller wants answered: a text, or a pair of texts.
 
         Raises:
@@ -112,9 +111,8 @@ class Texts(Comparable):
         clean = (part and part.encode("utf-8", "replace").decode("utf-8") for part in (first, second))
         return dict(zip(("text", "text_pair"), clean, strict=True))
 
-    @staticmethod
-    def ready(row: dict[str, Any]) -> dict[str, Any]:
-        """A row of plain text as the task reads it."""
+    def ready(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row of plain text as the task reads it."""
         return row
 
     def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -81,9 +82,9 @@ def entities(tags: Sequence[str]) -> list[Entity]:
     return found
 
 
-def words_in(text: str) -> list[str]:
-    """A text's words; punctuation marks are words of their own."""
-    return _WORD.findall(text)
+def words_in(text: str, most: int | None = None) -> list[str]:
+    """Return a text's words, or the first ones; punctuation marks are words of their own."""
+    return [found[0] for found in islice(_WORD.finditer(text), most)]
 
 
 class TokenClassification(Texts):
@@ -132,24 +133,22 @@ class TokenClassification(Texts):
             before = tag
         return None
 
-    @staticmethod
-    def row(given: object) -> dict[str, Any]:
+    def row(self, given: object) -> dict[str, Any]:
         """The row of a text, or of a list of its words.
 
         Raises:
             DataError: it is something else, or a word is empty or has a space in it.
         """
         if not isinstance(given, list):
-            return TokenClassification.ready(Texts.row(given))
+            return self.ready(super().row(given))
         row = TokenClassification.canonical({"text": given})
         if isinstance(row, str):
             raise DataError(row)
         return row
 
-    @staticmethod
-    def ready(row: dict[str, Any]) -> dict[str, Any]:
-        """Separate the words of a plain text by single spaces; there may be none."""
-        return row | {"text": " ".join(words_in(row["text"]))}
+    def ready(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Separate the words of a plain text that may be read by single spaces; there may be none."""
+        return row | {"text": " ".join(words_in(row["text"], self.config.max_length))}
 
     @staticmethod
     def labels_of(row: Row) -> set[str]:

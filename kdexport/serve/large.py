@@ -1,0 +1,83 @@
+"""Large requests take turns: they take memory to read and time to understand, and others wait for neither."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
+
+from kdexport.serve.http import FULL, SMALL, Refused
+
+_MAX_ANSWER = 16 * 1024 * 1024
+# Bodies above `SMALL` that are being read, wait for a turn or have one.
+_MOST_BYTES = 64 * 1024 * 1024
+_MOST_WAITING = 16
+
+# One thread: several would take the interpreter's lock from the event loop again and again.
+_THREAD = ThreadPoolExecutor(1, thread_name_prefix="large")
+Found = TypeVar("Found")
+
+
+class Turns:
+    """The large requests under way: so many at once, a few that wait, and a bound on the bytes of their bodies."""
+
+    def __init__(self, at_once: int) -> None:
+        self._free = asyncio.Semaphore(at_once)
+        self._bytes = self._waiting = 0
+
+    def hold(self, size: int) -> None:
+        """Count bytes of a body.
+
+        Raises:
+            Refused: there are too many already (429).
+        """
+        if self._bytes + size > _MOST_BYTES:
+            raise _full()
+        self._bytes += size
+
+    async def take(self, timeout: float) -> None:
+        """Wait for a turn.
+
+        Raises:
+            Refused: too many others wait, or it took too long (429).
+        """
+        if self._free.locked() and self._waiting >= _MOST_WAITING:
+            raise _full()
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(timeout):
+                await self._free.acquire()
+        except TimeoutError:
+            raise _full() from None
+        finally:
+            self._waiting -= 1
+
+    def end(self, size: int, turn: bool) -> None:
+        """Give back what a request held."""
+        self._bytes -= size
+        if turn:
+            self._free.release()
+
+
+async def off_loop(size: int, work: Callable[..., Found], *arguments: Any) -> Found:
+    """Call a function that reads or writes so many bytes; on a thread if they are many, so that others are answered."""
+    if size <= SMALL:
+        return work(*arguments)
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, partial(work, *arguments))
+
+
+def check_answer(size: int, advice: str) -> int:
+    """Return the estimated bytes of an answer.
+
+    Raises:
+        Refused: they are too many (413).
+    """
+    if size > _MAX_ANSWER:
+        raise Refused(413, f"the answer would have {size >> 20} MiB, of {_MAX_ANSWER >> 20} at most: {advice}")
+    return size
+
+
+def _full() -> Refused:
+    return Refused(429, FULL, [(b"retry-after", b"1")])
