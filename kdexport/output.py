@@ -105,12 +105,16 @@ class Output:
         self._lock.close()
 
     def work(self, name: str) -> Path:
-        """Return where to make what will be called `name`: beside it, so that relative paths stay right.
-
-        Raises:
-            RunError: something that is not ours stands there.
-        """
+        """Return where to make what will be called `name`: beside it, so that relative paths stay right."""
         return self.folder / f"{PRIVATE}-{name}"
+
+    def begin(self, work: Path, name: str, content: str) -> None:
+        """Make a work folder anew with one file in it; a kill at any moment leaves none, the old or the new one."""
+        new = self._private / "work"
+        _remove(new)
+        new.mkdir()
+        write_bytes(new / name, content.encode())
+        _swap(new, work, self._private / _OLD)
 
     def check(self, *names: str) -> None:
         """See that what stands under these names may be replaced, or moved aside.

@@ -9,7 +9,6 @@ one stage wrote is known to the next by content, never by time.
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import msgspec
 
 from kdexport.errors import RunError
-from kdexport.files import digest, disk_errors, hash_file, hash_files, write_json, write_text
+from kdexport.files import digest, disk_errors, hash_file, hash_files, write_json
 from kdexport.output import PRIVATE, Output
 from kdexport.progress import say
 
@@ -103,11 +102,9 @@ class Run(Output):
         started = time.monotonic()
         with disk_errors(self.folder):
             if not (work / _KEY_FILE).exists() or (work / _KEY_FILE).read_text() != key:
-                if work.exists() and any(work.iterdir()) and not _begun(work):
+                if work.exists() and not _begun(work):
                     raise RunError(f"{work} was not written by kdexport", "Move it elsewhere")
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir()
-                write_text(work / _KEY_FILE, key)
+                self.begin(work, _KEY_FILE, key)
             build(work)
             record = StageRecord(name, key, inputs, _outputs(work), round(time.monotonic() - started, 3))
             write_json(work / _STAGE_FILE, record)
