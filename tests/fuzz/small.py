@@ -1,9 +1,13 @@
-"""Artifacts that are made in a moment, for fuzzing: real tokenizer and graphs, weights that mean nothing."""
+"""Small artifacts that are made in a moment (real tokenizer, weights that mean nothing), and a server of them."""
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +17,10 @@ from kdexport import artifact
 from kdexport.data import demo
 from kdexport.files import write_json
 from kdexport.predictor import golden_answers
+from kdexport.serve.app import App
+from kdexport.serve.models import Models
+from kdexport.serve.run import start_threads
+from kdexport.serve.settings import Settings
 from kdexport.tasks import load_task
 from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig
 
@@ -78,3 +86,43 @@ def _graph(config: TaskConfig) -> onnx.ModelProto:
 
 def _node(kind: str, given: str, made: str, **attributes: int) -> onnx.NodeProto:
     return helper.make_node(kind, [given], [made], **attributes)
+
+
+class Server:
+    """The application with four small models, asked without a socket."""
+
+    def __init__(self) -> None:
+        home = tempfile.TemporaryDirectory(prefix="kdexport-fuzz-")
+        atexit.register(home.cleanup)
+        named = {name: (pack(config, Path(home.name) / name), None) for name, config in configs().items()}
+        self.loop = asyncio.new_event_loop()
+        models = Models(named, 8, 2048)
+        self.app = App(models, Settings(access_log="off", threads=1))
+        self.loop.run_until_complete(self._start(models, list(named)))
+
+    async def _start(self, models: Models, names: list[str]) -> None:
+        versions = [models.load(name) for name in names]
+        start_threads(self.app, versions, lambda error: print("a thread died", error))
+        self.app.loaded = True
+
+    def post(self, path: str, body: bytes, *headers: tuple[bytes, bytes]) -> int:
+        """Ask, and return the status; the server may refuse, and must not fail."""
+        status = self.loop.run_until_complete(self._post(path, body, headers))
+        assert status < 500 or status in (503, 504), status
+        return status
+
+    async def _post(self, path: str, body: bytes, headers: tuple[tuple[bytes, bytes], ...]) -> int:
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": path, "headers": [(b"host", b"127.0.0.1"), *headers],
+            "http_version": "1.1", "client": ("127.0.0.1", 1), "query_string": b"",
+        }  # fmt: skip
+        await self.app(scope, receive, send)
+        return int(sent[0]["status"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import io
 import json
@@ -25,10 +24,7 @@ with atheris.instrument_imports(include=["kdexport"]):
     from kdexport.cli.options import parse_sets
     from kdexport.errors import ArtifactError, DataError, SpecError
     from kdexport.onnx_wire import has_external_data
-    from kdexport.serve.app import App
     from kdexport.serve.models import Models
-    from kdexport.serve.run import start_threads
-    from kdexport.serve.settings import Settings
     from kdexport.tasks import TASKS
     from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig
 
@@ -120,52 +116,13 @@ def _recordings() -> Iterator[bytes]:
 # --- requests
 
 
-class Server:
-    """The application with four small models, asked without a socket."""
-
-    def __init__(self) -> None:
-        home = tempfile.TemporaryDirectory(prefix="kdexport-fuzz-")
-        atexit.register(home.cleanup)
-        named = {name: (small.pack(config, Path(home.name) / name), None) for name, config in small.configs().items()}
-        self.loop = asyncio.new_event_loop()
-        models = Models(named, 8, 2048)
-        self.app = App(models, Settings(access_log="off", threads=1))
-        self.loop.run_until_complete(self._start(models, list(named)))
-
-    async def _start(self, models: Models, names: list[str]) -> None:
-        versions = [models.load(name) for name in names]
-        start_threads(self.app, versions, lambda error: print("a thread died", error))
-        self.app.loaded = True
-
-    def post(self, path: str, body: bytes, *headers: tuple[bytes, bytes]) -> None:
-        """Ask; the server may refuse, and must not fail."""
-        status = self.loop.run_until_complete(self._post(path, body, headers))
-        assert status < 500 or status in (503, 504), status
-
-    async def _post(self, path: str, body: bytes, headers: tuple[tuple[bytes, bytes], ...]) -> int:
-        sent: list[Any] = []
-
-        async def receive() -> dict[str, Any]:
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = {
-            "type": "http", "method": "POST", "path": path, "headers": [(b"host", b"127.0.0.1"), *headers],
-            "http_version": "1.1", "client": ("127.0.0.1", 1), "query_string": b"",
-        }  # fmt: skip
-        await self.app(scope, receive, send)
-        return int(sent[0]["status"])
-
-
 _PATHS = ["/", "/predict", "/models/tags", "/models/image", "/models/audio", "/v1/completions", "/invocations"]
 _INFER = [f"/v2/models/{name}/infer" for name in ("text", "tags", "image", "audio")]
 
 
 def bodies() -> Target:
     """The first byte chooses the path, the rest is the body; its highest bit says that it is gzipped."""
-    server = Server()
+    server = small.Server()
 
     def run(data: bytes) -> None:
         first, body = (data[:1] or b"\0")[0], data[1:]
@@ -177,7 +134,7 @@ def bodies() -> Target:
 
 def tensors() -> Target:
     """Two bytes say how long the JSON is, the third which model is asked; raw tensors follow the JSON."""
-    server = Server()
+    server = small.Server()
 
     def run(data: bytes) -> None:
         length, which, body = int.from_bytes(data[:2], "big"), (data[2:3] or b"\0")[0], data[3:]

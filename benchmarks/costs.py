@@ -1,0 +1,90 @@
+"""What one request may cost at most, per task: `python benchmarks/costs.py` prints the table of SECURITY.md.
+
+Each request goes through the whole application, in a process of its own: peak memory above what was there before, and
+CPU seconds of all threads.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path.insert(0, str(TESTS))
+
+SETUP = f"""
+import io, gzip, json, struct, sys
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "fuzz")!r}]
+import numpy as np, small
+from PIL import Image
+server = small.Server()
+server.post("/", b'{{"inputs": "a text"}}')
+def picture(size, kind, mode, **how):
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, kind, **how)
+    return file.getvalue()
+def sound(rate, size):
+    head = struct.pack("<HHIIHH", 1, 1, rate, 0, 0, 16)
+    return b"RIFF\\0\\0\\0\\0WAVEfmt " + struct.pack("<I", 16) + head + b"data\\xff\\xff\\xff\\x7f" + bytes(size)
+picture((8, 8), "PNG", "RGB")
+PICTURES = "/models/image"
+"""
+WORK = "status = server.post(path, body, *headers); result = [status, len(body)]"
+LANGUAGE_MODEL = """
+import json, sys
+from kdexport.data import demo
+from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks.config import TaskConfig
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(str(demo.teacher() / "tokenizer.json"))
+task = CausalLM(TaskConfig(task="causal-lm", labels=[], inputs=["input_ids"], max_length=1024, kept=1), tokenizer)
+task.prompt("a text", 16)
+"""
+# Task, what is asked, Python that sets path and body (of JSON: content), for a server of the default limits.
+REQUESTS = [
+    ("text-classification", "19 × 99 kB of “(”", 'path, content = "/", {"inputs": ["(" * 99_000] * 19}'),
+    ("", "19 × 99 kB of spaces, “(” last", 'path, content = "/", {"inputs": [" " * 98_000 + "(" * 1_000] * 19}'),
+    ("", "256 × 7.4 kB of words", 'path, content = "/", {"inputs": ["word " * 1_480] * 256}'),
+    ("pairs", "9 × 2 × 99 kB of “(”",
+     'path, content = "/", {"inputs": [{"text": "(" * 99_000, "text_pair": "(" * 99_000}] * 9}'),
+    ("", "95 × 2 × 9.9 kB of “(”",
+     'path, content = "/", {"inputs": [{"text": "(" * 9_900, "text_pair": "(" * 9_901}] * 95}'),
+    ("token-classification", "19 × 99 kB of words, all answered",
+     'path, content = "/models/tags", {"inputs": ["a " * 49_500] * 19, '
+     '"parameters": {"aggregation_strategy": "none", "ignore_labels": []}}'),
+    ("", "256 × 7.4 kB of “(”", 'path, content = "/models/tags", {"inputs": ["(" * 7_400] * 256}'),
+    ("image-classification", "PNG, 45 million pixels", 'path, body = PICTURES, picture((6_700, 6_700), "PNG", "RGB")'),
+    ("", "WebP, 12 million pixels", 'path, body = PICTURES, picture((3_480, 3_480), "WEBP", "RGB", lossless=True)'),
+    ("", "GIF, 38 million pixels", 'path, body = PICTURES, picture((6_160, 6_160), "GIF", "L")'),
+    ("", "JPEG, 78 million pixels", 'path, body = PICTURES, picture((8_800, 8_800), "JPEG", "RGB")'),
+    ("", "WebP, 49 million pixels (refused)",
+     'path, body = PICTURES, picture((7_000, 7_000), "WEBP", "L", lossless=True)'),
+    ("audio-classification", "2 MB at 384 kHz", 'path, body = "/models/audio", sound(384_000, 2_000_000)'),
+    ("", "2 MB at 101 Hz (refused)", 'path, body = "/models/audio", sound(101, 2_000_000)'),
+]  # fmt: skip
+
+
+def main() -> None:
+    """Measure and print."""
+    from limits import cost_of
+
+    print("| task | one request | bytes on the wire | status | memory | CPU |")
+    print("|---|---|--:|--:|--:|--:|")
+    for task, what, code in REQUESTS:
+        for packed in (False, True) if "content" in code else (False,):
+            more = "body = json.dumps(content).encode()" if "content" in code else ""
+            more += "; headers = []"
+            more += "; body, headers = gzip.compress(body), [(b'content-encoding', b'gzip')]" if packed else ""
+            cost = cost_of(f"{SETUP}\n{code}\n{more.lstrip('; ')}", WORK, timeout=120)
+            status, size = cost.result
+            name = f"{what}, gzipped" if packed else what
+            print(f"| {task} | {name} | {size:,} | {status} | {cost.mb:.0f} MB | {cost.seconds:.2f} s |", flush=True)
+            task = ""
+    cost = cost_of(LANGUAGE_MODEL, 'result = len(task.prompt(" " * 98_000 + "(" * 1_000, 16))')
+    print(
+        f"| causal-lm, the prompt alone | 99 kB of spaces, “(” last | 99,000 | – | {cost.mb:.0f} MB | {cost.seconds:.2f} s |"
+    )
+
+
+if __name__ == "__main__":
+    main()
