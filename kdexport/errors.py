@@ -3,6 +3,7 @@
     KdexportError               one line for the user, exit code 2
     ├── SpecError               a key, flag or value of the spec
     ├── DataError               a file, row or label
+    │   └── TooLarge            a picture or recording that would cost too much
     ├── ModelError              a teacher or student that cannot be used as it is
     ├── VerificationError       an exported file that does not do what its source does
     ├── ArtifactError           an artifact folder that is incomplete or was changed
@@ -28,6 +29,10 @@ class SpecError(KdexportError):
 
 class DataError(KdexportError):
     """A data file, row or label is wrong."""
+
+
+class TooLarge(DataError):
+    """A picture or a recording would cost too much to read."""
 
 
 class ModelError(KdexportError):

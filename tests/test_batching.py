@@ -204,7 +204,7 @@ async def test_a_large_request_has_a_turn_at_last_whatever_else_there_is():
         async with busy(batcher, model):
             large = ask(batcher, model, [1] * 100)
             await until(lambda: batcher.waiting_rows == 100)
-            await asyncio.sleep(0.55)
+            await asyncio.sleep(0.25)
             small = ask(batcher, model, [2])
             await until(lambda: batcher.waiting_rows == 101)
         await asyncio.gather(large, small)

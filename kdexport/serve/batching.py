@@ -23,10 +23,10 @@ from kdexport.serve.http import FULL, ClientGone, Refused
 # How much the newest batch says about the rate; a hundred batches are some tens of milliseconds.
 _NEWEST = 0.02
 _FIRST_S = 0.5  # how long the first guess weighs as much as what is found
-# A request is large that takes this share of the time that work may wait.
+# A request is large that takes more than a batch, or this share of the time that work may wait.
 _LARGE = 0.25
-# A large request that waits so long has a turn whatever else there is.
-_PATIENCE_S = 0.5
+# While there are small ones, a large request has a turn as often as this.
+_PATIENCE_S = 0.2
 
 
 class Model(Protocol):
@@ -160,7 +160,7 @@ class Batcher:
     def _submit(self, model: Model, rows: Sequence[Any], costs: Sequence[int], gone: Callable[[], bool]) -> Ticket:
         ticket = Ticket(self._loop.create_future(), len(rows), gone, time.monotonic())
         tokens = sum(costs)
-        large = self._lanes and tokens / self.rate > _LARGE * self._max_queue
+        large = self._lanes and tokens > min(self._max_batch_tokens, _LARGE * self._max_queue * self.rate)
         lane = self._large if large else self._small
         # All that may fail is done before the first row is queued: a request is taken in whole or not at all.
         items = [

@@ -11,6 +11,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from kdexport.serve.http import FULL, Headers, Send, encode
 
 _MAX_HEAD = 32 * 1024
+# Refusals of what costs much before it is refused, or may do so; by how much each one more delays the next, at most.
+_COSTLY, _LATER_S, _LATEST_S = (413, 429), 0.01, 0.25
 # Requests of one connection that wait for the one before: each is small, but what they become is not.
 _MAX_PIPELINED = 32
 _BODY = encode({"error": FULL})
@@ -48,6 +50,8 @@ class Connection(HttpToolsProtocol):
         self._begun = False  # whether some of a head has come, and not all
         self._beside = 0  # bytes that came since something was whole: of a head, of trailers, of a chunk's extensions
         self._refusing = 0  # while a request is being refused: Retry-After, in seconds
+        self._refusals = 0  # one after the other, for being too large or too many
+        self._later: TimerHandle | None = None  # while the next request is not read yet
         self._unread: TimerHandle | None = None  # since more was written than the client reads
         self._answered: RequestResponseCycle | None = None  # the request that is being answered
         self._timer: TimerHandle | None = self.loop.call_later(self.read_timeout, self._too_slow)
@@ -56,7 +60,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more will come."""
-        for timer in filter(None, (self._timer, self._unread)):
+        for timer in filter(None, (self._timer, self._unread, self._later)):
             timer.cancel()
         # uvicorn tells the newest request alone; the one that is being answered stands before all in the pipeline.
         if self._answered is not None and not self._answered.response_complete:
@@ -158,6 +162,20 @@ class Connection(HttpToolsProtocol):
             self._unread = None
             self.flow.resume_reading()
 
+    def answered(self, status: int) -> None:
+        """Read later and later from a client whose requests are refused one after the other as too large or too many.
+
+        A flood of them ebbs by itself; whoever heeds a refusal notices nothing.
+        """
+        self._refusals = self._refusals + 1 if status in _COSTLY else 0
+        if self._refusals > 1 and not self.transport.is_closing():
+            self.flow.pause_reading()
+            self._later = self.loop.call_later(min(_LATEST_S, _LATER_S * self._refusals), self._read_on)
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
+
     def _is_idle(self) -> bool:
         """Whether no answer is owed."""
         return (self.cycle is None or self.cycle.response_complete) and not self._refusing
@@ -194,6 +212,7 @@ class Connection(HttpToolsProtocol):
         self.transport.write(_FULL % (seconds, close))
         if keep_alive:
             self._await_next()
+            self.answered(429)
         else:
             self.transport.close()
 
@@ -250,6 +269,9 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
     if not cycle.keep_alive:
         cycle.transport.close()
     cycle.on_response()
+    connection = getattr(cycle.on_response, "__self__", None)
+    if isinstance(connection, Connection):
+        connection.answered(status)
 
 
 def limited(**attributes: Any) -> type[Connection]:

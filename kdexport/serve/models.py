@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdexport import artifact
-from kdexport.errors import ArtifactError, DataError, SpecError
+from kdexport.errors import ArtifactError, DataError, SpecError, TooLarge
 from kdexport.files import hash_file
 from kdexport.predictor import Predictor, golden_difference
 from kdexport.serve.http import Refused
@@ -98,7 +98,7 @@ class Version:
         """A text's tokens; of a picture or a recording, how many usual rows could run in the time that it takes.
 
         Raises:
-            Refused: its header shows that it can't be read, or would cost too much (422).
+            Refused: its header shows that it can't be read (422), or would cost too much (413).
         """
         if isinstance(self.task, Texts):
             return self.task.cost(row)
@@ -108,7 +108,8 @@ class Version:
             raise self._unread(error) from None
 
     def _unread(self, error: DataError) -> Refused:
-        return Refused(422, f"the {self.task.reads} can't be read: {error}")
+        status = 413 if isinstance(error, TooLarge) else 422
+        return Refused(status, f"the {self.task.reads} can't be read: {error}")
 
     def bucket(self, cost: int) -> int:
         """The smallest of the task's lengths that holds so many tokens.

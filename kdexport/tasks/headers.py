@@ -10,7 +10,7 @@ import re
 import struct
 from typing import NamedTuple
 
-from kdexport.errors import DataError
+from kdexport.errors import DataError, TooLarge
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # Bytes that decoding a picture may take, all copies together.
@@ -72,7 +72,7 @@ def check(header: Header) -> Header:
     width, height = header.width, header.height
     if max(width, height) > _LONGEST_SIDE or header.bytes > MOST_BYTES:
         millions = MOST_BYTES / header.per_pixel / 1e6
-        raise DataError(
+        raise TooLarge(
             f"it has {width} × {height} pixels; at most {millions:.1f} million of such a file are read, "
             f"and {_LONGEST_SIDE:,} a side"
         )
@@ -106,7 +106,7 @@ def _jpeg_parts(content: bytes) -> tuple[list[bytes], bytes, int]:
             frame = content[start:at]
         if kind in (0xE0, 0xEE) or not 0xE0 <= kind <= 0xFE:
             kept.append(content[start:at])
-    raise DataError("it is a JPEG of too many parts")
+    raise TooLarge("it is a JPEG of too many parts")
 
 
 def _jpeg(content: bytes) -> Header:
@@ -136,7 +136,7 @@ def _png_parts(content: bytes) -> bytes:
             kept.append(content[at : at + 12 + length])
         at += 12 + length
     else:
-        raise DataError("it is a PNG of too many parts")
+        raise TooLarge("it is a PNG of too many parts")
     return b"".join(kept)
 
 
@@ -175,7 +175,7 @@ def _tiff_tags(content: bytes) -> tuple[dict[int, tuple[int, int]], int, int]:
     entries: int = struct.unpack_from(order + ("Q" if big else "H"), content, at)[0]
     at += 8 if big else 2
     if entries > _MOST_PARTS:
-        raise DataError(f"it is a TIFF of {entries:,} tags")
+        raise TooLarge(f"it is a TIFF of {entries:,} tags")
     tags, total = dict[int, tuple[int, int]](), 0
     for _ in range(entries):
         tag, kind, count = struct.unpack_from(order + entry, content, at)
@@ -186,7 +186,7 @@ def _tiff_tags(content: bytes) -> tuple[dict[int, tuple[int, int]], int, int]:
         total += count * _TIFF_SIZES.get(kind, 0)
         tags.setdefault(tag, (count, value))
     if total > len(content) or any(tags.get(tag, (0, 0))[0] > _MOST_STRIPS for tag in (273, 324)):
-        raise DataError("it is a TIFF of too many parts")
+        raise TooLarge("it is a TIFF of too many parts")
     return tags, at, pointer
 
 
@@ -200,7 +200,7 @@ def _ppm(content: bytes) -> Header:
         raise ValueError("no size")
     plain = found[1] in (b"1", b"2", b"3")
     if plain and content.count(b"#") > _MOST_PARTS:
-        raise DataError("it is a PPM of too many comments")
+        raise TooLarge("it is a PPM of too many comments")
     fast = found[1] in (b"4", b"f", b"0CMYK") or found[4] in (b"255", b"65535")
     return Header(int(found[2]), int(found[3]), 8 if fast and not plain else _IN_PYTHON)
 

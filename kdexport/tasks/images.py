@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kdexport.errors import DataError, MissingPackage, ModelError
+from kdexport.errors import DataError, MissingPackage, ModelError, TooLarge
 from kdexport.tasks.config import ImageConfig, Row
 from kdexport.tasks.headers import FORMATS, MOST_BYTES, check, read_header, trimmed
 from kdexport.tasks.media import DECODING, Media, bytes_of, inline
@@ -171,7 +171,7 @@ def array_of(image: Any, how: ImageConfig, scale: tuple[Array, Array]) -> Array:
         height, width = _resized(image.height, image.width, how.resize)
         # Pillow resizes the rows first, so there is a picture of the new width and the old height in between
         if 4 * (image.width * image.height + width * (image.height + height)) > MOST_BYTES:
-            raise DataError(f"it has {image.width} × {image.height} pixels, too long and thin to be resized")
+            raise TooLarge(f"it has {image.width} × {image.height} pixels, too long and thin to be resized")
         if (width, height) != image.size:
             image = image.resize((width, height), how.resample)
     if how.crop:

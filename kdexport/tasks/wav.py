@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdexport.errors import DataError
+from kdexport.errors import DataError, TooLarge
 from kdexport.tasks.metrics import Array
 
 # Longer ones are most often whole recordings that were never cut.
@@ -92,9 +92,9 @@ def read_header(content: bytes, seconds: float = math.inf) -> Header:
     if not frames:
         raise DataError("it holds no sound")
     if frames > _LONGEST_S * rate:
-        raise DataError(f"it lasts {frames / rate:,.0f} s; at most {_LONGEST_S} are read", "Cut it")
+        raise TooLarge(f"it lasts {frames / rate:,.0f} s; at most {_LONGEST_S} are read", "Cut it")
     if rate > _MOST_HZ:
-        raise DataError(f"it has {rate:,} samples a second; at most {_MOST_HZ:,} are read", "Resample it")
+        raise TooLarge(f"it has {rate:,} samples a second; at most {_MOST_HZ:,} are read", "Resample it")
     return Header(kind, channels, rate, bits, at, int(min(frames, math.ceil(min(seconds, _LONGEST_S) * rate))))
 
 
