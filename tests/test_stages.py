@@ -123,6 +123,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+def test_a_file_that_finds_no_room_is_named_and_nothing_is_left_of_it(small_disk):
+    for new in (False, True):
+        with pytest.raises(OSError, match=r"No space left on device: .*spec\.yaml"):
+            write_bytes(small_disk / "spec.yaml", b"0" * 1_000_000, new=new)
+    assert list(small_disk.iterdir()) == []
+
+
 def test_a_full_disk_is_one_line_and_keeps_what_was_finished(small_disk):
     with Run(small_disk / "run") as run:
         run.stage("one", version=1, settings=None, reads=[], build=build([]))
