@@ -248,6 +248,9 @@ def model_file(folder: Path, variant: str | None = None) -> Path:
         _check_regular(folder / name, _MOST_MODEL if name == chosen.file else _MOST_OTHER)
     for name, sha256 in sums.items():
         _check(folder / name, sha256)
+    for name in ("tokenizer.json", GOLDEN):
+        if name not in sums and (folder / name).exists():
+            raise ArtifactError(f"{folder / name} is not in the manifest, so nobody checked it", _AGAIN)
     _check_labels(folder, manifest)
     file = folder / chosen.file
     try:

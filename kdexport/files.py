@@ -102,7 +102,7 @@ class disk_errors:
             return
         # safetensors, torch and onnxruntime each raise a class of their own for ENOSPC.
         full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
-            "No space left" in str(error) or shutil.disk_usage(_existing(self.folder)).free < 2**16
+            "No space left" in str(error) or _is_full(self.folder)
         )
         if full:
             raise RunError(
@@ -111,5 +111,7 @@ class disk_errors:
             ) from error
 
 
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+def _is_full(folder: Path) -> bool:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    usage = shutil.disk_usage(there)
+    return usage.total > 0 and usage.free < 2**16  # /proc and its kind have no size

@@ -57,8 +57,9 @@ class Record(msgspec.Struct, forbid_unknown_fields=True):
 
 def read_record(folder: Path) -> Record | None:
     """Return the record of a folder that kdexport wrote; None of any other folder."""
+    file = folder / PRIVATE / _RECORD
     try:
-        return msgspec.json.decode((folder / PRIVATE / _RECORD).read_bytes(), type=Record)
+        return msgspec.json.decode(file.read_bytes(), type=Record) if file.is_file() else None  # a pipe may have no end
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
 
@@ -81,19 +82,19 @@ class Output:
         try:
             record = read_record(folder)
             if record and record.by != by and not adds:
-                raise RunError(f"{folder} holds what kdexport {record.by} wrote", "Name another with --out")
+                raise RunError(f"{folder} holds what kdexport {record.by} wrote", "Name another folder")
             if not record and not (_is_fresh(folder) or ((adds or move_aside) and not self._private.exists())):
                 raise RunError(
                     f"{folder} is not empty, and kdexport {by} did not write it",
-                    "Name another with --out, or pass --move-aside to rename what is in the way",
+                    "Name another folder, or pass --move-aside to rename what is in the way",
                 )
             self._private.mkdir(parents=True, exist_ok=True)
             self._lock = (self._private / _LOCK).open("a")
         except OSError as error:
-            raise RunError(f"{folder} can't be used: {error.strerror}", "Name another folder with --out") from None
+            raise RunError(f"{folder} can't be used: {error.strerror}", "Name another folder") from None
         if not _locked(self._lock):
             self._lock.close()
-            raise RunError(f"{folder} is in use by another kdexport", "Wait for it, or name another with --out")
+            raise RunError(f"{folder} is in use by another kdexport", "Wait for it, or name another folder")
         self._record = read_record(folder) or Record(by, {})
         _remove(self._private / _OLD)
         write_json(self._private / _RECORD, self._record)
@@ -125,9 +126,12 @@ class Output:
         for name in names:
             self._stands_in_the_way(name)
 
+    def _stranger(self, place: Path) -> str | None:
+        return self._record.stranger(self.folder, place)
+
     def _stands_in_the_way(self, name: str) -> bool:
         place = self.folder / name
-        found = self._record.stranger(self.folder, place)
+        found = self._stranger(place)
         if found and not self._move_aside:
             raise RunError(f"{found}, and {place} is to be replaced", _FIX)
         return found is not None
@@ -173,7 +177,13 @@ class Output:
 
 
 def move_aside(place: Path) -> None:
-    """Rename what stands at a place to `NAME.old-1`, or the next number that is free."""
+    """Rename what stands at a place to `NAME.old-1`, or the next number that is free.
+
+    Raises:
+        RunError: it is the current folder, or holds it.
+    """
+    if Path.cwd().is_relative_to(place.resolve()):
+        raise RunError(f"{place} is the current folder, which can't be moved aside", "Name another folder")
     names = (f"{place.name}.old-{n}" for n in itertools.count(1))
     aside = next(path for path in map(place.with_name, names) if not os.path.lexists(path))
     place.rename(aside)
@@ -255,7 +265,11 @@ def _stranger(place: Path, mine: Iterable[str] | None) -> str | None:
     record = read_record(place) or Record("export", {})
     if not place.is_dir():
         return record.stranger(place.parent, place)
-    names = {path.name for path in place.iterdir()} - ({PRIVATE} if record.files else set())
+    names = {path.name for path in place.iterdir()}
+    if record.files:
+        names -= {PRIVATE}
+        if others := [path for path in entries(place / PRIVATE) if path.name != _RECORD and path.suffix != TEMPORARY]:
+            return f"{others[0]} was not written by kdexport"
     names &= names if mine is None else {*mine}
     return next(filter(None, (record.stranger(place, place / name) for name in sorted(names))), None)
 

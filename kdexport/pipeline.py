@@ -48,9 +48,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     teachers.check(settings)
     files = local_files(settings.data)
     sources = [*files, *teachers.files(settings), *local(*names)]
-    with Run(out, sources, move_aside=move_aside) as folder, disk_errors(out):
-        folder.write("spec.yaml", spec.dump(settings).encode())
-
+    with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):
         # 1. Rows: read, checked, split, audited.
         data = folder.stage(
             "data",
@@ -115,6 +113,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
             reads=[student, export, verified, bench],
             build=lambda work: _pack(stages, report, choice, work),
         )
+        folder.write_settings()
         write_reports(report, folder)
         say(f"artifact: {packed}")
         return report

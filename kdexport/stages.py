@@ -8,6 +8,7 @@ one stage wrote is known to the next by content, never by time.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from typing import Any
 import msgspec
 
 from kdexport.errors import RunError
-from kdexport.files import digest, disk_errors, hash_file, hash_files, write_json
+from kdexport.files import digest, disk_errors, entries, hash_file, hash_files, write_json
 from kdexport.output import PRIVATE, Output
 from kdexport.progress import say
 
@@ -49,6 +50,7 @@ class Run(Output):
     Args:
         folder: made when it is absent.
         sources: files and folders that the run reads.
+        settings: of `spec.yaml`, which is written once a stage may be built.
         move_aside: rename what is not ours and stands in the way, rather than refuse.
 
     Raises:
@@ -56,15 +58,17 @@ class Run(Output):
             the run writes.
     """
 
-    def __init__(self, folder: Path, sources: Iterable[Path] = (), *, move_aside: bool = False) -> None:
+    def __init__(
+        self, folder: Path, sources: Iterable[Path] = (), settings: str = "", *, move_aside: bool = False
+    ) -> None:
         home = folder.resolve()
         for source in sources:
             within = source.resolve().relative_to(home).parts if source.resolve().is_relative_to(home) else ()
             if within and (_STAGES.fullmatch(within[0]) or within[0] in _FILES or within[0].startswith(PRIVATE)):
-                raise RunError(f"{source} lies where the run writes", "Name another folder with --out, or move it")
+                raise RunError(f"{source} lies where the run writes", "Move it, or name another folder with --out")
         super().__init__(folder, "run", move_aside=move_aside)
         self.check(*_FILES)
-        self._looked_ahead, self._done = False, set[str]()
+        self._settings, self._looked_ahead, self._done = settings, False, set[str]()
 
     def stage(
         self,
@@ -112,6 +116,16 @@ class Run(Output):
         say(f"{name}: {record.seconds:.1f} s", style="dim")
         return folder
 
+    def _stranger(self, place: Path) -> str | None:
+        """As for any output; a stage of before there were such records is known by its own."""
+        found = super()._stranger(place)
+        if found and (place / _STAGE_FILE).is_file():
+            with contextlib.suppress(RunError):
+                names = {path.relative_to(place).as_posix() for path in entries(place)} - {_STAGE_FILE}
+                outputs = read_record(place).outputs
+                return None if names == outputs.keys() and _outputs(place) == outputs else found
+        return found
+
     def _finish(self, work: Path, name: str) -> None:
         (work / _KEY_FILE).unlink(missing_ok=True)
         self.replace(work, name)
@@ -123,7 +137,14 @@ class Run(Output):
         """
         there = () if self._looked_ahead else (path.name for path in self.folder.iterdir())
         self.check(name, *(one for one in there if _STAGES.fullmatch(one) and one not in self._done))
-        self._looked_ahead = True
+        if not self._looked_ahead:
+            self._looked_ahead = True
+            self.write_settings()
+
+    def write_settings(self) -> None:
+        """Write `spec.yaml`."""
+        if self._settings:
+            self.write("spec.yaml", self._settings.encode())
 
     def _content(self, path: Path) -> tuple[str, str]:
         """Name and hash: of one of this run's own stages from its record, of anything else from its bytes.

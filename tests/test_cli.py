@@ -60,6 +60,13 @@ def test_a_teacher_without_head_is_refused_with_the_flag_that_helps(kdexport, tm
     assert (tmp_path / "run" / "data" / "stage.json").exists()
 
 
+def test_predict_reads_bytes_that_are_no_utf8_as_what_they_may_stand_for(finished):
+    command = [sys.executable, "-m", "kdexport", "predict", str(finished)]
+    found = subprocess.run(command, input=b"\xff shares\n", capture_output=True)
+    assert found.returncode == 0, found.stderr
+    assert "shares" in found.stdout.decode("utf-8")
+
+
 def test_ctrl_c_is_130_and_says_that_nothing_is_lost(settings, tmp_path):
     command = [sys.executable, "-m", "kdexport", "run", *as_flags(settings), "--out", str(tmp_path / "run")]
     process = subprocess.Popen(

@@ -235,6 +235,41 @@ def test_a_killed_export_leaves_the_old_folder_or_the_new_and_the_next_one_clear
         assert [path.name for path in tmp_path.iterdir()] == ["dep"]
 
 
+def test_a_file_beside_our_record_is_not_ours(tmp_path):
+    place = tmp_path / "dep"
+    with making(place) as work:
+        publish(made_in(work, "one", "file"), place, work)
+    mine = plant(place / PRIVATE / "notes.txt")
+    with making(place) as work, pytest.raises(RunError, match=r"notes\.txt was not written by kdexport"):
+        publish(made_in(work, "two", "file"), place, work)
+    assert mine.read_bytes() == MINE
+
+
+def test_the_current_folder_is_not_moved_from_under_its_user(tmp_path, monkeypatch):
+    mine = plant(tmp_path / "home" / "notes.txt")
+    monkeypatch.chdir(tmp_path / "home")
+    with making(tmp_path / "home") as work, pytest.raises(RunError, match="is the current folder"):
+        publish(made_in(work, "one", "file"), tmp_path / "home", work, may_move=True)
+    assert mine.read_bytes() == MINE
+
+
+def test_a_stage_of_before_there_were_records_is_known_by_its_own(tmp_path):
+    def build(work: Path) -> None:
+        (work / "file").write_text("ours")
+
+    with Run(tmp_path / "run") as run:
+        one = run.stage("data", version=1, settings=None, reads=[], build=build)
+    shutil.rmtree(tmp_path / "run" / PRIVATE)
+    with Run(tmp_path / "run", move_aside=True) as run:
+        run.stage("data", version=2, settings=None, reads=[], build=build)
+    assert not list(tmp_path.rglob("*.old-1"))
+    shutil.rmtree(tmp_path / "run" / PRIVATE)
+    (one / "file").write_text("edited")
+    with Run(tmp_path / "run", move_aside=True) as run:
+        run.stage("data", version=3, settings=None, reads=[], build=build)
+    assert (tmp_path / "run/data.old-1/file").read_text() == "edited"
+
+
 # --- the commands, in a process of their own, with files of others in every place that they write to
 
 
@@ -251,7 +286,7 @@ def test_run_keeps_what_others_put_into_its_stages(kdexport, hands, settings):
     before = bytes_below(hands)
     flags = [*as_flags(settings | {"seed": 1}), "--out", hands]
     assert_refused(kdexport("run", *flags), "MINE.txt")
-    assert_kept(before, hands, "spec.yaml")
+    assert_kept(before, hands)
 
 
 def test_run_goes_on_beside_files_that_are_not_in_its_way(kdexport, hands, settings):
@@ -327,6 +362,7 @@ def test_report_and_compare_keep_an_edited_page(kdexport, copied, tmp_path):
     moved = kdexport("compare", copied, copied, "--no-measure", "--out", tmp_path / "c", "--move-aside")
     assert moved.returncode == 0, moved.stderr
     assert (tmp_path / "c" / "compare.md.old-1").read_bytes() == MINE
+    assert (tmp_path / "c" / "compare.html").stat().st_size > 1000  # of a run against itself: nothing changed
 
 
 @pytest.mark.parametrize("layout", ["kserve", "triton"])

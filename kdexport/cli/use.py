@@ -102,7 +102,9 @@ def _text_of(row: dict[str, Any], file: Path | None, reads: str) -> Any:
         raise SpecError(f"{file} has no column {reads!r}", f"Its columns: {', '.join(map(str, row))}")
     if reads != "text":
         return row[reads]
-    return (row["text"], row["text_pair"]) if row.get("text_pair") else row["text"]
+    # Bytes that are no UTF-8 come as lone surrogates, which JSON can't hold.
+    first, second = ((row.get(key) or "").encode("utf-8", "replace").decode() for key in ("text", "text_pair"))
+    return (first, second) if second else first
 
 
 def serve(

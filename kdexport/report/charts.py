@@ -80,6 +80,8 @@ class _Scale:
             room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
             self._low = low if low in axis.reach else low - room
             self._high = high if high in axis.reach else high + room
+            if self._high <= self._low:  # one value, and the axis reaches no further
+                self._low, self._high = low - room, high + room
 
     def __call__(self, value: float) -> float:
         if self.axis.log:
