@@ -45,7 +45,7 @@ REQUESTS = [
     ("text-classification", "19 × 99 kB of “(”", 'path, content = "/", {"inputs": ["(" * 99_000] * 19}'),
     ("", "19 × 99 kB of spaces, “(” last", 'path, content = "/", {"inputs": [" " * 98_000 + "(" * 1_000] * 19}'),
     ("", "256 × 7.4 kB of words", 'path, content = "/", {"inputs": ["word " * 1_480] * 256}'),
-    ("", "650,000 empty texts (refused)", 'path, content = "/", {"inputs": [""] * 650_000}'),
+    ("", "520,000 empty texts (refused)", 'path, content = "/", {"inputs": [""] * 520_000}'),
     ("pairs", "9 × 2 × 99 kB of “(”",
      'path, content = "/", {"inputs": [{"text": "(" * 99_000, "text_pair": "(" * 99_000}] * 9}'),
     ("", "95 × 2 × 9.9 kB of “(”",

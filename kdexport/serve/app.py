@@ -26,6 +26,7 @@ from kdexport.serve.connection import respond
 from kdexport.serve.hosts import Hosts
 from kdexport.serve.http import (
     EVENTS,
+    SMALL,
     ClientGone,
     Headers,
     Keys,
@@ -40,7 +41,7 @@ from kdexport.serve.http import (
     event,
     refusal,
 )
-from kdexport.serve.large import Turns, off_loop
+from kdexport.serve.large import Turns, check_answer, off_loop
 from kdexport.serve.metrics import Metrics
 from kdexport.serve.models import Models, Version
 from kdexport.serve.settings import Settings
@@ -137,7 +138,8 @@ class App:
             response = refusal(Refused(500, "the server could not answer this; its log says why"))
         finally:
             self.running -= 1
-            request.end()
+            if request.large:
+                request.end()
         seconds = time.monotonic() - began
         self.metrics.request(request, response.status, seconds)
         self.log.request(request, response.status, seconds, fault)
@@ -236,9 +238,16 @@ class App:
 
     async def _classified(self, request: Request, version: Version, body: bytes) -> Response:
         protocol = huggingface.TASKS[version.task.name]
-        query, rows, costs = await off_loop(len(body), self._understood, version, protocol.parse, body)
-        size = huggingface.answer_size(version, protocol.entries(version, query))
+        if len(body) <= SMALL:  # without a coroutine: this is most requests' way
+            query, rows, costs = self._understood(version, protocol.parse, body)
+        else:
+            query, rows, costs = await off_loop(len(body), self._understood, version, protocol.parse, body)
+        size = protocol.entries(version, query) * version.entry_bytes
+        if size > SMALL:
+            check_answer(size, huggingface.LESS)
         results = await self.run(request, version, rows, costs)
+        if size <= SMALL:
+            return Response(protocol.render(version, query, results))
         return Response(await off_loop(size, protocol.render, version, query, results))
 
     async def predict(self, request: Request) -> Response | Stream:
@@ -255,7 +264,7 @@ class App:
         if task.name != "text-classification":
             raise Refused(404, f"{version.name} is for {task.name}; POST / answers for it")
         query, rows, costs = await off_loop(len(body), self._understood, version, tei.parse, body)
-        size = huggingface.answer_size(version, len(rows) * len(task.labels))
+        size = check_answer(len(rows) * len(task.labels) * version.entry_bytes, "give fewer texts")
         if query.uncut and await asyncio.to_thread(lambda: any(map(task.is_cut, rows))):
             raise Refused(422, f"a text has more than {version.task.config.max_length} tokens, and truncate is false")
         results = await self.run(request, version, rows, costs)
@@ -305,7 +314,7 @@ class App:
     ) -> tuple[Any, list[Any], list[int]]:
         query = parse(body)
         rows, costs = oip.check_rows(version, query.rows, self.settings.max_rows, self.settings.max_chars, 422)
-        return query._replace(rows=rows), rows, costs
+        return query if rows is query.rows else query._replace(rows=rows), rows, costs
 
     async def run(
         self,

@@ -75,14 +75,6 @@ class _Lane:
         self.tokens = self.rows = 0
         self.served = 0.0  # when a batch was last taken
 
-    def put(self, key: tuple[Model, int], item: Item) -> None:
-        queue = self.queues.get(key)
-        if queue is None:
-            queue = self.queues[key] = deque()
-        queue.append(item)
-        self.tokens += item[3]
-        self.rows += 1
-
     def since(self, key: tuple[Model, int]) -> float:
         return self.queues[key][0][0].arrived
 
@@ -160,7 +152,8 @@ class Batcher:
     def _submit(self, model: Model, rows: Sequence[Any], costs: Sequence[int], gone: Callable[[], bool]) -> Ticket:
         ticket = Ticket(self._loop.create_future(), len(rows), gone, time.monotonic())
         tokens = sum(costs)
-        large = self._lanes and tokens > min(self._max_batch_tokens, _LARGE * self._max_queue * self.rate)
+        rate = self.rate
+        large = self._lanes and (tokens > self._max_batch_tokens or tokens > _LARGE * self._max_queue * rate)
         lane = self._large if large else self._small
         # All that may fail is done before the first row is queued: a request is taken in whole or not at all.
         items = [
@@ -171,12 +164,17 @@ class Batcher:
             if self._closed:
                 raise Refused(503, "the server is ending")
             # What waits is bounded, not what comes: a request larger than the bound runs when nothing waits.
-            if lane.tokens and (lane.tokens + tokens) / self.rate > self._max_queue:
+            if lane.tokens and (lane.tokens + tokens) / rate > self._max_queue:
                 raise Refused(429, FULL, [(b"retry-after", b"%d" % self._retry_after(lane))])
             if rows and not large:
                 self._usual += _NEWEST * (tokens / len(rows) - self._usual)
             for key, item in items:
-                lane.put(key, item)
+                queue = lane.queues.get(key)
+                if queue is None:
+                    queue = lane.queues[key] = deque()
+                queue.append(item)
+            lane.tokens += tokens
+            lane.rows += len(rows)
             self._wake(len(rows))
         return ticket
 
@@ -305,7 +303,7 @@ class Batcher:
     def _learn(self, tokens: int, started: float, ended: float) -> None:
         """How fast work drains, by the clock: threads also wait for the loop, and for a core that others share."""
         with self._lock:
-            if self.waiting_rows:
+            if self._small.rows or self._large.rows:
                 self._done += tokens - _NEWEST * self._done
                 self._took += max(ended - max(self._last, started), 0.0) - _NEWEST * self._took
             self._last = ended

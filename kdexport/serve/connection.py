@@ -50,7 +50,7 @@ class Connection(HttpToolsProtocol):
         self._begun = False  # whether some of a head has come, and not all
         self._beside = 0  # bytes that came since something was whole: of a head, of trailers, of a chunk's extensions
         self._refusing = 0  # while a request is being refused: Retry-After, in seconds
-        self._refusals = 0  # one after the other, for being too large or too many
+        self.refusals = 0  # one after the other, for being too large or too many
         self._later: TimerHandle | None = None  # while the next request is not read yet
         self._unread: TimerHandle | None = None  # since more was written than the client reads
         self._answered: RequestResponseCycle | None = None  # the request that is being answered
@@ -167,10 +167,10 @@ class Connection(HttpToolsProtocol):
 
         A flood of them ebbs by itself; whoever heeds a refusal notices nothing.
         """
-        self._refusals = self._refusals + 1 if status in _COSTLY else 0
-        if self._refusals > 1 and not self.transport.is_closing():
+        self.refusals = self.refusals + 1 if status in _COSTLY else 0
+        if self.refusals > 1 and not self.transport.is_closing():
             self.flow.pause_reading()
-            self._later = self.loop.call_later(min(_LATEST_S, _LATER_S * self._refusals), self._read_on)
+            self._later = self.loop.call_later(min(_LATEST_S, _LATER_S * self.refusals), self._read_on)
 
     def _read_on(self) -> None:
         if not self.transport.is_closing():
@@ -269,8 +269,8 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
     if not cycle.keep_alive:
         cycle.transport.close()
     cycle.on_response()
-    connection = getattr(cycle.on_response, "__self__", None)
-    if isinstance(connection, Connection):
+    connection = cycle.on_response.__self__  # type: ignore[attr-defined] # a bound method
+    if isinstance(connection, Connection) and (status in _COSTLY or connection.refusals):
         connection.answered(status)
 
 

@@ -29,6 +29,7 @@ class Hosts:
         self._allowed = {one.lower().removeprefix("[").removesuffix("]") for one in allowed}
         self._own = {"localhost", "127.0.0.1", "::1", address, name.lower()}
         self._checked = open and self.loopback and "*" not in self._allowed
+        self._usual: list[bytes] | None = None  # the last one that was right
         self._fault = lru_cache(256)(self._find_fault)
 
     def check(self, request: Request) -> None:
@@ -38,10 +39,14 @@ class Hosts:
             Refused: it comes from a foreign page or for a foreign host (403), or names no host or two (400).
         """
         hosts = request.host
+        if hosts == self._usual and request.origin is None:
+            return
         if len(hosts) != 1 and (hosts or request.scope["http_version"] == "1.1"):
             raise Refused(400, "a request has one Host header")
         if self._checked and (fault := self._fault(hosts[0] if hosts else None, request.origin)):
             raise Refused(403, fault)
+        if len(hosts) == 1:  # right by itself, without the page's origin
+            self._usual = hosts
 
     def _find_fault(self, host: bytes | None, origin: bytes | None) -> str:
         if host is not None and (name := _name(host)) not in self._own and name not in self._allowed:

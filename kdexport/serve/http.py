@@ -82,13 +82,13 @@ class Request:
     """One HTTP request; what its handler finds out is kept for the log and the metrics."""
 
     __slots__ = (
-        "_encoding", "_held", "_length", "_receive", "_turn", "_turns", "first_s", "host", "method", "model", "origin",
-        "path", "protocol", "queued_s", "rows", "run_s", "scope", "tokens",
+        "_encoding", "_held", "_length", "_receive", "_turn", "_turns", "first_s", "host", "large", "method", "model",
+        "origin", "path", "protocol", "queued_s", "rows", "run_s", "scope", "tokens",
     )  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive, turns: Turns | None = None) -> None:
         self.scope, self._receive, self._turns = scope, receive, turns
-        self._held, self._turn = 0, False
+        self._held, self._turn, self.large = 0, False, False
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.model, self.protocol, self.rows = "", "", 0
@@ -179,18 +179,18 @@ class Request:
         self._hold(size)
         if self._turns and not self._turn:
             await self._turns.take(timeout)
-            self._turn = True
+            self._turn = self.large = True
 
     def end(self) -> None:
         """Give back what a large request held, if anything."""
         if self._turns and (self._held or self._turn):
             self._turns.end(self._held, self._turn)
-            self._held, self._turn = 0, False
+            self._held, self._turn, self.large = 0, False, False
 
     def _hold(self, size: int) -> None:
         if self._turns and size > SMALL and size > self._held:
             self._turns.hold(size - self._held)
-            self._held = size
+            self._held, self.large = size, True
 
     async def _read(self, timeout: float) -> MutableMapping[str, Any]:
         if not self._whole():

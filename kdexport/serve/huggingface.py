@@ -18,7 +18,6 @@ import msgspec
 import numpy as np
 
 from kdexport.serve.http import Refused, encode
-from kdexport.serve.large import check_answer
 from kdexport.serve.models import Result, Version
 
 Function = Literal["softmax", "sigmoid", "none"]
@@ -74,6 +73,8 @@ class TaskProtocol(NamedTuple):
 _decode = msgspec.json.Decoder(ClassifyRequest).decode
 _decode_file = msgspec.json.Decoder(FileRequest).decode
 _DEFAULT = Parameters()
+# What helps against an answer that is too large.
+LESS = "give fewer rows, or top_k"
 
 
 def parse_texts(body: bytes) -> Query:
@@ -86,15 +87,6 @@ def parse_texts(body: bytes) -> Query:
     _no_writing(asked.stream)
     inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     return Query([_row(one) for one in inputs], asked.parameters or _DEFAULT)
-
-
-def answer_size(version: Version, entries: int) -> int:
-    """Estimate an answer's bytes from its labels with scores, or its words with their places.
-
-    Raises:
-        Refused: it would be too large (413).
-    """
-    return check_answer(entries * version.entry_bytes, "give fewer rows, or top_k")
 
 
 def count_labels(version: Version, query: Query) -> int:

@@ -337,5 +337,6 @@ def check_rows(
     for row in rows:
         if any(isinstance(text, str) and len(text) > max_chars for text in row.values()):
             raise Refused(413, f"a text may have {max_chars:,} characters")
-    rows = [version.task.ready(row) for row in rows]
+    if version.task.has_words:
+        rows = [version.task.ready(row) for row in rows]
     return rows, [version.cost(row) for row in rows]

@@ -15,7 +15,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -62,8 +61,6 @@ def serve(artifacts: list[str], settings: Settings) -> int:
     """
     # Batches already run side by side; a pool of threads inside each would only take turns with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A thread that understands a large request keeps the loop waiting for no longer than this; it is 5 ms elsewhere.
-    sys.setswitchinterval(0.001)
     models = Models(named_sources(artifacts), settings.max_batch, settings.max_batch_tokens)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file

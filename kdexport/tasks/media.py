@@ -128,6 +128,7 @@ class Media(Comparable):
 
     output: ClassVar = "logits"
     reads: ClassVar[str]
+    has_words: ClassVar = False
     at_once: ClassVar = 32
     config: TaskConfig
 

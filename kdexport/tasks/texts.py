@@ -39,6 +39,7 @@ class Texts(Comparable):
 
     output: ClassVar = "logits"
     reads: ClassVar = "text"
+    has_words: ClassVar = False  # whether `ready` separates them
     at_once: ClassVar = 32
 
     def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
@@ -52,6 +53,7 @@ class Texts(Comparable):
         self._finisher = Tokenizer(BPE())
         self._finisher.post_processor = tokenizer.post_processor or TemplateProcessing(pair="$A $B:1")
         self._finisher.enable_truncation(config.max_length)
+        self._short = config.max_length * CHARS_PER_TOKEN
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -239,6 +241,9 @@ class Texts(Comparable):
         A pair's sides are encoded apart: the tokenizer's own truncation keeps all that it cuts off, of pairs every
         part of one side with every part of the other, which is gigabytes for two texts of 10,000 characters.
         """
+        if len(rows) == 1 and not rows[0].get("text_pair") and len(rows[0]["text"]) <= self._short:
+            yield self._finisher.post_process(self._split([rows[0]["text"]], offsets)[0])
+            return
         for start in range(0, len(rows), _AT_ONCE):
             some = rows[start : start + _AT_ONCE]
             paired = [row for row in some if row.get("text_pair")]

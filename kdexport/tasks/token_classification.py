@@ -96,6 +96,7 @@ class TokenClassification(Texts):
     one_label: ClassVar[bool] = False
     label_loss: ClassVar = "ce"
     has_names: ClassVar[bool] = True
+    has_words: ClassVar = True
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("tokens", "words"),
         "label": ("tags", "ner_tags", "labels", "label"),
