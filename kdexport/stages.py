@@ -106,7 +106,7 @@ class Run(Output):
         started = time.monotonic()
         with disk_errors(self.folder):
             if not (work / _KEY_FILE).exists() or (work / _KEY_FILE).read_text() != key:
-                if work.exists() and not _begun(work):
+                if work.exists() and not any((work / ours).is_file() for ours in (_KEY_FILE, _STAGE_FILE)):
                     raise RunError(f"{work} was not written by kdexport", "Move it elsewhere")
                 self.begin(work, _KEY_FILE, key)
             build(work)
@@ -162,10 +162,6 @@ def read_record(folder: Path) -> StageRecord:
         return msgspec.json.decode((folder / _STAGE_FILE).read_bytes(), type=StageRecord)
     except (OSError, msgspec.DecodeError) as error:
         raise RunError(f"{folder} holds no finished stage ({error})", "Run kdexport run again") from None
-
-
-def _begun(work: Path) -> bool:
-    return (work / _KEY_FILE).is_file() or (work / _STAGE_FILE).is_file()
 
 
 def _outputs(folder: Path) -> dict[str, str]:

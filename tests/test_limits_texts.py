@@ -19,7 +19,8 @@ from kdexport.data import demo
 from kdexport.generation import _sure
 from kdexport.serve import oip
 from kdexport.serve.http import Refused
-from kdexport.serve.huggingface import answer_size
+from kdexport.serve.huggingface import LESS
+from kdexport.serve.large import check_answer
 from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.text_classification import TextClassification
@@ -233,9 +234,9 @@ def test_a_text_without_words_has_no_names():
 
 def test_an_answer_that_would_be_too_large_is_refused_before_there_is_work():
     version = type("Version", (), {"entry_bytes": 90, "writer": None, "task": task_of(CausalLM, word_pieces(), 512)})()
-    assert answer_size(version, 256 * 512) < 16 << 20
+    assert check_answer(256 * 512 * version.entry_bytes, LESS) < 16 << 20
     with pytest.raises(Refused, match="top_k") as refused:
-        answer_size(version, 256 * 5000)
+        check_answer(256 * 5000 * version.entry_bytes, LESS)
     assert refused.value.status == 413
     version.task = task_of(TokenClassification, word_pieces(), 512, labels=[str(i) for i in range(50)])
     query = oip.Query([None] * 256, [], [oip.RequestedOutput("scores")], False, None, None)

@@ -45,8 +45,7 @@ class Hosts:
             raise Refused(400, "a request has one Host header")
         if self._checked and (fault := self._fault(hosts[0] if hosts else None, request.origin)):
             raise Refused(403, fault)
-        if len(hosts) == 1:  # right by itself, without the page's origin
-            self._usual = hosts
+        self._usual = hosts if len(hosts) == 1 else None  # right by itself, without the page's origin
 
     def _find_fault(self, host: bytes | None, origin: bytes | None) -> str:
         if host is not None and (name := _name(host)) not in self._own and name not in self._allowed:
