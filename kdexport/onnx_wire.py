@@ -33,7 +33,7 @@ _MOST_FIELDS = 5_000_000
 
 
 def has_external_data(model: Path) -> bool:
-    """Whether any tensor of an ONNX file names another file.
+    """Return whether any tensor of an ONNX file names another file.
 
     Raises:
         ValueError: it is no protobuf message, or has more fields than any ONNX model.

@@ -1,4 +1,4 @@
-"""What a command may replace: files that kdexport wrote and nobody changed since, and nothing else.
+"""Output folders: a command replaces files that kdexport wrote and nobody changed since, and nothing else.
 
 A folder that kdexport wrote has a folder `.kdexport` in it, whose `record.json` lists every file that was written there
 with its sha256. A file or folder is replaced only if it holds exactly what the record lists. All else is the user's:
@@ -70,7 +70,7 @@ class Output:
     Args:
         folder: made when it is absent.
         by: the command. `run` and `bench` want a folder of their own, `report` and `compare` add files to any.
-        move_aside: rename what is not ours and stands in the way, rather than refuse.
+        move_aside: rename files of others that are in the way, rather than refuse.
 
     Raises:
         RunError: the folder is in use, can't be written, or holds something else.
@@ -165,7 +165,7 @@ class Output:
 
     @contextlib.contextmanager
     def _writing(self, name: str, sums: dict[str, str]) -> Iterator[None]:
-        """Record what is about to be written beside what is there, and afterwards (with the next record) by itself."""
+        """Record the new checksums beside the old ones while files are replaced, and alone once they are."""
         files = self._record.files
         for path, found in sums.items():
             files[path] = [*(one for one in files.get(path, []) if one != found), found]
@@ -216,7 +216,7 @@ def check_place(place: Path, mine: Iterable[str] | None = None, *, may_move: boo
     Args:
         place: the folder.
         mine: top-level names that are replaced, where others may stand beside them; None for the whole.
-        may_move: what is not ours will be moved aside.
+        may_move: files of others will be moved aside.
 
     Raises:
         RunError: something there is not as kdexport wrote it.
@@ -275,7 +275,7 @@ def _stranger(place: Path, mine: Iterable[str] | None) -> str | None:
 
 
 def _is_fresh(folder: Path) -> bool:
-    """Whether a folder is absent or empty, or was just begun by a call that was killed before it wrote anything."""
+    """Return whether a folder is absent, empty, or was begun by a call that was killed before it wrote anything."""
     if not folder.exists():
         return True
     private = folder / PRIVATE
