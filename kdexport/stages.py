@@ -51,7 +51,7 @@ class Run(Output):
         folder: made when it is absent.
         sources: files and folders that the run reads.
         settings: of `spec.yaml`, which is written once a stage may be built.
-        move_aside: rename what is not ours and stands in the way, rather than refuse.
+        move_aside: rename files of others that are in the way, rather than refuse.
 
     Raises:
         RunError: the folder is in use, can't be written or holds something that is not a run, or a source lies where

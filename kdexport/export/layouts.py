@@ -189,7 +189,7 @@ def _dockerfile(name: str, image: str) -> str:
 
 
 def _pod(name: str, model: str, image: str, size: int) -> dict[str, Any]:
-    """What runs: the server on 8080; health, metrics and reloads on 8081; not root, nothing to write but /tmp."""
+    """The pod: the server on 8080; health, metrics and reloads on 8081; not root, nothing writable but /tmp."""
 
     def probe(path: str, **times: int) -> dict[str, Any]:
         # Not on the clients' port: when they hold all of its connections, the pod is busy, not dead.

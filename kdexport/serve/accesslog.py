@@ -78,7 +78,7 @@ class AccessLog:
             self._outlet.put(data)
 
     def close(self) -> None:
-        """Write what is there, and wait a moment until it is written."""
+        """Write the pending lines, and wait a moment until they are written."""
         self.flush()
         self._outlet.close()
 

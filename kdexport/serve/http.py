@@ -232,7 +232,7 @@ class _Inflating:
         return len(self.data) <= SMALL
 
     def rest(self) -> None:
-        """Inflate what is left."""
+        """Inflate the remaining bytes."""
         self._read(self._stream.unconsumed_tail, self._limit + 1 - len(self.data))
         self._check()
 

@@ -66,7 +66,7 @@ class TaskProtocol(NamedTuple):
 
     parse: Callable[[bytes], Any]
     entries: Callable[[Version, Any], int]
-    """How many labels or words the answer may have."""
+    """Number of labels or words that the answer may have."""
     render: Callable[[Version, Any, Sequence[Any]], bytes]
 
 

@@ -32,7 +32,7 @@ class Recording(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Its length in s."""
         return len(self.samples) / self.rate
 
 
@@ -49,7 +49,7 @@ class Header(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Its length in s."""
         return self.frames / self.rate
 
     @property
