@@ -1,5 +1,6 @@
 """The whole chain on real texts: what lands in a run, and that others' code can use it."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -203,13 +204,16 @@ def test_golden_answers_say_whether_a_file_still_does_what_was_packed(copied):
             assert golden_difference(predictor, folder, "fp32") > 1e-4
     assert golden_difference(predictor, folder, "fp8") is None
     manifest = json.loads((folder / "kdexport.json").read_text())
-    assert "golden.json" in manifest["files"]
+    (folder / "golden.json").write_text("{")
+    manifest["files"]["golden.json"] = hashlib.sha256(b"{").hexdigest()
+    (folder / "kdexport.json").write_text(json.dumps(artifact.sealed(manifest)))
+    with pytest.raises(package.KdexportError, match=r"golden\.json can't be read"):
+        golden_difference(package.load(folder), folder, "fp32")
     # Artifacts of before have no golden answers, and no function.
     del manifest["files"]["golden.json"], manifest["task"]["function"]
     (folder / "kdexport.json").write_text(json.dumps(artifact.sealed(manifest)))
-    (folder / "golden.json").write_text("{")
-    with pytest.raises(package.KdexportError, match=r"golden\.json can't be read"):
-        golden_difference(package.load(folder), folder, "fp32")
+    with pytest.raises(package.KdexportError, match=r"golden\.json is not in the manifest"):
+        package.load(folder)
     (folder / "golden.json").unlink()
     assert golden_difference(package.load(folder), folder, "fp32") is None
 
