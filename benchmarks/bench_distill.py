@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from kdexport.distill.losses import objective, total
-from kdexport.distill.targets import Store
-from kdexport.distill.train import ByLength, Recipe, fit, logits_of
+from kdexport.distill.soft_targets import Store
+from kdexport.distill.train import ByLength, Recipe, fit
+from kdexport.models.inference import logits_of
 from kdexport.tasks import load_task
 
 

@@ -4,7 +4,7 @@ from itertools import cycle
 
 import pytest
 
-from kdexport.predictor import Predictor
+from kdexport.runtime.predictor import Predictor
 from kdexport.tasks import load_task
 
 

@@ -23,15 +23,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from server import serving
 
-from kdexport import artifact, spec
+from kdexport import spec
 from kdexport.bench import stats
 from kdexport.bench.engine import bench
 from kdexport.bench.generator import LoadJob
 from kdexport.bench.machine import environment
 from kdexport.bench.process import call
-from kdexport.bench.targets import Target
+from kdexport.bench.subjects import Target
 from kdexport.data import read_rows
 from kdexport.export import export_student
+from kdexport.runtime import artifact
 
 REPEATS, TURNS, LOAD_TURNS, LOAD_S = 20, 10, 6, 14
 RESULTS = Path(__file__).parent / "results" / "engine.json"

@@ -12,10 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from kdexport import spec
 from kdexport.data import demo, prepare, read_rows, read_summary
-from kdexport.distill.opened import open_config, open_model
 from kdexport.distill.student import build_student
-from kdexport.distill.teacher import save_model, save_task
 from kdexport.export import export_student
+from kdexport.models.loading import open_config, open_model
+from kdexport.models.saving import save_model, save_task
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from kdexport.data import read_rows
 from kdexport.distill.losses import kl, with_rest
-from kdexport.models import open_trained
+from kdexport.models.registry import open_trained
 from kdexport.tasks.causal_lm import CausalLM, drawn_of
 
 _ROWS, _KS = 64, (4, 8, 16, 32, 64, 128, 256)

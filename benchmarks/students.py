@@ -22,7 +22,7 @@ import numpy as np
 
 from kdexport.bench.machine import environment
 from kdexport.data import demo
-from kdexport.predictor import Predictor
+from kdexport.runtime.predictor import Predictor
 from kdexport.tasks import load_task
 from kdexport.tasks.metrics import roc_auc, softmax
 
@@ -147,7 +147,7 @@ def teacher_logits(folder: Path, rows: list[dict[str, Any]]) -> np.ndarray:
     if not kept.exists():
         from transformers import AutoModelForSequenceClassification
 
-        from kdexport.distill.train import logits_of
+        from kdexport.models.inference import logits_of
 
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         np.save(kept, logits_of(model, load_task(folder), rows))

@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
 
         return version("kdexport")
     if name == "load":
-        from kdexport.predictor import load
+        from kdexport.runtime.predictor import load
 
         return load
     raise AttributeError(f"module 'kdexport' has no attribute {name!r}")

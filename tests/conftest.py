@@ -120,7 +120,7 @@ def cache(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def finished(settings, cache, tmp_path_factory) -> Path:
     """A finished run; tests only read it."""
-    from kdexport.pipeline import run
+    from kdexport.pipeline.run import run
 
     out = tmp_path_factory.mktemp("runs") / "finished"
     os.environ["KDEXPORT_CACHE"] = str(cache)

@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from kdexport.artifact import sealed
 from kdexport.files import hash_file
+from kdexport.runtime.artifact import sealed
 
 
 def endless(source: Path, out: Path, token: int = -1) -> Path:

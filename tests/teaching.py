@@ -11,9 +11,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from kdexport import spec
 from kdexport.data import prepare, read_rows
 from kdexport.distill import teachers
-from kdexport.distill.opened import Opened
-from kdexport.distill.targets import write_targets
-from kdexport.distill.teacher import save_task
+from kdexport.distill.soft_targets import write_targets
+from kdexport.models.loading import Opened
+from kdexport.models.saving import save_task
 from kdexport.stages import Run
 from kdexport.tasks import load_task
 

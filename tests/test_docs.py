@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kdexport.compare import parse_gate
+from kdexport.pipeline.compare import parse_gate
 from kdexport.report.table import headers, table
 from kdexport.results import read_report
 

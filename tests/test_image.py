@@ -81,7 +81,7 @@ def test_it_holds_what_a_server_needs(installed):
 
 @pytest.mark.slow
 def test_the_server_loads_no_torch(installed):
-    code = "import sys, kdexport.serve.run; print(set(sys.modules) & {'torch', 'transformers', 'datasets'})"
+    code = "import sys, kdexport.serve.server; print(set(sys.modules) & {'torch', 'transformers', 'datasets'})"
     assert installed.run("python", "-c", code).stdout == "set()\n"
     assert "kdexport serve" in installed.run(*SERVE.command("ENTRYPOINT")[:2], "--help").stdout
 

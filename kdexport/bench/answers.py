@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 
 from kdexport.bench.process import call
-from kdexport.bench.targets import Target, open_target
-from kdexport.predictor import allowed_cores
+from kdexport.bench.subjects import Target, open_target
+from kdexport.runtime.predictor import allowed_cores
 from kdexport.tasks.metrics import Array
 
 _BATCH = 16

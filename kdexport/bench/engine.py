@@ -17,11 +17,11 @@ import msgspec
 import numpy as np
 
 from kdexport import spec
-from kdexport.bench import doubts, stats
+from kdexport.bench import stats, warnings
 from kdexport.bench.loads import Loads, put_loads
 from kdexport.bench.machine import environment
 from kdexport.bench.process import Crashed, call
-from kdexport.bench.targets import Target, measured_tokens, why_not
+from kdexport.bench.subjects import Target, measured_tokens, why_not
 from kdexport.bench.worker import Job, Samples
 from kdexport.errors import RunError
 from kdexport.files import digest, write_bytes, write_json
@@ -123,7 +123,7 @@ def bench(
             seconds=round(time.monotonic() - started, 1),
             failed=failed,
             left_out=left_out,
-            warnings=doubts.of(settings, found, measured, facts),
+            warnings=warnings.of(settings, found, measured, facts),
         ),
     )
     samples = {f"{name}/{i}": _total(one).astype(np.float32) for name, r in found.items() for i, one in r.items()}

@@ -12,7 +12,7 @@ import numpy as np
 from kdexport.bench import stats
 from kdexport.bench.generator import LoadJob, LoadSamples
 from kdexport.bench.process import Crashed, call
-from kdexport.bench.targets import Target
+from kdexport.bench.subjects import Target
 from kdexport.progress import bar
 from kdexport.results import Cell
 

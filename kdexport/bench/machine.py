@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from kdexport.predictor import allowed_cores, providers
+from kdexport.runtime.predictor import allowed_cores, providers
 
 _PACKAGES = (
     "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino",

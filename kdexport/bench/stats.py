@@ -112,7 +112,7 @@ def jackknife(n: int, statistic: Callable[[list[int]], float], level: float = 0.
     """A statistic of n rounds, and its interval by leaving out one round at a time.
 
     Student's t is taken at 98 % for a level of 95 %: as it stands, the interval of a p99 held the truth in 88 to 90 %
-    of simulations with 5 to 12 rounds whose centres differ by 5 % (tests/test_stats.py).
+    of simulations with 5 to 12 rounds whose centres differ by 5 % (tests/bench/test_stats.py).
     """
     value = statistic(list(range(n)))
     if n < 2:

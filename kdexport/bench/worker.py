@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from kdexport.bench.targets import Opened, Target, open_target
+from kdexport.bench.subjects import Opened, Target, open_target
 
 _now = time.perf_counter_ns
 # Every cell gets as much time as this, and as many runs, before it counts.

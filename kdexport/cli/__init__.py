@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kdexport.cli import build, measure, use
+from kdexport.cli import bench, build, use
 from kdexport.cli.options import Flag
 from kdexport.errors import Interrupted, KdexportError
 from kdexport.progress import Outlet
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 for command in (
     build.run, build.demo, build.init, build.export, use.predict, use.serve,
-    measure.bench, measure.report, measure.compare, measure.doctor,
+    bench.bench, bench.report, bench.compare, bench.doctor,
 ):  # fmt: skip
     app.command()(command)
 

@@ -238,8 +238,8 @@ def export(
     """
     import msgspec
 
-    from kdexport.ship import How
-    from kdexport.ship import export as ship
+    from kdexport.pipeline.export_model import How
+    from kdexport.pipeline.export_model import export as ship
 
     given = {
         "variants": variants.split(",") if variants else None,
@@ -287,7 +287,7 @@ def _one_or_more(values: list[str] | None) -> str | list[str] | None:
 
 
 def _run(settings: Any, out: Path, as_json: bool, move_aside: bool) -> None:
-    from kdexport.pipeline import run as run_pipeline
+    from kdexport.pipeline.run import run as run_pipeline
 
     try:
         found = run_pipeline(settings, out, move_aside=move_aside)
@@ -299,7 +299,7 @@ def _run(settings: Any, out: Path, as_json: bool, move_aside: bool) -> None:
 
 
 def _print_plan(settings: Any, as_json: bool) -> None:
-    from kdexport.pipeline import plan
+    from kdexport.pipeline.run import plan
 
     rows = plan(settings)
     if as_json:

@@ -64,8 +64,8 @@ def predict(
     import msgspec
 
     from kdexport.data.sources import iter_texts
-    from kdexport.generation import Sampling, write
-    from kdexport.predictor import load
+    from kdexport.runtime.generation import Sampling, write
+    from kdexport.runtime.predictor import load
     from kdexport.tasks.causal_lm import CausalLM
 
     model = load(artifact, variant, threads)
@@ -170,7 +170,7 @@ def serve(
 
       kdexport serve runs/demo --host 0.0.0.0 --api-keys keys.txt --max-queue 5ms
     """
-    from kdexport.serve.run import serve as run_server
+    from kdexport.serve.server import serve as run_server
     from kdexport.serve.settings import Settings
 
     if access_log not in ("all", "errors", "off"):

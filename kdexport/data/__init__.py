@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from kdexport import spec
-from kdexport.data.duplicates import Audit, audit, near_duplicates
+from kdexport.analysis.duplicates import Audit, audit, near_duplicates
 from kdexport.data.passages import Cut
 from kdexport.data.sources import SPLITS, read_splits, read_unlabelled, to_rows
 from kdexport.data.splits import check_classes, split_off

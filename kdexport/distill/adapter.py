@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from kdexport.distill.opened import open_config, open_model, open_tokenizer, own_labels
 from kdexport.distill.teachers import base_of
 from kdexport.errors import MissingPackage, ModelError
-from kdexport.models import has_head
+from kdexport.models.loading import open_config, open_model, open_tokenizer, own_labels
+from kdexport.models.registry import has_head
 from kdexport.tasks.metrics import Array
 
 # The last layer of a sequence classifier in transformers' families: its rows are the labels.

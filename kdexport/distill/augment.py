@@ -252,8 +252,8 @@ def _input_embeddings(teacher: Path) -> Array | None:
     """The input embeddings [V, H] of a Hugging Face folder; None where there are no weights of PyTorch."""
     if not list(teacher.glob("*.safetensors")):
         return None
-    import kdexport.networks  # noqa: F401  # a teacher may be a student of ours
-    from kdexport.models import open_trained
+    import kdexport.models.textnet  # noqa: F401  # a teacher may be a student of ours
+    from kdexport.models.registry import open_trained
 
     model = open_trained(teacher)
     return np.asarray(model.get_input_embeddings().weight.detach().float().cpu().numpy())

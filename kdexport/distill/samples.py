@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kdexport.models import open_trained
+from kdexport.models.registry import open_trained
 from kdexport.progress import bar
 from kdexport.tasks.causal_lm import CausalLM
 

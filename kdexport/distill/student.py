@@ -18,19 +18,21 @@ from transformers import (
 
 from kdexport import spec
 from kdexport.data import read_rows, sampled
-from kdexport.distill import recipe
-from kdexport.distill.convolution import build_conv
-from kdexport.distill.opened import Opened, open_config, open_model, open_processor
-from kdexport.distill.shrink import keep_layers, layers_of, narrow
-from kdexport.distill.targets import TRANSFER
-from kdexport.distill.teacher import save_model, save_task, some_rows
-from kdexport.distill.train import Recipe, fit, logits_of
-from kdexport.distill.vocabulary import trim_vocabulary
+from kdexport.distill.soft_targets import TRANSFER
+from kdexport.distill.teacher import some_rows
+from kdexport.distill.train import Recipe, fit
 from kdexport.errors import ModelError
 from kdexport.files import write_json
-from kdexport.models import open_trained, task_name
-from kdexport.networks import TextNet, TextNetConfig, TextNetForTokens, start_as_mean
+from kdexport.models.convolution import build_conv
+from kdexport.models.inference import logits_of
+from kdexport.models.loading import Opened, open_config, open_model, open_processor
+from kdexport.models.registry import open_trained, task_name
+from kdexport.models.saving import save_model, save_task
+from kdexport.models.shrink import keep_layers, layers_of, narrow
+from kdexport.models.textnet import TextNet, TextNetConfig, TextNetForTokens, start_as_mean
+from kdexport.models.vocabulary import trim_vocabulary
 from kdexport.progress import say
+from kdexport.spec import derive
 from kdexport.tasks import TASKS, load_task
 from kdexport.tasks.config import read_config
 
@@ -81,9 +83,9 @@ def train_student(
     rows, validation = read_rows(data, "train"), read_rows(data, "validation")
     soft = None if hard else np.load(targets / "train.npy")
     unlabelled = [] if hard else transfer_rows(targets)
-    epochs = recipe.epochs(distill, len(rows), len(unlabelled), recipe.start_of(student, name)).value
+    epochs = derive.epochs(distill, len(rows), len(unlabelled), derive.start_of(student, name)).value
     if share < 1:  # a trial sees rows of train only, and as many whatever the student, so that trials compare
-        passes = recipe.epochs(distill, len(rows), len(unlabelled)).value
+        passes = derive.epochs(distill, len(rows), len(unlabelled)).value
         whole, unlabelled = passes * (len(rows) + len(unlabelled)), []
         examples = max(round(share * whole), min(_LEAST_STEPS * distill.batch_size, round(whole)))
         places = sampled(len(rows), max(examples, distill.batch_size))
@@ -91,7 +93,7 @@ def train_student(
         epochs = max(1, examples // len(rows))
     how = Recipe(
         epochs=int(epochs),
-        learning_rate=recipe.learning_rate(distill, student, name, getattr(model.config, "hidden_size", 0)).value,
+        learning_rate=derive.learning_rate(distill, student, name, getattr(model.config, "hidden_size", 0)).value,
         batch_size=distill.batch_size,
         seed=seed,
         losses=spec.weights_of(distill),
@@ -143,8 +145,8 @@ def _start(student: spec.Student, name: str, data: Path, teacher: Path, targets:
     rows = [*read_rows(data, "train"), *transfer_rows(targets)]
     texts = (row[column] for row in rows for column in ("text", "text_pair") if row.get(column))
     some, config = some_rows(data), read_config(teacher)
-    if recipe.shape_of(name).kind == "conv":
-        built = Built(build_conv(recipe.shape_of(name).width, config, some), "random weights")
+    if derive.shape_of(name).kind == "conv":
+        built = Built(build_conv(derive.shape_of(name).width, config, some), "random weights")
     else:
         built = build_student(student, name, teacher, texts)
     task, function = config.task, config.function
@@ -169,20 +171,20 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
     Raises:
         ModelError: the teacher has too few layers or no weights to take, or the named model can't be opened.
     """
-    shape = recipe.shape_of(name)
+    shape = derive.shape_of(name)
     if shape.kind == "model":
         config = read_config(teacher_folder)
         opened = open_model(name, open_config(name), config.task, config.labels, config.function)
-        if recipe.vocabulary(student, name, config.task) == "corpus":
+        if derive.vocabulary(student, name, config.task) == "corpus":
             trim_vocabulary(opened.processor, opened.model, texts)
         return Built(opened, f"its weights from {name}")
     teacher = open_trained(teacher_folder)
     task = task_name(teacher_folder)
-    whole = recipe.vocabulary(student, name, task) == "whole" or TASKS[task].reads != "text"
+    whole = derive.vocabulary(student, name, task) == "whole" or TASKS[task].reads != "text"
     tokenizer = open_processor(str(teacher_folder), task)
     kept = None if whole else trim_vocabulary(tokenizer, teacher, texts)
     size = "" if kept is None else f", a vocabulary of {len(kept):,}"
-    if recipe.pools(student, name):
+    if derive.pools(student, name):
         model, told = _network(shape, student, teacher, tokenizer, task)
     elif shape.kind == "narrow":
         model, told = _narrow(student, shape, teacher)
@@ -193,7 +195,7 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
     return Built(Opened(model, tokenizer), told + size, kept)
 
 
-def _narrow(student: spec.Student, shape: recipe.Shape, teacher: PreTrainedModel) -> tuple[PreTrainedModel, str]:
+def _narrow(student: spec.Student, shape: derive.Shape, teacher: PreTrainedModel) -> tuple[PreTrainedModel, str]:
     made = narrow(
         teacher,
         shape.layers,
@@ -208,7 +210,7 @@ def _narrow(student: spec.Student, shape: recipe.Shape, teacher: PreTrainedModel
 
 @torch.no_grad()
 def _network(
-    shape: recipe.Shape,
+    shape: derive.Shape,
     student: spec.Student,
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

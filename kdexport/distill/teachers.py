@@ -18,15 +18,16 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from kdexport import artifact, spec
+from kdexport import spec
 from kdexport.data import demo, read_summary
 from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
-from kdexport.distill import recipe
 from kdexport.distill.combine import columns_of
 from kdexport.errors import ModelError, SpecError
 from kdexport.files import write_json
 from kdexport.progress import say
+from kdexport.runtime import artifact
+from kdexport.spec import derive
 from kdexport.spec.effects import OF_LAYERS, losses_of
 from kdexport.tasks import TASKS, load_task
 
@@ -95,8 +96,8 @@ def check(settings: spec.Spec) -> None:
     if kinds[models[0]] == "torch":
         return
     said = f"{_SAID[kinds[models[0]]]} ({models[0]})"
-    for student in recipe.students(settings):
-        if recipe.shape_of(student).kind != "model":
+    for student in derive.students(settings):
+        if derive.shape_of(student).kind != "model":
             raise SpecError(
                 f"student.model: {student!r} is built from the teacher's weights, and {said} has none",
                 "Name a Hugging Face folder or id for the student, or another teacher first",
@@ -150,8 +151,8 @@ def cut_of(settings: spec.Spec) -> Cut | None:
         ModelError: the teacher has no tokenizer, or reads less than is asked for.
     """
     for model in cut_by(settings):
-        from kdexport.distill.opened import open_config, open_tokenizer
-        from kdexport.distill.teacher import read_length
+        from kdexport.models.loading import open_config, open_tokenizer
+        from kdexport.models.saving import read_length
 
         tokenizer = open_tokenizer(model)
         length = read_length(open_config(model), tokenizer, settings.data.max_length)
@@ -161,7 +162,7 @@ def cut_of(settings: spec.Spec) -> Cut | None:
 
 def tokenizer_for_stored(settings: spec.Spec) -> str | None:
     """The student whose tokenizer is taken where the first teacher is a file of logits; None where it is another."""
-    return recipe.students(settings)[0] if kind_of(models_of(settings.teacher)[0]) == "stored" else None
+    return derive.students(settings)[0] if kind_of(models_of(settings.teacher)[0]) == "stored" else None
 
 
 def is_adapter(folder: Path) -> bool:
@@ -266,9 +267,10 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
     """An artifact of ours, its files checked; or a folder as Optimum writes it."""
     from transformers import AutoConfig
 
-    from kdexport.distill.opened import open_tokenizer, own_labels
-    from kdexport.distill.teacher import longest_input, match_labels, write_task
-    from kdexport.predictor import Predictor, tensors_of
+    from kdexport.distill.teacher import match_labels
+    from kdexport.models.loading import open_tokenizer, own_labels
+    from kdexport.models.saving import longest_input, write_task
+    from kdexport.runtime.predictor import Predictor, tensors_of
     from kdexport.tasks.classes import function_of
 
     folder = artifact.resolve(Path(model))
@@ -295,9 +297,9 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
 
 def _take_stored(settings: spec.Spec, model: str, data: Path, out: Path, first: Path | None) -> None:
     """Its tokenizer only says what a text is to the rest of the toolkit: the first teacher's, or the student's."""
-    from kdexport.distill.opened import open_config, open_model
     from kdexport.distill.stored import take_stored
-    from kdexport.distill.teacher import save_task
+    from kdexport.models.loading import open_config, open_model
+    from kdexport.models.saving import save_task
 
     labels = take_stored(Path(model), data, rows_of_sources(settings.data), settings.task, out)
     if first:

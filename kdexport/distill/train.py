@@ -22,11 +22,12 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from kdexport.distill.layer_losses import LAYER_LOSSES, Matching, matched
 from kdexport.distill.losses import Term, objective, total, value_at
-from kdexport.distill.matching import LAYER_LOSSES, Matching, matched
+from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
 from kdexport.distill.order import ByLength
-from kdexport.distill.watch import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
 from kdexport.errors import SpecError
+from kdexport.models.inference import logits_of
 from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
 from kdexport.tasks import Task
@@ -162,33 +163,6 @@ def fit(
     shutil.rmtree(work / "checkpoints", ignore_errors=True)  # first: a checkpoint without the best weights is no use
     watch.forget()
     return curve
-
-
-def logits_of(
-    model: PreTrainedModel,
-    task: Task,
-    rows: Rows,
-    *,
-    batch_size: int | None = None,
-    advance: Callable[[int], None] | None = None,
-) -> Array:
-    """A model's logits float32 [N, *answer_shape] in the rows' order, computed in batches of similar length."""
-    encoded, batch_size = task.tokenize(rows), batch_size or task.at_once
-    lengths = task.sizes(encoded)
-    order = np.argsort(lengths, kind="stable")[::-1]  # the longest first: memory runs out at once or never
-    logits = np.empty((len(rows), *task.answer_shape), dtype=np.float32)
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = task.collate([encoded[i] for i in chosen])
-            inputs = {n: torch.from_numpy(array).to(model.device) for n, array in task.graph_inputs(batch).items()}
-            logits[chosen] = task.pick(model(**inputs).logits.float().cpu().numpy(), batch)
-            if advance:
-                advance(len(chosen))
-    model.train(was_training)
-    return logits
 
 
 class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types

@@ -37,8 +37,8 @@ def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequen
         out: gets `model*.onnx`.
         rows: of the training data, which int8 of convolutions is calibrated on; without any there is no such file.
     """
+    from kdexport.export.fuse import fuse, trim
     from kdexport.export.onnx import export_onnx
-    from kdexport.export.optimize import fuse, trim
     from kdexport.export.quantize import convolves, halve, quantize_int4, quantize_int8, quantize_static_int8
 
     export_onnx(student, out / "model.onnx")

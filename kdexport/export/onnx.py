@@ -17,7 +17,7 @@ from optimum.exporters.onnx import export
 from optimum.exporters.tasks import TasksManager
 
 from kdexport.errors import ModelError, VerificationError
-from kdexport.models import open_trained
+from kdexport.models.registry import open_trained
 from kdexport.tasks import Task, load_task
 
 OPSET = 18

@@ -17,9 +17,9 @@ from kdexport.data import read_rows, sampled
 from kdexport.errors import VerificationError
 from kdexport.export import Candidate, read_candidates
 from kdexport.files import write_json
-from kdexport.predictor import Predictor
 from kdexport.progress import say, warn
 from kdexport.results import Metric, Quality
+from kdexport.runtime.predictor import Predictor
 from kdexport.tasks import Task, load_task
 from kdexport.tasks.causal_lm import LOG_P, CausalLM, log_softmax
 from kdexport.tasks.judging import mcnemar, metric_interval

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from kdexport.report.leakage import leakage, near_duplicates
+from kdexport.report.membership import leakage, near_duplicates
 from kdexport.report.page import Section, Table
 from kdexport.report.quality import calibration, classes, differences, quality, training
 from kdexport.report.search import search

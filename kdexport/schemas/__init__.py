@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from kdexport.artifact import Manifest
 from kdexport.results import Comparison, Report
+from kdexport.runtime.artifact import Manifest
 from kdexport.spec import Spec
 
 SCHEMAS: dict[str, type] = {"spec": Spec, "report": Report, "comparison": Comparison, "manifest": Manifest}

@@ -13,7 +13,7 @@ from kdexport.serve.app import App
 from kdexport.serve.connection import respond
 from kdexport.serve.hosts import Hosts
 from kdexport.serve.http import Keys, Receive, Refused, Request, Response, Scope, Send, answer, refusal
-from kdexport.serve.models import Version
+from kdexport.serve.registry import Version
 
 _METRICS = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
 

@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 
 from kdexport import __version__
-from kdexport.generation import Piece
-from kdexport.predictor import allowed_cores
-from kdexport.serve import huggingface, oip, openai, openapi, page, tei, tgi
+from kdexport.runtime.generation import Piece
+from kdexport.runtime.predictor import allowed_cores
+from kdexport.serve import openapi, page
 from kdexport.serve.accesslog import AccessLog
 from kdexport.serve.batching import Batcher
 from kdexport.serve.connection import respond
@@ -43,11 +43,12 @@ from kdexport.serve.http import (
 )
 from kdexport.serve.large import Turns, check_answer, off_loop
 from kdexport.serve.metrics import Metrics
-from kdexport.serve.models import Models, Version
+from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
+from kdexport.serve.registry import Models, Version
 from kdexport.serve.settings import Settings
 from kdexport.serve.tracing import Tracer
 from kdexport.serve.writing import Writer, awaited
-from kdexport.tasks.texts import Texts
+from kdexport.tasks.inputs.texts import Texts
 
 Handler = Callable[[Request], Awaitable[Response | Stream]]
 # Nginx's code for a client that went away; it is never sent, only logged and counted.

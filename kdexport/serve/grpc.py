@@ -19,11 +19,11 @@ from urllib.parse import unquote
 
 from kdexport import __version__
 from kdexport.errors import MissingPackage
-from kdexport.serve import oip
 from kdexport.serve.app import App
 from kdexport.serve.http import SMALL, Keys, Refused, Request, encode
 from kdexport.serve.large import Turns, off_loop
-from kdexport.serve.models import Version
+from kdexport.serve.protocols import oip
+from kdexport.serve.registry import Version
 from kdexport.serve.tensors import raw_array, raw_texts
 
 try:

@@ -1,6 +1,6 @@
 """The OpenAPI document: its schemas come from the very types that requests are decoded with.
 
-`tests/test_serve_openapi.py` asks the server everything that the document allows, and much that it does not.
+`tests/serve/test_openapi.py` asks the server everything that the document allows, and much that it does not.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from kdexport import __version__
-from kdexport.serve import huggingface, oip, openai, tei, tgi
-from kdexport.serve.answers import (
+from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
+from kdexport.serve.schemas import (
     Class,
     Error,
     InferAnswer,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from kdexport import __version__
 from kdexport.serve.http import Headers, Response
-from kdexport.serve.models import Version
+from kdexport.serve.registry import Version
 
 _SAMPLE = "I was charged twice for the same order, and nobody answers my mails."
 _PROMPT = "Once upon a time"

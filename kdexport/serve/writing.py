@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from kdexport.generation import Piece, Sampling, stream, timed
-from kdexport.predictor import Predictor
+from kdexport.runtime.generation import Piece, Sampling, stream, timed
+from kdexport.runtime.predictor import Predictor
 from kdexport.serve.http import ClientGone, Refused, Request
 from kdexport.tasks.causal_lm import CausalLM
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from kdexport.tasks.audio import Sounds
 from kdexport.tasks.classes import Classes
+from kdexport.tasks.inputs.audio import Sounds
 
 
 class AudioClassification(Sounds, Classes):

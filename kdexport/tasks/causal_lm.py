@@ -20,8 +20,8 @@ import msgspec
 import numpy as np
 
 from kdexport.tasks.config import Arrays, Items, Row
+from kdexport.tasks.inputs.texts import CHARS_PER_TOKEN, SPARE, Texts
 from kdexport.tasks.metrics import Array
-from kdexport.tasks.texts import CHARS_PER_TOKEN, SPARE, Texts
 
 # Columns of packed answers.
 LOG_P, BEST = 0, 1

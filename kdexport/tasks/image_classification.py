@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from kdexport.tasks.classes import Classes
-from kdexport.tasks.images import Images
+from kdexport.tasks.inputs.images import Images
 
 
 class ImageClassification(Images, Classes):

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Row
+from kdexport.tasks.inputs.texts import Texts
 from kdexport.tasks.several import Number, SeveralLabels
-from kdexport.tasks.texts import Texts
 
 
 class TextClassification(Texts, Classes):

@@ -19,8 +19,8 @@ from tokenizers import Encoding
 
 from kdexport.errors import DataError
 from kdexport.tasks.config import Arrays, Items, Row
+from kdexport.tasks.inputs.texts import Texts
 from kdexport.tasks.metrics import Array, f1_of, softmax
-from kdexport.tasks.texts import Texts
 
 OUTSIDE = "O"
 # The logit of O for a word that the model did not read; the others are 0, and no trained model's are.

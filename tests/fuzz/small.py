@@ -13,13 +13,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from kdexport import artifact
 from kdexport.data import demo
 from kdexport.files import write_json
-from kdexport.predictor import golden_answers
+from kdexport.runtime import artifact
+from kdexport.runtime.predictor import golden_answers
 from kdexport.serve.app import App
-from kdexport.serve.models import Models
-from kdexport.serve.run import start_threads
+from kdexport.serve.registry import Models
+from kdexport.serve.server import start_threads
 from kdexport.serve.settings import Settings
 from kdexport.tasks import load_task
 from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig

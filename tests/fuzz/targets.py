@@ -20,11 +20,12 @@ with atheris.instrument_imports(include=["kdexport"]):
     from PIL import Image
 
     import kdexport
-    from kdexport import artifact, spec
+    from kdexport import spec
     from kdexport.cli.options import parse_sets
     from kdexport.errors import ArtifactError, DataError, SpecError
-    from kdexport.onnx_wire import has_external_data
-    from kdexport.serve.models import Models
+    from kdexport.runtime import artifact
+    from kdexport.runtime.onnx_wire import has_external_data
+    from kdexport.serve.registry import Models
     from kdexport.tasks import TASKS
     from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig
 

@@ -15,7 +15,7 @@ import numpy as np
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from kdexport import predictor
+from kdexport.runtime import predictor
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ import msgspec
 import psutil
 from servers import HERE, Failed, Running, Server, ask, install, our_server, peers, running
 
-from kdexport import predictor
 from kdexport.bench import stats
 from kdexport.bench.machine import environment
+from kdexport.runtime import predictor
 
 BARE = "bare loop"
 ALONE, SATURATING = 1, (8, 32, 64)  # connections

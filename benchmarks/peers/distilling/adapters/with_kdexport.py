@@ -9,12 +9,13 @@ import shlex
 import sys
 from pathlib import Path
 
+import kdexport.distill.soft_targets
+
 # The command imports these when it needs them. Here they come first, to count as importing, as with the others.
 import kdexport.distill.student
-import kdexport.distill.targets
 import kdexport.distill.teacher  # noqa: F401
-from kdexport import pipeline
 from kdexport.cli import main
+from kdexport.pipeline import run
 
 COMMAND = """
 # --- what a user writes
@@ -25,7 +26,7 @@ kdexport run {spec} --teacher {teacher} --data {data} --student {student} --max-
 """
 
 
-class UntilStudent(pipeline.Run):
+class UntilStudent(run.Run):
     """A run that ends where the student is trained."""
 
     def stage(self, name, **how):
@@ -35,7 +36,7 @@ class UntilStudent(pipeline.Run):
 
 
 def distil(job):
-    pipeline.Run = UntilStudent
+    run.Run = UntilStudent
     sys.argv = [word.format(**vars(job)) for word in shlex.split(COMMAND, comments=True)]
     try:
         main()

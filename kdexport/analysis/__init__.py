@@ -1,0 +1,1 @@
+"""What the data and the figures give away: duplicates, evidence for a gain, membership."""

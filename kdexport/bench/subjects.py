@@ -1,0 +1,215 @@
+"""What can be measured: a model as three functions, opened in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from kdexport.errors import RunError
+from kdexport.runtime.generation import timed
+from kdexport.tasks import Task, load_task
+from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks.metrics import Array
+
+Rows = list[dict[str, Any]]
+
+# Of language models, what a measured prompt has, and what is written after it.
+_TOKENS = 32
+# torch.compile's modes; reduce-overhead replays CUDA graphs.
+_COMPILED = {"torch-compile": "default", "torch-cudagraphs": "reduce-overhead"}
+
+
+class Target(msgspec.Struct, frozen=True):
+    """A variant: its name, its runtime, its task's folder and its model (a folder, a file or an address).
+
+    `slower` stretches every answer by so much (0.1: ten percent), to see whether the engine finds it.
+    """
+
+    name: str
+    runtime: str
+    task: str
+    model: str
+    device: str = "cpu"
+    slower: float = 0.0
+
+
+def of_model(role: str, folder: Path, runtimes: Sequence[str], devices: Sequence[str]) -> list[Target]:
+    """A Hugging Face folder in each of PyTorch's runtimes that are asked for: `<role>-torch`, …"""
+    return [
+        Target(f"{role}-{runtime}{_on(device)}", runtime, str(folder), str(folder), device)
+        for device in devices
+        for runtime in runtimes
+        if runtime.startswith("torch") and (device == "cuda" or runtime != "torch-cudagraphs")
+    ]
+
+
+def of_file(name: str, task: Path, file: Path, runtimes: Sequence[str], devices: Sequence[str]) -> list[Target]:
+    """An ONNX file in each runtime that is asked for: `<name>` in ONNX Runtime, `<name>-openvino`, …"""
+    found = [Target(f"{name}{_on(d)}", "onnxruntime", str(task), str(file), d) for d in devices]
+    intel = [Target(f"{name}-openvino", "openvino", str(task), str(file))]
+    return (found if "onnxruntime" in runtimes else []) + (intel if "openvino" in runtimes else [])
+
+
+def _on(device: str) -> str:
+    return "" if device == "cpu" else f"-{device}"
+
+
+class Opened(NamedTuple):
+    """An open target: rows → arrays → logits → answers to these rows. All three are what a user waits for."""
+
+    encode: Callable[[Rows], Any]
+    run: Callable[[Any], Any]
+    decode: Callable[[Any, Rows], Any]
+    gpu_peak_mb: Callable[[], float | None] = lambda: None
+    device_ms: Callable[[], list[float]] = list
+    # Of language models: whole texts → answers, as verification takes them; the run until the first token alone, and
+    # what that took of each run, in ms.
+    answer: Callable[[Rows], Array] | None = None
+    read: Callable[[Any], Any] | None = None
+    first_ms: Callable[[], list[float]] = list
+
+
+def open_target(target: Target, threads: int) -> Opened:
+    """Open a target with this many threads of its runtime."""
+    return RUNTIMES[target.runtime](target, threads)
+
+
+def why_not(target: Target) -> str | None:
+    """Why a target can't be measured on this machine, or None. Looks, and opens nothing."""
+    from importlib.util import find_spec
+
+    package = target.runtime.partition("-")[0]
+    if package != "http" and find_spec(package) is None:
+        return f"the package {package!r} is not installed"
+    if target.device == "cuda":
+        if package == "onnxruntime":
+            from kdexport.runtime.predictor import providers
+
+            return None if "CUDAExecutionProvider" in providers() else "onnxruntime has no CUDAExecutionProvider"
+        import torch
+
+        return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+    return None
+
+
+def _open_onnxruntime(target: Target, threads: int) -> Opened:
+    from kdexport.runtime.predictor import Predictor
+
+    task = load_task(Path(target.task))
+    predictor = Predictor(task, Path(target.model), threads, target.device)
+    if isinstance(task, CausalLM):
+        return writing(task, predictor.read, predictor.run)
+    return Opened(task.encode, predictor.run, task.decode)
+
+
+def _open_torch(target: Target, threads: int) -> Opened:
+    """PyTorch as `from_pretrained` gives it: eager, or compiled. On a GPU, copies to and fro are part of a run."""
+    import torch
+
+    from kdexport.models.registry import AUTO_CLASSES
+
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)
+    task = load_task(Path(target.task))
+    model = AUTO_CLASSES[task.name].from_pretrained(target.model).eval().to(target.device)
+    if target.runtime in _COMPILED:
+        model = torch.compile(model, mode=_COMPILED[target.runtime], dynamic=True)
+    cuda = target.device == "cuda"
+    events: list[tuple[Any, Any]] = []
+
+    @torch.inference_mode()
+    def run(arrays: Any) -> Any:
+        graph_inputs = task.graph_inputs(arrays)
+        inputs = {name: torch.from_numpy(array).to(target.device) for name, array in graph_inputs.items()}
+        if not cuda:
+            return task.pick(model(**inputs).logits.numpy(), arrays)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        logits = model(**inputs).logits
+        end.record()
+        events.append((start, end))
+        return task.pick(logits.float().cpu().numpy(), arrays)  # waits for the device
+
+    def device_ms() -> list[float]:
+        if cuda:
+            torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+    def gpu_peak_mb() -> float | None:
+        return torch.cuda.max_memory_allocated() / 1e6 if cuda else None
+
+    if isinstance(task, CausalLM):
+
+        @torch.inference_mode()
+        def read(ids: Sequence[int], past: Any) -> Any:
+            found = model(input_ids=torch.tensor([ids]).to(target.device), past_key_values=past, use_cache=True)
+            return found.logits[0, -1].float().cpu().numpy(), found.past_key_values
+
+        return writing(task, read, run)._replace(gpu_peak_mb=gpu_peak_mb)
+    return Opened(task.encode, run, task.decode, gpu_peak_mb, device_ms)
+
+
+def writing(
+    task: CausalLM, read: Callable[[Sequence[int], Any], tuple[Array, Any]], run_whole: Callable[[Any], Array]
+) -> Opened:
+    """A language model: the first tokens of a text → as many more, each the most probable one."""
+    firsts: list[float] = []
+
+    def encode(rows: Rows) -> Any:
+        return {"input_ids": task.tokenize(rows[:1])[0]["input_ids"][None, : measured_tokens(task)]}
+
+    def run(arrays: Any, count: int | None = None) -> list[int]:
+        written, first = timed(read, arrays["input_ids"][0].tolist(), count or measured_tokens(task))
+        firsts.append(1e3 * first)
+        return written
+
+    return Opened(
+        encode,
+        run,
+        lambda ids, _: task.text_of(ids),
+        answer=lambda rows: run_whole(task.encode(rows)),
+        read=lambda arrays: run(arrays, 1),
+        first_ms=lambda: firsts,
+    )
+
+
+def measured_tokens(task: Task) -> int:
+    """How many tokens a measured prompt has at most, and how many are written after it; 0 for what doesn't write."""
+    return min(_TOKENS, task.config.max_length // 2) if isinstance(task, CausalLM) else 0
+
+
+def _open_openvino(target: Target, threads: int) -> Opened:
+    """OpenVINO in full precision: by itself it takes bfloat16 where the CPU has it, and answers a little otherwise."""
+    import openvino
+
+    task = load_task(Path(target.task))
+    if isinstance(task, CausalLM):
+        raise RunError("language models are not measured in OpenVINO yet")
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    settings["INFERENCE_PRECISION_HINT"] = "f32"
+    compiled = openvino.Core().compile_model(target.model, "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def run(arrays: Any) -> Any:
+        return task.pick(request.infer(task.graph_inputs(arrays))[task.output], arrays)
+
+    return Opened(task.encode, run, task.decode)
+
+
+def _open_http(target: Target, threads: int) -> Opened:
+    from kdexport.bench.generator import Connection, body_of, check_answer
+
+    connection = Connection(target.model)
+    return Opened(lambda rows: body_of(target.model, rows), connection.post, lambda body, _: check_answer(body))
+
+
+RUNTIMES = {
+    "onnxruntime": _open_onnxruntime,
+    "torch": _open_torch,
+    **dict.fromkeys(_COMPILED, _open_torch),
+    "openvino": _open_openvino,
+    "http": _open_http,
+}

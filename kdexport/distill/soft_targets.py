@@ -1,0 +1,174 @@
+"""Soft targets: the teachers' logits for every row of a run, looked up by example and never by step.
+
+Each teacher reads each text once, ever (`answers.py`, `store.py`); what several teachers or passes said is combined
+here. A run's own `targets/` holds the logits of its own rows, and the rows that no label but the teachers' is known
+of: unlabelled texts and changed copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from kdexport import spec
+from kdexport.data import read_rows, write_rows
+from kdexport.data.sources import SPLITS
+from kdexport.distill.augment import changer, transfer_rows
+from kdexport.distill.combine import columns_of, combine
+from kdexport.distill.samples import written_by
+from kdexport.distill.store import Store as Store
+from kdexport.distill.store import cache_folder
+from kdexport.distill.teacher_outputs import Run, Teacher
+from kdexport.distill.teachers import teachers_of
+from kdexport.errors import ModelError
+from kdexport.files import write_json
+from kdexport.progress import say
+from kdexport.stages import read_record
+from kdexport.tasks import load_task
+from kdexport.tasks.judging import metric
+from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix
+
+Rows = Sequence[dict[str, Any]]
+
+TRANSFER = "transfer"
+_PREFLIGHT_ROWS = 256
+_CHANCE_KAPPA, _CHANCE_TOKENS = 0.1, 0.02
+_BLOCK = 8192
+
+
+def write_targets(
+    data: Path,
+    teacher: Path,
+    out: Path,
+    run_teacher: Run | None = None,
+    *,
+    how: spec.Teacher | None = None,
+    augment: spec.Augment | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Write the teachers' combined logits for every row of every split, and check each teacher on the way.
+
+    Args:
+        data: finished data stage.
+        teacher: finished teacher stage.
+        out: gets `train.npy`, `validation.npy`, `test.npy` (float32 [N, C], in the rows' order and that of the first
+            teacher's labels), where there are any `transfer.jsonl` with the rows that have no label, beyond those of
+            the splits, and `transfer.npy`; and `targets.json`.
+        run_teacher: rows → logits; what the teacher's kind does when absent.
+        how: passes and how answers are combined; one pass when absent.
+        augment: changed copies of the texts of train and of the unlabelled ones; none when absent.
+        samples: passages that a language model writes, to train on as well; none when absent.
+        seed: of copies, of dropout and of samples.
+
+    Raises:
+        ModelError: a teacher is near chance on the labelled rows, or gives no finite logits.
+    """
+    how = how or spec.Teacher(model=str(teacher))
+    task = load_task(teacher)
+    splits = {split: read_rows(data, split) for split in SPLITS}
+    unlabelled = read_rows(data, "unlabelled") if (data / "unlabelled.jsonl").is_file() else []
+    change = changer(teacher, augment, seed) if augment else None
+    seen = {task.content(row) for split in ("validation", "test") for row in splits[split]}
+    if samples:
+        unlabelled = [*unlabelled, *written_by(teacher, splits["train"], samples, seed)]
+    if transfer := transfer_rows(splits["train"], unlabelled, change, task.name, seen):
+        write_rows(out, TRANSFER, transfer)
+        splits[TRANSFER] = transfer
+    labelled = {split: [i for i, row in enumerate(rows) if row["label"] is not None] for split, rows in splits.items()}
+    outputs = read_record(teacher).outputs
+    members = [Teacher(named, outputs, how, seed, run_teacher) for named in teachers_of(teacher)]
+    computed = sum(_read(member, splits, labelled, len(members) > 1) for member in members)
+    places = [columns_of(task.labels, m.task.labels, members[0].named.model, m.named.model) for m in members]
+    accuracy: dict[str, float] = {}
+    each: list[dict[str, float]] = [{} for _ in members]
+    for split, rows in splits.items():
+        answers = [member.answers(rows) for member in members]
+        answers = [a[..., columns] if columns else a for a, columns in zip(answers, places, strict=True)]
+        logits = _combine(answers, how)
+        np.save(out / f"{split}.npy", logits)
+        if chosen := labelled[split]:
+            rows_with = [rows[i] for i in chosen]
+            accuracy[split] = metric(task, logits[chosen], rows_with)
+            for found, theirs in zip(each, answers, strict=True):
+                found[split] = metric(task, theirs[chosen], rows_with)
+    shown = "validation" if "validation" in accuracy else "test"
+    say(f"soft targets: teacher's {task.metric_name} on {shown} {accuracy[shown]:.2%}")
+    record = {
+        "texts": len({task.content(row) for rows in splits.values() for row in rows}),
+        "computed": computed,
+        "metric": task.metric_name,
+        "teacher": accuracy,
+    }
+    if len(members) > 1:
+        record["teachers"] = [
+            {"model": member.named.model, "kind": member.named.kind, **found}
+            for member, found in zip(members, each, strict=True)
+        ]
+    write_json(out / "targets.json", record)
+
+
+def _read(
+    teacher: Teacher, splits: dict[str, list[dict[str, Any]]], labelled: dict[str, list[int]], named: bool
+) -> int:
+    """Let one teacher read what it has not read yet, and check it on labelled rows first; how many texts it read."""
+    everything = [row for rows in splits.values() for row in rows]
+    trained_for = [splits[split][i] for split in ("validation", "train") for i in labelled[split]]
+    sample = _sample(trained_for or splits["test"], _PREFLIGHT_ROWS)
+    who = f"teacher {teacher.named.model}" if named else "the teacher"
+    missing, texts = teacher.count(everything)
+    teacher.read(sample, "soft targets (preflight)")
+    _preflight(teacher, sample, who)
+    if missing:
+        say(f"soft targets: {who} reads {missing:,} texts")
+        teacher.read(everything, "soft targets")
+    if missing < texts and teacher.named.kind != "stored":
+        say(f"soft targets: {texts - missing:,} of {texts:,} reused from {cache_folder()}")
+    return missing
+
+
+def _combine(answers: Sequence[Array], how: spec.Teacher) -> Array:
+    """In blocks of rows, which takes less memory."""
+    starts = range(0, len(answers[0]), _BLOCK)
+    return np.concatenate([combine([a[i : i + _BLOCK] for a in answers], how.weights, how.combine) for i in starts])
+
+
+def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
+    """Refuse a teacher that is near chance, naming the likely cause."""
+    task, logits = teacher.task, teacher.answers(rows)
+    if task.config.function != "softmax":
+        value = metric(task, logits, rows)
+        if value < (_CHANCE_TOKENS if task.config.kept else _CHANCE_KAPPA):
+            raise ModelError(f"{who} has a {task.metric_name} of {value:.2f} on {len(rows)} labelled rows", "Train it")
+        return
+    items = task.items(rows, logits)
+    counts = confusion_matrix(items.labels, items.logits.argmax(axis=1), len(task.labels))
+    if cohen_kappa(counts) >= _CHANCE_KAPPA:
+        return
+    accuracy = np.trace(counts) / counts.sum()
+    found = f"{who} answers {accuracy:.1%} of {len(items.labels)} labelled rows rightly, which is near chance"
+    truth, answer = linear_sum_assignment(-counts)
+    reordered = counts[truth, answer].sum() / counts.sum()
+    stored = teacher.named.kind == "stored"
+    if reordered > accuracy + 0.2 and cohen_kappa(counts[:, answer]) > 2 * _CHANCE_KAPPA:
+        order = [task.labels[i] for i in np.argsort(answer)]
+        raise ModelError(
+            f"{found}. Its label order is not the data's: read as {', '.join(order[:8])} it answers {reordered:.1%}",
+            "Name its columns in that order: labels" if stored else "Set id2label in its config.json to that order",
+        )
+    fixes = {
+        "torch": "Is it trained for these labels? To fine-tune it: --teacher-epochs 3",
+        "onnx": "Is it trained for these labels?",
+        "stored": "Are its rows in the order of the data's?",
+    }
+    raise ModelError(found, fixes[teacher.named.kind])
+
+
+def _sample(rows: Rows, n: int) -> Rows:
+    """Up to n rows, spread evenly."""
+    step = max(1, len(rows) // n)
+    return rows[::step][:n]

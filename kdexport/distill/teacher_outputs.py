@@ -1,0 +1,194 @@
+"""What a teacher answers: each text is read once, ever, whoever asks, and as often as the spec wants passes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdexport import spec
+from kdexport.distill.augment import Change, changer
+from kdexport.distill.combine import combine
+from kdexport.distill.store import Store, cache_folder, content_key
+from kdexport.distill.teachers import Named
+from kdexport.errors import ModelError
+from kdexport.files import digest
+from kdexport.progress import bar
+from kdexport.tasks import Task, load_task
+from kdexport.tasks.metrics import Array
+
+Rows = Sequence[dict[str, Any]]
+# Rows, and whom to tell how many are done → logits float32 [N, C].
+Run = Callable[[Rows, Callable[[int], None]], Array]
+
+_SHARD_EVERY_S = 20.0
+_CHUNK = 1024
+
+
+class Reading(NamedTuple):
+    """One pass over some rows: what runs, and where its logits are kept."""
+
+    store: Store
+    run: Run
+    rows: Rows
+
+
+class Teacher:
+    """One teacher of a finished stage as a function of rows, through stores that keep what it said.
+
+    Args:
+        named: its folder, kind and name.
+        hashes: sha256 of the stage's files, by their path in it; what the answers are kept under.
+        how: passes, and what tells them apart.
+        seed: of dropout and changed words.
+        run: another way from rows to logits than the kind's own.
+    """
+
+    def __init__(
+        self, named: Named, hashes: Mapping[str, str], how: spec.Teacher, seed: int, run: Run | None = None
+    ) -> None:
+        self.named, self.task = named, load_task(named.folder)
+        self._how, self._seed = how, seed
+        self._identity = {n: hashes[named.prefix + n] for n in _files(named) if named.prefix + n in hashes}
+        self._run = run or {"torch": self._torch, "onnx": self._onnx, "stored": self._stored}[named.kind]
+        self._views: dict[str, list[str]] = {}
+
+    def count(self, rows: Rows) -> tuple[int, int]:
+        """How many texts it has yet to read, and of how many; each pass counts."""
+        contents = [(r.store, {self.task.content(row) for row in r.rows}) for r in self._readings(rows)]
+        return sum(len(store.missing(some)) for store, some in contents), sum(len(some) for _, some in contents)
+
+    def read(self, rows: Rows, title: str) -> None:
+        """Compute and keep what is missing.
+
+        Raises:
+            ModelError: some logits are not finite, or are stored ones and not there.
+        """
+        for reading in self._readings(rows):
+            _compute(reading, self.task, title)
+
+    def answers(self, rows: Rows) -> Array:
+        """Logits float32 [N, C] of rows that were read, in the order of its own labels; of several passes combined."""
+        passes = [r.store.look_up(map(self.task.content, r.rows)) for r in self._readings(rows)]
+        return combine(passes, None, self._how.combine)
+
+    def _readings(self, rows: Rows) -> Iterator[Reading]:
+        if self._how.passes == 1:
+            yield Reading(self._plain, self._run, rows)
+        elif self._how.noise == "dropout":
+            for i, store in enumerate(self._noisy):
+                yield Reading(store, partial(self._dropout, i), rows)
+        else:
+            yield Reading(self._plain, self._run, rows)
+            for i in range(self._how.passes - 1):
+                yield Reading(self._plain, self._run, self._changed(rows, i))
+
+    # --- stores
+
+    @cached_property
+    def _plain(self) -> Store:
+        if self.named.kind == "stored":
+            return Store(self.named.folder / "logits", self.task.answer_shape)
+        return self._cached(self._identity)
+
+    @cached_property
+    def _noisy(self) -> list[Store]:
+        return [self._cached([self._identity, "dropout", self._seed, i]) for i in range(self._how.passes)]
+
+    def _cached(self, identity: object) -> Store:
+        return Store(cache_folder() / "targets" / digest(identity)[:32], self.task.answer_shape, optional=True)
+
+    # --- passes
+
+    def _changed(self, rows: Rows, i: int) -> Rows:
+        """The rows with their i-th changed copy; where a text has fewer, the text itself."""
+        texts = list(dict.fromkeys(row["text"] for row in rows if row["text"] not in self._views))
+        if texts:
+            self._views |= zip(texts, self._change(texts), strict=True)
+        return [row | {"text": views[i]} if i < len(views := self._views[row["text"]]) else row for row in rows]
+
+    @cached_property
+    def _change(self) -> Change:
+        return changer(self.named.folder, spec.Augment(views=self._how.passes - 1), self._seed)
+
+    def _dropout(self, i: int, rows: Rows, advance: Callable[[int], None]) -> Array:
+        from kdexport.distill.noise import noisy_logits
+
+        first = f"{self._seed}:{i}:{self.task.content(rows[0])}"
+        return noisy_logits(self._model, self.task, rows, int.from_bytes(content_key(first)[:7], "big"), advance)
+
+    # --- kinds
+
+    @cached_property
+    def _model(self) -> Any:
+        import torch
+
+        from kdexport.models.registry import open_trained
+
+        model: Any = open_trained(self.named.folder)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _torch(self, rows: Rows, advance: Callable[[int], None]) -> Array:
+        from kdexport.models.inference import logits_of
+
+        return logits_of(self._model, self.task, rows, advance=advance)
+
+    @cached_property
+    def _predictor(self) -> Any:
+        from kdexport.runtime.predictor import Predictor, providers
+
+        device = "cuda" if "CUDAExecutionProvider" in providers() else "cpu"
+        return Predictor(self.task, self.named.folder / "model.onnx", device=device)
+
+    def _onnx(self, rows: Rows, advance: Callable[[int], None]) -> Array:
+        logits: Array = self._predictor.logits(rows)
+        advance(len(rows))
+        return logits
+
+    def _stored(self, rows: Rows, advance: Callable[[int], None]) -> Array:
+        where = str(rows[0]["id"]).replace(":", ", row ")
+        raise ModelError(f"teacher {self.named.model} has no logits for {where}", "Store logits for every row")
+
+
+def _files(named: Named) -> list[str]:
+    """The files that decide what a teacher answers."""
+    match named.kind:
+        case "torch":
+            weights = sorted(path.name for path in named.folder.glob("*.safetensors"))
+            return [*weights, "config.json", "tokenizer.json", "task.json"]
+        case "onnx":
+            return [*sorted(path.name for path in named.folder.glob("model.onnx*")), "tokenizer.json", "task.json"]
+        case "stored":
+            return []
+
+
+def _compute(reading: Reading, task: Task, title: str) -> None:
+    """Run over what is missing, the longest texts first, and write a shard every now and then."""
+    by_content = {task.content(row): row for row in reading.rows}
+    missing = sorted(reading.store.missing(by_content), key=len, reverse=True)
+    if not missing:
+        return
+    pending: list[tuple[list[str], Array]] = []
+    written = time.monotonic()
+
+    def flush() -> None:
+        if pending:
+            contents = [content for chunk, _ in pending for content in chunk]
+            reading.store.add(contents, np.concatenate([logits for _, logits in pending]))
+            pending.clear()
+
+    with bar(title, len(missing)) as advance:
+        for start in range(0, len(missing), _CHUNK):
+            contents = missing[start : start + _CHUNK]
+            logits = reading.run([by_content[content] for content in contents], advance)
+            if not np.isfinite(logits).all():
+                bad = by_content[contents[int(np.isfinite(logits.reshape(len(logits), -1)).all(axis=1).argmin())]]
+                raise ModelError(f"the teacher's logits for {bad['id'].replace(':', ', row ')} are not finite")
+            pending.append((contents, logits))
+            if time.monotonic() - written > _SHARD_EVERY_S:
+                flush()
+                written = time.monotonic()
+        flush()

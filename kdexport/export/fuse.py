@@ -1,0 +1,83 @@
+"""Offline graph fusion for ONNX Runtime; no torch.
+
+The fused graph replaces attention, layer norms and activations by ONNX Runtime's own operators. It is a
+candidate, not a replacement: newer runtimes fuse much of it when they load the plain graph, and the plain
+one runs elsewhere too. What measures faster ships.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from kdexport.export.trim import read_first_position_only
+from kdexport.progress import say
+
+# Families whose graphs ONNX Runtime's `bert` fusions know.
+_BERT_LIKE = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "mpnet", "albert"}
+
+
+def trim(plain: Path) -> None:
+    """Rewrite the plain graph so that its last layer is computed only where it is read."""
+    model = onnx.load(plain)
+    if read_first_position_only(model):
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, plain)
+
+
+def fuse(plain: Path, student: Path, fused: Path) -> bool:
+    """Write the fused graph.
+
+    Args:
+        plain: the exported fp32 file.
+        student: its Hugging Face folder; heads and width are read from config.json.
+        fused: the file to write.
+
+    Returns:
+        Whether attention was fused in every layer; if not, nothing is written.
+    """
+    config = msgspec.json.decode((student / "config.json").read_bytes())
+    if config["model_type"] not in _BERT_LIKE and config.get("kind") != "encoder":  # ours has ELECTRA's layers
+        return False
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    from onnxruntime.transformers import optimizer
+
+    logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
+    for name in (
+        "fusion_utils",
+        "onnx_model",
+        "optimizer",
+        "onnx_model_bert",
+        "fusion_base",
+        "fusion_attention",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    layers = config.get("num_hidden_layers", config.get("n_layers"))
+    model = optimizer.optimize_model(
+        str(plain),
+        model_type="bert",
+        num_heads=config.get("num_attention_heads", config.get("n_heads")),
+        hidden_size=config.get("hidden_size", config.get("dim")),
+        opt_level=0,
+    )
+    attention = model.get_fused_operator_statistics().get("Attention", 0)
+    if attention < layers:
+        say(f"export: ONNX Runtime fused {attention} of {layers} attention layers; the fused graph is left out")
+        return False
+    _import_used_domains(model.model)
+    read_first_position_only(model.model)
+    onnx.helper.set_model_props(model.model, {p.key: p.value for p in model.model.metadata_props} | {"graph": "fused"})
+    onnx.save(model.model, fused)
+    return True
+
+
+def _import_used_domains(model: onnx.ModelProto) -> None:
+    """Import the operator sets in use, and no other: other runtimes refuse a file for one they don't know."""
+    used = {node.domain or "" for node in model.graph.node}
+    versions = {opset.domain: opset.version for opset in model.opset_import}
+    del model.opset_import[:]
+    model.opset_import.extend(onnx.helper.make_opsetid(domain, versions.get(domain, 1)) for domain in sorted(used))

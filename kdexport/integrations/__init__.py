@@ -1,0 +1,1 @@
+"""Artifacts in other runtimes: Triton, Kubernetes and KServe, Ray Serve."""

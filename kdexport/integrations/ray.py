@@ -1,0 +1,127 @@
+"""An artifact as a Ray Serve deployment: Ray places replicas and routes to them, each of them batches by itself.
+
+    from ray import serve
+    from kdexport.serve.ray import deployment
+
+    serve.run(deployment(["tickets=/mnt/runs/tickets"], num_replicas=2, ray_actor_options={"num_cpus": 4}))
+
+answers on Ray's HTTP port as `kdexport serve` does on its own, `/v2/models/tickets/infer` and all. In a Serve config
+file it is `import_path: kdexport.integrations.ray:application` with `args: {artifacts: […]}`. Folders are read by the
+replicas, on their nodes.
+
+A replica computes on as many threads as it has CPUs. What is more than its queue may hold it refuses, with 429 and
+`Retry-After`: `max_ongoing_requests` is so high that it does not wait in Ray's queue instead, which has no bound. Ray
+has its own access log, metrics and gRPC; the admin port and `grpc_port` are not used here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from kdexport.errors import MissingPackage
+from kdexport.progress import warn
+from kdexport.serve.app import App
+from kdexport.serve.http import Receive, Scope, Send
+from kdexport.serve.registry import Models, named_sources
+from kdexport.serve.server import start_threads
+from kdexport.serve.settings import Settings
+
+# Far more than a queue takes in, at some milliseconds a row and `max_queue_ms`.
+_ONGOING_PER_THREAD = 256
+# Ray logs every request itself; what failed by our fault only our log says.
+_LOG = "errors"
+
+
+def deployment(artifacts: Sequence[str], settings: Settings | None = None, **ray_options: Any) -> Any:
+    """What `ray.serve.run` runs.
+
+    Args:
+        artifacts: `[NAME=]FOLDER[:VARIANT]`; the first is the default.
+        settings: limits and keys; `threads` are the replica's CPUs when it is None.
+        ray_options: of `ray.serve.deployment`: `num_replicas`, `ray_actor_options`, `autoscaling_config`, …
+
+    Raises:
+        SpecError: a name is unfit.
+        MissingPackage: Ray is not installed.
+    """
+    named_sources(artifacts)  # a wrong name is told here, not in a replica's log
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # heard by a Ray that this process starts from now on
+    try:
+        from ray import serve
+    except ImportError:
+        raise MissingPackage("ray[serve]", "ray") from None
+    settings = settings or Settings(access_log=_LOG)
+    actor = {"num_cpus": settings.threads or 1} | ray_options.pop("ray_actor_options", {})
+    threads = settings.threads or max(1, int(actor["num_cpus"]))
+    settings = msgspec.structs.replace(settings, threads=threads)
+    options = {
+        "name": "kdexport",
+        "max_ongoing_requests": _ONGOING_PER_THREAD * threads,
+        "graceful_shutdown_timeout_s": settings.grace,
+    } | ray_options
+
+    def build() -> _Replicated:
+        return _Replicated(artifacts, settings)
+
+    return serve.deployment(serve.ingress(build)(_Replica), ray_actor_options=actor, **options).bind()
+
+
+def application(args: dict[str, Any]) -> Any:
+    """The same for Serve's config files: the arguments of `deployment`, `settings` as a mapping."""
+    settings = msgspec.convert({"access_log": _LOG} | args.get("settings", {}), Settings)
+    return deployment(**args | {"settings": settings})
+
+
+class _Replica:
+    """What Ray asks a replica beside requests."""
+
+    app: _Replicated  # from Ray's ingress
+
+    def check_health(self) -> None:
+        """Ray replaces a replica that raises here."""
+        self.app.check()
+
+
+class _Replicated:
+    """One replica's ASGI application. Its models are loaded when it is made, so that Ray reports what is wrong."""
+
+    def __init__(self, artifacts: Sequence[str], settings: Settings) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        models = Models(named_sources(artifacts), settings.max_batch, settings.max_batch_tokens)
+        self._versions = [models.load(name) for name in models.names()]
+        self._app = App(models, settings)
+
+    def check(self) -> None:
+        """Raise when nothing is answered any more."""
+        if not self._app.ready:
+            raise RuntimeError("the replica does not answer")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request, or the beginning and end of the replica."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+            return
+        # Below a route prefix ASGI's path is the whole one; the protocols' paths begin behind it.
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        await self._app({**scope, "path": path}, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        app = self._app
+        await receive()
+        start_threads(app, self._versions, self._die)
+        app.loaded = True
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        app.draining = True
+        await app.end_threads()
+        app.log.close()
+        app.tracer.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    def _die(self, error: BaseException) -> None:
+        warn(f"a batching thread died, Ray will replace the replica: {error!r}")
+        self._app.loaded = False

@@ -1,0 +1,1 @@
+"""Networks and their folders: loading with a head, small networks, shrinking. torch lives here."""

@@ -1,0 +1,170 @@
+"""Models opened with the head of a task, with what makes their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from kdexport.data import demo
+from kdexport.errors import ModelError
+from kdexport.models.registry import AUTO_CLASSES, has_head
+from kdexport.progress import say
+from kdexport.tasks import TASKS
+from kdexport.tasks.config import Function
+
+logging.set_verbosity_error()  # "newly initialized" warnings: we say ourselves what is new
+
+# As transformers' configurations name them; without one a pipeline takes softmax.
+_PROBLEM_TYPE = {"softmax": None, "sigmoid": "multi_label_classification", "none": "regression"}
+
+
+class Opened(NamedTuple):
+    """A model and what makes its inputs: a tokenizer, or a processor of images or of sound.
+
+    The model has a new head where `labels` are not its own.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+
+
+def open_config(model: str) -> Any:
+    """A model's configuration, from a folder or the hub.
+
+    Raises:
+        ModelError: there is none.
+    """
+    folder = Path(model)
+    local = folder.exists() or model.startswith((".", "/", "~"))
+    if local and not (folder / "config.json").is_file():
+        missing = "does not exist" if not folder.exists() else "holds no config.json"
+        raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
+    try:
+        return AutoConfig.from_pretrained(model)
+    except Exception as error:  # OSError, ValueError, KeyError and connection errors, by cause
+        fix = "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
+        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}", fix) from None
+
+
+def open_model(
+    model: str,
+    config: Any,
+    task: str,
+    labels: Sequence[str],
+    function: Function = "softmax",
+    *,
+    to_train: bool = False,
+) -> Opened:
+    """A model with a head for these labels, and its tokenizer or processor.
+
+    Args:
+        model: folder or hub id.
+        config: its configuration, which is changed to these labels.
+        task: its name.
+        labels: in the order of the logits.
+        function: from logits to scores.
+        to_train: whether it is trained next; then a folder without weights gets random ones.
+
+    Raises:
+        ModelError: weights, tokenizer or processor are missing or unreadable.
+    """
+    processor = open_processor(model, task)
+    if task != "causal-lm":
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+        config.problem_type = _PROBLEM_TYPE[function]
+    if Path(model).is_dir() and not _has_weights(Path(model)):
+        if not to_train:
+            raise ModelError(f"model folder {model} holds no weights", "Train it from random ones: --teacher-epochs 3")
+        say(f"teacher: {model} holds no weights, so it starts from random ones")
+        return Opened(AUTO_CLASSES[task].from_config(config), processor)
+    try:
+        opened = AUTO_CLASSES[task].from_pretrained(model, config=config, ignore_mismatched_sizes=True)
+    except Exception as error:
+        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
+    return Opened(opened, processor)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def open_classifier(model: str, config: Any, task: str) -> Opened:
+    """A model with the head that it was trained with, and its tokenizer or processor.
+
+    Raises:
+        ModelError: it has no head, or some of its weights, or its tokenizer, are missing or unreadable.
+    """
+    if not has_head(config, task):
+        kind = ", ".join(config.architectures or []) or "of no known kind"
+        raise ModelError(
+            f"model {model!r} has no head of a task of ours: it is {kind}",
+            "Name a trained classifier or language model",
+        )
+    processor = open_processor(model, task)
+    try:
+        opened, found = AUTO_CLASSES[task].from_pretrained(model, output_loading_info=True)
+    except Exception as error:
+        raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
+    return Opened(opened, processor)
+
+
+def open_processor(model: str, task: str) -> Any:
+    """What makes a model's inputs, from a folder or the hub: a fast tokenizer, or a processor of images or of sound.
+
+    Raises:
+        ModelError: there is none.
+    """
+    reads = TASKS[task].reads
+    if reads == "text":
+        return open_tokenizer(model, task)
+    try:
+        return (AutoImageProcessor if reads == "image" else AutoFeatureExtractor).from_pretrained(model)
+    except Exception as error:
+        raise ModelError(
+            f"model {model!r} has no {reads} processor that can be opened: {_first_line(error)}",
+            "Save it beside the model: processor.save_pretrained(folder)",
+        ) from None
+
+
+def open_tokenizer(model: str, task: str = "text-classification") -> PreTrainedTokenizerFast:
+    """A model's fast tokenizer, from a folder or the hub.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        # Words of a list each begin with a space, for tokenizers that tell the beginning of a word by it.
+        words = {"add_prefix_space": True} if task == "token-classification" else {}
+        tokenizer = AutoTokenizer.from_pretrained(model, **words)
+    except Exception as error:
+        raise ModelError(
+            f"model {model!r} has no tokenizer that can be opened: {_first_line(error)}",
+            "Save it beside the model: tokenizer.save_pretrained(folder)",
+        ) from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"model {model!r} has only a slow tokenizer, without tokenizer.json", "Convert it first")
+    return tokenizer
+
+
+def own_labels(config: Any) -> list[str]:
+    """A configuration's label names in the order of its logits."""
+    return [str(config.id2label[i]) for i in sorted(config.id2label)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,65 @@
+"""A trained model, whoever trained it, as a model folder of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdexport.errors import ModelError
+from kdexport.models.inference import logits_of
+from kdexport.models.loading import open_classifier, open_config, own_labels
+from kdexport.models.registry import task_of
+from kdexport.models.saving import save_model, save_task
+from kdexport.progress import bar
+from kdexport.tasks import TASKS, load_task
+from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks.classes import function_of
+from kdexport.tasks.config import Function
+
+# Longer texts are the exception for classifiers, and every token costs; `--max-length` reads more.
+_AT_MOST = 512
+# An ONNX file is one protobuf message, which can't be larger.
+_LARGEST_BYTES = 2**31
+
+
+def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, Any]], out: Path) -> None:
+    """Write a model folder with `task.json`, and `reference.npy`: its logits in PyTorch.
+
+    Args:
+        model: Hugging Face folder or hub id of a classifier or a language model.
+        max_length: tokens kept of each text; what the model reads, but at most 512, when None.
+        rows: what the reference is computed for, before the task's own probes and examples; in place they get the
+            column that the task reads.
+        out: an existing folder.
+
+    Raises:
+        ModelError: it is no trained model that can be exported.
+    """
+    config = open_config(model)
+    task_name = task_of(config) or "text-classification"
+    opened = open_classifier(model, config, task_name)
+    for row in rows:  # the column that was named holds paths, if it is no column of texts
+        row.setdefault(TASKS[task_name].reads, row["text"])
+    writes = task_name == CausalLM.name
+    labels = [] if writes else own_labels(config)
+    if len(set(labels)) < len(labels):
+        raise ModelError(f"model {model!r} has labels of the same name", "Tell them apart: id2label in config.json")
+    if TASKS[task_name].reads == "text" and not writes and opened.processor.pad_token_id is None:
+        raise ModelError(f"model {model!r} has no padding token", "Set tokenizer.pad_token and config.pad_token_id")
+    if 4 * opened.model.num_parameters() >= _LARGEST_BYTES:
+        raise ModelError(f"model {model!r} has more than 2 GB of weights", "Distil it: kdexport run --teacher …")
+    function: Function = "none" if writes else function_of(len(labels), config.problem_type)
+    if task_name == "token-classification":
+        function = "softmax"
+    save_task(opened, max_length, labels, out, task=task_name, function=function, at_most=_AT_MOST, rows=rows)
+    save_model(opened, out)
+    task = load_task(out)
+    everything = [*rows, *task.probes(), *task.examples()]
+    with bar("PyTorch answers", len(everything)) as advance:
+        reference = logits_of(opened.model, task, everything, advance=advance)
+    if not np.isfinite(reference).all():
+        raise ModelError(f"model {model!r} gives logits that are not finite")
+    np.save(out / "reference.npy", reference)

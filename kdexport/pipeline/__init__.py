@@ -1,0 +1,1 @@
+"""The commands as functions: run, export, bench, report, compare; each reads top to bottom."""

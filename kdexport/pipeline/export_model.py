@@ -1,0 +1,253 @@
+"""`kdexport export`: a trained model, whoever trained it → an artifact, verified, without any training.
+
+ONNX, optimised, quantized, held against PyTorch, packed: the stages are those of a run. And an artifact, new or
+not, laid out for Triton or KServe.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kdexport import spec
+from kdexport.bench.stats import ratio
+from kdexport.data.sources import rows_with_texts
+from kdexport.errors import ModelError, SpecError
+from kdexport.export import Candidate, export_student
+from kdexport.export.verify import FP32_TOLERANCE, compare
+from kdexport.files import disk_errors
+from kdexport.integrations import layouts
+from kdexport.output import check_place, making, publish
+from kdexport.progress import say
+from kdexport.report import write_export_card
+from kdexport.results import Exported, ExportedFile
+from kdexport.runtime import artifact
+from kdexport.runtime.predictor import Predictor, golden_answers
+from kdexport.tasks import Task, load_task
+from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks.config import Arrays
+
+# int8 is recommended when it gives fp32's answer on this share of rows, of which there must be enough.
+AGREEMENT, ENOUGH_ROWS = 0.99, 100
+# PyTorch has to read them, too; more rows say little more.
+_MOST_ROWS = 2000
+_ROUNDS, _CALLS = 7, 5
+_BY = "kdexport export"
+
+
+class How(msgspec.Struct, frozen=True, kw_only=True):
+    """How a Hugging Face model is exported.
+
+    `variants`: precisions; fp32 is always made. `max_length`: tokens kept of each text; what the model reads, but at
+    most 512, when None. `data`: texts to verify on, beside the task's probes and examples, from `column`.
+    """
+
+    variants: tuple[spec.Precision, ...] = ("fp32", "int8")
+    max_length: int | None = None
+    data: Path | None = None
+    column: str = "text"
+
+
+_DEFAULT = How()
+
+
+def export(
+    model: str,
+    out: Path,
+    how: How = _DEFAULT,
+    layout: str = "hub",
+    name: str | None = None,
+    image: str | None = None,
+    *,
+    move_aside: bool = False,
+) -> Exported | None:
+    """Pack a trained model as an artifact, or lay one out for others.
+
+    Args:
+        model: Hugging Face folder or hub id of a classifier (single-label, multi-label, one-label or regression) of
+            texts, tokens, images or sound, or of a language model. For layouts other than hub also an artifact, or a
+            run that holds one, as `folder[:variant]`.
+        out: hub and kserve: the folder to write; one that holds exactly what this function wrote is replaced once the
+            new one is complete. triton: the model repository; models in it of another name, and other versions than 1
+            of this one, stay.
+        how: for a Hugging Face model.
+        layout: hub, triton or kserve.
+        name: of the model, in a repository or in URLs; the model's folder's own when None.
+        image: that kserve's Dockerfile is to be built as.
+        move_aside: rename what kdexport did not write and stands in the way, rather than refuse.
+
+    Returns:
+        What was verified; None when the model was an artifact already.
+
+    Raises:
+        KdexportError: the model, the data or `out` can't be used, or a file does not do what the model does.
+    """
+    out, source = out.resolve(), _artifact_at(model)
+    if source and layout == "hub":
+        raise SpecError(f"{model} is an artifact already", "Copy it, or choose another --layout")
+    if source and how != _DEFAULT:
+        raise SpecError(f"{model} is an artifact already, so only its layout is left to choose")
+    if (name and layout == "hub") or (image and layout != "kserve"):
+        raise SpecError(f"--{'name' if name else 'image'} has no effect on layout {layout}")
+    name = _name(model if source is None else str(source[0].resolve()), name) if layout != "hub" else ""
+    places = [out / name, out / f"{name}_text"] if layout == "triton" else [out]
+    mine = layouts.TRITON_NAMES if layout == "triton" else None
+    for place in places:
+        check_place(place, mine, may_move=move_aside)
+    rows = _spread(rows_with_texts(how.data, how.column)) if how.data else []
+    with disk_errors(out.parent), making(out) as work:
+        made = work / "made"
+        made.mkdir()
+        found = None if source else _make(model, how, rows, work)
+        folder, variant = source or (work / "artifact", None)
+        match layout:
+            case "triton":
+                layouts.triton(folder, variant, name, made)
+            case "kserve":
+                layouts.kserve(folder, variant, name, image, made / out.name)
+            case _:
+                folder.rename(made / out.name)
+        for place in places:
+            publish(made / place.name, place, work, mine, may_move=move_aside)
+    return found
+
+
+def _artifact_at(model: str) -> tuple[Path, str | None] | None:
+    """The artifact and the variant that `folder[:variant]` names, if it names any."""
+    place, _, variant = model.rpartition(":") if ":" in model and not Path(model).exists() else (model, "", "")
+    folder = artifact.resolve(Path(place))
+    return (folder, variant or None) if (folder / artifact.MANIFEST).exists() else None
+
+
+def _name(model: str, name: str | None) -> str:
+    found = name or [part for part in Path(model).parts if part != "artifact"][-1]
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", found):
+        raise SpecError(f"{found!r} can't be a model's name", "Give one of letters and digits: --name")
+    return found
+
+
+def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Exported:
+    """Write `artifact/` into `work`."""
+    if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
+    from kdexport.models.trained import take_trained
+
+    source, graphs, packed = (work / name for name in ("model", "graphs", "artifact"))
+    for folder in (source, graphs, packed):
+        folder.mkdir()
+    take_trained(model, how.max_length, rows, source)
+    task = load_task(source)
+    if "int4" in how.variants and not isinstance(task, CausalLM):
+        raise SpecError(f"--variants: int4 is for causal-lm, and {model} is for {task.name}", "Take int8")
+    export_student(spec.Export(variants=how.variants), source, graphs, rows)
+    files, chosen = _verify(task, source, graphs, rows)
+    recommended, reason = recommend(files, len(rows))
+    found = Exported(
+        model="/".join(Path(model).parts[-2:]),
+        task=task.name,
+        labels=task.labels,
+        function=task.config.function,
+        max_length=task.config.max_length,
+        rows=len(rows),
+        recommended=recommended,
+        reason=reason,
+        files=files,
+    )
+    made = {"by": _BY} | msgspec.to_builtins(found)
+    golden = golden_answers(task, {precision: file for precision, (file, _) in chosen.items()})
+    artifact.pack(source, chosen, recommended, made, packed, golden)
+    write_export_card(found, packed / "README.md")
+    return found
+
+
+def _verify(
+    task: Task, source: Path, graphs: Path, rows: list[dict[str, Any]]
+) -> tuple[list[ExportedFile], dict[str, tuple[Path, str]]]:
+    """Hold every file against PyTorch; the record of each that ships, and precision → (file, graph)."""
+    reference = np.load(source / "reference.npy")
+    everything = [*rows, *task.probes(), *task.examples()]
+    allowed = FP32_TOLERANCE
+    if (
+        task.config.function == "none" and task.labels
+    ):  # a regression's numbers may be large, and float32 has seven digits
+        allowed *= max(1.0, float(np.abs(reference).max()))
+    compared = {c.name: (c, logits, diff) for c, logits, diff in compare(task, graphs, everything, reference, allowed)}
+    fp32 = compared["fp32"][1][: len(rows)]
+    files, chosen = [], {}
+    for name in _shipped(task, graphs, [c for c, _, _ in compared.values()], everything):
+        candidate, logits, difference = compared[name]
+        file = graphs / candidate.file
+        chosen[candidate.precision] = (file, candidate.graph)
+        files.append(
+            ExportedFile(
+                precision=candidate.precision,
+                file=artifact.SHIPPED_AS[candidate.precision],
+                graph=candidate.graph,
+                size_bytes=file.stat().st_size,
+                max_abs_diff=difference,
+                agreement=float(task.agrees(logits[: len(rows)], fp32).mean()) if rows else None,
+            )
+        )
+    say(f"verify: fp32 against PyTorch on {len(everything)} inputs: max |Δlogit| {files[0].max_abs_diff:.1e}")
+    return files, chosen
+
+
+def recommend(files: Sequence[ExportedFile], rows: int) -> tuple[str, str]:
+    """The precision to load by default, and why.
+
+    int8 is smaller and faster, and what it does to a model's answers differs from model to model: it is recommended
+    where that was seen on enough real rows, and nowhere else.
+    """
+    int8 = next((file for file in files if file.precision == "int8"), None)
+    if int8 is None:
+        return "fp32", "there is no int8 file"
+    if int8.agreement is None:
+        return "fp32", "whether int8 keeps the answers is not known without texts (--data)"
+    kept = f"int8 gives fp32's answer on {int8.agreement:.1%} of {rows:,} rows"
+    if rows < ENOUGH_ROWS:
+        return "fp32", f"{kept}, which are too few to tell; {ENOUGH_ROWS} are needed"
+    return ("int8" if int8.agreement >= AGREEMENT else "fp32"), f"{kept}; {AGREEMENT:.0%} are wanted"
+
+
+def _shipped(task: Task, graphs: Path, candidates: list[Candidate], rows: list[dict[str, Any]]) -> list[str]:
+    """Names of the files that ship: plain graphs, which run everywhere, but int8 fused where that is faster."""
+    names = {c.precision: c.name for c in candidates if c.graph == "plain"}
+    if {"int8", "int8-fused"} <= {c.name for c in candidates}:
+        files = {c.name: graphs / c.file for c in candidates}
+        if _faster(task, files["int8"], files["int8-fused"], rows):
+            names["int8"] = "int8-fused"
+    return list(names.values())
+
+
+def _faster(task: Task, plain: Path, fused: Path, rows: list[dict[str, Any]]) -> bool:
+    """Whether the fused file is faster beyond doubt, at the rows' median length, one text at a time, in turns."""
+    lengths = task.sizes(task.tokenize(rows))
+    arrays = task.sized(rows, int(np.median(lengths)))
+    times: dict[Path, list[float]] = {plain: [], fused: []}
+    predictors = {file: Predictor(task, file, threads=1) for file in times}
+    for _ in range(_ROUNDS):
+        for file, predictor in predictors.items():
+            times[file].append(_seconds(predictor, arrays))
+    found = ratio(times[plain][1:], times[fused][1:])  # the first round also warms up
+    return found.verdict == "faster"
+
+
+def _seconds(predictor: Predictor, arrays: Arrays) -> float:
+    started = time.perf_counter()
+    for _ in range(_CALLS):
+        predictor.run(arrays)
+    return time.perf_counter() - started
+
+
+def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most 2,000 rows, spread evenly."""
+    if len(rows) <= _MOST_ROWS:
+        return rows
+    say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, spread evenly")
+    return [rows[i * len(rows) // _MOST_ROWS] for i in range(_MOST_ROWS)]

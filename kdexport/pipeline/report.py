@@ -1,0 +1,306 @@
+"""Finished stages → one `Report`. Stages never write into it; it is put together once, at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from kdexport import __version__, spec
+from kdexport.analysis.evidence import look_closely
+from kdexport.analysis.membership import membership
+from kdexport.bench.engine import Measured, read_measured
+from kdexport.bench.subjects import Target
+from kdexport.data import read_rows, read_summary, sampled
+from kdexport.distill.teachers import kind_of_first
+from kdexport.export import Candidate, read_candidates
+from kdexport.export.verify import read_quality
+from kdexport.files import hash_file
+from kdexport.pipeline.choose import Choice, choose, judge_budget
+from kdexport.results import Distillation, Quality, Report, Search, Spread, Variant
+from kdexport.runtime.artifact import SHIPPED_AS
+from kdexport.stages import read_record
+from kdexport.tasks import Task, judging, load_task
+from kdexport.tasks.metrics import Array
+
+
+class Stages(NamedTuple):
+    """The folders of a run."""
+
+    run: Path
+    data: Path
+    teacher: Path
+    targets: Path
+    student: Path
+    baseline: Path | None
+    export: Path
+    verify: Path
+    bench: Path
+    search: Search | None = None
+    other_seeds: Sequence[tuple[Path, Path | None]] = ()
+
+
+def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
+    """The report, and the choice of files that it recommends."""
+    quality, measured = read_quality(stages.verify), read_measured(stages.bench)
+    candidates = [c for c in read_candidates(stages.export) if f"student-{c.name}" in quality]
+    choice = choose(candidates, quality, measured, settings.export)
+    best = f"student-{choice.recommended.name}"
+    files = {c.file: c for c in candidates}
+    task, rows = load_task(stages.student), read_rows(stages.data, "test")
+    logits = _logits(stages)
+    wrong = {name: judging.wrong_rows(task, found, rows) for name, found in logits.items()}
+    # Targets are matched by file name, not by path: a run folder may have been moved since.
+    variants = [
+        _file_variant(target, files[Path(target.model).name], choice, quality, measured, wrong, stages)
+        if Path(target.model).name in files and target.name.startswith("student")
+        else _model_variant(target, quality, measured, wrong, stages)
+        for target in measured.targets
+        if target.name not in measured.conditions.left_out
+    ]
+    if kind_of_first(stages.teacher) == "stored":
+        variants.insert(0, _stored_teacher(quality["teacher"], wrong["teacher"]))
+    summary = read_summary(stages.data)
+    report = Report(
+        kdexport=__version__,
+        task=settings.task,
+        metric=task.metric_name,
+        labels=task.labels,
+        recommended=best,
+        reason=choice.reason,
+        variants=variants,
+        budget=judge_budget(
+            settings.budget,
+            quality[best],
+            quality["teacher"],
+            judging.difference(task, logits["teacher"], logits[best], rows)[1],
+            measured.latency.get(best),
+            (stages.export / choice.recommended.file).stat().st_size,
+        ),
+        search=stages.search,
+        distillation=_distillation(settings, stages, quality, best, task, logits, rows),
+        evidence=look_closely(task, rows, logits["teacher"], logits[best]),
+        data={
+            "name": settings.data.train,
+            "rows": summary.rows,
+            "bad_rows": summary.bad_rows,
+            "split_by_us": summary.split_by_us,
+            "sha256": read_record(stages.data).outputs,
+        },
+        leakage=msgspec.to_builtins(summary.duplicates)
+        | {"membership": _membership(stages, task, rows, logits, choice)},
+        bench=msgspec.structs.replace(measured.conditions, price_per_hour=settings.bench.price_per_hour),
+        environment=measured.environment,
+        spec=msgspec.to_builtins(settings),
+        seconds={p.name: read_record(p).seconds for p in stages[1:] if isinstance(p, Path)},
+        command=f"kdexport run {stages.run}/spec.yaml --out {stages.run}",
+    )
+    return report, choice
+
+
+def made_from(report: Report) -> dict[str, Any]:
+    """What the manifest says of how the artifact was made."""
+    best = report.variant(report.recommended)
+    assert report.distillation
+    assert best.metric
+    return {
+        "teacher": report.spec["teacher"]["model"],
+        "student": report.distillation.model,
+        "origin": report.distillation.origin,
+        "temperature": report.distillation.temperature,
+        "alpha": report.distillation.alpha,
+        "seed": report.spec["seed"],
+        "data_sha256": report.data["sha256"],
+        "metric": {"name": report.metric, "value": best.metric.value, "ci95": best.metric.ci95},
+        "reason": report.reason,
+    }
+
+
+def _file_variant(
+    target: Target,
+    candidate: Candidate,
+    choice: Choice,
+    quality: dict[str, Quality],
+    measured: Measured,
+    wrong: dict[str, list[int] | None],
+    stages: Stages,
+) -> Variant:
+    shipped = candidate in choice.shipped.values()
+    return Variant(
+        name=target.name,
+        model="student",
+        runtime=target.runtime,
+        device=target.device,
+        precision=candidate.precision,
+        graph=candidate.graph,
+        file=SHIPPED_AS[candidate.precision] if shipped else None,
+        sha256=hash_file(stages.export / candidate.file),
+        size_bytes=(stages.export / candidate.file).stat().st_size,
+        parameters=_training(stages.student)["parameters"],
+        shipped=shipped and target.name == f"student-{candidate.name}",
+        **_found(target.name, quality, measured, wrong),
+    )
+
+
+def _model_variant(
+    target: Target, quality: dict[str, Quality], measured: Measured, wrong: dict[str, list[int] | None], stages: Stages
+) -> Variant:
+    """A model in PyTorch, teacher or student; or the teacher's ONNX file."""
+    role = target.name.partition("-")[0]
+    plain = target.runtime == "onnxruntime"
+    return Variant(
+        name=target.name,
+        model=role,
+        runtime=target.runtime,
+        device=target.device,
+        precision="fp32",
+        graph="plain" if plain else "eager" if target.runtime == "torch" else "compiled",
+        file=None,
+        **(
+            {"size_bytes": Path(target.model).stat().st_size, "sha256": hash_file(Path(target.model))}
+            if plain
+            else weights(stages.teacher if role == "teacher" else stages.student)
+        ),
+        **_found(target.name, quality, measured, wrong),
+    )
+
+
+def _stored_teacher(quality: Quality, wrong: list[int] | None) -> Variant:
+    """A teacher of which only the logits are there."""
+    return Variant(
+        name="teacher-stored",
+        model="teacher",
+        runtime="stored",
+        device="none",
+        precision="fp32",
+        graph="none",
+        file=None,
+        sha256=None,
+        size_bytes=None,
+        note="stored logits: there is no model to measure",
+        wrong_rows=wrong,
+        **msgspec.structs.asdict(quality),
+    )
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Size, and sha256 where it is one file, of a Hugging Face folder's weights."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    size = sum(path.stat().st_size for path in files)
+    return {"size_bytes": size or None, "sha256": hash_file(files[0]) if len(files) == 1 else None}
+
+
+def speed(name: str, measured: Measured) -> dict[str, Any]:
+    """What the engine found of a variant."""
+    return {
+        "latency_ms": measured.latency.get(name),
+        "speedup_p50": measured.speedup.get(name),
+        "speedup_p99": measured.speedup_p99.get(name),
+        "footprint": measured.footprint.get(name),
+        "cells": measured.cells.get(name, []),
+        "note": measured.conditions.failed.get(name, ""),
+    }
+
+
+def _found(
+    name: str, quality: dict[str, Quality], measured: Measured, wrong: dict[str, list[int] | None]
+) -> dict[str, Any]:
+    found = speed(name, measured)
+    name = "teacher" if name in ("teacher-torch", "teacher-fp32") else name
+    if name in quality:  # another runtime may answer otherwise; its accuracy was not taken
+        found |= msgspec.structs.asdict(quality[name])
+        found["wrong_rows"] = wrong[name]
+    return found
+
+
+def _distillation(
+    settings: spec.Spec,
+    stages: Stages,
+    quality: dict[str, Quality],
+    best: str,
+    task: Task,
+    logits: dict[str, Array],
+    rows: list[dict[str, Any]],
+) -> Distillation:
+    teacher, student = quality["teacher"].metric, quality["student-torch"].metric
+    baseline = quality["baseline-torch"].metric if "baseline-torch" in quality else None
+    training = _training(stages.student)
+    gain = gain_ci = ratio = p = None
+    if baseline:
+        both = logits["baseline-torch"], logits["student-torch"]
+        value, (low, high) = judging.difference(task, *both, rows)
+        gain, gain_ci = 100 * value, (100 * low, 100 * high)
+        room = teacher.value - baseline.value
+        ratio = (student.value - baseline.value) / room if room > 0 else None
+        p = judging.mcnemar(task, *both, rows)
+    return Distillation(
+        teacher=teacher,
+        student=student,
+        baseline=baseline,
+        retention=quality[best].metric.value / teacher.value if teacher.value else 0.0,
+        gain_points=gain,
+        gain_ci95=gain_ci,
+        gain_mcnemar_p=p,
+        ratio=ratio,
+        model=training["student"],
+        loss=_written(settings.distill.loss),
+        temperature=_written(settings.distill.temperature),
+        alpha=_written(settings.distill.alpha),
+        origin=training["origin"],
+        student_seeds=_spread(stages, stages.student, [pair[0] for pair in stages.other_seeds]),
+        baseline_seeds=_spread(stages, stages.baseline, [pair[1] for pair in stages.other_seeds]),
+        student_curve=training["curve"],
+        baseline_curve=_training(stages.baseline)["curve"] if stages.baseline else [],
+        further={
+            name.removesuffix("-torch"): quality[name].further
+            for name in ("teacher", "student-torch", "baseline-torch")
+            if name in quality and quality[name].further
+        },
+    )
+
+
+def _membership(
+    stages: Stages, task: Task, rows: list[dict[str, Any]], logits: dict[str, Array], choice: Choice
+) -> dict[str, Any]:
+    """What teacher and recommended student give away of the rows that they were trained on."""
+    train = read_rows(stages.data, "train")
+    places = sampled(len(train))
+    members, precision = [train[i] for i in places], choice.recommended.precision
+    plain = f"student-{precision if precision != 'fp16' else 'fp32'}"  # fused or not, the answers are the same
+    with np.load(stages.verify / "members.npz") as found:
+        student = membership(task, members, found[plain], rows, logits[plain])
+    taught = np.load(stages.targets / "train.npy")[places]
+    teacher = membership(task, members, taught, rows, logits["teacher"])
+    return {"teacher": msgspec.to_builtins(teacher), "student": msgspec.to_builtins(student)}
+
+
+def _spread(stages: Stages, first: Path | None, others: list[Path | None]) -> Spread | None:
+    """The test metric in PyTorch over seeds; None where there is one."""
+    folders = [folder for folder in (first, *others) if folder]
+    if len(folders) < 2:
+        return None
+    rows, task = read_rows(stages.data, "test"), load_task(stages.student)
+    values = [judging.metric(task, np.load(f / "reference.npy")[: len(rows)], rows) for f in folders]
+    return Spread(values, float(np.mean(values)), float(np.std(values, ddof=1)))
+
+
+def _written(value: Any) -> Any:
+    """A setting as the report keeps it: a number or a name as it is, what moves or is combined as text."""
+    match value:
+        case spec.Schedule():
+            return f"{value.start:g} → {value.end:g}"
+        case dict():
+            return " + ".join(f"{_written(weight)} · {name}" for name, weight in value.items())
+    return value
+
+
+def _logits(stages: Stages) -> dict[str, Array]:
+    with np.load(stages.verify / "logits.npz") as logits:
+        return {name: logits[name] for name in logits.files}
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    return msgspec.json.decode((folder / "training.json").read_bytes(), type=dict[str, Any])

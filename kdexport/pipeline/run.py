@@ -1,0 +1,198 @@
+"""The story: from a spec to an artifact and a report, stage by stage.
+
+Each stage reads finished folders, writes its own, and is skipped when nothing that went into it changed.
+Heavy imports are inside the stages, so a run that has nothing left to do is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+
+from kdexport import spec
+from kdexport.bench.subjects import of_file, of_model
+from kdexport.data import prepare, read_rows
+from kdexport.data.sources import local_files
+from kdexport.distill import teachers
+from kdexport.export import read_candidates
+from kdexport.files import disk_errors
+from kdexport.pipeline.choose import Choice
+from kdexport.pipeline.report import Stages, assemble, made_from
+from kdexport.pipeline.search import teacher_targets
+from kdexport.pipeline.students import Students, local
+from kdexport.progress import say
+from kdexport.report import write_card, write_reports
+from kdexport.results import Report
+from kdexport.runtime import artifact
+from kdexport.runtime.predictor import golden_answers
+from kdexport.spec import derive
+from kdexport.stages import Run
+from kdexport.tasks import TASKS, load_task
+
+
+def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
+    """Do the whole job, or what is left of it, in the run folder `out`.
+
+    Args:
+        settings: the spec.
+        out: the run's folder; made when it is absent.
+        move_aside: rename what kdexport did not write and stands in the way, rather than refuse.
+
+    Raises:
+        KdexportError: what the user gave can't be used; finished stages are kept.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    names = derive.students(settings)
+    derive.check(settings)  # what is wrong is said before an hour's work
+    teachers.check(settings)
+    files = local_files(settings.data)
+    sources = [*files, *teachers.files(settings), *local(*names)]
+    with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):
+        # 1. Rows: read, checked, split, audited.
+        data = folder.stage(
+            "data",
+            version=2,
+            settings=[settings.task, settings.data, settings.seed, *teachers.cut_by(settings)],
+            reads=files,
+            build=lambda work: prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings)),
+        )
+
+        # 2. The teacher, or several: fine-tuned if asked, else as they are.
+        teacher = folder.stage(
+            "teacher",
+            version=2,
+            settings=teachers.settings_of(settings),
+            reads=[data, *teachers.files(settings)],
+            build=lambda work: teachers.prepare_teachers(settings, data, work),
+        )
+
+        # 3. Soft targets: once for every text, whatever student follows; unlabelled and changed texts too.
+        targets = folder.stage(
+            "targets",
+            version=2,
+            settings=teachers.asked_of(settings),
+            reads=[data, teacher],
+            build=lambda work: _targets(settings, data, teacher, work),
+        )
+
+        # 4. The student, trained on them, and its files: ONNX, plain and fused, fp32 and int8. Of several, the best.
+        make = Students(settings, folder, data, teacher, targets)
+        student, export, search = make.search(names) if len(names) > 1 else make.whole(names[0])
+
+        # 5. The same student on labels alone, to see what the soft targets gave; other seeds, to see what luck gave.
+        name = search.winner if search else names[0]
+        baseline = make.baseline(name)
+        other_seeds = make.other_seeds(name, baseline is not None)
+
+        # 6. Does each file do what the student does? How good is it?
+        verified = folder.stage(
+            "verify",
+            version=2,
+            settings=None,
+            reads=[data, targets, student, export, *([baseline] if baseline else [])],
+            build=lambda work: _verify(data, targets, student, baseline, export, work),
+        )
+
+        # 7. How fast is it, side by side with the teacher?
+        bench = folder.stage(
+            "bench",
+            version=4,
+            settings=[msgspec.structs.replace(settings.bench, price_per_hour=None), settings.seed],
+            reads=[data, teacher, export],
+            build=lambda work: _bench(settings, data, teacher, student, export, work),
+        )
+
+        # 8. What it all says, and what ships.
+        stages = Stages(out, data, teacher, targets, student, baseline, export, verified, bench, search, other_seeds)
+        report, choice = assemble(settings, stages)
+        packed = folder.stage(
+            "artifact",
+            version=2,
+            settings=settings,
+            reads=[student, export, verified, bench],
+            build=lambda work: _pack(stages, report, choice, work),
+        )
+        folder.write_settings()
+        write_reports(report, folder)
+        say(f"artifact: {packed}")
+        return report
+
+
+def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
+    """Every setting with its value and where it comes from; what is derived with its reason. Runs nothing.
+
+    The data is read, because the number of rows decides the number of epochs.
+    """
+    local_files(settings.data)
+    with tempfile.TemporaryDirectory() as work:
+        prepare(settings.data, settings.task, settings.seed, Path(work), teachers.cut_of(settings))
+        rows = len(read_rows(Path(work), "train"))
+    names = derive.students(settings)
+    starts = {derive.start_of(settings.student, name) for name in names}
+    copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
+    epochs = derive.epochs(settings.distill, rows, copies, starts.pop() if len(starts) == 1 else "weights")
+    derived = {
+        "distill.epochs": (f"{epochs.value:g}", epochs.reason),
+        "student.model": (", ".join(names), "as given" if settings.student.model else derive.why(settings)),
+    }
+    shape = derive.shape_of(names[0])
+    if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):
+        rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width)
+        derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
+    if TASKS[settings.task].reads == "text":
+        derived["data.max_length"] = (
+            str(settings.data.max_length or 128),
+            "as given" if settings.data.max_length else "128, or what the teacher reads if that is less",
+        )
+    values = msgspec.to_builtins(settings)
+    table = []
+    for key, text in spec.settings().items():
+        value = values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None and key.startswith("teacher.train."):
+            continue
+        shown, reason = derived.get(key, ("–" if value is None else str(value), text))
+        table.append((key, shown, reason))
+    return table
+
+
+def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None:
+    from kdexport.distill.soft_targets import write_targets
+
+    distill = settings.distill
+    how, augment, samples = settings.teacher, distill.augment, distill.samples
+    write_targets(data, teacher, work, how=how, augment=augment, samples=samples, seed=settings.seed)
+
+
+def _verify(data: Path, targets: Path, student: Path, baseline: Path | None, export: Path, work: Path) -> None:
+    from kdexport.export.verify import verify
+
+    verify(data, targets, student, baseline, export, work)
+
+
+def _bench(settings: spec.Spec, data: Path, teacher: Path, student: Path, export: Path, work: Path) -> None:
+    from kdexport.bench.engine import bench
+
+    how, files = settings.bench, read_candidates(export)
+    # What ships is chosen on the CPU in ONNX Runtime, against the teacher in PyTorch: these are always measured.
+    runtimes, devices = (
+        list(dict.fromkeys(("torch", "onnxruntime", *how.runtimes))),
+        list(dict.fromkeys(("cpu", *how.devices))),
+    )
+    targets = teacher_targets(teacher, runtimes, devices) + of_model("student", student, runtimes, devices)
+    for c in files:
+        targets += of_file(f"student-{c.name}", student, export / c.file, runtimes, devices)
+    # The last plain file is measured twice: the engine's check of itself.
+    twice = [f"student-{c.name}" for c in files if c.graph == "plain"][-1]
+    bench(how, targets, read_rows(data, "test"), targets[0].name, settings.seed, work, control=twice)
+
+
+def _pack(stages: Stages, report: Report, choice: Choice, work: Path) -> None:
+    models = {p: (stages.export / c.file, c.graph) for p, c in choice.shipped.items()}
+    golden = golden_answers(load_task(stages.student), {p: file for p, (file, _) in models.items()})
+    artifact.pack(stages.student, models, choice.recommended.precision, made_from(report), work, golden)
+    write_card(report, work / "README.md")

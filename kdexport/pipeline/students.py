@@ -1,0 +1,157 @@
+"""The stages that make students: one as it is named, or the winner of a search; baselines; other seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from kdexport import spec
+from kdexport.data import read_rows
+from kdexport.pipeline import search
+from kdexport.progress import say
+from kdexport.results import Rung, Search
+from kdexport.spec import derive
+from kdexport.stages import Run, read_record
+
+
+class Students(NamedTuple):
+    """What students are made of: the spec, the run, and its finished stages."""
+
+    settings: spec.Spec
+    folder: Run
+    data: Path
+    teacher: Path
+    targets: Path
+
+    def whole(self, name: str, suffix: str = "") -> tuple[Path, Path, None]:
+        """A student trained in full, and its exported files."""
+        student = self.train(name, f"student{suffix}")
+        return student, self.export(student, f"export{suffix}"), None
+
+    def search(self, names: tuple[str, ...]) -> tuple[Path, Path, Search]:
+        """The student that a search chose, its files, and the search's record."""
+        ladder = self.folder.stage(
+            "ladder",
+            version=2,
+            settings=[
+                names,
+                msgspec.structs.replace(self.settings.student, model=names),
+                self.settings.export.variants,
+                self.settings.bench.threads[0],
+                self.settings.seed,
+            ],
+            reads=[self.data, self.teacher, self.targets, *local(*names)],
+            build=lambda work: search.measure_ladder(
+                self.settings, names, self._build, self.teacher, read_rows(self.data, "test"), work
+            ),
+        )
+        rungs, teacher_p50_ms = search.read_ladder(ladder, self.settings.budget)
+        fitting = [rung for rung in rungs if not rung.over]
+        if len(fitting) > 1:
+            say(f"search: {len(fitting)} of {len(rungs)} students fit; each is tried for a short while")
+            rungs = [self._try(rung) if rung in fitting else rung for rung in rungs]
+
+        def train(name: str) -> tuple[Path, Path]:
+            return self.whole(name, f"-{search.slug(name)}")[:2]
+
+        found = search.climb(self.settings, rungs, train, self.data, self.targets, teacher_p50_ms)
+        return found.student, found.export, found.search
+
+    def train(self, name: str, stage: str, *, hard: bool = False, seed: int | None = None, share: float = 1.0) -> Path:
+        """One trained student as a stage.
+
+        Args:
+            name: the student, as in the spec.
+            stage: the folder.
+            hard: on labels alone: the baseline.
+            seed: another one than the spec's.
+            share: of the epochs; below 1 it is a trial, whose weights aren't kept.
+        """
+        distill = msgspec.structs.replace(self.settings.distill, baseline=True, seeds=1)
+        if len(derive.students(self.settings)) > 1 and distill.patience is None:
+            distill = msgspec.structs.replace(distill, patience=search.PATIENCE)
+        if hard:
+            distill = msgspec.structs.replace(distill, loss="kl", temperature=1.0, alpha=0.0, augment=None)
+        seed = self.settings.seed if seed is None else seed
+
+        def build(work: Path) -> None:
+            from kdexport.distill.student import train_student
+
+            train_student(
+                self.settings.student,
+                name,
+                distill,
+                data=self.data,
+                teacher=self.teacher,
+                targets=self.targets,
+                seed=seed,
+                out=work,
+                hard=hard,
+                share=share,
+            )
+
+        return self.folder.stage(
+            stage,
+            version=3,
+            settings=[msgspec.structs.replace(self.settings.student, model=name), distill, seed, share],
+            reads=[self.data, self.teacher, self.targets, *local(name)],
+            build=build,
+        )
+
+    def export(self, student: Path, stage: str) -> Path:
+        """The student's files."""
+
+        def build(work: Path) -> None:
+            from kdexport.export import export_student
+
+            export_student(self.settings.export, student, work, read_rows(self.data, "train"))
+
+        return self.folder.stage(
+            stage, version=3, settings=self.settings.export.variants, reads=[self.data, student], build=build
+        )
+
+    def baseline(self, name: str) -> Path | None:
+        """The same student on labels alone, if it is wanted and there are labels."""
+        if not self.settings.distill.baseline:
+            return None
+        if all(row["label"] is None for row in read_rows(self.data, "train")):
+            say("baseline: the training rows have no labels, so there is none")
+            return None
+        return self.train(name, "baseline", hard=True)
+
+    def other_seeds(self, name: str, baseline: bool) -> list[tuple[Path, Path | None]]:
+        """Student and baseline of every further seed."""
+
+        def one(seed: int) -> Iterator[Path | None]:
+            yield self.train(name, f"student-seed{seed}", seed=seed)
+            yield self.train(name, f"baseline-seed{seed}", hard=True, seed=seed) if baseline else None
+
+        first = self.settings.seed
+        pairs = [list(one(seed)) for seed in range(first + 1, first + self.settings.distill.seeds)]
+        return [(student, hard) for student, hard in pairs if student]
+
+    def _try(self, rung: Rung) -> Rung:
+        stage = self.train(rung.name, f"trial-{search.slug(rung.name)}", share=search.TRIAL_SHARE)
+        curve = msgspec.json.decode((stage / "training.json").read_bytes())["curve"]
+        return msgspec.structs.replace(rung, trial=curve[-1]["validation"], trial_seconds=read_record(stage).seconds)
+
+    def _build(self, name: str, work: Path) -> None:
+        from kdexport.distill.student import write_untrained
+
+        write_untrained(
+            self.settings.student,
+            name,
+            data=self.data,
+            teacher=self.teacher,
+            targets=self.targets,
+            seed=self.settings.seed,
+            out=work,
+        )
+
+
+def local(*models: str) -> list[Path]:
+    """Those of the names that are folders or files here, whose content counts."""
+    return [Path(model) for model in models if Path(model).exists()]

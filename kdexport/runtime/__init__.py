@@ -1,0 +1,1 @@
+"""An artifact loaded and answering: numpy, tokenizers and ONNX Runtime, no torch."""

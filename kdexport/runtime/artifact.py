@@ -1,0 +1,325 @@
+"""The folder that ships: manifest, checksums, open and check.
+
+config.json tokenizer.json …    as on the Hugging Face Hub
+onnx/model.onnx                 fp32, standard operators only
+onnx/model_quantized.onnx       int8
+onnx/model_fp16.onnx            fp16, for GPUs
+onnx/model_q4.onnx              int4 weights, of language models
+golden.json                     rows, and the logits that each file gave for them when it was packed
+kdexport.json                   the manifest
+README.md                       the model card
+
+The manifest holds the sha256 of every file that is read for answers, and of itself. Checksums show that a copy is
+incomplete, damaged or was edited by accident or in part. They say nothing of who made it: whoever can write into the
+folder can write the checksums too. So an artifact may come from anybody: no content of it may read another file,
+hang a program that loads it, or end it with anything but an `ArtifactError`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from kdexport.errors import ArtifactError, MissingPackage
+from kdexport.files import digest, hash_file, write_bytes, write_json
+from kdexport.runtime.onnx_wire import has_external_data
+from kdexport.tasks import load_task
+from kdexport.tasks.config import MOST_JSON, Name, TaskConfig, read_regular
+
+MANIFEST, GOLDEN, CARD = "kdexport.json", "golden.json", "README.md"
+SCHEMA = 1
+_AGAIN = "Pack the artifact again"
+# The largest files that are read, in bytes. Protobuf ends at 2 GiB; the largest tokenizers have about 40 MB.
+_MOST_MODEL, _MOST_OTHER, _MOST_CARD = 2**31, 2**27, 2**20
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ManifestVariant(msgspec.Struct, frozen=True, kw_only=True):
+    """One model file of an artifact."""
+
+    precision: Name
+    file: Name
+    graph: str
+    sha256: Sha256
+    size_bytes: Annotated[int, Meta(ge=0)]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`kdexport.json`: all that a runtime needs to know, and how the files came to be.
+
+    `sha256` is that of all else in it; older manifests have none.
+    """
+
+    schema: int = SCHEMA
+    kdexport: str
+    task: TaskConfig
+    recommended: Name
+    variants: Annotated[dict[Name, ManifestVariant], Meta(max_length=16)]
+    files: Annotated[dict[Name, Sha256], Meta(max_length=64)]
+    made: dict[str, Any]
+    sha256: str = ""
+
+
+class Golden(msgspec.Struct, frozen=True):
+    """`golden.json`: what the files answered when they were packed, to see that they still do elsewhere.
+
+    `logits` are [N, *answer_shape] for each variant, of `rows` one by one: int8 activations are scaled by the batch.
+    """
+
+    rows: Annotated[list[dict[str, str]], Meta(min_length=1, max_length=64)]
+    logits: dict[str, list[Any]]
+
+
+# Names that transformers.js, text-embeddings-inference and Optimum look for.
+SHIPPED_AS = {
+    "fp32": "onnx/model.onnx",
+    "fp16": "onnx/model_fp16.onnx",
+    "int8": "onnx/model_quantized.onnx",
+    "int4": "onnx/model_q4.onnx",
+}
+
+# What of a student's folder other tools want beside the graph.
+_SHIPPED = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "preprocessor_config.json",
+)  # fmt: skip
+
+
+def pack(
+    student: Path,
+    models: dict[str, tuple[Path, str]],
+    recommended: str,
+    made: dict[str, Any],
+    out: Path,
+    golden: Golden | None = None,
+) -> None:
+    """Write an artifact folder.
+
+    Args:
+        student: its Hugging Face folder, with `task.json`.
+        models: precision → (ONNX file, graph).
+        recommended: the precision that is loaded when none is named.
+        made: how it was made; goes into the manifest as it is.
+        out: an existing folder.
+        golden: what the files answer, as `predictor.golden_answers` finds it.
+    """
+    from kdexport import __version__
+
+    (out / "onnx").mkdir(exist_ok=True)
+    for name in _SHIPPED:
+        if (student / name).exists():
+            shutil.copyfile(student / name, out / name)
+    task = load_task(student).config
+    _name_known_architecture(out / "config.json", task.task)
+    variants = {}
+    for precision, (file, graph) in models.items():
+        shutil.copyfile(file, out / SHIPPED_AS[precision])
+        variants[precision] = ManifestVariant(
+            precision=precision,
+            file=SHIPPED_AS[precision],
+            graph=graph,
+            sha256=hash_file(file),
+            size_bytes=file.stat().st_size,
+        )
+    answers = msgspec.json.encode(golden) if golden else b""
+    if 0 < len(answers) <= _MOST_OTHER:  # or it would not be read
+        write_bytes(out / GOLDEN, answers)
+    manifest = Manifest(
+        kdexport=__version__,
+        task=task,
+        recommended=recommended,
+        variants=variants,
+        files={name: hash_file(out / name) for name in (*_SHIPPED, GOLDEN) if (out / name).exists()},
+        made=made,
+    )
+    write_json(out / MANIFEST, sealed(msgspec.json.decode(msgspec.json.encode(manifest))))
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the checksum of its content."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return content | {"sha256": digest(content)}
+
+
+_STANDS_FOR = {
+    "text-classification": ("bert", "BertForSequenceClassification"),
+    "token-classification": ("bert", "BertForTokenClassification"),
+    "image-classification": ("resnet", "ResNetForImageClassification"),
+    "audio-classification": ("audio-spectrogram-transformer", "ASTForAudioClassification"),
+}
+
+
+def _name_known_architecture(file: Path, task: str) -> None:
+    """Let other runtimes open an artifact whose student is an architecture of ours.
+
+    Optimum and transformers.js look in config.json for a family that they know, and take the labels; the model is
+    the ONNX file, whose inputs are those of a BERT without token types, of a ResNet, or of an Audio Spectrogram
+    Transformer. What the student is stands in `kdexport`.
+    """
+    config = msgspec.json.decode(file.read_bytes(), type=dict[str, Any]) if file.exists() else {}
+    if str(config.get("model_type", "")).startswith("kdexport-"):
+        own = {"model_type": config["model_type"], "architectures": config.pop("architectures", None)}
+        family, architecture = _STANDS_FOR[task]
+        write_json(file, config | {"model_type": family, "architectures": [architecture], "kdexport": own})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an artifact folder, or of the run that holds one.
+
+    Raises:
+        ArtifactError: there is none, it is of another schema, was changed, or has a value out of its bounds.
+    """
+    folder = resolve(folder)
+    try:
+        raw = msgspec.json.decode(read_regular(folder / MANIFEST, MOST_JSON))
+        if raw.get("schema") != SCHEMA:
+            raise ArtifactError(f"{folder}/{MANIFEST} is of schema {raw.get('schema')}, this kdexport reads {SCHEMA}")
+        if raw.get("sha256") and raw != sealed(raw):
+            raise ArtifactError(f"{folder}/{MANIFEST} was changed after it was packed: its sha256 differs", _AGAIN)
+        return msgspec.convert(raw, Manifest)
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}", "kdexport run writes one") from None
+    except (OSError, msgspec.MsgspecError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{folder}/{MANIFEST} can't be read: {error}", _AGAIN) from None
+
+
+def read_golden(folder: Path) -> Golden | None:
+    """The golden answers of an artifact folder; older ones have none.
+
+    Raises:
+        ArtifactError: they can't be read.
+    """
+    try:
+        return msgspec.json.decode(read_regular(folder / GOLDEN, _MOST_OTHER), type=Golden)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtifactError(f"{folder}/{GOLDEN} can't be read: {error}", _AGAIN) from None
+
+
+def read_card(folder: Path) -> str:
+    """Return the model card for display, cut at 1 MiB; empty where there is none or it can't be read."""
+    try:
+        if not (folder / CARD).is_file():
+            return ""
+        with (folder / CARD).open("rb") as file:
+            return file.read(_MOST_CARD).decode("utf-8", "replace")
+    except (OSError, ValueError):
+        return ""
+
+
+def resolve(folder: Path) -> Path:
+    """The artifact folder itself, where the run that holds it was named."""
+    inner = folder / "artifact"
+    return inner if not (folder / MANIFEST).exists() and (inner / MANIFEST).exists() else folder
+
+
+def model_file(folder: Path, variant: str | None = None) -> Path:
+    """The file of a variant, after it and the tokenizer's files were checked against the manifest's sha256.
+
+    Nothing that is read of an artifact may lie elsewhere: an artifact may come from anybody, and the server shows
+    its card to everybody.
+
+    Args:
+        folder: an artifact folder.
+        variant: `fp32`, `int8`, …; the recommended one when None.
+
+    Raises:
+        ArtifactError: a file is missing, was changed or lies outside of the folder, the model has weights in other
+            files, or there is no such variant.
+    """
+    manifest = read_manifest(folder)
+    name = variant or manifest.recommended
+    chosen = manifest.variants.get(name)
+    if chosen is None:
+        it = "has no variant" if variant else "recommends a variant that it lacks:"
+        raise ArtifactError(f"{folder} {it} {name!r}", f"It has: {', '.join(manifest.variants)}")
+    sums = {**manifest.files, chosen.file: chosen.sha256}
+    for name in {*sums, *_SHIPPED, GOLDEN, MANIFEST, CARD}:
+        _check_inside(folder, name)
+    for name in {*sums, *_SHIPPED, GOLDEN}:
+        _check_regular(folder / name, _MOST_MODEL if name == chosen.file else _MOST_OTHER)
+    for name, sha256 in sums.items():
+        _check(folder / name, sha256)
+    for name in ("tokenizer.json", GOLDEN):
+        if name not in sums and (folder / name).exists():
+            raise ArtifactError(f"{folder / name} is not in the manifest, so nobody checked it", _AGAIN)
+    _check_labels(folder, manifest)
+    file = folder / chosen.file
+    try:
+        external = has_external_data(file)
+    except ValueError as error:
+        raise ArtifactError(f"{file} can't be loaded: it is no ONNX model ({error})", _AGAIN) from None
+    if external:
+        raise ArtifactError(f"{file} has weights in other files, which nobody checked", _AGAIN)
+    if file.suffix != ".onnx":  # ONNX Runtime reads other formats by the name's end
+        raise ArtifactError(f"{file} is not called .onnx", _AGAIN)
+    return file
+
+
+@contextmanager
+def only_artifact_errors(folder: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while an artifact is loaded into one `ArtifactError`.
+
+    Its content decides what numpy, Pillow, the tokenizer and ONNX Runtime are asked to do, and each of them raises
+    classes of its own: MemoryError, RecursionError, onnxruntime's Fail, the PanicException of Rust, which is no
+    Exception.
+    """
+    try:
+        yield
+    except (ArtifactError, MissingPackage):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).strip() or type(error).__name__
+        raise ArtifactError(f"{folder} can't be loaded: {reason}", _AGAIN) from error
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    try:
+        inside = (folder / name).resolve().is_relative_to(folder.resolve()) and not Path(name).is_absolute()
+    except (OSError, RuntimeError, ValueError):  # a loop of links; a NUL
+        inside = False
+    if not inside:
+        raise ArtifactError(
+            f"{folder} names {name!r}, which lies outside of it", "Copy the files themselves into the folder, not links"
+        )
+
+
+def _check_regular(path: Path, most: int) -> None:
+    """Refuse what isn't a file, such as a pipe, which would be waited for, and files that are too large."""
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"{path} is no file", _AGAIN)
+    if path.exists() and path.stat().st_size > most:
+        raise ArtifactError(f"{path} has {path.stat().st_size:,} bytes; at most {most:,} are read", _AGAIN)
+
+
+def _check(path: Path, sha256: str) -> None:
+    try:
+        found = hash_file(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} is missing or unreadable ({error.strerror})", _AGAIN) from None
+    if found != sha256:
+        raise ArtifactError(f"{path} is not the file that was packed: its sha256 differs", "Pack it again")
+
+
+def _check_labels(folder: Path, manifest: Manifest) -> None:
+    """Hold the labels against those of config.json, which has a checksum also where the manifest has none."""
+    if "config.json" not in manifest.files or not manifest.task.labels:
+        return
+    try:
+        config = msgspec.json.decode(read_regular(folder / "config.json", MOST_JSON), type=dict[str, Any])
+        names = {int(i): str(name) for i, name in (config.get("id2label") or {}).items()}
+    except (OSError, msgspec.MsgspecError, ValueError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{folder}/config.json can't be read: {error}", _AGAIN) from None
+    labels = dict(enumerate(manifest.task.labels))
+    if names not in ({}, labels, {i: f"LABEL_{i}" for i in names}):  # LABEL_0 … are Transformers' own, for want of any
+        raise ArtifactError(f"{folder}/{MANIFEST} has other labels than its config.json", _AGAIN)

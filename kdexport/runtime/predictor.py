@@ -1,0 +1,287 @@
+"""An artifact as a function: encode → ONNX Runtime → decode. No torch, no transformers.
+
+Verification, benchmarks, `kdexport predict` and serving all run models through here: what is measured is
+what ships.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdexport.errors import ArtifactError, DataError, MissingPackage
+from kdexport.runtime import artifact
+from kdexport.tasks import Task, load_task
+from kdexport.tasks.config import Arrays
+from kdexport.tasks.inputs.media import inline_bytes
+from kdexport.tasks.metrics import Array
+
+# A text, a pair of them, or (for tokens) its words; of images and sound a path or bytes.
+Text = str | tuple[str, str] | list[str] | bytes | Path
+
+
+# How Optimum calls the inputs and outputs of a graph with a key-value cache.
+_PAST, _PRESENT, _POSITIONS = "past_key_values.", "present.", "position_ids"
+# Logits of all variants in golden.json; an answer for each of 8,192 tokens is large.
+_MOST_NUMBERS = 3_000_000
+# Tokens that were read, and their keys and values by the inputs that take them.
+Past = tuple[int, dict[str, Any]]
+
+
+def allowed_cores() -> int:
+    """Cores that this process may use: by affinity, and by the container's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period))) if quota != "max" else cores
+    except (OSError, ValueError):
+        return cores
+
+
+class Predictor:
+    """A model file behind its task.
+
+    Args:
+        task: encodes rows and decodes logits.
+        model: an ONNX file whose inputs are the task's.
+        threads: of ONNX Runtime; all allowed cores when None.
+        device: cpu, or cuda, with onnxruntime-gpu.
+
+    Raises:
+        ArtifactError: the file is missing, is no ONNX model, wants other inputs than the task gives, or the
+            device is not there.
+    """
+
+    def __init__(self, task: Task, model: Path, threads: int | None = None, device: str = "cpu") -> None:
+        onnxruntime = _onnxruntime()
+        self.task, self._cuda = task, device == "cuda"
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or allowed_cores()
+        options.inter_op_num_threads = 1
+        # Spinning threads burn the cores that other work wants, and double latency on shared machines.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 4  # what fails is raised as well
+        try:
+            wanted_provider = "CUDAExecutionProvider" if self._cuda else "CPUExecutionProvider"
+            self._session = onnxruntime.InferenceSession(
+                str(model), options, providers=[wanted_provider], enable_fallback=0
+            )
+        except Exception as error:  # onnxruntime raises a dozen classes; all mean that the file is no good
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise ArtifactError(f"{model} can't be loaded: {reason}", "Pack the artifact again") from None
+        if (got := self._session.get_providers()[0]) != wanted_provider:  # it falls back without a word
+            raise ArtifactError(
+                f"{model} runs on {got}, not on {wanted_provider}", "kdexport doctor says what is there"
+            )
+        inputs = self._session.get_inputs()
+        self._cache = {tensor.name: tensor for tensor in inputs if tensor.name.startswith(_PAST)}
+        wanted = {tensor.name for tensor in inputs} - self._cache.keys() - {_POSITIONS}
+        if wanted != set(task.config.inputs):
+            raise ArtifactError(f"{model} wants {sorted(wanted)}, the task gives {sorted(task.config.inputs)}")
+        self._positions = any(tensor.name == _POSITIONS for tensor in inputs)
+
+    def run(self, arrays: Arrays) -> Array:
+        """Logits float32 [B, *answer_shape] of one encoded batch."""
+        return self.task.pick(self._output(arrays), arrays)
+
+    def prove(self) -> None:
+        """Run two short rows, so that a file that doesn't fit its task is found before the first request.
+
+        Raises:
+            ArtifactError: it gives another number of logits than the task has labels.
+        """
+        rows = self.task.probes()[:2]
+        arrays = self.task.encode(rows)
+        output, labels = self._output(arrays), len(self.task.labels)
+        if labels and (output.ndim != 1 + len(self.task.answer_shape) or output.shape[-1] != labels):
+            raise ArtifactError(f"the model gives logits {list(output.shape)}, its task has {labels} labels")
+        found, wanted = self.task.pick(output, arrays).shape, (len(rows), *self.task.answer_shape)
+        if found != wanted:
+            raise ArtifactError(f"the model gives logits {list(found)}, its task wants {list(wanted)}")
+
+    def _output(self, arrays: Arrays) -> Array:
+        """The graph's output for one encoded batch."""
+        inputs = self.task.graph_inputs(arrays)
+        if self._cache:
+            inputs = inputs | self._nothing_before(*inputs["input_ids"].shape)
+        if not self._cuda:
+            return np.asarray(self._session.run([self.task.output], inputs)[0])
+        binding = self._session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, array)
+        binding.bind_output(self.task.output, "cuda")
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return np.asarray(binding.copy_outputs_to_cpu()[0])
+
+    def read(self, ids: Sequence[int], past: Past | None = None) -> tuple[Array, Past]:
+        """Read tokens after those whose keys and values are `past`: logits [V] of the next one, and all of theirs."""
+        before, values = past or (0, {name: self._value(array) for name, array in self._nothing_before(1, 1).items()})
+        length = before + len(ids)
+        given = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, length), dtype=np.int64)}
+        if self._positions:
+            given[_POSITIONS] = np.arange(before, length)[None]
+        feed = values | {name: self._value(array) for name, array in given.items()}
+        names = [self.task.output, *(name.replace(_PAST, _PRESENT, 1) for name in self._cache)]
+        logits, *present = self._session.run_with_ort_values(names, feed)
+        return logits.numpy()[0, -1], (length, dict(zip(self._cache, present, strict=True)))
+
+    def _nothing_before(self, rows: int, length: int) -> Arrays:
+        """Inputs of a graph with a cache where nothing was read yet."""
+        empty = {
+            name: np.zeros((rows, tensor.shape[1], 0, tensor.shape[3]), dtype=np.float32)
+            for name, tensor in self._cache.items()
+        }
+        return empty | ({_POSITIONS: np.arange(length)[None].repeat(rows, 0)} if self._positions else {})
+
+    def _value(self, array: Array) -> Any:
+        return _onnxruntime().OrtValue.ortvalue_from_numpy(array)
+
+    def logits(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> Array:
+        """Logits float32 [N, *answer_shape] of many rows, in batches of similar length, in the rows' order."""
+        encoded, batch_size = self.task.tokenize(rows), batch_size or self.task.at_once
+        lengths = self.task.sizes(encoded)
+        order = np.argsort(lengths, kind="stable")
+        logits = np.empty((len(rows), *self.task.answer_shape), dtype=np.float32)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            logits[chosen] = self.run(self.task.collate([encoded[i] for i in chosen]))
+        return logits
+
+    def predict(self, texts: Sequence[Text] | Text, batch_size: int = 32) -> list[Any]:
+        """Answer texts, pairs of texts, images or recordings, in their order.
+
+        Args:
+            texts: strings, tuples of two for pairs, or for tokens lists of words; of images and sound paths or bytes. A
+                single one is answered as a list of one.
+            batch_size: those that run at once.
+
+        Returns:
+            One `Prediction` a text: `label`, its probability `score`, and all `scores` by label. For tokens, one
+            `Tagged`: `words`, their `tags` and `scores`, and the `entities` that these make. For language models, one
+            `Foreseen`: how well each text was foreseen; `kdexport.runtime.generation.write` goes on from it.
+
+        Raises:
+            DataError: one of them is no text, image or sound; an empty text is answered like any other.
+        """
+        single = isinstance(texts, str | bytes | Path) or (
+            isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(t, str) for t in texts)
+        )
+        many: list[Any] = [texts] if single else list(texts)  # type: ignore[arg-type]
+        rows = [_row(self.task, text, i) for i, text in enumerate(many)]
+        return list(self.task.decode(self.logits(rows, batch_size), rows)) if rows else []
+
+
+def load(folder: str | Path, variant: str | None = None, threads: int | None = None) -> Predictor:
+    """Open an artifact for prediction; its files are checked against the manifest's sha256 first.
+
+    Args:
+        folder: an artifact, or a run that holds one.
+        variant: `fp32`, `int8`, …; the recommended one when None.
+        threads: of ONNX Runtime; all allowed cores when None.
+
+    Raises:
+        ArtifactError: a file is missing or was changed, there is no such variant, or the model can't do its task.
+    """
+    with artifact.only_artifact_errors(Path(folder)):
+        folder = artifact.resolve(Path(folder))
+        model = artifact.model_file(folder, variant)
+        predictor = Predictor(load_task(folder), model, threads)
+        predictor.prove()
+    return predictor
+
+
+def golden_answers(task: Task, files: Mapping[str, Path]) -> artifact.Golden:
+    """What each file (by variant) answers on the task's probes and examples: goes into the artifact."""
+    rows = [*task.probes(), *task.examples()]
+    rows = rows[: max(1, _MOST_NUMBERS // (math.prod(task.answer_shape) * len(files)))]
+    answers = {variant: Predictor(task, file, threads=1).logits(rows, batch_size=1) for variant, file in files.items()}
+    return artifact.Golden(
+        rows, {variant: logits.astype(float).round(6).tolist() for variant, logits in answers.items()}
+    )
+
+
+def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float | None:
+    """How far a loaded file's logits are from those that were packed with it: max |Δlogit| over the golden rows.
+
+    Args:
+        predictor: the variant's file, loaded on this machine.
+        folder: its artifact.
+        variant: fp32, int8, …
+
+    Returns:
+        None when the artifact has no golden answers for the variant, as older ones; NaN if a logit is none.
+
+    Raises:
+        ArtifactError: they can't be read, are of another number of labels, or name files.
+    """
+    golden, task = artifact.read_golden(artifact.resolve(folder)), predictor.task
+    if golden is None or variant not in golden.logits:
+        return None
+    for row in golden.rows:
+        if not {task.reads} <= row.keys() <= {task.reads, "text_pair", "label"}:
+            raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.reads}")
+        if task.reads != "text":
+            # A path would have any file of this machine read, and the error would tell whether it exists.
+            try:
+                inline_bytes(row[task.reads])
+            except DataError:
+                raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.reads}") from None
+    try:
+        packed = np.array(golden.logits[variant], dtype=np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ArtifactError(f"{folder}/{artifact.GOLDEN} has logits that are no table: {error}") from None
+    shape = (len(golden.rows), *task.answer_shape)
+    if packed.shape != shape or not np.isfinite(packed).all():
+        raise ArtifactError(f"{folder} has golden answers {packed.shape}, its {variant} file gives {shape}")
+    with artifact.only_artifact_errors(folder):
+        return task.difference(predictor.logits(golden.rows, batch_size=1), packed)
+
+
+class Tensor(NamedTuple):
+    """An input or output of a graph; an axis of no fixed size is None."""
+
+    name: str
+    type: str
+    shape: list[int | None]
+
+
+def tensors_of(model: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """The inputs and the outputs of an ONNX file, as ONNX Runtime sees them; types are `int64`, `float`, …"""
+    with artifact.only_artifact_errors(model):
+        session = _onnxruntime().InferenceSession(str(model), providers=["CPUExecutionProvider"], enable_fallback=0)
+
+    def tensor(found: Any) -> Tensor:
+        sizes = [size if isinstance(size, int) else None for size in found.shape]
+        return Tensor(found.name, found.type.removeprefix("tensor(").removesuffix(")"), sizes)
+
+    return [tensor(found) for found in session.get_inputs()], [tensor(found) for found in session.get_outputs()]
+
+
+def providers() -> list[str]:
+    """ONNX Runtime's execution providers on this machine."""
+    return list(_onnxruntime().get_available_providers())
+
+
+def _onnxruntime() -> Any:
+    # ONNX Runtime's wheels send telemetry from 1.29 on, unless this is set before the import.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise MissingPackage("onnxruntime", "cpu") from None
+    return onnxruntime
+
+
+def _row(task: Task, given: object, i: int) -> dict[str, Any]:
+    try:
+        return task.row(given)
+    except DataError as error:
+        named = given if isinstance(given, str | Path) and task.reads != "text" else f"input {i}"
+        said = error.what if error.what.startswith(str(given)) else f"{named} {error.what.removeprefix('it ')}"
+        raise DataError(said, error.fix) from None

@@ -1,0 +1,342 @@
+"""The Open Inference Protocol, version 2, with binary tensors and Triton's classification.
+
+Source: the protocol's inference_rest.md and open_inference_rest.yaml, and Triton's extension_binary_data.md and
+extension_classification.md. A model takes texts (`text`, and `text_pair` for pairs) as BYTES, or the graph's own
+tensors as the client encoded them; it gives `label`, `score`, `scores` and `logits`. A language model takes `text` and
+gives `text`, what it writes after it; how, the request's parameters say by the names of `Sampling`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from kdexport.runtime.generation import Sampling
+from kdexport.serve.http import Refused, Request, Response, answer, encode
+from kdexport.serve.large import check_answer
+from kdexport.serve.registry import Version
+from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
+from kdexport.serve.writing import Writer, job_of
+from kdexport.tasks.inputs.texts import Texts
+from kdexport.tasks.metrics import Array
+from kdexport.tasks.token_classification import TokenClassification
+
+EXTENSIONS = ["binary_tensor_data", "classification"]
+HEADER_LENGTH = b"inference-header-content-length"
+TEXTS = ("text", "text_pair")
+OUTPUTS = {"label": "BYTES", "score": "FP32", "scores": "FP32", "logits": "FP32"}
+WRITTEN = {"text": "BYTES"}
+_FLAT = ("label", "score", "text")
+_JSON_NUMBER, _RAW_NUMBER = 20, 4  # bytes
+# A request's parameters that are the protocol's, and Triton's; a language model's others say how to write.
+_OF_PROTOCOL = {
+    "binary_data_output", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end"
+}  # fmt: skip
+
+
+class RequestedOutput(msgspec.Struct, frozen=True):
+    """One output that the client wants."""
+
+    name: str
+    parameters: Parameters = None
+
+    def asks(self, parameter: str, default: object = None) -> object:
+        """One of the parameters."""
+        value = (self.parameters or {}).get(parameter)
+        return default if value is None else value
+
+
+class InferRequest(msgspec.Struct, frozen=True):
+    """`POST /v2/models/{name}/infer`; unknown keys are let pass, as clients send some."""
+
+    inputs: Annotated[list[InputTensor], msgspec.Meta(min_length=1, max_length=16)]
+    id: str | None = None
+    parameters: Parameters = None
+    outputs: Annotated[list[RequestedOutput], msgspec.Meta(max_length=16)] | None = None
+
+
+class Query(NamedTuple):
+    """An infer request, understood."""
+
+    rows: list[Any]
+    costs: list[int]
+    outputs: list[RequestedOutput]
+    binary: bool
+    id: str | None
+    timeout: float | None
+
+
+_decode = msgspec.json.Decoder(InferRequest).decode
+
+
+def metadata(version: Version) -> dict[str, Any]:
+    """`GET /v2/models/{name}`; -1 is any size."""
+    task, tensors = version.task, list[dict[str, Any]]()
+    if version.writer:
+        tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+    elif isinstance(task, Texts):
+        tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+        tensors += [{"name": name, "datatype": "INT64", "shape": [-1, -1]} for name in task.config.inputs]
+    else:
+        tensors = [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in task.shapes().items()]
+    wide = [-1, len(version.task.labels)]
+    return {
+        "name": version.name,
+        "versions": [version.version],
+        "platform": "onnxruntime_onnx",
+        "inputs": tensors,
+        "outputs": [
+            {"name": name, "datatype": datatype, "shape": [-1] if name in _FLAT else wide}
+            for name, datatype in _outputs(version).items()
+        ],
+    }
+
+
+def parse(request: Request, body: bytes, version: Version, max_rows: int, max_chars: int) -> Query:
+    """What is asked.
+
+    Raises:
+        Refused: it is not what the protocol or the model says (400).
+    """
+    head, raw = _split(request, body)
+    try:
+        asked = _decode(head)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Refused(400, f"the request can't be read: {error}") from None
+    tensors: dict[str, Any] = {}
+    shapes: dict[str, Sequence[int]] = {}
+    at = 0
+    for tensor in asked.inputs:
+        if tensor.name in tensors:
+            raise Refused(400, "two inputs have the same name")
+        size = (tensor.parameters or {}).get("binary_data_size")
+        if size is None:
+            tensors[tensor.name] = read_json(tensor)
+        else:
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(raw) - at:
+                raise Refused(400, f"binary_data_size of input {tensor.name} is not what the body holds")
+            tensors[tensor.name] = read_raw(tensor, raw[at : at + size])
+            at += size
+        shapes[tensor.name] = tensor.shape
+    if at != len(raw):
+        raise Refused(400, f"{len(raw) - at} bytes follow the last input")
+    parameters = asked.parameters or {}
+    if version.writer:
+        rows, costs = _jobs(version.writer, tensors, parameters, max_rows, max_chars)
+    else:
+        rows, costs = rows_of(version, tensors, shapes, max_rows, max_chars)
+    timeout = parameters.get("timeout")
+    return Query(
+        rows,
+        costs,
+        _wanted(asked.outputs or [], _outputs(version)),
+        parameters.get("binary_data_output") is True,
+        asked.id,
+        float(timeout) / 1e6
+        if isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout > 0
+        else None,
+    )
+
+
+def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
+    """Every row's answer, as JSON, or as JSON and raw tensors where they were asked for."""
+    values = outputs_of(version, results, query.outputs)
+    outputs, raw = [], []
+    for wanted, (datatype, shape, value) in zip(query.outputs, values, strict=True):
+        output: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": shape}
+        if wanted.asks("binary_data", query.binary) is True:
+            raw.append(raw_texts(value) if datatype == "BYTES" else raw_array(value))
+            output["parameters"] = {"binary_data_size": len(raw[-1])}
+        else:
+            output["data"] = value if datatype == "BYTES" else value.ravel().tolist()
+        outputs.append(output)
+    content: dict[str, Any] = {"model_name": version.name, "model_version": version.version, "outputs": outputs}
+    if query.id is not None:
+        content["id"] = query.id
+    if not raw:
+        return answer(content)
+    head = encode(content)
+    return Response(
+        b"".join((head, *raw)),
+        headers=[(b"content-type", b"application/octet-stream"), (HEADER_LENGTH, b"%d" % len(head))],
+    )
+
+
+def answer_size(version: Version, query: Query) -> int:
+    """Estimate an answer's bytes.
+
+    Raises:
+        Refused: it would be too large (413).
+    """
+    size = 0
+    for wanted in [] if version.writer else query.outputs:
+        *rows, classes = (len(query.rows), *version.task.answer_shape)
+        top = wanted.asks("classification", classes)
+        most = 1 if wanted.name in _FLAT else min(classes, top) if isinstance(top, int) else classes
+        raw = wanted.asks("binary_data", query.binary) is True
+        size += math.prod(rows) * most * (_RAW_NUMBER if raw else _JSON_NUMBER)
+    return check_answer(size, "give fewer rows, or ask for fewer outputs, or for binary ones")
+
+
+def rows_of(
+    version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Named tensors → rows that the model runs, and the tokens that each is thought to take."""
+    task = version.task
+    if not isinstance(task, Texts):
+        return _float_rows(task.shapes(), tensors, shapes, max_rows)
+    if "text" in tensors:
+        return _text_rows(version, tensors, shapes, max_rows, max_chars)
+    wanted = task.config.inputs
+    if set(tensors) != set(wanted):
+        raise Refused(400, f"the inputs are `text` (and `text_pair`), or all of {', '.join(wanted)}")
+    shape = shapes[wanted[0]]
+    rows, longest = (shape[0], task.config.max_length)
+    if len(shape) != 2 or any(list(shapes[name]) != list(shape) for name in wanted):
+        raise Refused(400, f"{', '.join(wanted)} must have one shape: [rows, tokens]")
+    if not (1 <= rows <= max_rows and 1 <= shape[1] <= longest):
+        raise Refused(400, f"the shape must be within [1…{max_rows}, 1…{longest}]")
+    for name in wanted:
+        array = tensors[name]
+        if array is None or isinstance(array, list) or array.dtype != np.int64:
+            raise Refused(400, f"input {name} must be of datatype INT64")
+        most = task.vocabulary if name == "input_ids" else 2
+        if array.min() < 0 or array.max() >= most:
+            raise Refused(400, f"input {name} must be within 0…{most - 1}")
+    return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [shape[1]] * rows
+
+
+def _float_rows(
+    wanted: dict[str, list[int]], tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Pictures or sound as the client encoded them."""
+    if set(tensors) != set(wanted):
+        raise Refused(400, f"the input is {', '.join(wanted)}; files go to POST /")
+    for name, (_, *shape) in wanted.items():
+        rows, *found = shapes[name]
+        if found != shape or not 1 <= rows <= max_rows:
+            raise Refused(400, f"input {name} must have the shape [1…{max_rows}, {', '.join(map(str, shape))}]")
+        array = tensors[name]
+        if array is None or isinstance(array, list) or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise Refused(400, f"input {name} must be of datatype FP32, and finite")
+    return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [1] * rows
+
+
+def outputs_of(
+    version: Version, results: Sequence[Any], outputs: Sequence[RequestedOutput]
+) -> list[tuple[str, list[int], Any]]:
+    """(datatype, shape, values) of each output that is wanted; values are a list of str, or a float32 array."""
+    if version.writer:
+        return [("BYTES", [len(results)], [job.completion for job in results]) for _ in outputs]
+    task = version.task
+    logits = np.stack([result.logits for result in results])
+    scores = np.stack([result.scores for result in results])
+    labels, best = _best(task.labels, logits, scores)
+    found = []
+    for output in outputs:
+        value: Any
+        if output.name == "label":
+            value = labels
+        elif output.name == "score":
+            value = best.astype(np.float32)
+        else:
+            value = (scores if output.name == "scores" else logits).astype(np.float32)
+        shape = [len(logits)] if output.name in ("label", "score") else list(logits.shape)
+        top = output.asks("classification")
+        if top is not None and output.name in ("scores", "logits"):
+            found.append(_classes(task.labels, value, top))
+        else:
+            found.append((OUTPUTS[output.name], shape, value))
+    return found
+
+
+def _best(labels: list[str], logits: Array, scores: Array) -> tuple[list[str], Array]:
+    """The label of each row and its score [N]; where rows have words, all their tags, and the lowest of the scores."""
+    best, highest = scores.argmax(axis=-1), scores.max(axis=-1)
+    if scores.ndim == 2:
+        return [labels[i] for i in best], highest
+    words = TokenClassification.words_read(logits)
+    tags = [" ".join(labels[i] for i in row[:n]) for row, n in zip(best, words, strict=True)]
+    return tags, np.where(np.arange(best.shape[1]) < words[:, None], highest, 1.0).min(axis=1)
+
+
+def _classes(labels: list[str], values: Array, top: object) -> tuple[str, list[int], list[str]]:
+    """Triton's classification of values [..., C]: the highest as `value:index:label`, in a last axis of their own."""
+    if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+        raise Refused(400, "classification must be a number from 1 on")
+    top = min(top, len(labels))
+    rows = values.reshape(-1, values.shape[-1])
+    order = np.argsort(-rows, axis=1, kind="stable")[:, :top]
+    texts = [f"{row[i]:f}:{i}:{labels[i]}" for row, best in zip(rows, order, strict=True) for i in best]
+    return "BYTES", [*values.shape[:-1], top], texts
+
+
+def _split(request: Request, body: bytes) -> tuple[bytes, memoryview]:
+    """The JSON and the raw tensors behind it."""
+    length = request.header(HEADER_LENGTH)
+    if length is None:
+        return body, memoryview(b"")
+    if not length.isdigit() or len(length) > 12 or not 0 < int(length) <= len(body):
+        raise Refused(400, "Inference-Header-Content-Length must be the length of the JSON at the body's start")
+    return body[: int(length)], memoryview(body)[int(length) :]
+
+
+def _outputs(version: Version) -> dict[str, str]:
+    return WRITTEN if version.writer else OUTPUTS
+
+
+def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[RequestedOutput]:
+    for output in outputs:
+        if output.name not in there:
+            raise Refused(400, f"the outputs are {', '.join(there)}" if there is OUTPUTS else "the output is text")
+    if len({output.name for output in outputs}) < len(outputs):
+        raise Refused(400, "two outputs have the same name")
+    return outputs or [RequestedOutput(name) for name in there]
+
+
+def _jobs(
+    writer: Writer, tensors: dict[str, Any], parameters: dict[str, Any], max_rows: int, max_chars: int
+) -> tuple[list[Any], list[int]]:
+    """Prompts → jobs, and the tokens that each may write."""
+    texts = tensors.get("text")
+    if set(tensors) != {"text"} or not isinstance(texts, list):
+        raise Refused(400, "the input is `text`, of datatype BYTES")
+    if len(texts) > max_rows:
+        raise Refused(400, f"a request may have 1 to {max_rows} texts; it has {len(texts)}")
+    how = {name: value for name, value in parameters.items() if name not in _OF_PROTOCOL}
+    if isinstance(how.get("stop"), str):
+        how["stop"] = [how["stop"]]
+    how.setdefault("max_new_tokens", min(Sampling().max_new_tokens, writer.room))
+    jobs = [job_of(writer, text, how, max_chars, 400) for text in texts]
+    return jobs, [one.how.max_new_tokens for one in jobs]
+
+
+def _text_rows(
+    version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
+) -> tuple[list[dict[str, Any]], list[int]]:
+    for name, texts in tensors.items():
+        if name not in TEXTS or not isinstance(texts, list):
+            raise Refused(400, "beside `text` there may be `text_pair`, both of datatype BYTES")
+    texts, pairs = tensors["text"], tensors.get("text_pair")
+    if pairs is not None and len(pairs) != len(texts):
+        raise Refused(400, "text and text_pair must be equally many")
+    rows = [{"text": text} if pairs is None else {"text": text, "text_pair": pairs[i]} for i, text in enumerate(texts)]
+    return check_rows(version, rows, max_rows, max_chars)
+
+
+def check_rows(
+    version: Version, rows: list[dict[str, Any]], max_rows: int, max_chars: int, status: int = 400
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Rows within their limits, and the tokens that each is thought to take."""
+    if not 1 <= len(rows) <= max_rows:
+        raise Refused(status, f"a request may have 1 to {max_rows} texts; it has {len(rows)}")
+    for row in rows:
+        if any(isinstance(text, str) and len(text) > max_chars for text in row.values()):
+            raise Refused(413, f"a text may have {max_chars:,} characters")
+    if version.task.has_words:
+        rows = [version.task.ready(row) for row in rows]
+    return rows, [version.cost(row) for row in rows]

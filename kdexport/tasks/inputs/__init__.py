@@ -1,0 +1,1 @@
+"""How texts, pictures and sound become arrays."""

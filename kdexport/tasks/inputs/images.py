@@ -1,0 +1,310 @@
+"""Pictures as a model reads them: a file's bytes → resized, cut, scaled, normalised float32 [channels, height, width].
+
+The arithmetic is that of Hugging Face's image processors (transformers 4.57, the ones on Pillow and numpy), whose
+`preprocessor_config.json` it follows, so that what was trained there answers the same here.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+
+from kdexport.errors import DataError, MissingPackage, ModelError, TooLarge
+from kdexport.tasks.config import ImageConfig, Row
+from kdexport.tasks.inputs.headers import FORMATS, MOST_BYTES, check, read_header, trimmed
+from kdexport.tasks.inputs.media import DECODING, Media, bytes_of, inline
+from kdexport.tasks.metrics import Array
+
+_BICUBIC = 3
+# What decoding takes on one core; the slowest of the formats, measured.
+_SECONDS_PER_BYTE = 3e-9
+
+
+class Images(Media):
+    """The side of a task that reads rows `{"image": …}`."""
+
+    reads: ClassVar = "image"
+
+    @cached_property
+    def _how(self) -> ImageConfig:
+        assert self.config.image
+        return self.config.image
+
+    @cached_property
+    def _scaling(self) -> tuple[Array, Array]:
+        return scaling(self._how)
+
+    @classmethod
+    def inspect(cls, content: bytes) -> object:
+        """Decode the picture, to see that it can be."""
+        return decoded(content)
+
+    def array(self, content: bytes) -> Array:
+        """Float32 [channels, height, width] of one picture."""
+        image, size = opened(content)
+        with DECODING.room(size):
+            return array_of(_loaded(image), self._how, self._scaling)
+
+    def seconds(self, row: Row) -> float:
+        """Estimate the seconds that decoding a row takes, from its header.
+
+        Raises:
+            DataError: it is no picture, or too large a one.
+        """
+        return read_header(bytes_of(row[self.reads])).bytes * _SECONDS_PER_BYTE
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The graph's input, float32."""
+        height, width = self.size
+        return {self.config.inputs[0]: [-1, self._how.channels, height, width]}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what the model reads."""
+        height, width = output_size(self._how)
+        return height, width
+
+    def axes(self) -> dict[str, dict[int, str]]:
+        """Names of the dynamic axes of the input and of the output."""
+        axes = {0: "batch_size", 1: "num_channels", 2: "height", 3: "width"}
+        return {self.config.inputs[0]: axes, self.output: {0: "batch_size"}}
+
+    def remarks(self, rows: Sequence[Row]) -> list[str]:
+        """What is worth saying of how these rows are read."""
+        grey = sum(opened(bytes_of(row[self.reads]))[0].mode in ("1", "L", "I;16", "LA") for row in rows)
+        if self._how.channels == 3 and grey:
+            return [f"{grey / len(rows):.0%} of the images are grey; the model reads colours, so they are converted"]
+        return ["the model reads grey, so colours are lost"] if self._how.channels == 1 and grey < len(rows) else []
+
+    def probes(self) -> list[dict[str, Any]]:
+        """Pictures at the edges of what may come in: one pixel, long ones, colour, transparency, black, white."""
+        return [
+            _picture(1, 1, "L", 0),
+            _picture(300, 7, "RGB", 1),
+            _picture(9, 200, "RGBA", 2),
+            _picture(64, 64, "L", None),
+        ]
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Pictures of the usual size."""
+        height, width = self.size
+        return [_picture(width, height, "RGB" if self._how.channels == 3 else "L", seed) for seed in range(3, 7)]
+
+
+def decoded(content: bytes) -> Any:
+    """Return a Pillow image with all of its pixels.
+
+    A JPEG that would take more than 100 MB is decoded at half its size, a quarter or an eighth, whichever fits.
+
+    Raises:
+        DataError: it is none, is broken, or decoding it would cost too much.
+    """
+    image, size = opened(content)
+    with DECODING.room(size):
+        return _loaded(image)
+
+
+def opened(content: bytes) -> tuple[Any, int]:
+    """Return a Pillow image whose pixels are not decoded yet, and the bytes of memory that decoding takes.
+
+    Raises:
+        DataError: it is none, or decoding it would cost too much.
+    """
+    header = read_header(content)
+    try:
+        image = _pillow().open(io.BytesIO(trimmed(content)), formats=FORMATS)
+    except Exception as error:
+        raise _broken(error) from None
+    if header.scale > 1:
+        image.draft(image.mode, (image.width // header.scale, image.height // header.scale))
+        return image, header.bytes
+    # the frame of a GIF may be larger than the header says
+    return image, check(header._replace(width=image.width, height=image.height)).bytes
+
+
+def _loaded(image: Any) -> Any:
+    try:
+        image.load()
+    except Exception as error:
+        raise _broken(error) from None
+    return image
+
+
+def _broken(error: Exception) -> DataError:
+    """Pillow's plugins raise a dozen classes; all mean that the file is no good."""
+    if isinstance(error, DataError):
+        return error
+    reason = "it is no image" if "cannot identify" in str(error) else f"it is a broken image ({error})"
+    return DataError(f"{reason}; known are {', '.join(FORMATS)}")
+
+
+@cache
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ModuleNotFoundError:
+        raise MissingPackage("pillow", "cpu") from None
+    # For all threads and for good: `warnings.catch_warnings` in one thread would change them for the others.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    return Image
+
+
+def array_of(image: Any, how: ImageConfig, scale: tuple[Array, Array]) -> Array:
+    """Float32 [channels, height, width] of a Pillow image; `scale` is what `scaling` makes of `how`.
+
+    Raises:
+        DataError: it is so long and thin that resizing it would cost too much.
+    """
+    mode = "L" if how.channels == 1 else "RGB"
+    if image.mode != mode:
+        if image.mode.startswith("I;16"):  # Pillow clips 16 bits to 8
+            image = _pillow().fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode == "LAB":  # which becomes no other mode
+            image = image.convert("RGB")
+        image = image.convert(mode)
+    if how.resize is not None:
+        height, width = _resized(image.height, image.width, how.resize)
+        # Pillow resizes the rows first, so there is a picture of the new width and the old height in between
+        if 4 * (image.width * image.height + width * (image.height + height)) > MOST_BYTES:
+            raise TooLarge(f"it has {image.width} × {image.height} pixels, too long and thin to be resized")
+        if (width, height) != image.size:
+            image = image.resize((width, height), how.resample)
+    if how.crop:
+        image = _middle(image, *how.crop)
+    values = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, how.channels)
+    gain, shift = scale
+    return np.ascontiguousarray((values * gain + shift).transpose(2, 0, 1))
+
+
+def scaling(how: ImageConfig) -> tuple[Array, Array]:
+    """(v · scale − mean) / std, as one product and one sum: what to multiply by and what to add, [channels] each."""
+    mean, std = np.array(how.mean, np.float64), np.array(how.std, np.float64)
+    return (how.scale / std).astype(np.float32), (-mean / std).astype(np.float32)
+
+
+def _resized(height: int, width: int, to: list[int] | int) -> tuple[int, int]:
+    if isinstance(to, list):
+        return to[0], to[1]
+    long = int(to * max(height, width) / min(height, width))
+    return (to, long) if height <= width else (long, to)
+
+
+def _middle(image: Any, height: int, width: int) -> Any:
+    """The middle of a picture; black around where it is smaller."""
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def output_size(how: ImageConfig) -> tuple[int, int]:
+    """Height and width after resizing and cutting.
+
+    Raises:
+        ModelError: pictures would keep a size of their own.
+    """
+    size = how.crop or how.resize
+    if not isinstance(size, list):
+        raise ModelError("the image processor lets pictures keep their shape", "Set do_center_crop or a fixed size")
+    return size[0], size[1]
+
+
+def config_of(processor: Mapping[str, Any], channels: int) -> ImageConfig:
+    """What a Hugging Face image processor does, from its settings (`preprocessor_config.json`).
+
+    Raises:
+        ModelError: it does something else than resize, cut, rescale and normalise.
+    """
+    if processor.get("do_pad") or processor.get("rescale_offset"):
+        raise ModelError(f"the image processor {processor.get('image_processor_type')} does more than is known here")
+    resize, crop = processor.get("size"), processor.get("crop_size") if processor.get("do_center_crop") else None
+    if (edge := (resize or {}).get("shortest_edge")) and "crop_pct" in processor:  # ConvNext's
+        small = edge < 384
+        resize = {"shortest_edge": int(edge / processor["crop_pct"])} if small else {"height": edge, "width": edge}
+        crop = {"height": edge, "width": edge} if small else None
+    normalise = processor.get("do_normalize", True)
+    how = ImageConfig(
+        channels=channels,
+        resize=_size(resize) if processor.get("do_resize", True) else None,
+        crop=_pair(crop) if crop else None,
+        resample=processor.get("resample", 2),
+        scale=processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0,
+        mean=_each(processor.get("image_mean") if normalise else 0.0, channels),
+        std=_each(processor.get("image_std") if normalise else 1.0, channels),
+    )
+    output_size(how)
+    return how
+
+
+def processor_of(how: ImageConfig) -> dict[str, Any]:
+    """The settings of the Hugging Face processor (ViT's) that does this."""
+    height, width = output_size(how)
+    return {
+        "size": {"height": height, "width": width},
+        "resample": how.resample,
+        "rescale_factor": how.scale,
+        "image_mean": how.mean,
+        "image_std": how.std,
+        "do_convert_rgb": how.channels == 3 or None,
+    }
+
+
+def fitted(rows: Sequence[Row], largest: tuple[int, int]) -> ImageConfig:
+    """How a small student should read pictures like these: at their own median size, grey where all are.
+
+    Args:
+        rows: some of the training rows.
+        largest: the teacher's height and width, which is not exceeded.
+    """
+    images = [decoded(bytes_of(row["image"])) for row in rows]
+    height, width = (int(np.median([getattr(image, side) for image in images])) for side in ("height", "width"))
+    channels = 1 if all(image.mode in ("1", "L", "I;16", "LA") for image in images) else 3
+    size = [min(height, largest[0]), min(width, largest[1])]
+    plain = ImageConfig(channels=channels, resize=size, resample=_BICUBIC, mean=[0.0] * channels, std=[1.0] * channels)
+    values = np.stack([array_of(image, plain, scaling(plain)) for image in images]).astype(np.float64)
+    mean, std = values.mean(axis=(0, 2, 3)), values.std(axis=(0, 2, 3))
+    return ImageConfig(
+        channels=channels,
+        resize=size,
+        resample=_BICUBIC,
+        mean=mean.round(4).tolist(),
+        std=np.maximum(std, 1e-3).round(4).tolist(),
+    )
+
+
+def _size(size: Any) -> list[int] | int:
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        return int(size["shortest_edge"])
+    return _pair(size)
+
+
+def _pair(size: Any) -> list[int]:
+    match size:
+        case int():
+            return [size, size]
+        case {"height": int() as height, "width": int() as width}:
+            return [height, width]
+    raise ModelError(f"the image processor's size {size} is not known here", "Set height and width")
+
+
+def _each(value: Any, channels: int) -> list[float]:
+    """One number for each channel; of three for a model of grey, their mean."""
+    values = [float(value)] if isinstance(value, int | float) else [float(one) for one in value]
+    if len(values) == channels:
+        return values
+    return [sum(values) / len(values)] * channels
+
+
+def _picture(width: int, height: int, mode: str, seed: int | None) -> dict[str, Any]:
+    from PIL import Image
+
+    bands = len(mode)
+    draw = np.random.default_rng(seed)
+    values = np.zeros((height, width, bands)) if seed is None else draw.integers(0, 256, (height, width, bands))
+    image = Image.fromarray(values.astype(np.uint8).reshape((height, width) if bands == 1 else (height, width, bands)))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {"image": inline(file.getvalue())}

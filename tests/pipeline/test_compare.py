@@ -1,0 +1,242 @@
+"""What changed between two runs, and gates that decide only when the whole interval does."""
+
+import json
+
+import msgspec
+import pytest
+
+from kdexport.errors import RunError, SpecError
+from kdexport.files import hash_file, write_json
+from kdexport.pipeline.compare import compare, parse_gate
+from kdexport.results import read_report
+
+
+@pytest.fixture(scope="module")
+def report(finished):
+    """The run's report, as precise as if it had been measured for a long time."""
+    report, variants = read_report(finished / "report.json"), []
+    for v in report.variants:
+        near, ratio = v.latency_ms.p50, v.speedup_p50.value
+        latency = msgspec.structs.replace(v.latency_ms, p50_ci95=(near / 1.02, near * 1.02))
+        speedup = msgspec.structs.replace(v.speedup_p50, ci95=(ratio / 1.02, ratio * 1.02))
+        variants.append(msgspec.structs.replace(v, latency_ms=latency, speedup_p50=speedup))
+    return msgspec.structs.replace(report, variants=variants)
+
+
+def scaled(latency, factor):
+    """A latency so many times as long, with its intervals."""
+
+    def times(ci):
+        return ci and (ci[0] * factor, ci[1] * factor)
+
+    return msgspec.structs.replace(
+        latency, p50=latency.p50 * factor, p50_ci95=times(latency.p50_ci95), p99=latency.p99 and latency.p99 * factor,
+        p99_ci95=times(latency.p99_ci95), p90=latency.p90 and latency.p90 * factor, p90_ci95=times(latency.p90_ci95),
+    )  # fmt: skip
+
+
+def slower(report, factor, all_variants=False):
+    """The report of a student (or of a machine) that is so many times slower."""
+    variants = []
+    for v in report.variants:
+        if all_variants or v.name == report.recommended:
+            ratio = v.speedup_p50
+            if not all_variants:
+                ci = tuple(x / factor for x in ratio.ci95)
+                ratio = msgspec.structs.replace(ratio, value=ratio.value / factor, ci95=ci)
+            v = msgspec.structs.replace(v, latency_ms=scaled(v.latency_ms, factor), speedup_p50=ratio, speedup_p99=None)
+        variants.append(v)
+    return msgspec.structs.replace(report, variants=variants)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(report, name):
+        write_json(tmp_path / name, report)
+        return str(tmp_path / name)
+
+    return write
+
+
+def by_metric(found):
+    return {change.metric: change for change in found.changes}
+
+
+def gates(*texts):
+    return [parse_gate(text) for text in texts]
+
+
+def statuses(found):
+    return [gate.status for gate in found.gates]
+
+
+def test_a_student_twice_as_slow_is_worse_and_fails_its_gate(report, write):
+    a, b = write(report, "a.json"), write(slower(report, 2.0), "b.json")
+    found = compare(a, b, gates("p50>+10%", "p50>+300%", "speedup<-10%", "accuracy<-5"), side_by_side=False)
+    changes = by_metric(found)
+    assert changes["p50"].verdict == "worse"
+    assert changes["p50"].change == pytest.approx(100, abs=1)
+    assert changes["speedup"].verdict == "worse"
+    assert changes["size"].verdict == "same"
+    assert statuses(found) == ["failed", "passed", "failed", "passed"]
+
+
+def test_a_busier_machine_is_not_taken_for_a_slower_student(report, write):
+    """Teacher and student both took 1.5 times as long: their ratio, measured in each run, did not change."""
+    a, b = write(report, "a.json"), write(slower(report, 1.5, all_variants=True), "b.json")
+    found = compare(a, b, gates("p50>+30%"), side_by_side=False)
+    p50 = by_metric(found)["p50"]
+    assert p50.change == pytest.approx(0, abs=0.1)
+    assert "ratios to the same teacher" in p50.how
+    assert statuses(found) != ["failed"]
+
+
+def test_other_hardware_is_refused_for_times_and_not_for_ratios(report, write):
+    elsewhere = msgspec.structs.replace(report, environment=report.environment | {"hardware": "other", "cpu": "Other"})
+    a, b = write(report, "a.json"), write(elsewhere, "b.json")
+    with pytest.raises(SpecError, match=r"p50 is not comparable: A was measured on .*\. Compare ratios"):
+        compare(a, b, gates("p50>+10%"), side_by_side=False)
+    found = compare(a, b, gates("speedup<-60%", "size>5MB"), side_by_side=False)
+    assert statuses(found) == ["passed", "passed"]
+    assert by_metric(found)["p50"].verdict == "not comparable"
+    assert "times are not compared" in found.notes[0]
+
+
+def test_accuracy_is_compared_row_by_row(report, write):
+    best = report.variant(report.recommended)
+    wrong = sorted({*best.wrong_rows, *range(best.metric.n // 2)})
+    n = best.metric.n
+    worse = msgspec.structs.replace(
+        best, wrong_rows=wrong, metric=msgspec.structs.replace(best.metric, value=1 - len(wrong) / n, ci95=(0.3, 0.6))
+    )
+    variants = [worse if v.name == best.name else v for v in report.variants]
+    found = compare(
+        write(report, "a.json"),
+        write(msgspec.structs.replace(report, variants=variants), "b.json"),
+        gates("accuracy<-5", "accuracy<20%", "accuracy<99%"),
+        side_by_side=False,
+    )
+    change = by_metric(found)["accuracy"]
+    assert change.verdict == "worse"
+    assert change.how == "the same test rows, paired"
+    assert statuses(found) == ["failed", "passed", "failed"]
+
+
+def test_a_gate_whose_limit_lies_in_the_interval_is_unsure(report, write):
+    a = write(report, "a.json")
+    found = compare(a, a, gates("accuracy<-0.001", "p50>+0.001%"), side_by_side=False)
+    assert statuses(found) == ["unsure", "unsure"]
+
+
+def test_an_unsure_gate_measures_both_files_in_turns(finished, kdexport):
+    """The same file on both sides: it can't be 60 % slower than itself."""
+    flags = ["--variant", "student-int8", "--measure", "--time-limit", "60s", "--json"]
+    found = kdexport("compare", finished, finished, "--fail-if", "p50>+60%", *flags)
+    assert found.returncode == 0, found.stderr
+    result = json.loads(found.stdout)
+    p50 = next(c for c in result["changes"] if c["metric"] == "p50")
+    assert p50["how"].startswith("in turns, ")
+    assert result["gates"][0]["status"] == "passed"
+
+
+def test_a_failed_gate_exits_with_3_and_leaves_pages(finished, report, write, kdexport, tmp_path):
+    a, b = write(report, "a.json"), write(slower(report, 2.0), "b.json")
+    found = kdexport("compare", a, b, "--fail-if", "p50>+10%", "--no-measure", "--out", tmp_path / "out")
+    assert found.returncode == 3
+    assert "gate p50>+10%: FAILED" in found.stdout
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "1 of 1 gates failed: p50&gt;+10%." in page
+    assert "<svg" in page
+    assert (
+        "| student-int8 | p50 |" in (tmp_path / "out" / "compare.md").read_text()
+        or report.recommended != "student-int8"
+    )
+    unsure = ["compare", a, a, "--fail-if", "p50>+0.001%", "--no-measure"]
+    assert kdexport(*unsure).returncode == 0
+    assert kdexport(*unsure, "--unsure-fails").returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("p98>1", "can't be read"),
+        ("p99", "can't be read"),
+        ("p99>1.2.3%", "can't be read"),
+        ("p99>.", "can't be read"),
+        ("p99>10%", r"p99 is not in '%' but in ms, s, us. For a change write a sign: 'p99>\+10%'"),
+        ("size>5ms", "size is not in 'ms' but in mb, kb"),
+        ("p99>+1ms", "a change of p99 has no such unit. Write it like 'p99>\\+10%'"),
+    ],
+)
+def test_gates_that_say_nothing_are_refused(text, says):
+    with pytest.raises(SpecError, match=says):
+        parse_gate(text)
+
+
+def test_gates_are_read_in_their_units():
+    read = {
+        text: parse_gate(text).bound for text in ("p99>2ms", "p99>1s", "size>500KB", "accuracy<95%", "accuracy<0.95")
+    }
+    assert list(read.values()) == pytest.approx([2, 1000, 0.5, 0.95, 0.95])
+    assert parse_gate("accuracy<95").bound == pytest.approx(0.95)
+    assert parse_gate("accuracy<-0.5").bound == -0.5
+    assert parse_gate("speedup<10").bound == 10
+
+
+def test_every_gate_that_is_offered_can_decide(report, write):
+    a = write(report, "a.json")
+    found = compare(
+        a,
+        a,
+        gates("cold>100s", "memory>1", "memory>100000MB", "speedup<0.01", "p50<0.000001", "size>5MB"),
+        side_by_side=False,
+    )
+    assert statuses(found) == ["passed", "failed", "passed", "passed", "passed", "passed"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"), [({"threads": 4}, "with 1 thread(s), B with 4"), ({"texts": "others"}, "on different texts")]
+)
+def test_other_threads_or_texts_are_not_compared(report, write, changes, says):
+    other = msgspec.structs.replace(report, bench=msgspec.structs.replace(report.bench, **changes))
+    found = compare(write(report, "a.json"), write(other, "b.json"), [])
+    assert says in found.notes[0]
+    assert by_metric(found)["p50"].verdict == "not comparable"
+
+
+def test_what_only_one_report_has_is_said(report, write):
+    variants = [
+        msgspec.structs.replace(v, latency_ms=msgspec.structs.replace(v.latency_ms, p99=None)) for v in report.variants
+    ]
+    a, b = write(report, "a.json"), write(msgspec.structs.replace(report, variants=variants), "b.json")
+    with pytest.raises(SpecError, match="p99 is not comparable: B has no p99"):
+        compare(a, b, gates("p99>+10%"), side_by_side=False)
+
+
+def test_a_file_that_cannot_be_measured_is_named(finished, copied):
+    file = next(copied.glob("artifact/onnx/model_quantized.onnx"))
+    before = hash_file(file)
+    file.write_bytes(b"garbage")
+    path = copied / "report.json"
+    path.write_text(path.read_text().replace(before, hash_file(file)))
+    if read_report(path).recommended.startswith("student-fp32"):
+        pytest.skip("fp32 is recommended here, and it is whole")
+    with pytest.raises(RunError, match=r"B's file can't be measured: it stopped .*can't be loaded"):
+        compare(str(finished), str(copied), gates("p50>+10%"), side_by_side=True)
+
+
+def test_reports_without_a_common_variant_are_refused(report, write):
+    other = [msgspec.structs.replace(v, name=f"x-{v.name}") for v in report.variants]
+    a = write(msgspec.structs.replace(report, recommended=None), "a.json")
+    b = write(msgspec.structs.replace(report, variants=other, recommended=None), "b.json")
+    with pytest.raises(RunError, match="no variant in common"):
+        compare(a, b, [])
+    with pytest.raises(RunError, match="no variant 'y' in both"):
+        compare(a, a, [], variant="y")
+
+
+def test_a_metric_that_no_report_has_is_refused(report, write):
+    bare = [msgspec.structs.replace(v, footprint=None) for v in report.variants]
+    a = write(msgspec.structs.replace(report, variants=bare), "a.json")
+    with pytest.raises(SpecError, match="neither report has memory"):
+        compare(a, a, gates("memory>+10%"))
