@@ -85,7 +85,7 @@ def bench_training_step(benchmark, student, rows, tmp_path):
 
     def plain(epochs):
         model = AutoModelForSequenceClassification.from_pretrained(student).train()
-        encoded, labels = task.tokenize(some), torch.from_numpy(task.targets(some))
+        encoded, labels = task.tokenize(some), torch.from_numpy(task.label_array(some))
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, fused=True)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=32 * epochs)
         order = ByLength([len(e["input_ids"]) for e in encoded], 32, 0)

@@ -43,7 +43,7 @@ def main(run: Path) -> None:
             kept = CausalLM(msgspec.structs.replace(task.config, kept=k), tokenizer)
             batch = kept.encode([row])
             padded = torch.cat([teacher_logits, teacher_logits[-1:]])[None].numpy()
-            packed = torch.from_numpy(kept.pick(padded, batch)[0, : len(student_logits)])
+            packed = torch.from_numpy(kept.gather(padded, batch)[0, : len(student_logits)])
             some.append(len(packed) * kl(*with_rest(student_logits, packed), None, 1.0).item())
             mass.append(packed[:, 2 : 2 * (k - drawn_of(k, ours.shape[1])) + 1 : 2].exp().sum(dim=-1))
         found = sum(some) / len(ours)

@@ -125,13 +125,13 @@ def _open_torch(target: Target, threads: int) -> Opened:
         graph_inputs = task.graph_inputs(arrays)
         inputs = {name: torch.from_numpy(array).to(target.device) for name, array in graph_inputs.items()}
         if not cuda:
-            return task.pick(model(**inputs).logits.numpy(), arrays)
+            return task.gather(model(**inputs).logits.numpy(), arrays)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         logits = model(**inputs).logits
         end.record()
         events.append((start, end))
-        return task.pick(logits.float().cpu().numpy(), arrays)  # waits for the device
+        return task.gather(logits.float().cpu().numpy(), arrays)  # waits for the device
 
     def device_ms() -> list[float]:
         if cuda:
@@ -194,7 +194,7 @@ def _open_openvino(target: Target, threads: int) -> Opened:
     request = compiled.create_infer_request()
 
     def run(arrays: Any) -> Any:
-        return task.pick(request.infer(task.graph_inputs(arrays))[task.output], arrays)
+        return task.gather(request.infer(task.graph_inputs(arrays))[task.output], arrays)
 
     return Opened(task.encode, run, task.decode)
 

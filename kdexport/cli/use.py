@@ -71,7 +71,7 @@ def predict(
     model = load(artifact, variant, threads)
     if inputs and file:
         raise SpecError("texts and --file were both given", "Give one of them")
-    reads = model.task.reads
+    reads = model.task.modality
     asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     try:
         sampling = msgspec.convert(asked | {"stop": stop or [], "seed": seed}, Sampling)
@@ -89,7 +89,7 @@ def predict(
         else:
             answers = model.predict(given, batch_size)
         for one, answer in zip(given, answers, strict=True):
-            sys.stdout.write(msgspec.json.encode({reads: one} | answer.told(scores)).decode() + "\n")
+            sys.stdout.write(msgspec.json.encode({reads: one} | answer.to_dict(scores)).decode() + "\n")
         sys.stdout.flush()
 
 

@@ -81,7 +81,7 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
     unlabelled = _new(unlabelled, splits, content)
     labels = _label_names(splits, of_task)
-    if of_task.reads == "text":
+    if of_task.modality == "text":
         near, pairs = near_duplicates(splits, content)
         found = msgspec.structs.replace(found, near=near)
         write_bytes(out / "near_duplicates.jsonl", b"".join(msgspec.json.encode(pair) + b"\n" for pair in pairs))

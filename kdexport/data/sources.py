@@ -179,7 +179,7 @@ def read_unlabelled(data: spec.Data, task: str, cut: Cut | None = None) -> tuple
         columns = _choose_columns(source, msgspec.structs.replace(data, label=None), task, needs_label=False)
         columns.pop("label", None)
         return _check_rows(source, _numbered(source.rows, columns, cut), columns, data, task)
-    if TASKS[task].reads != "text":
+    if TASKS[task].modality != "text":
         raise DataError(f"{path} names no files", "Give a CSV, JSONL or Parquet file")
     if data.text_pair:
         raise DataError(f"{path} holds single texts, the data are pairs of them", "Give a CSV or JSONL of pairs")
@@ -210,8 +210,8 @@ def _check_rows(
     rows, bad, of_task, name = [], 0, task_class(task, data.problem), source.name
     for number, raw in numbered:
         row = {column: raw.get(column_there) for column, column_there in columns.items()}
-        if of_task.reads != "text":
-            row[of_task.reads] = _placed(row[of_task.reads], source.folder)
+        if of_task.modality != "text":
+            row[of_task.modality] = _placed(row[of_task.modality], source.folder)
         label = row.pop("label", None)
         ready = of_task.canonical(row | {"label": label})
         problem = ready if isinstance(ready, str) else of_task.check(ready, data.max_chars, "label" in columns)
@@ -238,7 +238,7 @@ def _placed(value: Any, folder: Path) -> Any:
 
 def _choose_columns(source: Source, data: spec.Data, task: str, needs_label: bool) -> dict[str, str]:
     """Our column → the file's: as named in the spec, else guessed when obvious."""
-    reads = TASKS[task].reads
+    reads = TASKS[task].modality
     named = {reads: data.text, "text_pair": data.text_pair, "label": data.label}
     for name in filter(None, named.values()):
         if name not in source.columns:

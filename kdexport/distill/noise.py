@@ -42,7 +42,7 @@ def noisy_logits(
         for start in range(0, len(rows), batch_size):
             batch = task.collate(encoded[start : start + batch_size])
             inputs = {n: torch.from_numpy(array).to(model.device) for n, array in task.graph_inputs(batch).items()}
-            logits[start : start + batch_size] = task.pick(model(**inputs).logits.float().cpu().numpy(), batch)
+            logits[start : start + batch_size] = task.gather(model(**inputs).logits.float().cpu().numpy(), batch)
             advance(len(next(iter(batch.values()))))
     model.eval()
     return logits

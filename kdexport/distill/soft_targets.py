@@ -97,11 +97,11 @@ def write_targets(
             for found, theirs in zip(each, answers, strict=True):
                 found[split] = metric(task, theirs[chosen], rows_with)
     shown = "validation" if "validation" in accuracy else "test"
-    say(f"soft targets: teacher's {task.metric_name} on {shown} {accuracy[shown]:.2%}")
+    say(f"soft targets: teacher's {task.metric.name} on {shown} {accuracy[shown]:.2%}")
     record = {
         "texts": len({task.content(row) for rows in splits.values() for row in rows}),
         "computed": computed,
-        "metric": task.metric_name,
+        "metric": task.metric.name,
         "teacher": accuracy,
     }
     if len(members) > 1:
@@ -143,7 +143,7 @@ def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     if task.config.function != "softmax":
         value = metric(task, logits, rows)
         if value < (_CHANCE_TOKENS if task.config.kept else _CHANCE_KAPPA):
-            raise ModelError(f"{who} has a {task.metric_name} of {value:.2f} on {len(rows)} labelled rows", "Train it")
+            raise ModelError(f"{who} has a {task.metric.name} of {value:.2f} on {len(rows)} labelled rows", "Train it")
         return
     items = task.items(rows, logits)
     counts = confusion_matrix(items.labels, items.logits.argmax(axis=1), len(task.labels))

@@ -180,7 +180,7 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
         return Built(opened, f"its weights from {name}")
     teacher = open_trained(teacher_folder)
     task = task_name(teacher_folder)
-    whole = derive.vocabulary(student, name, task) == "whole" or TASKS[task].reads != "text"
+    whole = derive.vocabulary(student, name, task) == "whole" or TASKS[task].modality != "text"
     tokenizer = open_processor(str(teacher_folder), task)
     kept = None if whole else trim_vocabulary(tokenizer, teacher, texts)
     size = "" if kept is None else f", a vocabulary of {len(kept):,}"

@@ -87,7 +87,7 @@ def check(settings: spec.Spec) -> None:
     language = settings.task == "causal-lm"
     if language and (len(models) > 1 or teacher.passes > 1):
         raise SpecError(f"teacher.model: for {settings.task} it is one teacher, which reads each text once", "Name one")
-    media = TASKS[settings.task].reads != "text" or language
+    media = TASKS[settings.task].modality != "text" or language
     for model, kind in kinds.items():
         if media and (kind != "torch" or is_adapter(Path(model))):
             raise SpecError(f"teacher.model: for {settings.task} it can't be {_SAID[kind]} or an adapter ({model}) yet")

@@ -113,7 +113,7 @@ def fit(
         raise SpecError(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
         )
-    encoded, labels = task.tokenize(rows), task.targets(rows)
+    encoded, labels = task.tokenize(rows), task.label_array(rows)
     lengths = task.sizes(encoded)
 
     def collate(chosen: list[int]) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ def logits_of(
             chosen = order[start : start + batch_size]
             batch = task.collate([encoded[i] for i in chosen])
             inputs = {n: torch.from_numpy(array).to(model.device) for n, array in task.graph_inputs(batch).items()}
-            logits[chosen] = task.pick(model(**inputs).logits.float().cpu().numpy(), batch)
+            logits[chosen] = task.gather(model(**inputs).logits.float().cpu().numpy(), batch)
             if advance:
                 advance(len(chosen))
     model.train(was_training)

@@ -129,7 +129,7 @@ def open_processor(model: str, task: str) -> Any:
     Raises:
         ModelError: there is none.
     """
-    reads = TASKS[task].reads
+    reads = TASKS[task].modality
     if reads == "text":
         return open_tokenizer(model, task)
     try:

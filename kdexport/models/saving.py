@@ -47,9 +47,9 @@ def save_task(
         kept: of language models, how many of the most probable tokens an answer holds.
     """
     model, tokenizer = opened
-    if TASKS[task].reads != "text":
+    if TASKS[task].modality != "text":
         image = audio = None
-        if TASKS[task].reads == "image":
+        if TASKS[task].modality == "image":
             image = images.config_of(tokenizer.to_dict(), getattr(model.config, "num_channels", 3))
         else:
             audio = sound.config_of(tokenizer.to_dict(), rows)

@@ -42,12 +42,12 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     task_name = task_of(config) or "text-classification"
     opened = open_classifier(model, config, task_name)
     for row in rows:  # the column that was named holds paths, if it is no column of texts
-        row.setdefault(TASKS[task_name].reads, row["text"])
+        row.setdefault(TASKS[task_name].modality, row["text"])
     writes = task_name == CausalLM.name
     labels = [] if writes else own_labels(config)
     if len(set(labels)) < len(labels):
         raise ModelError(f"model {model!r} has labels of the same name", "Tell them apart: id2label in config.json")
-    if TASKS[task_name].reads == "text" and not writes and opened.processor.pad_token_id is None:
+    if TASKS[task_name].modality == "text" and not writes and opened.processor.pad_token_id is None:
         raise ModelError(f"model {model!r} has no padding token", "Set tokenizer.pad_token and config.pad_token_id")
     if 4 * opened.model.num_parameters() >= _LARGEST_BYTES:
         raise ModelError(f"model {model!r} has more than 2 GB of weights", "Distil it: kdexport run --teacher …")

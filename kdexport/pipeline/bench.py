@@ -195,7 +195,7 @@ def _report(targets: list[Target], measured: Measured, rows: list[dict[str, Any]
     return Report(
         kdexport=__version__,
         task=task.name if task else "text-classification",
-        metric=task.metric_name if task else "accuracy",
+        metric=task.metric.name if task else "accuracy",
         labels=task.labels if task else [],
         recommended=None,
         reason=_summary(measured, first),

@@ -67,7 +67,7 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     report = Report(
         kdexport=__version__,
         task=settings.task,
-        metric=task.metric_name,
+        metric=task.metric.name,
         labels=task.labels,
         recommended=best,
         reason=choice.reason,

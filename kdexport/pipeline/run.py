@@ -142,7 +142,7 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):
         rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
-    if TASKS[settings.task].reads == "text":
+    if TASKS[settings.task].modality == "text":
         derived["data.max_length"] = (
             str(settings.data.max_length or 128),
             "as given" if settings.data.max_length else "128, or what the teacher reads if that is less",

@@ -62,7 +62,7 @@ def write_card(report: Report, file: Path) -> None:
     """Write the model card, with the metrics as a model-index."""
     best, teacher = report.variant(report.recommended), next(v for v in report.variants if v.model == "teacher")
     formats = {"percent": percent, "ms": ms, "times": times, "points": points}
-    reads = TASKS[report.task].reads
+    reads = TASKS[report.task].modality
     values = {"r": report, "reads": reads, "best": best, "teacher": teacher, "use": _use(report.task)}
     values |= {"headers": headers(report), "rows": table(report)}
     write_text(file, page.render("card.md.j2", **formats, **values))
@@ -75,7 +75,7 @@ def write_export_card(exported: Exported, file: Path) -> None:
         page.render(
             "exported.md.j2",
             e=exported,
-            reads=TASKS[exported.task].reads,
+            reads=TASKS[exported.task].modality,
             use=_use(exported.task),
             version=__version__,
             percent=percent,
@@ -91,7 +91,7 @@ def _use(task: str) -> dict[str, str]:
         )
         code += 'print(write(model, "Once upon a time", Sampling(max_new_tokens=40)).completion)'
         return {"tag": "text-generation", "optimum": "ORTModelForCausalLM", "code": code}
-    given = {"image": '"a.png"', "audio": '"a.wav"'}.get(TASKS[task].reads, '"a text to classify"')
+    given = {"image": '"a.png"', "audio": '"a.wav"'}.get(TASKS[task].modality, '"a text to classify"')
     return {
         "tag": task,
         "optimum": f"ORTModelFor{task.title().replace('Text-', 'Sequence-').replace('-', '')}",

@@ -87,7 +87,7 @@ class Predictor:
 
     def run(self, arrays: Arrays) -> Array:
         """Logits float32 [B, *answer_shape] of one encoded batch."""
-        return self.task.pick(self._output(arrays), arrays)
+        return self.task.gather(self._output(arrays), arrays)
 
     def prove(self) -> None:
         """Run two short rows, so that a file that doesn't fit its task is found before the first request.
@@ -100,7 +100,7 @@ class Predictor:
         output, labels = self._output(arrays), len(self.task.labels)
         if labels and (output.ndim != 1 + len(self.task.answer_shape) or output.shape[-1] != labels):
             raise ArtifactError(f"the model gives logits {list(output.shape)}, its task has {labels} labels")
-        found, wanted = self.task.pick(output, arrays).shape, (len(rows), *self.task.answer_shape)
+        found, wanted = self.task.gather(output, arrays).shape, (len(rows), *self.task.answer_shape)
         if found != wanted:
             raise ArtifactError(f"the model gives logits {list(found)}, its task wants {list(wanted)}")
 
@@ -224,14 +224,14 @@ def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float
     if golden is None or variant not in golden.logits:
         return None
     for row in golden.rows:
-        if not {task.reads} <= row.keys() <= {task.reads, "text_pair", "label"}:
-            raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.reads}")
-        if task.reads != "text":
+        if not {task.modality} <= row.keys() <= {task.modality, "text_pair", "label"}:
+            raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.modality}")
+        if task.modality != "text":
             # A path would have any file of this machine read, and the error would tell whether it exists.
             try:
-                inline_bytes(row[task.reads])
+                inline_bytes(row[task.modality])
             except DataError:
-                raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.reads}") from None
+                raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.modality}") from None
     try:
         packed = np.array(golden.logits[variant], dtype=np.float64)
     except (ValueError, TypeError, OverflowError) as error:
@@ -282,6 +282,6 @@ def _row(task: Task, given: object, i: int) -> dict[str, Any]:
     try:
         return task.row(given)
     except DataError as error:
-        named = given if isinstance(given, str | Path) and task.reads != "text" else f"input {i}"
+        named = given if isinstance(given, str | Path) and task.modality != "text" else f"input {i}"
         said = error.what if error.what.startswith(str(given)) else f"{named} {error.what.removeprefix('it ')}"
         raise DataError(said, error.fix) from None

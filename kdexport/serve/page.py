@@ -100,7 +100,7 @@ def _model(version: Version, alone: bool, with_card: bool) -> _Model:
         name=version.name,
         path="./" if alone else f"models/{version.name}",
         task=version.task.name,
-        reads=version.task.reads,
+        reads=version.task.modality,
         labels=len(config.labels),
         writes=version.writer.room if version.writer else 0,
         function=config.function,

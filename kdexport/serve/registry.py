@@ -77,7 +77,7 @@ class Version:
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
         """A `Result` for each row: texts, or arrays that the client encoded."""
-        plain = [i for i, row in enumerate(rows) if self.task.reads in row]
+        plain = [i for i, row in enumerate(rows) if self.task.modality in row]
         encoded = list(rows)
         if plain:
             try:
@@ -109,7 +109,7 @@ class Version:
 
     def _unread(self, error: DataError) -> Refused:
         status = 413 if isinstance(error, TooLarge) else 422
-        return Refused(status, f"the {self.task.reads} can't be read: {error}")
+        return Refused(status, f"the {self.task.modality} can't be read: {error}")
 
     def bucket(self, cost: int) -> int:
         """The smallest of the task's lengths that holds so many tokens.

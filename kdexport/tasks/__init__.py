@@ -56,7 +56,7 @@ def load_task(folder: Path) -> Task:
 
 def _contradiction(config: TaskConfig) -> str:
     """Return what a task's settings lack, which types can't say."""
-    reads, inputs = TASKS[config.task].reads, set(config.inputs)
+    reads, inputs = TASKS[config.task].modality, set(config.inputs)
     if not config.labels and config.task != CausalLM.name:
         return "has no labels"
     if reads == "text":

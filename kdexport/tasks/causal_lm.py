@@ -21,7 +21,7 @@ import numpy as np
 
 from kdexport.tasks.config import Arrays, Items, Row
 from kdexport.tasks.inputs.texts import CHARS_PER_TOKEN, SPARE, Texts
-from kdexport.tasks.metrics import Array
+from kdexport.tasks.metrics import Array, Metric
 
 # Columns of packed answers.
 LOG_P, BEST = 0, 1
@@ -36,7 +36,7 @@ class Foreseen(msgspec.Struct, frozen=True):
     accuracy: float
     bits_per_byte: float
 
-    def told(self, scores: bool) -> dict[str, Any]:
+    def to_dict(self, scores: bool) -> dict[str, Any]:
         """What the command line prints."""
         return {
             "tokens": self.tokens,
@@ -49,8 +49,7 @@ class CausalLM(Texts):
     """Rows `{"text": …}` → packed log probabilities [N, max_length, 1 + 2k]; the labels are the tokens themselves."""
 
     name: ClassVar = "causal-lm"
-    metric_name: ClassVar = "token accuracy"
-    is_share: ClassVar[bool] = False
+    metric: ClassVar = Metric("token accuracy")
     one_label: ClassVar[bool] = False
     label_loss: ClassVar = "ce"
     has_names: ClassVar[bool] = False
@@ -108,7 +107,7 @@ class CausalLM(Texts):
         """What the graph reads of an encoded batch, beside an empty cache."""
         return {name: arrays[name] for name in self.config.inputs}
 
-    def pick(self, output: Array, arrays: Arrays) -> Array:
+    def gather(self, output: Array, arrays: Arrays) -> Array:
         """The graph's logits [B, T, V] → packed answers [B, *answer_shape]; zeros where nothing was predicted."""
         ids, k = arrays["input_ids"], self.config.kept
         packed = np.zeros((len(output), *self.answer_shape), dtype=np.float32)
@@ -159,14 +158,14 @@ class CausalLM(Texts):
 
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
         """The mean log probability of each row's tokens, float64 [N]."""
-        counts = self.counts(logits, rows)
+        counts = self.stats(logits, rows)
         return np.asarray(-counts[:, 2] / np.maximum(counts[:, 1], 1))
 
     def decode(self, logits: Array, rows: Sequence[Row]) -> list[Foreseen]:
         """How well each row was foreseen."""
         return [
             Foreseen(int(tokens), right / max(tokens, 1), nats / math.log(2) / max(size, 1))
-            for right, tokens, nats, size in self.counts(logits, rows).tolist()
+            for right, tokens, nats, size in self.stats(logits, rows).tolist()
         ]
 
     def agrees(self, logits: Array, reference: Array) -> Array:
@@ -179,7 +178,7 @@ class CausalLM(Texts):
         """max |Δ log p|: of the tokens that are there, and of the most probable ones, whichever those are."""
         return max(float(np.abs(logits[..., i] - reference[..., i]).max()) for i in (LOG_P, BEST + 1))
 
-    def targets(self, rows: Iterable[Row]) -> Array:
+    def label_array(self, rows: Iterable[Row]) -> Array:
         """The tokens that are predicted, int64 [N, max_length]; −100, which losses pass over, where there is none."""
         encoded = self.tokenize(list(rows))
         found = np.full((len(encoded), self.config.max_length), _NO_LABEL, dtype=np.int64)
@@ -187,10 +186,10 @@ class CausalLM(Texts):
             found[i, : len(arrays["input_ids"]) - 1] = arrays["input_ids"][1:]
         return found
 
-    def hits(self, logits: Array, rows: Sequence[Row]) -> None:
+    def correct(self, logits: Array, rows: Sequence[Row]) -> None:
         """None: a text is not right or wrong."""
 
-    def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
+    def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Of each row, tokens that were the most probable, tokens, nats, and bytes that these spell: float64 [N, 4]."""
         counts = np.zeros((len(rows), 4))
         for i, (row, encoding) in enumerate(zip(rows, self._encodings(rows, offsets=True), strict=True)):
@@ -207,13 +206,13 @@ class CausalLM(Texts):
             )
         return counts
 
-    def metric_of(self, sums: Array) -> Array:
+    def value(self, sums: Array) -> Array:
         """The share of tokens that were held the most probable, of sums [..., 4] of counts."""
         return np.asarray(sums[..., 0] / np.maximum(sums[..., 1], 1))
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """What the text costs: bits a byte, which holds whatever the tokenizer, and perplexity, which is by token."""
-        _, tokens, nats, size = self.counts(logits, rows).sum(axis=0)
+        _, tokens, nats, size = self.stats(logits, rows).sum(axis=0)
         return {BITS: float(nats / math.log(2) / size), "perplexity": float(np.exp(nats / tokens))}
 
     def chosen(self, items: Items) -> Array:

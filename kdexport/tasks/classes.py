@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from kdexport.tasks.config import Function, Items, Row, TaskConfig
-from kdexport.tasks.metrics import Array, confusion_matrix, sigmoid, softmax
+from kdexport.tasks.metrics import Array, Metric, confusion_matrix, sigmoid, softmax
 
 # The index that PyTorch's cross-entropy passes over.
 _NO_LABEL = -100
@@ -42,7 +42,7 @@ class Prediction(msgspec.Struct, frozen=True):
         """Label → score. Made when asked for: of 150 labels it takes as long as a small model's layer."""
         return dict(zip(self.labels, self.values, strict=True))
 
-    def told(self, scores: bool) -> dict[str, Any]:
+    def to_dict(self, scores: bool) -> dict[str, Any]:
         """What the command line prints."""
         found: dict[str, Any] = {"label": self.label, "score": round(self.score, 6)}
         return found | {"scores": {label: round(score, 6) for label, score in self.scores.items()}} if scores else found
@@ -54,8 +54,7 @@ class Prediction(msgspec.Struct, frozen=True):
 class Classes:
     """The side of a task that answers each row with one of `config.labels`; a row's `label` is its name."""
 
-    metric_name: ClassVar = "accuracy"
-    is_share: ClassVar[bool] = True
+    metric: ClassVar = Metric("accuracy", kind="fraction")
     one_label: ClassVar[bool] = True
     label_loss: ClassVar = "ce"
     has_names: ClassVar[bool] = True
@@ -126,26 +125,26 @@ class Classes:
             case "none":
                 return np.asarray((np.abs(logits - reference) <= 0.1 * reference.std(axis=0)).all(axis=1))
 
-    def targets(self, rows: Iterable[Row]) -> Array:
+    def label_array(self, rows: Iterable[Row]) -> Array:
         """The rows' labels as indices int64 [N]; −100, which losses pass over, for a row without one."""
         return np.array([self._place(row["label"]) for row in rows], dtype=np.int64)
 
-    def hits(self, logits: Array, rows: Sequence[Row]) -> Array:
+    def correct(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Whether each row, all of them labelled, is answered rightly: bool [N]; its mean is the metric, accuracy."""
-        return np.asarray(logits.argmax(axis=-1) == self.targets(rows))
+        return np.asarray(logits.argmax(axis=-1) == self.label_array(rows))
 
-    def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
+    def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """What each row adds to the metric: (1 if it is right, 1), float64 [N, 2]."""
-        right = self.hits(logits, rows).astype(np.float64)
+        right = self.correct(logits, rows).astype(np.float64)
         return np.stack([right, np.ones_like(right)], axis=1)
 
-    def metric_of(self, sums: Array) -> Array:
+    def value(self, sums: Array) -> Array:
         """Accuracy, of sums [..., 2] of counts."""
         return np.asarray(sums[..., 0] / sums[..., 1])
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Metrics beside the one that counts: macro F1, the mean over the classes that the rows have."""
-        counts = confusion_matrix(self.targets(rows), logits.argmax(axis=1), len(self.labels))
+        counts = confusion_matrix(self.label_array(rows), logits.argmax(axis=1), len(self.labels))
         right, there = np.diag(counts), counts.sum(axis=1)
         f1 = 2 * right / np.maximum(there + counts.sum(axis=0), 1)
         return {"macro F1": float(f1[there > 0].mean())}
@@ -156,7 +155,7 @@ class Classes:
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         """Each labelled row."""
-        targets = self.targets(rows)
+        targets = self.label_array(rows)
         of = (targets != _NO_LABEL).nonzero()[0]
         return Items(of, targets[of], logits[of])
 

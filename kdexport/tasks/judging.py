@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from kdexport.tasks.config import Row
-from kdexport.tasks.metrics import Array, mcnemar_p, paired_difference, wilson_interval
+from kdexport.tasks.metrics import Array, Metric, mcnemar_p, paired_difference, wilson_interval
 
 Rows = Sequence[Row]
 Interval = tuple[float, float]
@@ -24,45 +24,45 @@ _DRAWS, _BLOCK = 2000, 100
 class Judged(Protocol):
     """The part of a task that is needed here."""
 
-    is_share: ClassVar[bool]
+    metric: ClassVar[Metric]
 
-    def counts(self, logits: Array, rows: Rows) -> Array: ...  # noqa: D102
-    def metric_of(self, sums: Array) -> Array: ...  # noqa: D102
-    def hits(self, logits: Array, rows: Rows) -> Array | None: ...  # noqa: D102
+    def stats(self, logits: Array, rows: Rows) -> Array: ...  # noqa: D102
+    def value(self, sums: Array) -> Array: ...  # noqa: D102
+    def correct(self, logits: Array, rows: Rows) -> Array | None: ...  # noqa: D102
 
 
 def metric(task: Judged, logits: Array, rows: Rows) -> float:
     """The task's metric of logits on labelled rows."""
-    return float(task.metric_of(task.counts(logits, rows).sum(axis=0)))
+    return float(task.value(task.stats(logits, rows).sum(axis=0)))
 
 
 def metric_interval(task: Judged, logits: Array, rows: Rows) -> tuple[float, Interval]:
     """The metric, and its 95 % interval over rows."""
-    counts = task.counts(logits, rows)
-    value = float(task.metric_of(counts.sum(axis=0)))
-    if task.is_share:
+    counts = task.stats(logits, rows)
+    value = float(task.value(counts.sum(axis=0)))
+    if task.metric.kind == "fraction":
         return value, wilson_interval(int(counts[:, 0].sum()), len(rows))
-    return value, _interval(task.metric_of(sums) for (sums,) in _drawn(counts))
+    return value, _interval(task.value(sums) for (sums,) in _drawn(counts))
 
 
 def difference(task: Judged, first: Array, second: Array, rows: Rows) -> tuple[float, Interval]:
     """The metric of the second logits less that of the first on the same rows, with its 95 % interval."""
-    a, b = task.counts(first, rows), task.counts(second, rows)
-    if task.is_share:
+    a, b = task.stats(first, rows), task.stats(second, rows)
+    if task.metric.kind == "fraction":
         return paired_difference(a[:, 0] > 0, b[:, 0] > 0)
-    value = float(task.metric_of(b.sum(axis=0)) - task.metric_of(a.sum(axis=0)))
-    return value, _interval(task.metric_of(of_b) - task.metric_of(of_a) for of_a, of_b in _drawn(a, b))
+    value = float(task.value(b.sum(axis=0)) - task.value(a.sum(axis=0)))
+    return value, _interval(task.value(of_b) - task.value(of_a) for of_a, of_b in _drawn(a, b))
 
 
 def mcnemar(task: Judged, first: Array, second: Array, rows: Rows) -> float | None:
     """Exact McNemar test on whole rows being right; None where a row is not right or wrong."""
-    a, b = task.hits(first, rows), task.hits(second, rows)
+    a, b = task.correct(first, rows), task.correct(second, rows)
     return None if a is None or b is None else mcnemar_p(a, b)
 
 
 def wrong_rows(task: Judged, logits: Array, rows: Rows) -> list[int] | None:
     """Places of the rows that are not wholly right; None where a row is not right or wrong."""
-    right = task.hits(logits, rows)
+    right = task.correct(logits, rows)
     return None if right is None else np.flatnonzero(~right).tolist()
 
 

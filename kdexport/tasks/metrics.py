@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+
+class Metric(NamedTuple):
+    """What a task is judged by.
+
+    `kind` is fraction (of rows that are right, which has closed-form intervals), ratio (between 0 and 1, shown in
+    percent) or number (in a unit of its own).
+    """
+
+    name: str
+    higher_is_better: bool = True
+    kind: Literal["fraction", "ratio", "number"] = "ratio"
+
+    def gain(self, before: float, after: float) -> float:
+        """Return by how much `after` is better than `before`; negative where it is worse."""
+        return after - before if self.higher_is_better else before - after
+
+    def retention(self, value: float, reference: float) -> float:
+        """Return the share of a reference's quality that is retained; 1 is as good, 0 where it is undefined."""
+        above, below = (value, reference) if self.higher_is_better else (reference, value)
+        return above / below if below else 0.0
 
 
 def softmax(logits: Array) -> Array:

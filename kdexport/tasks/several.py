@@ -10,7 +10,7 @@ import numpy as np
 
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Items, Row
-from kdexport.tasks.metrics import Array, f1_of
+from kdexport.tasks.metrics import Array, Metric, f1_of
 
 # Between the labels of a row, where rows are kept.
 BETWEEN = "\x1f"
@@ -19,8 +19,7 @@ BETWEEN = "\x1f"
 class SeveralLabels(Classes):
     """A row's `label` is all its labels, with `BETWEEN` between them; in a file a list, or a text with | between."""
 
-    metric_name: ClassVar = "micro F1"
-    is_share: ClassVar[bool] = False
+    metric: ClassVar = Metric("micro F1")
     one_label: ClassVar[bool] = False
     label_loss: ClassVar = "bce"
 
@@ -40,7 +39,7 @@ class SeveralLabels(Classes):
         """The labels that a row has."""
         return set((row["label"] or "").split(BETWEEN)) - {""}
 
-    def targets(self, rows: Iterable[Row]) -> Array:
+    def label_array(self, rows: Iterable[Row]) -> Array:
         """1 for a label that a row has, 0 for others: float32 [N, C]; NaN for a row of which it is not known."""
         index = {label: i for i, label in enumerate(self.labels)}
         rows = list(rows)
@@ -52,29 +51,29 @@ class SeveralLabels(Classes):
                 found[i, [index[label] for label in self.labels_of(row)]] = 1.0
         return found
 
-    def hits(self, logits: Array, rows: Sequence[Row]) -> Array:
+    def correct(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Whether each row has all its labels and no other: bool [N]."""
-        return np.asarray(((logits > 0) == (self.targets(rows) > 0)).all(axis=1))
+        return np.asarray(((logits > 0) == (self.label_array(rows) > 0)).all(axis=1))
 
-    def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
+    def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Of each row, labels found rightly, labels found, and labels that there are: float64 [N, 3]."""
-        ours, theirs = logits > 0, self.targets(rows) > 0
+        ours, theirs = logits > 0, self.label_array(rows) > 0
         return np.stack([(ours & theirs).sum(1), ours.sum(1), theirs.sum(1)], axis=1).astype(np.float64)
 
-    def metric_of(self, sums: Array) -> Array:
+    def value(self, sums: Array) -> Array:
         """F1 over all labels of all rows, of sums [..., 3] of counts."""
         return f1_of(sums)
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Macro F1: the mean over labels that the rows have."""
-        ours, theirs = logits > 0, self.targets(rows) > 0
+        ours, theirs = logits > 0, self.label_array(rows) > 0
         there = theirs.any(axis=0)
         f1 = 2 * (ours & theirs).sum(0) / np.maximum(ours.sum(0) + theirs.sum(0), 1)
         return {"macro F1": float(f1[there].mean())}
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         """Each label that a row has."""
-        of, labels = np.nonzero(self.targets(rows) > 0)
+        of, labels = np.nonzero(self.label_array(rows) > 0)
         return Items(of, labels, logits[of])
 
     def chosen(self, items: Items) -> Array:
@@ -85,8 +84,7 @@ class SeveralLabels(Classes):
 class Number(Classes):
     """A row's `label` is a number, and so is the answer: the one logit."""
 
-    metric_name: ClassVar = "Pearson correlation"
-    is_share: ClassVar[bool] = False
+    metric: ClassVar = Metric("Pearson correlation")
     one_label: ClassVar[bool] = False
     label_loss: ClassVar = "mse"
     has_names: ClassVar[bool] = False
@@ -117,24 +115,24 @@ class Number(Classes):
         """Numbers need no strata."""
         return ""
 
-    def targets(self, rows: Iterable[Row]) -> Array:
+    def label_array(self, rows: Iterable[Row]) -> Array:
         """The rows' numbers float32 [N, 1]; NaN for a row without one."""
         values = [row.get("label") for row in rows]
         return np.array([[np.nan if value is None else float(value)] for value in values], dtype=np.float32)
 
-    def hits(self, logits: Array, rows: Sequence[Row]) -> None:  # type: ignore[override]
+    def correct(self, logits: Array, rows: Sequence[Row]) -> None:  # type: ignore[override]
         """None: a number is not right or wrong."""
 
-    def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
+    def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Of each row 1, x, y, x², y² and xy, whose sums give the correlation: float64 [N, 6].
 
         Both are taken from their means: a correlation doesn't change by that, and sums lose fewer digits.
         """
-        x, y = (side[:, 0].astype(np.float64) for side in (logits, self.targets(rows)))
+        x, y = (side[:, 0].astype(np.float64) for side in (logits, self.label_array(rows)))
         x, y = x - x.mean(), y - y.mean()
         return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
 
-    def metric_of(self, sums: Array) -> Array:
+    def value(self, sums: Array) -> Array:
         """Pearson's correlation, of sums [..., 6] of counts; 0 where one side does not vary."""
         n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums), -1, 0)
         spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
@@ -144,7 +142,7 @@ class Number(Classes):
         """Spearman's correlation: Pearson's of the ranks."""
         from scipy.stats import spearmanr
 
-        return {"Spearman correlation": float(spearmanr(logits[:, 0], self.targets(rows)[:, 0]).statistic)}
+        return {"Spearman correlation": float(spearmanr(logits[:, 0], self.label_array(rows)[:, 0]).statistic)}
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         """There is nothing to look at by label."""

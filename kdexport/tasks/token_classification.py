@@ -20,7 +20,7 @@ from tokenizers import Encoding
 from kdexport.errors import DataError
 from kdexport.tasks.config import Arrays, Items, Row
 from kdexport.tasks.inputs.texts import Texts
-from kdexport.tasks.metrics import Array, f1_of, softmax
+from kdexport.tasks.metrics import Array, Metric, f1_of, softmax
 
 OUTSIDE = "O"
 # The logit of O for a word that the model did not read; the others are 0, and no trained model's are.
@@ -61,7 +61,7 @@ class Tagged(msgspec.Struct, frozen=True):
             for kind, start, end in entities(self.tags)
         ]
 
-    def told(self, scores: bool) -> dict[str, Any]:
+    def to_dict(self, scores: bool) -> dict[str, Any]:
         """What the command line prints."""
         names = [{**name, "score": round(name["score"], 6)} for name in self.entities]
         found: dict[str, Any] = {"entities": names, "words": self.words, "tags": self.tags}
@@ -91,8 +91,7 @@ class TokenClassification(Texts):
     """Rows `{"text": "Ada lives in York", "label": "B-person O O B-location"}` → logits [N, max_length, C] → tags."""
 
     name: ClassVar = "token-classification"
-    metric_name: ClassVar = "entity F1"
-    is_share: ClassVar[bool] = False
+    metric: ClassVar = Metric("entity F1")
     one_label: ClassVar[bool] = False
     label_loss: ClassVar = "ce"
     has_names: ClassVar[bool] = True
@@ -188,7 +187,7 @@ class TokenClassification(Texts):
         """What the graph reads of an encoded batch."""
         return {name: arrays[name] for name in self.config.inputs}
 
-    def pick(self, output: Array, arrays: Arrays) -> Array:
+    def gather(self, output: Array, arrays: Arrays) -> Array:
         """The graph's output [B, T, C] → logits by word [B, max_length, C]; zeros beyond a row's words."""
         places = arrays["places"]
         logits = np.zeros((len(output), *self.answer_shape), dtype=np.float32)
@@ -242,7 +241,7 @@ class TokenClassification(Texts):
         """Whether all words of a row have the same tags in both: bool [N]."""
         return np.asarray((logits.argmax(axis=-1) == reference.argmax(axis=-1)).all(axis=1))
 
-    def targets(self, rows: Iterable[Row]) -> Array:
+    def label_array(self, rows: Iterable[Row]) -> Array:
         """The words' tags as indices int64 [N, max_length]; −100, which losses pass over, where there is none."""
         rows = list(rows)
         index = {label: i for i, label in enumerate(self.labels)}
@@ -252,12 +251,12 @@ class TokenClassification(Texts):
             found[i, : len(tags)] = [index[tag] for tag in tags]
         return found
 
-    def hits(self, logits: Array, rows: Sequence[Row]) -> Array:
+    def correct(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Whether all words of a row are tagged rightly: bool [N]."""
-        targets = self.targets(rows)
+        targets = self.label_array(rows)
         return np.asarray(((logits.argmax(axis=-1) == targets) | (targets == _NO_LABEL)).all(axis=1))
 
-    def counts(self, logits: Array, rows: Sequence[Row]) -> Array:
+    def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Of each row, names found rightly, names found, and names that there are: float64 [N, 3]."""
         counts = np.zeros((len(rows), 3))
         for i, (row, answer) in enumerate(zip(rows, self.decode(logits, rows), strict=True)):
@@ -265,13 +264,13 @@ class TokenClassification(Texts):
             counts[i] = len(ours & theirs), len(ours), len(theirs)
         return counts
 
-    def metric_of(self, sums: Array) -> Array:
+    def value(self, sums: Array) -> Array:
         """F1 over names, of sums [..., 3] of counts; 1 where there is none, and none was found."""
         return f1_of(sums)
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Metrics beside the one that counts: precision and recall of names."""
-        right, found, there = self.counts(logits, rows).sum(axis=0)
+        right, found, there = self.stats(logits, rows).sum(axis=0)
         return {"precision": float(right / max(found, 1)), "recall": float(right / max(there, 1))}
 
     def chosen(self, items: Items) -> Array:
@@ -280,7 +279,7 @@ class TokenClassification(Texts):
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         """Each labelled word as a row of its own."""
-        targets = self.targets(rows)
+        targets = self.label_array(rows)
         of, word = (targets != _NO_LABEL).nonzero()
         texts = [row["text"].split(" ", self.config.max_length) for row in rows]
         return Items(of, targets[of, word], logits[of, word], [texts[i][j] for i, j in zip(of, word, strict=True)])

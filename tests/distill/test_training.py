@@ -100,23 +100,23 @@ def without_labels(rows) -> list[dict]:
 
 def test_a_student_learns_from_the_teacher_what_no_label_says(task, rows, soft, tmp_path):
     model, unlabelled = student(), without_labels(rows)
-    assert (task.targets(unlabelled) == UNLABELLED).all()
+    assert (task.label_array(unlabelled) == UNLABELLED).all()
     curve = fit(model, task, unlabelled, soft, change(epochs=8), validation=rows[:32], work=tmp_path, title="t")
-    assert task.hits(logits_of(model, task, rows), rows).mean() > 0.95
+    assert task.correct(logits_of(model, task, rows), rows).mean() > 0.95
     assert all(point["terms/ce"] == 0 for point in curve)
     assert curve[-1]["shares/ce"] == 0
 
 
 def test_labels_may_be_there_for_some_rows(task, rows):
     some = [row if i % 3 else row | {"label": None} for i, row in enumerate(rows)]
-    assert [row["label"] is None for row in some] == (task.targets(some) == UNLABELLED).tolist()
-    assert (task.targets(some) == task.targets(rows))[1::3].all()
+    assert [row["label"] is None for row in some] == (task.label_array(some) == UNLABELLED).tolist()
+    assert (task.label_array(some) == task.label_array(rows))[1::3].all()
 
 
 def test_without_soft_targets_the_labels_are_all(task, rows, tmp_path):
     model, how = student(), change(epochs=8, losses={"kl": 1.0, "hidden": 1.0}, alpha=0.9)
     curve = fit(model, task, rows, None, how, validation=rows[:32], work=tmp_path, title="t")
-    assert task.hits(logits_of(model, task, rows), rows).mean() > 0.95
+    assert task.correct(logits_of(model, task, rows), rows).mean() > 0.95
     assert curve[-1].keys() == {"epoch", "loss", "validation"}
 
 
@@ -184,7 +184,7 @@ def test_terms_are_mean_sizes_and_shares_are_norms_of_gradients(task, rows, soft
         model = student(**still).train()
         inputs = {name: torch.from_numpy(array) for name, array in task.encode(rows).items()}
         logits, targets = model(**inputs).logits, torch.from_numpy(soft)
-        labels = torch.from_numpy(task.targets(rows))
+        labels = torch.from_numpy(task.label_array(rows))
         terms = objective(logits, labels, targets, {"kl": 2.0, "mse": 0.1}, temperature=2.0, alpha=0.7)
         size = next(term.size for term in terms if term.name == name)
         assert point[f"terms/{name}"] == pytest.approx(size.item(), abs=2e-6)
@@ -258,7 +258,7 @@ def test_validation_with_a_few_labels_is_judged_on_those(task, rows, soft, tmp_p
     model, some = student(), [rows[0], *without_labels(rows[1:32]), rows[33]]
     curve = fit(model, task, rows, soft, HOW, validation=some, work=tmp_path, title="t")
     labelled = [rows[0], rows[33]]
-    assert curve[-1]["validation"] == task.hits(logits_of(model, task, labelled), labelled).mean()
+    assert curve[-1]["validation"] == task.correct(logits_of(model, task, labelled), labelled).mean()
 
 
 def test_validation_that_tells_nothing_is_left_out_and_cannot_be_waited_for(task, rows, soft, tmp_path):
@@ -281,7 +281,7 @@ def test_patience_stops_and_the_best_epoch_stands(task, rows, soft, tmp_path):
     metrics = [point["validation"] for point in curve]
     best = metrics.index(max(metrics))
     assert len(curve) == best + 1 + 3 < 12
-    assert task.hits(logits_of(model, task, worse), worse).mean() == pytest.approx(metrics[best], abs=1e-6)
+    assert task.correct(logits_of(model, task, worse), worse).mean() == pytest.approx(metrics[best], abs=1e-6)
     assert metrics[-1] < metrics[best]
     assert list(tmp_path.iterdir()) == []
 
@@ -291,7 +291,7 @@ def test_without_patience_the_last_epoch_stands(task, rows, soft, tmp_path):
     curve = fit(model, task, rows, soft, change(epochs=8), validation=worse, work=tmp_path, title="t")
     metrics = [point["validation"] for point in curve]
     assert len(metrics) == 8
-    assert task.hits(logits_of(model, task, worse), worse).mean() == pytest.approx(metrics[-1], abs=1e-6)
+    assert task.correct(logits_of(model, task, worse), worse).mean() == pytest.approx(metrics[-1], abs=1e-6)
     assert metrics[-1] < max(metrics)
 
 

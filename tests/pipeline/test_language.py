@@ -65,7 +65,7 @@ def packed(model, found, rows):
     batch = found.encode(rows)
     with torch.no_grad():
         logits = model(**{name: torch.from_numpy(array) for name, array in found.graph_inputs(batch).items()}).logits
-    return found.pick(logits.numpy(), batch), logits
+    return found.gather(logits.numpy(), batch), logits
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_the_loss_over_64_tokens_is_that_over_the_whole_vocabulary():
     whole = kl(ours, torch.tensor(theirs[0]), None, 1.0).item()
     found = {}
     for k in (8, 64, 1024):
-        answers = task(2000, k).pick(theirs, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+        answers = task(2000, k).gather(theirs, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
         loss = kl(*with_rest(ours[:-1], torch.from_numpy(answers[0, :-1])), None, 1.0)
         loss.backward()
         found[k] = loss.item()

@@ -39,12 +39,12 @@ def test_micro_f1_is_that_of_scikit_learn():
     task, draw = make(MultiLabelTexts, ["a", "b", "c"], "sigmoid"), np.random.default_rng(0)
     truth, logits = draw.integers(0, 2, (200, 3)), draw.normal(size=(200, 3))
     rows = [{"label": BETWEEN.join(np.array(task.labels)[row > 0])} for row in truth]
-    assert (task.targets(rows) == truth).all()
+    assert (task.label_array(rows) == truth).all()
     assert judging.metric(task, logits, rows) == pytest.approx(f1_score(truth, logits > 0, average="micro"))
     assert task.further(logits, rows) == {"macro F1": pytest.approx(f1_score(truth, logits > 0, average="macro"))}
     low, high = judging.metric_interval(task, logits, rows)[1]
     assert low < judging.metric(task, logits, rows) < high
-    assert np.isnan(task.targets([{"label": None}])).all()
+    assert np.isnan(task.label_array([{"label": None}])).all()
     assert judging.metric(task, np.full((1, 3), -1.0), [{"label": ""}]) == 1.0
 
 
@@ -60,7 +60,7 @@ def test_correlations_are_those_of_scipy_however_far_from_zero():
     truth = 1e6 + draw.normal(size=300)
     rows = [{"label": str(value)} for value in truth]
     logits = (truth - 1e6 + draw.normal(size=300))[:, None]
-    exact = task.targets(rows)[:, 0]
+    exact = task.label_array(rows)[:, 0]
     assert judging.metric(task, logits, rows) == pytest.approx(pearsonr(exact, logits[:, 0]).statistic, abs=1e-6)
     assert task.further(logits, rows)["Spearman correlation"] == pytest.approx(spearmanr(exact, logits[:, 0]).statistic)
     value, (low, high) = judging.metric_interval(task, logits, rows)

@@ -94,7 +94,7 @@ def test_words_are_where_their_first_tokens_are(base_model):
     assert places[0].tolist() == [1, 1 + pieces, *[-1] * 6]
     assert places[1].tolist() == [1, 2, 3, 4, 5, 6, -2, -2]  # of 8 tokens two are special, so words are cut off
     output = np.arange(2 * 8 * 2, dtype=np.float32).reshape(2, 8, 2)
-    picked = found.pick(output, found.encode(rows))
+    picked = found.gather(output, found.encode(rows))
     assert picked[0, 1].tolist() == output[0, 1 + pieces].tolist()
     assert not picked[0, 2:].any()
     answers = found.decode(picked, rows)

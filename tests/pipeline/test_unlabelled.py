@@ -75,7 +75,7 @@ def test_rows_without_labels_have_the_target_that_losses_pass_over(first, tmp_pa
         tmp_path,
     )
     task = load_task(tmp_path)
-    assert task.targets([{"label": "sports"}, {"label": None}, {"label": "4"}]).tolist() == [3, -100, 4]
+    assert task.label_array([{"label": "sports"}, {"label": None}, {"label": "4"}]).tolist() == [3, -100, 4]
 
 
 def test_a_file_may_have_no_labels_where_none_are_needed():

@@ -5,7 +5,7 @@ import pytest
 
 from kdexport.tasks import judging
 from kdexport.tasks.classes import Classes
-from kdexport.tasks.metrics import mcnemar_p, paired_difference, wilson_interval
+from kdexport.tasks.metrics import Metric, mcnemar_p, paired_difference, wilson_interval
 
 
 class Accuracy(Classes):
@@ -17,20 +17,20 @@ class Accuracy(Classes):
 class Resampled(Accuracy):
     """The same metric, as if there were no closed form for it."""
 
-    is_share = False
+    metric = Metric("accuracy")
 
 
 @pytest.fixture(scope="module")
 def answers():
     draw = np.random.default_rng(3)
     rows = [{"label": label} for label in draw.choice(["a", "b", "c"], 600)]
-    right = np.eye(3)[Accuracy().targets(rows)]
+    right = np.eye(3)[Accuracy().label_array(rows)]
     return rows, right + draw.normal(0, 0.6, (600, 3)), right + draw.normal(0, 0.4, (600, 3))
 
 
 def test_accuracy_has_closed_forms(answers):
     rows, first, second = answers
-    a, b = (Accuracy().hits(logits, rows) for logits in (first, second))
+    a, b = (Accuracy().correct(logits, rows) for logits in (first, second))
     assert judging.metric(Accuracy(), first, rows) == a.mean()
     assert judging.metric_interval(Accuracy(), first, rows) == (a.mean(), wilson_interval(int(a.sum()), 600))
     assert judging.difference(Accuracy(), first, second, rows) == paired_difference(a, b)

@@ -166,7 +166,7 @@ for task, rows in (
     task.tokenize(rows)
     [(task.cost(row), task.is_cut(row)) for row in rows]
 language.prompt(text, 3)
-language.counts(np.zeros((1, 128, 3)), rows)
+language.stats(np.zeros((1, 128, 3)), rows)
 result = 0
 """
 LONG = {
@@ -212,11 +212,11 @@ def test_only_words_that_are_read_are_answered_and_names_behind_them_are_missed(
     arrays = task.encode([row])
     output = np.zeros((1, 8, 3), dtype=np.float32)
     output[..., 0], output[0, 1] = 2.0, [0, 5, 0]
-    logits = task.pick(output, arrays)
+    logits = task.gather(output, arrays)
     (answer,) = task.decode(logits, [row])
     assert answer.words == list("abcdef")
     assert answer.tags == ["B-x", *"OOOOO"]
-    assert task.counts(logits, [row]).tolist() == [[1, 1, 2]]
+    assert task.stats(logits, [row]).tolist() == [[1, 1, 2]]
     labels, _ = oip._best(LABELS, logits, task.scores(logits))
     assert labels == ["B-x O O O O O"]
 
@@ -224,7 +224,7 @@ def test_only_words_that_are_read_are_answered_and_names_behind_them_are_missed(
 def test_a_text_without_words_has_no_names():
     task = task_of(TokenClassification, word_pieces(), 8)
     rows = [task.row(""), task.row(" \n")]
-    logits = task.pick(np.ones((2, 3, 3), dtype=np.float32), task.encode(rows))
+    logits = task.gather(np.ones((2, 3, 3), dtype=np.float32), task.encode(rows))
     assert [answer.words for answer in task.decode(logits, rows)] == [[], []]
     assert task.confidence(logits, rows).tolist() == [1, 1]
 

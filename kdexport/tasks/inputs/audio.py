@@ -39,7 +39,7 @@ _SECONDS_PER_NUMBER, _SECONDS_PER_SAMPLE, _BYTES_PER_SAMPLE = 5e-9, 6e-8, 32
 class Sounds(Media):
     """The side of a task that reads rows `{"audio": …}`."""
 
-    reads: ClassVar = "audio"
+    modality: ClassVar = "audio"
 
     @cached_property
     def _how(self) -> AudioConfig:
@@ -82,7 +82,7 @@ class Sounds(Media):
         Raises:
             DataError: it is no sound that can be read.
         """
-        header = read_header(bytes_of(row[self.reads]), (self._needed + HOP) / self._how.rate + 1)
+        header = read_header(bytes_of(row[self.modality]), (self._needed + HOP) / self._how.rate + 1)
         return header.frames * (header.channels * _SECONDS_PER_NUMBER + _SECONDS_PER_SAMPLE)
 
     def shapes(self) -> dict[str, list[int]]:
@@ -97,7 +97,7 @@ class Sounds(Media):
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
         """What is worth saying of how these rows are read."""
-        recordings = [read_header(bytes_of(row[self.reads])) for row in rows]
+        recordings = [read_header(bytes_of(row[self.modality])) for row in rows]
         reads, said = seconds_of(self._how), []
         if others := sorted({r.rate for r in recordings} - {self._how.rate}):
             said.append(f"sound of {', '.join(f'{rate:,}' for rate in others)} Hz is resampled to {self._how.rate:,}")

@@ -28,7 +28,7 @@ _SECONDS_PER_BYTE = 3e-9
 class Images(Media):
     """The side of a task that reads rows `{"image": …}`."""
 
-    reads: ClassVar = "image"
+    modality: ClassVar = "image"
 
     @cached_property
     def _how(self) -> ImageConfig:
@@ -56,7 +56,7 @@ class Images(Media):
         Raises:
             DataError: it is no picture, or too large a one.
         """
-        return read_header(bytes_of(row[self.reads])).bytes * _SECONDS_PER_BYTE
+        return read_header(bytes_of(row[self.modality])).bytes * _SECONDS_PER_BYTE
 
     def shapes(self) -> dict[str, list[int]]:
         """The graph's input, float32."""
@@ -76,7 +76,7 @@ class Images(Media):
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
         """What is worth saying of how these rows are read."""
-        grey = sum(opened(bytes_of(row[self.reads]))[0].mode in ("1", "L", "I;16", "LA") for row in rows)
+        grey = sum(opened(bytes_of(row[self.modality]))[0].mode in ("1", "L", "I;16", "LA") for row in rows)
         if self._how.channels == 3 and grey:
             return [f"{grey / len(rows):.0%} of the images are grey; the model reads colours, so they are converted"]
         return ["the model reads grey, so colours are lost"] if self._how.channels == 1 and grey < len(rows) else []

@@ -127,7 +127,7 @@ class Media(Comparable):
     """The side of a task that reads rows `{"image": …}` or `{"audio": …}`; all inputs of a graph are of one size."""
 
     output: ClassVar = "logits"
-    reads: ClassVar[str]
+    modality: ClassVar[str]
     has_words: ClassVar = False
     at_once: ClassVar = 32
     config: TaskConfig
@@ -149,15 +149,15 @@ class Media(Comparable):
     @classmethod
     def taken(cls, row: dict[str, Any]) -> dict[str, Any] | str:
         """A row with the sha256 of its content, after that was decoded; or what is wrong with it."""
-        value = row.get(cls.reads)
+        value = row.get(cls.modality)
         if value is None or value == "":
-            return f"{cls.reads} is missing"
+            return f"{cls.modality} is missing"
         try:
             content = bytes_of(value)
             cls.inspect(content)
         except DataError as error:
             named = f" {value}" if isinstance(value, str) and value not in error.what else ""
-            return f"its {cls.reads}{named} {error.what.removeprefix('it ')}"
+            return f"its {cls.modality}{named} {error.what.removeprefix('it ')}"
         return row | {"sha256": hashlib.sha256(content).hexdigest()}
 
     @classmethod
@@ -173,12 +173,12 @@ class Media(Comparable):
     @classmethod
     def content(cls, row: Row) -> str:
         """What a model sees of a row; rows with equal content get equal logits."""
-        return str(row.get("sha256") or hashlib.sha256(bytes_of(row[cls.reads])).hexdigest())
+        return str(row.get("sha256") or hashlib.sha256(bytes_of(row[cls.modality])).hexdigest())
 
     @classmethod
     def title(cls, row: Row) -> str:
         """What a row is called in reports."""
-        value = row[cls.reads]
+        value = row[cls.modality]
         return str(row["id"]) if _PART.fullmatch(str(value)) else Path(str(value)).name
 
     def ready(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class Media(Comparable):
         """
         value = str(given) if isinstance(given, Path) else given
         cls.inspect(bytes_of(value))
-        return {cls.reads: value}
+        return {cls.modality: value}
 
     # --- rows → arrays
 
@@ -209,11 +209,11 @@ class Media(Comparable):
 
     def _array(self, row: Row) -> Array:
         try:
-            return self.array(bytes_of(row[self.reads]))
+            return self.array(bytes_of(row[self.modality]))
         except DataError as error:
             if "id" not in row:
                 raise
-            raise DataError(f"{row['id']}: its {self.reads} {error.what.removeprefix('it ')}", error.fix) from None
+            raise DataError(f"{row['id']}: its {self.modality} {error.what.removeprefix('it ')}", error.fix) from None
 
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
         """The batch of encoded rows; all are of one size."""
@@ -233,7 +233,7 @@ class Media(Comparable):
         """What the graph reads of an encoded batch."""
         return arrays
 
-    def pick(self, output: Array, arrays: Arrays) -> Array:
+    def gather(self, output: Array, arrays: Arrays) -> Array:
         """The graph's output for an encoded batch → logits [B, C]."""
         return output
 

@@ -38,7 +38,7 @@ class Texts(Comparable):
     """The side of a task that reads rows `{"text": …, "text_pair": …}`."""
 
     output: ClassVar = "logits"
-    reads: ClassVar = "text"
+    modality: ClassVar = "text"
     has_words: ClassVar = False  # whether `ready` separates them
     at_once: ClassVar = 32
 
@@ -161,7 +161,7 @@ class Texts(Comparable):
         """What the graph reads of an encoded batch."""
         return arrays
 
-    def pick(self, output: Array, arrays: Arrays) -> Array:
+    def gather(self, output: Array, arrays: Arrays) -> Array:
         """The graph's output for an encoded batch → logits [B, *answer_shape]."""
         return output
 
