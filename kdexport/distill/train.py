@@ -23,14 +23,14 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from kdexport.distill.layer_losses import LAYER_LOSSES, Matching, matched
-from kdexport.distill.losses import Term, objective, total, value_at
+from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_at
 from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
 from kdexport.distill.order import ByLength
 from kdexport.errors import SpecError
 from kdexport.models.inference import logits_of
 from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
-from kdexport.tasks import Task
+from kdexport.tasks.base import Task
 from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array
 
@@ -134,8 +134,8 @@ def fit(
             lengths,
             matching,
             ledger,
-            label_loss=task.label_loss,
-            packed=bool(task.config.kept),
+            label_loss=OF_OBJECTIVE[task.objective],
+            packed=task.objective == "next-token",
             model=model,
             args=_arguments(recipe, work / "checkpoints", bool(layers)),
             train_dataset=range(len(rows)),

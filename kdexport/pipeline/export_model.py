@@ -29,8 +29,8 @@ from kdexport.report import write_export_card
 from kdexport.results import Exported, ExportedFile
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_answers
-from kdexport.tasks import Task, load_task
-from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks import load_task
+from kdexport.tasks.base import Task
 from kdexport.tasks.config import Arrays
 
 # int8 is recommended when it gives fp32's answer on this share of rows, of which there must be enough.
@@ -143,8 +143,9 @@ def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Expor
         folder.mkdir()
     take_trained(model, how.max_length, rows, source)
     task = load_task(source)
-    if "int4" in how.variants and not isinstance(task, CausalLM):
-        raise SpecError(f"--variants: int4 is for causal-lm, and {model} is for {task.name}", "Take int8")
+    if strange := [precision for precision in how.variants if precision not in task.menu.precisions]:
+        known = ", ".join(task.menu.precisions)
+        raise SpecError(f"--variants: {strange[0]} is none for {task.name}, the task of {model}", f"Take {known}")
     export_student(spec.Export(variants=how.variants), source, graphs, rows)
     files, chosen = _verify(task, source, graphs, rows)
     recommended, reason = recommend(files, len(rows))

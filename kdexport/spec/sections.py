@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from kdexport.tasks import BUILT_IN, DEFAULT
+
 Text = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -250,15 +252,10 @@ class Bench(Section, frozen=True):
     ] = None
 
 
-TaskName = Literal[
-    "text-classification", "token-classification", "causal-lm", "image-classification", "audio-classification"
-]
-
-
 class Spec(Section, frozen=True, kw_only=True):
     """The whole job: teacher in, budget in; artifact and report out."""
 
-    task: Annotated[TaskName, _help("what the model does")] = "text-classification"
+    task: Annotated[str, Meta(description="what the model does", extra_json_schema={"enum": [*BUILT_IN]})] = DEFAULT
     data: Data
     teacher: Teacher
     student: Student = Student()

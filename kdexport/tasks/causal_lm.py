@@ -13,18 +13,19 @@ the rest is spread, drawn ones say in the mean (Anshumann et al. 2025, https://a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
 
-from kdexport.tasks.config import Arrays, Items, Row
+from kdexport.tasks.base import Card, Objective
+from kdexport.tasks.config import Arrays, Function, Items, Row
 from kdexport.tasks.inputs.texts import CHARS_PER_TOKEN, SPARE, Texts
-from kdexport.tasks.metrics import Array, Metric
+from kdexport.tasks.menus import TEXTS
+from kdexport.tasks.metrics import Array, Metric, log_softmax
+from kdexport.tasks.packed import BEST, LOG_P, drawn, drawn_of, most_probable
 
-# Columns of packed answers.
-LOG_P, BEST = 0, 1
 BITS = "bits per byte"
 _NO_LABEL = -100
 
@@ -50,9 +51,42 @@ class CausalLM(Texts):
 
     name: ClassVar = "causal-lm"
     metric: ClassVar = Metric("token accuracy")
-    one_label: ClassVar[bool] = False
-    label_loss: ClassVar = "ce"
-    has_names: ClassVar[bool] = False
+    problem: ClassVar = "single-label"
+    problems: ClassVar[Mapping[str, type[Any]]]
+    objective: ClassVar[Objective] = "next-token"
+    function: ClassVar[Function] = "none"
+    menu: ClassVar = TEXTS._replace(
+        students=TEXTS.students - {"network"},
+        instead="Take tiny, 4x192 or layers:2",
+        ladder=("2x128", "2x256", "layers:1", "layers:2"),
+        losses=("kl", "reverse-kl", "jsd", "soft-ce", "mse"),  # those that hold of some of the outcomes
+        temperature=None,  # softening is for few classes, and the packed outcomes are not those of T = 1
+        precisions=(*TEXTS.precisions, "int4"),
+        augment=False,
+        vocabulary="whole",
+        teachers=frozenset({"torch"}),
+        ensemble=False,
+        unused=dict.fromkeys(
+            ("data.text_pair", "data.label", "student.vocabulary", "student.embedding", "distill.augment"), "Remove it"
+        ),
+    )
+    card: ClassVar = Card(
+        "text-generation",
+        "ORTModelForCausalLM",
+        "from kdexport.runtime.generation import Sampling, write\n\n"
+        'model = kdexport.load("path/to/this/folder")\n'
+        'print(write(model, "Once upon a time", Sampling(max_new_tokens=40)).completion)',
+    )
+    auto_class: ClassVar = "AutoModelForCausalLM"
+    heads: ClassVar = ("LMHeadModel", "ForCausalLM")
+    exporter: ClassVar = "text-generation-with-past"
+    stands_for: ClassVar = None
+    protocols: ClassVar = frozenset({"openai", "tgi"})
+    generates: ClassVar = True
+    cuts: ClassVar = True
+    one_label: ClassVar = False
+    has_labels: ClassVar = False
+    has_names: ClassVar = False
     at_once: ClassVar = 8  # a table of logits is T × V a row
     columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text", "content", "document", "body")}
 
@@ -119,7 +153,7 @@ class CausalLM(Texts):
             packed[i, : n - 1, LOG_P] = logs[np.arange(n - 1), tokens[1:n]]
             best = most_probable(logs, k - drawn_of(k, logs.shape[1]))
             if best.shape[1] < k:
-                best = np.concatenate([best, _drawn(logs, best, k - best.shape[1], tokens[:n])], axis=1)
+                best = np.concatenate([best, drawn(logs, best, k - best.shape[1], tokens[:n])], axis=1)
             packed[i, : n - 1, 1::2] = best
             packed[i, : n - 1, 2::2] = np.take_along_axis(logs, best, axis=1)
         return packed
@@ -155,6 +189,10 @@ class CausalLM(Texts):
         return [row | {"label": ""} for row in super().examples()]
 
     # --- answers
+
+    def log_probs(self, packed: Array) -> Array:
+        """Return the log probabilities of a text's own tokens, from packed answers [..., T, 1 + 2k]: [..., T]."""
+        return packed[..., LOG_P]
 
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
         """The mean log probability of each row's tokens, float64 [N]."""
@@ -229,35 +267,4 @@ class CausalLM(Texts):
         return logits
 
 
-def log_softmax(logits: Array) -> Array:
-    """Log probabilities along the last axis, float32, computed without overflow."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-def drawn_of(k: int, vocabulary: int) -> int:
-    """How many of k tokens are drawn from what the others leave; none where k are all."""
-    return k // 4 if k < vocabulary else 0
-
-
-def _drawn(logs: Array, best: Array, count: int, tokens: Array) -> Array:
-    """Tokens for each row of log probabilities [N, V], drawn from all but the best: int64 [N, count].
-
-    A text's are always the same, and one may come twice.
-    """
-    draw = np.random.default_rng(tokens.tolist())
-    rest = np.exp(logs.astype(np.float64))
-    np.put_along_axis(rest, best, 0.0, axis=1)
-    sums = np.cumsum(rest, axis=1)
-    places = draw.random((len(logs), count)) * sums[:, -1:]
-    found = [np.searchsorted(sums[i], places[i], side="right") for i in range(len(logs))]
-    return np.asarray(np.minimum(np.stack(found), logs.shape[1] - 1))
-
-
-def most_probable(logs: Array, k: int) -> Array:
-    """The k most probable tokens of each row [N, V], the first one first: int64 [N, k]."""
-    if k == 1:
-        return np.asarray(logs.argmax(axis=1)[:, None])
-    some = np.argpartition(logs, -k, axis=1)[:, -k:] if k < logs.shape[1] else np.arange(k)[None].repeat(len(logs), 0)
-    order = np.argsort(-np.take_along_axis(logs, some, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(some, order, axis=1)
+CausalLM.problems = {CausalLM.problem: CausalLM}

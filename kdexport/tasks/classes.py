@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
+from kdexport.tasks.base import Objective
 from kdexport.tasks.config import Function, Items, Row, TaskConfig
 from kdexport.tasks.metrics import Array, Metric, confusion_matrix, sigmoid, softmax
 
@@ -55,8 +56,12 @@ class Classes:
     """The side of a task that answers each row with one of `config.labels`; a row's `label` is its name."""
 
     metric: ClassVar = Metric("accuracy", kind="fraction")
+    problem: ClassVar[str] = "single-label"
+    objective: ClassVar[Objective] = "classes"
+    function: ClassVar[Function] = "softmax"
+    generates: ClassVar = False
     one_label: ClassVar[bool] = True
-    label_loss: ClassVar = "ce"
+    has_labels: ClassVar = True
     has_names: ClassVar[bool] = True
     config: TaskConfig
     labels: list[str]

@@ -38,6 +38,12 @@ def softmax(logits: Array) -> Array:
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
+def log_softmax(logits: Array) -> Array:
+    """Log probabilities along the last axis, float32, computed without overflow."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
 def sigmoid(logits: Array) -> Array:
     """The probability of each logit by itself, computed without overflow."""
     return np.asarray(np.exp(-np.logaddexp(0.0, -logits)))

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kdexport.tasks.base import Objective
 from kdexport.tasks.classes import Classes
-from kdexport.tasks.config import Items, Row
+from kdexport.tasks.config import Function, Items, Row
 from kdexport.tasks.metrics import Array, Metric, f1_of
 
 # Between the labels of a row, where rows are kept.
@@ -20,8 +21,10 @@ class SeveralLabels(Classes):
     """A row's `label` is all its labels, with `BETWEEN` between them; in a file a list, or a text with | between."""
 
     metric: ClassVar = Metric("micro F1")
+    problem: ClassVar[str] = "multi-label"
+    objective: ClassVar[Objective] = "several"
+    function: ClassVar[Function] = "sigmoid"
     one_label: ClassVar[bool] = False
-    label_loss: ClassVar = "bce"
 
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
@@ -85,8 +88,10 @@ class Number(Classes):
     """A row's `label` is a number, and so is the answer: the one logit."""
 
     metric: ClassVar = Metric("Pearson correlation")
+    problem: ClassVar[str] = "regression"
+    objective: ClassVar[Objective] = "number"
+    function: ClassVar[Function] = "none"
     one_label: ClassVar[bool] = False
-    label_loss: ClassVar = "mse"
     has_names: ClassVar[bool] = False
 
     @staticmethod

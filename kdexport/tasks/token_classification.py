@@ -9,7 +9,7 @@ behind it as missed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,8 +18,10 @@ import numpy as np
 from tokenizers import Encoding
 
 from kdexport.errors import DataError
-from kdexport.tasks.config import Arrays, Items, Row
+from kdexport.tasks.base import Card, Objective
+from kdexport.tasks.config import Arrays, Function, Items, Row
 from kdexport.tasks.inputs.texts import Texts
+from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, f1_of, softmax
 
 OUTSIDE = "O"
@@ -92,9 +94,25 @@ class TokenClassification(Texts):
 
     name: ClassVar = "token-classification"
     metric: ClassVar = Metric("entity F1")
-    one_label: ClassVar[bool] = False
-    label_loss: ClassVar = "ce"
-    has_names: ClassVar[bool] = True
+    problem: ClassVar = "single-label"
+    problems: ClassVar[Mapping[str, type[Any]]]
+    objective: ClassVar[Objective] = "tokens"
+    function: ClassVar[Function] = "softmax"
+    menu: ClassVar = TEXTS._replace(vocabulary="whole")
+    card: ClassVar = Card(
+        "token-classification",
+        "ORTModelForTokenClassification",
+        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a text to classify"])',
+    )
+    auto_class: ClassVar = "AutoModelForTokenClassification"
+    heads: ClassVar = ("ForTokenClassification",)
+    exporter: ClassVar = "token-classification"
+    stands_for: ClassVar = ("bert", "BertForTokenClassification")
+    protocols: ClassVar[frozenset[str]] = frozenset()
+    generates: ClassVar = False
+    one_label: ClassVar = False
+    has_labels: ClassVar = True
+    has_names: ClassVar = True
     has_words: ClassVar = True
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("tokens", "words"),
@@ -308,3 +326,6 @@ class TokenClassification(Texts):
                     places[word] = token
             encoded.append(self._arrays(encoding) | {"places": places})
         return encoded
+
+
+TokenClassification.problems = {TokenClassification.problem: TokenClassification}

@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["kdexport"]):
     from kdexport.runtime import artifact
     from kdexport.runtime.onnx_wire import has_external_data
     from kdexport.serve.registry import Models
-    from kdexport.tasks import TASKS
+    from kdexport.tasks import task_class
     from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig
 
 
@@ -59,7 +59,7 @@ def sound() -> Target:
 
 
 def _task(name: str, reads: str, **how: Any) -> Any:
-    return TASKS[name](TaskConfig(task=name, labels=["a", "b"], inputs=[reads], **how))
+    return task_class(name)(TaskConfig(task=name, labels=["a", "b"], inputs=[reads], **how))
 
 
 def _encode(tasks: list[Any], reads: str, data: bytes) -> None:

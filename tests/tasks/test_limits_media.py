@@ -26,7 +26,7 @@ from kdexport.errors import DataError
 from kdexport.runtime import artifact
 from kdexport.serve.http import Refused
 from kdexport.serve.registry import Version
-from kdexport.tasks import TASKS
+from kdexport.tasks import task_class
 from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig
 from kdexport.tasks.inputs import audio, headers, images
 from kdexport.tasks.inputs.media import Decoding, bytes_of, inline, inline_bytes
@@ -205,7 +205,7 @@ _SETUP = """
 from pathlib import Path
 from PIL import Image
 from kdexport.errors import DataError
-from kdexport.tasks import TASKS
+from kdexport.tasks import task_class
 from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig
 Image.init()
 content, kind = Path(arguments[0]).read_bytes(), arguments[1]
@@ -213,7 +213,7 @@ if kind == "image":
     how = ImageConfig(resize=256, crop=[224, 224], resample=3, mean=[0.5] * 3, std=[0.5] * 3)
 else:
     how = AudioConfig(rate=16_000, length=160_000)
-task = TASKS[kind + "-classification"](TaskConfig(task="", labels=["a"], inputs=["x"], **{kind: how}))
+task = task_class(kind + "-classification")(TaskConfig(task="", labels=["a"], inputs=["x"], **{kind: how}))
 """
 _WORK = """
 result = {"refused": ""}
@@ -267,7 +267,7 @@ def test_of_a_long_recording_only_what_the_model_reads_is_converted(tmp_path):
 
 
 def image_task(how):
-    return TASKS["image-classification"](
+    return task_class("image-classification")(
         TaskConfig(task="image-classification", labels=["a"], inputs=["pixel_values"], image=how)
     )
 

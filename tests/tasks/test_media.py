@@ -31,7 +31,7 @@ from kdexport import spec
 from kdexport.data import prepare, read_rows, read_summary
 from kdexport.errors import DataError, ModelError, SpecError
 from kdexport.export.quantize import convolves
-from kdexport.tasks import TASKS
+from kdexport.tasks import task_class
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.inputs import audio, images
 from kdexport.tasks.inputs.media import bytes_of, inline
@@ -59,13 +59,13 @@ def sound(seconds=0.5, rate=8000, channels=1, seed=0, hertz=440) -> bytes:
 
 
 def image_task(how):
-    return TASKS["image-classification"](
+    return task_class("image-classification")(
         TaskConfig(task="image-classification", labels=["a", "b"], inputs=["pixel_values"], image=how)
     )
 
 
 def audio_task(how):
-    return TASKS["audio-classification"](
+    return task_class("audio-classification")(
         TaskConfig(task="audio-classification", labels=["a", "b"], inputs=["input_values"], audio=how)
     )
 
@@ -299,9 +299,9 @@ def test_students_of_texts_are_refused():
 
     given = {"data.train": "x", "teacher.model": "y"}
     with pytest.raises(SpecError, match="'tiny' is none for audio-classification"):
-        derive.check(spec.load(None, given | {"task": "audio-classification", "student.model": "tiny"}))
+        spec.load(None, given | {"task": "audio-classification", "student.model": "tiny"})
     with pytest.raises(SpecError, match="'conv' is none for text-classification"):
-        derive.check(spec.load(None, given | {"student.model": "conv"}))
+        spec.load(None, given | {"student.model": "conv"})
     media = spec.load(None, given | {"task": "image-classification", "budget.size_mb": 1})
     assert derive.students(media) == ("conv:8", "conv", "conv:24", "conv:32")
 

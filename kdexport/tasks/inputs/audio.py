@@ -19,6 +19,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from kdexport.errors import ModelError
+from kdexport.tasks.base import Modality
 from kdexport.tasks.config import AudioConfig, Row
 from kdexport.tasks.inputs.media import DECODING, Media, bytes_of, inline
 from kdexport.tasks.inputs.wav import Recording, decoded, pieces, read_header
@@ -39,7 +40,7 @@ _SECONDS_PER_NUMBER, _SECONDS_PER_SAMPLE, _BYTES_PER_SAMPLE = 5e-9, 6e-8, 32
 class Sounds(Media):
     """The side of a task that reads rows `{"audio": …}`."""
 
-    modality: ClassVar = "audio"
+    modality: ClassVar[Modality] = "audio"
 
     @cached_property
     def _how(self) -> AudioConfig:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kdexport.errors import DataError, MissingPackage, ModelError, TooLarge
+from kdexport.tasks.base import Modality
 from kdexport.tasks.config import ImageConfig, Row
 from kdexport.tasks.inputs.headers import FORMATS, MOST_BYTES, check, read_header, trimmed
 from kdexport.tasks.inputs.media import DECODING, Media, bytes_of, inline
@@ -28,7 +29,7 @@ _SECONDS_PER_BYTE = 3e-9
 class Images(Media):
     """The side of a task that reads rows `{"image": …}`."""
 
-    modality: ClassVar = "image"
+    modality: ClassVar[Modality] = "image"
 
     @cached_property
     def _how(self) -> ImageConfig:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Self, overload
 import numpy as np
 
 from kdexport.errors import DataError
+from kdexport.tasks.base import Modality
 from kdexport.tasks.config import Arrays, Comparable, Row, TaskConfig, read_config
 from kdexport.tasks.metrics import Array
 
@@ -127,8 +128,10 @@ class Media(Comparable):
     """The side of a task that reads rows `{"image": …}` or `{"audio": …}`; all inputs of a graph are of one size."""
 
     output: ClassVar = "logits"
-    modality: ClassVar[str]
+    modality: ClassVar[Modality]
     has_words: ClassVar = False
+    pairs: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
     at_once: ClassVar = 32
     config: TaskConfig
 

@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from kdexport.errors import ArtifactError, DataError, ModelError
+from kdexport.tasks.base import Modality
 from kdexport.tasks.config import Arrays, Comparable, Row, TaskConfig, read_config
 from kdexport.tasks.metrics import Array
 
@@ -38,8 +39,10 @@ class Texts(Comparable):
     """The side of a task that reads rows `{"text": …, "text_pair": …}`."""
 
     output: ClassVar = "logits"
-    modality: ClassVar = "text"
-    has_words: ClassVar = False  # whether `ready` separates them
+    modality: ClassVar[Modality] = "text"
+    has_words: ClassVar = False
+    pairs: ClassVar[bool] = False
+    cuts: ClassVar[bool] = False
     at_once: ClassVar = 32
 
     def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
