@@ -270,5 +270,6 @@ def _start_stream(network: TextNet, teacher: PreTrainedModel, onto: Tensor, widt
     block.token_type_embeddings.weight.zero_()
     if hasattr(network.encoder, "embeddings_project"):
         normed = torch.nn.functional.layer_norm(network.embeddings.weight, onto.shape[1:])
-        network.encoder.embeddings_project.weight.copy_(_principal_axes(normed, width)[0].T)
+        axes = _principal_axes(normed, min(width, onto.shape[1]))[0].T  # a wider stream has random ones beside them
+        network.encoder.embeddings_project.weight[: len(axes)].copy_(axes)
         torch.nn.init.zeros_(network.encoder.embeddings_project.bias)

@@ -20,7 +20,7 @@ from kdexport.progress import say, warn
 from kdexport.tasks import load_task, task_class
 from kdexport.tasks.classes import function_of
 
-# Of a language model's vocabulary, as many tokens are kept with their probability: see `tasks/causal_lm.py`, and
+# Of a language model's vocabulary, as many tokens are kept with their probability: see `tasks/packed.py`, and
 # benchmarks/soft_targets.py for how near their loss is to the whole one.
 _SOFT_TARGETS = 64
 

@@ -108,7 +108,7 @@ def fit(
         ModelError: training diverged; or student and teacher don't fit for losses of layers.
     """
     layers = _layer_losses(recipe, soft_targets, teacher)
-    judge = _judge(task, validation, validation_targets)
+    judge, higher_is_better = _judge(task, validation, validation_targets)
     if recipe.patience is not None and judge is None:
         raise SpecError(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
@@ -144,6 +144,7 @@ def fit(
         watch = Watch(
             judge,
             ledger,
+            higher_is_better=higher_is_better,
             patience=recipe.patience,
             folder=work / "best",
             checkpoint_every_s=CHECKPOINT_EVERY_S,
@@ -286,9 +287,11 @@ def _layer_losses(recipe: Recipe, soft_targets: Array | None, teacher: Path | No
     return layers
 
 
-def _judge(task: Task, validation: Rows, targets: Array | None) -> Callable[[PreTrainedModel], float] | None:
+def _judge(
+    task: Task, validation: Rows, targets: Array | None
+) -> tuple[Callable[[PreTrainedModel], float] | None, bool]:
     """How a model is judged: by the task's metric on the rows that have a label; where none has one, by how often it
-    answers as the teacher; where there are no targets either, not at all."""
+    answers as the teacher; where there are no targets either, not at all. And whether higher is better."""
     labelled = [row for row in validation if row.get("label") is not None]
     read: Rows
     good: Callable[[Array], float]
@@ -297,13 +300,13 @@ def _judge(task: Task, validation: Rows, targets: Array | None) -> Callable[[Pre
     elif targets is not None and len(validation):
         read, good = validation, lambda logits: float(task.agrees(logits, targets).mean())
     else:
-        return None
+        return None, True
 
     def judge(model: PreTrainedModel) -> float:
         logits = logits_of(model, task, read)
         return good(logits) if np.isfinite(logits).all() else float("nan")
 
-    return judge
+    return judge, task.metric.higher_is_better or not labelled
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -51,7 +51,7 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     if 4 * opened.model.num_parameters() >= _LARGEST_BYTES:
         raise ModelError(f"model {model!r} has more than 2 GB of weights", "Distil it: kdexport run --teacher …")
     function: Function = kind.function
-    if len(kind.problems) > 1:
+    if len(kind.kinds()) > 1:
         function = function_of(len(labels), config.problem_type)
     save_task(opened, max_length, labels, out, task=task_name, function=function, at_most=_AT_MOST, rows=rows)
     save_model(opened, out)

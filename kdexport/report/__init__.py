@@ -12,10 +12,22 @@ from kdexport.files import as_json, write_text
 from kdexport.output import Output
 from kdexport.report import page
 from kdexport.report.sections import SECTIONS
-from kdexport.report.table import between, further, headers, megabytes, ms, p99, percent, points, table, times, trimmed
+from kdexport.report.table import (
+    BITS,
+    between,
+    further,
+    headers,
+    megabytes,
+    ms,
+    p99,
+    percent,
+    points,
+    table,
+    times,
+    trimmed,
+)
 from kdexport.results import Exported, Report, read_report
 from kdexport.tasks import task_class
-from kdexport.tasks.causal_lm import BITS
 
 
 def write_reports(report: Report, out: Output) -> None:

@@ -66,10 +66,10 @@ def several_students(spec: Spec) -> bool:
 def _menu(spec: Spec, source: str) -> Menu:
     if spec.task not in names():
         raise SpecError(f"{source}: task: {spec.task!r} is none of {', '.join(names())}")
-    problems = task_class(spec.task).problems
+    problems = task_class(spec.task).kinds()
     if spec.data.problem not in problems:
         raise SpecError(f"{source}: data.problem has no effect on {spec.task}", "Remove it")
-    return problems[spec.data.problem].menu  # type: ignore[no-any-return]
+    return problems[spec.data.problem].menu
 
 
 def _check_menu(spec: Spec, menu: Menu, source: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kdexport.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from kdexport.tasks.base import Task as Task
+    from kdexport.tasks.base import Task
     from kdexport.tasks.config import TaskConfig
 
 DEFAULT = "text-classification"
@@ -42,7 +42,7 @@ def task_class(name: str, problem: str = "single-label") -> type[Task]:
         KeyError: there is no such task, or it has no such answers.
     """
     found: Any = resolve_name(BUILT_IN[name]) if name in BUILT_IN else _others()[name].load()
-    return found.problems[problem]  # type: ignore[no-any-return]
+    return found.kinds()[problem]  # type: ignore[no-any-return]
 
 
 def load_task(folder: Path) -> Task:
@@ -57,7 +57,7 @@ def load_task(folder: Path) -> Task:
     config = read_config(folder)
     if config.task not in names():
         raise ArtifactError(f"{folder} is for the task {config.task!r}, which is none of {', '.join(names())}")
-    kinds = task_class(config.task).problems.values()
+    kinds = task_class(config.task).kinds().values()
     found: type[Task] = next((kind for kind in kinds if kind.function == config.function), task_class(config.task))
     if wrong := _contradiction(config, found):
         raise ArtifactError(f"{folder}: the task {config.task} {wrong}", "Pack the artifact again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from kdexport.tasks.base import Card
@@ -15,7 +14,6 @@ class AudioClassification(Sounds, Classes):
     """Rows `{"audio": …, "label": …}` → waveform [N, T] or log-mel bands [N, T, M] → logits [N, C] → one label each."""
 
     name: ClassVar = "audio-classification"
-    problems: ClassVar[Mapping[str, type[Any]]]
     menu: ClassVar = MEDIA
     card: ClassVar = Card(
         "audio-classification",
@@ -30,13 +28,8 @@ class AudioClassification(Sounds, Classes):
     heads: ClassVar = ("ForAudioClassification", "ForSequenceClassification")  # Wav2Vec2 has the latter
     exporter: ClassVar = "audio-classification"
     stands_for: ClassVar = ("audio-spectrogram-transformer", "ASTForAudioClassification")
-    protocols: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        """A row whose recording was read, its label a text; or what is wrong with it."""
         taken = cls.taken(row)
         return taken if isinstance(taken, str) else Classes.canonical(taken)
-
-
-AudioClassification.problems = {AudioClassification.problem: AudioClassification}

@@ -13,20 +13,21 @@ the rest is spread, drawn ones say in the mean (Anshumann et al. 2025, https://a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
 
-from kdexport.tasks.base import Card, Objective
-from kdexport.tasks.config import Arrays, Function, Items, Row
+from kdexport.tasks.base import Card, Generates, Objective
+from kdexport.tasks.config import Arrays, Function, Row
 from kdexport.tasks.inputs.texts import CHARS_PER_TOKEN, SPARE, Texts
 from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, log_softmax
 from kdexport.tasks.packed import BEST, LOG_P, drawn, drawn_of, most_probable
 
-BITS = "bits per byte"
+# A teacher that is right after fewer of the tokens knows nothing.
+_CHANCE = 0.02
 _NO_LABEL = -100
 
 
@@ -38,7 +39,6 @@ class Foreseen(msgspec.Struct, frozen=True):
     bits_per_byte: float
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
-        """What the command line prints."""
         return {
             "tokens": self.tokens,
             "accuracy": round(self.accuracy, 6),
@@ -46,13 +46,11 @@ class Foreseen(msgspec.Struct, frozen=True):
         }
 
 
-class CausalLM(Texts):
+class CausalLM(Texts, Generates):
     """Rows `{"text": …}` → packed log probabilities [N, max_length, 1 + 2k]; the labels are the tokens themselves."""
 
     name: ClassVar = "causal-lm"
-    metric: ClassVar = Metric("token accuracy")
-    problem: ClassVar = "single-label"
-    problems: ClassVar[Mapping[str, type[Any]]]
+    metric: ClassVar = Metric("bits per byte", higher_is_better=False, kind="number")
     objective: ClassVar[Objective] = "next-token"
     function: ClassVar[Function] = "none"
     menu: ClassVar = TEXTS._replace(
@@ -80,11 +78,8 @@ class CausalLM(Texts):
     auto_class: ClassVar = "AutoModelForCausalLM"
     heads: ClassVar = ("LMHeadModel", "ForCausalLM")
     exporter: ClassVar = "text-generation-with-past"
-    stands_for: ClassVar = None
     protocols: ClassVar = frozenset({"openai", "tgi"})
-    generates: ClassVar = True
     cuts: ClassVar = True
-    one_label: ClassVar = False
     has_labels: ClassVar = False
     has_names: ClassVar = False
     at_once: ClassVar = 8  # a table of logits is T × V a row
@@ -99,29 +94,12 @@ class CausalLM(Texts):
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        """What is wrong with a row, or None."""
         return Texts.check(row, max_chars, needs_label=False)
-
-    @staticmethod
-    def labels_of(row: Row) -> set[str]:
-        """There are no names."""
-        return set()
-
-    @staticmethod
-    def ordered(labels: Iterable[str]) -> list[str]:
-        """There are no names."""
-        return []
-
-    @staticmethod
-    def stratum(row: Row) -> str:
-        """Texts need no strata."""
-        return ""
 
     # --- rows → arrays
 
     @property
     def answer_shape(self) -> tuple[int, ...]:
-        """Of one row's packed answer."""
         return self.config.max_length, 1 + 2 * self.config.kept
 
     def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
@@ -136,10 +114,6 @@ class CausalLM(Texts):
         places = np.arange(max(1, sizes.max() - 1))[None]
         batch["places"] = np.where(places < sizes - 1, places, -1)
         return batch
-
-    def graph_inputs(self, arrays: Arrays) -> Arrays:
-        """What the graph reads of an encoded batch, beside an empty cache."""
-        return {name: arrays[name] for name in self.config.inputs}
 
     def gather(self, output: Array, arrays: Arrays) -> Array:
         """The graph's logits [B, T, V] → packed answers [B, *answer_shape]; zeros where nothing was predicted."""
@@ -158,10 +132,6 @@ class CausalLM(Texts):
             packed[i, : n - 1, 2::2] = np.take_along_axis(logs, best, axis=1)
         return packed
 
-    def encode(self, rows: Sequence[Row]) -> Arrays:
-        """The inputs of a batch of rows: int64 arrays [B, T]."""
-        return self.collate(self.tokenize(rows))
-
     def prompt(self, text: str, room: int) -> list[int]:
         """Return the last tokens of a text that leave room for so many more; an empty text begins as in training.
 
@@ -177,15 +147,12 @@ class CausalLM(Texts):
             size *= 2
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Tokens as text, without special ones."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def probes(self) -> list[dict[str, Any]]:
-        """Rows at the edges of what may come in."""
         return [row | {"label": ""} for row in super().probes()]
 
     def examples(self) -> list[dict[str, Any]]:
-        """Rows as they come in every day."""
         return [row | {"label": ""} for row in super().examples()]
 
     # --- answers
@@ -200,7 +167,6 @@ class CausalLM(Texts):
         return np.asarray(-counts[:, 2] / np.maximum(counts[:, 1], 1))
 
     def decode(self, logits: Array, rows: Sequence[Row]) -> list[Foreseen]:
-        """How well each row was foreseen."""
         return [
             Foreseen(int(tokens), right / max(tokens, 1), nats / math.log(2) / max(size, 1))
             for right, tokens, nats, size in self.stats(logits, rows).tolist()
@@ -224,9 +190,6 @@ class CausalLM(Texts):
             found[i, : len(arrays["input_ids"]) - 1] = arrays["input_ids"][1:]
         return found
 
-    def correct(self, logits: Array, rows: Sequence[Row]) -> None:
-        """None: a text is not right or wrong."""
-
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Of each row, tokens that were the most probable, tokens, nats, and bytes that these spell: float64 [N, 4]."""
         counts = np.zeros((len(rows), 4))
@@ -245,26 +208,16 @@ class CausalLM(Texts):
         return counts
 
     def value(self, sums: Array) -> Array:
-        """The share of tokens that were held the most probable, of sums [..., 4] of counts."""
-        return np.asarray(sums[..., 0] / np.maximum(sums[..., 1], 1))
+        """Bits a byte, which hold whatever the tokenizer is, of sums [..., 4]."""
+        return np.asarray(sums[..., 2] / math.log(2) / np.maximum(sums[..., 3], 1))
+
+    def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
+        return self.further(logits, rows)["token accuracy"] < _CHANCE
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
-        """What the text costs: bits a byte, which holds whatever the tokenizer, and perplexity, which is by token."""
-        _, tokens, nats, size = self.stats(logits, rows).sum(axis=0)
-        return {BITS: float(nats / math.log(2) / size), "perplexity": float(np.exp(nats / tokens))}
-
-    def chosen(self, items: Items) -> Array:
-        """There is nothing to look at by label."""
-        return items.labels
-
-    def items(self, rows: Sequence[Row], logits: Array) -> Items:
-        """There is nothing to look at by label."""
-        none = np.zeros(0, dtype=np.int64)
-        return Items(none, none, np.zeros((0, 1)))
+        """Return the fraction of tokens that were the most probable ones, and perplexity; both are by token."""
+        right, tokens, nats, _ = self.stats(logits, rows).sum(axis=0)
+        return {"token accuracy": float(right / max(tokens, 1)), "perplexity": float(np.exp(nats / max(tokens, 1)))}
 
     def scores(self, logits: Array, function: str | None = None) -> Array:
-        """Packed answers are log probabilities already."""
         return logits
-
-
-CausalLM.problems = {CausalLM.problem: CausalLM}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from kdexport.tasks.base import Card
@@ -15,7 +14,6 @@ class ImageClassification(Images, Classes):
     """Rows `{"image": …, "label": …}` → pixel values [N, channels, height, width] → logits [N, C] → one label each."""
 
     name: ClassVar = "image-classification"
-    problems: ClassVar[Mapping[str, type[Any]]]
     menu: ClassVar = MEDIA
     card: ClassVar = Card(
         "image-classification",
@@ -30,13 +28,8 @@ class ImageClassification(Images, Classes):
     heads: ClassVar = ("ForImageClassification",)
     exporter: ClassVar = "image-classification"
     stands_for: ClassVar = ("resnet", "ResNetForImageClassification")
-    protocols: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        """A row whose picture was read, its label a text; or what is wrong with it."""
         taken = cls.taken(row)
         return taken if isinstance(taken, str) else Classes.canonical(taken)
-
-
-ImageClassification.problems = {ImageClassification.problem: ImageClassification}

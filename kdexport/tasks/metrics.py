@@ -26,6 +26,10 @@ class Metric(NamedTuple):
         """Return by how much `after` is better than `before`; negative where it is worse."""
         return after - before if self.higher_is_better else before - after
 
+    def text(self, value: float) -> str:
+        """Return a value as people write it."""
+        return f"{value:.3f}" if self.kind == "number" else f"{value:.2%}"
+
     def retention(self, value: float, reference: float) -> float:
         """Return the share of a reference's quality that is retained; 1 is as good, 0 where it is undefined."""
         above, below = (value, reference) if self.higher_is_better else (reference, value)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from kdexport.tasks.base import Card
+from kdexport.tasks.base import Card, Task
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Row
 from kdexport.tasks.inputs.texts import Texts
@@ -17,7 +16,6 @@ class TextClassification(Texts, Classes):
     """Rows `{"text": …, "text_pair": …, "label": …}` → input ids → logits [N, C] → one label each."""
 
     name: ClassVar = "text-classification"
-    problems: ClassVar[Mapping[str, type[Any]]]
     menu: ClassVar = TEXTS
     card: ClassVar = Card(
         "text-classification",
@@ -35,6 +33,10 @@ class TextClassification(Texts, Classes):
     stands_for: ClassVar = ("bert", "BertForSequenceClassification")
     protocols: ClassVar = frozenset({"tei"})
 
+    @classmethod
+    def kinds(cls) -> dict[str, type[Task]]:
+        return {kind.problem: kind for kind in (TextClassification, MultiLabelTexts, TextRegression)}
+
 
 class MultiLabelTexts(SeveralLabels, TextClassification):
     """Any number of labels, each by itself: those whose logit is above 0."""
@@ -42,7 +44,7 @@ class MultiLabelTexts(SeveralLabels, TextClassification):
     menu: ClassVar = TEXTS._replace(losses=("bce", "mse", *OF_LAYERS))
 
     @staticmethod
-    def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:  # noqa: D102
+    def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
         missing = needs_label and row.get("label") is None  # none of the labels is an answer, but must be given
         return "label is missing" if missing else Texts.check(row, max_chars, needs_label=False)
 
@@ -51,6 +53,3 @@ class TextRegression(Number, TextClassification):
     """A number: the one logit."""
 
     menu: ClassVar = TEXTS._replace(losses=("mse", *OF_LAYERS))
-
-
-TextClassification.problems = {kind.problem: kind for kind in (TextClassification, MultiLabelTexts, TextRegression)}

@@ -9,7 +9,7 @@ behind it as missed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +19,7 @@ from tokenizers import Encoding
 
 from kdexport.errors import DataError
 from kdexport.tasks.base import Card, Objective
-from kdexport.tasks.config import Arrays, Function, Items, Row
+from kdexport.tasks.config import Arrays, Items, Row
 from kdexport.tasks.inputs.texts import Texts
 from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, f1_of, softmax
@@ -64,7 +64,6 @@ class Tagged(msgspec.Struct, frozen=True):
         ]
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
-        """What the command line prints."""
         names = [{**name, "score": round(name["score"], 6)} for name in self.entities]
         found: dict[str, Any] = {"entities": names, "words": self.words, "tags": self.tags}
         return found | {"scores": [round(score, 6) for score in self.scores]} if scores else found
@@ -94,10 +93,7 @@ class TokenClassification(Texts):
 
     name: ClassVar = "token-classification"
     metric: ClassVar = Metric("entity F1")
-    problem: ClassVar = "single-label"
-    problems: ClassVar[Mapping[str, type[Any]]]
     objective: ClassVar[Objective] = "tokens"
-    function: ClassVar[Function] = "softmax"
     menu: ClassVar = TEXTS._replace(vocabulary="whole")
     card: ClassVar = Card(
         "token-classification",
@@ -108,11 +104,6 @@ class TokenClassification(Texts):
     heads: ClassVar = ("ForTokenClassification",)
     exporter: ClassVar = "token-classification"
     stands_for: ClassVar = ("bert", "BertForTokenClassification")
-    protocols: ClassVar[frozenset[str]] = frozenset()
-    generates: ClassVar = False
-    one_label: ClassVar = False
-    has_labels: ClassVar = True
-    has_names: ClassVar = True
     has_words: ClassVar = True
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("tokens", "words"),
@@ -138,7 +129,6 @@ class TokenClassification(Texts):
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        """What is wrong with a row, or None."""
         if problem := Texts.check(row, max_chars, needs_label):
             return problem
         before = OUTSIDE
@@ -170,7 +160,6 @@ class TokenClassification(Texts):
 
     @staticmethod
     def labels_of(row: Row) -> set[str]:
-        """The labels that a row's label holds; none where it has none."""
         return set((row["label"] or "").split())
 
     @staticmethod
@@ -201,10 +190,6 @@ class TokenClassification(Texts):
             batch["places"][i, : len(arrays["places"])] = arrays["places"]
         return batch
 
-    def graph_inputs(self, arrays: Arrays) -> Arrays:
-        """What the graph reads of an encoded batch."""
-        return {name: arrays[name] for name in self.config.inputs}
-
     def gather(self, output: Array, arrays: Arrays) -> Array:
         """The graph's output [B, T, C] → logits by word [B, max_length, C]; zeros beyond a row's words."""
         places = arrays["places"]
@@ -220,16 +205,13 @@ class TokenClassification(Texts):
         return super().sized(rows, length) | {"places": np.arange(length)[None]}
 
     def axes(self) -> dict[str, dict[int, str]]:
-        """Names of the dynamic axes of every input and of the output."""
         both = {0: "batch_size", 1: "sequence_length"}
         return dict.fromkeys((*self.config.inputs, self.output), both)
 
     def probes(self) -> list[dict[str, Any]]:
-        """Rows at the edges of what may come in."""
         return [self.ready(row) for row in super().probes()]
 
     def examples(self) -> list[dict[str, Any]]:
-        """Rows as they come in every day."""
         return [self.ready(row) for row in super().examples()]
 
     # --- logits → answers
@@ -291,10 +273,6 @@ class TokenClassification(Texts):
         right, found, there = self.stats(logits, rows).sum(axis=0)
         return {"precision": float(right / max(found, 1)), "recall": float(right / max(there, 1))}
 
-    def chosen(self, items: Items) -> Array:
-        """The tag that each word is given: int64 [M]."""
-        return np.asarray(items.logits.argmax(axis=1))
-
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         """Each labelled word as a row of its own."""
         targets = self.label_array(rows)
@@ -326,6 +304,3 @@ class TokenClassification(Texts):
                     places[word] = token
             encoded.append(self._arrays(encoding) | {"places": places})
         return encoded
-
-
-TokenClassification.problems = {TokenClassification.problem: TokenClassification}

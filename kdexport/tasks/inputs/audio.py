@@ -97,7 +97,6 @@ class Sounds(Media):
         return {self.config.inputs[0]: {0: "batch_size"} | length, self.output: {0: "batch_size"}}
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
-        """What is worth saying of how these rows are read."""
         recordings = [read_header(bytes_of(row[self.modality])) for row in rows]
         reads, said = seconds_of(self._how), []
         if others := sorted({r.rate for r in recordings} - {self._how.rate}):
@@ -118,7 +117,6 @@ class Sounds(Media):
         ]
 
     def examples(self) -> list[dict[str, Any]]:
-        """Recordings of the usual length."""
         rate = self._how.rate
         return [_recording(_noise(int(seconds_of(self._how) * rate), 1, seed), rate) for seed in range(2, 6)]
 

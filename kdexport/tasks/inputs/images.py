@@ -71,12 +71,10 @@ class Images(Media):
         return height, width
 
     def axes(self) -> dict[str, dict[int, str]]:
-        """Names of the dynamic axes of the input and of the output."""
         axes = {0: "batch_size", 1: "num_channels", 2: "height", 3: "width"}
         return {self.config.inputs[0]: axes, self.output: {0: "batch_size"}}
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
-        """What is worth saying of how these rows are read."""
         grey = sum(opened(bytes_of(row[self.modality]))[0].mode in ("1", "L", "I;16", "LA") for row in rows)
         if self._how.channels == 3 and grey:
             return [f"{grey / len(rows):.0%} of the images are grey; the model reads colours, so they are converted"]
@@ -92,7 +90,6 @@ class Images(Media):
         ]
 
     def examples(self) -> list[dict[str, Any]]:
-        """Pictures of the usual size."""
         height, width = self.size
         return [_picture(width, height, "RGB" if self._how.channels == 3 else "L", seed) for seed in range(3, 7)]
 

@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 
 from kdexport.errors import DataError
-from kdexport.tasks.base import Modality
-from kdexport.tasks.config import Arrays, Comparable, Row, TaskConfig, read_config
+from kdexport.tasks.base import Task
+from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
 from kdexport.tasks.metrics import Array
 
 _PART = re.compile(r"(.+)#(\d+)\+(\d+)", re.DOTALL)
@@ -124,27 +124,14 @@ class Encoded(Sequence[Arrays]):
         return Encoded(self._rows[i], self._encode) if isinstance(i, slice) else self._encode(self._rows[i])
 
 
-class Media(Comparable):
+class Media(Task):
     """The side of a task that reads rows `{"image": …}` or `{"audio": …}`; all inputs of a graph are of one size."""
-
-    output: ClassVar = "logits"
-    modality: ClassVar[Modality]
-    has_words: ClassVar = False
-    pairs: ClassVar[bool] = False
-    cuts: ClassVar[bool] = False
-    at_once: ClassVar = 32
-    config: TaskConfig
 
     def __init__(self, config: TaskConfig) -> None:
         self.config, self.labels = config, config.labels
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Open the task of a model folder (`task.json`) or an artifact (`kdexport.json`).
-
-        Raises:
-            ArtifactError: there is none.
-        """
         return cls(read_config(folder))
 
     # --- rows as they come
@@ -175,18 +162,12 @@ class Media(Comparable):
 
     @classmethod
     def content(cls, row: Row) -> str:
-        """What a model sees of a row; rows with equal content get equal logits."""
         return str(row.get("sha256") or hashlib.sha256(bytes_of(row[cls.modality])).hexdigest())
 
     @classmethod
     def title(cls, row: Row) -> str:
-        """What a row is called in reports."""
         value = row[cls.modality]
         return str(row["id"]) if _PART.fullmatch(str(value)) else Path(str(value)).name
-
-    def ready(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row as the task reads it."""
-        return row
 
     @classmethod
     def row(cls, given: object) -> dict[str, Any]:
@@ -218,27 +199,10 @@ class Media(Comparable):
                 raise
             raise DataError(f"{row['id']}: its {self.modality} {error.what.removeprefix('it ')}", error.fix) from None
 
-    def collate(self, encoded: Sequence[Arrays]) -> Arrays:
-        """The batch of encoded rows; all are of one size."""
-        return {name: np.stack([arrays[name] for arrays in encoded]) for name in self.config.inputs}
-
     def encode(self, rows: Sequence[Row]) -> Arrays:
-        """The graph's input for a batch of rows."""
         if len(rows) == 1:  # nothing to put side by side; a single row is what latency is measured by
             return {self.config.inputs[0]: self._array(rows[0])[np.newaxis]}
         return self.collate(list(self.tokenize(rows)))
-
-    def sizes(self, encoded: Sequence[Arrays]) -> list[int]:
-        """What to sort batches by: nothing."""
-        return [1] * len(encoded)
-
-    def graph_inputs(self, arrays: Arrays) -> Arrays:
-        """What the graph reads of an encoded batch."""
-        return arrays
-
-    def gather(self, output: Array, arrays: Arrays) -> Array:
-        """The graph's output for an encoded batch → logits [B, C]."""
-        return output
 
     def shapes(self) -> dict[str, list[int]]:
         """The graph's inputs as clients may send them, float32; −1 is any size."""
@@ -251,11 +215,3 @@ class Media(Comparable):
             DataError: it can't be read, or decoding it would cost too much.
         """
         raise NotImplementedError
-
-    def lengths(self) -> list[int]:
-        """There is one length only, so none is worth measuring."""
-        return []
-
-    def sized(self, rows: Sequence[Row], length: int) -> Arrays:
-        """The graph's input of one row."""
-        return self.encode(rows[:1])
