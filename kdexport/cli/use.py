@@ -20,7 +20,7 @@ _WRITING = "Language models"
 def predict(
     artifact: Annotated[Path, typer.Argument(help="An artifact folder, or a run that holds one.")],
     inputs: Annotated[
-        list[str] | None, typer.Argument(help="Texts, images or WAV files; without any, stdin's lines.")
+        list[str] | None, typer.Argument(help="Texts, images or recordings; without any, stdin's lines.")
     ] = None,
     file: Annotated[Path | None, Flag("--file", "-f", help="Lines of text, or .csv / .jsonl rows.")] = None,
     variant: Annotated[str | None, Flag(help="fp32 or int8.", show_default="the recommended one")] = None,

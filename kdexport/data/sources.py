@@ -54,7 +54,7 @@ def find_splits(data: spec.Data) -> dict[str, str]:
         found = found if "train" in found else folders.splits_in(folder)
         if "train" not in found:
             raise DataError(
-                f"{folder} holds no train.csv, .tsv, .jsonl, .parquet or .txt, nor images or WAV files",
+                f"{folder} holds no train.csv, .tsv, .jsonl, .parquet or .txt, nor images or recordings",
                 "Name the file with --data",
             )
         given = found | {split: path for split, path in given.items() if path and split != "train"}
@@ -73,7 +73,7 @@ def local_files(data: spec.Data) -> list[Path]:
         if not path.exists():
             raise DataError(f"{path} does not exist", "Check the path")
         if not path.is_file() and not folders.splits_in(path):
-            raise DataError(f"{path} holds no images and no WAV files", "Check the path")
+            raise DataError(f"{path} holds no images and no recordings", "Check the path")
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty")
     return paths

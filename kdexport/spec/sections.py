@@ -37,7 +37,7 @@ class Data(Section, frozen=True):
         Text,
         _help(
             "CSV, JSONL or Parquet file, text for causal-lm, a folder with train.*, validation.* and test.*, a folder "
-            "of images or WAV files (labels as subfolders, or metadata.csv), or a hub id"
+            "of images or recordings (labels as subfolders, or metadata.csv), or a hub id"
         ),
     ]
     validation: Annotated[Text | None, _help("split off from train (10 %, stratified) when absent")] = None

@@ -1,43 +1,38 @@
-"""What pictures and sound have in common: a row names a file, a part of one, or the bytes themselves.
+"""Rows of images and recordings: a path, `PATH#OFFSET+LENGTH` for a part of a file, `data:;base64,…`, or bytes.
 
-A row's value is a path, `PATH#OFFSET+LENGTH` for a part of a file, `data:;base64,…`, or bytes. Rows are decoded when
-they are asked for, one by one: 60,000 pictures as float32 would fill the memory of most machines.
+Rows are decoded lazily, one by one: 60,000 images as float32 would fill the memory of most machines.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Self, overload
 
 import numpy as np
 
-from kdexport.errors import DataError
+from kdexport.errors import DataError, MissingPackage
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
 from kdexport.tasks.metrics import Array
 
 _PART = re.compile(r"(.+)#(\d+)\+(\d+)", re.DOTALL)
 _INLINE = "data:;base64,"
-
-
 # Bytes of one picture or recording, and of all that are decoded at once.
 _MOST_BYTES, _MOST_DECODED = 100_000_000, 400_000_000
 _SMALL = 4_000_000
 
 
 def bytes_of(value: object) -> bytes:
-    """Return the bytes that a row's value names.
-
-    Raises:
-        DataError: there is no such file, it is too large, or the value names none.
-    """
+    """Return the bytes of a row's value, read from its file if it names one."""
     match value:
         case bytes():
             return value
@@ -61,11 +56,7 @@ def bytes_of(value: object) -> bytes:
 
 
 def inline_bytes(value: object) -> bytes:
-    """Return the bytes of a `data:;base64,…` value, and never open a file: for rows that come from elsewhere.
-
-    Raises:
-        DataError: it is none, or no base64.
-    """
+    """Return the bytes of a `data:;base64,…` value, and never open a file: for rows of untrusted sources."""
     if not isinstance(value, str) or not value.startswith(_INLINE):
         raise DataError(f"it does not begin with {_INLINE}")
     try:
@@ -75,12 +66,21 @@ def inline_bytes(value: object) -> bytes:
 
 
 def inline(content: bytes) -> str:
-    """Bytes as a value of a row that can be written as JSON."""
+    """Return bytes as a `data:;base64,…` value, which JSON can hold."""
     return _INLINE + base64.b64encode(content).decode()
 
 
+@cache
+def installed(module: str, package: str) -> Any:
+    """Import a library that only images or sound need."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise MissingPackage(package, "cpu") from None
+
+
 class Decoding:
-    """Memory that all threads together may use to decode: who needs more waits, in turn."""
+    """A budget of memory for decoding, shared by all threads."""
 
     def __init__(self, most: int) -> None:
         self._most, self._used = most, 0
@@ -88,7 +88,7 @@ class Decoding:
 
     @contextmanager
     def room(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes of it; small ones, of which a thread has one at a time, don't count."""
+        """Wait for `size` bytes and hold them; small sizes are free, as a thread decodes one row at a time."""
         if size < _SMALL:
             yield
             return
@@ -108,7 +108,7 @@ DECODING = Decoding(_MOST_DECODED)
 
 
 class Encoded(Sequence[Arrays]):
-    """Rows that are encoded when they are asked for."""
+    """Rows that are encoded on access."""
 
     def __init__(self, rows: Sequence[Row], encode: Callable[[Row], Arrays]) -> None:
         self._rows, self._encode = rows, encode
@@ -125,10 +125,13 @@ class Encoded(Sequence[Arrays]):
 
 
 class Media(Task):
-    """The side of a task that reads rows `{"image": …}` or `{"audio": …}`; all inputs of a graph are of one size."""
+    """The input side of tasks with rows `{"image": …}` or `{"audio": …}`; all rows have arrays of one shape."""
+
+    _how: Any
 
     def __init__(self, config: TaskConfig) -> None:
         self.config, self.labels = config, config.labels
+        self._how = getattr(config, self.modality)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -138,7 +141,7 @@ class Media(Task):
 
     @classmethod
     def taken(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        """A row with the sha256 of its content, after that was decoded; or what is wrong with it."""
+        """Return the row with the sha256 of its content, or the reason why it can't be decoded."""
         value = row.get(cls.modality)
         if value is None or value == "":
             return f"{cls.modality} is missing"
@@ -152,12 +155,12 @@ class Media(Task):
 
     @classmethod
     def inspect(cls, content: bytes) -> object:
-        """Decode the content, to see that it can be."""
+        """Check that the content can be decoded."""
         raise NotImplementedError
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        """What else is wrong with a row that was taken, or None."""
+        """Return the reason why a row is refused, or None."""
         return "label is empty" if needs_label and row.get("label") in (None, "") else None
 
     @classmethod
@@ -171,11 +174,7 @@ class Media(Task):
 
     @classmethod
     def row(cls, given: object) -> dict[str, Any]:
-        """The row of what a caller wants answered: a path or bytes.
-
-        Raises:
-            DataError: it is something else, or is no picture or sound.
-        """
+        """Return the row of a path or bytes, checked."""
         value = str(given) if isinstance(given, Path) else given
         cls.inspect(bytes_of(value))
         return {cls.modality: value}
@@ -183,11 +182,11 @@ class Media(Task):
     # --- rows → arrays
 
     def array(self, content: bytes) -> Array:
-        """The graph's input of one row, float32, without the batch's axis."""
+        """Return the graph's input for one row, float32, without the batch axis."""
         raise NotImplementedError
 
     def tokenize(self, rows: Sequence[Row]) -> Sequence[Arrays]:
-        """The graph's input of each row, made when it is asked for."""
+        """Return the graph's input of each row, lazily."""
         name = self.config.inputs[0]
         return Encoded(rows, lambda row: {name: self._array(row)})
 
@@ -205,13 +204,9 @@ class Media(Task):
         return self.collate(list(self.tokenize(rows)))
 
     def shapes(self) -> dict[str, list[int]]:
-        """The graph's inputs as clients may send them, float32; −1 is any size."""
+        """Return the shape of each input, float32; −1 is any size."""
         raise NotImplementedError
 
     def seconds(self, row: Row) -> float:
-        """Estimate the seconds that decoding a row takes, from its header.
-
-        Raises:
-            DataError: it can't be read, or decoding it would cost too much.
-        """
+        """Estimate the CPU seconds that decoding a row takes, from its header."""
         raise NotImplementedError
