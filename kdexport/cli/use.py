@@ -11,19 +11,23 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.cli.options import Debug, Flag, finite, quantity
+from kdexport.cli.options import Debug, Flag, finite
 from kdexport.errors import SpecError
 
 _WRITING = "Language models"
 
 
 def predict(
-    artifact: Annotated[Path, typer.Argument(help="An artifact folder, or a run that holds one.")],
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT[:VARIANT]", help="An artifact folder, or a run that holds one.")
+    ],
     inputs: Annotated[
         list[str] | None, typer.Argument(help="Texts, images or WAV files; without any, stdin's lines.")
     ] = None,
     file: Annotated[Path | None, Flag("--file", "-f", help="Lines of text, or .csv / .jsonl rows.")] = None,
-    variant: Annotated[str | None, Flag(help="fp32 or int8.", show_default="the recommended one")] = None,
+    variant: Annotated[
+        str | None, Flag(help="The same as :VARIANT: fp32 or int8.", show_default="the recommended one")
+    ] = None,
     batch_size: Annotated[int, Flag(min=1, help="Texts that run at once.")] = 32,
     threads: Annotated[int | None, Flag(min=1, help="Threads of the runtime.", show_default="all cores")] = None,
     scores: Annotated[bool, Flag("--scores", help="Print the probability of every label (or word).")] = False,
@@ -172,6 +176,7 @@ def serve(
     """
     from kdexport.serve.server import serve as run_server
     from kdexport.serve.settings import Settings
+    from kdexport.spec.flags import quantity
 
     if access_log not in ("all", "errors", "off"):
         raise SpecError(f"--access-log {access_log!r} is none of all, errors, off")
@@ -204,6 +209,8 @@ def serve(
 
 def _duration(text: str, flag: str, unit: str = "ms") -> float:
     """`5ms` or `2s`, in `unit`."""
+    from kdexport.spec.flags import quantity
+
     one = {"ms": 1.0, "s": 1e3} if unit == "ms" else {"s": 1.0, "ms": 1e-3}
     return quantity(text, flag, {"": 1.0, **one}) or 0.0
 

@@ -10,10 +10,11 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from kdexport import spec
 from kdexport.bench.stats import ratio
@@ -49,7 +50,7 @@ class How(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     variants: tuple[spec.Precision, ...] = ("fp32", "int8")
-    max_length: int | None = None
+    max_length: Annotated[int, Meta(ge=8)] | None = None
     data: Path | None = None
     column: str = "text"
 
@@ -120,9 +121,9 @@ def export(
 
 def _artifact_at(model: str) -> tuple[Path, str | None] | None:
     """The artifact and the variant that `folder[:variant]` names, if it names any."""
-    place, _, variant = model.rpartition(":") if ":" in model and not Path(model).exists() else (model, "", "")
-    folder = artifact.resolve(Path(place))
-    return (folder, variant or None) if (folder / artifact.MANIFEST).exists() else None
+    place, variant = artifact.split_name(model)
+    folder = artifact.resolve(place)
+    return (folder, variant) if (folder / artifact.MANIFEST).exists() else None
 
 
 def _name(model: str, name: str | None) -> str:

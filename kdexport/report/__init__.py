@@ -86,10 +86,8 @@ def write_export_card(exported: Exported, file: Path) -> None:
 def _use(task: str) -> dict[str, str]:
     """How a card says that its folder is used: the hub's name of the task, Optimum's class, and Python of ours."""
     if task == CausalLM.name:
-        code = (
-            'from kdexport.runtime.generation import Sampling, write\n\nmodel = kdexport.load("path/to/this/folder")\n'
-        )
-        code += 'print(write(model, "Once upon a time", Sampling(max_new_tokens=40)).completion)'
+        code = '\nmodel = kdexport.load("path/to/this/folder")\nsampling = kdexport.Sampling(max_new_tokens=40)\n'
+        code += 'print(kdexport.write(model, "Once upon a time", sampling).completion)'
         return {"tag": "text-generation", "optimum": "ORTModelForCausalLM", "code": code}
     given = {"image": '"a.png"', "audio": '"a.wav"'}.get(TASKS[task].modality, '"a text to classify"')
     return {

@@ -157,22 +157,21 @@ class Predictor:
         """Answer texts, pairs of texts, images or recordings, in their order.
 
         Args:
-            texts: strings, tuples of two for pairs, or for tokens lists of words; of images and sound paths or bytes. A
-                single one is answered as a list of one.
-            batch_size: those that run at once.
+            texts: a list of strings, or of tuples of two for pairs, or for tokens of lists of words; of images and
+                sound paths or bytes. A single string, path or bytes is answered as a list of one.
+            batch_size: inputs that run at once.
 
         Returns:
-            One `Prediction` a text: `label`, its probability `score`, and all `scores` by label. For tokens, one
-            `Tagged`: `words`, their `tags` and `scores`, and the `entities` that these make. For language models, one
-            `Foreseen`: how well each text was foreseen; `kdexport.runtime.generation.write` goes on from it.
+            One record an input: a `Prediction` (`label`, its probability `score`, all `scores` by label); for tokens
+            a `Tagged` (`words`, `tags`, `scores`, `entities`); for language models a `Foreseen`, the text's
+            likelihood (`kdexport.write` continues a text).
 
         Raises:
-            DataError: one of them is no text, image or sound; an empty text is answered like any other.
+            DataError: an input is no text, image or sound, or a bare tuple of texts; an empty text is answered.
         """
-        single = isinstance(texts, str | bytes | Path) or (
-            isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(t, str) for t in texts)
-        )
-        many: list[Any] = [texts] if single else list(texts)  # type: ignore[arg-type]
+        if isinstance(texts, tuple) and texts and all(isinstance(text, str) for text in texts):
+            raise DataError("a tuple of texts may be one pair or several texts", 'Write [("a", "b")] or ["a", "b"]')
+        many: list[Any] = [texts] if isinstance(texts, str | bytes | Path) else list(texts)
         rows = [_row(self.task, text, i) for i, text in enumerate(many)]
         return list(self.task.decode(self.logits(rows, batch_size), rows)) if rows else []
 
@@ -181,16 +180,19 @@ def load(folder: str | Path, variant: str | None = None, threads: int | None = N
     """Open an artifact for prediction; its files are checked against the manifest's sha256 first.
 
     Args:
-        folder: an artifact, or a run that holds one.
-        variant: `fp32`, `int8`, …; the recommended one when None.
+        folder: an artifact, or a run that holds one; a variant may follow it: `runs/demo:int8`.
+        variant: `fp32`, `int8`, …; the recommended one when none is named.
         threads: of ONNX Runtime; all allowed cores when None.
 
     Raises:
         ArtifactError: a file is missing or was changed, there is no such variant, or the model can't do its task.
     """
     with artifact.only_artifact_errors(Path(folder)):
-        folder = artifact.resolve(Path(folder))
-        model = artifact.model_file(folder, variant)
+        place, named = artifact.split_name(folder)
+        if variant and named not in (None, variant):
+            raise ArtifactError(f"{folder} names the variant {named}, and {variant} is asked for too", "Name one")
+        folder = artifact.resolve(place)
+        model = artifact.model_file(folder, variant or named)
         predictor = Predictor(load_task(folder), model, threads)
         predictor.prove()
     return predictor

@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import as_flags
 
-from kdexport.cli.options import quantity
+from kdexport.spec.flags import quantity
 
 ERRORS = [
     (["run"], "'data.train' is missing"),

@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 from kdexport import cli, schemas, spec
-from kdexport.cli.options import numbers, parse_sets, quantity
+from kdexport.cli.options import parse_sets
 from kdexport.errors import SpecError
+from kdexport.spec.flags import numbers, quantity
 
 MINIMAL = {"data": {"train": "a.csv"}, "teacher": {"model": "./t"}}
 
