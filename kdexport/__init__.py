@@ -22,7 +22,8 @@ from kdexport.errors import (
 )
 
 if TYPE_CHECKING:
-    from kdexport.pipeline.api import bench, compare, export, run
+    from kdexport.pipeline.api import bench, compare, run
+    from kdexport.pipeline.export_model import export
     from kdexport.results import Comparison, Exported, Report
     from kdexport.runtime.generation import Sampling, write
     from kdexport.runtime.predictor import Predictor, load
@@ -37,7 +38,8 @@ __all__ = [
 
 # numpy, tokenizers and onnxruntime are loaded when a model is, not when the package is
 _LAZY = {
-    "kdexport.pipeline.api": ("bench", "compare", "export", "run"),
+    "kdexport.pipeline.api": ("bench", "compare", "run"),
+    "kdexport.pipeline.export_model": ("export",),
     "kdexport.results": ("Comparison", "Exported", "Report"),
     "kdexport.runtime.generation": ("Sampling", "write"),
     "kdexport.runtime.predictor": ("Predictor", "load"),
@@ -65,7 +67,7 @@ class _Room(ModuleType):
     """`kdexport.bench` and `kdexport.export` are functions; once imported, also the folders of that name."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        return getattr(import_module("kdexport.pipeline.api"), self.__name__.split(".")[1])(*args, **options)
+        return __getattr__(self.__name__.split(".")[1])(*args, **options)
 
 
 class _Package(ModuleType):

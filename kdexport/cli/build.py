@@ -216,9 +216,9 @@ def export(
       kdexport export runs/demo:int8 repository --layout triton
     """
     given = arguments(locals())
-    from kdexport.pipeline import api
+    from kdexport.pipeline import export_model
 
-    found = api.export(**given)
+    found = export_model.export(**given)
     if as_json:
         return print_json(found)
     if found is None:

@@ -15,6 +15,12 @@ from kdexport.cli.options import Debug, Flag, finite
 from kdexport.errors import SpecError
 
 _WRITING = "Language models"
+_MILLISECONDS = {"ms": 1.0, "s": 1e3}
+_AS_GIVEN = (
+    "host", "port", "admin_host", "grpc_port", "threads", "max_batch", "max_batch_tokens", "max_rows", "max_chars",
+    "access_log", "tracing",
+)  # fmt: skip
+_IN_SECONDS = ("max_writing_queue", "timeout", "drain_delay", "grace", "load_timeout")
 
 
 def predict(
@@ -174,45 +180,24 @@ def serve(
 
       kdexport serve runs/demo --host 0.0.0.0 --api-keys keys.txt --max-queue 5ms
     """
+    given: dict[str, Any] = locals()
     from kdexport.serve.server import serve as run_server
     from kdexport.serve.settings import Settings
-    from kdexport.spec.flags import quantity
+    from kdexport.spec.flags import SECONDS, quantity
 
     if access_log not in ("all", "errors", "off"):
         raise SpecError(f"--access-log {access_log!r} is none of all, errors, off")
+    given |= {name: quantity(given[name], f"--{name.replace('_', '-')}", SECONDS) for name in _IN_SECONDS}
     settings = Settings(
-        host=host,
-        port=port,
-        admin_host=admin_host,
+        **{name: given[name] for name in (*_AS_GIVEN, *_IN_SECONDS)},
         admin_port=None if admin_port < 0 else admin_port,
-        grpc_port=grpc_port,
-        threads=threads,
-        max_batch=max_batch,
-        max_batch_tokens=max_batch_tokens,
-        max_wait_ms=_duration(max_wait, "--max-wait"),
-        max_queue_ms=_duration(max_queue, "--max-queue"),
-        max_writing_queue=_duration(max_writing_queue, "--max-writing-queue", "s"),
-        timeout=_duration(timeout, "--timeout", "s"),
-        max_body=int(quantity(max_body, "--max-body", {"": 1, "b": 1, "kb": 1e3, "mb": 1e6}) or 0),
-        max_rows=max_rows,
-        max_chars=max_chars,
-        drain_delay=_duration(drain_delay, "--drain-delay", "s"),
-        grace=_duration(grace, "--grace", "s"),
-        load_timeout=_duration(load_timeout, "--load-timeout", "s"),
-        access_log=access_log,
+        max_wait_ms=quantity(max_wait, "--max-wait", _MILLISECONDS),
+        max_queue_ms=quantity(max_queue, "--max-queue", _MILLISECONDS),
+        max_body=int(quantity(max_body, "--max-body", {"": 1, "b": 1, "kb": 1e3, "mb": 1e6})),
         api_keys=_keys(api_keys),
         allow_host=tuple(allow_host or ()),
-        tracing=tracing,
     )
     raise typer.Exit(run_server(artifacts, settings))
-
-
-def _duration(text: str, flag: str, unit: str = "ms") -> float:
-    """`5ms` or `2s`, in `unit`."""
-    from kdexport.spec.flags import quantity
-
-    one = {"ms": 1.0, "s": 1e3} if unit == "ms" else {"s": 1.0, "ms": 1e-3}
-    return quantity(text, flag, {"": 1.0, **one}) or 0.0
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The commands as Python functions: the same names and defaults as the flags, records instead of printed tables.
 
-They raise `KdexportError`; progress goes to stderr, where `contextlib.redirect_stderr` catches it.
+They raise `KdexportError`; progress goes to stderr, where `contextlib.redirect_stderr` catches it. `export` is in
+`export_model`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kdexport.errors import RunError, SpecError
 from kdexport.spec.flags import SECONDS, listed, numbers, overrides, quantity
 
 if TYPE_CHECKING:
-    from kdexport.results import Comparison, Exported, Report
+    from kdexport.results import Comparison, Report
     from kdexport.spec import Spec
 
 Place = str | Path
@@ -71,46 +72,6 @@ def run(
     return run_stages(settings, Path(out or run_folder(spec, settings)), move_aside=move_aside)
 
 
-def export(
-    model: Place,
-    out: Place,
-    *,
-    layout: str = "hub",
-    variants: Several | None = None,
-    max_length: int | None = None,
-    data: Place | None = None,
-    text: str | None = None,
-    name: str | None = None,
-    image: str | None = None,
-    move_aside: bool = False,
-) -> Exported | None:
-    """Pack a trained model as a verified artifact, or lay an artifact out for Triton or KServe.
-
-    Returns:
-        What was verified; None when the model was an artifact already.
-    """
-    import msgspec
-
-    from kdexport.pipeline.export_model import How
-    from kdexport.pipeline.export_model import export as export_model
-
-    given = {
-        "variants": listed(variants) if variants else None,
-        "max_length": max_length,
-        "data": None if data is None else Path(data),
-        "column": text,
-    }
-    try:
-        how = msgspec.convert({key: value for key, value in given.items() if value is not None}, How)
-    except msgspec.ValidationError as error:
-        what, _, where = str(error).partition(" - at `$.")
-        fix = "Write some of fp32,int8,fp16" if where.startswith("variants") else what
-        raise SpecError(f"--{where.strip('`').partition('[')[0].replace('_', '-')} can't be read", fix) from None
-    if layout not in ("hub", "triton", "kserve"):
-        raise SpecError(f"--layout {layout!r} is none of hub, triton, kserve")
-    return export_model(str(model), Path(out), how, layout, name, image, move_aside=move_aside)
-
-
 def bench(
     targets: Place | Sequence[Place],
     *,
@@ -147,7 +108,7 @@ def bench(
     from kdexport.pipeline.bench import measure
     from kdexport.report.exchange import write_pytest_benchmark
 
-    share = quantity(precision, "--precision", {"": 1.0, "%": 0.01}) or 0.0
+    share = quantity(precision, "--precision", {"": 1.0, "%": 0.01})
     if share >= 1:
         raise SpecError(f"--precision {precision!r} is no share", "Write it like 5% or 0.05")
     settings = spec.parse_bench(
@@ -164,7 +125,7 @@ def bench(
         }
     )
     asked = [str(rate)] if isinstance(rate, float | int) else rate.split(",") if isinstance(rate, str) else rate
-    rates = [quantity(one, "--rate", {"": 1.0, "%": 0.01, "/s": 1.0}) or 0.0 for one in asked]
+    rates = [quantity(one, "--rate", {"": 1.0, "%": 0.01, "/s": 1.0}) for one in asked]
     shares = ["%" in str(one) for one in asked]
     if min(rates, default=0.0) <= 0 or any(shares) != all(shares):
         raise SpecError(
@@ -175,7 +136,7 @@ def bench(
         rates=tuple(rates),
         of_peak=all(shares),
         poisson=not even,
-        seconds=quantity(load_seconds, "--load-seconds", {"s": 1.0}) or 0.0,
+        seconds=quantity(load_seconds, "--load-seconds", {"s": 1.0}),
     )
     folder = Path(out or bench_folder())
     if pytest_benchmark and os.path.lexists(pytest_benchmark) and not move_aside:
@@ -221,7 +182,7 @@ def compare(
     from kdexport.report.difference import FILES, write_comparison
 
     gates = [parse_gate(text) for text in ([fail_if] if isinstance(fail_if, str) else fail_if or [])]
-    limit = quantity(time_limit, "--time-limit", SECONDS) or 0.0
+    limit = quantity(time_limit, "--time-limit", SECONDS)
     with Output(Path(out), "compare", move_aside=move_aside) if out else nullcontext() as folder:
         if folder:
             folder.check(*FILES)

@@ -44,18 +44,7 @@ def allowed_cores() -> int:
 
 
 class Predictor:
-    """A model file behind its task.
-
-    Args:
-        task: encodes rows and decodes logits.
-        model: an ONNX file whose inputs are the task's.
-        threads: of ONNX Runtime; all allowed cores when None.
-        device: cpu, or cuda, with onnxruntime-gpu.
-
-    Raises:
-        ArtifactError: the file is missing, is no ONNX model, wants other inputs than the task gives, or the
-            device is not there.
-    """
+    """A task and its ONNX file, on all allowed cores by default; `device` is cpu, or cuda with onnxruntime-gpu."""
 
     def __init__(self, task: Task, model: Path, threads: int | None = None, device: str = "cpu") -> None:
         onnxruntime = _onnxruntime()
@@ -90,11 +79,7 @@ class Predictor:
         return self.task.gather(self._output(arrays), arrays)
 
     def prove(self) -> None:
-        """Run two short rows, so that a file that doesn't fit its task is found before the first request.
-
-        Raises:
-            ArtifactError: it gives another number of logits than the task has labels.
-        """
+        """Run two short rows, so that a file that doesn't fit its task is found before the first request."""
         rows = self.task.probes()[:2]
         arrays = self.task.encode(rows)
         output, labels = self._output(arrays), len(self.task.labels)
@@ -105,7 +90,6 @@ class Predictor:
             raise ArtifactError(f"the model gives logits {list(found)}, its task wants {list(wanted)}")
 
     def _output(self, arrays: Arrays) -> Array:
-        """The graph's output for one encoded batch."""
         inputs = self.task.graph_inputs(arrays)
         if self._cache:
             inputs = inputs | self._nothing_before(*inputs["input_ids"].shape)
@@ -181,11 +165,8 @@ def load(folder: str | Path, variant: str | None = None, threads: int | None = N
 
     Args:
         folder: an artifact, or a run that holds one; a variant may follow it: `runs/demo:int8`.
-        variant: `fp32`, `int8`, …; the recommended one when none is named.
-        threads: of ONNX Runtime; all allowed cores when None.
-
-    Raises:
-        ArtifactError: a file is missing or was changed, there is no such variant, or the model can't do its task.
+        variant: fp32, int8, …; the recommended one when none is named.
+        threads: those of ONNX Runtime; all allowed cores when None.
     """
     with artifact.only_artifact_errors(Path(folder)):
         place, named = artifact.split_name(folder)
@@ -199,7 +180,7 @@ def load(folder: str | Path, variant: str | None = None, threads: int | None = N
 
 
 def golden_answers(task: Task, files: Mapping[str, Path]) -> artifact.Golden:
-    """What each file (by variant) answers on the task's probes and examples: goes into the artifact."""
+    """Return what each file, by variant, answers on the task's probes and examples, to be packed with it."""
     rows = [*task.probes(), *task.examples()]
     rows = rows[: max(1, _MOST_NUMBERS // (math.prod(task.answer_shape) * len(files)))]
     answers = {variant: Predictor(task, file, threads=1).logits(rows, batch_size=1) for variant, file in files.items()}
@@ -209,19 +190,7 @@ def golden_answers(task: Task, files: Mapping[str, Path]) -> artifact.Golden:
 
 
 def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float | None:
-    """How far a loaded file's logits are from those that were packed with it: max |Δlogit| over the golden rows.
-
-    Args:
-        predictor: the variant's file, loaded on this machine.
-        folder: its artifact.
-        variant: fp32, int8, …
-
-    Returns:
-        None when the artifact has no golden answers for the variant, as older ones; NaN if a logit is none.
-
-    Raises:
-        ArtifactError: they can't be read, are of another number of labels, or name files.
-    """
+    """Return max |Δlogit| of a loaded file from the golden answers of its artifact; None where it has none."""
     golden, task = artifact.read_golden(artifact.resolve(folder)), predictor.task
     if golden is None or variant not in golden.logits:
         return None
@@ -246,7 +215,7 @@ def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float
 
 
 class Tensor(NamedTuple):
-    """An input or output of a graph; an axis of no fixed size is None."""
+    """An input or output of a graph; a dynamic axis is None."""
 
     name: str
     type: str

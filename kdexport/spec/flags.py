@@ -59,10 +59,8 @@ def overrides(flags: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def quantity(text: str | float | None, flag: str, units: Mapping[str, float]) -> float | None:
+def quantity(text: str | float, flag: str, units: Mapping[str, float]) -> float:
     """`2ms` → 2.0; a bare number is in the first unit."""
-    if text is None:
-        return None
     found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*([a-zµ%/]*)\s*", str(text).lower())
     unit = units.get(found[3] or next(iter(units))) if found else None
     value = float(found[1] + (found[2] or "")) * unit if found and unit is not None else math.inf
