@@ -1,4 +1,4 @@
-"""Commands that measure and tell: bench, compare, report, doctor."""
+"""Commands that measure and report: bench, compare, report, doctor."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def bench(
     runtime: Annotated[
         str, Flag(help="Of torch, torch-compile, torch-cudagraphs, onnxruntime, openvino.")
     ] = "torch,onnxruntime",
-    device: Annotated[str, Flag(help="cpu, cuda or both; what is not there is left out, and said.")] = "cpu",
+    device: Annotated[str, Flag(help="cpu, cuda or both; unavailable ones are skipped with a warning.")] = "cpu",
     threads: Annotated[str, Flag(help="Threads of a runtime; the first is the report's, others are added.")] = "1",
     batch_sizes: Annotated[str, Flag(help="Batches to measure beside single texts; 0 for none.")] = "8,32",
-    rounds: Annotated[int, Flag(min=1, help="Rounds at least.")] = 5,
+    rounds: Annotated[int, Flag(min=1, help="Fewest rounds.")] = 5,
     round_seconds: Annotated[float, Flag(help="Time measured per round and variant, in s.")] = 1.0,
     precision: Annotated[
         str, Flag(help="Rounds go on until every ratio is known so well, or time is up; 0 for no more rounds.")
@@ -53,7 +53,7 @@ def bench(
         bool, Flag("--even", help="Evenly spaced requests, not a Poisson process.", rich_help_panel="Load")
     ] = False,
     load_seconds: Annotated[float, Flag(callback=finite, help="Time of each load.", rich_help_panel="Load")] = 5.0,
-    price: Annotated[float | None, Flag(min=0.0, help="Of an hour of one core (or GPU), for the cost table.")] = None,
+    price: Annotated[float | None, Flag(min=0.0, help="Price of an hour of a core (or GPU): a cost table.")] = None,
     out: Annotated[Path | None, Flag("--out", "-o", help="Folder.", show_default="runs/bench-<time>")] = None,
     pytest_benchmark: Annotated[
         Path | None, Flag("--pytest-benchmark", help="Write pytest-benchmark's JSON here too, to a new file.")
@@ -88,7 +88,7 @@ def bench(
 
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's (or bench's) folder.")],
-    price: Annotated[float | None, Flag(min=0.0, help="Of an hour of one core (or GPU), for the cost table.")] = None,
+    price: Annotated[float | None, Flag(min=0.0, help="Price of an hour of a core (or GPU): a cost table.")] = None,
     to: Annotated[
         str | None, Flag("--to", help="Also log to: mlflow, mlflow:URI, tensorboard:FOLDER.", show_default="nowhere")
     ] = None,
@@ -115,7 +115,7 @@ def report(
 
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """What this machine has: CPU, cores allowed, GPU, execution providers, versions; and what to mind.
+    """What this machine has: CPU, cores allowed, GPU, execution providers, versions; and hints.
 
     [bold]Example[/bold]
 
@@ -131,7 +131,7 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     for key, value in facts.items():
         typer.echo(f"{key.replace('_', ' '):<16}  {written(value) or '–'}")
     for hint in hints:
-        typer.echo(f"mind: {hint}")
+        typer.echo(f"hint: {hint}")
 
 
 def compare(

@@ -59,12 +59,12 @@ def run(
     ] = None,
     temperature: Annotated[float | None, Flag(help="T of the soft targets.", show_default="2")] = None,
     alpha: Annotated[float | None, Flag(help="Weight of the teacher's term.", show_default="0.9")] = None,
-    epochs: Annotated[int | None, Flag(help="Passes over the data for the student.", show_default="derived")] = None,
+    epochs: Annotated[int | None, Flag(help="Epochs of the student.", show_default="derived")] = None,
     augment: Annotated[
-        int | None, Flag(help="Changed copies of each text, labelled by the teacher.", show_default="none")
+        int | None, Flag(help="Augmented copies of each text, labelled by the teacher.", show_default="none")
     ] = None,
     seeds: Annotated[int | None, Flag(help="Trainings with other seeds: mean and deviation.", show_default="1")] = None,
-    seed: Annotated[int | None, Flag(help="Of splits, weights and order.", show_default="0")] = None,
+    seed: Annotated[int | None, Flag(help="Random seed of splits, weights and order.", show_default="0")] = None,
     max_p99: Max99 = None,
     max_size: MaxSize = None,
     min_retention: MinRetention = None,

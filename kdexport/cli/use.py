@@ -34,26 +34,23 @@ def predict(
     variant: Annotated[
         str | None, Flag(help="The same as :VARIANT: fp32 or int8.", show_default="the recommended one")
     ] = None,
-    batch_size: Annotated[int, Flag(min=1, help="Texts that run at once.")] = 32,
+    batch_size: Annotated[int, Flag(min=1, help="Texts of a batch.")] = 32,
     threads: Annotated[int | None, Flag(min=1, help="Threads of the runtime.", show_default="all cores")] = None,
     scores: Annotated[bool, Flag("--scores", help="Print the probability of every label (or word).")] = False,
-    max_new_tokens: Annotated[int, Flag(min=1, help="Tokens to write at most.", rich_help_panel=_WRITING)] = 64,
+    max_new_tokens: Annotated[int, Flag(min=1, help="Most tokens to generate.", rich_help_panel=_WRITING)] = 64,
     temperature: Annotated[
         float,
-        Flag(
-            min=0, callback=finite, help="0: the most probable token; 1: as the model has it.", rich_help_panel=_WRITING
-        ),
+        Flag(min=0, callback=finite, help="0: greedy; 1: the model's own probabilities.", rich_help_panel=_WRITING),
     ] = 0.0,
-    top_k: Annotated[int, Flag(min=0, help="Of so many tokens; 0: of all.", rich_help_panel=_WRITING)] = 0,
+    top_k: Annotated[int, Flag(min=0, help="Sample among the k best tokens; 0: all.", rich_help_panel=_WRITING)] = 0,
     top_p: Annotated[
-        float, Flag(max=1, callback=finite, help="Of those that sum to this share.", rich_help_panel=_WRITING)
+        float,
+        Flag(max=1, callback=finite, help="Sample among the fewest tokens that reach it.", rich_help_panel=_WRITING),
     ] = 1.0,
-    stop: Annotated[list[str] | None, Flag(help="A text that ends it; may be repeated.", rich_help_panel=_WRITING)] = (
-        None
-    ),
-    seed: Annotated[int | None, Flag(min=0, help="Of what is drawn.", rich_help_panel=_WRITING)] = None,
+    stop: Annotated[list[str] | None, Flag(help="Stop at this text; repeatable.", rich_help_panel=_WRITING)] = (None),
+    seed: Annotated[int | None, Flag(min=0, help="Random seed for sampling.", rich_help_panel=_WRITING)] = None,
     perplexity: Annotated[
-        bool, Flag("--perplexity", help="Write nothing; tell how well each text is foreseen.", rich_help_panel=_WRITING)
+        bool, Flag("--perplexity", help="Score each text instead of continuing it.", rich_help_panel=_WRITING)
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -151,7 +148,7 @@ def serve(
         str, Flag(help="Work that would wait longer is refused with 429, like 5ms.", rich_help_panel="Limits")
     ] = "100ms",
     max_writing_queue: Annotated[
-        str, Flag(help="The same of prompts to language models.", rich_help_panel="Limits")
+        str, Flag(help="The same for prompts to language models.", rich_help_panel="Limits")
     ] = "10s",
     timeout: Annotated[str, Flag(help="For one request's answer; then 504.", rich_help_panel="Limits")] = "30s",
     max_body: Annotated[str, Flag(help="Of a request, decompressed.", rich_help_panel="Limits")] = "2MB",
