@@ -47,7 +47,7 @@ def predict(
         float,
         Flag(max=1, callback=finite, help="Sample among the fewest tokens that reach it.", rich_help_panel=_WRITING),
     ] = 1.0,
-    stop: Annotated[list[str] | None, Flag(help="Stop at this text; repeatable.", rich_help_panel=_WRITING)] = (None),
+    stop: Annotated[list[str] | None, Flag(help="Stop at this text; repeatable.", rich_help_panel=_WRITING)] = None,
     seed: Annotated[int | None, Flag(min=0, help="Random seed for sampling.", rich_help_panel=_WRITING)] = None,
     perplexity: Annotated[
         bool, Flag("--perplexity", help="Score each text instead of continuing it.", rich_help_panel=_WRITING)
