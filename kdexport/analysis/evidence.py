@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kdexport.results import Answer, Bin, Calibration, ClassScore, Evidence, Example
-from kdexport.tasks import Task
+from kdexport.tasks.base import Task
 from kdexport.tasks.config import Items
 from kdexport.tasks.metrics import Array, reliability, softmax
 

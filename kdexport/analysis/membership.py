@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdexport.results import Attack, Membership
-from kdexport.tasks import Task
+from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array, best_threshold, roc_auc
 
 Rows = Sequence[dict[str, Any]]

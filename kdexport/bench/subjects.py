@@ -10,8 +10,8 @@ import msgspec
 
 from kdexport.errors import RunError
 from kdexport.runtime.generation import timed
-from kdexport.tasks import Task, load_task
-from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks import load_task
+from kdexport.tasks.base import Generates, Task, can_generate
 from kdexport.tasks.metrics import Array
 
 Rows = list[dict[str, Any]]
@@ -100,7 +100,7 @@ def _open_onnxruntime(target: Target, threads: int) -> Opened:
 
     task = load_task(Path(target.task))
     predictor = Predictor(task, Path(target.model), threads, target.device)
-    if isinstance(task, CausalLM):
+    if can_generate(task):
         return writing(task, predictor.read, predictor.run)
     return Opened(task.encode, predictor.run, task.decode)
 
@@ -109,12 +109,12 @@ def _open_torch(target: Target, threads: int) -> Opened:
     """PyTorch as `from_pretrained` gives it: eager, or compiled. On a GPU, copies to and fro are part of a run."""
     import torch
 
-    from kdexport.models.registry import AUTO_CLASSES
+    from kdexport.models.registry import auto_class
 
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     task = load_task(Path(target.task))
-    model = AUTO_CLASSES[task.name].from_pretrained(target.model).eval().to(target.device)
+    model = auto_class(task.name).from_pretrained(target.model).eval().to(target.device)
     if target.runtime in _COMPILED:
         model = torch.compile(model, mode=_COMPILED[target.runtime], dynamic=True)
     cuda = target.device == "cuda"
@@ -141,7 +141,7 @@ def _open_torch(target: Target, threads: int) -> Opened:
     def gpu_peak_mb() -> float | None:
         return torch.cuda.max_memory_allocated() / 1e6 if cuda else None
 
-    if isinstance(task, CausalLM):
+    if can_generate(task):
 
         @torch.inference_mode()
         def read(ids: Sequence[int], past: Any) -> Any:
@@ -153,7 +153,7 @@ def _open_torch(target: Target, threads: int) -> Opened:
 
 
 def writing(
-    task: CausalLM, read: Callable[[Sequence[int], Any], tuple[Array, Any]], run_whole: Callable[[Any], Array]
+    task: Generates, read: Callable[[Sequence[int], Any], tuple[Array, Any]], run_whole: Callable[[Any], Array]
 ) -> Opened:
     """A language model: the first tokens of a text → as many more, each the most probable one."""
     firsts: list[float] = []
@@ -178,7 +178,7 @@ def writing(
 
 def measured_tokens(task: Task) -> int:
     """How many tokens a measured prompt has at most, and how many are written after it; 0 for what doesn't write."""
-    return min(_TOKENS, task.config.max_length // 2) if isinstance(task, CausalLM) else 0
+    return min(_TOKENS, task.config.max_length // 2) if can_generate(task) else 0
 
 
 def _open_openvino(target: Target, threads: int) -> Opened:
@@ -186,7 +186,7 @@ def _open_openvino(target: Target, threads: int) -> Opened:
     import openvino
 
     task = load_task(Path(target.task))
-    if isinstance(task, CausalLM):
+    if can_generate(task):
         raise RunError("language models are not measured in OpenVINO yet")
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     settings["INFERENCE_PRECISION_HINT"] = "f32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +28,7 @@ def predict(
         str, typer.Argument(metavar="ARTIFACT[:VARIANT]", help="An artifact folder, or a run that holds one.")
     ],
     inputs: Annotated[
-        list[str] | None, typer.Argument(help="Texts, images or WAV files; without any, stdin's lines.")
+        list[str] | None, typer.Argument(help="Texts, images or recordings; without any, stdin's lines.")
     ] = None,
     file: Annotated[Path | None, Flag("--file", "-f", help="Lines of text, or .csv / .jsonl rows.")] = None,
     variant: Annotated[
@@ -73,7 +73,6 @@ def predict(
     from kdexport.data.sources import iter_texts
     from kdexport.runtime.generation import Sampling, write
     from kdexport.runtime.predictor import load
-    from kdexport.tasks.causal_lm import CausalLM
 
     model = load(artifact, variant, threads)
     if inputs and file:
@@ -85,10 +84,10 @@ def predict(
     except msgspec.ValidationError as error:
         key = str(error).rpartition("$.")[2].partition("[")[0].strip("`")
         raise SpecError(f"--{key.replace('_', '-')}: {str(error).partition(' - at')[0]}") from None
-    writes = isinstance(model.task, CausalLM)
+    writes = model.task.generates
     if not writes and (perplexity or sampling != Sampling()):
         raise SpecError(f"{artifact} is for {model.task.name}, and writes nothing", "Leave out the options of writing")
-    rows = iter([{reads: one} for one in inputs]) if inputs else iter_texts(file, sys.stdin)
+    rows: Iterator[dict[str, Any]] = iter([{reads: one} for one in inputs]) if inputs else iter_texts(file, sys.stdin)
     while chunk := list(islice(rows, 32 * batch_size)):
         given = [_text_of(row, file, reads) for row in chunk]
         if writes and not perplexity:

@@ -24,7 +24,8 @@ from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
 from kdexport.files import write_bytes, write_json
 from kdexport.progress import say, warn
-from kdexport.tasks import Task, task_class
+from kdexport.tasks import DEFAULT, task_class
+from kdexport.tasks.base import Task
 
 Rows = list[dict[str, Any]]
 
@@ -42,7 +43,7 @@ class Summary(msgspec.Struct, frozen=True):
     split_by_us: list[str]
     duplicates: Audit
     unlabelled: int = 0
-    task: str = "text-classification"
+    task: str = DEFAULT
     problem: str = "single-label"
 
 

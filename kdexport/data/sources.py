@@ -15,7 +15,7 @@ from kdexport import spec
 from kdexport.data import folders
 from kdexport.data.passages import Cut, read_text
 from kdexport.errors import DataError, MissingPackage
-from kdexport.tasks import TASKS, task_class
+from kdexport.tasks import task_class
 
 TABLES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll", ".bio", ".iob2"}
 SUFFIXES = TABLES | {".txt"}
@@ -54,7 +54,7 @@ def find_splits(data: spec.Data) -> dict[str, str]:
         found = found if "train" in found else folders.splits_in(folder)
         if "train" not in found:
             raise DataError(
-                f"{folder} holds no train.csv, .tsv, .jsonl, .parquet or .txt, nor images or WAV files",
+                f"{folder} holds no train.csv, .tsv, .jsonl, .parquet or .txt, nor images or recordings",
                 "Name the file with --data",
             )
         given = found | {split: path for split, path in given.items() if path and split != "train"}
@@ -73,7 +73,7 @@ def local_files(data: spec.Data) -> list[Path]:
         if not path.exists():
             raise DataError(f"{path} does not exist", "Check the path")
         if not path.is_file() and not folders.splits_in(path):
-            raise DataError(f"{path} holds no images and no WAV files", "Check the path")
+            raise DataError(f"{path} holds no images and no recordings", "Check the path")
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty")
     return paths
@@ -179,7 +179,7 @@ def read_unlabelled(data: spec.Data, task: str, cut: Cut | None = None) -> tuple
         columns = _choose_columns(source, msgspec.structs.replace(data, label=None), task, needs_label=False)
         columns.pop("label", None)
         return _check_rows(source, _numbered(source.rows, columns, cut), columns, data, task)
-    if TASKS[task].modality != "text":
+    if task_class(task).modality != "text":
         raise DataError(f"{path} names no files", "Give a CSV, JSONL or Parquet file")
     if data.text_pair:
         raise DataError(f"{path} holds single texts, the data are pairs of them", "Give a CSV or JSONL of pairs")
@@ -238,16 +238,16 @@ def _placed(value: Any, folder: Path) -> Any:
 
 def _choose_columns(source: Source, data: spec.Data, task: str, needs_label: bool) -> dict[str, str]:
     """Our column → the file's: as named in the spec, else guessed when obvious."""
-    reads = TASKS[task].modality
+    reads = task_class(task).modality
     named = {reads: data.text, "text_pair": data.text_pair, "label": data.label}
     for name in filter(None, named.values()):
         if name not in source.columns:
             raise DataError(f"{source.name} has no column {name!r}", f"Its columns: {', '.join(source.columns)}")
-    if data.text is None and data.text_pair is None and task == "text-classification":
+    if data.text is None and data.text_pair is None and task_class(task).pairs:
         pair = next((p for p in _OBVIOUS_PAIRS if set(p) <= set(source.columns)), None)
         if pair:
             named["text"], named["text_pair"] = pair
-    for wanted, names in TASKS[task].columns.items():
+    for wanted, names in task_class(task).columns.items():
         if named[wanted] is None:
             named[wanted] = next((n for n in names if n in source.columns), None)
         if named[wanted] is None and (wanted != "label" or needs_label):

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from kdexport.errors import DataError
-from kdexport.tasks import Task
+from kdexport.tasks.base import Task
 
 Rows = list[dict[str, Any]]
 

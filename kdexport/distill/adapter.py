@@ -13,10 +13,11 @@ from kdexport.distill.teachers import base_of
 from kdexport.errors import MissingPackage, ModelError
 from kdexport.models.loading import open_config, open_model, open_tokenizer, own_labels
 from kdexport.models.registry import has_head
+from kdexport.tasks import DEFAULT
 from kdexport.tasks.metrics import Array
 
 # The last layer of a sequence classifier in transformers' families: its rows are the labels.
-_TASK = "text-classification"
+_TASK = DEFAULT
 _HEAD = re.compile(r"(^|\.)(classifier|score|out_proj|logits_proj|summary)\.weight$")
 
 

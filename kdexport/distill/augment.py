@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from kdexport import spec
 from kdexport.errors import ModelError
 from kdexport.progress import say
-from kdexport.tasks import TASKS
+from kdexport.tasks import task_class
 from kdexport.tasks.metrics import Array
 
 Rows = list[dict[str, Any]]
@@ -47,9 +47,9 @@ def transfer_rows(train: Rows, unlabelled: Rows, change: Change | None, task: st
         Rows without a label, each content once. The third copy of a row has the id `<id>~3`; of a pair of texts
         the first is changed.
     """
-    content = TASKS[task].content
+    content = task_class(task).content
     taken = {*seen, *(content(row) for row in train)}
-    unknown = "" if task == "causal-lm" else None  # texts are their own labels there
+    unknown = None if task_class(task).has_labels else ""  # texts are their own labels where there are none
     rows: Rows = []
 
     def take(row: dict[str, Any]) -> None:

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from kdexport.errors import ModelError
 from kdexport.models.registry import open_trained
-from kdexport.tasks import Task, load_task
+from kdexport.tasks import load_task
+from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
 
 LAYER_LOSSES = ("hidden", "attention", "relation")

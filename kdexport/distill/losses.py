@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdexport.spec import Schedule
-from kdexport.tasks.causal_lm import drawn_of
+from kdexport.tasks.packed import drawn_of
 
 # The label of a row that has none; the teacher alone teaches it.
 UNLABELLED = -100
@@ -134,6 +134,14 @@ LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ce": cross_entropy,
     "bce": label_bce,
     "mse": label_mse,
+}
+# A task's objective → its labels' term.
+OF_OBJECTIVE: dict[str, str] = {
+    "classes": "ce",
+    "tokens": "ce",
+    "next-token": "ce",
+    "several": "bce",
+    "number": "mse",
 }
 
 
@@ -274,7 +282,7 @@ def with_rest(student_logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         student_logits: float [M, V].
-        packed: float [M, 1 + 2k] as `kdexport.tasks.causal_lm` packs them.
+        packed: float [M, 1 + 2k] as `kdexport.tasks.packed` describes them.
 
     Returns:
         Twice float [M, k].

@@ -96,6 +96,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
     training that was killed decides as one that was not.
 
     Args:
+        higher_is_better: of the metric.
         judge: a model's metric; NaN where its answers are not finite. None judges nothing.
         ledger: gives each epoch's record of terms.
         patience: epochs without a better metric after which training stops; None never stops, and keeps no weights.
@@ -109,12 +110,14 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
         judge: Callable[[Any], float] | None,
         ledger: Ledger,
         *,
+        higher_is_better: bool,
         patience: int | None,
         folder: Path,
         checkpoint_every_s: float,
         advance: Callable[[int], None],
     ) -> None:
         self._judge, self._ledger, self._patience = judge, ledger, patience
+        self._higher = higher_is_better
         self._folder, self._every_s, self._advance = folder, checkpoint_every_s, advance
         self._saved_at = time.monotonic()
         self._best_in_checkpoint: int | None = None
@@ -122,7 +125,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
         if state.global_step:
             self._advance(state.global_step)
-        self._best_in_checkpoint = best_epoch(state.log_history)
+        self._best_in_checkpoint = best_epoch(state.log_history, self._higher)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
         self._advance(1)
@@ -136,7 +139,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
                 raise self._ledger.diverged(f"after epoch {epoch} the answers are not finite", state.global_step)
         state.log_history.append(record)
         if self._patience is not None:
-            best = best_epoch(state.log_history) or epoch
+            best = best_epoch(state.log_history, self._higher) or epoch
             if best == epoch and state.is_world_process_zero:
                 self._keep(model, epoch)
             control.should_training_stop |= epoch - best >= self._patience
@@ -146,11 +149,11 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
             self._saved_at = time.monotonic()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
-        self._best_in_checkpoint = best_epoch(state.log_history)
+        self._best_in_checkpoint = best_epoch(state.log_history, self._higher)
 
     def restore(self, model: nn.Module, history: History) -> int:
         """Give a model the weights of the best epoch, and say which that is."""
-        best = best_epoch(history) or 0
+        best = best_epoch(history, self._higher) or 0
         load_model(model, self._folder / f"{best}.safetensors")
         return best
 
@@ -195,10 +198,11 @@ def say_shares(curve: Curve, title: str) -> None:
         )
 
 
-def best_epoch(history: History) -> int | None:
-    """The first of the epochs with the highest metric, counted from 1; None while there is none."""
+def best_epoch(history: History, higher_is_better: bool = True) -> int | None:
+    """The first of the epochs with the best metric, counted from 1; None while there is none."""
     judged = [record for record in history if "validation" in record]
-    return round(max(judged, key=lambda record: record["validation"])["epoch"]) if judged else None
+    best = max if higher_is_better else min
+    return round(best(judged, key=lambda record: record["validation"])["epoch"]) if judged else None
 
 
 def curve_of(history: History) -> Curve:

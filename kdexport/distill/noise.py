@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kdexport.errors import ModelError
-from kdexport.tasks import Task
+from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
 
 

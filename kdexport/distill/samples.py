@@ -14,7 +14,8 @@ import torch
 
 from kdexport.models.registry import open_trained
 from kdexport.progress import bar
-from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks import load_task
+from kdexport.tasks.base import can_generate
 
 # A passage begins as a training passage does, with so many tokens of it.
 _PROMPT = 8
@@ -31,7 +32,8 @@ def written_by(teacher: Path, rows: Sequence[dict[str, Any]], count: int, seed: 
         count: how many.
         seed: of the beginnings and of what is drawn.
     """
-    task = CausalLM.load(teacher)
+    task = load_task(teacher)
+    assert can_generate(task)
     model: Any = open_trained(teacher).eval()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     draw = torch.Generator().manual_seed(seed)

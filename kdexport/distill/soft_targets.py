@@ -36,7 +36,7 @@ Rows = Sequence[dict[str, Any]]
 
 TRANSFER = "transfer"
 _PREFLIGHT_ROWS = 256
-_CHANCE_KAPPA, _CHANCE_TOKENS = 0.1, 0.02
+_CHANCE_KAPPA = 0.1
 _BLOCK = 8192
 
 
@@ -97,7 +97,7 @@ def write_targets(
             for found, theirs in zip(each, answers, strict=True):
                 found[split] = metric(task, theirs[chosen], rows_with)
     shown = "validation" if "validation" in accuracy else "test"
-    say(f"soft targets: teacher's {task.metric.name} on {shown} {accuracy[shown]:.2%}")
+    say(f"soft targets: teacher's {task.metric.name} on {shown} {task.metric.text(accuracy[shown])}")
     record = {
         "texts": len({task.content(row) for rows in splits.values() for row in rows}),
         "computed": computed,
@@ -141,9 +141,9 @@ def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     """Refuse a teacher that is near chance, naming the likely cause."""
     task, logits = teacher.task, teacher.answers(rows)
     if task.config.function != "softmax":
-        value = metric(task, logits, rows)
-        if value < (_CHANCE_TOKENS if task.config.kept else _CHANCE_KAPPA):
-            raise ModelError(f"{who} has a {task.metric.name} of {value:.2f} on {len(rows)} labelled rows", "Train it")
+        if task.is_chance(logits, rows):
+            value = task.metric.text(metric(task, logits, rows))
+            raise ModelError(f"{who} has a {task.metric.name} of {value} on {len(rows)} labelled rows", "Train it")
         return
     items = task.items(rows, logits)
     counts = confusion_matrix(items.labels, items.logits.argmax(axis=1), len(task.labels))

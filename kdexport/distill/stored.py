@@ -13,7 +13,7 @@ from kdexport.data.sources import SPLITS
 from kdexport.distill.store import Store
 from kdexport.errors import ModelError
 from kdexport.progress import say
-from kdexport.tasks import TASKS
+from kdexport.tasks import task_class
 from kdexport.tasks.metrics import Array
 
 Rows = Sequence[dict[str, Any]]
@@ -57,7 +57,7 @@ def take_stored(path: Path, data: Path, source_rows: Mapping[str, int], task: st
         ModelError: the file can't be read, or has another number of rows or classes, other names, no logits for some
             row, or such that are not finite.
     """
-    content = TASKS[task].content
+    content = task_class(task).content
     stored = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path, content)
     labels = _labels(path, stored, read_summary(data).labels)
     found: dict[str, Array] = {}

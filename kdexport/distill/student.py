@@ -33,7 +33,7 @@ from kdexport.models.textnet import TextNet, TextNetConfig, TextNetForTokens, st
 from kdexport.models.vocabulary import trim_vocabulary
 from kdexport.progress import say
 from kdexport.spec import derive
-from kdexport.tasks import TASKS, load_task
+from kdexport.tasks import load_task, task_class
 from kdexport.tasks.config import read_config
 
 # Width of the features of students of ours, and of the layer before their logits. A bag with a head of 256 is 4 µs
@@ -180,7 +180,7 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
         return Built(opened, f"its weights from {name}")
     teacher = open_trained(teacher_folder)
     task = task_name(teacher_folder)
-    whole = derive.vocabulary(student, name, task) == "whole" or TASKS[task].modality != "text"
+    whole = derive.vocabulary(student, name, task) == "whole" or task_class(task).modality != "text"
     tokenizer = open_processor(str(teacher_folder), task)
     kept = None if whole else trim_vocabulary(tokenizer, teacher, texts)
     size = "" if kept is None else f", a vocabulary of {len(kept):,}"
@@ -225,7 +225,7 @@ def _network(
             "Take no more than that",
         )
     encoder = shape.kind == "narrow"
-    network = (TextNet if task == "text-classification" else TextNetForTokens)(
+    network = (TextNetForTokens if task_class(task).has_words else TextNet)(
         TextNetConfig(
             kind="encoder" if encoder else shape.network,
             vocab_size=len(words),
@@ -270,5 +270,6 @@ def _start_stream(network: TextNet, teacher: PreTrainedModel, onto: Tensor, widt
     block.token_type_embeddings.weight.zero_()
     if hasattr(network.encoder, "embeddings_project"):
         normed = torch.nn.functional.layer_norm(network.embeddings.weight, onto.shape[1:])
-        network.encoder.embeddings_project.weight.copy_(_principal_axes(normed, width)[0].T)
+        axes = _principal_axes(normed, min(width, onto.shape[1]))[0].T  # a wider stream has random ones beside them
+        network.encoder.embeddings_project.weight[: len(axes)].copy_(axes)
         torch.nn.init.zeros_(network.encoder.embeddings_project.bias)

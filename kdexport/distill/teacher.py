@@ -17,10 +17,10 @@ from kdexport.models.loading import open_config, open_model, own_labels
 from kdexport.models.registry import has_head
 from kdexport.models.saving import save_model, save_task
 from kdexport.progress import say, warn
-from kdexport.tasks import PROBLEMS, load_task
+from kdexport.tasks import load_task, task_class
 from kdexport.tasks.classes import function_of
 
-# Of a language model's vocabulary, as many tokens are kept with their probability: see `tasks/causal_lm.py`, and
+# Of a language model's vocabulary, as many tokens are kept with their probability: see `tasks/packed.py`, and
 # benchmarks/soft_targets.py for how near their loss is to the whole one.
 _SOFT_TARGETS = 64
 
@@ -47,9 +47,10 @@ def prepare_teacher(
     known = read_summary(data).labels
     source = str(folder or settings.model)
     config, summary = open_config(source), read_summary(data)
-    of_task, function = summary.task, PROBLEMS[summary.problem][0]
-    if of_task == "causal-lm":
-        labels, function = [], "none"
+    of_task, kind = summary.task, task_class(summary.task, summary.problem)
+    function = kind.function
+    if not kind.has_labels:
+        labels = []
         if settings.train is None and not has_head(config, of_task):
             raise ModelError(f"teacher {settings.model} is no language model", "Name one, such as a GPT-2")
     elif settings.train is None:

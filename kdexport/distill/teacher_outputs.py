@@ -17,7 +17,8 @@ from kdexport.distill.teachers import Named
 from kdexport.errors import ModelError
 from kdexport.files import digest
 from kdexport.progress import bar
-from kdexport.tasks import Task, load_task
+from kdexport.tasks import load_task
+from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
 
 Rows = Sequence[dict[str, Any]]

@@ -28,8 +28,9 @@ from kdexport.files import write_json
 from kdexport.progress import say
 from kdexport.runtime import artifact
 from kdexport.spec import derive
-from kdexport.spec.effects import OF_LAYERS, losses_of
-from kdexport.tasks import TASKS, load_task
+from kdexport.spec.checks import losses_of
+from kdexport.tasks import load_task, task_class
+from kdexport.tasks.menus import OF_LAYERS
 
 Kind = Literal["torch", "onnx", "stored"]
 
@@ -84,14 +85,14 @@ def check(settings: spec.Spec) -> None:
             raise SpecError(
                 f"distill.augment: {_SAID[kind]} holds no answers to changed texts ({model})", "Leave it out"
             )
-    language = settings.task == "causal-lm"
-    if language and (len(models) > 1 or teacher.passes > 1):
+    menu = task_class(settings.task, settings.data.problem).menu
+    if not menu.ensemble and (len(models) > 1 or teacher.passes > 1):
         raise SpecError(f"teacher.model: for {settings.task} it is one teacher, which reads each text once", "Name one")
-    media = TASKS[settings.task].modality != "text" or language
     for model, kind in kinds.items():
-        if media and (kind != "torch" or is_adapter(Path(model))):
-            raise SpecError(f"teacher.model: for {settings.task} it can't be {_SAID[kind]} or an adapter ({model}) yet")
-    if media and teacher.passes > 1 and teacher.noise == "augment":
+        named = "adapter" if kind == "torch" and is_adapter(Path(model)) else kind
+        if named not in menu.teachers:
+            raise SpecError(f"teacher.model: for {settings.task} it can't be {_SAID[named]} ({model}) yet")
+    if not menu.augment and teacher.passes > 1 and teacher.noise == "augment":
         raise SpecError(f"teacher.noise: augment changes texts, not the rows of {settings.task}", "Take dropout")
     if kinds[models[0]] == "torch":
         return
@@ -102,11 +103,11 @@ def check(settings: spec.Spec) -> None:
                 f"student.model: {student!r} is built from the teacher's weights, and {said} has none",
                 "Name a Hugging Face folder or id for the student, or another teacher first",
             )
-    if wants := sorted(losses_of(settings) & OF_LAYERS):
+    if wants := sorted(losses_of(settings) & {*OF_LAYERS}):
         raise SpecError(f"distill.loss: {wants[0]} reads the teacher's layers, and {said} shows none", "Take kl")
 
 
-_SAID = {"torch": "a model", "onnx": "an ONNX file", "stored": "a file of logits"}
+_SAID = {"torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits"}
 
 
 def kind_of(model: str) -> Kind:
@@ -141,7 +142,7 @@ def asked_of(settings: spec.Spec) -> list[Any]:
 
 def cut_by(settings: spec.Spec) -> list[str]:
     """The teacher whose tokenizer says how long passages are, where texts are cut into them."""
-    return [models_of(settings.teacher)[0]] if settings.task == "causal-lm" else []
+    return [models_of(settings.teacher)[0]] if task_class(settings.task).cuts else []
 
 
 def cut_of(settings: spec.Spec) -> Cut | None:

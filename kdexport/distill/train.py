@@ -23,14 +23,14 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from kdexport.distill.layer_losses import LAYER_LOSSES, Matching, matched
-from kdexport.distill.losses import Term, objective, total, value_at
+from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_at
 from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
 from kdexport.distill.order import ByLength
 from kdexport.errors import SpecError
 from kdexport.models.inference import logits_of
 from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
-from kdexport.tasks import Task
+from kdexport.tasks.base import Task
 from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array
 
@@ -108,7 +108,7 @@ def fit(
         ModelError: training diverged; or student and teacher don't fit for losses of layers.
     """
     layers = _layer_losses(recipe, soft_targets, teacher)
-    judge = _judge(task, validation, validation_targets)
+    judge, higher_is_better = _judge(task, validation, validation_targets)
     if recipe.patience is not None and judge is None:
         raise SpecError(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
@@ -134,8 +134,8 @@ def fit(
             lengths,
             matching,
             ledger,
-            label_loss=task.label_loss,
-            packed=bool(task.config.kept),
+            label_loss=OF_OBJECTIVE[task.objective],
+            packed=task.objective == "next-token",
             model=model,
             args=_arguments(recipe, work / "checkpoints", bool(layers)),
             train_dataset=range(len(rows)),
@@ -144,6 +144,7 @@ def fit(
         watch = Watch(
             judge,
             ledger,
+            higher_is_better=higher_is_better,
             patience=recipe.patience,
             folder=work / "best",
             checkpoint_every_s=CHECKPOINT_EVERY_S,
@@ -286,9 +287,11 @@ def _layer_losses(recipe: Recipe, soft_targets: Array | None, teacher: Path | No
     return layers
 
 
-def _judge(task: Task, validation: Rows, targets: Array | None) -> Callable[[PreTrainedModel], float] | None:
+def _judge(
+    task: Task, validation: Rows, targets: Array | None
+) -> tuple[Callable[[PreTrainedModel], float] | None, bool]:
     """How a model is judged: by the task's metric on the rows that have a label; where none has one, by how often it
-    answers as the teacher; where there are no targets either, not at all."""
+    answers as the teacher; where there are no targets either, not at all. And whether higher is better."""
     labelled = [row for row in validation if row.get("label") is not None]
     read: Rows
     good: Callable[[Array], float]
@@ -297,13 +300,13 @@ def _judge(task: Task, validation: Rows, targets: Array | None) -> Callable[[Pre
     elif targets is not None and len(validation):
         read, good = validation, lambda logits: float(task.agrees(logits, targets).mean())
     else:
-        return None
+        return None, True
 
     def judge(model: PreTrainedModel) -> float:
         logits = logits_of(model, task, read)
         return good(logits) if np.isfinite(logits).all() else float("nan")
 
-    return judge
+    return judge, task.metric.higher_is_better or not labelled
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -18,7 +18,8 @@ from optimum.exporters.tasks import TasksManager
 
 from kdexport.errors import ModelError, VerificationError
 from kdexport.models.registry import open_trained
-from kdexport.tasks import Task, load_task
+from kdexport.tasks import load_task
+from kdexport.tasks.base import Task
 
 OPSET = 18
 
@@ -36,13 +37,12 @@ def export_onnx(student: Path, file: Path) -> None:
     """
     task = load_task(student)
     model = open_trained(student).eval()
-    writes = task.name == "causal-lm"
-    with_cache = {"use_past": True, "use_past_in_inputs": True} if writes else {}
+    with_cache = {"use_past": True, "use_past_in_inputs": True} if task.generates else {}
     try:
         config_class = TasksManager.get_exporter_config_constructor(
             "onnx",
             model=model,
-            task="text-generation-with-past" if writes else task.name,
+            task=task.exporter,
             library_name="transformers",
         )
     except (KeyError, ValueError) as error:
@@ -63,12 +63,12 @@ def _check_names(model: onnx.ModelProto, task: Task) -> None:
         for tensor in (*model.graph.input, *model.graph.output)
     }
     inputs = [tensor.name for tensor in model.graph.input]
-    if task.name == "causal-lm":  # what it reads besides, the predictor gives: nothing read before, and positions
+    if task.generates:  # what it reads besides, the predictor gives: nothing read before, and positions
         inputs = [name for name in inputs if not name.startswith("past_key_values.") and name != "position_ids"]
     if set(inputs) != set(task.config.inputs):
         raise VerificationError(
             f"the exported graph wants {', '.join(inputs)}, the tokenizer gives {', '.join(task.config.inputs)}",
             "Set model_input_names in tokenizer_config.json",
         )
-    if axes != task.axes() and task.name != "causal-lm":
+    if axes != task.axes() and not task.generates:
         raise VerificationError(f"the exported graph has {axes}, the task wants {task.axes()}")

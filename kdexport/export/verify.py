@@ -20,10 +20,10 @@ from kdexport.files import write_json
 from kdexport.progress import say, warn
 from kdexport.results import Metric, Quality
 from kdexport.runtime.predictor import Predictor
-from kdexport.tasks import Task, load_task
-from kdexport.tasks.causal_lm import LOG_P, CausalLM, log_softmax
+from kdexport.tasks import load_task
+from kdexport.tasks.base import Generates, Task, can_generate
 from kdexport.tasks.judging import mcnemar, metric_interval
-from kdexport.tasks.metrics import Array
+from kdexport.tasks.metrics import Array, log_softmax
 
 FP32_TOLERANCE = 1e-4
 _SMALL_SHAPE_ROWS = 64
@@ -112,18 +112,20 @@ def _small_shapes(predictor: Predictor, rows: list[dict[str, Any]], reference: A
     sevens = [few[i : i + 7] for i in range(0, len(few), 7)]
     mixed = np.concatenate([predictor.run(predictor.task.encode(batch)) for batch in sevens])
     differences = [predictor.task.difference(found, reference[: len(few)]) for found in (single, mixed)]
-    if isinstance(predictor.task, CausalLM):
-        differences += [_by_steps(predictor, row, answer) for row, answer in zip(few[:8], reference, strict=False)]
+    task = predictor.task
+    if can_generate(task):
+        pairs = zip(few[:8], reference, strict=False)
+        differences += [_by_steps(predictor, task, row, answer) for row, answer in pairs]
     return max(differences)
 
 
-def _by_steps(predictor: Predictor, row: dict[str, Any], reference: Array) -> float:
+def _by_steps(predictor: Predictor, task: Generates, row: dict[str, Any], reference: Array) -> float:
     """max |Δ log p| of a text's tokens, read one by one through the cache."""
-    first, *rest = predictor.task.tokenize([row])[0]["input_ids"].tolist() or [0]
+    first, *rest = task.tokenize([row])[0]["input_ids"].tolist() or [0]
     logits, past = predictor.read([first])
     differences = [0.0]
-    for token, answer in zip(rest, reference, strict=False):
-        differences.append(abs(float(log_softmax(logits)[token] - answer[LOG_P])))
+    for token, log_p in zip(rest, task.log_probs(reference), strict=False):
+        differences.append(abs(float(log_softmax(logits)[token] - log_p)))
         logits, past = predictor.read([token], past)
     return max(differences)
 

@@ -20,7 +20,8 @@ from kdexport.errors import SpecError
 from kdexport.files import hash_file, write_bytes, write_json, write_text
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Tensor, tensors_of
-from kdexport.tasks import Task, load_task
+from kdexport.tasks import load_task
+from kdexport.tasks.base import Task
 
 MARK = "# Written by kdexport export.\n"
 

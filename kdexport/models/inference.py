@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdexport.tasks import Task
+from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
 
 

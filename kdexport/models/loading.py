@@ -18,9 +18,9 @@ from transformers.utils import logging
 
 from kdexport.data import demo
 from kdexport.errors import ModelError
-from kdexport.models.registry import AUTO_CLASSES, has_head
+from kdexport.models.registry import auto_class, has_head
 from kdexport.progress import say
-from kdexport.tasks import TASKS
+from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.config import Function
 
 logging.set_verbosity_error()  # "newly initialized" warnings: we say ourselves what is new
@@ -80,7 +80,7 @@ def open_model(
         ModelError: weights, tokenizer or processor are missing or unreadable.
     """
     processor = open_processor(model, task)
-    if task != "causal-lm":
+    if task_class(task).has_labels:
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
@@ -89,9 +89,9 @@ def open_model(
         if not to_train:
             raise ModelError(f"model folder {model} holds no weights", "Train it from random ones: --teacher-epochs 3")
         say(f"teacher: {model} holds no weights, so it starts from random ones")
-        return Opened(AUTO_CLASSES[task].from_config(config), processor)
+        return Opened(auto_class(task).from_config(config), processor)
     try:
-        opened = AUTO_CLASSES[task].from_pretrained(model, config=config, ignore_mismatched_sizes=True)
+        opened = auto_class(task).from_pretrained(model, config=config, ignore_mismatched_sizes=True)
     except Exception as error:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
     return Opened(opened, processor)
@@ -115,7 +115,7 @@ def open_classifier(model: str, config: Any, task: str) -> Opened:
         )
     processor = open_processor(model, task)
     try:
-        opened, found = AUTO_CLASSES[task].from_pretrained(model, output_loading_info=True)
+        opened, found = auto_class(task).from_pretrained(model, output_loading_info=True)
     except Exception as error:
         raise ModelError(f"model {model!r} can't be opened: {_first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
@@ -129,7 +129,7 @@ def open_processor(model: str, task: str) -> Any:
     Raises:
         ModelError: there is none.
     """
-    reads = TASKS[task].modality
+    reads = task_class(task).modality
     if reads == "text":
         return open_tokenizer(model, task)
     try:
@@ -141,7 +141,7 @@ def open_processor(model: str, task: str) -> Any:
         ) from None
 
 
-def open_tokenizer(model: str, task: str = "text-classification") -> PreTrainedTokenizerFast:
+def open_tokenizer(model: str, task: str = DEFAULT) -> PreTrainedTokenizerFast:
     """A model's fast tokenizer, from a folder or the hub.
 
     Raises:
@@ -149,7 +149,7 @@ def open_tokenizer(model: str, task: str = "text-classification") -> PreTrainedT
     """
     try:
         # Words of a list each begin with a space, for tokenizers that tell the beginning of a word by it.
-        words = {"add_prefix_space": True} if task == "token-classification" else {}
+        words = {"add_prefix_space": True} if task_class(task).has_words else {}
         tokenizer = AutoTokenizer.from_pretrained(model, **words)
     except Exception as error:
         raise ModelError(

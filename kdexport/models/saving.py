@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from kdexport.errors import ModelError
 from kdexport.files import write_json
 from kdexport.models.loading import Opened
-from kdexport.tasks import TASKS
+from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.config import Function, TaskConfig
 from kdexport.tasks.inputs import audio as sound
 from kdexport.tasks.inputs import images
@@ -27,7 +27,7 @@ def save_task(
     labels: Sequence[str],
     out: Path,
     *,
-    task: str = "text-classification",
+    task: str = DEFAULT,
     function: Function = "softmax",
     at_most: int = _DEFAULT_MAX_LENGTH,
     rows: Sequence[dict[str, Any]] = (),
@@ -47,9 +47,10 @@ def save_task(
         kept: of language models, how many of the most probable tokens an answer holds.
     """
     model, tokenizer = opened
-    if TASKS[task].modality != "text":
+    kind = task_class(task)
+    if kind.modality != "text":
         image = audio = None
-        if TASKS[task].modality == "image":
+        if kind.modality == "image":
             image = images.config_of(tokenizer.to_dict(), getattr(model.config, "num_channels", 3))
         else:
             audio = sound.config_of(tokenizer.to_dict(), rows)
@@ -61,10 +62,10 @@ def save_task(
     accepted = set(tokenizer.model_input_names) & set(signature(model.forward).parameters)
     if getattr(model.config, "type_vocab_size", None) == 0:  # DeBERTa-v2 and -v3 take token types and read none
         accepted.discard("token_type_ids")
-    if task == "causal-lm":  # GPT-2 takes token types, and its exported graph does not
+    if kind.generates:  # GPT-2 takes token types, and its exported graph does not
         accepted.discard("token_type_ids")
     reads = longest_input(model.config, tokenizer)
-    kept = kept if task == "causal-lm" else 0
+    kept = kept if kind.generates else 0
     write = partial(write_task, task=task, function=function, at_most=at_most, kept=kept)
     write(tokenizer, accepted, reads, max_length, labels, out)
 
@@ -77,7 +78,7 @@ def write_task(
     labels: Sequence[str],
     out: Path,
     *,
-    task: str = "text-classification",
+    task: str = DEFAULT,
     function: Function = "softmax",
     at_most: int = _DEFAULT_MAX_LENGTH,
     kept: int = 0,

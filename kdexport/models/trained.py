@@ -14,8 +14,7 @@ from kdexport.models.loading import open_classifier, open_config, own_labels
 from kdexport.models.registry import task_of
 from kdexport.models.saving import save_model, save_task
 from kdexport.progress import bar
-from kdexport.tasks import TASKS, load_task
-from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.classes import function_of
 from kdexport.tasks.config import Function
 
@@ -39,21 +38,21 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
         ModelError: it is no trained model that can be exported.
     """
     config = open_config(model)
-    task_name = task_of(config) or "text-classification"
+    task_name = task_of(config) or DEFAULT
+    kind = task_class(task_name)
     opened = open_classifier(model, config, task_name)
     for row in rows:  # the column that was named holds paths, if it is no column of texts
-        row.setdefault(TASKS[task_name].modality, row["text"])
-    writes = task_name == CausalLM.name
-    labels = [] if writes else own_labels(config)
+        row.setdefault(kind.modality, row["text"])
+    labels = own_labels(config) if kind.has_labels else []
     if len(set(labels)) < len(labels):
         raise ModelError(f"model {model!r} has labels of the same name", "Tell them apart: id2label in config.json")
-    if TASKS[task_name].modality == "text" and not writes and opened.processor.pad_token_id is None:
+    if kind.modality == "text" and kind.has_labels and opened.processor.pad_token_id is None:
         raise ModelError(f"model {model!r} has no padding token", "Set tokenizer.pad_token and config.pad_token_id")
     if 4 * opened.model.num_parameters() >= _LARGEST_BYTES:
         raise ModelError(f"model {model!r} has more than 2 GB of weights", "Distil it: kdexport run --teacher …")
-    function: Function = "none" if writes else function_of(len(labels), config.problem_type)
-    if task_name == "token-classification":
-        function = "softmax"
+    function: Function = kind.function
+    if len(kind.kinds()) > 1:
+        function = function_of(len(labels), config.problem_type)
     save_task(opened, max_length, labels, out, task=task_name, function=function, at_most=_AT_MOST, rows=rows)
     save_model(opened, out)
     task = load_task(out)

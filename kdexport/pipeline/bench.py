@@ -32,8 +32,7 @@ from kdexport.report import write_reports
 from kdexport.report.table import trimmed
 from kdexport.results import Metric, Report, Variant
 from kdexport.runtime import artifact
-from kdexport.tasks import load_task
-from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks import DEFAULT, load_task
 from kdexport.tasks.judging import mcnemar, metric_interval, wrong_rows
 from kdexport.tasks.metrics import Array
 
@@ -147,7 +146,7 @@ def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     else:
         config = open_config(name)
         work.mkdir()
-        task = task_of(config) or "text-classification"
+        task = task_of(config) or DEFAULT
         save_task(open_model(name, config, task, own_labels(config)), None, own_labels(config), work, task=task)
         targets = [
             msgspec.structs.replace(t, task=str(work), model=name)
@@ -191,7 +190,7 @@ def _report(targets: list[Target], measured: Measured, rows: list[dict[str, Any]
     logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows)
     return Report(
         kdexport=__version__,
-        task=task.name if task else "text-classification",
+        task=task.name if task else DEFAULT,
         metric=task.metric.name if task else "accuracy",
         labels=task.labels if task else [],
         recommended=None,
@@ -232,7 +231,7 @@ def _quality(target: Target, logits: dict[str, Array], rows: list[dict[str, Any]
         return {}
     found: dict[str, Any] = {}
     task = load_task(Path(target.task))
-    writes = isinstance(task, CausalLM)  # texts are their own labels, and answers may hold more or fewer tokens
+    writes = task.generates  # texts are their own labels, and answers may hold more or fewer tokens
     if theirs is not None and (theirs.shape == own.shape or (writes and theirs.shape[:2] == own.shape[:2])):
         found["agreement"] = float(task.agrees(own, theirs).mean())
     if not writes and not all(row.get("label") and task.labels_of(row) <= set(task.labels) for row in rows):

@@ -26,8 +26,8 @@ from kdexport.results import Exported, ExportedFile
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_answers
 from kdexport.spec.flags import listed
-from kdexport.tasks import Task, load_task
-from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks import load_task
+from kdexport.tasks.base import Task
 from kdexport.tasks.config import Arrays
 
 # int8 is recommended when it gives fp32's answer on this share of rows, of which there must be enough.
@@ -124,8 +124,9 @@ def _make(model: str, how: spec.Export, max_length: int | None, rows: list[dict[
         folder.mkdir()
     take_trained(model, max_length, rows, source)
     task = load_task(source)
-    if "int4" in how.variants and not isinstance(task, CausalLM):
-        raise SpecError(f"--variants: int4 is for causal-lm, and {model} is for {task.name}", "Take int8")
+    if strange := [precision for precision in how.variants if precision not in task.menu.precisions]:
+        known = ", ".join(task.menu.precisions)
+        raise SpecError(f"--variants: {strange[0]} is none for {task.name}, the task of {model}", f"Take {known}")
     export_student(how, source, graphs, rows)
     files, chosen = _verify(task, source, graphs, rows)
     recommended, reason = recommend(files, len(rows))

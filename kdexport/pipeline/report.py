@@ -23,7 +23,8 @@ from kdexport.pipeline.choose import Choice, choose, judge_budget
 from kdexport.results import Distillation, Quality, Report, Search, Spread, Variant
 from kdexport.runtime.artifact import SHIPPED_AS
 from kdexport.stages import read_record
-from kdexport.tasks import Task, judging, load_task
+from kdexport.tasks import judging, load_task
+from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
 
 

@@ -30,14 +30,13 @@ from kdexport.runtime import artifact
 from kdexport.runtime.predictor import golden_answers
 from kdexport.spec import derive
 from kdexport.stages import Run
-from kdexport.tasks import TASKS, load_task
+from kdexport.tasks import load_task, task_class
 
 
 def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     """Run the stages that are not finished yet in the run folder `out`, and return the report."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = derive.students(settings)
-    derive.check(settings)  # fail before an hour's work
     teachers.check(settings)
     files = local_files(settings.data)
     sources = [*files, *teachers.files(settings), *local(*names)]
@@ -130,7 +129,7 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):
         rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
-    if TASKS[settings.task].modality == "text":
+    if task_class(settings.task).modality == "text":
         derived["data.max_length"] = (
             str(settings.data.max_length or 128),
             "as given" if settings.data.max_length else "128, or what the teacher reads if that is less",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -11,10 +12,22 @@ from kdexport.files import as_json, write_text
 from kdexport.output import Output
 from kdexport.report import page
 from kdexport.report.sections import SECTIONS
-from kdexport.report.table import between, further, headers, megabytes, ms, p99, percent, points, table, times, trimmed
+from kdexport.report.table import (
+    BITS,
+    between,
+    further,
+    headers,
+    megabytes,
+    ms,
+    p99,
+    percent,
+    points,
+    table,
+    times,
+    trimmed,
+)
 from kdexport.results import Exported, Report, read_report
-from kdexport.tasks import TASKS
-from kdexport.tasks.causal_lm import BITS, CausalLM
+from kdexport.tasks import task_class
 
 
 def write_reports(report: Report, out: Output) -> None:
@@ -62,8 +75,8 @@ def write_card(report: Report, file: Path) -> None:
     """Write the model card, with the metrics as a model-index."""
     best, teacher = report.variant(report.recommended), next(v for v in report.variants if v.model == "teacher")
     formats = {"percent": percent, "ms": ms, "times": times, "points": points}
-    reads = TASKS[report.task].modality
-    values = {"r": report, "reads": reads, "best": best, "teacher": teacher, "use": _use(report.task)}
+    task = task_class(report.task)
+    values: dict[str, Any] = {"r": report, "reads": task.modality, "best": best, "teacher": teacher, "use": task.card}
     values |= {"headers": headers(report), "rows": table(report)}
     write_text(file, page.render("card.md.j2", **formats, **values))
 
@@ -75,26 +88,12 @@ def write_export_card(exported: Exported, file: Path) -> None:
         page.render(
             "exported.md.j2",
             e=exported,
-            reads=TASKS[exported.task].modality,
-            use=_use(exported.task),
+            reads=task_class(exported.task).modality,
+            use=task_class(exported.task).card,
             version=__version__,
             percent=percent,
         ),
     )
-
-
-def _use(task: str) -> dict[str, str]:
-    """How a card says that its folder is used: the hub's name of the task, Optimum's class, and Python of ours."""
-    if task == CausalLM.name:
-        code = '\nmodel = kdexport.load("path/to/this/folder")\nsampling = kdexport.Sampling(max_new_tokens=40)\n'
-        code += 'print(kdexport.write(model, "Once upon a time", sampling).completion)'
-        return {"tag": "text-generation", "optimum": "ORTModelForCausalLM", "code": code}
-    given = {"image": '"a.png"', "audio": '"a.wav"'}.get(TASKS[task].modality, '"a text to classify"')
-    return {
-        "tag": task,
-        "optimum": f"ORTModelFor{task.title().replace('Text-', 'Sequence-').replace('-', '')}",
-        "code": f'\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict([{given}])',
-    }
 
 
 def _verdict(report: Report) -> str:

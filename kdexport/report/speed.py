@@ -9,6 +9,7 @@ from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import Figure, Section, Table
 from kdexport.report.table import accuracy, between, headers, megabytes, ms, p99, percent, signed, table, times, trimmed
 from kdexport.results import QUANTILES, Interval, Report, Variant
+from kdexport.tasks import task_class
 
 
 def variants(r: Report) -> Section:
@@ -35,8 +36,8 @@ def variants(r: Report) -> Section:
 
 
 def _rows(r: Report) -> str:
-    named = {"image-classification": "images", "audio-classification": "recordings"}
-    return f"{named.get(r.task, 'texts')}{_lengths(r)}"
+    named = {"text": "texts", "image": "images", "audio": "recordings"}
+    return f"{named[task_class(r.task).modality]}{_lengths(r)}"
 
 
 def _lengths(r: Report) -> str:

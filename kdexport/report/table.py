@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from kdexport.results import Interval, Report, Variant
-from kdexport.tasks.causal_lm import BITS, CausalLM
+from kdexport.tasks import task_class
 
+BITS = "bits per byte"
 HEADERS = (
     "variant",
     "accuracy [95 %]",
@@ -105,7 +106,7 @@ def headers(report: Report) -> tuple[str, ...]:
     name, metric, agrees, *speed = HEADERS
     if not report.distillation:
         agrees = f"agrees with {report.bench.reference}"
-    if report.task == CausalLM.name:
+    if task_class(report.task).generates:
         speed = ["first token ms", "tokens/s", *speed]
         return (name, BITS, f"{report.metric} [95 %]", "agrees", *speed)
     return (name, f"{report.metric} [95 %]" if report.metric else metric, agrees, *speed)
@@ -113,7 +114,7 @@ def headers(report: Report) -> tuple[str, ...]:
 
 def table(report: Report) -> list[tuple[str, ...]]:
     """One tuple of cells a variant, in the order of `headers`; the recommended one has a star."""
-    writes = report.task == CausalLM.name
+    writes = task_class(report.task).generates
     return [_row(variant, variant.name == report.recommended, writes) for variant in report.variants]
 
 

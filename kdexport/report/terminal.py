@@ -9,9 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdexport.report.table import headers, percent, points, table
+from kdexport.report.table import BITS, headers, percent, points, table
 from kdexport.results import Report
-from kdexport.tasks.causal_lm import BITS
 
 
 def show(report: Report, folder: Path) -> None:

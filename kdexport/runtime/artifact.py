@@ -30,7 +30,7 @@ from msgspec import Meta
 from kdexport.errors import ArtifactError, MissingPackage
 from kdexport.files import digest, hash_file, write_bytes, write_json
 from kdexport.runtime.onnx_wire import has_external_data
-from kdexport.tasks import load_task
+from kdexport.tasks import load_task, task_class
 from kdexport.tasks.config import MOST_JSON, Name, TaskConfig, read_regular
 
 MANIFEST, GOLDEN, CARD = "kdexport.json", "golden.json", "README.md"
@@ -149,14 +149,6 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     return content | {"sha256": digest(content)}
 
 
-_STANDS_FOR = {
-    "text-classification": ("bert", "BertForSequenceClassification"),
-    "token-classification": ("bert", "BertForTokenClassification"),
-    "image-classification": ("resnet", "ResNetForImageClassification"),
-    "audio-classification": ("audio-spectrogram-transformer", "ASTForAudioClassification"),
-}
-
-
 def _name_known_architecture(file: Path, task: str) -> None:
     """Let other runtimes open an artifact whose student is an architecture of ours.
 
@@ -165,9 +157,10 @@ def _name_known_architecture(file: Path, task: str) -> None:
     Transformer. What the student is stands in `kdexport`.
     """
     config = msgspec.json.decode(file.read_bytes(), type=dict[str, Any]) if file.exists() else {}
-    if str(config.get("model_type", "")).startswith("kdexport-"):
+    stands_for = task_class(task).stands_for
+    if stands_for and str(config.get("model_type", "")).startswith("kdexport-"):
         own = {"model_type": config["model_type"], "architectures": config.pop("architectures", None)}
-        family, architecture = _STANDS_FOR[task]
+        family, architecture = stands_for
         write_json(file, config | {"model_type": family, "architectures": [architecture], "kdexport": own})
 
 

@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from kdexport.tasks.causal_lm import CausalLM, log_softmax
-from kdexport.tasks.metrics import Array
+from kdexport.tasks.base import Generates
+from kdexport.tasks.metrics import Array, log_softmax
 
 Finish = Literal["length", "stop", "end"]
 
@@ -83,7 +83,7 @@ def stream(model: Steps, prompt: str, how: Sampling) -> Iterator[Piece]:
         prompt: may be empty.
         how: what to take of the model's probabilities.
     """
-    task: CausalLM = model.task
+    task: Generates = model.task
     room = min(how.max_new_tokens, task.config.max_length - 1)
     ids = task.prompt(prompt, room)
     draw = np.random.default_rng(how.seed)

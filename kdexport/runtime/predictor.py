@@ -16,7 +16,8 @@ import numpy as np
 
 from kdexport.errors import ArtifactError, DataError, MissingPackage
 from kdexport.runtime import artifact
-from kdexport.tasks import Task, load_task
+from kdexport.tasks import load_task
+from kdexport.tasks.base import Task
 from kdexport.tasks.config import Arrays
 from kdexport.tasks.inputs.media import inline_bytes
 from kdexport.tasks.metrics import Array

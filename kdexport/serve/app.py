@@ -48,7 +48,7 @@ from kdexport.serve.registry import Models, Version
 from kdexport.serve.settings import Settings
 from kdexport.serve.tracing import Tracer
 from kdexport.serve.writing import Writer, awaited
-from kdexport.tasks.inputs.texts import Texts
+from kdexport.tasks.base import reads_texts
 
 Handler = Callable[[Request], Awaitable[Response | Stream]]
 # Nginx's code for a client that went away; it is never sent, only logged and counted.
@@ -260,9 +260,9 @@ class App:
         body = await request.body(self.settings)
         version = self.version(request)
         task = version.task
-        if not isinstance(task, Texts) or (version.writer and request.path == "/invocations"):
+        if not reads_texts(task) or (version.writer and request.path == "/invocations"):
             return await self._by_task(request, version, body)
-        if task.name != "text-classification":
+        if "tei" not in task.protocols:
             raise Refused(404, f"{version.name} is for {task.name}; POST / answers for it")
         query, rows, costs = await off_loop(len(body), self._understood, version, tei.parse, body)
         size = check_answer(len(rows) * len(task.labels) * version.entry_bytes, "give fewer texts")

@@ -17,8 +17,7 @@ from kdexport.runtime.predictor import Predictor, golden_difference
 from kdexport.serve.http import Refused
 from kdexport.serve.writing import Writer
 from kdexport.tasks import load_task
-from kdexport.tasks.causal_lm import CausalLM
-from kdexport.tasks.inputs.texts import Texts
+from kdexport.tasks.base import reads_files, reads_texts
 from kdexport.tasks.metrics import Array
 
 # What a name in a URL may look like; names are looked up in a dict, never joined to a path.
@@ -69,7 +68,7 @@ class Version:
         self.card = artifact.read_card(folder)
         # Of a label with its score, or a word with its tag and place, in a JSON answer.
         self.entry_bytes = 80 + sum(map(len, self.task.labels)) // max(1, len(self.task.labels))
-        self.writer = Writer(self._predictor) if isinstance(self.task, CausalLM) else None
+        self.writer = Writer(self._predictor) if self.task.generates else None
         if self.writer:
             return
         self._lengths = self.task.lengths() or [1]
@@ -100,10 +99,12 @@ class Version:
         Raises:
             Refused: its header shows that it can't be read (422), or would cost too much (413).
         """
-        if isinstance(self.task, Texts):
-            return self.task.cost(row)
+        task = self.task
+        if reads_texts(task):
+            return task.cost(row)
+        assert reads_files(task)
         try:
-            return 1 + int(self.task.seconds(row) / self._row_seconds)
+            return 1 + int(task.seconds(row) / self._row_seconds)
         except DataError as error:
             raise self._unread(error) from None
 

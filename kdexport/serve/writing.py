@@ -16,7 +16,7 @@ import msgspec
 from kdexport.runtime.generation import Piece, Sampling, stream, timed
 from kdexport.runtime.predictor import Predictor
 from kdexport.serve.http import ClientGone, Refused, Request
-from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks.base import can_generate
 
 _WARM_UP = 8  # tokens
 
@@ -54,7 +54,7 @@ class Writer:
 
     def __init__(self, predictor: Predictor) -> None:
         task = predictor.task
-        assert isinstance(task, CausalLM)
+        assert can_generate(task)
         self._predictor, self._task = predictor, task
         self.since = int(time.time())
         self.room = task.config.max_length - 1

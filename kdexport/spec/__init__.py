@@ -5,7 +5,7 @@ would have no effect are errors that name the key. What is left at `None` is der
 (`kdexport run --plan`).
 """
 
-from kdexport.spec.effects import losses_of, several_students, weights_of
+from kdexport.spec.checks import losses_of, several_students, weights_of
 from kdexport.spec.read import commented, dump, load, parse, parse_bench, read_yaml, settings, walk
 from kdexport.spec.sections import (
     Augment,

@@ -13,7 +13,7 @@ import yaml
 from msgspec import Meta
 
 from kdexport.errors import SpecError
-from kdexport.spec.effects import refuse_without_effect, with_defaults_of_task
+from kdexport.spec.checks import checked
 from kdexport.spec.sections import Bench, Section, Spec
 
 # A spec is four deep and has about a hundred values; aliases of aliases multiply.
@@ -129,9 +129,7 @@ def parse(tree: Any, source: str) -> Spec:
         spec = msgspec.convert(tree, Spec)
     except msgspec.ValidationError as error:
         raise _explain(str(error), source) from None
-    spec = with_defaults_of_task(tree, spec, source)
-    refuse_without_effect(tree, spec, source)
-    return spec
+    return checked(tree, spec, source)
 
 
 def parse_bench(values: Mapping[str, Any]) -> Bench:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from kdexport.tasks import BUILT_IN, DEFAULT
+
 Text = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
@@ -35,7 +37,7 @@ class Data(Section, frozen=True):
         Text,
         _help(
             "CSV, JSONL or Parquet file, text for causal-lm, a folder with train.*, validation.* and test.*, a folder "
-            "of images or WAV files (labels as subfolders, or metadata.csv), or a hub id"
+            "of images or recordings (labels as subfolders, or metadata.csv), or a hub id"
         ),
     ]
     validation: Annotated[Text | None, _help("split off from train (10 %, stratified) when absent")] = None
@@ -250,15 +252,10 @@ class Bench(Section, frozen=True):
     ] = None
 
 
-TaskName = Literal[
-    "text-classification", "token-classification", "causal-lm", "image-classification", "audio-classification"
-]
-
-
 class Spec(Section, frozen=True, kw_only=True):
     """The whole job: teacher in, budget in; artifact and report out."""
 
-    task: Annotated[TaskName, _help("what the model does")] = "text-classification"
+    task: Annotated[str, Meta(description="what the model does", extra_json_schema={"enum": [*BUILT_IN]})] = DEFAULT
     data: Data
     teacher: Teacher
     student: Student = Student()

@@ -1,40 +1,48 @@
-"""One file a task: raw row → arrays, names and axes of the graph, logits → answer, metric.
+"""Tasks, a file each: rows → arrays, outputs → answers, metric, and what a spec may ask for.
 
-Training, calibration, verification, benchmark, prediction and serving all call the same `encode` and
-`decode`, so nothing can differ between training and serving. No task knows torch or transformers.
+Training, calibration, verification, benchmarks, prediction and serving all call the same `encode` and `decode`, so
+nothing can differ between training and serving. `base.Task` says what a task holds. Another package adds one by an
+entry point of the group `kdexport.tasks`: `numbers = "package.module:Numbers"`.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 from kdexport.errors import ArtifactError
-from kdexport.tasks.audio_classification import AudioClassification
-from kdexport.tasks.causal_lm import CausalLM
-from kdexport.tasks.config import Function, TaskConfig, read_config
-from kdexport.tasks.image_classification import ImageClassification
-from kdexport.tasks.text_classification import MultiLabelTexts, TextClassification, TextRegression
-from kdexport.tasks.token_classification import TokenClassification
 
-Task = TextClassification | TokenClassification | CausalLM | ImageClassification | AudioClassification
+if TYPE_CHECKING:
+    from kdexport.tasks.base import Task
+    from kdexport.tasks.config import TaskConfig
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task
-    for task in (TextClassification, TokenClassification, CausalLM, ImageClassification, AudioClassification)
+DEFAULT = "text-classification"
+# Named and not imported: `kdexport --help` wants the names alone.
+BUILT_IN = {
+    "text-classification": "kdexport.tasks.text_classification:TextClassification",
+    "token-classification": "kdexport.tasks.token_classification:TokenClassification",
+    "causal-lm": "kdexport.tasks.causal_lm:CausalLM",
+    "image-classification": "kdexport.tasks.image_classification:ImageClassification",
+    "audio-classification": "kdexport.tasks.audio_classification:AudioClassification",
 }
 
 
-# problem, as `data.problem` names it → the function from logits to scores, and the class for texts
-PROBLEMS: dict[str, tuple[Function, type[TextClassification]]] = {
-    "single-label": ("softmax", TextClassification),
-    "multi-label": ("sigmoid", MultiLabelTexts),
-    "regression": ("none", TextRegression),
-}
+def names() -> list[str]:
+    """Return the names of all tasks, ours first."""
+    return [*BUILT_IN, *_others()]
 
 
+@cache
 def task_class(name: str, problem: str = "single-label") -> type[Task]:
-    """The class of a task's kind of answers."""
-    return PROBLEMS[problem][1] if name == TextClassification.name else TASKS[name]
+    """Return the class of a task, for the kind of answer that `data.problem` names.
+
+    Raises:
+        KeyError: there is no such task, or it has no such answers.
+    """
+    found: Any = resolve_name(BUILT_IN[name]) if name in BUILT_IN else _others()[name].load()
+    return found.kinds()[problem]  # type: ignore[no-any-return]
 
 
 def load_task(folder: Path) -> Task:
@@ -44,28 +52,37 @@ def load_task(folder: Path) -> Task:
         ArtifactError: the folder holds no task, or one that contradicts itself, or its tokenizer is missing or
             unreadable.
     """
+    from kdexport.tasks.config import read_config
+
     config = read_config(folder)
-    name = config.task
-    if name not in TASKS:
-        raise ArtifactError(f"{folder} is for the task {name!r}, which is none of {', '.join(TASKS)}")
-    if wrong := _contradiction(config):
-        raise ArtifactError(f"{folder}: the task {name} {wrong}", "Pack the artifact again")
-    problem = next(problem for problem, (function, _) in PROBLEMS.items() if function == config.function)
-    return task_class(name, problem).load(folder)
+    if config.task not in names():
+        raise ArtifactError(f"{folder} is for the task {config.task!r}, which is none of {', '.join(names())}")
+    kinds = task_class(config.task).kinds().values()
+    found: type[Task] = next((kind for kind in kinds if kind.function == config.function), task_class(config.task))
+    if wrong := _contradiction(config, found):
+        raise ArtifactError(f"{folder}: the task {config.task} {wrong}", "Pack the artifact again")
+    return found.load(folder)
 
 
-def _contradiction(config: TaskConfig) -> str:
+def _contradiction(config: TaskConfig, kind: type[Task]) -> str:
     """Return what a task's settings lack, which types can't say."""
-    reads, inputs = TASKS[config.task].modality, set(config.inputs)
-    if not config.labels and config.task != CausalLM.name:
+    inputs, modality = set(config.inputs), kind.modality
+    if not config.labels and kind.has_labels:
         return "has no labels"
-    if reads == "text":
+    if modality == "text":
         if "input_ids" not in inputs or inputs - {"input_ids", "attention_mask", "token_type_ids"}:
             return f"can't be read from the inputs {config.inputs}"
         return "" if config.max_length else "reads no token: max_length is 0"
-    how = getattr(config, reads)
+    how = getattr(config, modality, None)
     if how is None:
-        return f"says nothing of how {reads} is read"
+        return f"says nothing of how {modality} is read"
     if len(inputs) != 1:
         return f"has one input, not {config.inputs}"
     return "reads too much" if config.audio and config.audio.length * max(1, config.audio.mels) > 2**25 else ""
+
+
+@cache
+def _others() -> dict[str, Any]:
+    from importlib.metadata import entry_points
+
+    return {entry.name: entry for entry in entry_points(group="kdexport.tasks") if entry.name not in BUILT_IN}

@@ -19,13 +19,15 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
-from kdexport.tasks.config import Arrays, Items, Row
+from kdexport.tasks.base import Card, Generates, Objective
+from kdexport.tasks.config import Arrays, Function, Row
 from kdexport.tasks.inputs.texts import CHARS_PER_TOKEN, SPARE, Texts
-from kdexport.tasks.metrics import Array, Metric
+from kdexport.tasks.menus import TEXTS
+from kdexport.tasks.metrics import Array, Metric, log_softmax
+from kdexport.tasks.packed import BEST, LOG_P, drawn, drawn_of, most_probable
 
-# Columns of packed answers.
-LOG_P, BEST = 0, 1
-BITS = "bits per byte"
+# A teacher that is right after fewer of the tokens knows nothing.
+_CHANCE = 0.02
 _NO_LABEL = -100
 
 
@@ -37,7 +39,6 @@ class Foreseen(msgspec.Struct, frozen=True):
     bits_per_byte: float
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
-        """What the command line prints."""
         return {
             "tokens": self.tokens,
             "accuracy": round(self.accuracy, 6),
@@ -45,14 +46,41 @@ class Foreseen(msgspec.Struct, frozen=True):
         }
 
 
-class CausalLM(Texts):
+class CausalLM(Texts, Generates):
     """Rows `{"text": …}` → packed log probabilities [N, max_length, 1 + 2k]; the labels are the tokens themselves."""
 
     name: ClassVar = "causal-lm"
-    metric: ClassVar = Metric("token accuracy")
-    one_label: ClassVar[bool] = False
-    label_loss: ClassVar = "ce"
-    has_names: ClassVar[bool] = False
+    metric: ClassVar = Metric("bits per byte", higher_is_better=False, kind="number")
+    objective: ClassVar[Objective] = "next-token"
+    function: ClassVar[Function] = "none"
+    menu: ClassVar = TEXTS._replace(
+        students=TEXTS.students - {"network"},
+        instead="Take tiny, 4x192 or layers:2",
+        ladder=("2x128", "2x256", "layers:1", "layers:2"),
+        losses=("kl", "reverse-kl", "jsd", "soft-ce", "mse"),  # those that hold of some of the outcomes
+        temperature=None,  # softening is for few classes, and the packed outcomes are not those of T = 1
+        precisions=(*TEXTS.precisions, "int4"),
+        augment=False,
+        vocabulary="whole",
+        teachers=frozenset({"torch"}),
+        ensemble=False,
+        unused=dict.fromkeys(
+            ("data.text_pair", "data.label", "student.vocabulary", "student.embedding", "distill.augment"), "Remove it"
+        ),
+    )
+    card: ClassVar = Card(
+        "text-generation",
+        "ORTModelForCausalLM",
+        '\nmodel = kdexport.load("path/to/this/folder")\n'
+        'print(kdexport.write(model, "Once upon a time", kdexport.Sampling(max_new_tokens=40)).completion)',
+    )
+    auto_class: ClassVar = "AutoModelForCausalLM"
+    heads: ClassVar = ("LMHeadModel", "ForCausalLM")
+    exporter: ClassVar = "text-generation-with-past"
+    protocols: ClassVar = frozenset({"openai", "tgi"})
+    cuts: ClassVar = True
+    has_labels: ClassVar = False
+    has_names: ClassVar = False
     at_once: ClassVar = 8  # a table of logits is T × V a row
     columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text", "content", "document", "body")}
 
@@ -65,29 +93,12 @@ class CausalLM(Texts):
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        """What is wrong with a row, or None."""
         return Texts.check(row, max_chars, needs_label=False)
-
-    @staticmethod
-    def labels_of(row: Row) -> set[str]:
-        """There are no names."""
-        return set()
-
-    @staticmethod
-    def ordered(labels: Iterable[str]) -> list[str]:
-        """There are no names."""
-        return []
-
-    @staticmethod
-    def stratum(row: Row) -> str:
-        """Texts need no strata."""
-        return ""
 
     # --- rows → arrays
 
     @property
     def answer_shape(self) -> tuple[int, ...]:
-        """Of one row's packed answer."""
         return self.config.max_length, 1 + 2 * self.config.kept
 
     def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
@@ -103,10 +114,6 @@ class CausalLM(Texts):
         batch["places"] = np.where(places < sizes - 1, places, -1)
         return batch
 
-    def graph_inputs(self, arrays: Arrays) -> Arrays:
-        """What the graph reads of an encoded batch, beside an empty cache."""
-        return {name: arrays[name] for name in self.config.inputs}
-
     def gather(self, output: Array, arrays: Arrays) -> Array:
         """The graph's logits [B, T, V] → packed answers [B, *answer_shape]; zeros where nothing was predicted."""
         ids, k = arrays["input_ids"], self.config.kept
@@ -119,14 +126,10 @@ class CausalLM(Texts):
             packed[i, : n - 1, LOG_P] = logs[np.arange(n - 1), tokens[1:n]]
             best = most_probable(logs, k - drawn_of(k, logs.shape[1]))
             if best.shape[1] < k:
-                best = np.concatenate([best, _drawn(logs, best, k - best.shape[1], tokens[:n])], axis=1)
+                best = np.concatenate([best, drawn(logs, best, k - best.shape[1], tokens[:n])], axis=1)
             packed[i, : n - 1, 1::2] = best
             packed[i, : n - 1, 2::2] = np.take_along_axis(logs, best, axis=1)
         return packed
-
-    def encode(self, rows: Sequence[Row]) -> Arrays:
-        """The inputs of a batch of rows: int64 arrays [B, T]."""
-        return self.collate(self.tokenize(rows))
 
     def prompt(self, text: str, room: int) -> list[int]:
         """Return the last tokens of a text that leave room for so many more; an empty text begins as in training.
@@ -143,18 +146,19 @@ class CausalLM(Texts):
             size *= 2
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Tokens as text, without special ones."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def probes(self) -> list[dict[str, Any]]:
-        """Rows at the edges of what may come in."""
         return [row | {"label": ""} for row in super().probes()]
 
     def examples(self) -> list[dict[str, Any]]:
-        """Rows as they come in every day."""
         return [row | {"label": ""} for row in super().examples()]
 
     # --- answers
+
+    def log_probs(self, packed: Array) -> Array:
+        """Return the log probabilities of a text's own tokens, from packed answers [..., T, 1 + 2k]: [..., T]."""
+        return packed[..., LOG_P]
 
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
         """The mean log probability of each row's tokens, float64 [N]."""
@@ -162,7 +166,6 @@ class CausalLM(Texts):
         return np.asarray(-counts[:, 2] / np.maximum(counts[:, 1], 1))
 
     def decode(self, logits: Array, rows: Sequence[Row]) -> list[Foreseen]:
-        """How well each row was foreseen."""
         return [
             Foreseen(int(tokens), right / max(tokens, 1), nats / math.log(2) / max(size, 1))
             for right, tokens, nats, size in self.stats(logits, rows).tolist()
@@ -186,9 +189,6 @@ class CausalLM(Texts):
             found[i, : len(arrays["input_ids"]) - 1] = arrays["input_ids"][1:]
         return found
 
-    def correct(self, logits: Array, rows: Sequence[Row]) -> None:
-        """None: a text is not right or wrong."""
-
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Of each row, tokens that were the most probable, tokens, nats, and bytes that these spell: float64 [N, 4]."""
         counts = np.zeros((len(rows), 4))
@@ -207,57 +207,16 @@ class CausalLM(Texts):
         return counts
 
     def value(self, sums: Array) -> Array:
-        """The share of tokens that were held the most probable, of sums [..., 4] of counts."""
-        return np.asarray(sums[..., 0] / np.maximum(sums[..., 1], 1))
+        """Bits a byte, which hold whatever the tokenizer is, of sums [..., 4]."""
+        return np.asarray(sums[..., 2] / math.log(2) / np.maximum(sums[..., 3], 1))
+
+    def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
+        return self.further(logits, rows)["token accuracy"] < _CHANCE
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
-        """What the text costs: bits a byte, which holds whatever the tokenizer, and perplexity, which is by token."""
-        _, tokens, nats, size = self.stats(logits, rows).sum(axis=0)
-        return {BITS: float(nats / math.log(2) / size), "perplexity": float(np.exp(nats / tokens))}
-
-    def chosen(self, items: Items) -> Array:
-        """There is nothing to look at by label."""
-        return items.labels
-
-    def items(self, rows: Sequence[Row], logits: Array) -> Items:
-        """There is nothing to look at by label."""
-        none = np.zeros(0, dtype=np.int64)
-        return Items(none, none, np.zeros((0, 1)))
+        """Return the fraction of tokens that were the most probable ones, and perplexity; both are by token."""
+        right, tokens, nats, _ = self.stats(logits, rows).sum(axis=0)
+        return {"token accuracy": float(right / max(tokens, 1)), "perplexity": float(np.exp(nats / max(tokens, 1)))}
 
     def scores(self, logits: Array, function: str | None = None) -> Array:
-        """Packed answers are log probabilities already."""
         return logits
-
-
-def log_softmax(logits: Array) -> Array:
-    """Log probabilities along the last axis, float32, computed without overflow."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
-
-
-def drawn_of(k: int, vocabulary: int) -> int:
-    """How many of k tokens are drawn from what the others leave; none where k are all."""
-    return k // 4 if k < vocabulary else 0
-
-
-def _drawn(logs: Array, best: Array, count: int, tokens: Array) -> Array:
-    """Tokens for each row of log probabilities [N, V], drawn from all but the best: int64 [N, count].
-
-    A text's are always the same, and one may come twice.
-    """
-    draw = np.random.default_rng(tokens.tolist())
-    rest = np.exp(logs.astype(np.float64))
-    np.put_along_axis(rest, best, 0.0, axis=1)
-    sums = np.cumsum(rest, axis=1)
-    places = draw.random((len(logs), count)) * sums[:, -1:]
-    found = [np.searchsorted(sums[i], places[i], side="right") for i in range(len(logs))]
-    return np.asarray(np.minimum(np.stack(found), logs.shape[1] - 1))
-
-
-def most_probable(logs: Array, k: int) -> Array:
-    """The k most probable tokens of each row [N, V], the first one first: int64 [N, k]."""
-    if k == 1:
-        return np.asarray(logs.argmax(axis=1)[:, None])
-    some = np.argpartition(logs, -k, axis=1)[:, -k:] if k < logs.shape[1] else np.arange(k)[None].repeat(len(logs), 0)
-    order = np.argsort(-np.take_along_axis(logs, some, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(some, order, axis=1)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
 
-from kdexport.tasks.config import Function, Items, Row, TaskConfig
-from kdexport.tasks.metrics import Array, Metric, confusion_matrix, sigmoid, softmax
+from kdexport.tasks.base import Objective, Task
+from kdexport.tasks.config import Function, Items, Row
+from kdexport.tasks.metrics import Array, Metric, confusion_matrix
 
 # The index that PyTorch's cross-entropy passes over.
 _NO_LABEL = -100
-
-_FUNCTIONS: dict[str, Callable[[Array], Array]] = {"softmax": softmax, "sigmoid": sigmoid, "none": np.asarray}
 
 
 def function_of(labels: int, problem_type: str | None) -> Function:
@@ -43,7 +42,6 @@ class Prediction(msgspec.Struct, frozen=True):
         return dict(zip(self.labels, self.values, strict=True))
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
-        """What the command line prints."""
         found: dict[str, Any] = {"label": self.label, "score": round(self.score, 6)}
         return found | {"scores": {label: round(score, 6) for label, score in self.scores.items()}} if scores else found
 
@@ -51,15 +49,12 @@ class Prediction(msgspec.Struct, frozen=True):
         return f"Prediction(label={self.label!r}, score={self.score:.4f})"
 
 
-class Classes:
+class Classes(Task):
     """The side of a task that answers each row with one of `config.labels`; a row's `label` is its name."""
 
     metric: ClassVar = Metric("accuracy", kind="fraction")
+    objective: ClassVar[Objective] = "classes"
     one_label: ClassVar[bool] = True
-    label_loss: ClassVar = "ce"
-    has_names: ClassVar[bool] = True
-    config: TaskConfig
-    labels: list[str]
 
     # --- rows as they come
 
@@ -70,7 +65,6 @@ class Classes:
 
     @staticmethod
     def labels_of(row: Row) -> set[str]:
-        """The labels that a row has: one, or none."""
         return {row["label"]} - {None}
 
     @staticmethod
@@ -81,25 +75,9 @@ class Classes:
 
     @staticmethod
     def stratum(row: Row) -> str:
-        """What must be spread evenly over splits."""
         return str(row["label"])
 
     # --- logits → answers
-
-    @property
-    def answer_shape(self) -> tuple[int, ...]:
-        """Of one row's logits: [C]."""
-        return (len(self.labels),)
-
-    def scores(self, logits: Array, function: str | None = None) -> Array:
-        """Logits [N, C] → scores float64 [N, C].
-
-        Args:
-            logits: of N rows.
-            function: softmax (of a row, they sum to 1), sigmoid (each by itself) or none (the logits); the
-                model's own when None.
-        """
-        return _FUNCTIONS[function or self.config.function](logits.astype(np.float64))
 
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
         """The highest score of each row, float64 [N]."""
@@ -149,12 +127,7 @@ class Classes:
         f1 = 2 * right / np.maximum(there + counts.sum(axis=0), 1)
         return {"macro F1": float(f1[there > 0].mean())}
 
-    def chosen(self, items: Items) -> Array:
-        """The label that each item is given: int64 [M]."""
-        return np.asarray(items.logits.argmax(axis=1))
-
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
-        """Each labelled row."""
         targets = self.label_array(rows)
         of = (targets != _NO_LABEL).nonzero()[0]
         return Items(of, targets[of], logits[of])

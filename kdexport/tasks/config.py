@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from kdexport.errors import ArtifactError
@@ -93,14 +92,6 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     audio: AudioConfig | None = None
     kept: Annotated[int, Meta(ge=0, le=4096)] = 0
     end_id: TokenId | None = None
-
-
-class Comparable:
-    """A task whose answers are compared number by number."""
-
-    def difference(self, logits: Array, reference: Array) -> float:
-        """max |Δlogit|."""
-        return float(np.abs(logits - reference).max())
 
 
 def read_config(folder: Path) -> TaskConfig:

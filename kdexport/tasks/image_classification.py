@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from kdexport.tasks.base import Card
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.inputs.images import Images
+from kdexport.tasks.menus import MEDIA
 
 
 class ImageClassification(Images, Classes):
     """Rows `{"image": …, "label": …}` → pixel values [N, channels, height, width] → logits [N, C] → one label each."""
 
     name: ClassVar = "image-classification"
+    menu: ClassVar = MEDIA
+    card: ClassVar = Card(
+        "image-classification",
+        "ORTModelForImageClassification",
+        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a.png"])',
+    )
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "image": ("image", "img", "file_name", "file", "path", "image_path"),
         "label": ("label", "labels", "category", "class", "target", "fine_label"),
     }
+    auto_class: ClassVar = "AutoModelForImageClassification"
+    heads: ClassVar = ("ForImageClassification",)
+    exporter: ClassVar = "image-classification"
+    stands_for: ClassVar = ("resnet", "ResNetForImageClassification")
 
     @classmethod
     def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        """A row whose picture was read, its label a text; or what is wrong with it."""
         taken = cls.taken(row)
         return taken if isinstance(taken, str) else Classes.canonical(taken)

@@ -26,9 +26,9 @@ class Judged(Protocol):
 
     metric: ClassVar[Metric]
 
-    def stats(self, logits: Array, rows: Rows) -> Array: ...  # noqa: D102
-    def value(self, sums: Array) -> Array: ...  # noqa: D102
-    def correct(self, logits: Array, rows: Rows) -> Array | None: ...  # noqa: D102
+    def stats(self, logits: Array, rows: Rows) -> Array: ...
+    def value(self, sums: Array) -> Array: ...
+    def correct(self, logits: Array, rows: Rows) -> Array | None: ...
 
 
 def metric(task: Judged, logits: Array, rows: Rows) -> float:

@@ -26,6 +26,10 @@ class Metric(NamedTuple):
         """Return by how much `after` is better than `before`; negative where it is worse."""
         return after - before if self.higher_is_better else before - after
 
+    def text(self, value: float) -> str:
+        """Return a value as people write it."""
+        return f"{value:.3f}" if self.kind == "number" else f"{value:.2%}"
+
     def retention(self, value: float, reference: float) -> float:
         """Return the share of a reference's quality that is retained; 1 is as good, 0 where it is undefined."""
         above, below = (value, reference) if self.higher_is_better else (reference, value)
@@ -36,6 +40,12 @@ def softmax(logits: Array) -> Array:
     """Probabilities along the last axis, computed without overflow."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+
+
+def log_softmax(logits: Array) -> Array:
+    """Log probabilities along the last axis, float32, computed without overflow."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def sigmoid(logits: Array) -> Array:

@@ -8,10 +8,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from kdexport.tasks.base import Objective
 from kdexport.tasks.classes import Classes
-from kdexport.tasks.config import Items, Row
+from kdexport.tasks.config import Function, Items, Row
+from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array, Metric, f1_of
 
+# A teacher whose F1 or correlation is lower knows nothing.
+_CHANCE = 0.1
 # Between the labels of a row, where rows are kept.
 BETWEEN = "\x1f"
 
@@ -20,8 +24,10 @@ class SeveralLabels(Classes):
     """A row's `label` is all its labels, with `BETWEEN` between them; in a file a list, or a text with | between."""
 
     metric: ClassVar = Metric("micro F1")
+    problem: ClassVar[str] = "multi-label"
+    objective: ClassVar[Objective] = "several"
+    function: ClassVar[Function] = "sigmoid"
     one_label: ClassVar[bool] = False
-    label_loss: ClassVar = "bce"
 
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
@@ -36,7 +42,6 @@ class SeveralLabels(Classes):
 
     @staticmethod
     def labels_of(row: Row) -> set[str]:
-        """The labels that a row has."""
         return set((row["label"] or "").split(BETWEEN)) - {""}
 
     def label_array(self, rows: Iterable[Row]) -> Array:
@@ -64,6 +69,9 @@ class SeveralLabels(Classes):
         """F1 over all labels of all rows, of sums [..., 3] of counts."""
         return f1_of(sums)
 
+    def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
+        return metric(self, logits, rows) < _CHANCE
+
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Macro F1: the mean over labels that the rows have."""
         ours, theirs = logits > 0, self.label_array(rows) > 0
@@ -85,8 +93,10 @@ class Number(Classes):
     """A row's `label` is a number, and so is the answer: the one logit."""
 
     metric: ClassVar = Metric("Pearson correlation")
+    problem: ClassVar[str] = "regression"
+    objective: ClassVar[Objective] = "number"
+    function: ClassVar[Function] = "none"
     one_label: ClassVar[bool] = False
-    label_loss: ClassVar = "mse"
     has_names: ClassVar[bool] = False
 
     @staticmethod
@@ -101,27 +111,14 @@ class Number(Classes):
         return row | {"label": None if number is None else f"{number:g}"}
 
     @staticmethod
-    def labels_of(row: Row) -> set[str]:
-        """There are no names."""
-        return set()
-
-    @staticmethod
     def ordered(labels: Iterable[str]) -> list[str]:
         """What the one logit is called."""
         return ["value"]
-
-    @staticmethod
-    def stratum(row: Row) -> str:
-        """Numbers need no strata."""
-        return ""
 
     def label_array(self, rows: Iterable[Row]) -> Array:
         """The rows' numbers float32 [N, 1]; NaN for a row without one."""
         values = [row.get("label") for row in rows]
         return np.array([[np.nan if value is None else float(value)] for value in values], dtype=np.float32)
-
-    def correct(self, logits: Array, rows: Sequence[Row]) -> None:  # type: ignore[override]
-        """None: a number is not right or wrong."""
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Of each row 1, x, y, x², y² and xy, whose sums give the correlation: float64 [N, 6].
@@ -138,13 +135,11 @@ class Number(Classes):
         spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
         return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))
 
+    def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
+        return metric(self, logits, rows) < _CHANCE
+
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Spearman's correlation: Pearson's of the ranks."""
         from scipy.stats import spearmanr
 
         return {"Spearman correlation": float(spearmanr(logits[:, 0], self.label_array(rows)[:, 0]).statistic)}
-
-    def items(self, rows: Sequence[Row], logits: Array) -> Items:
-        """There is nothing to look at by label."""
-        none = np.zeros(0, dtype=np.int64)
-        return Items(none, none, np.zeros((0, 1)))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from kdexport.tasks.base import Card, Task
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Row
 from kdexport.tasks.inputs.texts import Texts
+from kdexport.tasks.menus import OF_LAYERS, TEXTS
 from kdexport.tasks.several import Number, SeveralLabels
 
 
@@ -14,21 +16,40 @@ class TextClassification(Texts, Classes):
     """Rows `{"text": …, "text_pair": …, "label": …}` → input ids → logits [N, C] → one label each."""
 
     name: ClassVar = "text-classification"
+    menu: ClassVar = TEXTS
+    card: ClassVar = Card(
+        "text-classification",
+        "ORTModelForSequenceClassification",
+        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a text to classify"])',
+    )
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("text", "sentence", "content", "utterance", "query", "review", "message", "body", "document"),
         "label": ("label", "labels", "category", "class", "intent", "topic", "sentiment", "target"),
     }
+    pairs: ClassVar = True
+    auto_class: ClassVar = "AutoModelForSequenceClassification"
+    heads: ClassVar = ("ForSequenceClassification",)
+    exporter: ClassVar = "text-classification"
+    stands_for: ClassVar = ("bert", "BertForSequenceClassification")
+    protocols: ClassVar = frozenset({"tei"})
+
+    @classmethod
+    def kinds(cls) -> dict[str, type[Task]]:
+        return {kind.problem: kind for kind in (TextClassification, MultiLabelTexts, TextRegression)}
 
 
 class MultiLabelTexts(SeveralLabels, TextClassification):
     """Any number of labels, each by itself: those whose logit is above 0."""
 
+    menu: ClassVar = TEXTS._replace(losses=("bce", "mse", *OF_LAYERS))
+
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        """What is wrong with a row, or None; it may have no label, but that must be said."""
-        missing = needs_label and row.get("label") is None
+        missing = needs_label and row.get("label") is None  # none of the labels is an answer, but must be given
         return "label is missing" if missing else Texts.check(row, max_chars, needs_label=False)
 
 
 class TextRegression(Number, TextClassification):
     """A number: the one logit."""
+
+    menu: ClassVar = TEXTS._replace(losses=("mse", *OF_LAYERS))

@@ -18,8 +18,10 @@ import numpy as np
 from tokenizers import Encoding
 
 from kdexport.errors import DataError
+from kdexport.tasks.base import Card, Objective
 from kdexport.tasks.config import Arrays, Items, Row
 from kdexport.tasks.inputs.texts import Texts
+from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, f1_of, softmax
 
 OUTSIDE = "O"
@@ -62,7 +64,6 @@ class Tagged(msgspec.Struct, frozen=True):
         ]
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
-        """What the command line prints."""
         names = [{**name, "score": round(name["score"], 6)} for name in self.entities]
         found: dict[str, Any] = {"entities": names, "words": self.words, "tags": self.tags}
         return found | {"scores": [round(score, 6) for score in self.scores]} if scores else found
@@ -92,9 +93,17 @@ class TokenClassification(Texts):
 
     name: ClassVar = "token-classification"
     metric: ClassVar = Metric("entity F1")
-    one_label: ClassVar[bool] = False
-    label_loss: ClassVar = "ce"
-    has_names: ClassVar[bool] = True
+    objective: ClassVar[Objective] = "tokens"
+    menu: ClassVar = TEXTS._replace(vocabulary="whole")
+    card: ClassVar = Card(
+        "token-classification",
+        "ORTModelForTokenClassification",
+        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a text to classify"])',
+    )
+    auto_class: ClassVar = "AutoModelForTokenClassification"
+    heads: ClassVar = ("ForTokenClassification",)
+    exporter: ClassVar = "token-classification"
+    stands_for: ClassVar = ("bert", "BertForTokenClassification")
     has_words: ClassVar = True
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("tokens", "words"),
@@ -120,7 +129,6 @@ class TokenClassification(Texts):
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        """What is wrong with a row, or None."""
         if problem := Texts.check(row, max_chars, needs_label):
             return problem
         before = OUTSIDE
@@ -152,7 +160,6 @@ class TokenClassification(Texts):
 
     @staticmethod
     def labels_of(row: Row) -> set[str]:
-        """The labels that a row's label holds; none where it has none."""
         return set((row["label"] or "").split())
 
     @staticmethod
@@ -183,10 +190,6 @@ class TokenClassification(Texts):
             batch["places"][i, : len(arrays["places"])] = arrays["places"]
         return batch
 
-    def graph_inputs(self, arrays: Arrays) -> Arrays:
-        """What the graph reads of an encoded batch."""
-        return {name: arrays[name] for name in self.config.inputs}
-
     def gather(self, output: Array, arrays: Arrays) -> Array:
         """The graph's output [B, T, C] → logits by word [B, max_length, C]; zeros beyond a row's words."""
         places = arrays["places"]
@@ -202,16 +205,13 @@ class TokenClassification(Texts):
         return super().sized(rows, length) | {"places": np.arange(length)[None]}
 
     def axes(self) -> dict[str, dict[int, str]]:
-        """Names of the dynamic axes of every input and of the output."""
         both = {0: "batch_size", 1: "sequence_length"}
         return dict.fromkeys((*self.config.inputs, self.output), both)
 
     def probes(self) -> list[dict[str, Any]]:
-        """Rows at the edges of what may come in."""
         return [self.ready(row) for row in super().probes()]
 
     def examples(self) -> list[dict[str, Any]]:
-        """Rows as they come in every day."""
         return [self.ready(row) for row in super().examples()]
 
     # --- logits → answers
@@ -272,10 +272,6 @@ class TokenClassification(Texts):
         """Metrics beside the one that counts: precision and recall of names."""
         right, found, there = self.stats(logits, rows).sum(axis=0)
         return {"precision": float(right / max(found, 1)), "recall": float(right / max(there, 1))}
-
-    def chosen(self, items: Items) -> Array:
-        """The tag that each word is given: int64 [M]."""
-        return np.asarray(items.logits.argmax(axis=1))
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         """Each labelled word as a row of its own."""

@@ -9,6 +9,7 @@ import struct
 import tempfile
 import wave
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import atheris
 with atheris.instrument_imports(include=["kdexport"]):
     import numpy as np
     import small
+    import soundfile
     from PIL import Image
 
     import kdexport
@@ -26,8 +28,9 @@ with atheris.instrument_imports(include=["kdexport"]):
     from kdexport.runtime import artifact
     from kdexport.runtime.onnx_wire import has_external_data
     from kdexport.serve.registry import Models
-    from kdexport.tasks import TASKS
+    from kdexport.tasks import task_class
     from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig
+    from kdexport.tasks.inputs import recordings
 
 
 class Target(NamedTuple):
@@ -52,20 +55,30 @@ def images() -> Target:
 
 
 def sound() -> Target:
-    """Any bytes as a recording, for a model of waveforms and one of mel bands."""
+    """Any bytes as a recording, for a model of waveforms and one of mel bands; checksums of OGG are made right."""
     hows = [AudioConfig(rate=16_000, length=160_000), AudioConfig(rate=8_000, length=98, mels=40, mean=-4.0, std=4.0)]
     tasks = [_task("audio-classification", "input_values", audio=how) for how in hows]
-    return Target(lambda data: _encode(tasks, "audio", data), _recordings())
+    return Target(lambda data: _encode(tasks, "audio", _with_checksums(data)), _recordings())
+
+
+def _with_checksums(data: bytes) -> bytes:
+    pages = data.split(b"OggS\0")
+    for i, page in enumerate(pages[1:], 1):
+        head = b"OggS\0" + page[:17] + bytes(4)
+        end = 22 + (page[21] + sum(page[22 : 22 + page[21]]) if len(page) > 21 else 0)
+        pages[i] = page[:17] + recordings._ogg_checksum(head + page[21:end]) + page[21:]
+    return b"OggS\0".join(pages)
 
 
 def _task(name: str, reads: str, **how: Any) -> Any:
-    return TASKS[name](TaskConfig(task=name, labels=["a", "b"], inputs=[reads], **how))
+    return task_class(name)(TaskConfig(task=name, labels=["a", "b"], inputs=[reads], **how))
 
 
 def _encode(tasks: list[Any], reads: str, data: bytes) -> None:
     for task in tasks:
-        try:
+        with suppress(DataError):
             task.seconds({reads: data})
+        try:
             arrays = task.encode([{reads: data}])
         except DataError:
             continue
@@ -102,12 +115,22 @@ def _recordings() -> Iterator[bytes]:
             out.setframerate(rate)
             out.writeframes(bytes(range(240)) * channels)
         yield file.getvalue()
+    noise = np.random.default_rng(0).normal(0, 0.1, (4_000, 2))
+    for form, subtype in (
+        ("FLAC", "PCM_16"), ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"),
+        ("WAV", "ULAW"), ("WAV", "IMA_ADPCM"), ("WAV", "MS_ADPCM"), ("WAV", "GSM610"), ("WAVEX", "FLOAT"),
+    ):  # fmt: skip
+        for samples in (noise[:, :1], 0 * noise[:, :1], *([] if subtype == "GSM610" else [noise])):
+            file = io.BytesIO()
+            soundfile.write(file, samples, 16_000, subtype, format=form)
+            yield file.getvalue()
     for kind, channels, rate, bits, data in (
         (3, 1, 16_000, 64, struct.pack("<2d", 1e308, -1e308)),
         (3, 1, 16_000, 32, struct.pack("<2f", float("nan"), 1.0)),
         (1, 1, 1, 16, b"\0\1" * 100),
         (1, 65_535, 2**32 - 1, 16, b"\0\1" * 70_000),
         (0xFFFE, 1, 15_999, 24, b"\0\1\2" * 100),
+        (0x55, 1, 8_000, 0, (b"\xff\xe3\x18\xc4" + bytes(68)) * 20),  # MP3 in WAV
     ):
         head = struct.pack("<HHIIHH", kind, channels, rate, 0, 0, bits)
         body = b"WAVEfmt " + struct.pack("<I", len(head)) + head + b"data" + struct.pack("<I", len(data)) + data

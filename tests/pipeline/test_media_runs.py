@@ -142,7 +142,7 @@ def test_predict_reads_files_and_bytes(finished_run, kind, tmp_path, kdexport):
     (tmp_path / "bad").write_bytes(b"no such thing")
     failed = kdexport("predict", finished_run, tmp_path / "bad")
     assert failed.returncode == 2
-    assert f"{tmp_path}/bad is no {'image' if kind == 'image' else 'WAV file'}" in " ".join(failed.stderr.split())
+    assert f"{tmp_path}/bad is no {'image' if kind == 'image' else 'sound file'}" in " ".join(failed.stderr.split())
 
 
 @pytest.fixture

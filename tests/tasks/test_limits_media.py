@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import soundfile
 from limits import MOST_MB, assert_cheap, begin_peak, cost_of, memory_mb
 from PIL import Image
 from serve_process import served
@@ -26,9 +27,9 @@ from kdexport.errors import DataError
 from kdexport.runtime import artifact
 from kdexport.serve.http import Refused
 from kdexport.serve.registry import Version
-from kdexport.tasks import TASKS
+from kdexport.tasks import task_class
 from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig
-from kdexport.tasks.inputs import audio, headers, images
+from kdexport.tasks.inputs import headers, images, recordings
 from kdexport.tasks.inputs.media import Decoding, bytes_of, inline, inline_bytes
 
 BODY = 2_000_000 - 2_000
@@ -184,7 +185,62 @@ def wav(frames, rate, channels=1, bits=8, kind=1, value=None, before=b"") -> byt
     return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WAVE" + chunks
 
 
+def compressed(form: str, subtype: str, seconds: float, rate: int, channels=1, noise=False) -> bytes:
+    """A file of silence, which is small, or of noise."""
+    file = io.BytesIO()
+    frames = np.random.default_rng(0).normal(0, 0.1, (rate, channels)) if noise else np.zeros((rate, channels))
+    with soundfile.SoundFile(file, "w", rate, channels, subtype, format=form) as out:
+        for begin in np.arange(0, seconds, 1):
+            out.write(frames[: round(min(1, seconds - begin) * rate)])
+    return file.getvalue()
+
+
+def flac_claims(frames: int, channels: int = 1) -> bytes:
+    """A FLAC file whose header has another number of frames, and of channels."""
+    content = bytearray(compressed("FLAC", "PCM_16", 0.5, 16_000))
+    content[18:26] = (16_000 << 44 | (channels - 1) << 41 | 15 << 36 | frames).to_bytes(8, "big")
+    return bytes(content)
+
+
+def ogg_page(number: int, *packets: bytes, granule: int = 0) -> bytes:
+    lengths = b"".join(b"\xff" * (len(packet) // 255) + bytes([len(packet) % 255]) for packet in packets)
+    head = b"OggS\0" + bytes([0 if number else 2]) + struct.pack("<qII", granule, 7, number)
+    rest = bytes([len(lengths)]) + lengths + b"".join(packets)
+    return head + recordings._ogg_checksum(head + bytes(4) + rest) + rest
+
+
+def codebooks(count: int, entries: int) -> bytes:
+    """Vorbis with codebooks of which each claims, in 13 bytes, so many entries."""
+    bits = size = 0
+    width = entries.bit_length()
+    for value, length in ((count - 1, 8), *((0x564342, 24), (1, 16), (entries, 24), (1, 1), (width - 1, 5),
+                                            (entries, width), (0, 4)) * count):  # fmt: skip
+        bits, size = bits | value << size, size + length
+    first = b"\1vorbis" + struct.pack("<IBIiiiBB", 0, 1, 16_000, 0, 64_000, 0, 0xB8, 1)
+    setup = b"\5vorbis" + bits.to_bytes(-(-size // 8), "little") + bytes(50)
+    pages = ogg_page(0, first), ogg_page(1, b"\3vorbis" + bytes(8) + b"\1", setup)
+    return b"".join(pages) + ogg_page(2, bytes(10), granule=16_000)
+
+
+MP3_OF_8_KBIT = b"\xff\xe3\x18\xc4" + bytes(68)  # 72 bytes that are 72 ms
 HOSTILE_SOUNDS = {
+    "flac of 10,000 s": lambda: compressed("FLAC", "PCM_16", 10_000, 8_000),
+    "flac of 119 s at 384 kHz": lambda: compressed("FLAC", "PCM_16", 119, 384_000, 8),
+    "flac that claims 2^36 - 1": lambda: flac_claims(2**36 - 1),
+    "flac that claims 119 s": lambda: flac_claims(119 * 16_000, 8),
+    "flac without a length": lambda: flac_claims(0),
+    "flac of metadata": lambda: b"fLaC\4" + (BODY - 50).to_bytes(3, "big") + bytes(BODY),
+    "flac of empty metadata": lambda: flac_claims(8_000)[:42] + b"\1\0\0\0" * (BODY // 4),
+    "mp3 of 2,000 s": lambda: MP3_OF_8_KBIT * (BODY // 72),
+    "mp3 in wav": lambda: wav(BODY // 2, 8_000, kind=0x55, bits=16),
+    "vorbis of 20,000 s": lambda: compressed("OGG", "VORBIS", 20_000, 1_000),
+    "vorbis of large codebooks": lambda: codebooks(256, 2**23 - 1),
+    "vorbis of the largest codebooks": lambda: codebooks(32, 2**13 - 1),
+    "vorbis of comments": lambda: ogg_page(0, b"\1vorbis" + bytes(23)) + ogg_page(1, *[b""] * 255) * (BODY // 282),
+    "opus of 5,000 s": lambda: compressed("OGG", "OPUS", 5_000, 8_000),
+    "opus of 119 s": lambda: compressed("OGG", "OPUS", 119, 48_000, 8),
+    "vorbis of 20 channels": lambda: compressed("OGG", "VORBIS", 1, 8_000, 20),
+    "ogg of junk": lambda: compressed("OGG", "VORBIS", 1, 8_000) + bytes(BODY - 50_000),
     "1 Hz": lambda: wav(120, 1),
     "2^32 - 1 Hz": lambda: wav(100, 2**32 - 1),
     "101 Hz": lambda: wav(12_100, 101),
@@ -205,7 +261,7 @@ _SETUP = """
 from pathlib import Path
 from PIL import Image
 from kdexport.errors import DataError
-from kdexport.tasks import TASKS
+from kdexport.tasks import task_class
 from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig
 Image.init()
 content, kind = Path(arguments[0]).read_bytes(), arguments[1]
@@ -213,7 +269,7 @@ if kind == "image":
     how = ImageConfig(resize=256, crop=[224, 224], resample=3, mean=[0.5] * 3, std=[0.5] * 3)
 else:
     how = AudioConfig(rate=16_000, length=160_000)
-task = TASKS[kind + "-classification"](TaskConfig(task="", labels=["a"], inputs=["x"], **{kind: how}))
+task = task_class(kind + "-classification")(TaskConfig(task="", labels=["a"], inputs=["x"], **{kind: how}))
 """
 _WORK = """
 result = {"refused": ""}
@@ -257,6 +313,31 @@ def test_a_recording_that_claims_much_costs_little(name, tmp_path):
     print(f"{name:24} {cost.mb:6.1f} MB {cost.seconds:5.2f} s {cost.result['refused']}")
 
 
+# Of every format the largest that is let in for a model that reads 10 s, in its costliest encoding.
+LARGEST_SOUNDS = {
+    "flac": lambda: compressed("FLAC", "PCM_24", 11, 384_000, 8),
+    "flac noise": lambda: compressed("FLAC", "PCM_16", 11, 192_000, 2, noise=True),
+    "vorbis": lambda: compressed("OGG", "VORBIS", 11, 192_000, 8, noise=True),
+    "opus": lambda: compressed("OGG", "OPUS", 11, 48_000, 8, noise=True),
+}
+
+
+@pytest.mark.parametrize("name", LARGEST_SOUNDS)
+def test_the_largest_recording_of_each_format_is_read_within_the_limits(name, tmp_path):
+    cost = measured(tmp_path, "audio", LARGEST_SOUNDS[name]())
+    assert not cost.result["refused"]
+    assert_cheap(cost)
+    print(f"{name:24} {cost.mb:6.1f} MB {cost.seconds:5.2f} s, estimated {cost.result['estimate']:.2f}")
+
+
+@pytest.mark.parametrize("content", [MP3_OF_8_KBIT * 3, b"ID3\4\0\0\0\0\0\0" + MP3_OF_8_KBIT * 3])
+def test_requests_with_mp3_are_refused_before_its_decoder_sees_them(content, capfd):
+    task = task_class("audio-classification")(TaskConfig(task="", labels=["a"], inputs=["x"], audio=BANDS))
+    with pytest.raises(DataError, match=r"it is MP3, which is read from files only\. Send WAV, FLAC or OGG"):
+        task.seconds({"audio": content})
+    assert not capfd.readouterr().err
+
+
 def test_of_a_long_recording_only_what_the_model_reads_is_converted(tmp_path):
     cost = measured(tmp_path, "audio", wav(120 * 192_000, 192_000, 2, 16))
     assert_cheap(cost)
@@ -267,7 +348,7 @@ def test_of_a_long_recording_only_what_the_model_reads_is_converted(tmp_path):
 
 
 def image_task(how):
-    return TASKS["image-classification"](
+    return task_class("image-classification")(
         TaskConfig(task="image-classification", labels=["a"], inputs=["pixel_values"], image=how)
     )
 
@@ -296,12 +377,6 @@ def test_metadata_is_left_out_and_pixels_are_the_same(form):
     assert np.array_equal(np.asarray(images.decoded(content)), np.asarray(Image.open(io.BytesIO(content))))
     if form != "TIFF":
         assert len(headers.trimmed(content)) < len(content) - 70
-
-
-@pytest.mark.parametrize("own", [8_000, 22_050, 44_100, 47_952, 48_000, 96_000, 192_000])
-def test_usual_rates_are_resampled_by_their_own_ratio(own):
-    to, of = audio._ratio(16_000, own)
-    assert to * own == of * 16_000
 
 
 # --- rows of data sets

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import struct
 import wave
 
 import numpy as np
@@ -31,7 +30,7 @@ from kdexport import spec
 from kdexport.data import prepare, read_rows, read_summary
 from kdexport.errors import DataError, ModelError, SpecError
 from kdexport.export.quantize import convolves
-from kdexport.tasks import TASKS
+from kdexport.tasks import task_class
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.inputs import audio, images
 from kdexport.tasks.inputs.media import bytes_of, inline
@@ -59,13 +58,13 @@ def sound(seconds=0.5, rate=8000, channels=1, seed=0, hertz=440) -> bytes:
 
 
 def image_task(how):
-    return TASKS["image-classification"](
+    return task_class("image-classification")(
         TaskConfig(task="image-classification", labels=["a", "b"], inputs=["pixel_values"], image=how)
     )
 
 
 def audio_task(how):
-    return TASKS["audio-classification"](
+    return task_class("audio-classification")(
         TaskConfig(task="audio-classification", labels=["a", "b"], inputs=["input_values"], audio=how)
     )
 
@@ -144,31 +143,6 @@ def test_waveforms_as_wav2vec2_reads_them(normalise):
     assert np.abs(ours - theirs["input_values"]).max() < 1e-5
 
 
-def test_sound_of_another_rate_is_the_same_sound():
-    high = audio.resampled(audio.decoded(sound(0.5, 44_100)), 8_000, 10_000)
-    t = np.arange(len(high)) / 8000
-    assert len(high) == 4000
-    assert np.corrcoef(high[200:-200], np.sin(2 * np.pi * 440 * t)[200:-200])[0, 1] > 0.99
-    assert np.abs(high).max() < 0.45
-
-
-@pytest.mark.parametrize(("bits", "kind"), [(8, 1), (16, 1), (24, 1), (32, 1), (32, 3), (64, 3)])
-def test_every_kind_of_wav(bits, kind):
-    wanted = np.linspace(-0.9, 0.9, 50)
-    if kind == 3:
-        raw = wanted.astype(f"<f{bits // 8}").tobytes()
-    elif bits == 8:
-        raw = np.round(wanted * 128 + 128).astype(np.uint8).tobytes()
-    else:
-        raw = b"".join(round(v * 2 ** (bits - 1)).to_bytes(bits // 8, "little", signed=True) for v in wanted)
-    head = struct.pack("<HHIIHH", kind, 1, 8000, 8000 * bits // 8, bits // 8, bits)
-    chunks = b"fmt " + struct.pack("<I", 16) + head + b"LIST" + struct.pack("<I", 3) + b"odd\0"
-    chunks += b"data" + struct.pack("<I", len(raw)) + raw
-    found = audio.decoded(b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WAVE" + chunks)
-    assert found.rate == 8000
-    np.testing.assert_allclose(found.samples, wanted, atol=1 / 120 if bits == 8 else 1e-4)
-
-
 @pytest.mark.parametrize("task", ["image", "audio"])
 def test_probes_and_examples_can_be_read(task):
     how = images.ImageConfig(channels=3, resize=[16, 16], mean=[0.5] * 3, std=[0.5] * 3)
@@ -243,7 +217,7 @@ def test_recordings_with_a_table(tmp_path):
         ("text.png", b"hello", "is no image"),
         ("empty.wav", b"", "is empty"),
         ("long.wav", sound(600, 400), "lasts 600 s"),
-        ("music.wav", b"ID3" + bytes(50), "is no WAV file"),
+        ("music.wav", b"ID3" + bytes(50), "is no sound file"),
         ("silent.wav", sound(0.0), "holds no sound"),
     ],
 )
@@ -299,9 +273,9 @@ def test_students_of_texts_are_refused():
 
     given = {"data.train": "x", "teacher.model": "y"}
     with pytest.raises(SpecError, match="'tiny' is none for audio-classification"):
-        derive.check(spec.load(None, given | {"task": "audio-classification", "student.model": "tiny"}))
+        spec.load(None, given | {"task": "audio-classification", "student.model": "tiny"})
     with pytest.raises(SpecError, match="'conv' is none for text-classification"):
-        derive.check(spec.load(None, given | {"student.model": "conv"}))
+        spec.load(None, given | {"student.model": "conv"})
     media = spec.load(None, given | {"task": "image-classification", "budget.size_mb": 1})
     assert derive.students(media) == ("conv:8", "conv", "conv:24", "conv:32")
 

@@ -21,7 +21,7 @@ from kdexport.serve.large import check_answer
 from kdexport.serve.registry import Version
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
 from kdexport.serve.writing import Writer, job_of
-from kdexport.tasks.inputs.texts import Texts
+from kdexport.tasks.base import reads_files, reads_texts
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.token_classification import TokenClassification
 
@@ -78,10 +78,10 @@ def metadata(version: Version) -> dict[str, Any]:
     task, tensors = version.task, list[dict[str, Any]]()
     if version.writer:
         tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
-    elif isinstance(task, Texts):
+    elif reads_texts(task):
         tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
         tensors += [{"name": name, "datatype": "INT64", "shape": [-1, -1]} for name in task.config.inputs]
-    else:
+    elif reads_files(task):
         tensors = [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in task.shapes().items()]
     wide = [-1, len(version.task.labels)]
     return {
@@ -187,8 +187,9 @@ def rows_of(
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Named tensors → rows that the model runs, and the tokens that each is thought to take."""
     task = version.task
-    if not isinstance(task, Texts):
+    if reads_files(task):
         return _float_rows(task.shapes(), tensors, shapes, max_rows)
+    assert reads_texts(task)
     if "text" in tensors:
         return _text_rows(version, tensors, shapes, max_rows, max_chars)
     wanted = task.config.inputs

@@ -1,4 +1,4 @@
-"""Sound as a model reads it: a WAV file's bytes → mono at the model's rate → a waveform, or logarithms of mel bands.
+"""Sound as a model reads it: a file's bytes → mono at the model's rate → a waveform, or logarithms of mel bands.
 
 The arithmetic is that of Hugging Face's feature extractors: Wav2Vec2's for waveforms, and for mel bands that of the
 Audio Spectrogram Transformer (Gong et al. 2021) as transformers 4.57 does it without torchaudio: Kaldi's filter banks
@@ -11,40 +11,32 @@ import io
 import math
 import wave
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from kdexport.errors import ModelError
+from kdexport.errors import DataError, ModelError
+from kdexport.tasks.base import Modality
 from kdexport.tasks.config import AudioConfig, Row
-from kdexport.tasks.inputs.media import DECODING, Media, bytes_of, inline
-from kdexport.tasks.inputs.wav import Recording, decoded, pieces, read_header
+from kdexport.tasks.inputs.media import DECODING, Media, bytes_of, inline, installed
+from kdexport.tasks.inputs.recordings import Recording, decoded, format_of, opened, read_header
 from kdexport.tasks.metrics import Array
 
 FRAME, HOP = 400, 160
 _FFT, _PREEMPHASIS, _FLOOR, _LOWEST_HZ = 512, 0.97, 1.192092955078125e-07, 20
 # What models read of a recording at most, where nothing else says how much.
 _USUAL_S = 10.0
-# Fourier transforms are slow, and large, where their length has large factors. Ratios of the usual rates have none
-# (160 : 441, 147 : 1,280); of all others the nearest one of small parts is taken, within a thousandth.
-_MOST_RATIO, _MOST_ODD_RATIO, _MOST_ODD_LENGTH = 3_000, 100, 1 << 19
-_SMOOTH = math.prod(p for p in range(2, 100) if all(p % q for q in range(2, p))) ** 24
-# What reading a number and resampling a sample take on one core, and the copies of a sample that there are meanwhile.
-_SECONDS_PER_NUMBER, _SECONDS_PER_SAMPLE, _BYTES_PER_SAMPLE = 5e-9, 6e-8, 32
+# What resampling a sample takes on one core, and the copies of a sample that there are meanwhile.
+_SECONDS_PER_SAMPLE, _BYTES_PER_SAMPLE = 3e-8, 32
 
 
 class Sounds(Media):
-    """The side of a task that reads rows `{"audio": …}`."""
+    """The input side of tasks with rows `{"audio": …}`."""
 
-    modality: ClassVar = "audio"
-
-    @cached_property
-    def _how(self) -> AudioConfig:
-        assert self.config.audio
-        return self.config.audio
+    modality: ClassVar[Modality] = "audio"
+    _how: AudioConfig
 
     @cached_property
     def _filters(self) -> Array:
@@ -52,24 +44,23 @@ class Sounds(Media):
 
     @classmethod
     def inspect(cls, content: bytes) -> object:
-        """Check the header, and numbers that may be no sound: floats."""
-        header = read_header(content)
-        if header.is_float:
-            for _ in pieces(content, header):
+        """Decode the recording, to check that it can be."""
+        with opened(content) as (header, pieces):
+            for _ in pieces:
                 pass
         return header
 
     @property
-    def _needed(self) -> int:
-        """Samples that the model reads."""
-        return FRAME + (self._how.length - 1) * HOP if self._how.mels else self._how.length
+    def _read(self) -> float:
+        """Seconds that are decoded: one more than the model reads, for the filter that resamples."""
+        return seconds_of(self._how) + 1
 
     def array(self, content: bytes) -> Array:
-        """Float32 [length] of one recording, or [length, mels]."""
-        how, needed = self._how, self._needed
-        read = (needed + HOP) / how.rate + 1  # a second more than is heard, as resampling takes whole units
-        with DECODING.room(read_header(content, read).frames * _BYTES_PER_SAMPLE):
-            samples = resampled(decoded(content, read), how.rate, needed)
+        """Return float32 [length] of one recording, or [length, mels]."""
+        how = self._how
+        with opened(content, self._read) as (header, pieces), DECODING.room(header.frames * _BYTES_PER_SAMPLE):
+            recording = Recording(np.concatenate(list(pieces)), header.rate)
+            samples = resampled(recording, how.rate, _needed(how))
             if not how.mels:
                 heard = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7) if how.normalise else samples
                 return _padded(heard, how.length)
@@ -77,26 +68,24 @@ class Sounds(Media):
             return ((bands - how.mean) / (how.std * 2) if how.normalise else bands).astype(np.float32)
 
     def seconds(self, row: Row) -> float:
-        """Estimate the seconds that decoding a row takes, from its header.
-
-        Raises:
-            DataError: it is no sound that can be read.
-        """
-        header = read_header(bytes_of(row[self.modality]), (self._needed + HOP) / self._how.rate + 1)
-        return header.frames * (header.channels * _SECONDS_PER_NUMBER + _SECONDS_PER_SAMPLE)
+        """Estimate the CPU seconds that decoding and resampling a row of a request take, from its header."""
+        content = bytes_of(row[self.modality])
+        if format_of(content) == "MP3":  # libmpg123 writes each fault of a file to stderr, and waits for its reader
+            raise DataError("it is MP3, which is read from files only", "Send WAV, FLAC or OGG")
+        header = read_header(content, self._read)
+        return header.decoding_seconds + header.frames * _SECONDS_PER_SAMPLE
 
     def shapes(self) -> dict[str, list[int]]:
-        """The graph's input, float32."""
+        """Return the shape of the graph's input."""
         bands = [self._how.mels] if self._how.mels else []
         return {self.config.inputs[0]: [-1, self._how.length, *bands]}
 
     def axes(self) -> dict[str, dict[int, str]]:
-        """Names of the dynamic axes of the input and of the output; of mel bands there are always so many."""
+        """Return the names of the dynamic axes; the number of mel frames is fixed."""
         length = {} if self._how.mels else {1: "sequence_length"}
         return {self.config.inputs[0]: {0: "batch_size"} | length, self.output: {0: "batch_size"}}
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
-        """What is worth saying of how these rows are read."""
         recordings = [read_header(bytes_of(row[self.modality])) for row in rows]
         reads, said = seconds_of(self._how), []
         if others := sorted({r.rate for r in recordings} - {self._how.rate}):
@@ -107,7 +96,7 @@ class Sounds(Media):
         return said
 
     def probes(self) -> list[dict[str, Any]]:
-        """Recordings at the edges of what may come in: a sample, silence, too long, stereo of another rate."""
+        """Return edge cases: one sample, silence, too long and stereo at another rate, a constant."""
         length = int(seconds_of(self._how) * 44_100)
         return [
             _recording(np.zeros((1, 1)), 8_000),
@@ -117,7 +106,6 @@ class Sounds(Media):
         ]
 
     def examples(self) -> list[dict[str, Any]]:
-        """Recordings of the usual length."""
         rate = self._how.rate
         return [_recording(_noise(int(seconds_of(self._how) * rate), 1, seed), rate) for seed in range(2, 6)]
 
@@ -126,33 +114,16 @@ class Sounds(Media):
 
 
 def resampled(recording: Recording, rate: int, needed: int) -> Array:
-    """At most `needed` samples at another rate, by the Fourier transform: what lies above half the rate is gone."""
+    """Return at most `needed` samples at another rate, by soxr, as librosa resamples."""
     samples, own = recording
-    if own == rate:
-        return samples[:needed]
-    to, of = _ratio(rate, own)
-    blocks = -(-min(len(samples), math.ceil((needed + HOP) * own / rate)) // of)
-    samples = samples[: blocks * of]
-    wanted = min(needed, max(1, math.ceil(len(samples) * rate / own)))
-    blocks = -(-blocks // 32) * 32  # lengths that are products of small numbers are transformed sooner
-    while blocks * of > _MOST_ODD_LENGTH and _SMOOTH % blocks:
-        blocks += 32
-    spectrum = np.fft.rfft(samples, blocks * of)
-    length = blocks * to
-    return (np.fft.irfft(spectrum[: length // 2 + 1], length)[:wanted] * (rate / own)).astype(np.float32)
-
-
-@lru_cache(64)
-def _ratio(rate: int, own: int) -> tuple[int, int]:
-    """Samples after and before resampling, in small whole numbers."""
-    ratio = Fraction(rate, own)
-    if any(part > _MOST_RATIO or _SMOOTH % part for part in ratio.as_integer_ratio()):
-        ratio = ratio.limit_denominator(_MOST_ODD_RATIO)
-    return max(1, ratio.numerator), ratio.denominator
+    if own != rate:
+        made = installed("soxr", "soxr").resample(samples, own, rate)
+        samples = made if len(made) else samples[:1]
+    return samples[:needed]
 
 
 def log_mels(samples: Array, filters: Array) -> Array:
-    """Float32 [frames, mels]: the logarithm of each band's energy in frames of 400 samples, 160 apart."""
+    """Return float32 [frames, mels]: log energy by band in frames of 400 samples, 160 apart."""
     if len(samples) < FRAME:
         samples = _padded(samples, FRAME)
     frames = sliding_window_view(samples, FRAME)[::HOP]
@@ -195,19 +166,18 @@ def _padded(values: Array, length: int) -> Array:
 
 
 def seconds_of(how: AudioConfig) -> float:
-    """How much of a recording is read, in s."""
-    return (FRAME + (how.length - 1) * HOP if how.mels else how.length) / how.rate
+    """Return how many seconds of a recording the model reads."""
+    return _needed(how) / how.rate
+
+
+def _needed(how: AudioConfig) -> int:
+    return FRAME + (how.length - 1) * HOP if how.mels else how.length
 
 
 def config_of(extractor: Mapping[str, Any], rows: Sequence[Row]) -> AudioConfig:
-    """What a Hugging Face feature extractor does, from its settings (`preprocessor_config.json`).
+    """Translate a Hugging Face feature extractor's settings (`preprocessor_config.json`).
 
-    Args:
-        extractor: Wav2Vec2's or the Audio Spectrogram Transformer's.
-        rows: some of the training rows: waveforms are cut where 99 of 100 have ended, and at 10 s.
-
-    Raises:
-        ModelError: it is another kind.
+    Waveforms are cut where 99 % of `rows`, some of the training rows, have ended, and at 10 s.
     """
     kind, rate = extractor.get("feature_extractor_type"), extractor.get("sampling_rate", 16_000)
     normalise = extractor.get("do_normalize", True)
@@ -226,7 +196,7 @@ def config_of(extractor: Mapping[str, Any], rows: Sequence[Row]) -> AudioConfig:
 
 
 def extractor_of(how: AudioConfig) -> dict[str, Any]:
-    """The settings of the Hugging Face extractor (the Audio Spectrogram Transformer's) that makes these bands."""
+    """Return the settings of the ASTFeatureExtractor that makes the same bands."""
     return {
         "sampling_rate": how.rate,
         "num_mel_bins": how.mels,
@@ -237,13 +207,7 @@ def extractor_of(how: AudioConfig) -> dict[str, Any]:
 
 
 def fitted(rows: Sequence[Row], most_rate: int, mels: int) -> AudioConfig:
-    """How a small student should read recordings like these: at their own rate, as long as 99 of 100 of them.
-
-    Args:
-        rows: some of the training rows.
-        most_rate: the teacher's, in Hz, which is not exceeded.
-        mels: bands.
-    """
+    """Fit a small student's input to some training rows: their median rate up to `most_rate`, their 99 % length."""
     recordings = [decoded(bytes_of(row["audio"]), _USUAL_S + 1) for row in rows]
     rate = min(most_rate, int(np.median([recording.rate for recording in recordings])))
     samples = int(_usual_seconds(rows) * rate)
@@ -272,7 +236,7 @@ def _noise(frames: int, channels: int, seed: int) -> Array:
 
 
 def _recording(samples: Array, rate: int) -> dict[str, Any]:
-    """A row of 16-bit PCM of samples [T, channels]."""
+    """Return a row of samples [T, channels] as 16-bit PCM."""
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:
         sound.setnchannels(samples.shape[1])

@@ -1,7 +1,8 @@
-"""Read a picture's header without Pillow: its size and the cost of decoding it, within microseconds.
+"""Read an image's header without Pillow: its size and the cost of decoding it, within microseconds.
 
-Pillow parses metadata while it opens a file, and the cost of that has no bound: a JPEG of 2 MB with 100,000 empty EXIF
-segments takes 13 s. So the header is checked first, and of JPEG and PNG Pillow gets the parts that pixels depend on.
+Pillow parses metadata while it opens a file, and the cost of that has no bound: with Pillow 13, a JPEG of 2 MB with
+100,000 empty EXIF segments takes 12 s, a PNG of 1,900 colour profiles 4 s. So the header is checked first, and Pillow
+gets only the parts that pixels depend on.
 """
 
 from __future__ import annotations
@@ -30,10 +31,7 @@ _TIFF_SIZES = dict(zip(range(1, 19), (1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 
 
 
 class Header(NamedTuple):
-    """The size of a picture in pixels and the bytes that a pixel takes, or that take as long to decode.
-
-    `scale` divides both sides while a JPEG is decoded.
-    """
+    """Size in pixels, bytes a pixel takes (or as many as take that long), and the divisor by which a JPEG shrinks."""
 
     width: int
     height: int
@@ -42,16 +40,12 @@ class Header(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Memory that decoding takes at most, all copies together."""
+        """The most memory that decoding takes, all copies together."""
         return int(self.width * self.height * self.per_pixel)
 
 
 def read_header(content: bytes) -> Header:
-    """Return the size and the cost of a picture.
-
-    Raises:
-        DataError: it is no picture of a known format, or decoding it would cost too much.
-    """
+    """Return the size and the cost of an image; raise if its format is unknown or decoding would cost too much."""
     if not content:
         raise DataError("it is empty")
     for start, read in _READERS.items():
@@ -64,11 +58,7 @@ def read_header(content: bytes) -> Header:
 
 
 def check(header: Header) -> Header:
-    """Return the header unchanged if the picture is small enough to be decoded.
-
-    Raises:
-        DataError: decoding it would cost too much.
-    """
+    """Return the header, or raise `TooLarge`."""
     width, height = header.width, header.height
     if max(width, height) > _LONGEST_SIDE or header.bytes > MOST_BYTES:
         millions = MOST_BYTES / header.per_pixel / 1e6
@@ -80,7 +70,7 @@ def check(header: Header) -> Header:
 
 
 def trimmed(content: bytes) -> bytes:
-    """Return a JPEG, PNG or TIFF without what its first picture does not depend on; other formats unchanged."""
+    """Drop from a JPEG, PNG or TIFF all that its first image does not depend on."""
     if content.startswith(b"\xff\xd8"):
         kept, _, scan = _jpeg_parts(content)
         return content if sum(map(len, kept)) == scan else b"".join([*kept, content[scan:]])
@@ -93,7 +83,7 @@ def trimmed(content: bytes) -> bytes:
 
 
 def _jpeg_parts(content: bytes) -> tuple[list[bytes], bytes, int]:
-    """Return the segments before the first scan but for metadata, the frame's header, and where the scan begins."""
+    """Return the segments before the first scan without metadata, the frame header, and the scan's offset."""
     kept, at, frame = list[bytes](), 0, b""
     for _ in range(_MOST_PARTS):
         if not (found := _MARKER.search(content, at)):
@@ -167,7 +157,7 @@ def _bmp(content: bytes) -> Header:
 
 
 def _tiff_tags(content: bytes) -> tuple[dict[int, tuple[int, int]], int, int]:
-    """Tag → count and the first value of those that fit into their entry; where the entries end, bytes of a pointer."""
+    """Return tag → (count, first value if stored inline), the end of the entries, and the bytes of a pointer."""
     order = "<" if content[:2] == b"II" else ">"
     big = content[2:4] in (b"\0+", b"+\0")
     entry, pointer = ("HHQ", 8) if big else ("HHI", 4)

@@ -1,7 +1,7 @@
-"""Pictures as a model reads them: a file's bytes → resized, cut, scaled, normalised float32 [channels, height, width].
+"""Images as a model reads them: a file's bytes → resized, cropped, normalised float32 [channels, height, width].
 
-The arithmetic is that of Hugging Face's image processors (transformers 4.57, the ones on Pillow and numpy), whose
-`preprocessor_config.json` it follows, so that what was trained there answers the same here.
+The arithmetic is that of Hugging Face's image processors on Pillow and numpy (transformers 4.57), by their
+`preprocessor_config.json`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 
-from kdexport.errors import DataError, MissingPackage, ModelError, TooLarge
+from kdexport.errors import DataError, ModelError, TooLarge
+from kdexport.tasks.base import Modality
 from kdexport.tasks.config import ImageConfig, Row
 from kdexport.tasks.inputs.headers import FORMATS, MOST_BYTES, check, read_header, trimmed
-from kdexport.tasks.inputs.media import DECODING, Media, bytes_of, inline
+from kdexport.tasks.inputs.media import DECODING, Media, bytes_of, inline, installed
 from kdexport.tasks.metrics import Array
 
 _BICUBIC = 3
@@ -26,14 +28,10 @@ _SECONDS_PER_BYTE = 3e-9
 
 
 class Images(Media):
-    """The side of a task that reads rows `{"image": …}`."""
+    """The input side of tasks with rows `{"image": …}`."""
 
-    modality: ClassVar = "image"
-
-    @cached_property
-    def _how(self) -> ImageConfig:
-        assert self.config.image
-        return self.config.image
+    modality: ClassVar[Modality] = "image"
+    _how: ImageConfig
 
     @cached_property
     def _scaling(self) -> tuple[Array, Array]:
@@ -41,48 +39,41 @@ class Images(Media):
 
     @classmethod
     def inspect(cls, content: bytes) -> object:
-        """Decode the picture, to see that it can be."""
+        """Decode the image, to check that it can be."""
         return decoded(content)
 
     def array(self, content: bytes) -> Array:
-        """Float32 [channels, height, width] of one picture."""
+        """Return float32 [channels, height, width] of one image."""
         image, size = opened(content)
         with DECODING.room(size):
             return array_of(_loaded(image), self._how, self._scaling)
 
     def seconds(self, row: Row) -> float:
-        """Estimate the seconds that decoding a row takes, from its header.
-
-        Raises:
-            DataError: it is no picture, or too large a one.
-        """
+        """Estimate the CPU seconds that decoding a row takes, from its header."""
         return read_header(bytes_of(row[self.modality])).bytes * _SECONDS_PER_BYTE
 
     def shapes(self) -> dict[str, list[int]]:
-        """The graph's input, float32."""
+        """Return the shape of the graph's input."""
         height, width = self.size
         return {self.config.inputs[0]: [-1, self._how.channels, height, width]}
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of what the model reads."""
-        height, width = output_size(self._how)
-        return height, width
+        """Height and width of the model's input."""
+        return output_size(self._how)
 
     def axes(self) -> dict[str, dict[int, str]]:
-        """Names of the dynamic axes of the input and of the output."""
         axes = {0: "batch_size", 1: "num_channels", 2: "height", 3: "width"}
         return {self.config.inputs[0]: axes, self.output: {0: "batch_size"}}
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
-        """What is worth saying of how these rows are read."""
         grey = sum(opened(bytes_of(row[self.modality]))[0].mode in ("1", "L", "I;16", "LA") for row in rows)
         if self._how.channels == 3 and grey:
             return [f"{grey / len(rows):.0%} of the images are grey; the model reads colours, so they are converted"]
         return ["the model reads grey, so colours are lost"] if self._how.channels == 1 and grey < len(rows) else []
 
     def probes(self) -> list[dict[str, Any]]:
-        """Pictures at the edges of what may come in: one pixel, long ones, colour, transparency, black, white."""
+        """Return edge cases: one pixel, wide, tall with transparency, black."""
         return [
             _picture(1, 1, "L", 0),
             _picture(300, 7, "RGB", 1),
@@ -91,30 +82,19 @@ class Images(Media):
         ]
 
     def examples(self) -> list[dict[str, Any]]:
-        """Pictures of the usual size."""
         height, width = self.size
         return [_picture(width, height, "RGB" if self._how.channels == 3 else "L", seed) for seed in range(3, 7)]
 
 
 def decoded(content: bytes) -> Any:
-    """Return a Pillow image with all of its pixels.
-
-    A JPEG that would take more than 100 MB is decoded at half its size, a quarter or an eighth, whichever fits.
-
-    Raises:
-        DataError: it is none, is broken, or decoding it would cost too much.
-    """
+    """Return a decoded Pillow image; a JPEG that would take over 100 MB is decoded at a half, quarter or eighth."""
     image, size = opened(content)
     with DECODING.room(size):
         return _loaded(image)
 
 
 def opened(content: bytes) -> tuple[Any, int]:
-    """Return a Pillow image whose pixels are not decoded yet, and the bytes of memory that decoding takes.
-
-    Raises:
-        DataError: it is none, or decoding it would cost too much.
-    """
+    """Return a Pillow image before decoding, and the bytes of memory that decoding takes."""
     header = read_header(content)
     try:
         image = _pillow().open(io.BytesIO(trimmed(content)), formats=FORMATS)
@@ -136,7 +116,7 @@ def _loaded(image: Any) -> Any:
 
 
 def _broken(error: Exception) -> DataError:
-    """Pillow's plugins raise a dozen classes; all mean that the file is no good."""
+    """Translate what Pillow's plugins raise, which are a dozen classes."""
     if isinstance(error, DataError):
         return error
     reason = "it is no image" if "cannot identify" in str(error) else f"it is a broken image ({error})"
@@ -145,21 +125,14 @@ def _broken(error: Exception) -> DataError:
 
 @cache
 def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ModuleNotFoundError:
-        raise MissingPackage("pillow", "cpu") from None
+    image = installed("PIL.Image", "pillow")
     # For all threads and for good: `warnings.catch_warnings` in one thread would change them for the others.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    return Image
+    return image
 
 
 def array_of(image: Any, how: ImageConfig, scale: tuple[Array, Array]) -> Array:
-    """Float32 [channels, height, width] of a Pillow image; `scale` is what `scaling` makes of `how`.
-
-    Raises:
-        DataError: it is so long and thin that resizing it would cost too much.
-    """
+    """Return float32 [channels, height, width] of a Pillow image; `scale` comes from `scaling`."""
     mode = "L" if how.channels == 1 else "RGB"
     if image.mode != mode:
         if image.mode.startswith("I;16"):  # Pillow clips 16 bits to 8
@@ -182,7 +155,7 @@ def array_of(image: Any, how: ImageConfig, scale: tuple[Array, Array]) -> Array:
 
 
 def scaling(how: ImageConfig) -> tuple[Array, Array]:
-    """(v · scale − mean) / std, as one product and one sum: what to multiply by and what to add, [channels] each."""
+    """Return (v · scale − mean) / std as one factor and one summand, [channels] each."""
     mean, std = np.array(how.mean, np.float64), np.array(how.std, np.float64)
     return (how.scale / std).astype(np.float32), (-mean / std).astype(np.float32)
 
@@ -195,17 +168,13 @@ def _resized(height: int, width: int, to: list[int] | int) -> tuple[int, int]:
 
 
 def _middle(image: Any, height: int, width: int) -> Any:
-    """The middle of a picture; black around where it is smaller."""
+    """Crop the middle, with black around a smaller image."""
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
 def output_size(how: ImageConfig) -> tuple[int, int]:
-    """Height and width after resizing and cutting.
-
-    Raises:
-        ModelError: pictures would keep a size of their own.
-    """
+    """Return height and width after resizing and cropping."""
     size = how.crop or how.resize
     if not isinstance(size, list):
         raise ModelError("the image processor lets pictures keep their shape", "Set do_center_crop or a fixed size")
@@ -213,11 +182,7 @@ def output_size(how: ImageConfig) -> tuple[int, int]:
 
 
 def config_of(processor: Mapping[str, Any], channels: int) -> ImageConfig:
-    """What a Hugging Face image processor does, from its settings (`preprocessor_config.json`).
-
-    Raises:
-        ModelError: it does something else than resize, cut, rescale and normalise.
-    """
+    """Translate a Hugging Face image processor's settings (`preprocessor_config.json`)."""
     if processor.get("do_pad") or processor.get("rescale_offset"):
         raise ModelError(f"the image processor {processor.get('image_processor_type')} does more than is known here")
     resize, crop = processor.get("size"), processor.get("crop_size") if processor.get("do_center_crop") else None
@@ -240,7 +205,7 @@ def config_of(processor: Mapping[str, Any], channels: int) -> ImageConfig:
 
 
 def processor_of(how: ImageConfig) -> dict[str, Any]:
-    """The settings of the Hugging Face processor (ViT's) that does this."""
+    """Return the settings of the ViTImageProcessor that does the same."""
     height, width = output_size(how)
     return {
         "size": {"height": height, "width": width},
@@ -253,26 +218,15 @@ def processor_of(how: ImageConfig) -> dict[str, Any]:
 
 
 def fitted(rows: Sequence[Row], largest: tuple[int, int]) -> ImageConfig:
-    """How a small student should read pictures like these: at their own median size, grey where all are.
-
-    Args:
-        rows: some of the training rows.
-        largest: the teacher's height and width, which is not exceeded.
-    """
+    """Fit a small student's input to some training rows: their median size up to `largest`, grey if all are."""
     images = [decoded(bytes_of(row["image"])) for row in rows]
     height, width = (int(np.median([getattr(image, side) for image in images])) for side in ("height", "width"))
     channels = 1 if all(image.mode in ("1", "L", "I;16", "LA") for image in images) else 3
     size = [min(height, largest[0]), min(width, largest[1])]
     plain = ImageConfig(channels=channels, resize=size, resample=_BICUBIC, mean=[0.0] * channels, std=[1.0] * channels)
     values = np.stack([array_of(image, plain, scaling(plain)) for image in images]).astype(np.float64)
-    mean, std = values.mean(axis=(0, 2, 3)), values.std(axis=(0, 2, 3))
-    return ImageConfig(
-        channels=channels,
-        resize=size,
-        resample=_BICUBIC,
-        mean=mean.round(4).tolist(),
-        std=np.maximum(std, 1e-3).round(4).tolist(),
-    )
+    mean, std = values.mean(axis=(0, 2, 3)), np.maximum(values.std(axis=(0, 2, 3)), 1e-3)
+    return msgspec.structs.replace(plain, mean=mean.round(4).tolist(), std=std.round(4).tolist())
 
 
 def _size(size: Any) -> list[int] | int:
@@ -291,7 +245,7 @@ def _pair(size: Any) -> list[int]:
 
 
 def _each(value: Any, channels: int) -> list[float]:
-    """One number for each channel; of three for a model of grey, their mean."""
+    """Return a number for each channel; the mean of three for a grey model."""
     values = [float(value)] if isinstance(value, int | float) else [float(one) for one in value]
     if len(values) == channels:
         return values

@@ -1,42 +1,38 @@
-"""What pictures and sound have in common: a row names a file, a part of one, or the bytes themselves.
+"""Rows of images and recordings: a path, `PATH#OFFSET+LENGTH` for a part of a file, `data:;base64,…`, or bytes.
 
-A row's value is a path, `PATH#OFFSET+LENGTH` for a part of a file, `data:;base64,…`, or bytes. Rows are decoded when
-they are asked for, one by one: 60,000 pictures as float32 would fill the memory of most machines.
+Rows are decoded lazily, one by one: 60,000 images as float32 would fill the memory of most machines.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 
-from kdexport.errors import DataError
-from kdexport.tasks.config import Arrays, Comparable, Row, TaskConfig, read_config
+from kdexport.errors import DataError, MissingPackage
+from kdexport.tasks.base import Task
+from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
 from kdexport.tasks.metrics import Array
 
 _PART = re.compile(r"(.+)#(\d+)\+(\d+)", re.DOTALL)
 _INLINE = "data:;base64,"
-
-
 # Bytes of one picture or recording, and of all that are decoded at once.
 _MOST_BYTES, _MOST_DECODED = 100_000_000, 400_000_000
 _SMALL = 4_000_000
 
 
 def bytes_of(value: object) -> bytes:
-    """Return the bytes that a row's value names.
-
-    Raises:
-        DataError: there is no such file, it is too large, or the value names none.
-    """
+    """Return the bytes of a row's value, read from its file if it names one."""
     match value:
         case bytes():
             return value
@@ -60,11 +56,7 @@ def bytes_of(value: object) -> bytes:
 
 
 def inline_bytes(value: object) -> bytes:
-    """Return the bytes of a `data:;base64,…` value, and never open a file: for rows that come from elsewhere.
-
-    Raises:
-        DataError: it is none, or no base64.
-    """
+    """Return the bytes of a `data:;base64,…` value, and never open a file: for rows of untrusted sources."""
     if not isinstance(value, str) or not value.startswith(_INLINE):
         raise DataError(f"it does not begin with {_INLINE}")
     try:
@@ -74,12 +66,21 @@ def inline_bytes(value: object) -> bytes:
 
 
 def inline(content: bytes) -> str:
-    """Bytes as a value of a row that can be written as JSON."""
+    """Return bytes as a `data:;base64,…` value, which JSON can hold."""
     return _INLINE + base64.b64encode(content).decode()
 
 
+@cache
+def installed(module: str, package: str) -> Any:
+    """Import a library that only images or sound need."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise MissingPackage(package, "cpu") from None
+
+
 class Decoding:
-    """Memory that all threads together may use to decode: who needs more waits, in turn."""
+    """A budget of memory for decoding, shared by all threads."""
 
     def __init__(self, most: int) -> None:
         self._most, self._used = most, 0
@@ -87,7 +88,7 @@ class Decoding:
 
     @contextmanager
     def room(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes of it; small ones, of which a thread has one at a time, don't count."""
+        """Wait for `size` bytes and hold them; small sizes are free, as a thread decodes one row at a time."""
         if size < _SMALL:
             yield
             return
@@ -107,7 +108,7 @@ DECODING = Decoding(_MOST_DECODED)
 
 
 class Encoded(Sequence[Arrays]):
-    """Rows that are encoded when they are asked for."""
+    """Rows that are encoded on access."""
 
     def __init__(self, rows: Sequence[Row], encode: Callable[[Row], Arrays]) -> None:
         self._rows, self._encode = rows, encode
@@ -123,32 +124,24 @@ class Encoded(Sequence[Arrays]):
         return Encoded(self._rows[i], self._encode) if isinstance(i, slice) else self._encode(self._rows[i])
 
 
-class Media(Comparable):
-    """The side of a task that reads rows `{"image": …}` or `{"audio": …}`; all inputs of a graph are of one size."""
+class Media(Task):
+    """The input side of tasks with rows `{"image": …}` or `{"audio": …}`; all rows have arrays of one shape."""
 
-    output: ClassVar = "logits"
-    modality: ClassVar[str]
-    has_words: ClassVar = False
-    at_once: ClassVar = 32
-    config: TaskConfig
+    _how: Any
 
     def __init__(self, config: TaskConfig) -> None:
         self.config, self.labels = config, config.labels
+        self._how = getattr(config, self.modality)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Open the task of a model folder (`task.json`) or an artifact (`kdexport.json`).
-
-        Raises:
-            ArtifactError: there is none.
-        """
         return cls(read_config(folder))
 
     # --- rows as they come
 
     @classmethod
     def taken(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        """A row with the sha256 of its content, after that was decoded; or what is wrong with it."""
+        """Return the row with the sha256 of its content, or the reason why it can't be decoded."""
         value = row.get(cls.modality)
         if value is None or value == "":
             return f"{cls.modality} is missing"
@@ -162,36 +155,26 @@ class Media(Comparable):
 
     @classmethod
     def inspect(cls, content: bytes) -> object:
-        """Decode the content, to see that it can be."""
+        """Check that the content can be decoded."""
         raise NotImplementedError
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        """What else is wrong with a row that was taken, or None."""
+        """Return the reason why a row is refused, or None."""
         return "label is empty" if needs_label and row.get("label") in (None, "") else None
 
     @classmethod
     def content(cls, row: Row) -> str:
-        """What a model sees of a row; rows with equal content get equal logits."""
         return str(row.get("sha256") or hashlib.sha256(bytes_of(row[cls.modality])).hexdigest())
 
     @classmethod
     def title(cls, row: Row) -> str:
-        """What a row is called in reports."""
         value = row[cls.modality]
         return str(row["id"]) if _PART.fullmatch(str(value)) else Path(str(value)).name
 
-    def ready(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row as the task reads it."""
-        return row
-
     @classmethod
     def row(cls, given: object) -> dict[str, Any]:
-        """The row of what a caller wants answered: a path or bytes.
-
-        Raises:
-            DataError: it is something else, or is no picture or sound.
-        """
+        """Return the row of a path or bytes, checked."""
         value = str(given) if isinstance(given, Path) else given
         cls.inspect(bytes_of(value))
         return {cls.modality: value}
@@ -199,11 +182,11 @@ class Media(Comparable):
     # --- rows → arrays
 
     def array(self, content: bytes) -> Array:
-        """The graph's input of one row, float32, without the batch's axis."""
+        """Return the graph's input for one row, float32, without the batch axis."""
         raise NotImplementedError
 
     def tokenize(self, rows: Sequence[Row]) -> Sequence[Arrays]:
-        """The graph's input of each row, made when it is asked for."""
+        """Return the graph's input of each row, lazily."""
         name = self.config.inputs[0]
         return Encoded(rows, lambda row: {name: self._array(row)})
 
@@ -215,44 +198,15 @@ class Media(Comparable):
                 raise
             raise DataError(f"{row['id']}: its {self.modality} {error.what.removeprefix('it ')}", error.fix) from None
 
-    def collate(self, encoded: Sequence[Arrays]) -> Arrays:
-        """The batch of encoded rows; all are of one size."""
-        return {name: np.stack([arrays[name] for arrays in encoded]) for name in self.config.inputs}
-
     def encode(self, rows: Sequence[Row]) -> Arrays:
-        """The graph's input for a batch of rows."""
         if len(rows) == 1:  # nothing to put side by side; a single row is what latency is measured by
             return {self.config.inputs[0]: self._array(rows[0])[np.newaxis]}
         return self.collate(list(self.tokenize(rows)))
 
-    def sizes(self, encoded: Sequence[Arrays]) -> list[int]:
-        """What to sort batches by: nothing."""
-        return [1] * len(encoded)
-
-    def graph_inputs(self, arrays: Arrays) -> Arrays:
-        """What the graph reads of an encoded batch."""
-        return arrays
-
-    def gather(self, output: Array, arrays: Arrays) -> Array:
-        """The graph's output for an encoded batch → logits [B, C]."""
-        return output
-
     def shapes(self) -> dict[str, list[int]]:
-        """The graph's inputs as clients may send them, float32; −1 is any size."""
+        """Return the shape of each input, float32; −1 is any size."""
         raise NotImplementedError
 
     def seconds(self, row: Row) -> float:
-        """Estimate the seconds that decoding a row takes, from its header.
-
-        Raises:
-            DataError: it can't be read, or decoding it would cost too much.
-        """
+        """Estimate the CPU seconds that decoding a row takes, from its header."""
         raise NotImplementedError
-
-    def lengths(self) -> list[int]:
-        """There is one length only, so none is worth measuring."""
-        return []
-
-    def sized(self, rows: Sequence[Row], length: int) -> Arrays:
-        """The graph's input of one row."""
-        return self.encode(rows[:1])

@@ -13,8 +13,8 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from kdexport.errors import ArtifactError, DataError, ModelError
-from kdexport.tasks.config import Arrays, Comparable, Row, TaskConfig, read_config
-from kdexport.tasks.metrics import Array
+from kdexport.tasks.base import Modality, Task
+from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
 
 # Where a text is cut before it is tokenised, in characters per token that is kept. English has about 5.
 CHARS_PER_TOKEN = 6
@@ -34,13 +34,10 @@ _ASCII_PER_TOKEN, _BYTES_PER_FOREIGN_TOKEN = 4.7, 2.5
 _GIVEN = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
-class Texts(Comparable):
+class Texts(Task):
     """The side of a task that reads rows `{"text": …, "text_pair": …}`."""
 
-    output: ClassVar = "logits"
-    modality: ClassVar = "text"
-    has_words: ClassVar = False  # whether `ready` separates them
-    at_once: ClassVar = 32
+    modality: ClassVar[Modality] = "text"
 
     def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
         self.config = config
@@ -57,11 +54,6 @@ class Texts(Comparable):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Open the task of a model folder (`task.json`) or an artifact (`kdexport.json`).
-
-        Raises:
-            ArtifactError: a file is missing or unreadable.
-        """
         config = read_config(folder)
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -71,7 +63,6 @@ class Texts(Comparable):
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        """What is wrong with a row, or None."""
         for column in ("text", "text_pair"):
             value = row.get(column)
             if value is None and column == "text_pair":
@@ -88,12 +79,10 @@ class Texts(Comparable):
 
     @staticmethod
     def content(row: Row) -> str:
-        """What a model sees of a row; rows with equal content get equal logits."""
         return "\x1f".join(filter(None, (row["text"], row.get("text_pair"))))
 
     @staticmethod
     def title(row: Row) -> str:
-        """What a row is called in reports: its texts."""
         return " ‖ ".join(filter(None, (row["text"], row.get("text_pair"))))
 
     def row(self, given: object) -> dict[str, Any]:
@@ -112,10 +101,6 @@ class Texts(Comparable):
         # A lone surrogate can't be encoded as UTF-8, which the tokenizer works in.
         clean = (part and part.encode("utf-8", "replace").decode("utf-8") for part in (first, second))
         return dict(zip(("text", "text_pair"), clean, strict=True))
-
-    def ready(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row of plain text as the task reads it."""
-        return row
 
     def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
         """One dict of int64 arrays [T] a row, T ≤ max_length; keys are the graph's inputs."""
@@ -136,18 +121,15 @@ class Texts(Comparable):
         return batch
 
     def encode(self, rows: Sequence[Row]) -> Arrays:
-        """The graph's inputs for a batch of rows: int64 arrays [B, T]."""
         encoded = self.tokenize(rows)
         if len(encoded) == 1:  # nothing to pad; a single text is what latency is measured by
             return {name: array[None] for name, array in encoded[0].items()}
         return self.collate(encoded)
 
     def sizes(self, encoded: Sequence[Arrays]) -> list[int]:
-        """Tokens of each encoded row, which batches are sorted by."""
         return [len(arrays[self.config.inputs[0]]) for arrays in encoded]
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
-        """What is worth saying of how these rows are read."""
         limit = self.config.max_length
         share = sum(size >= limit for size in self.sizes(self.tokenize(rows))) / len(rows)
         if share <= 0.25:
@@ -156,14 +138,6 @@ class Texts(Comparable):
             f"{share:.0%} of the texts are longer than {limit} tokens and are cut there; "
             "--max-length reads more, and takes longer"
         ]
-
-    def graph_inputs(self, arrays: Arrays) -> Arrays:
-        """What the graph reads of an encoded batch."""
-        return arrays
-
-    def gather(self, output: Array, arrays: Arrays) -> Array:
-        """The graph's output for an encoded batch → logits [B, *answer_shape]."""
-        return output
 
     def cost(self, row: Row) -> int:
         """Estimate the tokens that a row takes from its characters alone: for queues and limits.
@@ -188,7 +162,6 @@ class Texts(Comparable):
 
     @property
     def vocabulary(self) -> int:
-        """Token ids are below this."""
         return int(self._tokenizer.get_vocab_size())
 
     def lengths(self) -> list[int]:
@@ -207,7 +180,6 @@ class Texts(Comparable):
         return {name: np.resize(array, (1, length)) for name, array in arrays.items()}
 
     def axes(self) -> dict[str, dict[int, str]]:
-        """Names of the dynamic axes of every input and of the output."""
         inputs = {name: {0: "batch_size", 1: "sequence_length"} for name in self.config.inputs}
         return inputs | {self.output: {0: "batch_size"}}
 
@@ -224,7 +196,6 @@ class Texts(Comparable):
         return [{"text": text} for text in texts]
 
     def examples(self) -> list[dict[str, Any]]:
-        """Rows as they come in every day."""
         texts = (
             "The parcel arrived two days late and the box was torn, but nothing inside was broken.",
             "Can you tell me how much money is left in my account?",

@@ -1,0 +1,153 @@
+"""What is refused before any work: what the task doesn't offer, and settings without an effect beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from kdexport.errors import SpecError
+from kdexport.spec import derive
+from kdexport.spec.sections import Distill, Spec, Weight
+from kdexport.tasks import names, task_class
+from kdexport.tasks.menus import OF_LAYERS, Menu
+
+# Losses that read probabilities softened by the temperature.
+_SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist"}
+
+
+def checked(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
+    """Return the spec with the defaults of its task.
+
+    Args:
+        tree: what was given, to tell it from defaults.
+        spec: the same, with defaults that suit every task.
+        source: a file or flags, for errors.
+
+    Raises:
+        SpecError: names the first key that asks for what its task doesn't offer, or has no effect.
+    """
+    menu = _menu(spec, source)
+    distill: dict[str, Any] = {}
+    given = tree.get("distill") or {}
+    if "loss" not in given:
+        distill["loss"] = menu.losses[0]
+    if "temperature" not in given:
+        distill["temperature"] = menu.temperature or 1.0
+    spec = msgspec.structs.replace(spec, distill=msgspec.structs.replace(spec.distill, **distill))
+    _check_menu(spec, menu, source)
+    _check_students(spec, menu, source)
+    _check_losses(spec, source)
+    for key, why, fix in _without_effect(spec, menu):
+        section, _, name = key.partition(".")
+        if name in (tree.get(section) or {}) and getattr(getattr(spec, section), name) != _default(spec, section, name):
+            raise SpecError(f"{source}: {key} has no effect {why}", fix)
+    return spec
+
+
+def weights_of(distill: Distill) -> dict[str, Weight]:
+    """The losses in use, with their weights."""
+    loss = distill.loss
+    return {loss: 1.0} if isinstance(loss, str) else {str(name): weight for name, weight in loss.items()}
+
+
+def losses_of(spec: Spec) -> set[str]:
+    """The names of the losses in use."""
+    return set(weights_of(spec.distill))
+
+
+def several_students(spec: Spec) -> bool:
+    """Whether a search chooses the student."""
+    named = spec.student.model
+    return spec.budget.binds() if named is None else not isinstance(named, str) and len(named) > 1
+
+
+def _menu(spec: Spec, source: str) -> Menu:
+    if spec.task not in names():
+        raise SpecError(f"{source}: task: {spec.task!r} is none of {', '.join(names())}")
+    problems = task_class(spec.task).kinds()
+    if spec.data.problem not in problems:
+        raise SpecError(f"{source}: data.problem has no effect on {spec.task}", "Remove it")
+    return problems[spec.data.problem].menu
+
+
+def _check_menu(spec: Spec, menu: Menu, source: str) -> None:
+    single = spec.data.problem == "single-label"
+    task = spec.task if single else f"data.problem {spec.data.problem}"
+    if wrong := sorted(losses_of(spec) - {*menu.losses}):
+        named = [name for name in menu.losses if name not in OF_LAYERS]
+        raise SpecError(f"{source}: distill.loss: {wrong[0]} is not for {task}", f"Take {_either(named)}")
+    if menu.temperature is None and spec.distill.temperature != 1:
+        raise SpecError(f"{source}: distill.temperature: soft targets of {task} are those of 1", "Remove it")
+    if spec.distill.augment and not menu.augment:
+        raise SpecError(f"{source}: distill.augment changes texts, and not the rows of {task}", "Leave it out")
+    if wrong := [precision for precision in spec.export.variants if precision not in menu.precisions]:
+        raise SpecError(f"{source}: export.variants: {wrong[0]} is none for {task}", f"Take {_either(menu.precisions)}")
+
+
+def _check_students(spec: Spec, menu: Menu, source: str) -> None:
+    student, chosen = spec.student, derive.students(spec)
+    shapes = {name: derive.shape_of(name) for name in chosen}
+    for name, shape in shapes.items():
+        if shape.kind not in menu.students:
+            raise SpecError(f"{source}: student.model: {name!r} is none for {spec.task}", menu.instead)
+    pooled = [name for name in chosen if derive.start_of(student, name) in ("pools", "random")]
+    if pooled and (wants := sorted(losses_of(spec) & {*OF_LAYERS})) and spec.distill.alpha != 0:
+        raise SpecError(
+            f"{source}: distill.loss: {wants[0]} matches layers, and {pooled[0]} has none that are like the teacher's",
+            "Name other students, or take losses of logits: kl, mse, dkd, dist",
+        )
+    if student.embedding and not any(shape.kind in ("network", "narrow") for shape in shapes.values()):
+        raise SpecError(f"{source}: student.embedding has no effect: these students have their own", "Remove it")
+    narrow = any(shape.kind == "narrow" for shape in shapes.values()) and not student.embedding
+    if student.start == "embeddings" and not narrow:
+        raise SpecError(f"{source}: student.start has no effect: no student is a narrower teacher", "Remove it")
+
+
+def _check_losses(spec: Spec, source: str) -> None:
+    weights = weights_of(spec.distill)
+    if not any(_moves_or_counts(weight) for weight in weights.values()):
+        raise SpecError(f"{source}: distill.loss: every weight is 0, so the teacher teaches nothing", "Raise one")
+    if set(weights) <= {*OF_LAYERS} and spec.distill.alpha == 1:
+        raise SpecError(
+            f"{source}: distill.loss: {', '.join(sorted(weights))} with alpha 1 leaves the student's head untaught",
+            "Add kl, or lower alpha",
+        )
+
+
+def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
+    losses = losses_of(spec)
+    if spec.distill.alpha == 0:
+        for name in ("temperature", "loss"):
+            yield f"distill.{name}", "with alpha 0", "Raise alpha, or remove it"
+    elif not losses & _SOFTENED:
+        yield "distill.temperature", f"on the loss {', '.join(sorted(losses))}", "Remove it, or take kl"
+    for key, fix in menu.unused.items():
+        yield key, f"on {spec.task}", fix
+    several = not isinstance(spec.teacher.model, str) and len(spec.teacher.model) > 1
+    if not several:
+        yield "teacher.weights", "with one teacher", "Remove it"
+    if not several and spec.teacher.passes == 1:
+        yield "teacher.combine", "with one teacher and one pass", "Name more teachers, or raise passes"
+    if spec.teacher.passes == 1:
+        yield "teacher.noise", "with one pass", "Raise teacher.passes"
+    if "int8" not in spec.export.variants:
+        yield "export.max_int8_loss", "without int8", "Add int8 to the variants"
+    if not several_students(spec):
+        yield "budget.time_limit_s", "with one student", "Name several, or none: --student tiny --student bag"
+
+
+def _moves_or_counts(weight: Weight) -> bool:
+    return weight > 0 if isinstance(weight, (int, float)) else max(weight.start, weight.end) > 0
+
+
+def _either(names: Any) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else str(last)
+
+
+def _default(spec: Spec, section: str, name: str) -> Any:
+    kind = type(getattr(spec, section))
+    at = kind.__struct_fields__.index(name) - (len(kind.__struct_fields__) - len(kind.__struct_defaults__))
+    return kind.__struct_defaults__[at]

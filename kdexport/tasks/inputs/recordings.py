@@ -1,0 +1,213 @@
+"""Sound files: the header, and as much of the sound as is asked for, mono. libsndfile decodes them.
+
+libsndfile knows 25 formats and guesses which; only files that begin as one of ours get that far. Length, rate and
+channels are bounded by the header, before anything is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kdexport.errors import DataError, TooLarge
+from kdexport.tasks.inputs.media import installed
+from kdexport.tasks.metrics import Array
+
+FORMATS = ("WAV", "FLAC", "OGG", "MP3")
+# Longer ones are most often whole recordings that were never cut.
+_LONGEST_S = 120
+_MOST_HZ = 384_000
+# Of OGG, where a byte may stand for thousands of numbers; FLAC and MP3 have no more, and WAV holds every number.
+_MOST_CHANNELS = 8
+# More frames than any file holds: FLAC that was written to a pipe leaves their number open.
+_ENDLESS = 1 << 40
+# Floats are within −1 … 1, or of any scale that integers have; squares of larger ones overflow.
+_LOUDEST = 2.0**32
+# Numbers that are converted at once: all of a large file as float32 would be several times its size.
+_AT_ONCE = 1 << 20
+# The encodings that are read, and what decoding a number takes on one core: the slowest file, measured.
+_SECONDS = {
+    **dict.fromkeys(("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"), 5e-9),
+    **dict.fromkeys(("FLAC PCM_S8", "FLAC PCM_16", "FLAC PCM_24"), 1e-8),
+    **dict.fromkeys(("OGG VORBIS", "OGG OPUS", "MP3 MPEG_LAYER_III"), 6e-8),
+}
+# libvorbis takes memory for each value of a codebook; encoders write up to 90,000.
+_MOST_CODES, _MOST_SETUP = 500_000, 100_000
+_CODEBOOK = re.compile(rb"(?=(BCV)(..)(...))", re.DOTALL)
+_MP3_IN_WAV = re.compile(rb"fmt ....\x55\0", re.DOTALL)
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+_CONVERT = "Convert it: ffmpeg -i IN OUT.wav"
+
+
+class Recording(NamedTuple):
+    """Sound as it was recorded."""
+
+    samples: Array
+    """float32 [T], mono, within −1 … 1."""
+    rate: int
+    """Hz."""
+
+
+class Header(NamedTuple):
+    """The numbers of a sound file; `kind` is its encoding as libsndfile names it, `rate` is in Hz."""
+
+    kind: str
+    channels: int
+    rate: int
+    frames: int
+
+    @property
+    def seconds(self) -> float:
+        """Its length in s."""
+        return self.frames / self.rate
+
+    @property
+    def decoding_seconds(self) -> float:
+        """An estimate of the CPU time that decoding takes."""
+        return self.frames * self.channels * _SECONDS[self.kind]
+
+
+def read_header(content: bytes, seconds: float = math.inf) -> Header:
+    """Return the header of a sound file; `frames` are at most those of the first `seconds`."""
+    with opened(content, seconds) as (header, _):
+        return header
+
+
+def decoded(content: bytes, seconds: float = math.inf) -> Recording:
+    """Return the sound of a file, or of its first `seconds`."""
+    with opened(content, seconds) as (header, pieces):
+        return Recording(np.concatenate(list(pieces)), header.rate)
+
+
+@contextmanager
+def opened(content: bytes, seconds: float = math.inf) -> Iterator[tuple[Header, Iterator[Array]]]:
+    """Open a sound file: its header as `read_header` returns it, and its samples, mono, decoded piece by piece.
+
+    Raises:
+        DataError: it is no sound that is read, is broken, holds none, or more than 120 s.
+    """
+    _check(content)
+    library = installed("soundfile", "soundfile")
+    try:
+        with library.SoundFile(io.BytesIO(content)) as file:
+            header = _header(file, seconds)
+            yield header, _pieces(file, header)
+    except library.LibsndfileError as error:
+        raise DataError(f"it is no sound that can be read ({error.error_string.rstrip('.')})", _CONVERT) from None
+
+
+def _header(file: Any, seconds: float) -> Header:
+    kind, rate, channels, frames = file.subtype, file.samplerate, file.channels, file.frames
+    if file.format not in ("WAV", "WAVEX"):
+        kind = f"{file.format} {kind}"
+    if kind not in _SECONDS:
+        raise DataError(f"it is sound of the kind {kind}, which is not read", _CONVERT)
+    if frames < 1:
+        raise DataError("it holds no sound")
+    if frames > _ENDLESS:
+        raise DataError("its header does not say how long it is", _CONVERT)
+    if frames > _LONGEST_S * rate:
+        raise TooLarge(f"it lasts {frames / rate:,.0f} s; at most {_LONGEST_S} are read", "Cut it")
+    if rate > _MOST_HZ:
+        raise TooLarge(f"it has {rate:,} samples a second; at most {_MOST_HZ:,} are read", "Resample it")
+    if file.format == "OGG" and channels > _MOST_CHANNELS:
+        raise TooLarge(f"it has {channels} channels; at most {_MOST_CHANNELS} of an OGG file are read")
+    return Header(kind, channels, rate, int(min(frames, math.ceil(min(seconds, _LONGEST_S) * rate))))
+
+
+def _pieces(file: Any, header: Header) -> Iterator[Array]:
+    left, step = header.frames, max(1, _AT_ONCE // header.channels)
+    while left:
+        samples = file.read(min(step, left), dtype="float32", always_2d=True)
+        if not len(samples):  # the header of compressed sound may promise more than there is
+            if left == header.frames:
+                raise DataError("it holds no sound")
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            samples = samples.mean(axis=1) if header.channels > 1 else samples[:, 0]
+        if not np.abs(samples).max() <= _LOUDEST:  # nor is NaN
+            raise DataError("it holds numbers that are no sound: infinite, or far beyond 1")
+        left -= len(samples)
+        yield samples
+
+
+# --- what libsndfile must not see
+
+
+def format_of(content: bytes) -> str:
+    """Return the one of `FORMATS` that a file begins as."""
+    if not content:
+        raise DataError("it is empty")
+    if content.startswith(b"RIFF") and content[8:12] == b"WAVE":
+        return "WAV"
+    if found := {b"fLaC": "FLAC", b"OggS": "OGG"}.get(content[:4]):
+        return found
+    at = 0
+    if content.startswith(b"ID3") and len(content) > 10:  # a tag; its length has 7 bits a byte
+        at = 10 + sum((byte & 0x7F) << 7 * i for i, byte in enumerate(reversed(content[6:10])))
+    if content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] >= b"\xe0":
+        return "MP3"
+    raise DataError(f"it is no sound file; known are {', '.join(FORMATS)}", _CONVERT)
+
+
+def _check(content: bytes) -> None:
+    """Let only files of `FORMATS` pass, and of these none that harms the libraries below libsndfile."""
+    form = format_of(content)
+    if form == "OGG":
+        _check_ogg(content)
+    elif form == "WAV" and _MP3_IN_WAV.search(content):
+        raise DataError("it is a WAV file with MP3 in it, which is not read", _CONVERT)
+
+
+def _check_ogg(content: bytes) -> None:
+    """Bound the codebooks of Vorbis: libvorbis takes memory for as many values as 13 bytes claim there are."""
+    first, _, setup = _ogg_packets(content)
+    if first.startswith(b"OpusHead"):
+        return
+    if len(setup) > _MOST_SETUP:
+        raise TooLarge(f"it is an OGG file with a setup of {len(setup):,} bytes")
+    bits, codes = int.from_bytes(setup, "little"), 0
+    for shift in range(8):  # codebooks begin at any bit: a mark, 16 bits for dimensions, 24 for entries
+        for _, dimensions, entries in _CODEBOOK.findall((bits >> shift).to_bytes(len(setup), "little")):
+            codes += max(1, int.from_bytes(dimensions, "little")) * int.from_bytes(entries, "little")
+    if codes > _MOST_CODES:
+        raise TooLarge(f"it is an OGG file with codebooks of {codes:,} values")
+
+
+def _ogg_packets(content: bytes) -> list[bytearray]:
+    """Return the first three packets; pages have no gaps and no faults, as libogg would skip faulty ones unseen."""
+    packets, at = [bytearray()], 0
+    stream, number = content[14:18], int.from_bytes(content[18:22], "little")  # which may begin anywhere, and wraps
+    while len(head := content[at : at + 27]) == 27:
+        lengths = content[at + 27 : at + 27 + head[26]]
+        begin = at + 27 + len(lengths)
+        at = begin + sum(lengths)
+        if (
+            head[:5] != b"OggS\0"
+            or head[14:18] != stream
+            or int.from_bytes(head[18:22], "little") != number % 2**32
+            or bool(head[5] & 1) != bool(packets[-1])
+            or head[22:26] != _ogg_checksum(head[:22] + bytes(4) + head[26:] + content[begin - len(lengths) : at])
+        ):
+            break
+        for length in lengths:
+            packets[-1] += content[begin : begin + length]
+            begin += length
+            if length < 255:
+                if len(packets) == 3:
+                    return packets
+                packets.append(bytearray())
+        number += 1
+    raise DataError("it is a broken OGG file", _CONVERT)
+
+
+def _ogg_checksum(page: bytes) -> bytes:
+    """CRC-32 as zlib has it, but from the highest bit to the lowest, and from 0."""
+    return (zlib.crc32(page.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF).to_bytes(4, "big").translate(_MIRRORED)
