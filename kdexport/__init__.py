@@ -72,7 +72,7 @@ class _Room(ModuleType):
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("bench", "export"):  # the import system binds a folder that was imported
+        if isinstance(value, ModuleType) and name in ("bench", "export"):  # the import system binds what it imported
             value.__class__ = _Room
         super().__setattr__(name, value)
 
