@@ -11,39 +11,46 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.cli.options import Debug, Flag, finite, quantity
+from kdexport.cli.options import Debug, Flag, finite
 from kdexport.errors import SpecError
 
 _WRITING = "Language models"
+_MILLISECONDS = {"ms": 1.0, "s": 1e3}
+_AS_GIVEN = (
+    "host", "port", "admin_host", "grpc_port", "threads", "max_batch", "max_batch_tokens", "max_rows", "max_chars",
+    "access_log", "tracing",
+)  # fmt: skip
+_IN_SECONDS = ("max_writing_queue", "timeout", "drain_delay", "grace", "load_timeout")
 
 
 def predict(
-    artifact: Annotated[Path, typer.Argument(help="An artifact folder, or a run that holds one.")],
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT[:VARIANT]", help="An artifact folder, or a run that holds one.")
+    ],
     inputs: Annotated[
         list[str] | None, typer.Argument(help="Texts, images or recordings; without any, stdin's lines.")
     ] = None,
     file: Annotated[Path | None, Flag("--file", "-f", help="Lines of text, or .csv / .jsonl rows.")] = None,
-    variant: Annotated[str | None, Flag(help="fp32 or int8.", show_default="the recommended one")] = None,
-    batch_size: Annotated[int, Flag(min=1, help="Texts that run at once.")] = 32,
+    variant: Annotated[
+        str | None, Flag(help="The same as :VARIANT: fp32 or int8.", show_default="the recommended one")
+    ] = None,
+    batch_size: Annotated[int, Flag(min=1, help="Texts of a batch.")] = 32,
     threads: Annotated[int | None, Flag(min=1, help="Threads of the runtime.", show_default="all cores")] = None,
     scores: Annotated[bool, Flag("--scores", help="Print the probability of every label (or word).")] = False,
-    max_new_tokens: Annotated[int, Flag(min=1, help="Tokens to write at most.", rich_help_panel=_WRITING)] = 64,
+    max_new_tokens: Annotated[int, Flag(min=1, help="Most tokens to generate.", rich_help_panel=_WRITING)] = 64,
     temperature: Annotated[
         float,
-        Flag(
-            min=0, callback=finite, help="0: the most probable token; 1: as the model has it.", rich_help_panel=_WRITING
-        ),
+        Flag(min=0, callback=finite, help="0: greedy; 1: the model's own probabilities.", rich_help_panel=_WRITING),
     ] = 0.0,
-    top_k: Annotated[int, Flag(min=0, help="Of so many tokens; 0: of all.", rich_help_panel=_WRITING)] = 0,
+    top_k: Annotated[int, Flag(min=0, help="Sample among the k best tokens; 0: all.", rich_help_panel=_WRITING)] = 0,
     top_p: Annotated[
-        float, Flag(max=1, callback=finite, help="Of those that sum to this share.", rich_help_panel=_WRITING)
+        float,
+        Flag(max=1, callback=finite, help="Sample among the fewest tokens that reach it.", rich_help_panel=_WRITING),
     ] = 1.0,
-    stop: Annotated[list[str] | None, Flag(help="A text that ends it; may be repeated.", rich_help_panel=_WRITING)] = (
-        None
-    ),
-    seed: Annotated[int | None, Flag(min=0, help="Of what is drawn.", rich_help_panel=_WRITING)] = None,
+    stop: Annotated[list[str] | None, Flag(help="Stop at this text; repeatable.", rich_help_panel=_WRITING)] = None,
+    seed: Annotated[int | None, Flag(min=0, help="Random seed for sampling.", rich_help_panel=_WRITING)] = None,
     perplexity: Annotated[
-        bool, Flag("--perplexity", help="Write nothing; tell how well each text is foreseen.", rich_help_panel=_WRITING)
+        bool, Flag("--perplexity", help="Score each text instead of continuing it.", rich_help_panel=_WRITING)
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -140,7 +147,7 @@ def serve(
         str, Flag(help="Work that would wait longer is refused with 429, like 5ms.", rich_help_panel="Limits")
     ] = "100ms",
     max_writing_queue: Annotated[
-        str, Flag(help="The same of prompts to language models.", rich_help_panel="Limits")
+        str, Flag(help="The same for prompts to language models.", rich_help_panel="Limits")
     ] = "10s",
     timeout: Annotated[str, Flag(help="For one request's answer; then 504.", rich_help_panel="Limits")] = "30s",
     max_body: Annotated[str, Flag(help="Of a request, decompressed.", rich_help_panel="Limits")] = "2MB",
@@ -169,42 +176,24 @@ def serve(
 
       kdexport serve runs/demo --host 0.0.0.0 --api-keys keys.txt --max-queue 5ms
     """
+    given: dict[str, Any] = locals()
     from kdexport.serve.server import serve as run_server
     from kdexport.serve.settings import Settings
+    from kdexport.spec.flags import SECONDS, quantity
 
     if access_log not in ("all", "errors", "off"):
         raise SpecError(f"--access-log {access_log!r} is none of all, errors, off")
+    given |= {name: quantity(given[name], f"--{name.replace('_', '-')}", SECONDS) for name in _IN_SECONDS}
     settings = Settings(
-        host=host,
-        port=port,
-        admin_host=admin_host,
+        **{name: given[name] for name in (*_AS_GIVEN, *_IN_SECONDS)},
         admin_port=None if admin_port < 0 else admin_port,
-        grpc_port=grpc_port,
-        threads=threads,
-        max_batch=max_batch,
-        max_batch_tokens=max_batch_tokens,
-        max_wait_ms=_duration(max_wait, "--max-wait"),
-        max_queue_ms=_duration(max_queue, "--max-queue"),
-        max_writing_queue=_duration(max_writing_queue, "--max-writing-queue", "s"),
-        timeout=_duration(timeout, "--timeout", "s"),
-        max_body=int(quantity(max_body, "--max-body", {"": 1, "b": 1, "kb": 1e3, "mb": 1e6}) or 0),
-        max_rows=max_rows,
-        max_chars=max_chars,
-        drain_delay=_duration(drain_delay, "--drain-delay", "s"),
-        grace=_duration(grace, "--grace", "s"),
-        load_timeout=_duration(load_timeout, "--load-timeout", "s"),
-        access_log=access_log,
+        max_wait_ms=quantity(max_wait, "--max-wait", _MILLISECONDS),
+        max_queue_ms=quantity(max_queue, "--max-queue", _MILLISECONDS),
+        max_body=int(quantity(max_body, "--max-body", {"": 1, "b": 1, "kb": 1e3, "mb": 1e6})),
         api_keys=_keys(api_keys),
         allow_host=tuple(allow_host or ()),
-        tracing=tracing,
     )
     raise typer.Exit(run_server(artifacts, settings))
-
-
-def _duration(text: str, flag: str, unit: str = "ms") -> float:
-    """`5ms` or `2s`, in `unit`."""
-    one = {"ms": 1.0, "s": 1e3} if unit == "ms" else {"s": 1.0, "ms": 1e-3}
-    return quantity(text, flag, {"": 1.0, **one}) or 0.0
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

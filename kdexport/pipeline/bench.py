@@ -104,11 +104,10 @@ def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     """
     if re.match(r"https?://", name):
         return [Target(re.sub(r"^https?://", "", name), "http", "", name)]
-    place, _, variant = name.partition(":") if not Path(name).exists() else (name, "", "")
-    folder = artifact.resolve(Path(place))
+    path, variant = artifact.split_name(name)
+    folder = artifact.resolve(path)
     if (folder / artifact.MANIFEST).exists():
         return _artifact_targets(folder, variant, settings)
-    path = Path(place)
     if path.suffix == ".onnx":
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist", "Check the path")
@@ -121,10 +120,8 @@ def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     return _model_targets(name, settings, work)
 
 
-def _artifact_targets(folder: Path, variant: str, settings: spec.Bench) -> list[Target]:
+def _artifact_targets(folder: Path, variant: str | None, settings: spec.Bench) -> list[Target]:
     manifest = artifact.read_manifest(folder)
-    if variant and variant not in manifest.variants:
-        raise ArtifactError(f"{folder} has no variant {variant!r}", f"It has: {', '.join(manifest.variants)}")
     label = folder.resolve().parent.name if folder.name == "artifact" else folder.resolve().name
     return [
         target
@@ -176,7 +173,7 @@ def read_texts(texts: Path | None, names: Sequence[str]) -> list[dict[str, Any]]
     if texts:
         return rows_with_texts(texts)
     for name in names:
-        place = Path(name if Path(name).exists() else name.partition(":")[0])
+        place = artifact.split_name(name)[0]
         for run in (place, *list(place.resolve().parents)[:3]):
             if (run / "data" / "test.jsonl").is_file():
                 say(f"bench: texts are those of {run}/data/test.jsonl")

@@ -34,16 +34,7 @@ from kdexport.tasks import load_task, task_class
 
 
 def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
-    """Do the whole job, or what is left of it, in the run folder `out`.
-
-    Args:
-        settings: the spec.
-        out: the run's folder; made when it is absent.
-        move_aside: rename what kdexport did not write and stands in the way, rather than refuse.
-
-    Raises:
-        KdexportError: what the user gave can't be used; finished stages are kept.
-    """
+    """Run the stages that are not finished yet in the run folder `out`, and return the report."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = derive.students(settings)
     teachers.check(settings)
@@ -121,10 +112,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
 
 
 def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
-    """Every setting with its value and where it comes from; what is derived with its reason. Runs nothing.
-
-    The data is read, because the number of rows decides the number of epochs.
-    """
+    """List every setting with its value and its meaning or reason; the rows are counted, as epochs depend on them."""
     local_files(settings.data)
     with tempfile.TemporaryDirectory() as work:
         prepare(settings.data, settings.task, settings.seed, Path(work), teachers.cut_of(settings))

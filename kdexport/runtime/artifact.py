@@ -17,6 +17,7 @@ hang a program that loads it, or end it with anything but an `ArtifactError`.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,6 +207,14 @@ def read_card(folder: Path) -> str:
             return file.read(_MOST_CARD).decode("utf-8", "replace")
     except (OSError, ValueError):
         return ""
+
+
+def split_name(name: str | Path) -> tuple[Path, str | None]:
+    """`FOLDER[:VARIANT]` → folder and variant; a folder that exists under the whole name wins."""
+    found = re.fullmatch(r"(.+):([^:/\\]*)", str(name), re.DOTALL)
+    if found is None or Path(name).exists():
+        return Path(name), None
+    return Path(found[1]), found[2] or None
 
 
 def resolve(folder: Path) -> Path:

@@ -241,13 +241,13 @@ def named_sources(arguments: Sequence[str]) -> dict[str, tuple[Path, str | None]
         name, equals, rest = argument.partition("=")
         if not equals:
             name, rest = "", argument
-        path, _, variant = rest.partition(":")
+        folder, variant = artifact.split_name(rest)
         if not name:
-            parts = [part for part in Path(path).resolve().parts if part != "artifact"]
-            name = parts[-1] if parts else path
+            parts = [part for part in folder.resolve().parts if part != "artifact"]
+            name = parts[-1] if parts else str(folder)
         if not _NAME.fullmatch(name):
             raise SpecError(f"{name!r} can't be a model's name", "Give one of letters and digits: NAME=FOLDER")
         if name in found:
             raise SpecError(f"two models are called {name}", "Name them: first=FOLDER second=FOLDER")
-        found[name] = (Path(path), variant or None)
+        found[name] = (folder, variant)
     return found

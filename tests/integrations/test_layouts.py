@@ -23,7 +23,7 @@ import kdexport as package
 from kdexport.errors import KdexportError
 from kdexport.files import hash_file
 from kdexport.integrations import layouts
-from kdexport.pipeline.export_model import How, export
+from kdexport.pipeline.export_model import export
 from kdexport.runtime.predictor import Tensor, tensors_of
 from kdexport.tasks import load_task
 from kdexport.tasks.config import TaskConfig
@@ -37,7 +37,7 @@ def run(classifier, tmp_path_factory):
     """A folder that holds an artifact as a run does, with another file beside it."""
     folder = tmp_path_factory.mktemp("runs") / "tickets"
     folder.mkdir()
-    export(str(classifier("single-label")), folder / "artifact", How(variants=("fp32",), max_length=48))
+    export(str(classifier("single-label")), folder / "artifact", variants=("fp32",), max_length=48)
     (folder / "artifact" / "stage.json").write_text("{}")
     return folder
 
