@@ -12,7 +12,21 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.cli.options import Debug, Flag, Json, MoveAside, finite, numbers, quantity, show_report
+from kdexport.cli.options import (
+    Debug,
+    Flag,
+    Json,
+    Label,
+    MoveAside,
+    SkipBadRows,
+    Text,
+    TextPair,
+    finite,
+    numbers,
+    quantity,
+    rows_in,
+    show_report,
+)
 from kdexport.errors import Interrupted, RunError, SpecError
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "min": 60.0, "m": 60.0}
@@ -23,8 +37,12 @@ def bench(
         list[str], typer.Argument(metavar="TARGET…", help="Runs, artifacts (`folder:int8`), .onnx files, models, URLs.")
     ],
     data: Annotated[
-        Path | None, Flag("--data", help="Texts: CSV, JSONL or a text a line.", show_default="a named run's test split")
+        str | None, Flag(help="Rows: a file or folder as in run.", show_default="a named run's test split")
     ] = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    label: Label = None,
+    skip_bad_rows: SkipBadRows = False,
     reference: Annotated[str | None, Flag(help="Ratios are taken to this variant.", show_default="the first")] = None,
     runtime: Annotated[
         str, Flag(help="Of torch, torch-compile, torch-cudagraphs, onnxruntime, openvino.")
@@ -113,7 +131,7 @@ def bench(
             targets,
             spec.parse_bench(settings),
             folder,
-            texts=data,
+            texts=rows_in(data, text, text_pair, label, skip_bad_rows),
             reference=reference,
             loads=loads,
             command=shlex.join(["kdexport", *sys.argv[1:]]),

@@ -30,6 +30,10 @@ MoveAside = Annotated[
     bool,
     Flag("--move-aside", help="Rename what kdexport did not write and is in the way to NAME.old-1, not refuse."),
 ]
+Text = Annotated[str | None, Flag("--text", help="Column of texts, images or sound.", show_default="guessed")]
+TextPair = Annotated[str | None, Flag("--text-pair", help="Column of second texts.", show_default="guessed")]
+Label = Annotated[str | None, Flag("--label", help="Column of labels.", show_default="guessed")]
+SkipBadRows = Annotated[bool, Flag("--skip-bad-rows", help="Leave bad rows out and count them, not stop.")]
 Sets = Annotated[
     list[str] | None,
     Flag("--set", metavar="KEY=VALUE", help="Any other key of the spec, like --set distill.batch_size=64."),
@@ -47,6 +51,17 @@ def parse_sets(sets: list[str] | None) -> dict[str, Any]:
             raise SpecError(f"--set {pair!r} is not KEY=VALUE", "Write it like --set distill.batch_size=64")
         found[key] = read_yaml(value, f"--set {key}")
     return found
+
+
+def rows_in(place: object, text: str | None, text_pair: str | None, label: str | None, skip_bad_rows: bool) -> Any:
+    """The section `data` of a spec for a file (or folder, or hub id) and the flags that say how it is read."""
+    from kdexport import spec
+
+    if place is None:
+        if text or text_pair or label or skip_bad_rows:
+            raise SpecError("--text, --text-pair, --label and --skip-bad-rows are of a file", "Name the file too")
+        return None
+    return spec.Data(train=str(place), text=text, text_pair=text_pair, label=label, skip_bad_rows=skip_bad_rows)
 
 
 def quantity(text: str | None, flag: str, units: dict[str, float]) -> float | None:

@@ -31,8 +31,7 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     Args:
         model: Hugging Face folder or hub id of a classifier or a language model.
         max_length: tokens kept of each text; what the model reads, but at most 512, when None.
-        rows: what the reference is computed for, before the task's own probes and examples; in place they get the
-            column that the task reads.
+        rows: what the reference is computed for, before the task's own probes and examples.
         out: an existing folder.
 
     Raises:
@@ -41,8 +40,6 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     config = open_config(model)
     task_name = task_of(config) or "text-classification"
     opened = open_classifier(model, config, task_name)
-    for row in rows:  # the column that was named holds paths, if it is no column of texts
-        row.setdefault(TASKS[task_name].modality, row["text"])
     writes = task_name == CausalLM.name
     labels = [] if writes else own_labels(config)
     if len(set(labels)) < len(labels):

@@ -16,20 +16,21 @@ import msgspec
 import numpy as np
 
 from kdexport import spec
+from kdexport.analysis import sampled
 from kdexport.bench.stats import ratio
-from kdexport.data.sources import rows_with_texts
+from kdexport.data.sources import choose_columns, read_test, to_rows
 from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
 from kdexport.export.verify import FP32_TOLERANCE, compare
 from kdexport.files import disk_errors
 from kdexport.integrations import layouts
 from kdexport.output import check_place, making, publish
-from kdexport.progress import say
+from kdexport.progress import say, warn
 from kdexport.report import write_export_card
 from kdexport.results import Exported, ExportedFile
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_answers
-from kdexport.tasks import Task, load_task
+from kdexport.tasks import TASKS, Task, load_task
 from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.config import Arrays
 
@@ -45,13 +46,12 @@ class How(msgspec.Struct, frozen=True, kw_only=True):
     """How a Hugging Face model is exported.
 
     `variants`: precisions; fp32 is always made. `max_length`: tokens kept of each text; what the model reads, but at
-    most 512, when None. `data`: texts to verify on, beside the task's probes and examples, from `column`.
+    most 512, when None. `data`: rows to verify on, beside the task's probes and examples, and their columns.
     """
 
     variants: tuple[spec.Precision, ...] = ("fp32", "int8")
     max_length: int | None = None
-    data: Path | None = None
-    column: str = "text"
+    data: spec.Data | None = None
 
 
 _DEFAULT = How()
@@ -100,11 +100,10 @@ def export(
     mine = layouts.TRITON_NAMES if layout == "triton" else None
     for place in places:
         check_place(place, mine, may_move=move_aside)
-    rows = _spread(rows_with_texts(how.data, how.column)) if how.data else []
     with disk_errors(out.parent), making(out) as work:
         made = work / "made"
         made.mkdir()
-        found = None if source else _make(model, how, rows, work)
+        found = None if source else _make(model, how, work)
         folder, variant = source or (work / "artifact", None)
         match layout:
             case "triton":
@@ -132,12 +131,33 @@ def _name(model: str, name: str | None) -> str:
     return found
 
 
-def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Exported:
+def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return at most 2,000 rows to verify on, which need no labels, and what their columns are called.
+
+    Raises:
+        DataError: a column or a row is wrong.
+    """
+    if data is None:
+        return [], {}
+    source = read_test(data)
+    rows, bad = to_rows(source, data, task, "none")
+    if bad:
+        warn(f"verify: {bad:,} bad rows left out")
+    if len(rows) > _MOST_ROWS:
+        say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, drawn at random")
+    columns = {} if source.lines else choose_columns(source, data, task, "none")
+    return [rows[i] for i in sampled(len(rows), _MOST_ROWS)], columns
+
+
+def _make(model: str, how: How, work: Path) -> Exported:
     """Write `artifact/` into `work`."""
     if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
+    from kdexport.models.loading import open_config
+    from kdexport.models.registry import task_of
     from kdexport.models.trained import take_trained
 
+    rows, columns = read_rows(how.data, TASKS[task_of(open_config(model)) or "text-classification"])
     source, graphs, packed = (work / name for name in ("model", "graphs", "artifact"))
     for folder in (source, graphs, packed):
         folder.mkdir()
@@ -161,7 +181,7 @@ def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Expor
     )
     made = {"by": _BY} | msgspec.to_builtins(found)
     golden = golden_answers(task, {precision: file for precision, (file, _) in chosen.items()})
-    artifact.pack(source, chosen, recommended, made, packed, golden)
+    artifact.pack(source, chosen, recommended, made, packed, golden, columns)
     write_export_card(found, packed / "README.md")
     return found
 
@@ -243,11 +263,3 @@ def _seconds(predictor: Predictor, arrays: Arrays) -> float:
     for _ in range(_CALLS):
         predictor.run(arrays)
     return time.perf_counter() - started
-
-
-def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most 2,000 rows, spread evenly."""
-    if len(rows) <= _MOST_ROWS:
-        return rows
-    say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, spread evenly")
-    return [rows[i * len(rows) // _MOST_ROWS] for i in range(_MOST_ROWS)]

@@ -173,7 +173,10 @@ class Predictor:
             isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(t, str) for t in texts)
         )
         many: list[Any] = [texts] if single else list(texts)  # type: ignore[arg-type]
-        rows = [_row(self.task, text, i) for i, text in enumerate(many)]
+        return self.answer([row_of(self.task, text, i) for i, text in enumerate(many)], batch_size)
+
+    def answer(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> list[Any]:
+        """Answer rows as the task reads them; see `predict`."""
         return list(self.task.decode(self.logits(rows, batch_size), rows)) if rows else []
 
 
@@ -278,7 +281,8 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _row(task: Task, given: object, i: int) -> dict[str, Any]:
+def row_of(task: Task, given: object, i: int) -> dict[str, Any]:
+    """Return the row of the i-th text, image or recording that a caller gave; a `DataError` says which is wrong."""
     try:
         return task.row(given)
     except DataError as error:
