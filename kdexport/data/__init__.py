@@ -18,7 +18,7 @@ import msgspec
 from kdexport import spec
 from kdexport.analysis.duplicates import Audit, audit, near_duplicates
 from kdexport.data.passages import Cut
-from kdexport.data.sources import SPLITS, Columns, Labels, choose_columns, read_splits, read_unlabelled, to_rows
+from kdexport.data.sources import SPLITS, Columns, Found, Labels, read_splits, read_unlabelled, to_rows
 from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
 from kdexport.files import write_bytes, write_json
@@ -57,18 +57,15 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
     """
     of_task = task_class(task, settings.problem)
     content = of_task.content
-    splits: dict[str, Rows] = {}
-    bad_rows = 0
+    read: dict[str, Found] = {}
     sources = read_splits(settings, whole=cut is not None)
     for split, source in sources.items():
         # What is tested needs labels; where they are, the test may come of train.
         labels: Labels = "all" if split == "test" or "test" not in sources else "if any"
-        splits[split], bad = to_rows(source, settings, of_task, labels, cut)
-        bad_rows += bad
-    columns = choose_columns(sources["train"], settings, of_task, "if any")
-    unlabelled, bad = read_unlabelled(settings, of_task, cut) if settings.unlabelled else ([], 0)
-    bad_rows += bad
-    if bad_rows:
+        read[split] = to_rows(source, settings, of_task, labels, cut)
+    beyond = read_unlabelled(settings, of_task, cut) if settings.unlabelled else Found([], 0, {})
+    splits, columns = {split: one.rows for split, one in read.items()}, read["train"].columns
+    if bad_rows := sum(one.bad for one in (*read.values(), beyond)):
         warn(f"data: {bad_rows:,} bad rows left out")
     if settings.skip_bad_rows and of_task.one_label:
         splits["train"], lone = _without_lone_classes(splits["train"])
@@ -83,7 +80,7 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
     for split, rows in splits.items():
         if not rows:
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
-    unlabelled = _new(unlabelled, splits, content)
+    unlabelled = _new(beyond.rows, splits, content)
     names = _label_names(splits, of_task)
     if of_task.modality == "text":
         near, pairs = near_duplicates(splits, content)

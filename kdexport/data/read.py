@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -17,7 +16,7 @@ from kdexport.errors import DataError, MissingPackage
 
 _CONLL = {".conll", ".bio", ".iob2"}
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt"} | _CONLL
-# Rows of JSON whose keys are the columns, and rows of Parquet in memory at once, which may hold images.
+# Rows of JSON whose keys are the columns; rows of Parquet that are made Python's at once.
 _PEEKED, _AT_ONCE = 1000, 256
 csv.field_size_limit(2**31 - 1)  # a field that is too long is a bad row, which is named, and no end of the file
 
@@ -77,9 +76,9 @@ def read_stream(stream: BinaryIO) -> Source:
     return Source("stdin", ["text"], rows(), lines=True)
 
 
-def from_arrow(name: str, schema: Any, batches: Iterable[Any], folder: Path = Path()) -> Source:
-    """Read record batches; where Hugging Face's schema names classes, their numbers become these names."""
-    info = msgspec.json.decode((schema.metadata or {}).get(b"huggingface", b"{}"))
+def from_arrow(name: str, table: Any, folder: Path = Path()) -> Source:
+    """Read an Arrow table; where Hugging Face's schema names classes, their numbers become these names."""
+    info = msgspec.json.decode((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = info["info"]["features"] if "info" in info else {}
     names = {column: found for column, f in features.items() if (found := (f.get("feature") or f).get("names"))}
 
@@ -89,11 +88,11 @@ def from_arrow(name: str, schema: Any, batches: Iterable[Any], folder: Path = Pa
         return None if value is None or value < 0 else known[value]
 
     def rows() -> Iterator[Raw]:
-        for batch in batches:
+        for batch in table.to_batches(max_chunksize=_AT_ONCE):
             for row in batch.to_pylist():
                 yield row | {column: named(row[column], known) for column, known in names.items()}
 
-    return Source(name, list(schema.names), rows(), folder)
+    return Source(name, list(table.column_names), rows(), folder)
 
 
 def _read_parquet(path: Path) -> Source:
@@ -101,21 +100,11 @@ def _read_parquet(path: Path) -> Source:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise MissingPackage("pyarrow", "parquet") from None
-
-    @contextmanager
-    def readable() -> Iterator[None]:
-        try:
-            yield
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path} can't be read: {str(error).strip().splitlines()[0]}") from None
-
-    def batches() -> Iterator[Any]:
-        with readable():
-            yield from file.iter_batches(_AT_ONCE)
-
-    with readable():
-        file = pyarrow.parquet.ParquetFile(path)
-    return from_arrow(path.name, file.schema_arrow, batches(), path.parent)
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} can't be read: {str(error).strip().splitlines()[0]}") from None
+    return from_arrow(path.name, table, path.parent)
 
 
 def _read_csv(path: Path, encoding: str) -> Source:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from kdexport import spec
 from kdexport.data import folders
@@ -13,7 +13,7 @@ from kdexport.data.passages import Cut
 from kdexport.data.read import SUFFIXES, Raw, Source, from_arrow, read_file
 from kdexport.errors import DataError, MissingPackage
 from kdexport.files import is_place
-from kdexport.progress import say
+from kdexport.progress import say, warn
 from kdexport.tasks import Task
 
 SPLITS = ("train", "validation", "test")
@@ -29,26 +29,31 @@ Labels = Literal["all", "if any", "some", "none"]
 # Our column → the file's.
 Columns = dict[str, str]
 Rows = list[dict[str, Any]]
-# What a row is called in its file, and the row.
-Numbered = Iterable[tuple[int | str, Raw | str]]
+
+
+class Found(NamedTuple):
+    """Good rows with a stable id `<file>:<row>`, counted from 1; how many were bad; what the columns are called."""
+
+    rows: Rows
+    bad: int
+    columns: Columns
 
 
 def find_splits(data: spec.Data) -> dict[str, str]:
     """Split → file or hub id, from the spec; a folder or a hub data set brings its own splits."""
-    given = {split: getattr(data, split) for split in SPLITS}
+    given = {split: path for split in SPLITS if (path := getattr(data, split))}
     folder = Path(data.train)
-    if folder.is_dir():
-        names = {"validation": ("validation", "valid", "val", "dev"), "train": ("train",), "test": ("test",)}
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        found = {s: str(p) for s in SPLITS for p in files if p.stem in names[s]}
-        found = found if "train" in found else folders.splits_in(folder)
-        if "train" not in found:
-            raise DataError(
-                f"{folder} holds no train.csv, .tsv, .jsonl, .parquet or .txt, nor images or WAV files",
-                "Name the file with --data",
-            )
-        given = found | {split: path for split, path in given.items() if path and split != "train"}
-    return {split: path for split, path in given.items() if path}
+    if not folder.is_dir():
+        return given
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = {split: str(path) for split in SPLITS for path in files if path.stem in folders.NAMES[split]}
+    found = found if "train" in found else folders.splits_in(folder)
+    if "train" not in found:
+        raise DataError(
+            f"{folder} holds no train.csv, .tsv, .jsonl, .parquet or .txt, nor images or WAV files",
+            "Name the file with --data",
+        )
+    return found | {split: path for split, path in given.items() if split != "train"}
 
 
 def local_files(data: spec.Data) -> list[Path]:
@@ -82,11 +87,7 @@ def read_splits(data: spec.Data, *, whole: bool = False) -> dict[str, Source]:
 
 
 def read_test(data: spec.Data) -> Source:
-    """Open what `data.train` names: a file, or a folder or a hub data set, of which the test split is taken if any.
-
-    Raises:
-        DataError: it can't be read.
-    """
+    """Open what `data.train` names: a file, or the test split of a folder or a hub data set, if that has one."""
     splits = read_splits(data)
     split = "test" if "test" in splits else "train"
     if len(splits) > 1:
@@ -100,10 +101,8 @@ def rows_of_sources(data: spec.Data) -> dict[str, int]:
     return {split: sum(1 for _ in source.rows) for split, source in sources.items()}
 
 
-def to_rows(
-    source: Source, data: spec.Data, task: type[Task], labels: Labels = "all", cut: Cut | None = None,
-    known: Mapping[str, str] | None = None,
-) -> tuple[Rows, int]:  # fmt: skip
+def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = "all", cut: Cut | None = None,
+            known: Mapping[str, str] | None = None) -> Found:  # fmt: skip
     """Choose the columns and check every row.
 
     Args:
@@ -114,70 +113,74 @@ def to_rows(
         cut: how a text becomes passages, each a row of its own, with the id `<file>:<row>.<passage>`.
         known: the columns of the rows that a model was trained on.
 
-    Returns:
-        The good rows with a stable id `<file>:<row>`, rows counted from 1; and the number of bad ones.
-
     Raises:
         DataError: a column or, unless `skip_bad_rows`, a row is wrong.
     """
     columns = choose_columns(source, data, task, labels, known)
     needed = "label" in columns and labels != "some"
 
-    def take(raw: Raw) -> Raw:
+    def ready(name: str, raw: Raw) -> Raw:
         row = {ours: raw.get(theirs) for ours, theirs in columns.items()}
         row[task.modality] = _placed(row[task.modality], task, source)
         label = row.pop("label", None)
-        ready = task.canonical(row | {"label": label if needed or label != "" else None})
-        problem = ready if isinstance(ready, str) else task.check(ready, data.max_chars, needed)
-        if problem or isinstance(ready, str):
-            raise DataError(problem or "")
-        return ready
+        found = task.canonical(row | {"label": label if needed or label != "" else None})
+        if problem := found if isinstance(found, str) else task.check(found, data.max_chars, needed):
+            raise DataError(problem)
+        assert not isinstance(found, str)
+        return {"id": name} | found
 
-    found = list(_checked(source, _numbered(source, columns, cut), data, take))
-    rows = [row for row in found if row is not None]
-    bad = len(found) - len(rows)
+    def take(name: str, raw: Raw) -> Rows:
+        if source.lines and not raw["text"].strip():
+            return []
+        text = raw.get(columns.get("text", ""))
+        parts = enumerate(cut(text), 1) if cut and isinstance(text, str) else ()
+        return [ready(f"{name}.{i}", raw | {columns["text"]: part}) for i, part in parts] or [ready(name, raw)]
+
+    groups = list(_taken(source, data, take))
+    rows, bad = [row for group in groups for row in group or ()], groups.count(None)
     if not rows:
         raise DataError(f"{source.name}: none of its {bad} rows can be used" if bad else f"{source.name} holds no rows")
-    return rows, bad
+    return Found(rows, bad, columns)
 
 
-def to_answer(source: Source, data: spec.Data, task: Task, known: Mapping[str, str]) -> Iterator[dict[str, Any] | None]:
-    """Rows one by one: their `id`, what is `asked`, and the `row` that the task reads; None for a bad one.
+def read_given(
+    data: spec.Data, task: type[Task], labels: Labels, known: Mapping[str, str] | None = None
+) -> tuple[Rows, Columns]:
+    """The rows of a file, folder or hub data set that a command is given beside a model, and their columns."""
+    found = to_rows(read_test(data), data, task, labels, known=known)
+    if found.bad:
+        warn(f"data: {found.bad:,} bad rows left out")
+    return found.rows, found.columns
+
+
+def to_answer(source: Source, data: spec.Data, task: Task, known: Mapping[str, str]) -> Iterator[Rows | None]:
+    """Each row, one by one: its `id`, what is `asked`, and the `row` that the task reads; None for a bad one.
 
     A text may be empty: it is answered like any other.
-
-    Raises:
-        DataError: a column or, unless `skip_bad_rows`, a row is wrong.
     """
     columns = choose_columns(source, data, type(task), "none", known)
 
-    def take(raw: Raw) -> Raw:
-        given = raw.get(columns[task.modality])
-        given = given if source.lines else _placed(given, task, source)
-        second = raw.get(columns.get("text_pair", ""))
+    def take(name: str, raw: Raw) -> Rows:
+        given, second = raw.get(columns[task.modality]), raw.get(columns.get("text_pair", ""))
         for text in (given, second) if task.modality == "text" else ():
             if isinstance(text, str) and len(text) > data.max_chars:
                 raise DataError(f"the text has {len(text):,} characters (a quote left open?)")
+        given = given if source.lines else _placed(given, task, source)
         asked = (given, second) if second else given
-        return {"asked": asked, "row": task.row(asked)}
+        return [{"id": name, "asked": asked, "row": task.row(asked)}]
 
-    return _checked(source, enumerate(source.rows, 1), data, take)
+    return _taken(source, data, take)
 
 
-def read_unlabelled(data: spec.Data, task: type[Task], cut: Cut | None = None) -> tuple[Rows, int]:
-    """The rows of `data.unlabelled`, with the label None; and the number of bad ones. See `to_rows`."""
-    source = read_file(Path(data.unlabelled or ""), whole=cut is not None)
-    return to_rows(source, data, task, "none", cut)
+def read_unlabelled(data: spec.Data, task: type[Task], cut: Cut | None = None) -> Found:
+    """The rows of `data.unlabelled`, with the label None. See `to_rows`."""
+    return to_rows(read_file(Path(data.unlabelled or ""), whole=cut is not None), data, task, "none", cut)
 
 
 def choose_columns(
     source: Source, data: spec.Data, task: type[Task], labels: Labels = "all", known: Mapping[str, str] | None = None
 ) -> Columns:
-    """Our column → the file's: as named in the spec, else as `known`, else guessed where that is obvious.
-
-    Raises:
-        DataError: there is no such column, or it can't be guessed.
-    """
+    """Our column → the file's: as named in the spec, else as `known`, else guessed where that is obvious."""
     reads, there = task.modality, source.columns
     if source.lines:
         if data.text_pair:
@@ -197,11 +200,9 @@ def choose_columns(
     for wanted, names in task.columns.items():
         if wanted == "label" and labels == "none":
             continue
-        if named[wanted] is None:
-            candidates = ((known or {}).get(wanted), *names)
-            named[wanted] = next((name for name in candidates if name in there), None)
-        needed = wanted != "label" or labels == "all" or data.label
-        if named[wanted] is None and needed:
+        candidates = (named[wanted], (known or {}).get(wanted), *names)
+        named[wanted] = next((name for name in candidates if name in there), None)
+        if named[wanted] is None and (wanted != "label" or labels == "all"):
             raise DataError(
                 f"{source.name}: which column is the {wanted}?",
                 f"Name it with --{'text' if wanted == reads else wanted}. Its columns: {', '.join(there)}",
@@ -209,32 +210,18 @@ def choose_columns(
     return {ours: theirs for ours, theirs in named.items() if theirs}
 
 
-def _numbered(source: Source, columns: Columns, cut: Cut | None) -> Numbered:
-    """Rows from 1 on; of texts that are cut, the i-th passage of row 7 is 7.i. Blank lines are no rows."""
-    for number, row in enumerate(source.rows, 1):
-        text = row.get(columns.get("text", "")) if isinstance(row, dict) else None
-        if cut and isinstance(row, dict) and isinstance(text, str) and text.strip():
-            yield from ((f"{number}.{i}", row | {columns["text"]: part}) for i, part in enumerate(cut(text), 1))
-        elif not source.lines or str(text).strip():
-            yield number, row
-
-
-def _checked(
-    source: Source, numbered: Numbered, data: spec.Data, take: Callable[[Raw], Raw]
-) -> Iterator[dict[str, Any] | None]:
-    """What `take` makes of each row, with its id; None for a bad row, which is an error unless `skip_bad_rows`."""
-    for number, raw in numbered:
+def _taken(source: Source, data: spec.Data, take: Callable[[str, Raw], Rows]) -> Iterator[Rows | None]:
+    """What `take` makes of each row; None for a bad one, which is an error unless `skip_bad_rows`."""
+    for number, raw in enumerate(source.rows, 1):
         try:
             if isinstance(raw, str):
                 raise DataError(raw)
-            taken = take(raw)
+            yield take(f"{source.name}:{number}", raw)
         except DataError as error:
             if not data.skip_bad_rows:
                 fix = "Mend the row, or leave such rows out: --skip-bad-rows"
                 raise DataError(f"{source.name}, row {number}: {error.what}", fix) from None
             yield None
-        else:
-            yield {"id": f"{source.name}:{number}"} | taken
 
 
 def _placed(value: Any, task: Task | type[Task], source: Source) -> Any:
@@ -275,6 +262,5 @@ def _read_hub(sources: dict[str, str]) -> dict[str, Source]:
         raise DataError(f"no file and no data set on the hub: {sources['train']!r} ({reason})") from None
     if "train" not in splits:
         raise DataError(f"hub data set {name!r} has no train split", f"Its splits: {', '.join(splits)}")
-    tables = {split: splits[split].data.table for split in SPLITS if split in splits}
-    found = {s: from_arrow(f"{name}/{s}", t.schema, t.to_batches(max_chunksize=1000)) for s, t in tables.items()}
+    found = {split: from_arrow(f"{name}/{split}", splits[split].data.table) for split in SPLITS if split in splits}
     return found | {split: read_file(Path(path)) for split, path in sources.items() if split != "train"}

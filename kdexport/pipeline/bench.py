@@ -22,7 +22,7 @@ from kdexport.bench.loads import Loads
 from kdexport.bench.process import Crashed
 from kdexport.bench.subjects import Target, of_file, of_model
 from kdexport.data import read_rows
-from kdexport.data.sources import read_test, to_rows
+from kdexport.data.sources import read_given
 from kdexport.errors import ArtifactError, SpecError
 from kdexport.files import hash_file
 from kdexport.output import Output
@@ -184,12 +184,8 @@ def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None =
     if texts:
         of_task = type(load_task(Path(task))) if task else TextClassification
         known = artifact.read_columns(Path(task)) if task else {}
-        rows, bad = to_rows(read_test(texts), texts, of_task, "some", known=known)
-        if bad:
-            warn(f"bench: {bad:,} bad rows left out")
-        return [
-            {key: inline(value) if isinstance(value, bytes) else value for key, value in row.items()} for row in rows
-        ]
+        rows, _ = read_given(texts, of_task, "some", known)
+        return [row | {key: inline(value) for key, value in row.items() if isinstance(value, bytes)} for row in rows]
     for name in names:
         place = Path(name if Path(name).exists() else name.partition(":")[0])
         for run in (place, *list(place.resolve().parents)[:3]):

@@ -18,14 +18,14 @@ import numpy as np
 from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.bench.stats import ratio
-from kdexport.data.sources import choose_columns, read_test, to_rows
+from kdexport.data.sources import read_given
 from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
 from kdexport.export.verify import FP32_TOLERANCE, compare
 from kdexport.files import disk_errors
 from kdexport.integrations import layouts
 from kdexport.output import check_place, making, publish
-from kdexport.progress import say, warn
+from kdexport.progress import say
 from kdexport.report import write_export_card
 from kdexport.results import Exported, ExportedFile
 from kdexport.runtime import artifact
@@ -132,20 +132,10 @@ def _name(model: str, name: str | None) -> str:
 
 
 def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return at most 2,000 rows to verify on, which need no labels, and what their columns are called.
-
-    Raises:
-        DataError: a column or a row is wrong.
-    """
-    if data is None:
-        return [], {}
-    source = read_test(data)
-    rows, bad = to_rows(source, data, task, "none")
-    if bad:
-        warn(f"verify: {bad:,} bad rows left out")
+    """Return at most 2,000 rows to verify on, which need no labels, and what their columns are called."""
+    rows, columns = read_given(data, task, "none") if data else ([], {})
     if len(rows) > _MOST_ROWS:
         say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, drawn at random")
-    columns = {} if source.lines else choose_columns(source, data, task, "none")
     return [rows[i] for i in sampled(len(rows), _MOST_ROWS)], columns
 
 

@@ -232,7 +232,7 @@ BAD = [
     (["bench", "{run}", "--data", "{folder}"], "holds no train.csv, .tsv"),
     (
         ["bench", "{run}", "--data", "{words}"],
-        "which column is the text? Name it with --text. Its columns: words, label",
+        "which column is the text? Name it with --text",
     ),
     (["bench", "{run}", "--data", "{five}"], "five.jsonl, row 2: text is no text but int"),
     (["bench", "{run}", "--connections", "0"], "--connections '0' can't be read. Write whole numbers from 1 on"),

@@ -85,7 +85,8 @@ def test_a_file_may_have_no_labels_where_none_are_needed():
     source = Source("t.csv", ["text", "more"], [{"text": "a", "more": 1}, {"text": "b", "more": 2}])
     with pytest.raises(DataError, match="which column is the label"):
         to_rows(source, data, TextClassification)
-    rows, bad = to_rows(source, data, TextClassification, "if any")
+    rows, bad, columns = to_rows(source, data, TextClassification, "if any")
+    assert columns == {"text": "text"}
     assert (rows, bad) == (
         [{"id": "t.csv:1", "text": "a", "label": None}, {"id": "t.csv:2", "text": "b", "label": None}],
         0,
@@ -107,12 +108,12 @@ def test_unlabelled_texts_are_a_text_a_line_or_a_column_whose_labels_are_not_rea
     def given(name, **more):
         return spec.Data(train=str(tmp_path / "t.csv"), label="label", unlabelled=str(tmp_path / name), **more)
 
-    lines, _ = read_unlabelled(given("u.txt"), TextClassification)
+    lines, *_ = read_unlabelled(given("u.txt"), TextClassification)
     assert [(row["id"], row["text"], row["label"]) for row in lines] == [
         ("u.txt:1", "one", None),
         ("u.txt:4", "two\u2028 halves", None),
     ]
-    rows, _ = read_unlabelled(given("u.jsonl"), TextClassification)
+    rows, *_ = read_unlabelled(given("u.jsonl"), TextClassification)
     assert [(row["id"], row["text"], row["label"]) for row in rows] == [
         ("u.jsonl:1", "one", None),
         ("u.jsonl:2", "two", None),
