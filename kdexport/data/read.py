@@ -79,8 +79,8 @@ def read_stream(stream: BinaryIO) -> Source:
 def from_arrow(name: str, table: Any, folder: Path = Path()) -> Source:
     """Read an Arrow table; where Hugging Face's schema names classes, their numbers become these names."""
     info = msgspec.json.decode((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = info["info"]["features"] if "info" in info else {}
-    names = {column: found for column, f in features.items() if (found := (f.get("feature") or f).get("names"))}
+    features = (info.get("info") or {}).get("features") or {}
+    names = {column: found for column, feature in features.items() if (found := _class_names(feature))}
 
     def named(value: Any, known: list[str]) -> Any:
         if isinstance(value, list):
@@ -93,6 +93,15 @@ def from_arrow(name: str, table: Any, folder: Path = Path()) -> Source:
                 yield row | {column: named(row[column], known) for column, known in names.items()}
 
     return Source(name, list(table.column_names), rows(), folder)
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """The names of a ClassLabel, or of a list of them, which data sets have written in three ways."""
+    if isinstance(feature, list):
+        return _class_names(feature[0])
+    if not isinstance(feature, dict):
+        return None
+    return feature.get("names") if feature.get("_type") == "ClassLabel" else _class_names(feature.get("feature"))
 
 
 def _read_parquet(path: Path) -> Source:
