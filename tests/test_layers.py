@@ -87,4 +87,4 @@ def test_the_light_side_loads_no_torch(code):
 def test_the_package_stays_small():
     lines = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
     assert max(lines.values()) <= 401, max(lines, key=lines.get)
-    assert sum(lines.values()) <= 24060
+    assert sum(lines.values()) <= 24220

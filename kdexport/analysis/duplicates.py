@@ -82,13 +82,7 @@ class Audit(msgspec.Struct, frozen=True):
 def audit(
     splits: dict[str, Rows], content: Callable[[dict[str, Any]], str], drop: bool
 ) -> tuple[dict[str, Rows], Audit]:
-    """Count duplicates, and drop from train what stands in validation or test, from validation what is in test.
-
-    Args:
-        splits: split → rows, in this order: train, validation, test. A row's label may be None.
-        content: what a model sees of a row.
-        drop: whether to drop; they are counted either way.
-    """
+    """Count duplicates by `content`; `drop` from train those of validation and test, from validation those of test."""
     seen = {split: Counter(content(row) for row in rows) for split, rows in splits.items()}
     labels: dict[str, set[str | None]] = defaultdict(set)
     for rows in splits.values():
@@ -122,15 +116,8 @@ def near_duplicates(
     Candidates come from MinHash (Broder 1997) with banding (Leskovec, Rajaraman and Ullman, Mining of Massive
     Datasets, ch. 3) and are then compared exactly. Equal contents are not counted: `audit` does that.
 
-    Args:
-        splits: split → rows, in this order: train, validation, test. A row's label may be None.
-        content: what a model sees of a row.
-
     Returns:
         The counts with some examples, and all pairs across splits, at most one for each text and earlier split.
-
-    Raises:
-        MissingPackage: datasketch is not installed.
     """
     distinct = {split: _distinct(rows, content) for split, rows in splits.items()}
     looked_at = [(split, *found[i]) for split, found in distinct.items() for i in sampled(len(found), _MOST)]

@@ -57,11 +57,11 @@ def rows_in(place: object, text: str | None, text_pair: str | None, label: str |
     """The section `data` of a spec for a file (or folder, or hub id) and the flags that say how it is read."""
     from kdexport import spec
 
-    if place is None:
-        if text or text_pair or label or skip_bad_rows:
-            raise SpecError("--text, --text-pair, --label and --skip-bad-rows are of a file", "Name the file too")
-        return None
-    return spec.Data(train=str(place), text=text, text_pair=text_pair, label=label, skip_bad_rows=skip_bad_rows)
+    if place is None and (text or text_pair or label or skip_bad_rows):
+        raise SpecError("--text, --text-pair, --label and --skip-bad-rows are of a file", "Name the file too")
+    return place and spec.Data(
+        train=str(place), text=text, text_pair=text_pair, label=label, skip_bad_rows=skip_bad_rows
+    )
 
 
 def quantity(text: str | None, flag: str, units: dict[str, float]) -> float | None:

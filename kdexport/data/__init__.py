@@ -18,7 +18,7 @@ import msgspec
 from kdexport import spec
 from kdexport.analysis.duplicates import Audit, audit, near_duplicates
 from kdexport.data.passages import Cut
-from kdexport.data.sources import SPLITS, Columns, Found, Labels, read_splits, read_unlabelled, to_rows
+from kdexport.data.sources import SPLITS, Checked, Columns, Labels, read_splits, read_unlabelled, to_rows
 from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
 from kdexport.files import write_bytes, write_json
@@ -50,20 +50,16 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | None = None) -> None:
-    """Read the sources, check every row, split, audit, and write the rows; texts that have to be are `cut`.
-
-    Raises:
-        DataError: a file, column, row or class is wrong; the line says where and how to mend it.
-    """
+    """Read the sources, check every row, split, audit, and write the rows; texts that have to be are `cut`."""
     of_task = task_class(task, settings.problem)
     content = of_task.content
-    read: dict[str, Found] = {}
+    read: dict[str, Checked] = {}
     sources = read_splits(settings, whole=cut is not None)
     for split, source in sources.items():
         # What is tested needs labels; where they are, the test may come of train.
         labels: Labels = "all" if split == "test" or "test" not in sources else "if any"
         read[split] = to_rows(source, settings, of_task, labels, cut)
-    beyond = read_unlabelled(settings, of_task, cut) if settings.unlabelled else Found([], 0, {})
+    beyond = read_unlabelled(settings, of_task, cut) if settings.unlabelled else Checked([], 0, {})
     splits, columns = {split: one.rows for split, one in read.items()}, read["train"].columns
     if bad_rows := sum(one.bad for one in (*read.values(), beyond)):
         warn(f"data: {bad_rows:,} bad rows left out")
@@ -178,22 +174,16 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
 
 
 def _tell(counts: dict[str, int], labels: list[str], missing: list[str], found: Audit) -> None:
-    sizes = ", ".join(
-        f"{count:,} {split}{' (split off)' if split in missing else ''}" for split, count in counts.items()
-    )
+    sizes = ", ".join(f"{n:,} {split}{' (split off)' if split in missing else ''}" for split, n in counts.items())
     say(f"data: {sizes}{f'; {len(labels)} classes' if labels else ''}")
     if found.duplicates:
-        across = sum(found.across.values())
-        dropped = sum(found.dropped.values())
-        say(
-            f"data: {found.duplicates:,} of {found.rows:,} rows are exact duplicates; {across:,} stand in two "
-            f"splits, {dropped:,} dropped"
-        )
-    near = [(*key.split("–"), n) for key, n in found.near.across.items() if n] if found.near else []
-    if near:
-        told = ", ".join(f"{n:,} texts of {late} in {early}" for early, late, n in near)
-        say(f"data: near duplicates: {told}; they are kept, and stand in near_duplicates.jsonl")
+        across, dropped = (f"{sum(one.values()):,}" for one in (found.across, found.dropped))
+        exact = f"{found.duplicates:,} of {found.rows:,} rows are exact duplicates"
+        say(f"data: {exact}; {across} stand in two splits, {dropped} dropped")
     if found.near:
+        near = [(*key.split("–"), n) for key, n in found.near.across.items() if n]
+        if told := ", ".join(f"{n:,} texts of {late} in {early}" for early, late, n in near):
+            say(f"data: near duplicates: {told}; they are kept, and stand in near_duplicates.jsonl")
         for split, n in found.near.texts.items():
             if (some := found.near.compared.get(split, 0)) < n:
                 warn(f"data: near duplicates were looked for in {some:,} of {n:,} texts of {split}, drawn at random")

@@ -38,11 +38,7 @@ class Source:
 
 
 def read_file(path: Path, *, whole: bool = False) -> Source:
-    """Open a CSV, TSV, JSON, JSONL, Parquet or CoNLL file; any other is a text a line, or one `whole` text.
-
-    Raises:
-        DataError: it is missing, empty, no text in UTF-8 or UTF-16, or has no columns.
-    """
+    """Open a CSV, TSV, JSON, JSONL, Parquet or CoNLL file; any other is a text a line, or one `whole` text."""
     if not path.is_file():
         raise DataError(f"{path} {'is a folder' if path.exists() else 'does not exist'}", "Check the path")
     if not path.stat().st_size:

@@ -31,7 +31,7 @@ Columns = dict[str, str]
 Rows = list[dict[str, Any]]
 
 
-class Found(NamedTuple):
+class Checked(NamedTuple):
     """Good rows with a stable id `<file>:<row>`, counted from 1; how many were bad; what the columns are called."""
 
     rows: Rows
@@ -57,11 +57,7 @@ def find_splits(data: spec.Data) -> dict[str, str]:
 
 
 def local_files(data: spec.Data) -> list[Path]:
-    """The files whose content decides what the rows are; a missing one is an error.
-
-    Raises:
-        DataError: a file is missing or empty.
-    """
+    """Return the files whose content decides what the rows are; a missing or empty one is an error."""
     paths = [Path(source) for source in find_splits(data).values() if _is_local(source)]
     paths += [Path(data.unlabelled)] if data.unlabelled else []
     for path in paths:
@@ -75,11 +71,7 @@ def local_files(data: spec.Data) -> list[Path]:
 
 
 def read_splits(data: spec.Data, *, whole: bool = False) -> dict[str, Source]:
-    """Open every split that the spec names, text files as `whole` texts or a text a line.
-
-    Raises:
-        DataError: a file can't be read; the line says where.
-    """
+    """Open every split that the spec names, text files as `whole` texts or a text a line."""
     sources = find_splits(data)
     if not _is_local(sources["train"]):
         return _read_hub(sources)
@@ -102,19 +94,16 @@ def rows_of_sources(data: spec.Data) -> dict[str, int]:
 
 
 def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = "all", cut: Cut | None = None,
-            known: Mapping[str, str] | None = None) -> Found:  # fmt: skip
+            known: Mapping[str, str] | None = None) -> Checked:  # fmt: skip
     """Choose the columns and check every row.
 
     Args:
-        source: as it was read.
-        data: which columns, and what is done with bad rows.
+        source: rows as they were read.
+        data: columns, and what is done with bad rows.
         task: what the rows are for.
         labels: which rows must have one; those without have the label None.
         cut: how a text becomes passages, each a row of its own, with the id `<file>:<row>.<passage>`.
         known: the columns of the rows that a model was trained on.
-
-    Raises:
-        DataError: a column or, unless `skip_bad_rows`, a row is wrong.
     """
     columns = choose_columns(source, data, task, labels, known)
     needed = "label" in columns and labels != "some"
@@ -140,7 +129,7 @@ def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = 
     rows, bad = [row for group in groups for row in group or ()], groups.count(None)
     if not rows:
         raise DataError(f"{source.name}: none of its {bad} rows can be used" if bad else f"{source.name} holds no rows")
-    return Found(rows, bad, columns)
+    return Checked(rows, bad, columns)
 
 
 def read_given(
@@ -172,7 +161,7 @@ def to_answer(source: Source, data: spec.Data, task: Task, known: Mapping[str, s
     return _taken(source, data, take)
 
 
-def read_unlabelled(data: spec.Data, task: type[Task], cut: Cut | None = None) -> Found:
+def read_unlabelled(data: spec.Data, task: type[Task], cut: Cut | None = None) -> Checked:
     """The rows of `data.unlabelled`, with the label None. See `to_rows`."""
     return to_rows(read_file(Path(data.unlabelled or ""), whole=cut is not None), data, task, "none", cut)
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import as_flags
 
 from kdexport.cli.options import quantity
+from kdexport.runtime.artifact import read_columns
 
 ERRORS = [
     (["run"], "'data.train' is missing"),
@@ -98,6 +99,7 @@ def test_predict_reads_arguments_stdin_lines_csv_and_jsonl(kdexport, finished, t
     lines = [json.loads(line) for line in outputs[0].stdout.splitlines()]
     assert [line["text"] for line in lines] == texts
     assert all(line["label"] and 0 < line["score"] <= 1 for line in lines)
+    assert read_columns(finished) == {"text": "text", "label": "label"}
     scored = json.loads(kdexport("predict", finished, texts[0], "--scores").stdout)
     assert sum(scored["scores"].values()) == pytest.approx(1, abs=1e-4)
 

@@ -16,6 +16,7 @@ from kdexport.errors import DataError, MissingPackage
 from kdexport.pipeline import bench, export_model
 from kdexport.runtime import artifact
 from kdexport.tasks import load_task
+from kdexport.tasks.inputs.media import bytes_of
 from kdexport.tasks.text_classification import TextClassification
 from kdexport.tasks.token_classification import TokenClassification
 
@@ -183,6 +184,37 @@ def test_columns_are_those_of_flags_then_the_artifacts_then_obvious_ones(tmp_pat
     assert chosen({"text": "absent", "text_pair": "body"}) == {"text": "sentence1", "text_pair": "sentence2"}
     assert chosen(known, text="text") == {"text": "text"}
     assert chosen(known, text="text", text_pair="body") == {"text": "text", "text_pair": "body"}
+
+
+def test_images_of_a_folder_a_table_and_parquet_are_read_by_all_commands(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    from PIL import Image
+
+    model = small.pack(small.configs()["image"], tmp_path / "small")
+    folder = tmp_path / "shirts"
+    for i, kind in enumerate("ab"):
+        (folder / kind).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / kind / "x.png")
+    paths = [str(folder / kind / "x.png") for kind in "ab"]
+    (folder / "table.csv").write_text("image,label\na/x.png,a\nb/x.png,b\n")
+    (folder / "list.txt").write_text("\n".join(paths))
+    content = [Path(path).read_bytes() for path in paths]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": [{"bytes": one, "path": None} for one in content], "label": ["a", "b"]}),
+        folder / "bytes.parquet",
+    )
+    task = load_task(model)
+    for name, images in (("", paths), ("table.csv", paths), ("list.txt", paths), ("bytes.parquet", content)):
+        given = data(folder / name)
+        predicted = [row for group in to_answer(read_test(given), given, task, {}) for row in group]
+        assert [row["asked"] for row in predicted] == images
+        assert [row["image"] for row in export_model.read_rows(given, type(task))[0]] == images
+        rows = bench.read_texts(given, [], str(model))
+        assert [bytes_of(row["image"]) for row in rows] == content
+        assert [row["label"] for row in rows] == ([None, None] if name == "list.txt" else ["a", "b"])
+        if name != "list.txt":
+            assert [row["image"] for row in to_rows(read_test(given), given, type(task)).rows] == images
 
 
 def test_plain_texts_are_words_to_tag_where_nobody_needs_tags(tmp_path):
