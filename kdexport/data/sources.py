@@ -151,9 +151,9 @@ def to_answer(source: Source, data: spec.Data, task: Task, known: Mapping[str, s
 
     def take(name: str, raw: Raw) -> Rows:
         given, second = raw.get(columns[task.modality]), raw.get(columns.get("text_pair", ""))
-        for text in (given, second) if task.modality == "text" else ():
-            if isinstance(text, str) and len(text) > data.max_chars:
-                raise DataError(f"the text has {len(text):,} characters (a quote left open?)")
+        for name_of, text in (("text", given), ("text_pair", second)):
+            if task.modality == "text" and isinstance(text, str) and len(text) > data.max_chars:
+                raise DataError(f"{name_of} has {len(text):,} characters (a quote left open?)")
         given = given if source.lines else _placed(given, task, source)
         asked = (given, second) if second else given
         return [{"id": name, "asked": asked, "row": task.row(asked)}]
