@@ -25,7 +25,7 @@ def membership(
 
     Args:
         task: of the model; it makes scores of logits.
-        train_rows, train_logits: members, and their logits [M, C]; `kdexport.data.sampled` takes some.
+        train_rows, train_logits: members, and their logits [M, C]; `kdexport.analysis.sampled` takes some.
         test_rows, test_logits: others, and their logits [N, C]; contents that are in train_rows too are left out.
             A row whose label is None counts for the confidence only.
 

@@ -14,7 +14,11 @@ from kdexport.cli.options import (
     Debug,
     Flag,
     Json,
+    Label,
     MoveAside,
+    SkipBadRows,
+    Text,
+    TextPair,
     arguments,
     finite,
     interruptible,
@@ -28,8 +32,12 @@ def bench(
         list[str], typer.Argument(metavar="TARGET…", help="Runs, artifacts (`folder:int8`), .onnx files, models, URLs.")
     ],
     data: Annotated[
-        Path | None, Flag("--data", help="Texts: CSV, JSONL or a text a line.", show_default="a named run's test split")
+        str | None, Flag(help="Rows: a file or folder as in run.", show_default="a named run's test split")
     ] = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    label: Label = None,
+    skip_bad_rows: SkipBadRows = False,
     reference: Annotated[str | None, Flag(help="Ratios are taken to this variant.", show_default="the first")] = None,
     runtime: Annotated[
         str, Flag(help="Of torch, torch-compile, torch-cudagraphs, onnxruntime, openvino.")

@@ -12,12 +12,16 @@ from kdexport.cli.options import (
     Debug,
     Flag,
     Json,
+    Label,
     Max99,
     MaxSize,
     MinRetention,
     MoveAside,
     Out,
     Sets,
+    SkipBadRows,
+    Text,
+    TextPair,
     TimeLimit,
     arguments,
     interruptible,
@@ -41,8 +45,9 @@ def run(
         str | None, Flag(help="CSV, JSONL or Parquet file, a folder with train.* and test.*, or a hub id.")
     ] = None,
     test: Annotated[str | None, Flag(help="Test file; split off from the data when absent.")] = None,
-    text: Annotated[str | None, Flag(help="The text's column.", show_default="guessed")] = None,
-    label: Annotated[str | None, Flag(help="The label's column.", show_default="guessed")] = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    label: Label = None,
     unlabelled: Annotated[str | None, Flag(help="More texts, which the teacher alone labels.")] = None,
     max_length: Annotated[int | None, Flag(help="Tokens kept of each text.", show_default="128")] = None,
     student: Annotated[
@@ -70,7 +75,7 @@ def run(
     min_retention: MinRetention = None,
     time_limit: TimeLimit = None,
     no_baseline: Annotated[bool, Flag("--no-baseline", help="Don't train the student on labels alone.")] = False,
-    skip_bad_rows: Annotated[bool, Flag("--skip-bad-rows", help="Leave bad rows out, and count them.")] = False,
+    skip_bad_rows: SkipBadRows = False,
     set: Sets = None,
     out: Out = None,
     move_aside: MoveAside = False,
@@ -185,10 +190,10 @@ def export(
     max_length: Annotated[
         int | None, Flag(min=8, help="Tokens kept of each text.", show_default="what the model reads, at most 512")
     ] = None,
-    data: Annotated[
-        Path | None, Flag("--data", help="Texts to verify on: CSV, TSV, JSONL or a text a line; labels aren't needed.")
-    ] = None,
-    text: Annotated[str | None, Flag(help="The texts' column.", show_default="text")] = None,
+    data: Annotated[str | None, Flag(help="Rows to verify on, without labels: a file or folder as in run.")] = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    skip_bad_rows: SkipBadRows = False,
     name: Annotated[
         str | None, Flag(help="The model's name, for triton and kserve.", show_default="the folder's")
     ] = None,

@@ -33,6 +33,10 @@ MoveAside = Annotated[
     bool,
     Flag("--move-aside", help="Rename what kdexport did not write and is in the way to NAME.old-1, not refuse."),
 ]
+Text = Annotated[str | None, Flag("--text", help="Column of texts, images or sound.", show_default="guessed")]
+TextPair = Annotated[str | None, Flag("--text-pair", help="Column of second texts.", show_default="guessed")]
+Label = Annotated[str | None, Flag("--label", help="Column of labels.", show_default="guessed")]
+SkipBadRows = Annotated[bool, Flag("--skip-bad-rows", help="Leave bad rows out and count them, not stop.")]
 Sets = Annotated[
     list[str] | None,
     Flag("--set", metavar="KEY=VALUE", help="Any other key of the spec, like --set distill.batch_size=64."),

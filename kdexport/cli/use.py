@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.cli.options import Debug, Flag, finite
+from kdexport.cli.options import Debug, Flag, SkipBadRows, Text, TextPair, finite
 from kdexport.errors import SpecError
 
 _WRITING = "Language models"
@@ -30,11 +30,12 @@ def predict(
     inputs: Annotated[
         list[str] | None, typer.Argument(help="Texts, images or recordings; without any, stdin's lines.")
     ] = None,
-    file: Annotated[Path | None, Flag("--file", "-f", help="Lines of text, or .csv / .jsonl rows.")] = None,
-    variant: Annotated[
-        str | None, Flag(help="The same as :VARIANT: fp32 or int8.", show_default="the recommended one")
-    ] = None,
-    batch_size: Annotated[int, Flag(min=1, help="Texts of a batch.")] = 32,
+    file: Annotated[str | None, Flag("--file", "-f", help="Rows: a file or folder as in run; or lines.")] = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    skip_bad_rows: SkipBadRows = False,
+    variant: Annotated[str | None, Flag(help="fp32 or int8.", show_default="the recommended one")] = None,
+    batch_size: Annotated[int, Flag(min=1, help="Texts that run at once.")] = 32,
     threads: Annotated[int | None, Flag(min=1, help="Threads of the runtime.", show_default="all cores")] = None,
     scores: Annotated[bool, Flag("--scores", help="Print the probability of every label (or word).")] = False,
     max_new_tokens: Annotated[int, Flag(min=1, help="Most tokens to generate.", rich_help_panel=_WRITING)] = 64,
@@ -70,11 +71,16 @@ def predict(
     """
     import msgspec
 
-    from kdexport.data.sources import iter_texts
+    from kdexport import spec
+    from kdexport.data.read import read_stream
+    from kdexport.data.sources import read_test, to_answer
+    from kdexport.progress import warn
+    from kdexport.runtime.artifact import read_columns, split_name
     from kdexport.runtime.generation import Sampling, write
-    from kdexport.runtime.predictor import load
+    from kdexport.runtime.predictor import load, row_of
+    from kdexport.spec.flags import rows_in
 
-    model = load(artifact, variant, threads)
+    model, columns = load(artifact, variant, threads), read_columns(split_name(artifact)[0])
     if inputs and file:
         raise SpecError("texts and --file were both given", "Give one of them")
     reads = model.task.modality
@@ -87,30 +93,26 @@ def predict(
     writes = model.task.generates
     if not writes and (perplexity or sampling != Sampling()):
         raise SpecError(f"{artifact} is for {model.task.name}, and writes nothing", "Leave out the options of writing")
-    rows: Iterator[dict[str, Any]] = iter([{reads: one} for one in inputs]) if inputs else iter_texts(file, sys.stdin)
+    given = rows_in(file, text, text_pair, None, skip_bad_rows) or spec.Data(train="stdin")
+    if inputs:
+        # Bytes that are no UTF-8 come as lone surrogates, which JSON can't hold.
+        clean = [one.encode("utf-8", "replace").decode() if reads == "text" else one for one in inputs]
+        rows: Iterator[Any] = ([{"asked": one, "row": row_of(model.task, one, i)}] for i, one in enumerate(clean))
+    else:
+        rows = to_answer(read_test(given) if file else read_stream(sys.stdin.buffer), given, model.task, columns)
+    bad = 0
     while chunk := list(islice(rows, 32 * batch_size)):
-        given = [_text_of(row, file, reads) for row in chunk]
+        good, bad = [one for found in chunk for one in found or ()], bad + chunk.count(None)
         if writes and not perplexity:
-            answers: Iterable[Any] = (write(model, text, sampling) for text in given)
+            answers: Iterable[Any] = (write(model, one["asked"], sampling) for one in good)
         else:
-            answers = model.predict(given, batch_size)
-        for one, answer in zip(given, answers, strict=True):
-            sys.stdout.write(msgspec.json.encode({reads: one} | answer.to_dict(scores)).decode() + "\n")
+            answers = model.answer([one["row"] for one in good], batch_size)
+        for one, answer in zip(good, answers, strict=True):
+            named = one["id"] if isinstance(one["asked"], bytes) else one["asked"]
+            sys.stdout.write(msgspec.json.encode({reads: named} | answer.to_dict(scores)).decode() + "\n")
         sys.stdout.flush()
-
-
-def _text_of(row: dict[str, Any], file: Path | None, reads: str) -> Any:
-    if isinstance(row.get("tokens"), list):
-        return row["tokens"]
-    if reads != "text":  # a line of a list is a path
-        row = {reads: row["text"]} if set(row) == {"text"} else row
-    if reads not in row:
-        raise SpecError(f"{file} has no column {reads!r}", f"Its columns: {', '.join(map(str, row))}")
-    if reads != "text":
-        return row[reads]
-    # Bytes that are no UTF-8 come as lone surrogates, which JSON can't hold.
-    first, second = ((row.get(key) or "").encode("utf-8", "replace").decode() for key in ("text", "text_pair"))
-    return (first, second) if second else first
+    if bad:
+        warn(f"predict: {bad:,} bad rows left out")
 
 
 def serve(

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from kdexport.data import demo
 from kdexport.errors import ModelError
+from kdexport.files import is_place
 from kdexport.models.registry import auto_class, has_head
 from kdexport.progress import say
 from kdexport.tasks import DEFAULT, task_class
@@ -46,8 +47,7 @@ def open_config(model: str) -> Any:
         ModelError: there is none.
     """
     folder = Path(model)
-    local = folder.exists() or model.startswith((".", "/", "~"))
-    if local and not (folder / "config.json").is_file():
+    if is_place(model) and not (folder / "config.json").is_file():
         missing = "does not exist" if not folder.exists() else "holds no config.json"
         raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
     try:

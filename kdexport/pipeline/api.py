@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdexport.errors import RunError, SpecError
-from kdexport.spec.flags import SECONDS, listed, numbers, overrides, quantity
+from kdexport.spec.flags import SECONDS, listed, numbers, overrides, quantity, rows_in
 
 if TYPE_CHECKING:
     from kdexport.results import Comparison, Report
@@ -35,6 +35,7 @@ def run(
     data: Place | None = None,
     test: Place | None = None,
     text: str | None = None,
+    text_pair: str | None = None,
     label: str | None = None,
     unlabelled: Place | None = None,
     max_length: int | None = None,
@@ -76,6 +77,10 @@ def bench(
     targets: Place | Sequence[Place],
     *,
     data: Place | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    skip_bad_rows: bool = False,
     reference: str | None = None,
     runtime: Several = "torch,onnxruntime",
     device: Several = "cpu",
@@ -145,7 +150,7 @@ def bench(
         [str(target) for target in ([targets] if isinstance(targets, str | Path) else targets)],
         settings,
         folder,
-        texts=None if data is None else Path(data),
+        texts=rows_in(data, text, text_pair, label, skip_bad_rows),
         reference=reference,
         loads=loads,
         command=command,

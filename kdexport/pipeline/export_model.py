@@ -12,8 +12,9 @@ import msgspec
 import numpy as np
 
 from kdexport import spec
+from kdexport.analysis import sampled
 from kdexport.bench.stats import ratio
-from kdexport.data.sources import rows_with_texts
+from kdexport.data.sources import read_given
 from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
 from kdexport.export.verify import FP32_TOLERANCE, compare
@@ -25,8 +26,8 @@ from kdexport.report import write_export_card
 from kdexport.results import Exported, ExportedFile
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_answers
-from kdexport.spec.flags import listed
-from kdexport.tasks import load_task
+from kdexport.spec.flags import listed, rows_in
+from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Arrays
 
@@ -47,6 +48,8 @@ def export(
     max_length: int | None = None,
     data: str | Path | None = None,
     text: str | None = None,
+    text_pair: str | None = None,
+    skip_bad_rows: bool = False,
     name: str | None = None,
     image: str | None = None,
     move_aside: bool = False,
@@ -63,9 +66,10 @@ def export(
         raise SpecError(f"--layout {layout!r} is none of hub, triton, kserve")
     model, out = str(model), Path(out).resolve()
     source, how = _artifact_at(model), _variants(variants)
+    given = rows_in(data, text, text_pair, None, skip_bad_rows)
     if source and layout == "hub":
         raise SpecError(f"{model} is an artifact already", "Copy it, or choose another --layout")
-    if source and (variants or max_length or data or text):
+    if source and (variants or max_length or given):
         raise SpecError(f"{model} is an artifact already, so only its layout is left to choose")
     if max_length is not None and max_length < 8:
         raise SpecError(f"--max-length {max_length} is below 8")
@@ -76,11 +80,10 @@ def export(
     mine = layouts.TRITON_NAMES if layout == "triton" else None
     for place in places:
         check_place(place, mine, may_move=move_aside)
-    rows = _spread(rows_with_texts(Path(data), text or "text")) if data else []
     with disk_errors(out.parent), making(out) as work:
         made = work / "made"
         made.mkdir()
-        found = None if source else _make(model, how, max_length, rows, work)
+        found = None if source else _make(model, how, max_length, given, work)
         folder, variant = source or (work / "artifact", None)
         match layout:
             case "triton":
@@ -114,11 +117,23 @@ def _variants(names: str | Sequence[str] | None) -> spec.Export:
         raise SpecError(f"--variants {names!r} can't be read", "Write some of fp32,int8,fp16") from None
 
 
-def _make(model: str, how: spec.Export, max_length: int | None, rows: list[dict[str, Any]], work: Path) -> Exported:
+def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return at most 2,000 rows to verify on, which need no labels, and what their columns are called."""
+    rows, columns = read_given(data, task, "none") if data else ([], {})
+    if len(rows) > _MOST_ROWS:
+        say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, drawn at random")
+    return [rows[i] for i in sampled(len(rows), _MOST_ROWS)], columns
+
+
+def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data | None, work: Path) -> Exported:
+    """Write `artifact/` into `work`."""
     if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
+    from kdexport.models.loading import open_config
+    from kdexport.models.registry import task_of
     from kdexport.models.trained import take_trained
 
+    rows, columns = read_rows(data, task_class(task_of(open_config(model)) or DEFAULT))
     source, graphs, packed = (work / name for name in ("model", "graphs", "artifact"))
     for folder in (source, graphs, packed):
         folder.mkdir()
@@ -143,7 +158,7 @@ def _make(model: str, how: spec.Export, max_length: int | None, rows: list[dict[
     )
     made = {"by": _BY} | msgspec.to_builtins(found)
     golden = golden_answers(task, {precision: file for precision, (file, _) in chosen.items()})
-    artifact.pack(source, chosen, recommended, made, packed, golden)
+    artifact.pack(source, chosen, recommended, made, packed, golden, columns)
     write_export_card(found, packed / "README.md")
     return found
 
@@ -221,11 +236,3 @@ def _seconds(predictor: Predictor, arrays: Arrays) -> float:
     for _ in range(_CALLS):
         predictor.run(arrays)
     return time.perf_counter() - started
-
-
-def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most 2,000 rows, spread evenly."""
-    if len(rows) <= _MOST_ROWS:
-        return rows
-    say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, spread evenly")
-    return [rows[i * len(rows) // _MOST_ROWS] for i in range(_MOST_ROWS)]

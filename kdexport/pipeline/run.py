@@ -14,7 +14,7 @@ import msgspec
 
 from kdexport import spec
 from kdexport.bench.subjects import of_file, of_model
-from kdexport.data import prepare, read_rows
+from kdexport.data import prepare, read_rows, read_summary
 from kdexport.data.sources import local_files
 from kdexport.distill import teachers
 from kdexport.export import read_candidates
@@ -44,7 +44,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
         # 1. Rows: read, checked, split, audited.
         data = folder.stage(
             "data",
-            version=2,
+            version=3,
             settings=[settings.task, settings.data, settings.seed, *teachers.cut_by(settings)],
             reads=files,
             build=lambda work: prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings)),
@@ -181,5 +181,6 @@ def _bench(settings: spec.Spec, data: Path, teacher: Path, student: Path, export
 def _pack(stages: Stages, report: Report, choice: Choice, work: Path) -> None:
     models = {p: (stages.export / c.file, c.graph) for p, c in choice.shipped.items()}
     golden = golden_answers(load_task(stages.student), {p: file for p, (file, _) in models.items()})
-    artifact.pack(stages.student, models, choice.recommended.precision, made_from(report), work, golden)
+    columns = read_summary(stages.data).columns
+    artifact.pack(stages.student, models, choice.recommended.precision, made_from(report), work, golden, columns)
     write_card(report, work / "README.md")

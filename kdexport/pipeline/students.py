@@ -102,7 +102,7 @@ class Students(NamedTuple):
             export_student(self.settings.export, student, work, read_rows(self.data, "train"))
 
         return self.folder.stage(
-            stage, version=3, settings=self.settings.export.variants, reads=[self.data, student], build=build
+            stage, version=4, settings=self.settings.export.variants, reads=[self.data, student], build=build
         )
 
     def baseline(self, name: str) -> Path | None:

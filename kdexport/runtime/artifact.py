@@ -55,7 +55,8 @@ class ManifestVariant(msgspec.Struct, frozen=True, kw_only=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """`kdexport.json`: all that a runtime needs to know, and how the files came to be.
 
-    `sha256` is that of all else in it; older manifests have none.
+    `columns` are what the training file's columns were called (`text`, `text_pair`, `label`, … → name), `sha256` is
+    that of all else in it; older manifests have neither.
     """
 
     schema: int = SCHEMA
@@ -65,6 +66,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     variants: Annotated[dict[Name, ManifestVariant], Meta(max_length=16)]
     files: Annotated[dict[Name, Sha256], Meta(max_length=64)]
     made: dict[str, Any]
+    columns: Annotated[dict[Name, Name], Meta(max_length=8)] = {}
     sha256: str = ""
 
 
@@ -100,6 +102,7 @@ def pack(
     made: dict[str, Any],
     out: Path,
     golden: Golden | None = None,
+    columns: dict[str, str] | None = None,
 ) -> None:
     """Write an artifact folder.
 
@@ -110,6 +113,7 @@ def pack(
         made: how it was made; goes into the manifest as it is.
         out: an existing folder.
         golden: what the files answer, as `predictor.golden_answers` finds it.
+        columns: what the training file's columns were called.
     """
     from kdexport import __version__
 
@@ -139,6 +143,7 @@ def pack(
         variants=variants,
         files={name: hash_file(out / name) for name in (*_SHIPPED, GOLDEN) if (out / name).exists()},
         made=made,
+        columns=columns or {},
     )
     write_json(out / MANIFEST, sealed(msgspec.json.decode(msgspec.json.encode(manifest))))
 
@@ -182,6 +187,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}", "kdexport run writes one") from None
     except (OSError, msgspec.MsgspecError, AttributeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{folder}/{MANIFEST} can't be read: {error}", _AGAIN) from None
+
+
+def read_columns(folder: Path) -> dict[str, str]:
+    """What the training file's columns were called; nothing where no artifact, or an older one, says so."""
+    return dict(read_manifest(folder).columns) if (resolve(folder) / MANIFEST).is_file() else {}
 
 
 def read_golden(folder: Path) -> Golden | None:

@@ -157,7 +157,10 @@ class Predictor:
         if isinstance(texts, tuple) and texts and all(isinstance(text, str) for text in texts):
             raise DataError("a tuple of texts may be one pair or several texts", 'Write [("a", "b")] or ["a", "b"]')
         many: list[Any] = [texts] if isinstance(texts, str | bytes | Path) else list(texts)
-        rows = [_row(self.task, text, i) for i, text in enumerate(many)]
+        return self.answer([row_of(self.task, text, i) for i, text in enumerate(many)], batch_size)
+
+    def answer(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> list[Any]:
+        """Answer rows as the task reads them; see `predict`."""
         return list(self.task.decode(self.logits(rows, batch_size), rows)) if rows else []
 
 
@@ -250,7 +253,8 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _row(task: Task, given: object, i: int) -> dict[str, Any]:
+def row_of(task: Task, given: object, i: int) -> dict[str, Any]:
+    """Return the row of the i-th text, image or recording that a caller gave; a `DataError` says which is wrong."""
     try:
         return task.row(given)
     except DataError as error:

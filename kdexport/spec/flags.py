@@ -24,6 +24,7 @@ KEYS = {
     "data": "data.train",
     "test": "data.test",
     "text": "data.text",
+    "text_pair": "data.text_pair",
     "label": "data.label",
     "unlabelled": "data.unlabelled",
     "max_length": "data.max_length",
@@ -57,6 +58,15 @@ def overrides(flags: Mapping[str, Any]) -> dict[str, Any]:
             value = [_plain(one) for one in value] if len(value) > 1 else _plain(value[0])
         found[key] = name != "no_baseline" and _plain(value)
     return found
+
+
+def rows_in(place: object, text: str | None, text_pair: str | None, label: str | None, skip_bad_rows: bool) -> Any:
+    """Return the section `data` of a spec for a file (or folder, or hub id) and the flags that say how it is read."""
+    from kdexport.spec.sections import Data
+
+    if place is None and (text or text_pair or label or skip_bad_rows):
+        raise SpecError("--text, --text-pair, --label and --skip-bad-rows are of a file", "Name the file too")
+    return place and Data(train=str(place), text=text, text_pair=text_pair, label=label, skip_bad_rows=skip_bad_rows)
 
 
 def quantity(text: str | float, flag: str, units: Mapping[str, float]) -> float:

@@ -229,8 +229,11 @@ def test_bench_measures_files_and_models_side_by_side(kdexport, finished, tmp_pa
 
 BAD = [
     (["bench", "nowhere"], "nowhere does not exist. Name a run, an artifact"),
-    (["bench", "{run}", "--data", "{folder}"], "is a folder. Name a CSV"),
-    (["bench", "{run}", "--data", "{words}"], "has no column 'text'. Its columns: words, label"),
+    (["bench", "{run}", "--data", "{folder}"], "holds no train.csv, .tsv"),
+    (
+        ["bench", "{run}", "--data", "{words}"],
+        "which column is the text? Name it with --text",
+    ),
     (["bench", "{run}", "--data", "{five}"], "five.jsonl, row 2: text is no text but int"),
     (["bench", "{run}", "--connections", "0"], "--connections '0' can't be read. Write whole numbers from 1 on"),
     (["bench", "{run}", "--rate", "50%,200"], "--rate '50%,200' can't be read. Write shares of the peak"),

@@ -55,6 +55,15 @@ def test_the_published_teacher_that_comes_along_is_found_by_its_hub_id(monkeypat
         open_config(demo.HUB_ID)
 
 
+def test_a_mistyped_folder_is_named_at_once_and_no_hub_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdexport.models.loading.AutoConfig", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for name in ("models/bert2", "./bert2", "~/bert2"):
+        with pytest.raises(ModelError, match=rf"model folder {name} does not exist"):
+            open_config(name)
+
+
 @pytest.fixture(scope="module")
 def adapter(first, base_model, tmp_path_factory):
     """A LoRA adapter of the base model, with the fitted head, and what PEFT itself answers with it."""

@@ -61,6 +61,7 @@ def test_the_command_writes_a_whole_artifact_and_says_what_it_saw(exported):
     assert told["recommended"] == ("int8" if files["int8"]["agreement"] >= 0.99 else "fp32")
     manifest = artifact.read_manifest(out)
     assert manifest.made == {"by": "kdexport export"} | told
+    assert manifest.columns == {"text": "words"}
     assert str(model.parent) not in (out / "kdexport.json").read_text()
     for file in told["files"]:
         path = artifact.model_file(out, file["precision"])
