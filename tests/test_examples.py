@@ -13,7 +13,13 @@ from kdexport.spec import derive
 
 ROOT = Path(__file__).parent.parent
 CLINC = ROOT.parent / "shared" / "data" / "clinc150"
-QUICK = ["bench.rounds=1", "bench.round_seconds=0.2", "bench.precision=null", "bench.batch_sizes=[4]"]
+QUICK = [
+    "bench.rounds=1",
+    "bench.round_seconds=0.2",
+    "bench.precision=null",
+    "bench.batch_sizes=[4]",
+    "bench.runtimes=[onnxruntime]",
+]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
@@ -39,6 +45,7 @@ def of_four_intents(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_the_example_of_texts_keeps_its_budget(tmp_path, kdexport, monkeypatch):
     monkeypatch.chdir(ROOT)
     data = of_four_intents(tmp_path)

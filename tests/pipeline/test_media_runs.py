@@ -26,6 +26,7 @@ from kdexport.tasks.inputs.media import bytes_of
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 QUICK = {"bench.rounds": 1, "bench.round_seconds": 0.3, "bench.precision": None, "bench.batch_sizes": []}
+QUICK |= {"bench.runtimes": ["onnxruntime"]}
 
 
 def run(name, out, cache, **flags):
@@ -96,7 +97,7 @@ def some_files(run, task, tmp_path, count=3):
     return paths
 
 
-@pytest.fixture(params=["image", "audio"])
+@pytest.fixture(params=["image", pytest.param("audio", marks=pytest.mark.slow)])
 def kind(request):
     return request.param
 

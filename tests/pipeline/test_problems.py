@@ -126,9 +126,9 @@ def run(work, base_model, problem, rows):
     how = work / "spec.yaml"
     how.write_text(
         f"data: {{train: {data}, problem: {problem}, max_length: 32}}\n"
-        f"teacher: {{model: {base_model}, train: {{epochs: 12, learning_rate: 5e-4}}}}\n"
-        "student: {model: layers:1}\ndistill: {epochs: 6, learning_rate: 5e-4}\n"
-        "bench: {rounds: 1, round_seconds: 0.2, precision: null, batch_sizes: []}\n"
+        f"teacher: {{model: {base_model}, train: {{epochs: 5, learning_rate: 1e-3}}}}\n"
+        "student: {model: layers:1}\ndistill: {epochs: 6, learning_rate: 1e-3, baseline: false}\n"
+        "bench: {rounds: 1, round_seconds: 0.2, precision: null, batch_sizes: [], runtimes: [onnxruntime]}\n"
     )
     command = [sys.executable, "-m", "kdexport", "run", str(how), "--out", str(work / "run")]
     environment = os.environ | {"KDEXPORT_CACHE": str(work / "cache")}
@@ -138,6 +138,7 @@ def run(work, base_model, problem, rows):
     return report, {variant["name"]: variant for variant in report["variants"]}
 
 
+@pytest.mark.slow
 def test_several_labels_go_all_the_way(articles, base_model, tmp_path):
     money = [["money"] if {"£", "$"} & set(row["text"][:300]) else [] for row in articles]
     pairs = zip(articles, money, strict=True)
@@ -153,6 +154,7 @@ def test_several_labels_go_all_the_way(articles, base_model, tmp_path):
     assert config["problem_type"] == "multi_label_classification"
 
 
+@pytest.mark.slow
 def test_numbers_go_all_the_way(articles, base_model, tmp_path):
     rows = [{"text": row["text"][:200], "label": float("sport" in row["label"]) + 0.1} for row in articles]
     report, variants = run(tmp_path, base_model, "regression", rows)
