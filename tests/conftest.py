@@ -207,7 +207,6 @@ def kdexport(cache):
             capture_output=True,
             text=True,
             env=os.environ | {"KDEXPORT_CACHE": str(cache), "COLUMNS": "200"} | environment,
-            timeout=280,
         )
 
     return call

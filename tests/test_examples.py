@@ -13,13 +13,7 @@ from kdexport.spec import derive
 
 ROOT = Path(__file__).parent.parent
 CLINC = ROOT.parent / "shared" / "data" / "clinc150"
-QUICK = [
-    "bench.rounds=1",
-    "bench.round_seconds=0.2",
-    "bench.precision=null",
-    "bench.batch_sizes=[4]",
-    "bench.runtimes=[onnxruntime]",
-]
+QUICK = ["bench.rounds=1", "bench.round_seconds=0.2", "bench.precision=null", "bench.batch_sizes=[4]"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)

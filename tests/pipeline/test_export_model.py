@@ -12,6 +12,7 @@ from kdexport.errors import KdexportError, VerificationError
 from kdexport.pipeline.export_model import How, export, recommend
 from kdexport.results import ExportedFile
 from kdexport.runtime import artifact
+from kdexport.runtime.predictor import golden_difference
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.text_classification import TextClassification
 
@@ -66,7 +67,7 @@ def test_the_command_writes_a_whole_artifact_and_says_what_it_saw(exported):
         assert path == out / file["file"]
         assert path.stat().st_size == file["size_bytes"]
         assert f"`{file['file']}`" in (out / "README.md").read_text()
-    assert package.predictor.golden_difference(package.load(out, "int8"), out, "int8") < 1e-4
+    assert golden_difference(package.load(out, "int8"), out, "int8") < 1e-4
 
 
 def test_what_export_wrote_is_replaced_and_nothing_else_is(exported, tmp_path):

@@ -26,7 +26,6 @@ from kdexport.tasks.inputs.media import bytes_of
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 QUICK = {"bench.rounds": 1, "bench.round_seconds": 0.3, "bench.precision": None, "bench.batch_sizes": []}
-QUICK |= {"bench.runtimes": ["onnxruntime"]}
 
 
 def run(name, out, cache, **flags):

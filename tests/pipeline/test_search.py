@@ -123,7 +123,6 @@ def searched(kdexport, finished, settings, tmp_path_factory):
         "student.model": ["layers:2", "bag", "cnn", "layers:7"],
         "distill.baseline": False,
         "bench.rounds": 1,
-        "bench.runtimes": ["onnxruntime"],
         "budget.size_mb": 6.0,
         "budget.retention": 0.5,
     }
