@@ -119,13 +119,13 @@ def test_a_label_that_is_no_number_is_named(tmp_path):
 # --- whole runs
 
 
-def run(work, base_model, problem, rows, epochs):
+def run(work, base_model, problem, rows, epochs, rate):
     data = write(work / "rows.jsonl", rows)
     how = work / "spec.yaml"
     how.write_text(
         f"data: {{train: {data}, problem: {problem}, max_length: 32}}\n"
-        f"teacher: {{model: {base_model}, train: {{epochs: {epochs}, learning_rate: 1e-3}}}}\n"
-        "student: {model: layers:1}\ndistill: {epochs: 6, learning_rate: 1e-3, baseline: false}\n"
+        f"teacher: {{model: {base_model}, train: {{epochs: {epochs}, learning_rate: {rate}}}}}\n"
+        f"student: {{model: layers:1}}\ndistill: {{epochs: 6, learning_rate: {rate}, baseline: false}}\n"
         "bench: {rounds: 1, round_seconds: 0.2, precision: null, batch_sizes: []}\nexport: {variants: [fp32]}\n"
     )
     pipeline.run(spec.load(how, {}), work / "run")
@@ -138,7 +138,7 @@ def test_several_labels_go_all_the_way(articles, base_model, tmp_path):
     money = [["money"] if {"£", "$"} & set(row["text"][:300]) else [] for row in articles]
     pairs = zip(articles, money, strict=True)
     rows = [{"text": row["text"][:300], "label": [row["label"], *more]} for row, more in pairs]
-    report, variants = run(tmp_path, base_model, "multi-label", rows, epochs=8)
+    report, variants = run(tmp_path, base_model, "multi-label", rows, epochs=12, rate="5e-4")
     assert report["metric"] == "micro F1"
     assert report["distillation"]["loss"] == "bce"
     assert variants["student-fp32"]["metric"]["value"] > 0.5
@@ -152,7 +152,7 @@ def test_several_labels_go_all_the_way(articles, base_model, tmp_path):
 @pytest.mark.slow
 def test_numbers_go_all_the_way(articles, base_model, tmp_path):
     rows = [{"text": row["text"][:200], "label": float("sport" in row["label"]) + 0.1} for row in articles]
-    report, variants = run(tmp_path, base_model, "regression", rows, epochs=3)
+    report, variants = run(tmp_path, base_model, "regression", rows, epochs=5, rate="1e-3")
     assert report["metric"] == "Pearson correlation"
     assert variants["student-fp32"]["metric"]["value"] > 0.4
     assert variants["student-fp32"]["further"]["Spearman correlation"] > 0.3
