@@ -169,6 +169,7 @@ def settings(articles_file, base_model) -> dict:
         "bench.round_seconds": 0.4,
         "bench.precision": None,
         "bench.batch_sizes": [8],
+        "bench.time_limit_s": 600,
     }
 
 
