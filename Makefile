@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 FUZZ_SECONDS ?= 3600
 BIN := $(VENV)/bin
+# A worker takes whole files, so that what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint fuzz bench schemas proto clean
