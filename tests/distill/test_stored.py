@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 import pytest
-from teaching import data_stage, one_line, one_thread, own_cache, stage, targets_of
+from teaching import data_stage, one_line, own_cache, stage, targets_of
 
 from kdexport import spec
 from kdexport.data import read_rows

@@ -190,7 +190,8 @@ def test_the_card_says_how_it_is_used_and_its_python_runs(shakespeare, capsys):
     assert "labels:" not in card
     (block,) = re.findall(r"```python\n(.*?)```", card, re.S)
     exec(block.replace("path/to/this/folder", str(shakespeare / "artifact")))
-    assert capsys.readouterr().out.strip()
+    written = write(load(shakespeare), "Once upon a time", Sampling(max_new_tokens=40)).completion
+    assert capsys.readouterr().out == f"{written}\n"
 
 
 def test_the_teacher_wrote_what_the_student_also_learned(shakespeare):
