@@ -1,7 +1,7 @@
 """An artifact as a Ray Serve deployment: Ray places replicas and routes to them, each of them batches by itself.
 
     from ray import serve
-    from kdexport.serve.ray import deployment
+    from kdexport.integrations.ray import deployment
 
     serve.run(deployment(["tickets=/mnt/runs/tickets"], num_replicas=2, ray_actor_options={"num_cpus": 4}))
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
+import msgspec
 import pytest
 from load_client import ask
 from serve_process import served
 
+from kdexport.schemas import openapi
 from kdexport.serve.app import App
 from kdexport.serve.openapi import Served, document
 from kdexport.serve.registry import Models
@@ -49,6 +52,16 @@ def test_schemathesis_finds_nothing_where_a_key_is_needed(finished, tmp_path):
             server.url, tmp_path, "--phases", "examples,coverage", "-H", f"Authorization: Bearer {KEY}"
         )
     assert found.returncode == 0, found.stdout
+
+
+def test_the_document_is_what_make_schemas_writes():
+    assert openapi.PATH.read_bytes() == openapi.generate(), "run: make schemas"
+
+
+@pytest.mark.parametrize("writers", [(), (("m", 63),), (("m", 63), ("n", 31))])
+def test_nothing_in_the_document_is_left_to_fill(writers):
+    found = msgspec.json.encode(document(Served(("m", "n"), ("0" * 12,), writers), Settings()))
+    assert not re.findall(rb'"\$(?!ref")[^"]*"', found)
 
 
 def test_the_document_has_every_route_and_its_limits_are_the_settings():

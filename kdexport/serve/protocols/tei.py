@@ -14,7 +14,6 @@ from kdexport import __version__
 from kdexport.serve.http import Refused, encode
 from kdexport.serve.protocols.huggingface import classes, decoded
 from kdexport.serve.registry import Result, Version
-from kdexport.serve.schemas import Classifier, Info, ModelType
 from kdexport.serve.settings import Settings
 
 Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]
@@ -62,22 +61,22 @@ def render(version: Version, query: Query, results: Sequence[Result]) -> bytes:
     return encode(found[0] if query.single else found)
 
 
-def info(version: Version, settings: Settings) -> Info:
+def info(version: Version, settings: Settings) -> dict[str, Any]:
     """`GET /info`."""
     labels = version.task.labels
-    names = Classifier({str(i): label for i, label in enumerate(labels)}, {label: i for i, label in enumerate(labels)})
-    return Info(
-        model_id=version.name,
-        model_sha=version.version,
-        model_dtype=version.variant,
-        model_type=ModelType(names),
-        max_input_length=version.task.config.max_length,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_batch_requests=settings.max_batch,
-        max_client_batch_size=settings.max_rows,
-        auto_truncate=True,
-        version=__version__,
-    )
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return {
+        "model_id": version.name,
+        "model_sha": version.version,
+        "model_dtype": version.variant,
+        "model_type": {"classifier": names},
+        "max_input_length": version.task.config.max_length,
+        "max_batch_tokens": settings.max_batch_tokens,
+        "max_batch_requests": settings.max_batch,
+        "max_client_batch_size": settings.max_rows,
+        "auto_truncate": True,
+        "version": __version__,
+    }
 
 
 def _row(one: str | list[str]) -> dict[str, Any]:
