@@ -144,7 +144,14 @@ def serve(
         str, Flag(help="The same of prompts to language models.", rich_help_panel="Limits")
     ] = "10s",
     timeout: Annotated[str, Flag(help="For one request's answer; then 504.", rich_help_panel="Limits")] = "30s",
-    max_body: Annotated[str, Flag(help="Of a request, decompressed.", rich_help_panel="Limits")] = "2MB",
+    max_body: Annotated[
+        str | None,
+        Flag(
+            help="Bytes of a request's body, decompressed.",
+            show_default="2MB, of sound 4MB, of images 10MB",
+            rich_help_panel="Limits",
+        ),
+    ] = None,
     max_rows: Annotated[int, Flag(min=1, help="Texts of a request.", rich_help_panel="Limits")] = 256,
     max_chars: Annotated[int, Flag(min=1, help="Characters of a text.", rich_help_panel="Limits")] = 100_000,
     drain_delay: Annotated[
@@ -175,6 +182,7 @@ def serve(
 
     if access_log not in ("all", "errors", "off"):
         raise SpecError(f"--access-log {access_log!r} is none of all, errors, off")
+    size = quantity(max_body, "--max-body", {"": 1, "b": 1, "kb": 1e3, "mb": 1e6})
     settings = Settings(
         host=host,
         port=port,
@@ -188,7 +196,7 @@ def serve(
         max_queue_ms=_duration(max_queue, "--max-queue"),
         max_writing_queue=_duration(max_writing_queue, "--max-writing-queue", "s"),
         timeout=_duration(timeout, "--timeout", "s"),
-        max_body=int(quantity(max_body, "--max-body", {"": 1, "b": 1, "kb": 1e3, "mb": 1e6}) or 0),
+        max_body=None if size is None else int(size),
         max_rows=max_rows,
         max_chars=max_chars,
         drain_delay=_duration(drain_delay, "--drain-delay", "s"),

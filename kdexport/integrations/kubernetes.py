@@ -46,7 +46,7 @@ def write(folder: Path, variant: str | None, name: str, image: str | None, out: 
         "memory": f"{256 + 128 * -(-3 * size // 2**27)}Mi",
     }
     for file in ("Dockerfile", "kubernetes.yaml", "inferenceservice.yaml"):
-        write_text(out / file, render(f"{file}.j2", **values))
+        write_text(out / file, render(f"{file}.j2", {}, **values))
 
 
 def _dns_label(name: str) -> str:

@@ -8,6 +8,7 @@ Python model ran the ONNX file in its place.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from kdexport.files import write_bytes, write_json, write_text
@@ -51,7 +52,7 @@ def write(folder: Path, variant: str | None, name: str, out: Path) -> None:
 def _config(
     name: str, inputs: list[Tensor], outputs: list[Tensor], warm_up: dict[str, tuple[str, int]] | None = None
 ) -> str:
-    filters = {"quoted": _quoted, "dims": _dims}
+    filters: dict[str, Callable[..., str]] = {"quoted": _quoted, "dims": _dims}
     return render("tensors.pbtxt.j2", filters, name=name, inputs=inputs, outputs=outputs, types=_TYPES, warm_up=warm_up)
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 import uvloop
 
-from kdexport.errors import ArtifactError, KdexportError, SpecError
+from kdexport.errors import ArtifactError, KdexportError, SpecError, first_line
 from kdexport.progress import say, unwaiting_stderr, warn
 from kdexport.runtime.predictor import allowed_cores
 from kdexport.serve.admin import Admin
@@ -46,18 +46,10 @@ _THREADS_END_S = 1.0
 
 
 def serve(artifacts: list[str], settings: Settings) -> int:
-    """Serve until told to stop.
-
-    Args:
-        artifacts: `[NAME=]FOLDER[:VARIANT]`; the first is the default.
-        settings: limits, ports, keys.
+    """Serve artifacts, `[NAME=]FOLDER[:VARIANT]` with the default first, until a signal ends it.
 
     Returns:
         The exit code: 0 after an orderly end, 1 when a thread of the batcher died.
-
-    Raises:
-        SpecError: a port is taken, or a name is unfit.
-        ArtifactError: an artifact is incomplete, was changed, or answers otherwise than when it was packed.
     """
     # Batches already run side by side; a pool of threads inside each would only take turns with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -87,19 +79,12 @@ class Server:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         settings = self.settings
-        public = await self._listen(
-            self.app,
-            settings.host,
-            settings.port,
-            "--port",
-            full=self.app.full,
-            on_refused=self.app.refused,
-        )
+        limits = {"full": self.app.full, "on_refused": self.app.refused}
+        public = await self._listen(self.app, settings.host, settings.port, "--port", **limits)
         admin = None
         if settings.admin_port is not None:
-            admin = await self._listen(
-                Admin(self.app, self.reload), settings.admin_host, settings.admin_port, "--admin-port"
-            )
+            asked = Admin(self.app, self.reload)
+            admin = await self._listen(asked, settings.admin_host, settings.admin_port, "--admin-port")
         grpc = await self._listen_grpc() if settings.grpc_port is not None else None
         try:
             versions = await self._load_all()
@@ -125,26 +110,22 @@ class Server:
         self._reloads = asyncio.ensure_future(self.reload_all())  # a task that nobody holds may be collected
 
     async def reload_all(self) -> None:
-        """What SIGHUP asks for."""
+        """Reload every model."""
         for name in self.models.names():
             try:
                 await self.reload(name)
             except Exception as error:  # whatever it is, the version that serves is whole
-                warn(f"{name} was not reloaded, the version before serves on: {error}")
+                warn(f"{name} was not reloaded, the version before serves on: {first_line(error)}")
 
     async def reload(self, name: str) -> Version:
-        """Load a model's folder anew beside the version that serves, and swap when it has proved itself.
-
-        Raises:
-            KdexportError: it has not; nothing changed.
-        """
+        """Load a model's folder anew beside the version that serves, and swap when it has proved itself."""
         async with self._loading:  # one at a time: two would hold three versions in memory
             version = await self._load(name)
         say(f"{name}: version {version.version} serves")
         return version
 
     async def _load_all(self) -> list[Version] | None:
-        """The first versions of all models; None when the server is to end before they are there."""
+        """Load the first versions of all models; None when the server is to end before they are there."""
 
         async def load() -> list[Version]:
             async with self._loading:
@@ -198,7 +179,7 @@ class Server:
         return outcome
 
     def _die(self, error: BaseException) -> None:
-        """A consumer ended: no answer would ever come. Make room for a new process, and say so."""
+        """End the process, for a new one: without its consumer no answer would ever come."""
         self.app.loaded = False
         self._code = 1
         self._stop.set()
@@ -277,25 +258,22 @@ class Server:
 
 
 def start_threads(app: App, versions: list[Version], on_death: Callable[[BaseException], None]) -> None:
-    """Threads for the app's models, as its settings say, in the loop that runs: as many again for language models."""
+    """Start threads for the app's models in the running loop: as many again for language models."""
     settings = app.settings
     threads = settings.threads or allowed_cores()
-    app.batcher = Batcher(
-        threads=threads,
+    start = partial(Batcher, threads=threads, on_death=on_death)
+    app.batcher = start(
         max_batch_tokens=settings.max_batch_tokens,
         max_wait=settings.max_wait_ms / 1e3,
         max_queue=settings.max_queue_ms / 1e3,
         rate=threads * min((version.rate for version in versions if not version.writer), default=1.0),
         on_batch=app.metrics.batch,
-        on_death=on_death,
     )
-    app.writing = Batcher(
-        threads=threads,
+    app.writing = start(
         max_batch_tokens=1,
         max_wait=0.0,
         max_queue=settings.max_writing_queue,
         rate=threads * min((version.writer.rate for version in versions if version.writer), default=1.0),
-        on_death=on_death,
         lanes=False,
     )
 

@@ -14,7 +14,7 @@ from load_client import ask
 from serve_process import served
 
 from kdexport.schemas import openapi
-from kdexport.serve.app import App
+from kdexport.serve.app import OPEN, App
 from kdexport.serve.openapi import Served, document
 from kdexport.serve.registry import Models
 from kdexport.serve.settings import Settings
@@ -69,11 +69,12 @@ def test_the_document_has_every_route_and_its_limits_are_the_settings():
     app = App(Models({}, 1, 1), settings)
     found = document(Served(("m",)), settings)
     paths, schemas = found["paths"], found["components"]["schemas"]
-    for path, methods in (app._open | app._keyed).items():
-        assert {method.upper() for method in paths[path]} == set(methods), path
+    assert {path: {method.upper() for method in operations} for path, operations in paths.items()} == {
+        path: set(methods) for path, methods in app.routes.items()
+    }
     for path, operations in paths.items():
         for method, operation in operations.items():
-            keyed = path not in app._open or (path, method) == ("/", "post")
+            keyed = path not in OPEN or (path, method) == ("/", "post")
             assert ("security" in operation) == ("401" in operation["responses"]) == keyed, path
     text, _, texts = schemas["ClassifyRequest"]["properties"]["inputs"]["anyOf"]
     assert text["maxLength"] == 50

@@ -55,7 +55,7 @@ class FileRequest(msgspec.Struct, frozen=True):
 
 
 class Query(NamedTuple):
-    """A request, understood."""
+    """A parsed request."""
 
     rows: list[dict[str, Any]]
     parameters: Parameters
@@ -65,8 +65,7 @@ class TaskProtocol(NamedTuple):
     """One task behind `POST /`."""
 
     parse: Callable[[bytes], Any]
-    entries: Callable[[Version, Any], int]
-    """Number of labels or words that the answer may have."""
+    entries: Callable[[Version, Any], int]  # labels or words that the answer may have
     render: Callable[[Version, Any, Sequence[Any]], bytes]
 
 
@@ -78,11 +77,7 @@ LESS = "give fewer rows, or top_k"
 
 
 def parse_texts(body: bytes) -> Query:
-    """Texts to classify.
-
-    Raises:
-        Refused: the body is not what the API says (422, 400 when it is no JSON at all).
-    """
+    """Return texts to classify."""
     asked = decoded(_decode, body)
     _no_writing(asked.stream)
     inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
@@ -90,24 +85,33 @@ def parse_texts(body: bytes) -> Query:
 
 
 def count_labels(version: Version, query: Query) -> int:
-    """Count the labels of all rows that are answered."""
+    """Count the labels of an answer."""
     labels = len(version.task.labels)
     return len(query.rows) * min(int(query.parameters.top_k or labels), labels)
 
 
 def count_words(version: Version, query: TagQuery) -> int:
-    """Count the words of all rows that may be answered."""
+    """Count the words of an answer, at most."""
     return sum(min(row["text"].count(" ") + 1, version.task.config.max_length) for row in query.rows)
 
 
 def render_classes(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """A list of labels with scores, best first, for each text."""
+    """Return a list of labels with scores, best first, for each text."""
+    return encode(_classes(version, query, results))
+
+
+def render_flat(version: Version, query: Query, results: Sequence[Result]) -> bytes:
+    """Return a list of labels with scores, best first."""
+    return encode(_classes(version, query, results)[0])
+
+
+def _classes(version: Version, query: Query, results: Sequence[Result]) -> list[list[dict[str, Any]]]:
     top = query.parameters.top_k
-    return encode(classes(version, results, query.parameters.function_to_apply, int(top) if top else None))
+    return classes(version, results, query.parameters.function_to_apply, int(top) if top else None)
 
 
 class TagParameters(msgspec.Struct, frozen=True):
-    """How tags become the answer: words by themselves (none), or the names that they make, whose way is one here."""
+    """Whether the answer is single words (`none`) or entities; the ways to aggregate them are one here."""
 
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
     ignore_labels: tuple[str, ...] = ("O",)
@@ -123,7 +127,7 @@ class TagRequest(msgspec.Struct, frozen=True):
 
 
 class TagQuery(NamedTuple):
-    """A request, understood; `texts` as they came in, `rows` with their words apart once they were checked."""
+    """A parsed request; `texts` as they came in, `rows` with their words apart once they were checked."""
 
     rows: list[dict[str, Any]]
     texts: list[str]
@@ -135,11 +139,7 @@ _decode_tags = msgspec.json.Decoder(TagRequest).decode
 
 
 def parse_tags(body: bytes) -> TagQuery:
-    """Texts whose words are to be tagged.
-
-    Raises:
-        Refused: the body is not what the API says (422, 400 when it is no JSON at all).
-    """
+    """Return texts whose words are to be tagged."""
     asked = decoded(_decode_tags, body)
     _no_writing(asked.stream)
     single = isinstance(asked.inputs, str)
@@ -148,7 +148,7 @@ def parse_tags(body: bytes) -> TagQuery:
 
 
 def render_tags(version: Version, query: TagQuery, results: Sequence[Result]) -> bytes:
-    """Names with kind, score and place in characters; a list of such lists for a list of texts."""
+    """Return entities with kind, score and place in characters; a list of such lists for a list of texts."""
     answers = version.task.decode(np.stack([result.logits for result in results]), query.rows)
     found = [_names(answer, text, query.parameters) for answer, text in zip(answers, query.texts, strict=True)]
     return encode(found[0] if query.single else found)
@@ -174,11 +174,7 @@ def _names(answer: Any, text: str, how: TagParameters) -> list[dict[str, Any]]:
 
 
 def parse_file(reads: str, body: bytes) -> Query:
-    """A picture or a recording: the body's own bytes, or base64 in JSON, which the client sends with parameters.
-
-    Raises:
-        Refused: the JSON is not what the API says (422, 400 when it is none).
-    """
+    """Return a picture or a recording: the body itself, or base64 in JSON, as the client sends it with parameters."""
     if body.lstrip()[:1] != b"{":
         return Query([{reads: body}], _DEFAULT)
     asked = decoded(_decode_file, body)
@@ -186,12 +182,6 @@ def parse_file(reads: str, body: bytes) -> Query:
         return Query([{reads: b64decode(asked.inputs, validate=True)}], asked.parameters or _DEFAULT)
     except ValueError:
         raise Refused(422, f"inputs must be the {reads} in base64") from None
-
-
-def render_flat(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """A list of labels with scores, best first."""
-    top = query.parameters.top_k
-    return encode(classes(version, results, query.parameters.function_to_apply, int(top) if top else None)[0])
 
 
 TASKS: dict[str, TaskProtocol] = {
@@ -205,7 +195,7 @@ TASKS: dict[str, TaskProtocol] = {
 def classes(
     version: Version, results: Sequence[Result], function: Function | None, top: int | None
 ) -> list[list[dict[str, Any]]]:
-    """Labels with scores of every row, best first; all of them unless `top` says how many."""
+    """Return labels with scores of every row, best first; all of them unless `top` says how many."""
     labels = version.task.labels
     found = []
     for logits, scores in results:
@@ -222,11 +212,7 @@ def classes(
 
 
 def decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
-    """A typed body.
-
-    Raises:
-        Refused: it is no JSON (400), or has another shape (422).
-    """
+    """Decode a body, or refuse one that is no JSON (400) or has another shape (422)."""
     try:
         return decode(body)
     except msgspec.ValidationError as error:

@@ -45,7 +45,7 @@ class RequestedOutput(msgspec.Struct, frozen=True):
     parameters: Parameters = None
 
     def asks(self, parameter: str, default: object = None) -> object:
-        """One of the parameters."""
+        """Return one of the parameters."""
         value = (self.parameters or {}).get(parameter)
         return default if value is None else value
 
@@ -60,7 +60,7 @@ class InferRequest(msgspec.Struct, frozen=True):
 
 
 class Query(NamedTuple):
-    """An infer request, understood."""
+    """A parsed request."""
 
     rows: list[Any]
     costs: list[int]
@@ -91,17 +91,13 @@ def metadata(version: Version) -> dict[str, Any]:
         "inputs": tensors,
         "outputs": [
             {"name": name, "datatype": datatype, "shape": [-1] if name in _FLAT else wide}
-            for name, datatype in _outputs(version).items()
+            for name, datatype in (WRITTEN if version.writer else OUTPUTS).items()
         ],
     }
 
 
 def parse(request: Request, body: bytes, version: Version, max_rows: int, max_chars: int) -> Query:
-    """What is asked.
-
-    Raises:
-        Refused: it is not what the protocol or the model says (400).
-    """
+    """Parse a request."""
     head, raw = _split(request, body)
     try:
         asked = _decode(head)
@@ -130,20 +126,15 @@ def parse(request: Request, body: bytes, version: Version, max_rows: int, max_ch
     else:
         rows, costs = rows_of(version, tensors, shapes, max_rows, max_chars)
     timeout = parameters.get("timeout")
-    return Query(
-        rows,
-        costs,
-        _wanted(asked.outputs or [], _outputs(version)),
-        parameters.get("binary_data_output") is True,
-        asked.id,
-        float(timeout) / 1e6
-        if isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout > 0
-        else None,
-    )
+    timed = isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout > 0
+    seconds = float(timeout) / 1e6 if timed else None  # type: ignore[arg-type]
+    outputs = _wanted(asked.outputs or [], WRITTEN if version.writer else OUTPUTS)
+    binary = parameters.get("binary_data_output") is True
+    return Query(rows, costs, outputs, binary, asked.id, seconds)
 
 
 def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
-    """Every row's answer, as JSON, or as JSON and raw tensors where they were asked for."""
+    """Return the answer as JSON, or as JSON and raw tensors where they were asked for."""
     values = outputs_of(version, results, query.outputs)
     outputs, raw = [], []
     for wanted, (datatype, shape, value) in zip(query.outputs, values, strict=True):
@@ -167,11 +158,7 @@ def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
 
 
 def answer_size(version: Version, query: Query) -> int:
-    """Estimate an answer's bytes.
-
-    Raises:
-        Refused: it would be too large (413).
-    """
+    """Estimate an answer's bytes; refuse one that would be too large (413)."""
     size = 0
     for wanted in [] if version.writer else query.outputs:
         *rows, classes = (len(query.rows), *version.task.answer_shape)
@@ -185,7 +172,7 @@ def answer_size(version: Version, query: Query) -> int:
 def rows_of(
     version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Named tensors → rows that the model runs, and the tokens that each is thought to take."""
+    """Return named tensors as rows that the model runs, with the estimated tokens of each."""
     task = version.task
     if not isinstance(task, Texts):
         return _float_rows(task.shapes(), tensors, shapes, max_rows)
@@ -229,27 +216,22 @@ def _float_rows(
 def outputs_of(
     version: Version, results: Sequence[Any], outputs: Sequence[RequestedOutput]
 ) -> list[tuple[str, list[int], Any]]:
-    """(datatype, shape, values) of each output that is wanted; values are a list of str, or a float32 array."""
+    """Return (datatype, shape, values) of each output; values are a list of str, or a float32 array."""
     if version.writer:
         return [("BYTES", [len(results)], [job.completion for job in results]) for _ in outputs]
     task = version.task
     logits = np.stack([result.logits for result in results])
     scores = np.stack([result.scores for result in results])
     labels, best = _best(task.labels, logits, scores)
+    values: dict[str, Any] = {"label": labels, "score": best, "scores": scores, "logits": logits}
     found = []
     for output in outputs:
-        value: Any
-        if output.name == "label":
-            value = labels
-        elif output.name == "score":
-            value = best.astype(np.float32)
-        else:
-            value = (scores if output.name == "scores" else logits).astype(np.float32)
-        shape = [len(logits)] if output.name in ("label", "score") else list(logits.shape)
+        value = values[output.name] if output.name == "label" else values[output.name].astype(np.float32)
         top = output.asks("classification")
-        if top is not None and output.name in ("scores", "logits"):
+        if top is not None and output.name not in _FLAT:
             found.append(_classes(task.labels, value, top))
         else:
+            shape = [len(logits)] if output.name in _FLAT else list(logits.shape)
             found.append((OUTPUTS[output.name], shape, value))
     return found
 
@@ -283,10 +265,6 @@ def _split(request: Request, body: bytes) -> tuple[bytes, memoryview]:
     if not length.isdigit() or len(length) > 12 or not 0 < int(length) <= len(body):
         raise Refused(400, "Inference-Header-Content-Length must be the length of the JSON at the body's start")
     return body[: int(length)], memoryview(body)[int(length) :]
-
-
-def _outputs(version: Version) -> dict[str, str]:
-    return WRITTEN if version.writer else OUTPUTS
 
 
 def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[RequestedOutput]:
@@ -331,7 +309,7 @@ def _text_rows(
 def check_rows(
     version: Version, rows: list[dict[str, Any]], max_rows: int, max_chars: int, status: int = 400
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Rows within their limits, and the tokens that each is thought to take."""
+    """Return rows within their limits, with the estimated tokens of each."""
     if not 1 <= len(rows) <= max_rows:
         raise Refused(status, f"a request may have 1 to {max_rows} texts; it has {len(rows)}")
     for row in rows:

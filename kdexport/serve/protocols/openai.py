@@ -44,7 +44,7 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    # What others can, and would change the answer: as good as absent, or refused.
+    # Unsupported: refused unless absent or set to a value without effect.
     best_of: Any = None
     echo: Any = None
     frequency_penalty: Any = None
@@ -107,7 +107,7 @@ class ModelList(msgspec.Struct):
 
 
 class Query(NamedTuple):
-    """A request, understood; `id` and `created` are those of all its events."""
+    """A parsed request; `id` and `created` are those of all its events."""
 
     job: Job
     stream: bool
@@ -120,22 +120,14 @@ _decode = msgspec.json.Decoder(CompletionRequest).decode
 
 
 def read(body: bytes) -> CompletionRequest:
-    """The body, whose model is still to be found.
-
-    Raises:
-        Refused: it is not what the API says (422; 400 when it is no JSON).
-    """
+    """Decode the body, whose model is still to be found."""
     asked: CompletionRequest = decoded(_decode, body)
     refuse_others(asked, NEUTRAL)
     return asked
 
 
 def understood(asked: CompletionRequest, writer: Writer, max_chars: int) -> Query:
-    """What is asked of a model.
-
-    Raises:
-        Refused: the prompt is too long (413), or the model can't write so much (422).
-    """
+    """Parse a request to a model."""
     given = {
         "max_new_tokens": int(asked.max_tokens or min(_USUAL, writer.room)),
         "temperature": 1.0 if asked.temperature is None else asked.temperature,
@@ -144,21 +136,19 @@ def understood(asked: CompletionRequest, writer: Writer, max_chars: int) -> Quer
         "seed": None if asked.seed is None else int(asked.seed),
         "stop": [asked.stop] if isinstance(asked.stop, str) else asked.stop,
     }
-    found = job_of(writer, asked.prompt, given, max_chars)
+    job = job_of(writer, asked.prompt, given, max_chars)
     usage = bool(asked.stream_options and asked.stream_options.include_usage)
-    return Query(found, bool(asked.stream), usage, f"cmpl-{uuid4().hex}", int(time.time()))
+    return Query(job, bool(asked.stream), usage, f"cmpl-{uuid4().hex}", int(time.time()))
 
 
 def render(version: Version, query: Query) -> bytes:
-    """The whole answer."""
-    finish = query.job.pieces[-1].finish
-    assert finish
-    choice = Choice(query.job.completion, finish_reason=_FINISH[finish])
+    """Return the whole answer."""
+    choice = Choice(query.job.completion, finish_reason=_FINISH[query.job.finish])
     return encode(_completion(version, query, [choice], _usage(query.job)))
 
 
 def render_piece(version: Version, query: Query, _: int, piece: Piece) -> bytes:
-    """One token as an event; behind the last one the usage, where it is wanted, and the end."""
+    """Return one token as an event; behind the last one the usage, where it is wanted, and the end."""
     choice = Choice(piece.text, finish_reason=_FINISH[piece.finish] if piece.finish else None)
     found = event(_completion(version, query, [choice]))
     if piece.finish and query.usage:

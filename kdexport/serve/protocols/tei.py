@@ -29,7 +29,7 @@ class PredictRequest(msgspec.Struct, frozen=True):
 
 
 class Query(NamedTuple):
-    """A request, understood."""
+    """A parsed request."""
 
     rows: list[dict[str, Any]]
     single: bool
@@ -41,11 +41,7 @@ _decode = msgspec.json.Decoder(PredictRequest).decode
 
 
 def parse(body: bytes) -> Query:
-    """What is asked.
-
-    Raises:
-        Refused: the body is not what the protocol says (422, 400 when it is no JSON at all).
-    """
+    """Parse a request."""
     asked = decoded(_decode, body)
     kinds = {str} if isinstance(asked.inputs, str) else set(map(type, asked.inputs))
     if len(kinds) > 1:  # is a lone text beside a pair half a pair, or a row?
@@ -56,7 +52,7 @@ def parse(body: bytes) -> Query:
 
 
 def render(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """A list of all labels with scores, best first; a list of such lists for a batch."""
+    """Return a list of all labels with scores, best first; a list of such lists for a batch."""
     found = classes(version, results, "none" if query.raw_scores else None, None)
     return encode(found[0] if query.single else found)
 

@@ -41,7 +41,7 @@ class WriteParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop: Stops | None = None
     return_full_text: bool | None = None
     details: bool | None = None
-    # What others can, and would change the answer: as good as absent, or refused.
+    # Unsupported: refused unless absent or set to a value without effect.
     adapter_id: Any = None
     best_of: Any = None
     decoder_input_details: Any = None
@@ -55,7 +55,7 @@ class WriteParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WriteRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A prompt, how to go on, and whether tokens come one by one."""
+    """A prompt, how to continue it, and whether tokens come one by one."""
 
     inputs: str
     parameters: WriteParameters | None = None
@@ -127,7 +127,7 @@ class WriterInfo(msgspec.Struct):
 
 
 class Query(NamedTuple):
-    """A request, understood."""
+    """A parsed request."""
 
     job: Job
     stream: bool
@@ -140,18 +140,13 @@ _DEFAULT = WriteParameters()
 
 
 def parse(body: bytes, writer: Writer, max_chars: int) -> Query:
-    """What is asked.
-
-    Raises:
-        Refused: the body is not what the API says, or the model can't (422; 400 when it is no JSON, 413 too long).
-    """
+    """Parse a request."""
     asked = decoded(_decode, body)
     how = asked.parameters or _DEFAULT
     refuse_others(how, NEUTRAL)
-    temperature = how.temperature if how.temperature is not None else float(how.do_sample or False)
     given = {
         "max_new_tokens": int(how.max_new_tokens or min(_USUAL, writer.room)),
-        "temperature": temperature,
+        "temperature": float(how.do_sample or False) if how.temperature is None else how.temperature,
         "top_k": int(how.top_k or 0),
         "top_p": how.top_p,
         "seed": None if how.seed is None else int(how.seed),
@@ -162,19 +157,17 @@ def parse(body: bytes, writer: Writer, max_chars: int) -> Query:
 
 
 def render(_: Version, query: Query) -> bytes:
-    """The whole answer."""
-    pieces = query.job.pieces
-    details: Details | UnsetType = UNSET
-    finish = pieces[-1].finish
-    assert finish
+    """Return the whole answer."""
+    job = query.job
+    found = Generated(query.before + job.completion)
     if query.details:
-        tokens = [_token(piece) for piece in pieces]
-        details = Details(_FINISH[finish], len(pieces), query.job.how.seed, [], tokens)
-    return encode([Generated(query.before + query.job.completion, details)])
+        tokens = list(map(_token, job.pieces))
+        found.details = Details(_FINISH[job.finish], len(tokens), job.how.seed, [], tokens)
+    return encode([found])
 
 
 def render_piece(_: Version, query: Query, index: int, piece: Piece) -> bytes:
-    """One token as an event."""
+    """Return one token as an event."""
     found = StreamToken(index, _token(piece))
     if piece.finish:
         found.generated_text = query.before + query.job.completion
