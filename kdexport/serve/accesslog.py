@@ -69,7 +69,7 @@ class AccessLog:
         self._lines.append(_encode(line))
 
     def flush(self) -> None:
-        """Hand the pending lines to the writer."""
+        """Hand the pending lines to the generator."""
         if self._lines:
             data = b"\n".join([*self._lines, b""])
             self._lines.clear()

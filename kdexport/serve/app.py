@@ -22,6 +22,7 @@ from kdexport.serve import openapi, page
 from kdexport.serve.accesslog import AccessLog
 from kdexport.serve.batching import Batcher
 from kdexport.serve.connection import respond
+from kdexport.serve.generating import Generator, awaited
 from kdexport.serve.hosts import Hosts
 from kdexport.serve.http import (
     CLIENT_GONE,
@@ -43,13 +44,12 @@ from kdexport.serve.http import (
     failure,
     refusal,
 )  # fmt: skip
-from kdexport.serve.large import Turns, check_answer, off_loop
+from kdexport.serve.large import Limiter, check_answer, off_loop
 from kdexport.serve.metrics import Metrics
 from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
 from kdexport.serve.registry import Models, Version
 from kdexport.serve.settings import Settings
 from kdexport.serve.tracing import Tracer
-from kdexport.serve.writing import Writer, awaited
 from kdexport.tasks.inputs.texts import Texts
 
 Handler = Callable[[Request, str | None, str | None], Awaitable[Response | Stream]]
@@ -71,28 +71,28 @@ class App:
         self.log = AccessLog(settings.access_log, on_dropped=self.metrics.log_dropped.inc)
         self.hosts: Hosts | None = None  # of the port that is listened on; None where another server listens
         self.tracer = Tracer(settings.tracing)
-        self.turns = Turns(max(4, 2 * (settings.threads or allowed_cores())))
+        self.limiter = Limiter(max(4, 2 * (settings.threads or allowed_cores())))
         self.batcher: Batcher | None = None
-        self.writing: Batcher | None = None
+        self.prompts: Batcher | None = None
         self.loaded = self.draining = self.closing = False
         self.running = 0
         self._keys = Keys(settings.api_keys)
         tensors: dict[str, dict[str, Handler]] = {
-            "": {"GET": self.metadata}, "/ready": {"GET": self.model_ready}, "/infer": {"POST": self.infer_tensors}
+            "": {"GET": self._metadata}, "/ready": {"GET": self._model_ready}, "/infer": {"POST": self._infer_tensors}
         }  # fmt: skip
         self.routes: dict[str, dict[str, Handler]] = {
-            "/": {"GET": self.page, "POST": self.infer},
-            "/models/{name}": {"POST": self.infer},
-            "/v1/completions": {"POST": self.complete},
-            "/v1/models": {"GET": self.language_models},
-            "/predict": {"POST": self.predict},
-            "/invocations": {"POST": self.predict},
-            "/info": {"GET": self.info},
+            "/": {"GET": self._page, "POST": self._infer},
+            "/models/{name}": {"POST": self._infer},
+            "/v1/completions": {"POST": self._complete},
+            "/v1/models": {"GET": self._language_models},
+            "/predict": {"POST": self._predict},
+            "/invocations": {"POST": self._predict},
+            "/info": {"GET": self._info},
             "/ping": {"GET": self.health},
             "/health": {"GET": self.health},
-            "/openapi.json": {"GET": self.openapi},
-            "/v2": {"GET": self.server_metadata},
-            "/v2/": {"GET": self.server_metadata},
+            "/openapi.json": {"GET": self._openapi},
+            "/v2": {"GET": self._server_metadata},
+            "/v2/": {"GET": self._server_metadata},
             "/v2/health/live": {"GET": self.live},
             "/v2/health/ready": {"GET": self.health},
             **{f"/v2/models/{{name}}{rest}": route for rest, route in tensors.items()},
@@ -103,7 +103,7 @@ class App:
         watch("kdexport_waiting_rows", "Rows that wait", lambda: getattr(self.batcher, "waiting_rows", 0))
         watch("kdexport_waiting_tokens", "Tokens that wait", lambda: getattr(self.batcher, "waiting_tokens", 0))
         watch("kdexport_tokens_per_second", "What the threads do", lambda: getattr(self.batcher, "rate", 0))
-        watch("kdexport_waiting_prompts", "Prompts that wait", lambda: getattr(self.writing, "waiting_rows", 0))
+        watch("kdexport_waiting_prompts", "Prompts that wait", lambda: getattr(self.prompts, "waiting_rows", 0))
         self.metrics.watch_models(lambda: [(name, v.version, v.variant) for name, v in models.in_service().items()])
 
     @property
@@ -125,7 +125,7 @@ class App:
         if scope["type"] != "http":
             raise RuntimeError(f"an ASGI {scope['type']} is not spoken here")
         began = time.monotonic()
-        request = Request(scope, receive, self.turns)
+        request = Request(scope, receive, self.limiter)
         fault, begun = "", False
         response: Response | Stream
         self.running += 1
@@ -190,54 +190,48 @@ class App:
 
     # --- answers from the models
 
-    async def infer(self, request: Request, name: str | None, _: str | None) -> Response | Stream:
-        """`POST /` and `POST /models/{name}`: Hugging Face's API."""
+    async def _infer(self, request: Request, name: str | None, _: str | None) -> Response | Stream:
         request.protocol = "huggingface"
         body = await self._body(request, name)
         return await self._by_task(request, self.version(request, name), body)
 
     async def _by_task(self, request: Request, version: Version, body: bytes) -> Response | Stream:
-        if not version.writer:
-            return await self._classified(request, version, body)
-        query = await off_loop(len(body), tgi.parse, body, version.writer, self.settings.max_chars)
-        return await self._written(request, version, query, tgi)
+        if not version.generator:
+            return await self._classify(request, version, body, huggingface.TASKS[version.task.name])
+        query = await off_loop(len(body), tgi.parse, body, version.generator, self.settings.max_chars)
+        return await self._generate(request, version, query, tgi)
 
-    async def _classified(self, request: Request, version: Version, body: bytes) -> Response:
-        protocol = huggingface.TASKS[version.task.name]
+    async def _classify(
+        self, request: Request, version: Version, body: bytes, protocol: huggingface.TaskProtocol
+    ) -> Response:
         if len(body) <= SMALL:  # without a coroutine: this is most requests' way
-            query, rows, costs = self._understood(version, protocol.parse, body)
+            query, rows, costs = self._parsed(version, protocol.parse, body)
         else:
-            query, rows, costs = await off_loop(len(body), self._understood, version, protocol.parse, body)
+            query, rows, costs = await off_loop(len(body), self._parsed, version, protocol.parse, body)
         size = protocol.entries(version, query) * version.entry_bytes
         if size > SMALL:
-            check_answer(size, huggingface.LESS)
+            check_answer(size, protocol.less)
+        task: Any = version.task
+        if getattr(query, "uncut", False) and await asyncio.to_thread(lambda: any(map(task.is_cut, rows))):
+            raise Refused(422, f"a text has more than {task.config.max_length} tokens, and truncate is false")
         results = await self.run(request, version, rows, costs)
         if size <= SMALL:
             return Response(protocol.render(version, query, results))
         return Response(await off_loop(size, protocol.render, version, query, results))
 
-    async def predict(self, request: Request, *_: str | None) -> Response | Stream:
-        """`POST /predict` and `POST /invocations`: text-embeddings-inference's; images and sound as at `POST /`.
-
-        What a language model is asked at `/invocations`, too.
-        """
+    async def _predict(self, request: Request, *_: str | None) -> Response | Stream:
+        # Images and sound are answered as at `POST /`; so are language models at SageMaker's path.
         request.protocol = "tei"
         body = await self._body(request)
         version = self.version(request)
         task = version.task
-        if not isinstance(task, Texts) or (version.writer and request.path == "/invocations"):
+        if not isinstance(task, Texts) or (version.generator and request.path == "/invocations"):
             return await self._by_task(request, version, body)
         if task.name != "text-classification":
             raise Refused(404, f"{version.name} is for {task.name}; POST / answers for it")
-        query, rows, costs = await off_loop(len(body), self._understood, version, tei.parse, body)
-        size = check_answer(len(rows) * len(task.labels) * version.entry_bytes, "give fewer texts")
-        if query.uncut and await asyncio.to_thread(lambda: any(map(task.is_cut, rows))):
-            raise Refused(422, f"a text has more than {version.task.config.max_length} tokens, and truncate is false")
-        results = await self.run(request, version, rows, costs)
-        return Response(await off_loop(size, tei.render, version, query, results))
+        return await self._classify(request, version, body, tei.PROTOCOL)
 
-    async def infer_tensors(self, request: Request, name: str | None, wanted: str | None) -> Response:
-        """`POST /v2/models/{name}[/versions/{version}]/infer`."""
+    async def _infer_tensors(self, request: Request, name: str | None, wanted: str | None) -> Response:
         body = await self._body(request, name)
         version = self.version(request, name, wanted)
         limits = self.settings.max_rows, self.settings.max_chars
@@ -246,28 +240,27 @@ class App:
         results = await self.run(request, version, query.rows, query.costs, query.timeout)
         return await off_loop(size, oip.render, version, query, results)
 
-    async def complete(self, request: Request, *_: str | None) -> Response | Stream:
-        """`POST /v1/completions`: OpenAI's."""
+    async def _complete(self, request: Request, *_: str | None) -> Response | Stream:
         request.protocol = "openai"
         body = await request.body(self.settings, self.settings.body_limit("text"))
-        asked = await off_loop(len(body), openai.read, body)
+        asked = await off_loop(len(body), openai.decode, body)
         version = self.version(request, asked.model)
-        if not version.writer:
+        if not version.generator:
             raise Refused(404, f"{version.name} is for {version.task.name}, and writes nothing")
-        query = openai.understood(asked, version.writer, self.settings.max_chars)
-        return await self._written(request, version, query, openai)
+        query = openai.parse(asked, version.generator, self.settings.max_chars)
+        return await self._generate(request, version, query, openai)
 
-    async def _written(self, request: Request, version: Version, query: Any, protocol: ModuleType) -> Response | Stream:
+    async def _generate(self, request: Request, version: Version, query: Any, api: ModuleType) -> Response | Stream:
         """Generate a text, at once or as a stream; until the first token a failure has its own status."""
         request.end()  # writing takes long, and no memory
         if query.stream:
-            events = self._events(request, version, query, protocol)
+            events = self._events(request, version, query, api)
             return Stream(await anext(events), events)
         await self.run(request, version, [query.job], [query.job.how.max_new_tokens])
-        return Response(protocol.render(version, query))
+        return Response(api.render(version, query))
 
     async def _events(
-        self, request: Request, version: Version, query: Any, protocol: ModuleType
+        self, request: Request, version: Version, query: Any, api: ModuleType
     ) -> AsyncGenerator[bytes, None]:
         job, index, loop = query.job, 0, asyncio.get_running_loop()
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
@@ -276,7 +269,7 @@ class App:
         running.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while (piece := await pieces.get()) is not None:
-                yield protocol.render_piece(version, query, index, piece)
+                yield api.render_piece(version, query, index, piece)
                 index += 1
             await running
         finally:
@@ -297,9 +290,7 @@ class App:
     async def _body(self, request: Request, name: str | None = None) -> bytes:
         return await request.body(self.settings, self.settings.body_limit(self.models.reads(name)))
 
-    def _understood(
-        self, version: Version, parse: Callable[[bytes], Any], body: bytes
-    ) -> tuple[Any, list[Any], list[int]]:
+    def _parsed(self, version: Version, parse: Callable[[bytes], Any], body: bytes) -> tuple[Any, list[Any], list[int]]:
         query = parse(body)
         rows, costs = oip.check_rows(version, query.rows, self.settings.max_rows, self.settings.max_chars, 422)
         return query if rows is query.rows else query._replace(rows=rows), rows, costs
@@ -313,12 +304,12 @@ class App:
         timeout: float | None = None,
     ) -> list[Any]:
         """Run a request's rows (a language model's jobs) through their batcher, and note the times for the log."""
-        model: Version | Writer = version.writer or version
-        batcher = self.writing if version.writer else self.batcher
+        model: Version | Generator = version.generator or version
+        batcher = self.prompts if version.generator else self.batcher
         assert batcher is not None
         request.rows = len(rows)
         timeout = min(timeout or self.settings.timeout, self.settings.timeout)
-        with awaited(request, rows) if version.writer else nullcontext():
+        with awaited(request, rows) if version.generator else nullcontext():
             ticket = await batcher.run(model, rows, costs, timeout, request.gone)
         request.queued_s = ticket.started - ticket.arrived
         request.run_s = ticket.done_at - ticket.started
@@ -326,7 +317,7 @@ class App:
 
     async def end_threads(self) -> None:
         """Finish what waits, then end the threads."""
-        for batcher in filter(None, (self.batcher, self.writing)):
+        for batcher in filter(None, (self.batcher, self.prompts)):
             await batcher.close()
 
     # --- about the server
@@ -339,8 +330,7 @@ class App:
         """Whether the server is ready."""
         return self._health({"live": True})
 
-    async def model_ready(self, _: Request, name: str | None, wanted: str | None) -> Response:
-        """`GET /v2/models/{name}/ready`."""
+    async def _model_ready(self, _: Request, name: str | None, wanted: str | None) -> Response:
         return self._health({"name": self.models.find(name, wanted).name})
 
     def _health(self, content: dict[str, Any]) -> Response:
@@ -348,33 +338,27 @@ class App:
         response.headers += [] if self.ready else RETRY
         return response
 
-    async def metadata(self, request: Request, name: str | None, wanted: str | None) -> Response:
-        """`GET /v2/models/{name}`."""
+    async def _metadata(self, request: Request, name: str | None, wanted: str | None) -> Response:
         return answer(oip.metadata(self.version(request, name, wanted)))
 
-    async def server_metadata(self, *_: Any) -> Response:
-        """`GET /v2`."""
+    async def _server_metadata(self, *_: Any) -> Response:
         return answer({"name": "kdexport", "version": __version__, "extensions": oip.EXTENSIONS})
 
-    async def info(self, request: Request, *_: str | None) -> Response:
-        """`GET /info`: text-embeddings-inference's, or text-generation-inference's."""
+    async def _info(self, request: Request, *_: str | None) -> Response:
         version = self.version(request)
-        return answer(tgi.info(version, version.writer) if version.writer else tei.info(version, self.settings))
+        return answer(tgi.info(version, version.generator) if version.generator else tei.info(version, self.settings))
 
-    async def language_models(self, *_: Any) -> Response:
-        """`GET /v1/models`: OpenAI's."""
+    async def _language_models(self, *_: Any) -> Response:
         return answer(openai.models(self.models.in_service().values()))
 
-    async def openapi(self, *_: Any) -> Response:
-        """`GET /openapi.json`."""
+    async def _openapi(self, *_: Any) -> Response:
         versions = self.models.in_service().values()
         served = openapi.Served(
             tuple(self.models.names()),
             tuple(version.version for version in versions),
-            tuple((version.name, version.writer.room) for version in versions if version.writer),
+            tuple((version.name, version.generator.room) for version in versions if version.generator),
         )
         return answer(openapi.document(served, self.settings))
 
-    async def page(self, *_: Any) -> Response:
-        """The page for people; without a key they don't see the model card."""
+    async def _page(self, *_: Any) -> Response:
         return page.render(list(self.models.in_service().values()), with_card=not self._keys)

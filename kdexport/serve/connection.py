@@ -16,13 +16,7 @@ _MAX_HEAD = 32 * 1024
 _COSTLY, _LATER_S, _LATEST_S = (413, 429), 0.01, 0.25
 # Requests of one connection that wait for the one before: each is small, but what they become is not.
 _MAX_PIPELINED = 32
-_BODY = encode({"error": FULL})
-_FULL = (
-    STATUS_LINE[429]
-    + b"content-type: application/json\r\ncontent-length: %d\r\n" % len(_BODY)
-    + b"retry-after: %d\r\n%b\r\n"
-    + _BODY
-)
+_CLOSE = b"connection: close\r\n"
 
 
 class Connection(HttpToolsProtocol):
@@ -137,7 +131,7 @@ class Connection(HttpToolsProtocol):
             return
         self._head_complete()
         self.on_refused()
-        self._say_full(self.parser.should_keep_alive())
+        self._refuse_full(self.parser.should_keep_alive())
 
     def pause_writing(self) -> None:
         """Read no more from a client that does not read, and wait for it for a while only."""
@@ -192,12 +186,12 @@ class Connection(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         return b"".join((method, b" ", self.url, b" HTTP/", version, b"\r\n", *lines, b"\r\n", rest))
 
-    def _say_full(self, keep_alive: bool) -> None:
+    def _refuse_full(self, keep_alive: bool) -> None:
         seconds, self._refusing = self._refusing, 0
         if self.transport.is_closing():
             return
-        close = b"" if keep_alive else b"connection: close\r\n"
-        self.transport.write(_FULL % (seconds, close))
+        retry = b"retry-after: %d\r\n" % seconds
+        self.transport.write(_error(429, FULL, retry if keep_alive else retry + _CLOSE))
         if keep_alive:
             self._await_next()
             self.answered(429)
@@ -226,14 +220,18 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._begun or self._refusing or self.cycle is None or not self.cycle.response_started:
-            body = encode({"error": message})
-            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-            self.transport.write(b"".join((STATUS_LINE[status], head, body)))
+            self.transport.write(_error(status, message, _CLOSE))
         self.transport.close()
 
 
 class _NoMoreError(Exception):
     """Raised in the parser's callbacks, it ends the parsing."""
+
+
+def _error(status: int, message: str, headers: bytes) -> bytes:
+    body = encode({"error": message})
+    head = b"content-type: application/json\r\ncontent-length: %d\r\n%b\r\n" % (len(body), headers)
+    return b"".join((STATUS_LINE[status], head, body))
 
 
 async def respond(send: Send, response: Response, closing: bool = False) -> None:

@@ -20,7 +20,7 @@ from kdexport import __version__
 from kdexport.errors import MissingPackage
 from kdexport.serve.app import App
 from kdexport.serve.http import CLIENT_GONE, RETRY, SMALL, Keys, Refused, Request, encode, failure
-from kdexport.serve.large import Turns, off_loop
+from kdexport.serve.large import Limiter, off_loop
 from kdexport.serve.protocols import oip
 from kdexport.serve.registry import Version
 from kdexport.serve.tensors import raw_array, raw_texts
@@ -123,7 +123,7 @@ class _Service:
     ) -> bytes:
         """Answer a call, in the spans, the metrics and the log; give whatever goes wrong a status."""
         app, began = self._app, time.monotonic()
-        request = _request(f"/{_SERVICE}/{name}", context, app.turns)
+        request = _request(f"/{_SERVICE}/{name}", context, app.limiter)
         fault, code = "", 200
         app.running += 1
         try:
@@ -133,7 +133,7 @@ class _Service:
                 if keyed and self._keys:
                     self._keys.check(request)
                 if len(data) > SMALL:
-                    await request.take_turn(len(data), app.settings.timeout)
+                    await request.take_slot(len(data), app.settings.timeout)
                 try:
                     message = read(data)
                 except DecodeError:
@@ -212,7 +212,7 @@ class _Service:
         return _MESSAGES["ServerMetadataResponse"](name="kdexport", version=__version__, extensions=["classification"])
 
 
-def _request(path: str, context: Any, turns: Turns) -> Request:
+def _request(path: str, context: Any, limiter: Limiter) -> Request:
     """Return a call as the keys, the tracer and the log know requests."""
     headers = [
         (name.encode(), value.encode() if isinstance(value, str) else value)
@@ -221,7 +221,7 @@ def _request(path: str, context: Any, turns: Turns) -> Request:
     address = unquote(context.peer()).partition(":")[2]  # ipv4:127.0.0.1:5000, ipv6:[::1]:5000, unix:…
     client = (address.rpartition(":")[0].strip("[]"), 0)
     scope = {"type": "grpc", "method": "POST", "path": path, "headers": headers, "client": client}
-    request = Request(scope, _no_body, turns)
+    request = Request(scope, _no_body, limiter)
     request.protocol = "grpc"
     return request
 

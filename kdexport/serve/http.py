@@ -15,7 +15,7 @@ import msgspec
 from kdexport.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from kdexport.serve.large import Turns
+    from kdexport.serve.large import Limiter
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -91,13 +91,13 @@ class Request:
     """One HTTP request, with the facts for log and metrics that its handler adds."""
 
     __slots__ = (
-        "_encoding", "_held", "_length", "_receive", "_turn", "_turns", "first_s", "host", "large", "method", "model",
+        "_encoding", "_held", "_length", "_limiter", "_receive", "_slot", "first_s", "host", "large", "method", "model",
         "origin", "path", "protocol", "queued_s", "rows", "run_s", "scope", "tokens",
     )  # fmt: skip
 
-    def __init__(self, scope: Scope, receive: Receive, turns: Turns | None = None) -> None:
-        self.scope, self._receive, self._turns = scope, receive, turns
-        self._held, self._turn, self.large = 0, False, False
+    def __init__(self, scope: Scope, receive: Receive, limiter: Limiter | None = None) -> None:
+        self.scope, self._receive, self._limiter = scope, receive, limiter
+        self._held, self._slot, self.large = 0, False, False
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.model, self.protocol, self.rows = "", "", 0
@@ -157,7 +157,7 @@ class Request:
             self._hold(total)
         body = b"".join(parts)
         if total > SMALL:
-            await self.take_turn(total, settings.timeout)
+            await self.take_slot(total, settings.timeout)
         if self._encoding in (b"", b"identity"):
             return body
         return await self._inflated(body, limit, settings.timeout)
@@ -170,7 +170,7 @@ class Request:
         try:
             found = stream.decompress(body, min(SMALL, limit) + 1)
             if SMALL < len(found) <= limit:
-                await self.take_turn(SMALL, timeout)
+                await self.take_slot(SMALL, timeout)
                 found += await asyncio.to_thread(stream.decompress, stream.unconsumed_tail, limit + 1 - len(found))
         except zlib.error:
             raise Refused(400, "the body is not what its content-encoding says") from None
@@ -180,22 +180,22 @@ class Request:
             raise Refused(400, "the compressed body ends too early, or too late")
         return found
 
-    async def take_turn(self, size: int, timeout: float) -> None:
+    async def take_slot(self, size: int, timeout: float) -> None:
         """Wait until a large request is worked on, or refuse it (429); it holds its turn until `end`."""
         self._hold(size)
-        if self._turns and not self._turn:
-            await self._turns.take(timeout)
-            self._turn = self.large = True
+        if self._limiter and not self._slot:
+            await self._limiter.acquire(timeout)
+            self._slot = self.large = True
 
     def end(self) -> None:
         """Give back what a large request held, if anything."""
-        if self._turns and (self._held or self._turn):
-            self._turns.end(self._held, self._turn)
-            self._held, self._turn, self.large = 0, False, False
+        if self._limiter and (self._held or self._slot):
+            self._limiter.release(self._held, self._slot)
+            self._held, self._slot, self.large = 0, False, False
 
     def _hold(self, size: int) -> None:
-        if self._turns and size > SMALL and size > self._held:
-            self._turns.hold(size - self._held)
+        if self._limiter and size > SMALL and size > self._held:
+            self._limiter.reserve(size - self._held)
             self._held, self.large = size, True
 
     async def _read(self, ends: float) -> MutableMapping[str, Any]:

@@ -20,20 +20,20 @@ _THREAD = ThreadPoolExecutor(1, thread_name_prefix="large")
 Found = TypeVar("Found")
 
 
-class Turns:
+class Limiter:
     """The large requests under way: so many at once, a few that wait, and a bound on the bytes of their bodies."""
 
     def __init__(self, at_once: int) -> None:
         self._free = asyncio.Semaphore(at_once)
         self._bytes = self._waiting = 0
 
-    def hold(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
         """Count bytes of a body, or refuse them (429)."""
         if self._bytes + size > _MOST_BYTES:
             raise _full()
         self._bytes += size
 
-    async def take(self, timeout: float) -> None:
+    async def acquire(self, timeout: float) -> None:
         """Wait for a turn; refuse it (429) where too many others wait, or it takes too long."""
         if self._free.locked() and self._waiting >= _MOST_WAITING:
             raise _full()
@@ -46,10 +46,10 @@ class Turns:
         finally:
             self._waiting -= 1
 
-    def end(self, size: int, turn: bool) -> None:
+    def release(self, size: int, slot: bool) -> None:
         """Give back what a request held."""
         self._bytes -= size
-        if turn:
+        if slot:
             self._free.release()
 
 

@@ -24,14 +24,14 @@ class Served(NamedTuple):
 
     names: tuple[str, ...]
     versions: tuple[str, ...] = ()
-    writers: tuple[tuple[str, int], ...] = ()
+    generators: tuple[tuple[str, int], ...] = ()
 
 
 @lru_cache(maxsize=1)  # to make it takes as long as an inference, and anyone may ask for it
 def document(served: Served, settings: Settings) -> Any:
     """OpenAPI 3.1 of the public port, with the settings' limits, and keys where requests need one."""
     found = msgspec.json.decode(PATH.read_bytes())
-    writers = [name for name, _ in served.writers]
+    writers = [name for name, _ in served.generators]
     kinds = {"writes" if name in writers else "classifies" for name in served.names}
     first = "writes" if served.names and served.names[0] in writers else "classifies"
     named = "both" if len(kinds) == 2 else first
@@ -41,7 +41,7 @@ def document(served: Served, settings: Settings) -> Any:
         "$versions": served.versions,
         "$max_chars": settings.max_chars,
         "$max_rows": settings.max_rows,
-        "$room": min((room for _, room in served.writers), default=2**31),
+        "$room": min((room for _, room in served.generators), default=2**31),
         "$writer": writers[0] if writers else "NAME",
         "$writers": {"enum": writers} if writers else {"type": "string"},
         "$outputs": [*(oip.WRITTEN if writers else ()), *(() if first == "writes" else oip.OUTPUTS)],

@@ -94,7 +94,7 @@ def _model(version: Version, alone: bool, with_card: bool) -> _Model:
         task=version.task.name,
         reads=version.task.reads,
         labels=len(config.labels),
-        writes=version.writer.room if version.writer else 0,
+        writes=version.generator.room if version.generator else 0,
         function=config.function,
         variant=version.variant,
         size=f"{file.size_bytes / 1e6:.1f} MB",

@@ -14,8 +14,8 @@ from kdexport.errors import ArtifactError, DataError, SpecError, TooLarge
 from kdexport.files import hash_file
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_difference
+from kdexport.serve.generating import Generator
 from kdexport.serve.http import RETRY, Refused
-from kdexport.serve.writing import Writer
 from kdexport.tasks import load_task
 from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.inputs.texts import Texts
@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
 
 class Version:
-    """One loaded artifact; it does not change. A language model has a `writer`, and runs nothing else."""
+    """One loaded artifact; it does not change. A language model has a `generator`, and runs nothing else."""
 
     def __init__(self, name: str, folder: Path, variant: str | None, max_batch: int, max_batch_tokens: int) -> None:
         folder = artifact.resolve(folder)
@@ -66,8 +66,8 @@ class Version:
         self.card = artifact.read_card(folder)
         # Of a label with its score, or a word with its tag and place, in a JSON answer.
         self.entry_bytes = 80 + sum(map(len, self.task.labels)) // max(1, len(self.task.labels))
-        self.writer = Writer(self._predictor) if isinstance(self.task, CausalLM) else None
-        if self.writer:
+        self.generator = Generator(self._predictor) if isinstance(self.task, CausalLM) else None
+        if self.generator:
             return
         self._lengths = self.task.lengths() or [1]
         self._most, self.rate = self._warm_up(max_batch, max_batch_tokens)

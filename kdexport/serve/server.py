@@ -192,7 +192,7 @@ class Server:
             say(f"draining: requests are taken in for {settings.drain_delay:g} s more")
             await asyncio.sleep(settings.drain_delay)
         app.closing = True
-        await _close_door(public)
+        await _close_port(public)
         if self._code:
             return
         ending = asyncio.ensure_future(grpc.stop(settings.grace)) if grpc else None
@@ -266,14 +266,14 @@ def start_threads(app: App, versions: list[Version], on_death: Callable[[BaseExc
         max_batch_tokens=settings.max_batch_tokens,
         max_wait=settings.max_wait_ms / 1e3,
         max_queue=settings.max_queue_ms / 1e3,
-        rate=threads * min((version.rate for version in versions if not version.writer), default=1.0),
+        rate=threads * min((version.rate for version in versions if not version.generator), default=1.0),
         on_batch=app.metrics.batch,
     )
-    app.writing = start(
+    app.prompts = start(
         max_batch_tokens=1,
         max_wait=0.0,
         max_queue=settings.max_writing_queue,
-        rate=threads * min((version.writer.rate for version in versions if version.writer), default=1.0),
+        rate=threads * min((version.generator.rate for version in versions if version.generator), default=1.0),
         lanes=False,
     )
 
@@ -297,7 +297,7 @@ def _url(server: uvicorn.Server) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _close_door(server: uvicorn.Server) -> None:
+async def _close_port(server: uvicorn.Server) -> None:
     """Close the port. Connections that the kernel has made and nobody has taken yet are taken in: their clients know
     nothing of the difference, and may have sent a request."""
     door = server.door.dup()  # type: ignore[attr-defined]

@@ -62,46 +62,41 @@ class Query(NamedTuple):
 
 
 class TaskProtocol(NamedTuple):
-    """One task behind `POST /`."""
+    """One task behind a path."""
 
     parse: Callable[[bytes], Any]
     entries: Callable[[Version, Any], int]  # labels or words that the answer may have
     render: Callable[[Version, Any, Sequence[Any]], bytes]
+    less: str = "give fewer rows, or top_k"  # what helps against an answer that is too large
 
 
 _decode = msgspec.json.Decoder(ClassifyRequest).decode
 _decode_file = msgspec.json.Decoder(FileRequest).decode
 _DEFAULT = Parameters()
-# What helps against an answer that is too large.
-LESS = "give fewer rows, or top_k"
 
 
-def parse_texts(body: bytes) -> Query:
-    """Return texts to classify."""
+def _parse_texts(body: bytes) -> Query:
     asked = decoded(_decode, body)
     _no_writing(asked.stream)
     inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     return Query([_row(one) for one in inputs], asked.parameters or _DEFAULT)
 
 
-def count_labels(version: Version, query: Query) -> int:
-    """Count the labels of an answer."""
+def _count_labels(version: Version, query: Query) -> int:
     labels = len(version.task.labels)
     return len(query.rows) * min(int(query.parameters.top_k or labels), labels)
 
 
-def count_words(version: Version, query: TagQuery) -> int:
+def _count_words(version: Version, query: TagQuery) -> int:
     """Count the words of an answer, at most."""
     return sum(min(row["text"].count(" ") + 1, version.task.config.max_length) for row in query.rows)
 
 
-def render_classes(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """Return a list of labels with scores, best first, for each text."""
+def _render_classes(version: Version, query: Query, results: Sequence[Result]) -> bytes:
     return encode(_classes(version, query, results))
 
 
-def render_flat(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """Return a list of labels with scores, best first."""
+def _render_flat(version: Version, query: Query, results: Sequence[Result]) -> bytes:
     return encode(_classes(version, query, results)[0])
 
 
@@ -138,8 +133,7 @@ class TagQuery(NamedTuple):
 _decode_tags = msgspec.json.Decoder(TagRequest).decode
 
 
-def parse_tags(body: bytes) -> TagQuery:
-    """Return texts whose words are to be tagged."""
+def _parse_tags(body: bytes) -> TagQuery:
     asked = decoded(_decode_tags, body)
     _no_writing(asked.stream)
     single = isinstance(asked.inputs, str)
@@ -147,7 +141,7 @@ def parse_tags(body: bytes) -> TagQuery:
     return TagQuery([{"text": text} for text in texts], texts, asked.parameters or TagParameters(), single)
 
 
-def render_tags(version: Version, query: TagQuery, results: Sequence[Result]) -> bytes:
+def _render_tags(version: Version, query: TagQuery, results: Sequence[Result]) -> bytes:
     """Return entities with kind, score and place in characters; a list of such lists for a list of texts."""
     answers = version.task.decode(np.stack([result.logits for result in results]), query.rows)
     found = [_names(answer, text, query.parameters) for answer, text in zip(answers, query.texts, strict=True)]
@@ -173,7 +167,7 @@ def _names(answer: Any, text: str, how: TagParameters) -> list[dict[str, Any]]:
     return [name for name in found if name["entity_group"] not in how.ignore_labels]
 
 
-def parse_file(reads: str, body: bytes) -> Query:
+def _parse_file(reads: str, body: bytes) -> Query:
     """Return a picture or a recording: the body itself, or base64 in JSON, as the client sends it with parameters."""
     if body.lstrip()[:1] != b"{":
         return Query([{reads: body}], _DEFAULT)
@@ -185,10 +179,10 @@ def parse_file(reads: str, body: bytes) -> Query:
 
 
 TASKS: dict[str, TaskProtocol] = {
-    "text-classification": TaskProtocol(parse_texts, count_labels, render_classes),
-    "token-classification": TaskProtocol(parse_tags, count_words, render_tags),
-    "image-classification": TaskProtocol(partial(parse_file, "image"), count_labels, render_flat),
-    "audio-classification": TaskProtocol(partial(parse_file, "audio"), count_labels, render_flat),
+    "text-classification": TaskProtocol(_parse_texts, _count_labels, _render_classes),
+    "token-classification": TaskProtocol(_parse_tags, _count_words, _render_tags),
+    "image-classification": TaskProtocol(partial(_parse_file, "image"), _count_labels, _render_flat),
+    "audio-classification": TaskProtocol(partial(_parse_file, "audio"), _count_labels, _render_flat),
 }
 
 

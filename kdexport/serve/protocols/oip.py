@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 
 from kdexport.runtime.generation import Sampling
+from kdexport.serve.generating import Generator, job_of
 from kdexport.serve.http import Refused, Request, Response, answer, encode
 from kdexport.serve.large import check_answer
 from kdexport.serve.registry import Version
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
-from kdexport.serve.writing import Writer, job_of
 from kdexport.tasks.inputs.texts import Texts
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.token_classification import TokenClassification
@@ -76,7 +76,7 @@ _decode = msgspec.json.Decoder(InferRequest).decode
 def metadata(version: Version) -> dict[str, Any]:
     """`GET /v2/models/{name}`; -1 is any size."""
     task, tensors = version.task, list[dict[str, Any]]()
-    if version.writer:
+    if version.generator:
         tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
     elif isinstance(task, Texts):
         tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
@@ -91,7 +91,7 @@ def metadata(version: Version) -> dict[str, Any]:
         "inputs": tensors,
         "outputs": [
             {"name": name, "datatype": datatype, "shape": [-1] if name in _FLAT else wide}
-            for name, datatype in (WRITTEN if version.writer else OUTPUTS).items()
+            for name, datatype in (WRITTEN if version.generator else OUTPUTS).items()
         ],
     }
 
@@ -121,16 +121,16 @@ def parse(request: Request, body: bytes, version: Version, max_rows: int, max_ch
     if at != len(raw):
         raise Refused(400, f"{len(raw) - at} bytes follow the last input")
     parameters = asked.parameters or {}
-    if version.writer:
-        rows, costs = _jobs(version.writer, tensors, parameters, max_rows, max_chars)
+    if version.generator:
+        rows, costs = _jobs(version.generator, tensors, parameters, max_rows, max_chars)
     else:
         rows, costs = rows_of(version, tensors, shapes, max_rows, max_chars)
     timeout = parameters.get("timeout")
-    timed = isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout > 0
-    seconds = float(timeout) / 1e6 if timed else None  # type: ignore[arg-type]
-    outputs = _wanted(asked.outputs or [], WRITTEN if version.writer else OUTPUTS)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+        timeout = 0
+    outputs = _wanted(asked.outputs or [], WRITTEN if version.generator else OUTPUTS)
     binary = parameters.get("binary_data_output") is True
-    return Query(rows, costs, outputs, binary, asked.id, seconds)
+    return Query(rows, costs, outputs, binary, asked.id, timeout / 1e6 or None)
 
 
 def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
@@ -160,7 +160,7 @@ def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
 def answer_size(version: Version, query: Query) -> int:
     """Estimate an answer's bytes; refuse one that would be too large (413)."""
     size = 0
-    for wanted in [] if version.writer else query.outputs:
+    for wanted in [] if version.generator else query.outputs:
         *rows, classes = (len(query.rows), *version.task.answer_shape)
         top = wanted.asks("classification", classes)
         most = 1 if wanted.name in _FLAT else min(classes, top) if isinstance(top, int) else classes
@@ -217,7 +217,7 @@ def outputs_of(
     version: Version, results: Sequence[Any], outputs: Sequence[RequestedOutput]
 ) -> list[tuple[str, list[int], Any]]:
     """Return (datatype, shape, values) of each output; values are a list of str, or a float32 array."""
-    if version.writer:
+    if version.generator:
         return [("BYTES", [len(results)], [job.completion for job in results]) for _ in outputs]
     task = version.task
     logits = np.stack([result.logits for result in results])
@@ -277,7 +277,7 @@ def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[Reque
 
 
 def _jobs(
-    writer: Writer, tensors: dict[str, Any], parameters: dict[str, Any], max_rows: int, max_chars: int
+    generator: Generator, tensors: dict[str, Any], parameters: dict[str, Any], max_rows: int, max_chars: int
 ) -> tuple[list[Any], list[int]]:
     """Prompts → jobs, and the tokens that each may write."""
     texts = tensors.get("text")
@@ -288,8 +288,8 @@ def _jobs(
     how = {name: value for name, value in parameters.items() if name not in _OF_PROTOCOL}
     if isinstance(how.get("stop"), str):
         how["stop"] = [how["stop"]]
-    how.setdefault("max_new_tokens", min(Sampling().max_new_tokens, writer.room))
-    jobs = [job_of(writer, text, how, max_chars, 400) for text in texts]
+    how.setdefault("max_new_tokens", min(Sampling().max_new_tokens, generator.room))
+    jobs = [job_of(generator, text, how, max_chars, 400) for text in texts]
     return jobs, [one.how.max_new_tokens for one in jobs]
 
 

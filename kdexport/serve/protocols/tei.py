@@ -12,7 +12,7 @@ import msgspec
 
 from kdexport import __version__
 from kdexport.serve.http import Refused, encode
-from kdexport.serve.protocols.huggingface import classes, decoded
+from kdexport.serve.protocols.huggingface import TaskProtocol, classes, decoded
 from kdexport.serve.registry import Result, Version
 from kdexport.serve.settings import Settings
 
@@ -55,6 +55,11 @@ def render(version: Version, query: Query, results: Sequence[Result]) -> bytes:
     """Return a list of all labels with scores, best first; a list of such lists for a batch."""
     found = classes(version, results, "none" if query.raw_scores else None, None)
     return encode(found[0] if query.single else found)
+
+
+PROTOCOL = TaskProtocol(
+    parse, lambda version, query: len(query.rows) * len(version.task.labels), render, "give fewer texts"
+)
 
 
 def info(version: Version, settings: Settings) -> dict[str, Any]:

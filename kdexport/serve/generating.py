@@ -50,7 +50,7 @@ class Job:
         return "".join(piece.text for piece in self.pieces)
 
 
-class Writer:
+class Generator:
     """A language model as a batcher runs it: rows are `Job`s, one at a time on each thread.
 
     `rate` is the tokens a second of one thread, `room` the most tokens that may follow a prompt.
@@ -60,7 +60,7 @@ class Writer:
         task = predictor.task
         assert isinstance(task, CausalLM)
         self._predictor, self._task = predictor, task
-        self.since = int(time.time())
+        self.loaded = int(time.time())
         self.room = task.config.max_length - 1
         prompt = task.prompt(task.examples()[0]["text"], _WARM_UP)
         started = time.perf_counter()
@@ -102,7 +102,7 @@ def awaited(request: Request, jobs: Sequence[Job]) -> Iterator[None]:
         request.first_s = min((job.first_s for job in jobs if job.pieces), default=0.0)
 
 
-def job_of(writer: Writer, prompt: str, given: dict[str, Any], max_chars: int, status: int = 422) -> Job:
+def job_of(generator: Generator, prompt: str, given: dict[str, Any], max_chars: int, status: int = 422) -> Job:
     """Return a job within its limits, of a prompt and the parameters of `Sampling` (None: not given).
 
     Refused are a prompt that is too long (413), and parameters that are unfit (`status`).
@@ -113,6 +113,6 @@ def job_of(writer: Writer, prompt: str, given: dict[str, Any], max_chars: int, s
         how = msgspec.convert({key: value for key, value in given.items() if value is not None}, Sampling)
     except msgspec.ValidationError as error:
         raise Refused(status, f"the request is not as it should be: {error}") from None
-    if how.max_new_tokens > writer.room:
-        raise Refused(status, f"the model writes at most {writer.room} tokens; {how.max_new_tokens} are asked for")
+    if how.max_new_tokens > generator.room:
+        raise Refused(status, f"the model writes at most {generator.room} tokens; {how.max_new_tokens} are asked for")
     return Job(prompt, how)
