@@ -172,7 +172,7 @@ class App:
         if self.hosts:
             self.hosts.check(request)
         path, name, version = request.path, None, None
-        if path not in self.routes and (match := _OF_MODEL.fullmatch(path)):
+        if match := _OF_MODEL.fullmatch(path):
             protocol, name, version, rest = match.groups()
             path = f"{protocol or ''}/models/{{name}}{'' if version is None else '/versions/{version}'}{rest or ''}"
         if self._keys and (path not in OPEN or (path == "/" and request.method == "POST")):

@@ -150,8 +150,7 @@ class Server:
         return version
 
     async def _read(self, name: str) -> Version:
-        """Load a version on a thread of its own, which is left behind at the deadline: a graph may have no end, a
-        disk no answer, and neither can be interrupted."""
+        # On a thread of its own, which is left behind at the deadline: a graph may have no end, a disk no answer.
         if name in self._stuck and self._stuck[name].is_alive():
             raise ArtifactError(f"{name}: an earlier load has not ended, so no other is begun", "Restart the server")
         loop = asyncio.get_running_loop()
@@ -214,19 +213,11 @@ class Server:
 
     async def _listen(self, app: App | Admin, host: str, port: int, flag: str, **limits: Any) -> uvicorn.Server:
         settings = self.settings
+        kind = limited(read_timeout=settings.read_timeout, max_connections=settings.max_connections, **limits)
         config = uvicorn.Config(
-            app,
-            http=limited(read_timeout=settings.read_timeout, max_connections=settings.max_connections, **limits),
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            proxy_headers=False,
-            server_header=False,
-            access_log=False,
-            log_config=None,
-            timeout_keep_alive=int(settings.keep_alive),
-            timeout_graceful_shutdown=1,
-        )
+            app, http=kind, ws="none", lifespan="off", interface="asgi3", proxy_headers=False, server_header=False,
+            access_log=False, log_config=None, timeout_keep_alive=int(settings.keep_alive), timeout_graceful_shutdown=1,
+        )  # fmt: skip
         config.load()
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what matters is said by us
         server = uvicorn.Server(config)

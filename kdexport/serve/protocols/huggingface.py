@@ -22,7 +22,7 @@ from kdexport.serve.registry import Result, Version
 
 Function = Literal["softmax", "sigmoid", "none"]
 # A whole number; 2.0 is one, too, to JSON Schema and to languages that have one kind of number.
-TopK = Annotated[float, msgspec.Meta(ge=1, le=2**31, multiple_of=1)]
+Count = Annotated[float, msgspec.Meta(ge=1, le=2**31, multiple_of=1)]
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -35,7 +35,7 @@ class Pair(msgspec.Struct, frozen=True):
 class Parameters(msgspec.Struct, frozen=True):
     """How logits become the answer."""
 
-    top_k: TopK | None = None
+    top_k: Count | None = None
     function_to_apply: Function | None = None
 
 

@@ -16,8 +16,8 @@ from msgspec import UNSET, UnsetType
 from kdexport.runtime.generation import Finish, Piece, Share, Stop, Stops, Temperature
 from kdexport.serve.generating import Generator, Job, job_of
 from kdexport.serve.http import encode, event
-from kdexport.serve.protocols.huggingface import decoded
-from kdexport.serve.protocols.tgi import Count, GivenSeed, Whole, refuse_unsupported
+from kdexport.serve.protocols.huggingface import Count, decoded
+from kdexport.serve.protocols.tgi import GivenSeed, Whole, refuse_unsupported
 from kdexport.serve.registry import Version
 
 _NEW_TOKENS = 16  # new tokens, where a request does not say

@@ -15,13 +15,11 @@ from kdexport import __version__
 from kdexport.runtime.generation import MAX_STOPS, Finish, Piece, Seed, Share, Stops, Temperature
 from kdexport.serve.generating import Generator, Job, job_of
 from kdexport.serve.http import Refused, encode, event
-from kdexport.serve.protocols.huggingface import decoded
+from kdexport.serve.protocols.huggingface import Count, decoded
 from kdexport.serve.registry import Version
 
-# A whole number; 2.0 is one, too, to JSON Schema and to languages that have one kind of number.
 Whole = Annotated[float, Meta(ge=0, le=2**31, multiple_of=1)]
-Count = Annotated[float, Meta(ge=1, le=2**31, multiple_of=1)]
-# The same without a limit of its own; every number that others than Python write exactly.
+# Without a limit of its own; every number that others than Python write exactly.
 GivenSeed = Seed | Annotated[float, Meta(ge=0, le=2**53, multiple_of=1)]
 _NEW_TOKENS = 100  # new tokens, where a request does not say
 _FINISH: dict[Finish, Literal["length", "eos_token", "stop_sequence"]] = {
