@@ -171,13 +171,13 @@ class App:
         request.read_head()
         if self.hosts:
             self.hosts.check(request)
-        path, name, version = request.path, None, None
-        if match := _OF_MODEL.fullmatch(path):
-            protocol, name, version, rest = match.groups()
-            path = f"{protocol or ''}/models/{{name}}{'' if version is None else '/versions/{version}'}{rest or ''}"
+        path, prefix, name, version = request.path, None, None, None
+        if (path not in self.routes or "{" in path) and (match := _OF_MODEL.fullmatch(path)):
+            prefix, name, version, rest = match.groups()
+            path = f"{prefix or ''}/models/{{name}}{'' if version is None else '/versions/{version}'}{rest or ''}"
         if self._keys and (path not in OPEN or (path == "/" and request.method == "POST")):
             self._keys.check(request)
-        if path.startswith("/v2/models/{"):
+        if prefix:
             request.protocol = "oip"
         if path not in self.routes:
             raise Refused(404, "there is nothing at this path; /openapi.json says what there is")

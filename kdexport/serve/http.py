@@ -147,15 +147,19 @@ class Request:
         if self._length > limit:
             raise _too_large(limit)
         ends = time.monotonic() + settings.read_timeout
-        parts, total, more = list[bytes](), 0, True
-        while more:
-            message = await self._read(ends)
-            parts.append(message.get("body", b""))
-            total, more = total + len(parts[-1]), message.get("more_body", False)
-            if total > limit:
-                raise _too_large(limit)
-            self._hold(total)
-        body = b"".join(parts)
+        message = await self._read(ends)
+        body: bytes = message.get("body", b"")
+        total = len(body)
+        if message.get("more_body"):
+            parts = [body]
+            while message.get("more_body") and total <= limit:
+                self._hold(total)
+                message = await self._read(ends)
+                parts.append(message.get("body", b""))
+                total += len(parts[-1])
+            body = b"".join(parts)
+        if total > limit:
+            raise _too_large(limit)
         if total > SMALL:
             await self.take_slot(total, settings.timeout)
         if self._encoding in (b"", b"identity"):
