@@ -68,3 +68,13 @@ class MissingPackage(KdexportError):
 
 class Interrupted(Exception):
     """Ctrl-C in long work; says what is kept. Typer would end the program by itself, without a word."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, or its class where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of another library's error, or its class where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

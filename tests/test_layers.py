@@ -76,7 +76,8 @@ def test_every_room_has_a_level():
         "import kdexport",
         "import kdexport.cli; kdexport.cli.app(['--help'], standalone_mode=False)",
         "import kdexport; kdexport.load",
-        "import kdexport.pipeline.run, kdexport.pipeline.export_model, kdexport.integrations.layouts",
+        "import kdexport.pipeline.run, kdexport.pipeline.export_model",
+        "from kdexport.integrations import kubernetes, triton",
         "import kdexport.export.verify, kdexport.export.quantize, kdexport.export.fuse",
     ],
 )

@@ -15,6 +15,7 @@ from kdexport.cli.options import Debug, Flag, SkipBadRows, Text, TextPair, finit
 from kdexport.errors import SpecError
 
 _WRITING = "Language models"
+_BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6}
 _MILLISECONDS = {"ms": 1.0, "s": 1e3}
 _AS_GIVEN = (
     "host", "port", "admin_host", "grpc_port", "threads", "max_batch", "max_batch_tokens", "max_rows", "max_chars",
@@ -152,7 +153,14 @@ def serve(
         str, Flag(help="The same for prompts to language models.", rich_help_panel="Limits")
     ] = "10s",
     timeout: Annotated[str, Flag(help="For one request's answer; then 504.", rich_help_panel="Limits")] = "30s",
-    max_body: Annotated[str, Flag(help="Of a request, decompressed.", rich_help_panel="Limits")] = "2MB",
+    max_body: Annotated[
+        str | None,
+        Flag(
+            help="Bytes of a request's body, decompressed.",
+            show_default="2MB, of sound 4MB, of images 10MB",
+            rich_help_panel="Limits",
+        ),
+    ] = None,
     max_rows: Annotated[int, Flag(min=1, help="Texts of a request.", rich_help_panel="Limits")] = 256,
     max_chars: Annotated[int, Flag(min=1, help="Characters of a text.", rich_help_panel="Limits")] = 100_000,
     drain_delay: Annotated[
@@ -191,7 +199,7 @@ def serve(
         admin_port=None if admin_port < 0 else admin_port,
         max_wait_ms=quantity(max_wait, "--max-wait", _MILLISECONDS),
         max_queue_ms=quantity(max_queue, "--max-queue", _MILLISECONDS),
-        max_body=int(quantity(max_body, "--max-body", {"": 1, "b": 1, "kb": 1e3, "mb": 1e6})),
+        max_body=int(quantity(max_body, "--max-body", _BYTES)) if max_body else None,
         api_keys=_keys(api_keys),
         allow_host=tuple(allow_host or ()),
     )

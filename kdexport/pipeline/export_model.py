@@ -19,7 +19,7 @@ from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
 from kdexport.export.verify import FP32_TOLERANCE, compare
 from kdexport.files import disk_errors
-from kdexport.integrations import layouts
+from kdexport.integrations import kubernetes, triton
 from kdexport.output import check_place, making, publish
 from kdexport.progress import say
 from kdexport.report import write_export_card
@@ -77,7 +77,7 @@ def export(
         raise SpecError(f"--{'name' if name else 'image'} has no effect on layout {layout}")
     name = _name(model if source is None else str(source[0].resolve()), name) if layout != "hub" else ""
     places = [out / name, out / f"{name}_text"] if layout == "triton" else [out]
-    mine = layouts.TRITON_NAMES if layout == "triton" else None
+    mine = triton.NAMES if layout == "triton" else None
     for place in places:
         check_place(place, mine, may_move=move_aside)
     with disk_errors(out.parent), making(out) as work:
@@ -87,9 +87,9 @@ def export(
         folder, variant = source or (work / "artifact", None)
         match layout:
             case "triton":
-                layouts.triton(folder, variant, name, made)
+                triton.write(folder, variant, name, made)
             case "kserve":
-                layouts.kserve(folder, variant, name, image, made / out.name)
+                kubernetes.write(folder, variant, name, image, made / out.name)
             case _:
                 folder.rename(made / out.name)
         for place in places:
