@@ -32,11 +32,10 @@ from kdexport.report import write_reports
 from kdexport.report.table import trimmed
 from kdexport.results import Metric, Report, Variant
 from kdexport.runtime import artifact
-from kdexport.tasks import DEFAULT, load_task
+from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.inputs.media import inline
 from kdexport.tasks.judging import mcnemar, metric_interval, wrong_rows
 from kdexport.tasks.metrics import Array
-from kdexport.tasks.text_classification import TextClassification
 
 FILES = ("bench.json", "samples.npz", "report.json", "report.md", "report.html")
 
@@ -178,7 +177,7 @@ def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None =
         SpecError: there is neither. DataError: a column or a row of the file is wrong.
     """
     if texts:
-        of_task = type(load_task(Path(task))) if task else TextClassification
+        of_task = type(load_task(Path(task))) if task else task_class(DEFAULT)
         known = artifact.read_columns(Path(task)) if task else {}
         rows, _ = read_given(texts, of_task, "some", known)
         return [row | {key: inline(value) for key, value in row.items() if isinstance(value, bytes)} for row in rows]
