@@ -66,5 +66,10 @@ class MissingPackage(KdexportError):
         )
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; its class's name where the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class Interrupted(Exception):
     """Ctrl-C in long work; says what is kept. Typer would end the program by itself, without a word."""

@@ -22,7 +22,7 @@ from kdexport.bench.loads import Loads, put_loads
 from kdexport.bench.machine import environment
 from kdexport.bench.process import Crashed, call
 from kdexport.bench.subjects import Target, measured_tokens, why_not
-from kdexport.bench.worker import Job, Samples
+from kdexport.bench.worker import Round, Samples
 from kdexport.errors import RunError
 from kdexport.files import digest, write_bytes, write_json
 from kdexport.progress import bar, say, warn
@@ -33,6 +33,8 @@ from kdexport.tasks.metrics import Array
 _MAX_ROWS, _MAX_ROUNDS = 256, 100
 _MIN_SAMPLES_A_ROUND = 200
 _SWEEP_ROUNDS = 3
+# What a process may take beside the time that it measures: loading a model, compiling it, sweeps.
+GRACE_S = 600.0
 # Who stops at the first narrow interval stops too early too often: the last one must be narrow at a higher level.
 _STOP_LEVEL = 0.98
 AGAIN = " again"
@@ -204,7 +206,7 @@ def _round(
     threads = threads or settings.threads[0]
     task = load_task(Path(target.task)) if target.task else None
     batches = sweep and not (task and measured_tokens(task))  # language models write one text at a time
-    job = Job(
+    job = Round(
         target=target,
         rows=str(rows),
         threads=threads,
@@ -216,7 +218,9 @@ def _round(
         lengths=task.lengths() if task and sweep and target.runtime != "http" else [],
         spawned_ns=time.monotonic_ns(),
     )
-    return msgspec.json.decode(call("kdexport.bench.worker", msgspec.json.encode(job), threads), type=Samples)
+    deadline_s = GRACE_S + 10 * settings.round_seconds
+    done = call("kdexport.bench.worker", msgspec.json.encode(job), threads, deadline_s)
+    return msgspec.json.decode(done, type=Samples)
 
 
 def _measured(

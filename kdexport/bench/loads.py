@@ -73,7 +73,7 @@ def _load_rounds(
                     seconds=loads.seconds,
                     seed=seed + number,
                 )
-                done = call("kdexport.bench.generator", msgspec.json.encode(job), 1)
+                done = call("kdexport.bench.generator", msgspec.json.encode(job), 1, 120 + 2 * loads.seconds)
                 found[connections, rate].append(msgspec.json.decode(done, type=LoadSamples))
                 advance(1)
     return found

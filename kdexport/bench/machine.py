@@ -26,17 +26,43 @@ BUSY_PERCENT = 25.0
 _CPU_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
-def environment() -> dict[str, Any]:
-    """CPU, cores, memory, load, GPU, versions and commit, as found now."""
+def identity() -> dict[str, Any]:
+    """The facts by which machines are told apart: CPU, cores allowed, GPUs; `hardware` is their hash."""
     model, flags = _cpu()
     facts: dict[str, Any] = {
+        "cpu": model,
+        "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        "cores_allowed": allowed_cores(),
+        "gpus": _gpus(),
+    }
+    return facts | {"hardware": hardware(facts)}
+
+
+def elsewhere(facts: dict[str, Any]) -> list[str]:
+    """Return a warning where figures with these facts were made on a machine that is not this one."""
+    here = identity()
+    if facts.get("hardware") in (None, here["hardware"]):
+        return []
+    return [
+        f"the times, memory and speedups were measured on another machine ({named(facts)}), not on this one "
+        f"({named(here)}): to measure here, delete the run's folder bench/ and run again"
+    ]
+
+
+def named(facts: dict[str, Any]) -> str:
+    """A machine in a few words."""
+    return f"{facts.get('cpu', 'unknown CPU')}, {facts.get('cores_allowed', '?')} core(s)"
+
+
+def environment() -> dict[str, Any]:
+    """CPU, cores, memory, load, GPU, versions and commit, as found now."""
+    flags = _cpu()[1]
+    return {
         "kdexport": _version("kdexport"),
         "python": platform.python_version(),
         "os": platform.platform(),
-        "cpu": model,
-        "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        **identity(),
         "cores": os.cpu_count(),
-        "cores_allowed": allowed_cores(),
         "threads_a_core": _threads_a_core(),
         "governor": _read(_CPU_DIR / "scaling_governor"),
         "mhz": _mhz(),
@@ -46,13 +72,11 @@ def environment() -> dict[str, Any]:
         "busy_percent": _busy_percent(),
         "virtual": "hypervisor" in flags,
         "container": _container(),
-        "gpus": _gpus(),
         "providers": providers() if find_spec("onnxruntime") else [],
         "thread_settings": {name: os.environ[name] for name in _THREADS if name in os.environ},
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "git_commit": _git_commit(),
     }
-    return facts | {"hardware": hardware(facts)}
 
 
 def hardware(facts: dict[str, Any]) -> str:

@@ -65,9 +65,9 @@ class Opened(NamedTuple):
     decode: Callable[[Any, Rows], Any]
     gpu_peak_mb: Callable[[], float | None] = lambda: None
     device_ms: Callable[[], list[float]] = list
-    # Of language models: whole texts → answers, as verification takes them; the run until the first token alone, and
+    # Of language models: the run of whole texts, as verification takes them; the run until the first token alone, and
     # what that took of each run, in ms.
-    answer: Callable[[Rows], Array] | None = None
+    answer: Callable[[Any], Array] | None = None
     read: Callable[[Any], Any] | None = None
     first_ms: Callable[[], list[float]] = list
 
@@ -170,7 +170,7 @@ def writing(
         encode,
         run,
         lambda ids, _: task.text_of(ids),
-        answer=lambda rows: run_whole(task.encode(rows)),
+        answer=run_whole,
         read=lambda arrays: run(arrays, 1),
         first_ms=lambda: firsts,
     )

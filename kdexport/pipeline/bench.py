@@ -16,24 +16,25 @@ from typing import Any
 import msgspec
 
 from kdexport import __version__, spec
-from kdexport.bench.answers import logits_of
-from kdexport.bench.engine import Measured, bench
+from kdexport.bench.engine import GRACE_S, Measured, bench
+from kdexport.bench.generator import body_of
 from kdexport.bench.loads import Loads
 from kdexport.bench.process import Crashed
 from kdexport.bench.subjects import Target, of_file, of_model
+from kdexport.bench.worker import logits_of
 from kdexport.data import read_rows
 from kdexport.data.sources import rows_with_texts
 from kdexport.errors import ArtifactError, SpecError
 from kdexport.files import hash_file
 from kdexport.output import Output
-from kdexport.pipeline.report import speed, weights
+from kdexport.pipeline.report import described, speed, weights
 from kdexport.progress import bar, say, warn
 from kdexport.report import write_reports
 from kdexport.report.table import trimmed
 from kdexport.results import Metric, Report, Variant
 from kdexport.runtime import artifact
-from kdexport.tasks import load_task
-from kdexport.tasks.causal_lm import CausalLM
+from kdexport.tasks import Task, load_task
+from kdexport.tasks.classes import Classes
 from kdexport.tasks.judging import mcnemar, metric_interval, wrong_rows
 from kdexport.tasks.metrics import Array
 
@@ -70,11 +71,14 @@ def measure(
     with Output(out, "bench", move_aside=move_aside) as folder, tempfile.TemporaryDirectory() as work:
         folder.check(*FILES)
         targets = [t for i, name in enumerate(names) for t in find_targets(name, settings, Path(work) / str(i))]
-        targets = [_told_apart(t, targets[:i]) for i, t in enumerate(targets)]
+        targets = [_numbered(t, targets[:i]) for i, t in enumerate(targets)]
         known = [t.name for t in targets]
         if reference and reference not in known:
             raise SpecError(f"--reference {reference!r} is not measured", f"It is one of: {', '.join(known)}")
         rows = read_texts(texts, names)
+        for target in targets:
+            if target.runtime == "http":
+                body_of(target.model, rows[:1])  # refuses what the protocol can't send
         # One of them is measured twice, as the engine's check of itself.
         quick = ("onnxruntime", "openvino", "torch")  # a twin costs as much as its model: best a file
         control = next((t.name for kind in quick for t in targets if t.runtime == kind), None)
@@ -82,7 +86,7 @@ def measure(
         made = folder.work("bench")
         made.mkdir(exist_ok=True)
         measured = bench(settings, targets, rows, first, 0, made, control=control, loads=loads)
-        report = _report(targets, measured, rows, first, command)
+        report = _report(targets, measured, rows, first, command, as_read=texts is not None)
         for name in ("bench.json", "samples.npz"):
             folder.replace(made / name, name)
         with contextlib.suppress(OSError):  # rounds of an interrupted call of other targets may go on
@@ -91,7 +95,7 @@ def measure(
     return report
 
 
-def _told_apart(target: Target, before: list[Target]) -> Target:
+def _numbered(target: Target, before: list[Target]) -> Target:
     """The same target, numbered where its name was taken already."""
     same = sum(other.name == target.name for other in before)
     return msgspec.structs.replace(target, name=f"{target.name} #{same + 1}") if same else target
@@ -185,21 +189,21 @@ def read_texts(texts: Path | None, names: Sequence[str]) -> list[dict[str, Any]]
     raise SpecError("there are no texts to measure with", "Name a file of real ones: --data texts.csv")
 
 
-def _report(targets: list[Target], measured: Measured, rows: list[dict[str, Any]], first: str, command: str) -> Report:
+def _report(
+    targets: list[Target], measured: Measured, rows: list[dict[str, Any]], first: str, command: str, as_read: bool
+) -> Report:
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
     task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
-    strange = [row["label"] for row in rows if task and row.get("label") not in (None, "", *task.labels)]
-    if strange:
-        warn(f"bench: no accuracy is taken: label {strange[0]!r} of the texts is none of the model's")
-    logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows)
+    logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows, measured)
+    labelled = _labelled(task, rows, as_read) if task else []
     return Report(
         kdexport=__version__,
         task=task.name if task else "text-classification",
-        metric=task.metric.name if task else "accuracy",
+        **described(task.metric if task else Classes.metric),
         labels=task.labels if task else [],
         recommended=None,
         reason=_summary(measured, first),
-        variants=[_variant(t, measured, logits, rows, first) for t in known],
+        variants=[_variant(t, measured, logits, labelled, first) for t in known],
         bench=measured.conditions,
         environment=measured.environment,
         command=command,
@@ -207,7 +211,7 @@ def _report(targets: list[Target], measured: Measured, rows: list[dict[str, Any]
 
 
 def _variant(
-    target: Target, measured: Measured, logits: dict[str, Array], rows: list[dict[str, Any]], first: str
+    target: Target, measured: Measured, logits: dict[str, Array], labelled: list[dict[str, Any]], first: str
 ) -> Variant:
     is_file, file = target.model.endswith(".onnx"), Path(target.model)
     precision = re.search(r"fp16|int8|quantized", f"{target.name} {file.name}") if is_file else None
@@ -224,39 +228,65 @@ def _variant(
         file=target.model,
         **size,
         **speed(target.name, measured),
-        **_quality(target, logits, rows, first),
+        **_quality(target, logits, labelled, first),
     )
 
 
-def _quality(target: Target, logits: dict[str, Array], rows: list[dict[str, Any]], first: str) -> dict[str, Any]:
-    """The metric where rows have labels that the task knows, and agreement with the reference."""
+def _labelled(task: Task, rows: list[dict[str, Any]], as_read: bool) -> list[dict[str, Any]]:
+    """The rows with their labels as the task writes them; none where a row has no label, or one it does not know.
+
+    Args:
+        task: of the first model that has one.
+        rows: real ones.
+        as_read: whether they stand as in a user's file.
+    """
+    found = []
+    for row in rows:
+        ready: dict[str, Any] | str = row | {"label": row.get("label")}
+        if as_read and not task.has_words and isinstance(ready, dict):
+            ready = task.canonical(ready)
+        if isinstance(ready, str):
+            warn(f"bench: no {task.metric.name} is taken: {ready}")
+            return []
+        if ready["label"] is None or (task.one_label and not ready["label"]):
+            return []
+        if unknown := task.labels_of(ready) - set(task.labels):
+            warn(f"bench: no {task.metric.name} is taken: the model has no label {min(unknown)!r}")
+            return []
+        found.append(ready)
+    return found
+
+
+def _quality(target: Target, logits: dict[str, Array], labelled: list[dict[str, Any]], first: str) -> dict[str, Any]:
+    """Agreement with the reference, and the metric where rows have labels."""
     own, theirs = logits.get(target.name), logits.get(first)
     if own is None:
         return {}
     found: dict[str, Any] = {}
     task = load_task(Path(target.task))
-    writes = isinstance(task, CausalLM)  # texts are their own labels, and answers may hold more or fewer tokens
-    if theirs is not None and (theirs.shape == own.shape or (writes and theirs.shape[:2] == own.shape[:2])):
+    # Answers without labels, of language models, may hold more or fewer tokens in the last axis.
+    if theirs is not None and theirs.shape != own.shape and (task.labels or theirs.shape[:2] != own.shape[:2]):
+        theirs = None
+    if theirs is not None:
         found["agreement"] = float(task.agrees(own, theirs).mean())
-    if not writes and not all(row.get("label") and task.labels_of(row) <= set(task.labels) for row in rows):
-        return found
-    found["further"] = task.further(own, rows)
-    found["metric"] = Metric(*metric_interval(task, own, rows), len(rows))
-    found["wrong_rows"] = wrong_rows(task, own, rows)
-    if theirs is not None and "agreement" in found:
-        found["mcnemar_p"] = mcnemar(task, own, theirs, rows)
+    if labelled:
+        found["further"] = task.further(own, labelled)
+        found["metric"] = Metric(*metric_interval(task, own, labelled), len(labelled))
+        found["wrong_rows"] = wrong_rows(task, own, labelled)
+        found["mcnemar_p"] = None if theirs is None else mcnemar(task, own, theirs, labelled)
     return found
 
 
-def _answers(targets: list[Target], rows: list[dict[str, Any]]) -> dict[str, Array]:
+def _answers(targets: list[Target], rows: list[dict[str, Any]], measured: Measured) -> dict[str, Array]:
     """Every row through each runtime that was measured, by name."""
     found = {}
     with tempfile.TemporaryDirectory() as work, bar("answers for accuracy", len(targets)) as advance:
         file = Path(work) / "rows.json"
         file.write_bytes(msgspec.json.encode(rows))
         for target in targets:
+            expected = len(rows) * measured.latency[target.name].p50 / 1e3
             try:
-                found[target.name] = logits_of(target, file)
+                found[target.name] = logits_of(target, file, GRACE_S + 10 * expected)
             except Crashed as crash:
                 warn(f"bench: the accuracy of {target.name} is missing: it {crash}")
             advance(1)
@@ -268,10 +298,10 @@ def _summary(measured: Measured, first: str) -> str:
     if not others:
         only = measured.latency.get(first)
         return f"{first}: p50 {trimmed(only.p50, only.p50_ci95)} ms." if only else ""
-    told = [
+    parts = [
         f"{name} is {'as fast as' if ratio.verdict == 'same' else ratio.verdict + ' than'} {first}"
         if ratio.verdict != "unsure"
         else f"{name} against {first}: unsure"
         for name, ratio in others.items()
     ]
-    return "; ".join(told) + "."
+    return "; ".join(parts) + "."

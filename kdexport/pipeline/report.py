@@ -13,18 +13,19 @@ from kdexport import __version__, spec
 from kdexport.analysis.evidence import look_closely
 from kdexport.analysis.membership import membership
 from kdexport.bench.engine import Measured, read_measured
+from kdexport.bench.machine import elsewhere
 from kdexport.bench.subjects import Target
 from kdexport.data import read_rows, read_summary, sampled
 from kdexport.distill.teachers import kind_of_first
 from kdexport.export import Candidate, read_candidates
-from kdexport.export.verify import read_quality
+from kdexport.export.verify import read_quality, read_validation
 from kdexport.files import hash_file
 from kdexport.pipeline.choose import Choice, choose, judge_budget
 from kdexport.results import Distillation, Quality, Report, Search, Spread, Variant
 from kdexport.runtime.artifact import SHIPPED_AS
 from kdexport.stages import read_record
 from kdexport.tasks import Task, judging, load_task
-from kdexport.tasks.metrics import Array
+from kdexport.tasks.metrics import Array, Metric
 
 
 class Stages(NamedTuple):
@@ -47,7 +48,9 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     """The report, and the choice of files that it recommends."""
     quality, measured = read_quality(stages.verify), read_measured(stages.bench)
     candidates = [c for c in read_candidates(stages.export) if f"student-{c.name}" in quality]
-    choice = choose(candidates, quality, measured, settings.export)
+    sizes = {c.name: (stages.export / c.file).stat().st_size for c in candidates}
+    validation = read_validation(stages.verify)
+    choice = choose(candidates, validation, measured, settings.export, sizes, settings.budget.size_mb)
     best = f"student-{choice.recommended.name}"
     files = {c.file: c for c in candidates}
     task, rows = load_task(stages.student), read_rows(stages.data, "test")
@@ -67,18 +70,19 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     report = Report(
         kdexport=__version__,
         task=settings.task,
-        metric=task.metric.name,
+        **described(task.metric),
         labels=task.labels,
         recommended=best,
         reason=choice.reason,
         variants=variants,
         budget=judge_budget(
             settings.budget,
-            quality[best],
-            quality["teacher"],
+            task.metric,
+            quality[best].metric.value,
+            quality["teacher"].metric.value,
             judging.difference(task, logits["teacher"], logits[best], rows)[1],
             measured.latency.get(best),
-            (stages.export / choice.recommended.file).stat().st_size,
+            sizes[choice.recommended.name],
         ),
         search=stages.search,
         distillation=_distillation(settings, stages, quality, best, task, logits, rows),
@@ -92,13 +96,22 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
         },
         leakage=msgspec.to_builtins(summary.duplicates)
         | {"membership": _membership(stages, task, rows, logits, choice)},
-        bench=msgspec.structs.replace(measured.conditions, price_per_hour=settings.bench.price_per_hour),
+        bench=msgspec.structs.replace(
+            measured.conditions,
+            price_per_hour=settings.bench.price_per_hour,
+            warnings=[*elsewhere(measured.environment), *measured.conditions.warnings],
+        ),
         environment=measured.environment,
         spec=msgspec.to_builtins(settings),
         seconds={p.name: read_record(p).seconds for p in stages[1:] if isinstance(p, Path)},
         command=f"kdexport run {stages.run}/spec.yaml --out {stages.run}",
     )
     return report, choice
+
+
+def described(metric: Metric) -> dict[str, Any]:
+    """A report's fields on the metric that counts."""
+    return {"metric": metric.name, "metric_higher_is_better": metric.higher_is_better, "metric_kind": metric.kind}
 
 
 def made_from(report: Report) -> dict[str, Any]:
@@ -232,15 +245,18 @@ def _distillation(
     if baseline:
         both = logits["baseline-torch"], logits["student-torch"]
         value, (low, high) = judging.difference(task, *both, rows)
-        gain, gain_ci = 100 * value, (100 * low, 100 * high)
-        room = teacher.value - baseline.value
-        ratio = (student.value - baseline.value) / room if room > 0 else None
-        p = judging.mcnemar(task, *both, rows)
+        scale = (1 if task.metric.higher_is_better else -1) * (1 if task.metric.kind == "number" else 100)
+        gain, (low, high) = scale * value, sorted((scale * low, scale * high))
+        gain_ci = low, high
+        room = task.metric.gain(baseline.value, teacher.value)
+        ratio = task.metric.gain(baseline.value, student.value) / room if room > 0 else None
+        if task.metric.kind == "fraction":
+            p = judging.mcnemar(task, *both, rows)
     return Distillation(
         teacher=teacher,
         student=student,
         baseline=baseline,
-        retention=quality[best].metric.value / teacher.value if teacher.value else 0.0,
+        retention=task.metric.retention(quality[best].metric.value, teacher.value),
         gain_points=gain,
         gain_ci95=gain_ci,
         gain_mcnemar_p=p,

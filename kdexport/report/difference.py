@@ -71,20 +71,22 @@ def _figure(changes: list[Change], unit: str) -> Figure:
     style = {"better": 2, "worse": 1}
     drawn = []
     for c in changes:
-        label, told = f"{c.metric} of {c.variant}", f"{_change(c)}, {c.verdict}"
-        drawn.append(Bar(label, c.change or 0.0, c.ci95, told, 0.0, style.get(c.verdict, 6)))
+        label, remark = f"{c.metric} of {c.variant}", f"{_change(c)}, {c.verdict}"
+        drawn.append(Bar(label, c.change or 0.0, c.ci95, remark, 0.0, style.get(c.verdict, 6)))
     chart = bars(f"Changes in {unit}", drawn, Axis(f"change, {unit}", signed, reach=(0.0,)))
     return Figure(f"Change in {unit}, with 95 % intervals", chart, Table(HEADERS, [_row(c) for c in changes]))
 
 
 def _row(c: Change) -> tuple[str, ...]:
-    return (c.variant, c.metric, _value(c.metric, c.a), _value(c.metric, c.b), _change(c), c.verdict, c.how)
+    return (c.variant, c.metric, _value(c, c.a), _value(c, c.b), _change(c), c.verdict, c.how)
 
 
-def _value(metric: str, value: float | None) -> str:
+def _value(c: Change, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{trimmed(value)} {_UNITS[metric]}" if metric in _UNITS else percent(value)
+    if c.metric in _UNITS:
+        return f"{trimmed(value)} {_UNITS[c.metric]}"
+    return percent(value) if c.unit == "points" else f"{value:.3f}"
 
 
 def _change(c: Change) -> str:
@@ -95,5 +97,5 @@ def _change(c: Change) -> str:
 
 
 def _in_short(changes: list[Change]) -> str:
-    told = [f"{c.metric} of {c.variant}: {c.verdict}" for c in changes if c.verdict in ("better", "worse")]
-    return f"{'; '.join(told)}." if told else "Nothing is better or worse beyond doubt."
+    found = [f"{c.metric} of {c.variant}: {c.verdict}" for c in changes if c.verdict in ("better", "worse")]
+    return f"{'; '.join(found)}." if found else "Nothing is better or worse beyond doubt."

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kdexport.errors import RunError, SpecError
+from kdexport.errors import RunError, SpecError, first_line
 from kdexport.files import write_json
 from kdexport.results import QUANTILES, Conditions, Latency, Report, Variant, read_report
 
@@ -155,9 +155,7 @@ def log_to(report: Report, to: str, folder: Path) -> None:
     except ModuleNotFoundError as error:
         raise SpecError(f"the package {error.name!r} is not installed", f"pip install {kind}") from None
     except Exception as error:  # MLflow raises a class of its own, with a story in it
-        raise SpecError(
-            f"{kind} refuses {where or 'its default place'}: {str(error).strip().splitlines()[0]}"
-        ) from None
+        raise SpecError(f"{kind} refuses {where or 'its default place'}: {first_line(error)}") from None
 
 
 def _log_to_mlflow(report: Report, where: str, folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 Interval = tuple[float, float]
+MetricKind = Literal["fraction", "ratio", "number"]
 VerdictOfRatio = Literal["faster", "slower", "same", "unsure"]
 
 

@@ -37,6 +37,11 @@ def task_class(name: str, problem: str = "single-label") -> type[Task]:
     return PROBLEMS[problem][1] if name == TextClassification.name else TASKS[name]
 
 
+def problem_of(config: TaskConfig) -> str:
+    """The problem, as `data.problem` names it, whose function from logits to scores a task has."""
+    return next(problem for problem, (function, _) in PROBLEMS.items() if function == config.function)
+
+
 def load_task(folder: Path) -> Task:
     """Open the task that a model folder or an artifact was made for.
 
@@ -50,8 +55,7 @@ def load_task(folder: Path) -> Task:
         raise ArtifactError(f"{folder} is for the task {name!r}, which is none of {', '.join(TASKS)}")
     if wrong := _contradiction(config):
         raise ArtifactError(f"{folder}: the task {name} {wrong}", "Pack the artifact again")
-    problem = next(problem for problem, (function, _) in PROBLEMS.items() if function == config.function)
-    return task_class(name, problem).load(folder)
+    return task_class(name, problem_of(config)).load(folder)
 
 
 def _contradiction(config: TaskConfig) -> str:
