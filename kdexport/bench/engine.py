@@ -67,7 +67,7 @@ def bench(
     loads: Loads | None = None,
     sweep: bool = True,
 ) -> Measured:
-    """Measure targets side by side; write `bench.json` and every sample (`samples.npz`, ms).
+    """Measure targets side by side; write `bench.json` and every sample (`samples.npz`, ms) into the folder `out`.
 
     Args:
         settings: threads, rounds, precision and time limit.
@@ -88,14 +88,14 @@ def bench(
     for name, reason in left_out.items():
         warn(f"bench: {name} is left out: {reason}")
     active = [target for target in targets if target.name not in left_out]
-    twin = [msgspec.structs.replace(t, name=t.name + AGAIN) for t in active if t.name == control]
+    twins = [msgspec.structs.replace(t, name=t.name + AGAIN) for t in active if t.name == control]
     facts, started = environment(), time.monotonic()
     write_bytes(out / "rows.json", msgspec.json.encode(chosen))
     # Whole rounds are kept until the end, under a name that says of what: the same call goes on after a kill.
-    asked = digest(msgspec.to_builtins([settings, active + twin, reference, seed, chosen, sweep]))
+    asked = digest(msgspec.to_builtins([settings, active + twins, reference, seed, chosen, sweep]))
     kept = out / f"rounds-{asked[:12]}"
     kept.mkdir(exist_ok=True)
-    found, failed = _take_turns(settings, active + twin, reference, seed, out / "rows.json", kept, sweep)
+    found, failed = _take_turns(settings, active + twins, reference, seed, out / "rows.json", kept, sweep)
     cells = {name: _cells(rounds) for name, rounds in found.items()}
     alive = [t for t in active if t.name not in failed]
     _other_threads(settings, alive, out / "rows.json", cells, started + settings.time_limit_s)
@@ -108,32 +108,49 @@ def bench(
                 warn(f"bench: {target.name} {trouble}")
     (out / "rows.json").unlink()
     shutil.rmtree(kept)
-    if not {*found} - {one.name for one in twin}:
+    own = {name: rounds for name, rounds in found.items() if name not in {twin.name for twin in twins}}
+    if not own:
         reasons = "; ".join(f"{name} {why}" for name, why in (failed or left_out).items())
         raise RunError(f"nothing could be measured: {reasons}", "kdexport doctor says what this machine has")
-    models = {target.name for target in active if target.runtime != "http"}
+    base, again = own.get(reference, {}), found.get(f"{control}{AGAIN}")
     writes = max((measured_tokens(load_task(Path(target.task))) for target in active if target.task), default=0)
-    measured = _measured(settings, found, reference, facts, cells, control, models, writes)
-    measured = msgspec.structs.replace(
-        measured,
+    p99 = {name: stats.pooled_ratio(*_totals(base, rounds), 0.99) for name, rounds in own.items()} if base else {}
+    clock = (
+        f"a prompt of at most {writes} tokens to {writes} more" if writes else "text to answer: tokenise, run, softmax"
+    )
+    measured = Measured(
         targets=targets,
-        conditions=msgspec.structs.replace(
-            measured.conditions,
+        latency={name: _latency(rounds, writes) for name, rounds in own.items()},
+        speedup={name: _ratio(base, rounds) for name, rounds in own.items()} if base else {},
+        speedup_p99={name: ratio for name, ratio in p99.items() if ratio},
+        footprint={t.name: _footprint(own[t.name]) for t in active if t.runtime != "http" and t.name in own},
+        cells={name: each for name, each in cells.items() if name in own},
+        conditions=Conditions(
+            reference=reference,
+            threads=settings.threads[0],
+            rounds=max(map(len, own.values())),
+            round_seconds=settings.round_seconds,
             rows=len(chosen),
             texts=hashlib.sha256(msgspec.json.encode(chosen)).hexdigest()[:12],
             tokens=_tokens(next((t for t in active if t.task), None), chosen),
+            clock=clock,
             seconds=round(time.monotonic() - started, 1),
+            control=Control(str(control), _ratio(own[str(control)], again)) if again and control in own else None,
             failed=failed,
             left_out=left_out,
-            warnings=warnings.of(settings, found, measured, facts),
+            price_per_hour=settings.price_per_hour,
         ),
+        environment=facts,
+    )
+    lines = warnings.of(settings, found, measured, facts)
+    measured = msgspec.structs.replace(
+        measured, conditions=msgspec.structs.replace(measured.conditions, warnings=lines)
     )
     samples = {f"{name}/{i}": _total(one).astype(np.float32) for name, r in found.items() for i, one in r.items()}
     np.savez_compressed(out / "samples.npz", **samples)  # type: ignore[arg-type] # numpy's stub wants no names
     write_json(out / "bench.json", measured)
-    rounds = max(map(len, found.values()))
-    say(f"bench: {rounds} rounds, {settings.threads[0]} thread(s), {len(chosen)} real texts in turn")
-    for line in measured.conditions.warnings:
+    say(f"bench: {measured.conditions.rounds} rounds, {settings.threads[0]} thread(s), {len(chosen)} real rows in turn")
+    for line in lines:
         warn(f"bench: {line}")
     return measured
 
@@ -221,44 +238,6 @@ def _round(
     deadline_s = GRACE_S + 10 * settings.round_seconds
     done = call("kdexport.bench.worker", msgspec.json.encode(job), threads, deadline_s)
     return msgspec.json.decode(done, type=Samples)
-
-
-def _measured(
-    settings: spec.Bench,
-    found: dict[str, Rounds],
-    reference: str,
-    facts: dict[str, Any],
-    cells: dict[str, list[Cell]],
-    control: str | None,
-    models: set[str],
-    writes: int,
-) -> Measured:
-    twin = f"{control}{AGAIN}"
-    both = control in found and twin in found
-    checked = Control(str(control), _ratio(found[str(control)], found[twin])) if both else None
-    own = {name: rounds for name, rounds in found.items() if name != twin}
-    base = own.get(reference, {})
-    p99 = {name: stats.pooled_ratio(*_totals(base, rounds), 0.99) for name, rounds in own.items()} if base else {}
-    return Measured(
-        latency={name: _latency(rounds, writes) for name, rounds in own.items()},
-        speedup={name: _ratio(base, rounds) for name, rounds in own.items()} if base else {},
-        speedup_p99={name: ratio for name, ratio in p99.items() if ratio},
-        footprint={name: _footprint(rounds) for name, rounds in own.items() if name in models},
-        cells={name: found for name, found in cells.items() if name != twin},
-        conditions=Conditions(
-            reference=reference,
-            threads=settings.threads[0],
-            rounds=max(map(len, own.values())),
-            round_seconds=settings.round_seconds,
-            rows=0,
-            clock=f"a prompt of at most {writes} tokens to {writes} more"
-            if writes
-            else "text to answer: tokenise, run, softmax",
-            control=checked,
-            price_per_hour=settings.price_per_hour,
-        ),
-        environment=facts,
-    )
 
 
 def _latency(rounds: Rounds, writes: int) -> Latency:

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from kdexport.results import machine_name
 from kdexport.runtime.predictor import allowed_cores, providers
 
 _PACKAGES = (
@@ -27,7 +28,7 @@ _CPU_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
 def identity() -> dict[str, Any]:
-    """The facts by which machines are told apart: CPU, cores allowed, GPUs; `hardware` is their hash."""
+    """The facts that identify a machine: CPU, cores allowed, GPUs; `hardware` is their hash."""
     model, flags = _cpu()
     facts: dict[str, Any] = {
         "cpu": model,
@@ -44,14 +45,9 @@ def elsewhere(facts: dict[str, Any]) -> list[str]:
     if facts.get("hardware") in (None, here["hardware"]):
         return []
     return [
-        f"the times, memory and speedups were measured on another machine ({named(facts)}), not on this one "
-        f"({named(here)}): to measure here, delete the run's folder bench/ and run again"
+        f"the times, memory and speedups were measured on another machine ({machine_name(facts)}), not on this one "
+        f"({machine_name(here)}): to measure here, delete the run's folder bench/ and run again"
     ]
-
-
-def named(facts: dict[str, Any]) -> str:
-    """A machine in a few words."""
-    return f"{facts.get('cpu', 'unknown CPU')}, {facts.get('cores_allowed', '?')} core(s)"
 
 
 def environment() -> dict[str, Any]:
@@ -81,17 +77,13 @@ def environment() -> dict[str, Any]:
 
 def hardware(facts: dict[str, Any]) -> str:
     """A name for machines whose milliseconds may be compared: CPU, its flags, cores allowed, GPUs."""
-    parts = [
-        facts["cpu"],
-        *facts["cpu_flags"],
-        str(facts["cores_allowed"]),
-        *(g["name"] for g in facts.get("gpus", [])),
-    ]
+    gpus = (gpu["name"] for gpu in facts.get("gpus", []))
+    parts = [facts["cpu"], *facts["cpu_flags"], str(facts["cores_allowed"]), *gpus]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
 
 
 def advice(facts: dict[str, Any]) -> list[str]:
-    """What a person who is about to measure, or to export, should know of this machine."""
+    """Hints for measuring and exporting on this machine."""
     lines = []
     if facts["cores_allowed"] < facts["cores"]:
         lines.append(f"{facts['cores_allowed']} of {facts['cores']} cores are allowed: threads follow that")

@@ -17,7 +17,7 @@ import numpy as np
 from kdexport.results import Cell, Interval, Ratio, VerdictOfRatio
 from kdexport.tasks.metrics import Array
 
-# Two times that differ by less than this are the same to anyone who has to choose.
+# Times that differ by less than this are called the same.
 SAME_WITHIN = 0.05
 # Rounds from which on an interval is drawn; two agree, or differ, by chance.
 ENOUGH_ROUNDS = 3

@@ -16,7 +16,7 @@ from kdexport.tasks.metrics import Array
 
 Rows = list[dict[str, Any]]
 
-# Of language models, what a measured prompt has, and what is written after it.
+# Tokens of a language model's measured prompt, and as many that are generated.
 _TOKENS = 32
 # torch.compile's modes; reduce-overhead replays CUDA graphs.
 _COMPILED = {"torch-compile": "default", "torch-cudagraphs": "reduce-overhead"}

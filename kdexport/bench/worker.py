@@ -27,7 +27,6 @@ from kdexport.tasks.metrics import Array
 _now = time.perf_counter_ns
 # Every cell gets as much time as this, and as many runs, before it counts.
 _CELL_SECONDS, _CELL_RUNS, _WARM_RUNS = 0.1, 3, 10
-_BATCH = 16
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -90,7 +89,7 @@ def logits_of(target: Target, rows: Path, deadline_s: float) -> Array:
 def answer(job: Answers) -> Array:
     """Open the target and run all rows through it, in batches."""
     rows, opened = msgspec.json.decode(Path(job.rows).read_bytes()), open_target(job.target, allowed_cores())
-    return in_batches(load_task(Path(job.target.task)), rows, opened.answer or opened.run, batch_size=_BATCH)
+    return in_batches(load_task(Path(job.target.task)), rows, opened.answer or opened.run)
 
 
 def measure(job: Round) -> Samples:

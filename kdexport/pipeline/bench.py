@@ -25,9 +25,8 @@ from kdexport.bench.worker import logits_of
 from kdexport.data import read_rows
 from kdexport.data.sources import rows_with_texts
 from kdexport.errors import ArtifactError, SpecError
-from kdexport.files import hash_file
 from kdexport.output import Output
-from kdexport.pipeline.report import described, speed, weights
+from kdexport.pipeline.report import described, on_disk, speed, weights
 from kdexport.progress import bar, say, warn
 from kdexport.report import write_reports
 from kdexport.report.table import trimmed
@@ -195,7 +194,7 @@ def _report(
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
     task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
     logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows, measured)
-    labelled = _labelled(task, rows, as_read) if task else []
+    labelled = labelled_rows(task, rows, as_read) if task else []
     return Report(
         kdexport=__version__,
         task=task.name if task else "text-classification",
@@ -215,16 +214,15 @@ def _variant(
 ) -> Variant:
     is_file, file = target.model.endswith(".onnx"), Path(target.model)
     precision = re.search(r"fp16|int8|quantized", f"{target.name} {file.name}") if is_file else None
-    size = {"size_bytes": None, "sha256": None} if target.runtime == "http" else weights(file)
-    if is_file:
-        size = {"size_bytes": file.stat().st_size, "sha256": hash_file(file)}
+    http = target.runtime == "http"
+    size = {"size_bytes": None, "sha256": None} if http else on_disk(file) if is_file else weights(file)
     return Variant(
         name=target.name,
         model=target.name,
         runtime=target.runtime,
         device=target.device,
         precision=(precision[0].replace("quantized", "int8") if precision else "fp32"),
-        graph="server" if target.runtime == "http" else "file" if is_file else "model",
+        graph="server" if http else "file" if is_file else "model",
         file=target.model,
         **size,
         **speed(target.name, measured),
@@ -232,7 +230,7 @@ def _variant(
     )
 
 
-def _labelled(task: Task, rows: list[dict[str, Any]], as_read: bool) -> list[dict[str, Any]]:
+def labelled_rows(task: Task, rows: list[dict[str, Any]], as_read: bool) -> list[dict[str, Any]]:
     """The rows with their labels as the task writes them; none where a row has no label, or one it does not know.
 
     Args:

@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,7 +25,7 @@ from kdexport.pipeline.bench import read_texts
 from kdexport.pipeline.changes import QUANTILES, both, changes_of, ratio_change
 from kdexport.progress import say
 from kdexport.report.exchange import read_any
-from kdexport.results import Change, Comparison, Gate, Report, Variant
+from kdexport.results import Change, Comparison, Gate, Report, Variant, machine_name
 from kdexport.runtime import artifact
 from kdexport.tasks.metrics import Array
 
@@ -128,8 +128,8 @@ def compare(
     found = [_judge(gate, changes) for gate in gates]
     timed = [g for g in gates if g.metric in QUANTILES and g.relative]
     undecided = {"unsure", "refused"}  # what reports can't decide, or may not, both files side by side can
-    doubt = any(gate.status in undecided for gate, want in zip(found, gates, strict=True) if want in timed)
-    if side_by_side or (side_by_side is None and doubt):
+    open_gates = any(gate.status in undecided for gate, want in zip(found, gates, strict=True) if want in timed)
+    if side_by_side or (side_by_side is None and open_gates):
         try:
             threads = reports[1].bench.threads
             measured = _measure_in_turns(Path(a), Path(b), pairs, timed, threads, time_limit_s)
@@ -151,7 +151,7 @@ def compare(
 def _differing(a: Report, b: Report) -> str:
     """Why milliseconds of the two can't be compared, or nothing."""
     if a.environment.get("hardware") != b.environment.get("hardware"):
-        return f"A was measured on {_machine(a)}, B on {_machine(b)}"
+        return f"A was measured on {machine_name(a.environment)}, B on {machine_name(b.environment)}"
     if a.bench.threads != b.bench.threads:
         return f"A was measured with {a.bench.threads} thread(s), B with {b.bench.threads}"
     if a.bench.texts and b.bench.texts and a.bench.texts != b.bench.texts:
@@ -232,7 +232,7 @@ def _file_of(place: Path, variant: Variant, name: str) -> Target:
 
 
 def _judge(gate: Condition, changes: list[Change]) -> Gate:
-    """Hold a gate against every variant compared: any failure fails it, any doubt leaves it unsure."""
+    """Hold a gate against every variant compared: any failure fails it, any uncertainty leaves it unsure."""
     about = [c for c in changes if c.metric == gate.metric or (gate.metric in _METRIC_GATES and _counts(c.metric))]
     if not about:
         return Gate(expression=gate.expression, status="refused", why=f"neither report has {gate.metric}")
@@ -272,8 +272,3 @@ def _judge_one(gate: Condition, change: Change) -> tuple[str, str]:
 
 def _instead(gate: Condition) -> str:
     return "Compare ratios to the teacher: 'speedup<-10%'" if gate.metric in QUANTILES else ""
-
-
-def _machine(report: Report) -> str:
-    facts: dict[str, Any] = report.environment
-    return f"{facts.get('cpu', 'an unknown machine')}, {facts.get('cores_allowed', '?')} core(s)"

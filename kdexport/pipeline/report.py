@@ -52,20 +52,9 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     validation = read_validation(stages.verify)
     choice = choose(candidates, validation, measured, settings.export, sizes, settings.budget.size_mb)
     best = f"student-{choice.recommended.name}"
-    files = {c.file: c for c in candidates}
     task, rows = load_task(stages.student), read_rows(stages.data, "test")
     logits = _logits(stages)
     wrong = {name: judging.wrong_rows(task, found, rows) for name, found in logits.items()}
-    # Targets are matched by file name, not by path: a run folder may have been moved since.
-    variants = [
-        _file_variant(target, files[Path(target.model).name], choice, quality, measured, wrong, stages)
-        if Path(target.model).name in files and target.name.startswith("student")
-        else _model_variant(target, quality, measured, wrong, stages)
-        for target in measured.targets
-        if target.name not in measured.conditions.left_out
-    ]
-    if kind_of_first(stages.teacher) == "stored":
-        variants.insert(0, _stored_teacher(quality["teacher"], wrong["teacher"]))
     summary = read_summary(stages.data)
     report = Report(
         kdexport=__version__,
@@ -74,7 +63,7 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
         labels=task.labels,
         recommended=best,
         reason=choice.reason,
-        variants=variants,
+        variants=_variants(stages, candidates, choice, quality, measured, wrong),
         budget=judge_budget(
             settings.budget,
             task.metric,
@@ -132,71 +121,63 @@ def made_from(report: Report) -> dict[str, Any]:
     }
 
 
-def _file_variant(
-    target: Target,
-    candidate: Candidate,
+def _variants(
+    stages: Stages,
+    candidates: list[Candidate],
     choice: Choice,
     quality: dict[str, Quality],
     measured: Measured,
     wrong: dict[str, list[int] | None],
-    stages: Stages,
-) -> Variant:
-    shipped = candidate in choice.shipped.values()
-    return Variant(
-        name=target.name,
-        model="student",
-        runtime=target.runtime,
-        device=target.device,
-        precision=candidate.precision,
-        graph=candidate.graph,
-        file=SHIPPED_AS[candidate.precision] if shipped else None,
-        sha256=hash_file(stages.export / candidate.file),
-        size_bytes=(stages.export / candidate.file).stat().st_size,
-        parameters=_training(stages.student)["parameters"],
-        shipped=shipped and target.name == f"student-{candidate.name}",
-        **_found(target.name, quality, measured, wrong),
-    )
+) -> list[Variant]:
+    """Every file and model that was measured; before them a teacher of which only the logits are there."""
+    files = {c.file: c for c in candidates}
+    parameters = _training(stages.student)["parameters"]
+
+    def known(name: str) -> dict[str, Any]:
+        # Another runtime may answer otherwise, and its metric was not taken.
+        name = "teacher" if name in ("teacher-torch", "teacher-fp32", "teacher-stored") else name
+        return msgspec.structs.asdict(quality[name]) | {"wrong_rows": wrong[name]} if name in quality else {}
+
+    def variant(target: Target) -> Variant:
+        role = target.name.partition("-")[0]
+        # By its file's name, not its path: a run folder may have been moved since.
+        file = (stages.teacher if role == "teacher" else stages.export) / Path(target.model).name
+        of_torch = "eager" if target.runtime == "torch" else "compiled"
+        own: dict[str, Any] = {"precision": "fp32", "graph": of_torch, "file": None}
+        if role == "student" and (candidate := files.get(file.name)):
+            shipped = candidate in choice.shipped.values()
+            own = {
+                "precision": candidate.precision,
+                "graph": candidate.graph,
+                "file": SHIPPED_AS[candidate.precision] if shipped else None,
+                "parameters": parameters,
+                "shipped": shipped and target.name == f"student-{candidate.name}",
+                **on_disk(file),
+            }
+        elif target.runtime == "onnxruntime":
+            own |= {"graph": "plain", **on_disk(file)}
+        else:
+            own |= weights(stages.teacher if role == "teacher" else stages.student)
+        return Variant(
+            name=target.name, model=role, runtime=target.runtime, device=target.device, **own,
+            **speed(target.name, measured), **known(target.name),
+        )  # fmt: skip
+
+    left_out = measured.conditions.left_out
+    variants = [variant(target) for target in measured.targets if target.name not in left_out]
+    if kind_of_first(stages.teacher) == "stored":
+        stored = Variant(
+            name="teacher-stored", model="teacher", runtime="stored", device="none", precision="fp32", graph="none",
+            file=None, sha256=None, size_bytes=None, note="stored logits: there is no model to measure",
+            **known("teacher-stored"),
+        )  # fmt: skip
+        variants.insert(0, stored)
+    return variants
 
 
-def _model_variant(
-    target: Target, quality: dict[str, Quality], measured: Measured, wrong: dict[str, list[int] | None], stages: Stages
-) -> Variant:
-    """A model in PyTorch, teacher or student; or the teacher's ONNX file."""
-    role = target.name.partition("-")[0]
-    plain = target.runtime == "onnxruntime"
-    return Variant(
-        name=target.name,
-        model=role,
-        runtime=target.runtime,
-        device=target.device,
-        precision="fp32",
-        graph="plain" if plain else "eager" if target.runtime == "torch" else "compiled",
-        file=None,
-        **(
-            {"size_bytes": Path(target.model).stat().st_size, "sha256": hash_file(Path(target.model))}
-            if plain
-            else weights(stages.teacher if role == "teacher" else stages.student)
-        ),
-        **_found(target.name, quality, measured, wrong),
-    )
-
-
-def _stored_teacher(quality: Quality, wrong: list[int] | None) -> Variant:
-    """A teacher of which only the logits are there."""
-    return Variant(
-        name="teacher-stored",
-        model="teacher",
-        runtime="stored",
-        device="none",
-        precision="fp32",
-        graph="none",
-        file=None,
-        sha256=None,
-        size_bytes=None,
-        note="stored logits: there is no model to measure",
-        wrong_rows=wrong,
-        **msgspec.structs.asdict(quality),
-    )
+def on_disk(file: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
+    return {"size_bytes": file.stat().st_size, "sha256": hash_file(file)}
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -216,17 +197,6 @@ def speed(name: str, measured: Measured) -> dict[str, Any]:
         "cells": measured.cells.get(name, []),
         "note": measured.conditions.failed.get(name, ""),
     }
-
-
-def _found(
-    name: str, quality: dict[str, Quality], measured: Measured, wrong: dict[str, list[int] | None]
-) -> dict[str, Any]:
-    found = speed(name, measured)
-    name = "teacher" if name in ("teacher-torch", "teacher-fp32") else name
-    if name in quality:  # another runtime may answer otherwise; its accuracy was not taken
-        found |= msgspec.structs.asdict(quality[name])
-        found["wrong_rows"] = wrong[name]
-    return found
 
 
 def _distillation(

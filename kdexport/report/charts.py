@@ -119,7 +119,7 @@ def frontier(items: Sequence[T], cost: Callable[[T], float | None], value: Calla
 
 
 def plot(title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 280) -> str:
-    """An SVG of series in one frame; `title` is what a screen reader says of it."""
+    """An SVG of series in one frame; `title` is read by screen readers."""
     points = [p for one in series for p in one.points]
     # A series without points keeps its place, so that a variant looks alike in every chart, but has no legend.
     rows = _legend_rows([(i, one.name) for i, one in enumerate(series) if one.points]) if len(series) > 1 else []

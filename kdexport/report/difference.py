@@ -29,9 +29,8 @@ def show_comparison(found: Comparison) -> None:
 def write_comparison(found: Comparison, out: Output) -> None:
     """Write compare.json, compare.md and compare.html into a folder."""
     drawn = page_of(found)
-    for name, content in zip(
-        FILES, (as_json(found), page.markdown(drawn).encode(), page.html(drawn).encode()), strict=True
-    ):
+    contents = (as_json(found), page.markdown(drawn).encode(), page.html(drawn).encode())
+    for name, content in zip(FILES, contents, strict=True):
         out.write(name, content)
 
 
@@ -39,23 +38,13 @@ def page_of(found: Comparison) -> Page:
     """Verdict by gates, the table, and a chart of the changes with their intervals."""
     failed = [gate for gate in found.gates if gate.status == "failed"]
     unsure = [gate for gate in found.gates if gate.status == "unsure"]
-    verdict = (
-        f"{len(failed)} of {len(found.gates)} gates failed: {', '.join(g.expression for g in failed)}."
-        if failed
-        else f"{len(unsure)} of {len(found.gates)} gates could not be decided."
-        if unsure
-        else f"All {len(found.gates)} gates passed."
-        if found.gates
-        else _in_short(found.changes)
-    )
-    sections = [
-        Section(
-            "Changes",
-            f"From A, {found.a}, to B, {found.b}.",
-            tables=[Table(HEADERS, [_row(c) for c in found.changes])],
-            brief=True,
-        )
-    ]
+    verdict = f"All {len(found.gates)} gates passed." if found.gates else _in_short(found.changes)
+    if failed:
+        verdict = f"{len(failed)} of {len(found.gates)} gates failed: {', '.join(g.expression for g in failed)}."
+    elif unsure:
+        verdict = f"{len(unsure)} of {len(found.gates)} gates could not be decided."
+    changes = Table(HEADERS, [_row(c) for c in found.changes])
+    sections = [Section("Changes", f"From A, {found.a}, to B, {found.b}.", tables=[changes], brief=True)]
     if found.gates:
         rows = [(gate.expression, gate.status, gate.why) for gate in found.gates]
         lead = "A gate fails, or passes, only where its whole 95 % interval does."

@@ -92,24 +92,15 @@ def write_pytest_benchmark(report: Report, samples: Path, out: Path) -> None:
                 benchmarks.append(_benchmark(v, np.concatenate(data).astype(float) / 1e3))
     facts = report.environment
     cpu = {"brand_raw": facts.get("cpu"), "count": facts.get("cores_allowed")}
-    machine = {
+    machine = {"node": "", "processor": "", "machine": ""} | {
         "hardware": facts.get("hardware"),
-        "node": "",
-        "processor": "",
-        "machine": "",
         "python_version": facts.get("python"),
         "cpu": cpu,
     }
     commit = {"id": facts.get("git_commit") or "unversioned", "dirty": "dirty" in str(facts.get("git_commit"))}
     when = time.strftime("%Y-%m-%dT%H:%M:%S")
-    whole = {
-        "machine_info": machine,
-        "commit_info": commit,
-        "benchmarks": benchmarks,
-        "datetime": when,
-        "version": "5.1.0",
-    }
-    write_json(out, whole)
+    whole = {"machine_info": machine, "commit_info": commit, "benchmarks": benchmarks}
+    write_json(out, whole | {"datetime": when, "version": "5.1.0"})
 
 
 def _benchmark(v: Variant, seconds: Any) -> dict[str, Any]:
@@ -126,14 +117,8 @@ def _benchmark(v: Variant, seconds: Any) -> dict[str, Any]:
         "rounds": len(seconds), "iterations": 1,
     }  # fmt: skip
     extra = {"p90_ms": v.latency_ms and v.latency_ms.p90, "p99_ms": v.latency_ms and v.latency_ms.p99}
-    options = {
-        "disable_gc": True,
-        "timer": "perf_counter",
-        "min_rounds": 1,
-        "max_time": 0,
-        "min_time": 0,
-        "warmup": True,
-    }
+    options = {"disable_gc": True, "timer": "perf_counter", "min_rounds": 1, "max_time": 0, "min_time": 0}
+    options["warmup"] = True
     return {
         "group": None, "name": v.name, "fullname": v.name, "params": None, "param": None, "extra_info": extra,
         "options": options, "stats": found,

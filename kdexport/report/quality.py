@@ -34,13 +34,8 @@ def quality(r: Report) -> Section | None:
         lead += f"Against the same student trained on labels alone, distillation gave {gained(metric, d.gain_points)}"
         lead += f"{_certainty(metric, d)}."
     headers = ("model or file", f"{r.metric} [95 %]", "rows")
-    return Section(
-        f"How good: {r.metric}",
-        lead,
-        [Figure("With 95 % intervals", chart, Table(headers, rows))],
-        _further(r, d),
-        brief=True,
-    )
+    figure = Figure("With 95 % intervals", chart, Table(headers, rows))
+    return Section(f"How good: {r.metric}", lead, [figure], _further(r, d), brief=True)
 
 
 def _certainty(metric: Metric, d: Distillation) -> str:
@@ -73,11 +68,8 @@ def classes(r: Report) -> Section | None:
         return None
     worst = r.evidence.classes[:_WORST_CLASSES]
     drawn = [_recall(c) for c in worst]
-    chart = bars(
-        "Recall of teacher and student by class",
-        drawn,
-        Axis("recall, from teacher to student", lambda v: percent(v, 0)),
-    )
+    axis = Axis("recall, from teacher to student", lambda v: percent(v, 0))
+    chart = bars("Recall of teacher and student by class", drawn, axis)
     rows = [
         (c.label, str(c.rows), percent(c.teacher_recall), percent(c.student_recall), percent(c.agreement))
         for c in r.evidence.classes
@@ -89,7 +81,7 @@ def classes(r: Report) -> Section | None:
 
 
 def _worst(found: list[ClassScore]) -> str:
-    """The classes that lost the most recall, and the one with the least of it, by name."""
+    """The classes that lost the most recall, and the one with the lowest."""
     lost = [
         f"{c.label} ({percent(c.teacher_recall)} → {percent(c.student_recall)} of {c.rows} rows)"
         for c in found[:3]
@@ -104,9 +96,8 @@ def _worst(found: list[ClassScore]) -> str:
 
 def _recall(c: ClassScore) -> Bar:
     remark = f"teacher {percent(c.teacher_recall, 0)} → student {percent(c.student_recall, 0)}, {c.rows} rows"
-    return Bar(
-        c.label, c.student_recall, None, remark, c.teacher_recall, 1 if c.student_recall < c.teacher_recall else 2
-    )
+    style = 1 if c.student_recall < c.teacher_recall else 2
+    return Bar(c.label, c.student_recall, None, remark, c.teacher_recall, style)
 
 
 def calibration(r: Report) -> Section | None:
@@ -141,19 +132,12 @@ def differences(r: Report) -> Section | None:
     if not r.evidence or not r.evidence.examples:
         return None
     rows = [
-        (
-            e.id,
-            e.label,
-            f"{e.teacher.label} ({percent(e.teacher.score, 0)})",
-            f"{e.student.label} ({percent(e.student.score, 0)})",
-            e.text,
-        )
+        (e.id, e.label, *(f"{a.label} ({percent(a.score, 0)})" for a in (e.teacher, e.student)), e.text)
         for e in r.evidence.examples
     ]
-    lead = "The test rows on which both were surest, and said something else."
-    return Section(
-        "Where teacher and student differ", lead, tables=[Table(("row", "label", "teacher", "student", "text"), rows)]
-    )
+    lead = "The test rows on which both were surest, and disagree."
+    table = Table(("row", "label", "teacher", "student", "text"), rows)
+    return Section("Where teacher and student differ", lead, tables=[table])
 
 
 def training(r: Report) -> Section | None:
@@ -171,9 +155,8 @@ def training(r: Report) -> Section | None:
         epochs = max(len(row) for row in rows) - 1
         headers = ("student", *(f"epoch {i + 1}" for i in range(epochs)))
         chart = plot(f"{caption} by epoch", series, Axis("epoch", "{:.0f}".format), Axis(key, "{:.2f}".format))
-        figures.append(
-            Figure(caption, chart, Table(headers, [(*row, *[""] * (epochs + 1 - len(row))) for row in rows]))
-        )
+        table = Table(headers, [(*row, *[""] * (epochs + 1 - len(row))) for row in rows])
+        figures.append(Figure(caption, chart, table))
     lead = f"Loss {d.loss}, temperature {d.temperature}, alpha {d.alpha}; {d.origin}."
     return Section("Training", lead, figures, [t for t in (_terms(d), _seeds(metric_of(r), d)) if t])
 

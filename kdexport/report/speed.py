@@ -10,7 +10,6 @@ from kdexport.report.page import Figure, Section, Table
 from kdexport.report.table import (
     between,
     headers,
-    machine,
     megabytes,
     metric_of,
     ms,
@@ -23,7 +22,7 @@ from kdexport.report.table import (
     times,
     trimmed,
 )  # fmt: skip
-from kdexport.results import QUANTILES, Interval, Report, Variant
+from kdexport.results import QUANTILES, Interval, Report, Variant, machine_name
 from kdexport.tasks.metrics import Metric
 
 
@@ -39,14 +38,14 @@ def variants(r: Report) -> Section:
         f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {how.rows} real {_rows(r)} in "
         f"turn, in {how.rounds} shuffled rounds, each variant in a process of its own; waiting threads "
         f"{'spin' if how.spinning else 'sleep'}, garbage is not collected meanwhile. Intervals are over rounds, "
-        f"ratios to {how.reference} are paired by round. p99 stands from 1,000 samples on; before that a bound of it, "
-        "or nothing. Digits that the interval does not carry are left out."
+        f"ratios to {how.reference} are paired by round. p99 stands from 1,000 samples on; before that an upper "
+        "bound, or nothing. Digits that the interval does not carry are left out."
     )
     tables = [Table((*headers(r), "verdict"), rows, place)]
     if costs := [_costs(v) for v in r.variants if v.footprint]:
         columns = ("process of", "tokenise ms", "run ms", "p90 ms", "cold start ms", "RSS MB", "peak MB", "cores used")
         tables.append(Table(columns, costs))
-    lead = f"All measured in one run, in turns, on {machine(r)}; brackets are 95 % intervals."
+    lead = f"All measured in one run, in turns, on {machine_name(r.environment)}; brackets are 95 % intervals."
     return Section("Variants", lead, tables=tables, note=note + _control(r), brief=True)
 
 
@@ -84,7 +83,7 @@ def _control(r: Report) -> str:
 
 
 def budget(r: Report) -> Section | None:
-    """Each limit, what was found, and whether the interval leaves a doubt."""
+    """Each limit, the figure found, and whether its interval crosses the limit."""
     if not r.budget.checks:
         return None
     rows = [
@@ -121,7 +120,8 @@ def trade_off(r: Report) -> Section | None:
     columns = ("variant", f"{r.metric} [95 %]", "p99 ms", "size MB", "on the frontier")
     lead = (
         f"{'Up' if metric.higher_is_better else 'Down'} is better, left is faster, the pale area is the file's size; "
-        "lines are 95 % intervals. Nothing on the frontier is beaten in both. Where a p99 could not be taken, its upper bound stands."
+        "lines are 95 % intervals. Nothing on the frontier is beaten in both. Where a p99 could not be taken, its "
+        "upper bound stands."
         + (f" Without a metric or a p99, so not drawn: {', '.join(left_out)}." if left_out else "")
     )
     return Section("Accuracy against latency", lead, [Figure("Accuracy, p99 and size", chart, Table(columns, rows))])

@@ -17,11 +17,6 @@ def metric_of(report: Report) -> Metric:
     return Metric(report.metric, report.metric_higher_is_better, report.metric_kind)
 
 
-def machine(r: Report) -> str:
-    """The machine that a report's times were measured on."""
-    return f"{r.environment.get('cpu') or 'an unknown CPU'}, {r.environment.get('cores_allowed', '?')} core(s)"
-
-
 def score(metric: Metric, value: float | None, digits: int = 1) -> str:
     """A value of a metric: a share in percent, a number with two digits more than that."""
     if value is None or metric.kind != "number":

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdexport.report.table import deviation, gained, headers, keeps, machine, metric_of, percent, score, table
-from kdexport.results import Report
+from kdexport.report.table import deviation, gained, headers, keeps, metric_of, percent, score, table
+from kdexport.results import Report, machine_name
 
 
 def show(report: Report, folder: Path) -> None:
@@ -68,7 +68,7 @@ def summary(report: Report) -> list[str]:
         f"{'not measurable' if check.found is None else f'{check.found:.3g}'} (limit {check.limit:g})"
         for check in report.budget.checks
     ]
-    lines.append(f"measured on {machine(report)}, {report.bench.threads} thread(s)")
+    lines.append(f"measured on {machine_name(report.environment)}, {report.bench.threads} thread(s)")
     return lines + [f"warning: {line}" for line in report.bench.warnings]
 
 

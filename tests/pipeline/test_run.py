@@ -171,15 +171,15 @@ def test_int8_that_loses_too_much_is_not_recommended(copied, settings, kdexport)
     from kdexport import spec
     from kdexport.pipeline.report import Stages, assemble
 
-    quality = json.loads((copied / "verify" / "quality.json").read_text())
+    found = json.loads((copied / "verify" / "validation.json").read_text())
     for name in ("student-int8", "student-int8-fused"):
-        if name in quality:
-            quality[name]["metric"]["value"] = quality["student-fp32"]["metric"]["value"] - 0.02
-    (copied / "verify" / "quality.json").write_text(json.dumps(quality))
+        if name in found["values"]:
+            found["values"][name] = found["values"]["student-fp32"] - 0.02
+    (copied / "verify" / "validation.json").write_text(json.dumps(found))
     folders = [copied / n for n in ("data", "teacher", "targets", "student", "baseline", "export", "verify", "bench")]
     report, _ = assemble(spec.load(None, settings), Stages(copied, *folders))
     assert report.recommended == "student-fp32"
-    assert report.reason == "int8 loses 2.0 points against fp32; 1 points are allowed"
+    assert report.reason == "int8 loses 2.0 points against fp32 on validation; 1 points are allowed"
 
 
 def test_an_artifact_that_was_changed_is_refused(copied):
