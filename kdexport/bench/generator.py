@@ -148,11 +148,6 @@ def _media_body(url: str, rows: list[dict[str, Any]]) -> bytes:
     return msgspec.json.encode({"inputs": b64encode(bytes_of(rows[0][modality])).decode()})
 
 
-def check_answer(answer: bytes) -> None:
-    """Read the answer, as a client does."""
-    msgspec.json.decode(answer)
-
-
 def load(job: LoadJob) -> LoadSamples:
     """Put a load on a server; the first half second is not counted."""
     rows = msgspec.json.decode(Path(job.rows).read_bytes())
@@ -175,7 +170,7 @@ def load(job: LoadJob) -> LoadSamples:
                 return
             _wait_until(at)
             try:
-                check_answer(connection.post(bodies[number % len(bodies)]))
+                msgspec.json.decode(connection.post(bodies[number % len(bodies)]))
                 found.append((at, (time.monotonic() - at) * 1e3))
             except (LoadError, msgspec.DecodeError):
                 failed.append(at)

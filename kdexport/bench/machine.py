@@ -42,12 +42,9 @@ def identity() -> dict[str, Any]:
 def elsewhere(facts: dict[str, Any]) -> list[str]:
     """Return a warning where figures with these facts were made on a machine that is not this one."""
     here = identity()
-    if facts.get("hardware") in (None, here["hardware"]):
-        return []
-    return [
-        f"the times, memory and speedups were measured on another machine ({machine_name(facts)}), not on this one "
-        f"({machine_name(here)}): to measure here, delete the run's folder bench/ and run again"
-    ]
+    where = f"on another machine ({machine_name(facts)}), not on this one ({machine_name(here)})"
+    line = f"times, memory and speedups were measured {where}: to measure here, delete the folder bench/ and run again"
+    return [] if facts.get("hardware") in (None, here["hardware"]) else [line]
 
 
 def environment() -> dict[str, Any]:

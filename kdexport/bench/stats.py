@@ -27,9 +27,9 @@ _P50_SAMPLES, _P90_SAMPLES, P99_SAMPLES, _A_ROUND = 5, 100, 1_000, 100
 
 def ratio(reference: Sequence[float], other: Sequence[float], level: float = 0.95) -> Ratio:
     """How many times faster `other` is: reference ÷ other, by times of paired rounds."""
-    logs = np.log(reference) - np.log(other)
-    centre, bounds = _centre(logs, level)
-    return _judged(centre, bounds)
+    centre, bounds = _centre(np.log(reference) - np.log(other), level)
+    ci = _exp(bounds)
+    return Ratio(math.exp(centre), ci, "unsure" if ci is None else verdict(ci))
 
 
 def verdict(ci: Interval) -> VerdictOfRatio:
@@ -169,11 +169,6 @@ def _signed_rank_cut(n: int, alpha: float) -> int:
         ways[rank:] = ways[rank:] + ways[: len(ways) - rank]
     tail = np.cumsum(ways) / 2.0**n
     return int(np.searchsorted(tail, alpha / 2, side="right")) - 1
-
-
-def _judged(log_ratio: float, bounds: Interval | None) -> Ratio:
-    ci = _exp(bounds)
-    return Ratio(math.exp(log_ratio), ci, "unsure" if ci is None else verdict(ci))
 
 
 def _exp(bounds: Interval | None) -> Interval | None:

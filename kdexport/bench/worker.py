@@ -86,12 +86,6 @@ def logits_of(target: Target, rows: Path, deadline_s: float) -> Array:
     return np.asarray(np.load(io.BytesIO(call("kdexport.bench.worker", job, allowed_cores(), deadline_s))))
 
 
-def answer(job: Answers) -> Array:
-    """Open the target and run all rows through it, in batches."""
-    rows, opened = msgspec.json.decode(Path(job.rows).read_bytes()), open_target(job.target, allowed_cores())
-    return in_batches(load_task(Path(job.target.task)), rows, opened.answer or opened.run)
-
-
 def measure(job: Round) -> Samples:
     """Open the target, warm up, answer rows one at a time, then in batches, then at fixed lengths."""
     rows = msgspec.json.decode(Path(job.rows).read_bytes())
@@ -113,20 +107,13 @@ def measure(job: Round) -> Samples:
     tokenize, model, total = _stream(opened, rows, job.start, job.seconds, job.min_samples, job.max_seconds)
     cores_used = (time.process_time() - cpu) / (time.perf_counter() - wall)
     return Samples(
-        tokenize_us=tokenize,
-        model_us=model,
-        total_us=total,
-        device_ms=opened.device_ms()[-len(total) :],
-        first_ms=opened.first_ms()[-len(total) :],
-        cold_ms=cold_ms,
-        cores_used=cores_used,
-        rss_mb=process.memory_info().rss / 1e6,
-        peak_rss_mb=_peak_rss_mb(process),
-        gpu_peak_mb=opened.gpu_peak_mb(),
+        tokenize_us=tokenize, model_us=model, total_us=total, device_ms=opened.device_ms()[-len(total) :],
+        first_ms=opened.first_ms()[-len(total) :], cold_ms=cold_ms, cores_used=cores_used,
+        rss_mb=process.memory_info().rss / 1e6, peak_rss_mb=_peak_rss_mb(process), gpu_peak_mb=opened.gpu_peak_mb(),
         os_threads=process.num_threads(),
         batches={size: _batches(opened, rows, job.start, size) for size in job.batch_sizes if not one_by_one},
         runs={length: _runs(opened, job, rows, length) for length in job.lengths},
-    )
+    )  # fmt: skip
 
 
 def _stream(
@@ -221,7 +208,9 @@ def main() -> None:
     """Read a job from stdin, write what it gives to stdout."""
     match msgspec.json.decode(sys.stdin.buffer.read(), type=Round | Answers):
         case Answers() as job:
-            np.save(sys.stdout.buffer, answer(job))
+            rows, opened = msgspec.json.decode(Path(job.rows).read_bytes()), open_target(job.target, allowed_cores())
+            found = in_batches(load_task(Path(job.target.task)), rows, opened.answer or opened.run)
+            np.save(sys.stdout.buffer, found)
         case Round() as job:
             sys.stdout.buffer.write(msgspec.json.encode(measure(job)))
 

@@ -121,12 +121,12 @@ def judge(task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array,
 
 
 def decisive(task: Task | type[Task], validation: list[dict[str, Any]]) -> metrics.Metric:
-    """What decides on the validation split: the task's metric, or, where no row has a label, agreement."""
+    """The metric that decides on the validation split: agreement where no row has a label."""
     return task.metric if any(row["label"] is not None for row in validation) else AGREEMENT
 
 
 def on_validation(task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array) -> float:
-    """What decides of logits [N, C] on the validation split, by the rows that have labels if any has."""
+    """The decisive metric of logits [N, C] on the validation split, by the rows that have labels."""
     labelled = [i for i, row in enumerate(rows) if row["label"] is not None]
     if not labelled:
         return float(task.agrees(logits, teacher).mean())

@@ -37,6 +37,7 @@ from kdexport.tasks.classes import Classes
 from kdexport.tasks.judging import mcnemar, metric_interval, wrong_rows
 from kdexport.tasks.metrics import Array
 
+_NAME = "Name a run, an artifact, a .onnx file, a model folder or an address"
 FILES = ("bench.json", "samples.npz", "report.json", "report.md", "report.html")
 
 
@@ -118,10 +119,7 @@ def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
             raise ArtifactError(f"{path} does not exist", "Check the path")
         return of_file(path.stem, _task_beside(path), path, settings.runtimes, settings.devices)
     if path.is_dir() and not (path / "config.json").exists():
-        raise SpecError(
-            f"{path} is no artifact, run or model",
-            "Name a run, an artifact, a .onnx file, a model folder or an address",
-        )
+        raise SpecError(f"{path} is no artifact, run or model", _NAME)
     return _model_targets(name, settings, work)
 
 
@@ -142,7 +140,7 @@ def _artifact_targets(folder: Path, variant: str, settings: spec.Bench) -> list[
 def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     """A Hugging Face model in PyTorch's runtimes; its task is made from its tokenizer and labels."""
     if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise SpecError(f"{name} does not exist", "Name a run, an artifact, a .onnx file, a model folder or an address")
+        raise SpecError(f"{name} does not exist", _NAME)
     from kdexport.models.loading import open_config, open_model, own_labels
     from kdexport.models.registry import task_of
     from kdexport.models.saving import save_task
@@ -194,80 +192,62 @@ def _report(
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
     task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
     logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows, measured)
-    labelled = labelled_rows(task, rows, as_read) if task else []
+    variants = [_variant(t, measured) for t in known]
+    quality = {t.name: _quality(t, logits, rows, first, as_read) for t in known if t.name in logits}
     return Report(
-        kdexport=__version__,
-        task=task.name if task else "text-classification",
-        **described(task.metric if task else Classes.metric),
-        labels=task.labels if task else [],
-        recommended=None,
+        kdexport=__version__, task=task.name if task else "text-classification",
+        **described(task.metric if task else Classes.metric), labels=task.labels if task else [], recommended=None,
+        variants=[msgspec.structs.replace(v, **quality.get(v.name, {})) for v in variants],
         reason=_summary(measured, first),
-        variants=[_variant(t, measured, logits, labelled, first) for t in known],
-        bench=measured.conditions,
-        environment=measured.environment,
-        command=command,
-    )
+        bench=measured.conditions, environment=measured.environment, command=command,
+    )  # fmt: skip
 
 
-def _variant(
-    target: Target, measured: Measured, logits: dict[str, Array], labelled: list[dict[str, Any]], first: str
-) -> Variant:
-    is_file, file = target.model.endswith(".onnx"), Path(target.model)
-    precision = re.search(r"fp16|int8|quantized", f"{target.name} {file.name}") if is_file else None
-    http = target.runtime == "http"
+def _variant(target: Target, measured: Measured) -> Variant:
+    http, is_file, file = target.runtime == "http", target.model.endswith(".onnx"), Path(target.model)
+    precision = re.search(r"fp16|int8|int4|quantized|q4", f"{target.name} {file.name}") if is_file else None
     size = {"size_bytes": None, "sha256": None} if http else on_disk(file) if is_file else weights(file)
     return Variant(
-        name=target.name,
-        model=target.name,
-        runtime=target.runtime,
-        device=target.device,
-        precision=(precision[0].replace("quantized", "int8") if precision else "fp32"),
-        graph="server" if http else "file" if is_file else "model",
-        file=target.model,
-        **size,
+        name=target.name, model=target.name, runtime=target.runtime, device=target.device,
+        precision={"quantized": "int8", "q4": "int4"}.get(precision[0], precision[0]) if precision else "fp32",
+        graph="server" if http else "file" if is_file else "model", file=target.model, **size,
         **speed(target.name, measured),
-        **_quality(target, logits, labelled, first),
-    )
+    )  # fmt: skip
 
 
-def labelled_rows(task: Task, rows: list[dict[str, Any]], as_read: bool) -> list[dict[str, Any]]:
+def labelled_rows(task: Task, rows: list[dict[str, Any]], as_read: bool, name: str) -> list[dict[str, Any]]:
     """The rows with their labels as the task writes them; none where a row has no label, or one it does not know.
 
-    Args:
-        task: of the first model that has one.
-        rows: real ones.
-        as_read: whether they stand as in a user's file.
+    `as_read` rows are those of a user's file.
     """
     found = []
     for row in rows:
-        ready: dict[str, Any] | str = row | {"label": row.get("label")}
-        if as_read and not task.has_words and isinstance(ready, dict):
-            ready = task.canonical(ready)
-        if isinstance(ready, str):
-            warn(f"bench: no {task.metric.name} is taken: {ready}")
+        ready: Any = row | {"label": row.get("label")}
+        ready = task.canonical(ready) if as_read and not task.has_words else ready
+        wrong = ready if isinstance(ready, str) else ""
+        if not wrong and (ready["label"] is None or (task.one_label and not ready["label"])):
             return []
-        if ready["label"] is None or (task.one_label and not ready["label"]):
-            return []
-        if unknown := task.labels_of(ready) - set(task.labels):
-            warn(f"bench: no {task.metric.name} is taken: the model has no label {min(unknown)!r}")
+        if not wrong and (unknown := task.labels_of(ready) - set(task.labels)):
+            wrong = f"it has no label {min(unknown)!r}"
+        if wrong:
+            warn(f"bench: the {task.metric.name} of {name} is not taken: {wrong}")
             return []
         found.append(ready)
     return found
 
 
-def _quality(target: Target, logits: dict[str, Array], labelled: list[dict[str, Any]], first: str) -> dict[str, Any]:
+def _quality(
+    target: Target, logits: dict[str, Array], rows: list[dict[str, Any]], first: str, as_read: bool
+) -> dict[str, Any]:
     """Agreement with the reference, and the metric where rows have labels."""
-    own, theirs = logits.get(target.name), logits.get(first)
-    if own is None:
-        return {}
+    own, theirs, task = logits[target.name], logits.get(first), load_task(Path(target.task))
     found: dict[str, Any] = {}
-    task = load_task(Path(target.task))
     # Answers without labels, of language models, may hold more or fewer tokens in the last axis.
     if theirs is not None and theirs.shape != own.shape and (task.labels or theirs.shape[:2] != own.shape[:2]):
         theirs = None
     if theirs is not None:
         found["agreement"] = float(task.agrees(own, theirs).mean())
-    if labelled:
+    if labelled := labelled_rows(task, rows, as_read, target.name):
         found["further"] = task.further(own, labelled)
         found["metric"] = Metric(*metric_interval(task, own, labelled), len(labelled))
         found["wrong_rows"] = wrong_rows(task, own, labelled)
@@ -296,10 +276,6 @@ def _summary(measured: Measured, first: str) -> str:
     if not others:
         only = measured.latency.get(first)
         return f"{first}: p50 {trimmed(only.p50, only.p50_ci95)} ms." if only else ""
-    parts = [
-        f"{name} is {'as fast as' if ratio.verdict == 'same' else ratio.verdict + ' than'} {first}"
-        if ratio.verdict != "unsure"
-        else f"{name} against {first}: unsure"
-        for name, ratio in others.items()
-    ]
+    says = {"same": "{} is as fast as {}", "unsure": "{} against {}: unsure"}
+    parts = [says.get(r.verdict, "{} is " + r.verdict + " than {}").format(name, first) for name, r in others.items()]
     return "; ".join(parts) + "."

@@ -29,11 +29,7 @@ def changes_of(
 ) -> list[Change]:
     """Every figure of one variant of A and the one of B that it is compared with.
 
-    Args:
-        a, b: the reports.
-        one, other: their variants.
-        apart: why milliseconds of the two can't be compared, or nothing.
-        folders: where the reports stand, with what else their runs left there.
+    `apart` says why milliseconds can't be compared, if they can't; `folders` are where the reports stand.
     """
     name = both(one, other)
     found = [change for metric in QUANTILES if (change := _time_change(metric, name, a, b, one, other, apart))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from kdexport import spec
@@ -29,20 +30,12 @@ def choose(
     sizes: dict[str, int],
     limit_mb: float | None = None,
 ) -> Choice:
-    """Pick one file a precision, and recommend one of them.
+    """Pick one file a precision, and recommend one of them by the validation split; the test split has no say.
 
     fp32 ships as the plain graph, which runs everywhere. int8 is the fused graph where the whole 95 % interval of
     their ratio says that it is faster than the plain one, for it has operators that only ONNX Runtime knows.
-    int8 is recommended unless its metric on the validation split is more than `max_int8_loss` below fp32's, or it is
-    slower. Where that file is over the size limit, the quickest one is that is within it and loses as little.
-
-    Args:
-        candidates: those that were verified.
-        validation: their metrics on the validation split; the test split has no say.
-        measured: their times.
-        settings: `max_int8_loss` is read.
-        sizes: bytes of each candidate's file, by the candidate's name.
-        limit_mb: the budget's.
+    int8 is recommended unless its metric is more than `max_int8_loss` below fp32's, or it is slower. Where that file
+    is over the size limit, the quickest one is that is within it and loses as little. `sizes` are bytes by name.
     """
     shipped = {c.precision: c for c in candidates if c.graph == "plain"}
     if int8 := [c for c in candidates if c.precision == "int8"]:
@@ -71,7 +64,8 @@ def choose(
     if not good:
         unfit = [f"; {loses(c.precision)}, though it is within {limit_mb:g} MB" for c in small]
         return Choice(shipped, best, reason + "".join(unfit))
-    chosen = min(good, key=lambda c: (_p50(c, measured), sizes[c.name]))
+    p50 = {name: latency.p50 for name, latency in measured.latency.items()}
+    chosen = min(good, key=lambda c: (p50.get(_name(c), math.inf), sizes[c.name]))
     return Choice(shipped, chosen, f"{best.precision} is over {limit_mb:g} MB; {loses(chosen.precision)}")
 
 
@@ -92,12 +86,7 @@ def judge_budget(
 ) -> Verdict:
     """Hold the recommended file against the budget; a limit that could not be measured is not met.
 
-    Args:
-        budget: the limits.
-        metric: what `value` of the file, and the teacher's, are.
-        value, teacher: on the test split.
-        change: interval of the file's metric less the teacher's, on the same rows.
-        latency, size: the file's.
+    `value` and `teacher` are of the test split, `change` is the interval of their difference on the same rows.
     """
     checks = []
     if budget.p99_ms is not None:
@@ -135,14 +124,8 @@ def _gain(slower: Candidate, faster: Candidate, measured: Measured) -> Ratio | N
 def _speed(gain: Ratio | None) -> str:
     if gain is None:
         return "; how fast they are could not be measured"
-    return {"same": " and is as fast", "unsure": " and is about as fast"}.get(gain.verdict) or (
-        f" and is {gain.value:.1f}× faster"
-    )
-
-
-def _p50(candidate: Candidate, measured: Measured) -> float:
-    latency = measured.latency.get(_name(candidate))
-    return latency.p50 if latency else float("inf")
+    about = {"same": "as fast", "unsure": "about as fast"}
+    return f" and is {about.get(gain.verdict, f'{gain.value:.1f}× faster')}"
 
 
 def _name(candidate: Candidate) -> str:

@@ -111,16 +111,12 @@ def compare(
     Raises:
         RunError, SpecError: a report can't be read, they share no variant, or a gate wants what can't be compared.
     """
-    reports = read_any(Path(a)), read_any(Path(b))
-    pairs = _pairs(*reports, variant)
-    notes = []
-    apart = _differing(*reports)
+    reports, notes = (read_any(Path(a)), read_any(Path(b))), []
+    pairs, apart = _pairs(*reports, variant), _differing(*reports)
     if apart:
         notes.append(f"{apart}: times are not compared, ratios in each run are")
     if any(report.task == "pytest-benchmark" for report in reports):
-        notes.append(
-            "pytest-benchmark times one process; processes differ by some 5 %, which its intervals here include"
-        )
+        notes.append("pytest-benchmark times one process; its intervals here include the 5 % by which processes differ")
     if all(report.metric for report in reports) and reports[0].metric != reports[1].metric:
         notes.append(f"A is judged by {reports[0].metric}, B by {reports[1].metric}, so these are not compared")
     folders = [path if path.is_dir() else path.parent for path in (Path(a), Path(b))]
@@ -142,9 +138,8 @@ def compare(
             notes.append(f"both files could not be measured side by side: {error}")
     for gate, want in zip(found, gates, strict=True):
         if gate.status == "refused":
-            raise SpecError(
-                f"--fail-if {gate.expression!r}: {gate.why}", _instead(want) if "was measured" in gate.why else ""
-            )
+            instead = "Compare ratios to the teacher: 'speedup<-10%'" if want.metric in QUANTILES else ""
+            raise SpecError(f"--fail-if {gate.expression!r}: {gate.why}", instead if "was measured" in gate.why else "")
     return Comparison(a=a, b=b, changes=changes, gates=found, notes=notes)
 
 
@@ -185,13 +180,9 @@ def _measure_in_turns(
             if look and left <= 0:
                 break
             settings = spec.Bench(
-                threads=(threads,),
-                rounds=n,
-                round_seconds=0.5,
-                precision=None,
-                batch_sizes=(),
+                threads=(threads,), rounds=n, round_seconds=0.5, precision=None, batch_sizes=(),
                 time_limit_s=max(left, 1.0),
-            )
+            )  # fmt: skip
             with tempfile.TemporaryDirectory() as work:
                 done = bench(settings, targets, rows, "A", look, Path(work), sweep=False)
                 for side, reason in done.conditions.failed.items():
@@ -268,7 +259,3 @@ def _judge_one(gate: Condition, change: Change) -> tuple[str, str]:
     low, high = ci
     beyond, within = (low > gate.bound, high <= gate.bound) if gate.above else (high < gate.bound, low >= gate.bound)
     return ("failed" if beyond else "passed" if within else "unsure"), text
-
-
-def _instead(gate: Condition) -> str:
-    return "Compare ratios to the teacher: 'speedup<-10%'" if gate.metric in QUANTILES else ""

@@ -206,13 +206,8 @@ def _verify(
 def recommend(files: Sequence[ExportedFile], rows: int, gain: Ratio | None = None) -> tuple[str, str]:
     """The precision to load by default, and why.
 
-    int8 is smaller; whether it is faster, and what it does to the answers, differs from model to model. It is
+    int8 is smaller; whether it is faster (`gain`), and what it does to the answers, differs from model to model. It is
     recommended where it gave fp32's answers on enough real rows, and was not slower.
-
-    Args:
-        files: what ships.
-        rows: how many were verified on.
-        gain: how many times faster int8 is than fp32 on this machine, where that was measured.
     """
     int8 = next((file for file in files if file.precision == "int8"), None)
     if int8 is None:

@@ -53,48 +53,31 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     choice = choose(candidates, validation, measured, settings.export, sizes, settings.budget.size_mb)
     best = f"student-{choice.recommended.name}"
     task, rows = load_task(stages.student), read_rows(stages.data, "test")
-    logits = _logits(stages)
+    with np.load(stages.verify / "logits.npz") as stored:
+        logits = {name: stored[name] for name in stored.files}
     wrong = {name: judging.wrong_rows(task, found, rows) for name, found in logits.items()}
-    summary = read_summary(stages.data)
+    verdict = judge_budget(
+        settings.budget, task.metric, quality[best].metric.value, quality["teacher"].metric.value,
+        judging.difference(task, logits["teacher"], logits[best], rows)[1],
+        measured.latency.get(best), sizes[choice.recommended.name],
+    )  # fmt: skip
+    summary, leaked = read_summary(stages.data), _membership(stages, task, rows, logits, choice)
+    conditions = msgspec.structs.replace(
+        measured.conditions, price_per_hour=settings.bench.price_per_hour,
+        warnings=[*elsewhere(measured.environment), *measured.conditions.warnings],
+    )  # fmt: skip
     report = Report(
-        kdexport=__version__,
-        task=settings.task,
-        **described(task.metric),
-        labels=task.labels,
-        recommended=best,
-        reason=choice.reason,
-        variants=_variants(stages, candidates, choice, quality, measured, wrong),
-        budget=judge_budget(
-            settings.budget,
-            task.metric,
-            quality[best].metric.value,
-            quality["teacher"].metric.value,
-            judging.difference(task, logits["teacher"], logits[best], rows)[1],
-            measured.latency.get(best),
-            sizes[choice.recommended.name],
-        ),
-        search=stages.search,
-        distillation=_distillation(settings, stages, quality, best, task, logits, rows),
+        kdexport=__version__, task=settings.task, **described(task.metric), labels=task.labels, recommended=best,
+        reason=choice.reason, variants=_variants(stages, candidates, choice, quality, measured, wrong), budget=verdict,
+        search=stages.search, distillation=_distillation(settings, stages, quality, best, task, logits, rows),
         evidence=look_closely(task, rows, logits["teacher"], logits[best]),
-        data={
-            "name": settings.data.train,
-            "rows": summary.rows,
-            "bad_rows": summary.bad_rows,
-            "split_by_us": summary.split_by_us,
-            "sha256": read_record(stages.data).outputs,
-        },
-        leakage=msgspec.to_builtins(summary.duplicates)
-        | {"membership": _membership(stages, task, rows, logits, choice)},
-        bench=msgspec.structs.replace(
-            measured.conditions,
-            price_per_hour=settings.bench.price_per_hour,
-            warnings=[*elsewhere(measured.environment), *measured.conditions.warnings],
-        ),
-        environment=measured.environment,
-        spec=msgspec.to_builtins(settings),
+        data={"name": settings.data.train, "rows": summary.rows, "bad_rows": summary.bad_rows,
+              "split_by_us": summary.split_by_us, "sha256": read_record(stages.data).outputs},
+        leakage=msgspec.to_builtins(summary.duplicates) | {"membership": leaked}, bench=conditions,
+        environment=measured.environment, spec=msgspec.to_builtins(settings),
         seconds={p.name: read_record(p).seconds for p in stages[1:] if isinstance(p, Path)},
         command=f"kdexport run {stages.run}/spec.yaml --out {stages.run}",
-    )
+    )  # fmt: skip
     return report, choice
 
 
@@ -222,30 +205,19 @@ def _distillation(
         ratio = task.metric.gain(baseline.value, student.value) / room if room > 0 else None
         if task.metric.kind == "fraction":
             p = judging.mcnemar(task, *both, rows)
+    further = {name: found.further for name, found in quality.items() if found.further}
+    roles = ("teacher", "student-torch", "baseline-torch")
     return Distillation(
-        teacher=teacher,
-        student=student,
-        baseline=baseline,
-        retention=task.metric.retention(quality[best].metric.value, teacher.value),
-        gain_points=gain,
-        gain_ci95=gain_ci,
-        gain_mcnemar_p=p,
-        ratio=ratio,
-        model=training["student"],
-        loss=_written(settings.distill.loss),
-        temperature=_written(settings.distill.temperature),
-        alpha=_written(settings.distill.alpha),
-        origin=training["origin"],
-        student_seeds=_spread(stages, stages.student, [pair[0] for pair in stages.other_seeds]),
-        baseline_seeds=_spread(stages, stages.baseline, [pair[1] for pair in stages.other_seeds]),
+        teacher=teacher, student=student, baseline=baseline, gain_points=gain, gain_ci95=gain_ci, gain_mcnemar_p=p,
+        ratio=ratio, retention=task.metric.retention(quality[best].metric.value, teacher.value),
+        model=training["student"], origin=training["origin"], loss=_written(settings.distill.loss),
+        temperature=_written(settings.distill.temperature), alpha=_written(settings.distill.alpha),
+        student_seeds=_spread(stages, [stages.student, *(pair[0] for pair in stages.other_seeds)]),
+        baseline_seeds=_spread(stages, [stages.baseline, *(pair[1] for pair in stages.other_seeds)]),
         student_curve=training["curve"],
         baseline_curve=_training(stages.baseline)["curve"] if stages.baseline else [],
-        further={
-            name.removesuffix("-torch"): quality[name].further
-            for name in ("teacher", "student-torch", "baseline-torch")
-            if name in quality and quality[name].further
-        },
-    )
+        further={name.removesuffix("-torch"): further[name] for name in roles if name in further},
+    )  # fmt: skip
 
 
 def _membership(
@@ -263,9 +235,9 @@ def _membership(
     return {"teacher": msgspec.to_builtins(teacher), "student": msgspec.to_builtins(student)}
 
 
-def _spread(stages: Stages, first: Path | None, others: list[Path | None]) -> Spread | None:
+def _spread(stages: Stages, stage_of_each: list[Path | None]) -> Spread | None:
     """The test metric in PyTorch over seeds; None where there is one."""
-    folders = [folder for folder in (first, *others) if folder]
+    folders = [folder for folder in stage_of_each if folder]
     if len(folders) < 2:
         return None
     rows, task = read_rows(stages.data, "test"), load_task(stages.student)
@@ -281,11 +253,6 @@ def _written(value: Any) -> Any:
         case dict():
             return " + ".join(f"{_written(weight)} · {name}" for name, weight in value.items())
     return value
-
-
-def _logits(stages: Stages) -> dict[str, Array]:
-    with np.load(stages.verify / "logits.npz") as logits:
-        return {name: logits[name] for name in logits.files}
 
 
 def _training(folder: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from kdexport.export.verify import AGREEMENT, decisive, on_validation
 from kdexport.files import write_json
 from kdexport.pipeline.choose import lost
 from kdexport.progress import say, warn
-from kdexport.results import Latency, Search, SearchCandidate
+from kdexport.results import Search, SearchCandidate
 from kdexport.runtime.predictor import Predictor
 from kdexport.stages import read_record
 from kdexport.tasks import load_task, problem_of, task_class
@@ -57,13 +57,7 @@ def measure_ladder(
 ) -> None:
     """Build every student with first weights, export and measure it; write `ladder.json`, a candidate a precision.
 
-    Args:
-        settings: bench and export are read.
-        students: names as in the spec.
-        build: writes an untrained student into a folder.
-        teacher: a model folder; latencies are measured beside it.
-        rows: real rows to measure on.
-        out: an existing folder.
+    `build` writes an untrained student into a folder; `teacher` is a model folder, and measured beside them.
 
     Raises:
         ModelError: none of them can be built; one that can't is left out with a warning.
@@ -97,26 +91,20 @@ def measure_ladder(
     candidates = []
     for name, labels in files.items():
         folder = out / slug(name)
-        quickest: dict[str, tuple[Latency, Candidate]] = {}
-        for label, file in labels:
-            latency = measured.latency.get(label)
-            if latency and (file.precision not in quickest or latency.p50 < quickest[file.precision][0].p50):
-                quickest[file.precision] = latency, file
-        if not quickest:
+        alive = [(measured.latency[label], file) for label, file in labels if label in measured.latency]
+        if not alive:
             warn(f"search: {name} is left out: its files could not be measured")
             continue
+        quickest = {file.precision: (latency, file) for latency, file in sorted(alive, key=lambda one: -one[0].p50)}
         parameters = msgspec.json.decode((folder / "untrained.json").read_bytes())["parameters"]
-        candidates += [
-            SearchCandidate(
-                name=name,
-                parameters=parameters,
-                precision=precision,
-                size_bytes=(folder / "export" / file.file).stat().st_size,
-                p50_ms=latency.p50,
+        for precision in (p for p in shippable(settings.export) if p in quickest):
+            latency, file = quickest[precision]
+            size = (folder / "export" / file.file).stat().st_size
+            one = SearchCandidate(
+                name=name, parameters=parameters, precision=precision, size_bytes=size, p50_ms=latency.p50,
                 p99_ms=latency.p99 or latency.p99_at_most,
-            )
-            for precision, (latency, file) in quickest.items()
-        ]
+            )  # fmt: skip
+            candidates.append(one)
         shutil.rmtree(folder)
     write_json(out / "ladder.json", _Ladder(candidates, teacher_latency.p50 if teacher_latency else None))
 
@@ -191,12 +179,7 @@ def climb(
 ) -> Found:
     """Train the promising students one after the other until the budget is met.
 
-    Args:
-        settings: budget and export are read.
-        candidates: the students, measured and tried.
-        train: trains and exports a student; gives both folders. Finished ones are there at once.
-        data, teacher, targets: finished stages.
-        teacher_p50_ms: for the report.
+    `train` trains and exports a student and gives both folders; finished ones are there at once.
     """
     budget, rows = settings.budget, read_rows(data, "validation")
     taught = np.load(targets / "validation.npy")

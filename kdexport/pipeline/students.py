@@ -80,18 +80,8 @@ class Students(NamedTuple):
         def build(work: Path) -> None:
             from kdexport.distill.student import train_student
 
-            train_student(
-                self.settings.student,
-                name,
-                distill,
-                data=self.data,
-                teacher=self.teacher,
-                targets=self.targets,
-                seed=seed,
-                out=work,
-                hard=hard,
-                share=share,
-            )
+            places = {"data": self.data, "teacher": self.teacher, "targets": self.targets, "out": work}
+            train_student(self.settings.student, name, distill, **places, seed=seed, hard=hard, share=share)
 
         return self.folder.stage(
             stage,
@@ -141,15 +131,8 @@ class Students(NamedTuple):
     def _build(self, name: str, work: Path) -> None:
         from kdexport.distill.student import write_untrained
 
-        write_untrained(
-            self.settings.student,
-            name,
-            data=self.data,
-            teacher=self.teacher,
-            targets=self.targets,
-            seed=self.settings.seed,
-            out=work,
-        )
+        places = {"data": self.data, "teacher": self.teacher, "targets": self.targets, "out": work}
+        write_untrained(self.settings.student, name, **places, seed=self.settings.seed)
 
 
 def local(*models: str) -> list[Path]:

@@ -68,14 +68,11 @@ def _variant(found: dict[str, Any]) -> Variant:
     rounds = found["stats"]["rounds"]
     half = math.hypot(1.57 * stats["iqr"] / max(1, rounds) ** 0.5, _PROCESSES_DIFFER * stats["median"])
     latency = Latency(
-        p50=stats["median"],
-        p50_ci95=(max(1e-9, stats["median"] - half), stats["median"] + half),
+        p50=stats["median"], p50_ci95=(max(1e-9, stats["median"] - half), stats["median"] + half),
         p90=float(np.quantile(data, 0.9, method="higher")) if len(data) >= 100 else None,
-        p99=float(np.quantile(data, 0.99, method="higher")) if len(data) >= 1000 else None,
-        samples=rounds,
-        rounds=1,
+        p99=float(np.quantile(data, 0.99, method="higher")) if len(data) >= 1000 else None, samples=rounds, rounds=1,
         quantiles=np.quantile(data, QUANTILES, method="higher").tolist() if len(data) else [],
-    )
+    )  # fmt: skip
     return Variant(
         name=found["fullname"], model=found["name"], runtime="python", device="cpu", precision="", graph="",
         file=None, sha256=None, size_bytes=None, latency_ms=latency,
@@ -117,8 +114,8 @@ def _benchmark(v: Variant, seconds: Any) -> dict[str, Any]:
         "rounds": len(seconds), "iterations": 1,
     }  # fmt: skip
     extra = {"p90_ms": v.latency_ms and v.latency_ms.p90, "p99_ms": v.latency_ms and v.latency_ms.p99}
-    options = {"disable_gc": True, "timer": "perf_counter", "min_rounds": 1, "max_time": 0, "min_time": 0}
-    options["warmup"] = True
+    options = {"disable_gc": True, "warmup": True, "timer": "perf_counter"}
+    options |= {"min_rounds": 1, "max_time": 0, "min_time": 0}
     return {
         "group": None, "name": v.name, "fullname": v.name, "params": None, "param": None, "extra_info": extra,
         "options": options, "stats": found,

@@ -182,10 +182,17 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
     series = []
     for v in r.variants:
         cells = found.get(v.name, [])
-        spots = [Point(c.at, c.per_second or 0.0) if rate else _timed(c.at, c.p50_ms, c.p50_ci95) for c in cells]
+        spots = [
+            Point(c.at, c.per_second or 0.0) if rate else Point(c.at, c.p50_ms, None, _narrow(c.p50_ci95))
+            for c in cells
+        ]
         if scenario in ("batch", "threads") and v.latency_ms and spots:
             single = v.latency_ms
-            first = Point(1, 1e3 / single.p50) if rate else _timed(r.bench.threads, single.p50, single.p50_ci95)
+            first = (
+                Point(1, 1e3 / single.p50)
+                if rate
+                else Point(r.bench.threads, single.p50, None, _narrow(single.p50_ci95))
+            )
             spots.insert(0, first)
         series.append(Series(v.name, spots))
     chart = plot(caption, series, Axis(f"{at} (log)", log=True), Axis(f"{shown} (log)", log=True))
@@ -195,10 +202,6 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
         for c in cells
     ]
     return [Figure(caption, chart, Table(("variant", at, "p50 ms [95 %]", "p99 ms", "a second", "errors"), rows))]
-
-
-def _timed(at: float, p50: float, ci: Interval | None) -> Point:
-    return Point(at, p50, None, _narrow(ci))
 
 
 def _narrow(ci: Interval | None) -> Interval | None:

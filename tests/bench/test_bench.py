@@ -190,15 +190,15 @@ def test_labels_of_every_kind_are_known_to_their_model(kind, capfd):
     config = TaskConfig(task=name, labels=names, inputs=["input_ids"], max_length=8)
     task = made(config, Tokenizer(WordLevel({"x": 0}, unk_token="x")))
     rows = [{"text": "x x", "label": label} for label in LABELS[kind]]
-    assert labelled_rows(task, rows, as_read=False) == rows
-    assert "no " not in capfd.readouterr().err
-    assert labelled_rows(task, [*rows, {"text": "x"}], as_read=False) == []
+    assert labelled_rows(task, rows, as_read=False, name="m") == rows
+    assert "not taken" not in capfd.readouterr().err
+    assert labelled_rows(task, [*rows, {"text": "x"}], as_read=False, name="m") == []
     assert capfd.readouterr().err == ""  # there are no labels, which is no fault
     if kind != "regression":
-        assert labelled_rows(task, [*rows, {"text": "x", "label": "d"}], as_read=False) == []
-        assert f"no {made.metric.name} is taken: the model has no label 'd'" in capfd.readouterr().err
+        assert labelled_rows(task, [*rows, {"text": "x", "label": "d"}], as_read=False, name="m") == []
+        assert f"the {made.metric.name} of m is not taken: it has no label 'd'" in capfd.readouterr().err
     if kind == "multi-label":  # as a file has them
-        assert labelled_rows(task, [{"text": "x", "label": "c | a"}], as_read=True)[0]["label"] == "a\x1fc"
+        assert labelled_rows(task, [{"text": "x", "label": "c | a"}], as_read=True, name="m")[0]["label"] == "a\x1fc"
 
 
 def test_a_time_limit_that_is_too_short_for_any_interval_is_said(file, rows, tmp_path):
