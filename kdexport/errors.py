@@ -68,7 +68,7 @@ class MissingPackage(KdexportError):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message; its class's name where the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
 
 
 class Interrupted(Exception):
