@@ -69,7 +69,7 @@ def test_what_is_measured_is_kept_to_the_last_sample(file, rows, tmp_path):
     assert len(kept) == latency.rounds == 3
     assert sum(map(len, kept)) == latency.samples
     assert latency.p50 == pytest.approx(np.median([np.median(one) for one in kept]), rel=0.2)
-    assert latency.p50 <= latency.p90 <= latency.p99
+    assert latency.p50 <= latency.p90 <= (latency.p99 or latency.quantiles[-1])  # a busy machine gives few samples
     assert latency.quantiles[-1] == pytest.approx(max(one.max() for one in kept), rel=1e-5)
     assert 50 < footprint.cold_ms < 60_000
     assert 20 < footprint.rss_mb <= footprint.peak_rss_mb

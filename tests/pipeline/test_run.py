@@ -51,8 +51,7 @@ def test_every_variant_is_measured_and_faster_than_the_teacher_in_pytorch(report
     for variant in report.variants:
         assert variant.latency_ms.p50 > 0
         assert variant.latency_ms.tokenize_p50 + variant.latency_ms.model_p50 <= 1.2 * variant.latency_ms.p50
-        low, high = variant.speedup_p50.ci95
-        assert low <= variant.speedup_p50.value <= high
+        assert variant.speedup_p50.ci95 is None  # two rounds allow no interval
     assert report.variant("teacher-torch").speedup_p50.value == 1
     assert all(v.speedup_p50.value > 2 for v in report.variants if v.model == "student")
 
