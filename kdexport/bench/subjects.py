@@ -16,7 +16,7 @@ from kdexport.tasks.metrics import Array
 
 Rows = list[dict[str, Any]]
 
-# Of language models, what a measured prompt has, and what is written after it.
+# Tokens of a language model's measured prompt, and as many that are generated.
 _TOKENS = 32
 # torch.compile's modes; reduce-overhead replays CUDA graphs.
 _COMPILED = {"torch-compile": "default", "torch-cudagraphs": "reduce-overhead"}
@@ -65,9 +65,9 @@ class Opened(NamedTuple):
     decode: Callable[[Any, Rows], Any]
     gpu_peak_mb: Callable[[], float | None] = lambda: None
     device_ms: Callable[[], list[float]] = list
-    # Of language models: whole texts → answers, as verification takes them; the run until the first token alone, and
+    # Of language models: the run of whole texts, as verification takes them; the run until the first token alone, and
     # what that took of each run, in ms.
-    answer: Callable[[Rows], Array] | None = None
+    answer: Callable[[Any], Array] | None = None
     read: Callable[[Any], Any] | None = None
     first_ms: Callable[[], list[float]] = list
 
@@ -170,7 +170,7 @@ def writing(
         encode,
         run,
         lambda ids, _: task.text_of(ids),
-        answer=lambda rows: run_whole(task.encode(rows)),
+        answer=run_whole,
         read=lambda arrays: run(arrays, 1),
         first_ms=lambda: firsts,
     )
@@ -200,10 +200,10 @@ def _open_openvino(target: Target, threads: int) -> Opened:
 
 
 def _open_http(target: Target, threads: int) -> Opened:
-    from kdexport.bench.generator import Connection, body_of, check_answer
+    from kdexport.bench.generator import Connection, body_of
 
     connection = Connection(target.model)
-    return Opened(lambda rows: body_of(target.model, rows), connection.post, lambda body, _: check_answer(body))
+    return Opened(lambda rows: body_of(target.model, rows), connection.post, lambda body, _: msgspec.json.decode(body))
 
 
 RUNTIMES = {
