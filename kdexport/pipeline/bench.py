@@ -1,7 +1,7 @@
 """`kdexport bench`: names on the command line → targets → one report, side by side.
 
-A name is a run or an artifact (all its files, or one: `folder:int8`), an ONNX file of one, a Hugging Face
-folder or hub id, or the address of a server.
+A name is a run, an artifact (`folder:int8` for one of its files), an ONNX file, a Hugging Face folder or hub id, or
+the address of a server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kdexport.bench.loads import Loads
 from kdexport.bench.process import Crashed
 from kdexport.bench.subjects import Target, of_file, of_model
 from kdexport.bench.worker import logits_of
-from kdexport.data import read_rows
+from kdexport.data import Rows, read_rows
 from kdexport.data.sources import read_given
 from kdexport.errors import ArtifactError, DataError, SpecError
 from kdexport.output import Output
@@ -44,31 +44,22 @@ FILES = ("bench.json", "samples.npz", "report.json", "report.md", "report.html")
 
 
 def measure(
-    names: Sequence[str],
-    settings: spec.Bench,
-    out: Path,
-    *,
-    texts: spec.Data | None = None,
-    reference: str | None = None,
-    loads: Loads | None = None,
-    command: str = "",
-    move_aside: bool = False,
-) -> Report:
-    """Measure everything that is named, and write report.json, .md, .html, bench.json and samples.npz into `out`.
+    names: Sequence[str], settings: spec.Bench, out: Path, *,
+    texts: spec.Data | None = None, reference: str | None = None, loads: Loads | None = None,
+    command: str = "", move_aside: bool = False,
+) -> Report:  # fmt: skip
+    """Measure the named targets, and write report.json, .md, .html, bench.json and samples.npz into `out`.
 
     Args:
-        names: what to measure.
-        settings: how.
-        out: a folder, made when absent.
-        texts: a file (with labels, accuracy is taken too) and its columns; by default a named run's test split.
-        reference: the variant that ratios are taken to; the first by default.
-        loads: what to put on servers.
+        texts: a file and its columns (labels add the metric); by default the test split of the first run named.
+        reference: the variant that ratios are to; the first by default.
+        loads: the loads to put on servers.
         command: the command line, for the report.
-        move_aside: rename what kdexport did not write and stands in the way, rather than refuse.
+        move_aside: rename files in the way that kdexport did not write, rather than refuse.
 
     Raises:
-        SpecError: a name is nothing that can be measured, or there are no texts.
-        RunError: `out` holds something else than what this function wrote.
+        SpecError: a name can't be measured, or there are no texts.
+        RunError: `out` holds other files than those of a bench.
     """
     with Output(out, "bench", move_aside=move_aside) as folder, tempfile.TemporaryDirectory() as work:
         folder.check(*FILES)
@@ -80,9 +71,9 @@ def measure(
         rows = read_texts(texts, names, next((t.task for t in targets if t.task), None))
         for target in targets:
             if target.runtime == "http":
-                body_of(target.model, rows[:1])  # refuses what the protocol can't send
-        # One of them is measured twice, as the engine's check of itself.
-        quick = ("onnxruntime", "openvino", "torch")  # a twin costs as much as its model: best a file
+                body_of(target.model, rows[:1])  # raises where the protocol can't send such rows
+        # Measure one target twice, as the engine's check of itself: preferably a file, which is quick.
+        quick = ("onnxruntime", "openvino", "torch")
         control = next((t.name for kind in quick for t in targets if t.runtime == kind), None)
         first = reference or known[0]
         made = folder.work("bench")
@@ -91,18 +82,14 @@ def measure(
         report = _report(targets, measured, rows, first, command)
         for name in ("bench.json", "samples.npz"):
             folder.replace(made / name, name)
-        with contextlib.suppress(OSError):  # rounds of an interrupted call of other targets may go on
+        with contextlib.suppress(OSError):  # it may hold rounds of another call, which was interrupted
             made.rmdir()
         write_reports(report, folder)
     return report
 
 
-def _read_for(texts: spec.Data, task: Path) -> list[dict[str, Any]]:
-    return read_given(texts, type(load_task(task)), "some", artifact.read_columns(task))[0]
-
-
-def _read_for_any(texts: spec.Data) -> list[dict[str, Any]]:
-    """Read the rows for a server, whose task is not known: by the first task that can read them."""
+def _read_for_any(texts: spec.Data) -> Rows:
+    """Read the rows for a server, whose task is unknown, by the first task that can."""
     errors = []
     for name in task_names():
         try:
@@ -113,16 +100,16 @@ def _read_for_any(texts: spec.Data) -> list[dict[str, Any]]:
 
 
 def _numbered(target: Target, before: list[Target]) -> Target:
-    """The same target, numbered where its name was taken already."""
+    """Number a target whose name is taken already."""
     same = sum(other.name == target.name for other in before)
     return msgspec.structs.replace(target, name=f"{target.name} #{same + 1}") if same else target
 
 
 def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
-    """What one name on the command line stands for.
+    """Resolve one name on the command line.
 
     Raises:
-        SpecError, ArtifactError, ModelError: it stands for nothing that can be measured.
+        SpecError, ArtifactError, ModelError: it can't be measured.
     """
     if re.match(r"https?://", name):
         return [Target(re.sub(r"^https?://", "", name), "http", "", name)]
@@ -142,35 +129,28 @@ def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
 def _artifact_targets(folder: Path, variant: str | None, settings: spec.Bench) -> list[Target]:
     manifest = artifact.read_manifest(folder)
     label = folder.resolve().parent.name if folder.name == "artifact" else folder.resolve().name
-    return [
-        target
-        for precision in ([variant] if variant else manifest.variants)
-        for target in of_file(
-            f"{label}-{precision}", folder, artifact.model_file(folder, precision), settings.runtimes, settings.devices
-        )
-    ]
+    targets = []
+    for precision in [variant] if variant else manifest.variants:
+        file = artifact.model_file(folder, precision)
+        targets += of_file(f"{label}-{precision}", folder, file, settings.runtimes, settings.devices)
+    return targets
 
 
 def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
-    """A Hugging Face model in PyTorch's runtimes; its task is made from its tokenizer and labels."""
+    """Return a Hugging Face model in PyTorch's runtimes; its task is derived from its tokenizer and labels."""
     if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise SpecError(f"{name} does not exist", _NAME)
     from kdexport.models.loading import open_config, open_model, own_labels
     from kdexport.models.registry import task_of
     from kdexport.models.saving import save_task
 
-    label = Path(name).name
-    if (Path(name) / "task.json").exists():
-        targets = of_model(label, Path(name), settings.runtimes, settings.devices)
-    else:
+    targets = of_model(Path(name).name, Path(name), settings.runtimes, settings.devices)
+    if not (Path(name) / "task.json").exists():
         config = open_config(name)
+        task, labels = task_of(config) or DEFAULT, own_labels(config)
         work.mkdir()
-        task = task_of(config) or DEFAULT
-        save_task(open_model(name, config, task, own_labels(config)), None, own_labels(config), work, task=task)
-        targets = [
-            msgspec.structs.replace(t, task=str(work), model=name)
-            for t in of_model(label, Path(name), settings.runtimes, settings.devices)
-        ]
+        save_task(open_model(name, config, task, labels), None, labels, work, task=task)
+        targets = [msgspec.structs.replace(t, task=str(work), model=name) for t in targets]
     if not targets:
         raise SpecError(f"{name} is a PyTorch model, and no runtime of it is asked for", "Add --runtime torch")
     return targets
@@ -183,19 +163,20 @@ def _task_beside(file: Path) -> Path:
     raise ArtifactError(f"{file} lies in no artifact: no {artifact.MANIFEST} beside it", "Name the artifact's folder")
 
 
-def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None = None) -> list[dict[str, Any]]:
-    """Rows of the file that was given, else of the test split of the first run among the names.
+def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None = None) -> Rows:
+    """Read the rows of a file, else the test split of the first run among the names.
 
     Args:
-        texts: the file and its columns, by default those of the rows that the model of `task` was trained on.
-        names: what to measure.
-        task: folder of a task; texts are classified without one.
+        texts: the file and its columns, by default those of the training rows of the model in the folder `task`.
 
     Raises:
         SpecError: there is neither. DataError: a column or a row of the file is wrong.
     """
     if texts:
-        rows = _read_for(texts, Path(task)) if task else _read_for_any(texts)
+        if task:
+            rows = read_given(texts, type(load_task(Path(task))), "some", artifact.read_columns(Path(task)))[0]
+        else:
+            rows = _read_for_any(texts)
         return [row | {key: inline(value) for key, value in row.items() if isinstance(value, bytes)} for row in rows]
     for name in names:
         place = artifact.split_name(name)[0]
@@ -206,7 +187,7 @@ def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None =
     raise SpecError("there are no texts to measure with", "Name a file of real ones: --data texts.csv")
 
 
-def _report(targets: list[Target], measured: Measured, rows: list[dict[str, Any]], first: str, command: str) -> Report:
+def _report(targets: list[Target], measured: Measured, rows: Rows, first: str, command: str) -> Report:
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
     task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
     logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows, measured)
@@ -234,22 +215,22 @@ def _variant(target: Target, measured: Measured) -> Variant:
     )  # fmt: skip
 
 
-def labelled_rows(task: Task, rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Return the rows; none where a row has no label, or one that the task does not know."""
+def labelled_rows(task: Task, rows: Rows, name: str) -> Rows:
+    """Return the rows, or none if any row lacks a label that the task knows."""
     for row in rows:
         if row.get("label") is None or (task.one_label and not row["label"]):
             return []
         if unknown := task.labels_of(row) - set(task.labels):
-            warn(f"bench: the {task.metric.name} of {name} is not taken: it has no label {min(unknown)!r}")
+            warn(f"bench: the {task.metric.name} of {name} is not measured: it has no label {min(unknown)!r}")
             return []
     return rows
 
 
-def _quality(target: Target, logits: dict[str, Array], rows: list[dict[str, Any]], first: str) -> dict[str, Any]:
-    """Agreement with the reference, and the metric where rows have labels."""
+def _quality(target: Target, logits: dict[str, Array], rows: Rows, first: str) -> dict[str, Any]:
+    """Return agreement with the reference, and the metric where rows have labels."""
     own, theirs, task = logits[target.name], logits.get(first), load_task(Path(target.task))
     found: dict[str, Any] = {}
-    # Answers without labels, of language models, may hold more or fewer tokens in the last axis.
+    # Outputs of language models, which have no labels, may differ in the last axis.
     if theirs is not None and theirs.shape != own.shape and (task.labels or theirs.shape[:2] != own.shape[:2]):
         theirs = None
     if theirs is not None:
@@ -262,8 +243,8 @@ def _quality(target: Target, logits: dict[str, Array], rows: list[dict[str, Any]
     return found
 
 
-def _answers(targets: list[Target], rows: list[dict[str, Any]], measured: Measured) -> dict[str, Array]:
-    """Every row through each runtime that was measured, by name."""
+def _answers(targets: list[Target], rows: Rows, measured: Measured) -> dict[str, Array]:
+    """Return the logits of every row from each target, by its name."""
     found = {}
     with tempfile.TemporaryDirectory() as work, bar("answers for accuracy", len(targets)) as advance:
         file = Path(work) / "rows.json"

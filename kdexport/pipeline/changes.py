@@ -1,4 +1,4 @@
-"""What changed from one report to another, figure by figure, each with the interval that it allows."""
+"""Changes from one report to another, figure by figure, with intervals."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 def both(one: Variant, other: Variant) -> str:
-    """The name of a pair of variants."""
+    """Name a pair of variants."""
     return one.name if one.name == other.name else f"{one.name} → {other.name}"
 
 
 def changes_of(
     a: Report, b: Report, one: Variant, other: Variant, apart: str, folders: Sequence[Path] = ()
 ) -> list[Change]:
-    """Every figure of one variant of A and the one of B that it is compared with.
+    """Return the change of every figure from one variant of A to another of B.
 
-    `apart` says why milliseconds can't be compared, if they can't; `folders` are where the reports stand.
+    `apart` is the reason why milliseconds can't be compared, or empty; `folders` are those of the reports.
     """
     name = both(one, other)
     found = [change for metric in QUANTILES if (change := _time_change(metric, name, a, b, one, other, apart))]
@@ -41,13 +41,11 @@ def changes_of(
     if one.metric and other.metric and a.metric == b.metric:
         found.append(_metric_change(a, b, one, other, folders))
     if one.agreement is not None and other.agreement is not None and one.metric and other.metric:
-        x, y = _share(one.agreement, one.metric.n), _share(other.agreement, other.metric.n)
+        x, y = _fraction(one.agreement, one.metric.n), _fraction(other.agreement, other.metric.n)
         found.append(_points(name, metrics.Metric("agreement"), x, y, _unpaired(x, y), "unpaired"))
     if one.size_bytes and other.size_bytes:
         mb, new_mb = one.size_bytes / 1e6, other.size_bytes / 1e6
-        ratio = new_mb / mb
-        change = ratio_change(name, "size", mb, new_mb, Ratio(ratio, (ratio, ratio)), False, "exact")
-        found.append(msgspec.structs.replace(change, b_ci95=(new_mb, new_mb)))
+        found.append(_pair(name, "size", (mb, (mb, mb)), (new_mb, (new_mb, new_mb)), "exact"))
     if (f := one.footprint) and (g := other.footprint):
         how = "fresh processes"
         found.append(_pair(name, "memory", (f.rss_mb, f.rss_mb_ci95), (g.rss_mb, g.rss_mb_ci95), how))
@@ -59,7 +57,7 @@ def changes_of(
 def _pair(
     name: str, metric: str, a: tuple[float, Interval | None], b: tuple[float, Interval | None], how: str
 ) -> Change:
-    """B against A of two figures that were measured apart."""
+    """Compare two independent figures, of which less is better."""
     change = ratio_change(name, metric, a[0], b[0], _quotient(Ratio(*b), Ratio(*a)), False, how)
     return msgspec.structs.replace(change, b_ci95=b[1])
 
@@ -95,7 +93,7 @@ def _time(latency: Latency | None, metric: str) -> tuple[float | None, Interval 
 
 
 def _quotient(top: Ratio, bottom: Ratio) -> Ratio:
-    """top ÷ bottom of independent figures: the log half widths add as squares."""
+    """Divide independent figures: the log half widths add as squares."""
     value = top.value / bottom.value
     if top.ci95 is None or bottom.ci95 is None:
         return Ratio(value, None)
@@ -105,12 +103,12 @@ def _quotient(top: Ratio, bottom: Ratio) -> Ratio:
 
 
 def ratio_change(name: str, metric: str, x: float, y: float, ratio: Ratio, more_is_better: bool, how: str) -> Change:
-    """A change in %, from B ÷ A."""
+    """Return a change in %, from `ratio`, B ÷ A."""
     ci = None if ratio.ci95 is None else (100 * (ratio.ci95[0] - 1), 100 * (ratio.ci95[1] - 1))
-    said = "unsure" if ratio.ci95 is None else stats.verdict(ratio.ci95)
+    above_or_below = "unsure" if ratio.ci95 is None else stats.verdict(ratio.ci95)
     up, down = ("better", "worse") if more_is_better else ("worse", "better")
     # stats.verdict calls a ratio above 1 "faster"; here it only means that B is more than A
-    verdict = {"faster": up, "slower": down}.get(said, said)
+    verdict = {"faster": up, "slower": down}.get(above_or_below, above_or_below)
     if how == "exact":
         verdict = "same" if ratio.value == 1 else up if ratio.value > 1 else down
     change = 100 * (ratio.value - 1)
@@ -118,7 +116,7 @@ def ratio_change(name: str, metric: str, x: float, y: float, ratio: Ratio, more_
 
 
 def _metric_change(a: Report, b: Report, one: Variant, other: Variant, folders: Sequence[Path]) -> Change:
-    """The metric that counts, row by row where both answered the same test rows and each row's part is known."""
+    """Compare the main metric, paired by row where both have the same test rows and statistics of each."""
     assert one.metric
     assert other.metric
     name, metric = both(one, other), metric_of(a)
@@ -136,7 +134,7 @@ def _metric_change(a: Report, b: Report, one: Variant, other: Variant, folders: 
 
 
 def _row_stats(folder: Path, variant: Variant) -> Array | None:
-    """What each test row adds to the metric, where the run's folder still has it."""
+    """Read the metric's sufficient statistics of each test row, if the run's folder has them."""
     try:
         with np.load(folder / "verify" / "stats.npz") as stats:
             name = "teacher" if variant.model == "teacher" else variant.name
@@ -146,7 +144,7 @@ def _row_stats(folder: Path, variant: Variant) -> Array | None:
 
 
 def _points(name: str, metric: metrics.Metric, x: Metric, y: Metric, ci: Interval, how: str) -> Change:
-    """B less A with its interval: in points, or, of a number, in % of A."""
+    """Return B − A with its interval: in points, or in % of A for a metric that is a number."""
     scale, unit = (100 / x.value if x.value else math.nan, "%") if metric.kind == "number" else (100, "points")
     low, high = sorted((scale * ci[0], scale * ci[1]))
     up, down = ("better", "worse") if metric.higher_is_better else ("worse", "better")
@@ -158,15 +156,15 @@ def _points(name: str, metric: metrics.Metric, x: Metric, y: Metric, ci: Interva
 
 
 def _unpaired(one: Metric, other: Metric) -> Interval:
-    """The interval of a difference by the interval of each (Newcombe 1998, method 10; Zou and Donner 2008)."""
+    """Return the interval of a difference from the interval of each (Newcombe 1998, method 10; Zou and Donner 2008)."""
     d = other.value - one.value
     low = math.hypot(other.value - other.ci95[0], one.ci95[1] - one.value)
     high = math.hypot(other.ci95[1] - other.value, one.value - one.ci95[0])
     return d - low, d + high
 
 
-def _share(share: float, n: int) -> Metric:
-    return Metric(share, wilson_interval(round(share * n), n), n)
+def _fraction(value: float, n: int) -> Metric:
+    return Metric(value, wilson_interval(round(value * n), n), n)
 
 
 def _right(wrong: list[int], n: int) -> Array:

@@ -1,4 +1,4 @@
-"""Decisions, made from what was measured: which files ship, which one is recommended, is the budget kept."""
+"""Choose the files to ship and the one to recommend, and hold it against the budget, by measured figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdexport.tasks.metrics import Metric
 
 
 class Choice(NamedTuple):
-    """The candidates that ship, by precision; the recommended one, and why."""
+    """The candidates to ship, by precision; the recommended one, and the reason."""
 
     shipped: dict[str, Candidate]
     recommended: Candidate
@@ -23,19 +23,15 @@ class Choice(NamedTuple):
 
 
 def choose(
-    candidates: list[Candidate],
-    validation: Validation,
-    measured: Measured,
-    settings: spec.Export,
-    sizes: dict[str, int],
-    limit_mb: float | None = None,
-) -> Choice:
-    """Pick one file a precision, and recommend one of them by the validation split; the test split has no say.
+    candidates: list[Candidate], validation: Validation, measured: Measured, settings: spec.Export,
+    sizes: dict[str, int], limit_mb: float | None = None,
+) -> Choice:  # fmt: skip
+    """Pick one file a precision, and recommend one of them by the validation split, never the test split.
 
-    fp32 ships as the plain graph, which runs everywhere. int8 is the fused graph where the whole 95 % interval of
-    their ratio says that it is faster than the plain one, for it has operators that only ONNX Runtime knows.
-    int8 is recommended unless its metric is more than `max_int8_loss` below fp32's, or it is slower. Where that file
-    is over the size limit, the quickest one is that is within it and loses as little. `sizes` are bytes by name.
+    fp32 ships as the plain graph, which runs everywhere. int8 ships as the fused graph, with operators of ONNX Runtime
+    alone, only if it is significantly faster than the plain one. int8 is recommended unless it is slower than fp32 or
+    loses more than `max_int8_loss`. If that file is over the size limit, the quickest smaller one with as little loss
+    is recommended. `sizes` are bytes by candidate.
     """
     shipped = {c.precision: c for c in candidates if c.graph == "plain"}
     if int8 := [c for c in candidates if c.precision == "int8"]:
@@ -70,23 +66,18 @@ def choose(
 
 
 def lost(metric: Metric, reference: float, value: float) -> float:
-    """How much worse a value is than a reference, at least 0: in shares of one, of a number in shares of itself."""
+    """Return how much worse a value is than a reference, at least 0; of a number, as a fraction of the reference."""
     loss = 1 - metric.retention(value, reference) if metric.kind == "number" else metric.gain(value, reference)
     return max(0.0, loss)
 
 
 def judge_budget(
-    budget: spec.Budget,
-    metric: Metric,
-    value: float,
-    teacher: float,
-    change: Interval,
-    latency: Latency | None,
-    size: int,
-) -> Verdict:
-    """Hold the recommended file against the budget; a limit that could not be measured is not met.
+    budget: spec.Budget, metric: Metric, value: float, teacher: float, change: Interval,
+    latency: Latency | None, size: int,
+) -> Verdict:  # fmt: skip
+    """Check the recommended file against the budget; a limit that could not be measured is not met.
 
-    `value` and `teacher` are of the test split, `change` is the interval of their difference on the same rows.
+    `value` and `teacher` are the metric on the test split, `change` is the interval of their difference, paired by row.
     """
     checks = []
     if budget.p99_ms is not None:
@@ -113,7 +104,7 @@ def _plain_or_fused(candidates: list[Candidate], measured: Measured) -> Candidat
 
 
 def _gain(slower: Candidate, faster: Candidate, measured: Measured) -> Ratio | None:
-    """How many times faster one candidate is than another, by the rounds that both had."""
+    """Return the speedup from one candidate to another, paired by the rounds of both."""
     a, b = measured.latency.get(_name(slower)), measured.latency.get(_name(faster))
     if a is None or b is None:
         return None

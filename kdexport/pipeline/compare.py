@@ -1,8 +1,8 @@
-"""What changed between two reports, and gates on it that only decide when the whole interval does.
+"""Compare two reports, with gates that pass or fail only if the whole interval does.
 
-Times of two reports were taken apart, so drift of the machine is between them. They are compared by their
-ratios to one and the same teacher, measured in each run, where there is one; else as they are, on equal hardware
-only. Best of all, and for a gate that is unsure, both files are measured here, in turns.
+Times in two reports differ by the machine's drift, too. They are compared by their ratios to the same teacher, if
+both runs measured it; otherwise directly, on equal hardware only. Measuring both files here, in turns, is most
+precise, and is done while a gate is unsure.
 """
 
 from __future__ import annotations
@@ -29,25 +29,22 @@ from kdexport.results import Change, Comparison, Gate, Report, Variant, machine_
 from kdexport.runtime import artifact
 from kdexport.tasks.metrics import Array
 
-# Rounds a look; the level of each look is shared out (Bonferroni), because a gate may stop at any of them.
+# Rounds of each look; Bonferroni's correction for the looks, because a gate may stop at any of them.
 _LOOKS = (6, 6, 12, 24)
 _LOOK_LEVEL = 1 - 0.05 / len(_LOOKS)
-_TIMES, _SIZES, _SHARES = (
-    {"": 1.0, "ms": 1.0, "s": 1e3, "us": 1e-3},
-    {"": 1.0, "mb": 1.0, "kb": 1e-3},
-    {"": 1.0, "%": 0.01},
-)
-# metric → the units that a gate on its value may have
+_TIMES = {"": 1.0, "ms": 1.0, "s": 1e3, "us": 1e-3}
+_SIZES, _FRACTIONS = {"": 1.0, "mb": 1.0, "kb": 1e-3}, {"": 1.0, "%": 0.01}
+# metric → units of a gate on its value
 _METRICS: dict[str, dict[str, float]] = {
     "p50": _TIMES, "p90": _TIMES, "p99": _TIMES, "cold": _TIMES, "size": _SIZES, "memory": _SIZES,
-    "speedup": {"": 1.0, "x": 1.0}, "accuracy": _SHARES, "agreement": _SHARES, "metric": _SHARES,
+    "speedup": {"": 1.0, "x": 1.0}, "accuracy": _FRACTIONS, "agreement": _FRACTIONS, "metric": _FRACTIONS,
 }  # fmt: skip
-# Names of gates on the metric that counts, whatever its name is.
+# Names of gates on the main metric, whatever its name.
 _METRIC_GATES = ("accuracy", "metric")
 
 
 class Condition(NamedTuple):
-    """A parsed gate: fails if `metric` is above (or below) the bound; relative ones are of the change, in `unit`."""
+    """A parsed gate: fails if `metric` (or its change, in `unit`, if relative) is above (or below) the bound."""
 
     expression: str
     metric: str
@@ -58,51 +55,41 @@ class Condition(NamedTuple):
 
 
 def parse_gate(text: str) -> Condition:
-    """`p99>+10%` (change), `accuracy<-0.5` (points), `size>5MB`, `accuracy<95%` (B itself).
+    """Parse `p99>+10%` (change), `accuracy<-0.5` (points), `size>5MB`, `accuracy<95%` (B itself).
 
-    `metric` is the metric that counts, whatever its name; a number such as bits per byte changes in per cent.
+    `metric` is the main metric, whatever its name; changes of a number such as bits per byte are in per cent.
 
     Raises:
-        SpecError: it says nothing that can be held against a report.
+        SpecError: it can't be read.
     """
     found = re.fullmatch(r"\s*([a-z0-9_]+)\s*([<>])\s*([+-]?)(\d+(?:\.\d+)?)\s*(%|[a-z]*)\s*", text.lower())
     if not found or found[1] not in _METRICS:
-        raise SpecError(
-            f"--fail-if {text!r} can't be read",
-            f"Write it like 'p99>+10%', 'accuracy<-0.5' or 'size>5MB'; known: {', '.join(_METRICS)}",
-        )
+        hint = f"Write it like 'p99>+10%', 'accuracy<-0.5' or 'size>5MB'; known: {', '.join(_METRICS)}"
+        raise SpecError(f"--fail-if {text!r} can't be read", hint)
     metric, relation, sign, number, unit = found.groups()
-    share, bound = _METRICS[metric] is _SHARES, float(number)
+    fraction, bound = _METRICS[metric] is _FRACTIONS, float(number)
     if sign:
-        allowed = ("", "points", "%") if share else ("%",)
-        if unit not in allowed:
-            how = f"'{metric}{relation}{sign}0.5' (points)" if share else f"'{metric}{relation}{sign}10%'"
+        if unit not in (("", "points", "%") if fraction else ("%",)):
+            how = f"'{metric}{relation}{sign}0.5' (points)" if fraction else f"'{metric}{relation}{sign}10%'"
             raise SpecError(f"--fail-if {text!r}: a change of {metric} has no such unit", f"Write it like {how}")
         bound *= -1 if sign == "-" else 1
     elif unit not in _METRICS[metric]:
         known = ", ".join(filter(None, _METRICS[metric])) or "no unit"
-        raise SpecError(
-            f"--fail-if {text!r}: {metric} is not in {unit!r} but in {known}",
-            f"For a change write a sign: '{metric}{relation}+{number}%'",
-        )
+        hint = f"For a change write a sign: '{metric}{relation}+{number}%'"
+        raise SpecError(f"--fail-if {text!r}: {metric} is not in {unit!r} but in {known}", hint)
     else:
-        bound *= 0.01 if metric != "metric" and share and not unit and bound > 1 else _METRICS[metric][unit]
+        bound *= 0.01 if metric != "metric" and fraction and not unit and bound > 1 else _METRICS[metric][unit]
     return Condition(text.strip(), metric, relation == ">", bool(sign), bound, unit)
 
 
 def compare(
-    a: str,
-    b: str,
-    gates: list[Condition],
-    *,
-    variant: str | None = None,
-    side_by_side: bool | None = None,
-    time_limit_s: float = 120.0,
-) -> Comparison:
+    a: str, b: str, gates: list[Condition], *,
+    variant: str | None = None, side_by_side: bool | None = None, time_limit_s: float = 120.0,
+) -> Comparison:  # fmt: skip
     """Compare two runs, bench folders, report.json or pytest-benchmark files: the older, then the newer one.
 
-    A variant may follow each (`runs/demo:int8`); else the recommended ones are compared, or all where none is. Both
-    files are measured here while a gate on a time is unsure, or when `side_by_side` says so.
+    Each may name a variant (`runs/demo:int8`); by default the recommended ones are compared, or all of a bench. Both
+    files are measured here, in turns, if `side_by_side`; if it is None, while a gate on a time is unsure.
     """
     (left, first), (right, second) = artifact.split_name(a), artifact.split_name(b)
     reports = read_any(left), read_any(right)
@@ -111,8 +98,7 @@ def compare(
     else:
         pairs = _pairs(*reports)
     notes = []
-    apart = _differing(*reports)
-    if apart:
+    if apart := _differing(*reports):
         notes.append(f"{apart}: times are not compared, ratios in each run are")
     if any(report.task == "pytest-benchmark" for report in reports):
         notes.append("pytest-benchmark times one process; its intervals here include the 5 % by which processes differ")
@@ -122,14 +108,12 @@ def compare(
     changes = [c for one, other in pairs for c in changes_of(*reports, one, other, apart, folders)]
     found = [_judge(gate, changes) for gate in gates]
     timed = [g for g in gates if g.metric in QUANTILES and g.relative]
-    undecided = {"unsure", "refused"}  # what reports can't decide, or may not, both files side by side can
-    open_gates = any(gate.status in undecided for gate, want in zip(found, gates, strict=True) if want in timed)
-    if side_by_side or (side_by_side is None and open_gates):
+    undecided = any(g.status in ("unsure", "refused") for g, want in zip(found, gates, strict=True) if want in timed)
+    if side_by_side or (side_by_side is None and undecided):
         try:
-            threads = reports[1].bench.threads
-            measured = _measure_in_turns(left, right, pairs, timed, threads, time_limit_s)
-            changes = [c for c in changes if (c.variant, c.metric) not in {(m.variant, m.metric) for m in measured}]
-            changes = measured + changes
+            measured = _measure_in_turns(left, right, pairs, timed, reports[1].bench.threads, time_limit_s)
+            again = {(m.variant, m.metric) for m in measured}
+            changes = measured + [c for c in changes if (c.variant, c.metric) not in again]
             found = [_judge(gate, changes) for gate in gates]
         except KdexportError as error:
             if side_by_side:
@@ -143,7 +127,7 @@ def compare(
 
 
 def _differing(a: Report, b: Report) -> str:
-    """Why milliseconds of the two can't be compared, or nothing."""
+    """Return the reason why milliseconds of the two can't be compared, or an empty string."""
     if a.environment.get("hardware") != b.environment.get("hardware"):
         return f"A was measured on {machine_name(a.environment)}, B on {machine_name(b.environment)}"
     if a.bench.threads != b.bench.threads:
@@ -154,7 +138,7 @@ def _differing(a: Report, b: Report) -> str:
 
 
 def _variant(report: Report, place: Path, name: str) -> Variant:
-    """The variant of this name, or the file that ships in this precision."""
+    """Return the variant of a name, or the shipped file of a precision."""
     found = [v for v in report.variants if v.name == name]
     found += [v for v in report.variants if v.precision == name and v.file]
     if not found:
@@ -175,7 +159,7 @@ def _pairs(a: Report, b: Report) -> list[tuple[Variant, Variant]]:
 def _measure_in_turns(
     a: Path, b: Path, pairs: list[tuple[Variant, Variant]], gates: list[Condition], threads: int, time_limit_s: float
 ) -> list[Change]:
-    """Both files in turns on this machine, in more and more rounds, until every gate on a time is sure."""
+    """Measure both files in turns on this machine, until every gate on a time is decided or time is over."""
     started, changes = time.monotonic(), list[Change]()
     for one, other in pairs:
         targets = [_file_of(a, one, "A"), _file_of(b, other, "B")]
@@ -196,8 +180,7 @@ def _measure_in_turns(
                     raise RunError(f"{side}'s file can't be measured: it {reason}", "Run kdexport run again")
                 for side in rounds:
                     rounds[side] += read_rounds(Path(work), side)
-            found = [_turns_change(name, metric, rounds) for metric in QUANTILES]
-            mine = [c for c in found if c]
+            mine = [change for metric in QUANTILES if (change := _turns_change(name, metric, rounds))]
             if all(_judge(gate, mine).status in ("passed", "failed") for gate in gates):
                 break
             say(f"compare: unsure after {len(rounds['A'])} rounds")
@@ -218,7 +201,7 @@ def _turns_change(name: str, metric: str, rounds: dict[str, list[Array]]) -> Cha
 
 
 def _file_of(place: Path, variant: Variant, name: str) -> Target:
-    """The file that was measured: in the artifact, in the run's export, or where `kdexport bench` found it."""
+    """Find the measured file: in the artifact, in the run's export, or where `kdexport bench` found it."""
     folder, named = artifact.resolve(place), Path(variant.file or "none")
     places = [(folder / named, folder)]
     for file in place.glob("export*/*.onnx"):  # of a search, export-<student> beside student-<student>
@@ -230,8 +213,8 @@ def _file_of(place: Path, variant: Variant, name: str) -> Target:
 
 
 def _judge(gate: Condition, changes: list[Change]) -> Gate:
-    """Hold a gate against every variant compared: any failure fails it, any uncertainty leaves it unsure."""
-    about = [c for c in changes if c.metric == gate.metric or (gate.metric in _METRIC_GATES and _counts(c.metric))]
+    """Judge a gate on all variants compared: any failure fails it, any uncertainty leaves it unsure."""
+    about = [c for c in changes if c.metric == gate.metric or (gate.metric in _METRIC_GATES and _is_main(c.metric))]
     if not about:
         return Gate(expression=gate.expression, status="refused", why=f"neither report has {gate.metric}")
     verdicts = [_judge_one(gate, change) for change in about]
@@ -241,13 +224,12 @@ def _judge(gate: Condition, changes: list[Change]) -> Gate:
     raise AssertionError(verdicts)
 
 
-def _counts(metric: str) -> bool:
-    """Whether a change is of the metric that counts."""
+def _is_main(metric: str) -> bool:
     return metric not in _METRICS or metric in _METRIC_GATES
 
 
 def _judge_one(gate: Condition, change: Change) -> tuple[str, str]:
-    number = change.unit == "%" and _counts(change.metric)
+    number = change.unit == "%" and _is_main(change.metric)
     if number and (gate.metric == "accuracy" or (gate.relative and gate.unit != "%")):
         return "refused", f"{change.metric} is a number: write 'metric>+2%', or 'metric>1.5' for B itself"
     if gate.relative:

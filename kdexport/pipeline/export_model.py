@@ -7,7 +7,6 @@ import timeit
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.bench.stats import ratio
-from kdexport.data.sources import read_given
+from kdexport.data.sources import Rows, read_given
 from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
 from kdexport.export.verify import FP32_TOLERANCE, compare
@@ -31,36 +30,25 @@ from kdexport.spec.flags import listed, rows_in
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.base import Task
 
-# int8 is recommended when it gives fp32's answer on this share of rows, of which there must be enough.
+# int8 is recommended if it agrees with fp32 on this fraction of at least so many rows.
 AGREEMENT, ENOUGH_ROWS = 0.99, 100
-# PyTorch has to read them, too; more rows say little more.
-_MOST_ROWS = 2000
+_MOST_ROWS = 2000  # PyTorch is slow, and more rows add little
 _ROUNDS, _CALLS = 7, 5
-_BY = "kdexport export"
 
 
 def export(
-    model: str | Path,
-    out: str | Path,
-    *,
-    layout: str = "hub",
-    variants: str | Sequence[str] | None = None,
-    max_length: int | None = None,
-    data: str | Path | None = None,
-    text: str | None = None,
-    text_pair: str | None = None,
-    skip_bad_rows: bool = False,
-    name: str | None = None,
-    image: str | None = None,
-    move_aside: bool = False,
-) -> Exported | None:
-    """Pack a Hugging Face model as an artifact, or lay out an artifact (`folder[:variant]`) for others.
+    model: str | Path, out: str | Path, *,
+    layout: str = "hub", variants: str | Sequence[str] | None = None, max_length: int | None = None,
+    data: str | Path | None = None, text: str | None = None, text_pair: str | None = None, skip_bad_rows: bool = False,
+    name: str | None = None, image: str | None = None, move_aside: bool = False,
+) -> Exported | None:  # fmt: skip
+    """Pack a Hugging Face model as an artifact, or lay out an artifact (`folder[:variant]`) for Triton or KServe.
 
-    What kdexport wrote into `out` is replaced once the new one is complete. A Triton repository keeps models of other
-    names, and other versions than 1 of this one.
+    An earlier export in `out` is replaced once the new one is complete. A Triton repository keeps its other models, and
+    other versions than 1 of this one.
 
     Returns:
-        What was verified; None when the model was an artifact already.
+        The record of the verification; None if `model` is an artifact already.
     """
     if layout not in ("hub", "triton", "kserve"):
         raise SpecError(f"--layout {layout!r} is none of hub, triton, kserve")
@@ -117,8 +105,8 @@ def _variants(names: str | Sequence[str] | None) -> spec.Export:
         raise SpecError(f"--variants {names!r} can't be read", "Write some of fp32,int8,fp16") from None
 
 
-def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return at most 2,000 rows to verify on, which need no labels, and what their columns are called."""
+def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[Rows, dict[str, str]]:
+    """Return at most 2,000 rows to verify on, which need no labels, and the names of their columns."""
     rows, columns = read_given(data, task, "none") if data else ([], {})
     if len(rows) > _MOST_ROWS:
         say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, drawn at random")
@@ -146,17 +134,10 @@ def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data 
     files, chosen, gain = _verify(task, source, graphs, rows)
     recommended, reason = recommend(files, len(rows), gain)
     found = Exported(
-        model="/".join(Path(model).parts[-2:]),
-        task=task.name,
-        labels=task.labels,
-        function=task.config.function,
-        max_length=task.config.max_length,
-        rows=len(rows),
-        recommended=recommended,
-        reason=reason,
-        files=files,
-    )
-    made = {"by": _BY} | msgspec.to_builtins(found)
+        model="/".join(Path(model).parts[-2:]), task=task.name, labels=task.labels, function=task.config.function,
+        max_length=task.config.max_length, rows=len(rows), recommended=recommended, reason=reason, files=files,
+    )  # fmt: skip
+    made = {"by": "kdexport export"} | msgspec.to_builtins(found)
     golden = golden_answers(task, {precision: file for precision, (file, _) in chosen.items()})
     artifact.pack(source, chosen, recommended, made, packed, golden, columns)
     write_export_card(found, packed / "README.md")
@@ -164,47 +145,37 @@ def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data 
 
 
 def _verify(
-    task: Task, source: Path, graphs: Path, rows: list[dict[str, Any]]
+    task: Task, source: Path, graphs: Path, rows: Rows
 ) -> tuple[list[ExportedFile], dict[str, tuple[Path, str]], Ratio | None]:
-    """Hold every file against PyTorch.
+    """Compare every file with PyTorch.
 
     Returns:
-        The record of each that ships, precision → (file, graph), and how many times faster int8 is than fp32.
+        The records of the files to ship, precision → (file, graph), and the speedup of int8 over fp32.
     """
     reference = np.load(source / "reference.npy")
     everything = [*rows, *task.probes(), *task.examples()]
     allowed = FP32_TOLERANCE
-    if (
-        task.config.function == "none" and task.labels
-    ):  # a regression's numbers may be large, and float32 has seven digits
+    if task.config.function == "none" and task.labels:  # regression: float32 has seven digits, numbers may be large
         allowed *= max(1.0, float(np.abs(reference).max()))
     compared = {c.name: (c, logits, diff) for c, logits, diff in compare(task, graphs, everything, reference, allowed)}
     fp32 = compared["fp32"][1][: len(rows)]
-    files, chosen = [], {}
     shipped, gain = _shipped(task, graphs, [c for c, _, _ in compared.values()], everything)
-    for name in shipped:
-        candidate, logits, difference = compared[name]
-        file = graphs / candidate.file
-        chosen[candidate.precision] = (file, candidate.graph)
-        files.append(
-            ExportedFile(
-                precision=candidate.precision,
-                file=artifact.SHIPPED_AS[candidate.precision],
-                graph=candidate.graph,
-                size_bytes=file.stat().st_size,
-                max_abs_diff=difference,
-                agreement=float(task.agrees(logits[: len(rows)], fp32).mean()) if rows else None,
-            )
-        )
+    files, chosen = [], {}
+    for c, logits, difference in (compared[name] for name in shipped):
+        chosen[c.precision] = (graphs / c.file, c.graph)
+        agreement = float(task.agrees(logits[: len(rows)], fp32).mean()) if rows else None
+        files.append(ExportedFile(
+            precision=c.precision, file=artifact.SHIPPED_AS[c.precision], graph=c.graph, agreement=agreement,
+            size_bytes=(graphs / c.file).stat().st_size, max_abs_diff=difference,
+        ))  # fmt: skip
     say(f"verify: fp32 against PyTorch on {len(everything)} inputs: max |Δlogit| {files[0].max_abs_diff:.1e}")
     return files, chosen, gain
 
 
 def recommend(files: Sequence[ExportedFile], rows: int, gain: Ratio | None = None) -> tuple[str, str]:
-    """The precision to load by default, and why.
+    """Return the precision to load by default, and the reason.
 
-    int8 is smaller; whether it is faster (`gain`), and what it does to the answers, differs from model to model. It is
-    recommended where it gave fp32's answers on enough real rows, and was not slower.
+    int8 is recommended if it agrees with fp32 on enough real rows, and is not slower (`gain` is its speedup).
     """
     int8 = next((file for file in files if file.precision == "int8"), None)
     if int8 is None:
@@ -223,12 +194,10 @@ def recommend(files: Sequence[ExportedFile], rows: int, gain: Ratio | None = Non
     return ("fp32" if gain.verdict == "slower" else "int8"), f"{kept}, and is {times} ({how})"
 
 
-def _shipped(
-    task: Task, graphs: Path, candidates: list[Candidate], rows: list[dict[str, Any]]
-) -> tuple[list[str], Ratio | None]:
-    """Names of the files that ship, and how many times faster int8 is than fp32.
+def _shipped(task: Task, graphs: Path, candidates: list[Candidate], rows: Rows) -> tuple[list[str], Ratio | None]:
+    """Return the names of the files to ship, and the speedup of int8 over fp32.
 
-    Plain graphs ship, which run everywhere, but int8 fused where that is significantly faster.
+    Plain graphs, which run everywhere, are shipped; int8 fused if that is significantly faster.
     """
     names = {c.precision: c.name for c in candidates if c.graph == "plain"}
     files = {c.name: graphs / c.file for c in candidates if c.name in ("fp32", "int8", "int8-fused")}
@@ -240,8 +209,8 @@ def _shipped(
     return list(names.values()), ratio(times["fp32"], times[names["int8"]])
 
 
-def _times(task: Task, files: dict[str, Path], rows: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Seconds of each file in each round, in turns, one text of the rows' median length at a time."""
+def _times(task: Task, files: dict[str, Path], rows: Rows) -> dict[str, list[float]]:
+    """Measure the seconds of each file in each round, in turns, on one text of median length."""
     arrays = task.sized(rows, int(np.median(task.sizes(task.tokenize(rows)))))
     predictors = {name: Predictor(task, file, threads=1) for name, file in files.items()}
     rounds = [
@@ -249,11 +218,3 @@ def _times(task: Task, files: dict[str, Path], rows: list[dict[str, Any]]) -> di
         for _ in range(_ROUNDS)
     ]
     return {name: [times[name] for times in rounds[1:]] for name in files}  # the first round warms up
-
-
-def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most 2,000 rows, spread evenly."""
-    if len(rows) <= _MOST_ROWS:
-        return rows
-    say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, spread evenly")
-    return [rows[i * len(rows) // _MOST_ROWS] for i in range(_MOST_ROWS)]

@@ -1,4 +1,4 @@
-"""Finished stages → one `Report`. Stages never write into it; it is put together once, at the end."""
+"""Finished stages → one `Report`, assembled once, at the end; stages never write into it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdexport.analysis.membership import membership
 from kdexport.bench.engine import Measured, read_measured
 from kdexport.bench.machine import elsewhere
 from kdexport.bench.subjects import Target
-from kdexport.data import read_rows, read_summary
+from kdexport.data import Rows, read_rows, read_summary
 from kdexport.distill.teachers import kind_of_first
 from kdexport.export import Candidate, read_candidates
 from kdexport.export.verify import read_quality, read_validation
@@ -47,7 +47,7 @@ class Stages(NamedTuple):
 
 
 def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
-    """The report, and the choice of files that it recommends."""
+    """Return the report, and the choice of files behind it."""
     quality, measured = read_quality(stages.verify), read_measured(stages.bench)
     candidates = [c for c in read_candidates(stages.export) if f"student-{c.name}" in quality]
     sizes = {c.name: (stages.export / c.file).stat().st_size for c in candidates}
@@ -84,61 +84,51 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
 
 
 def described(metric: Metric) -> dict[str, Any]:
-    """A report's fields on the metric that counts."""
+    """Return a report's fields on the main metric."""
     return {"metric": metric.name, "metric_higher_is_better": metric.higher_is_better, "metric_kind": metric.kind}
 
 
 def made_from(report: Report) -> dict[str, Any]:
-    """What the manifest says of how the artifact was made."""
+    """Return the manifest's record of how the artifact was made."""
     best = report.variant(report.recommended)
     assert report.distillation
     assert best.metric
     return {
         "teacher": report.spec["teacher"]["model"],
-        "student": report.distillation.model,
-        "origin": report.distillation.origin,
-        "temperature": report.distillation.temperature,
-        "alpha": report.distillation.alpha,
-        "seed": report.spec["seed"],
-        "data_sha256": report.data["sha256"],
+        "student": report.distillation.model, "origin": report.distillation.origin,
+        "temperature": report.distillation.temperature, "alpha": report.distillation.alpha,
+        "seed": report.spec["seed"], "data_sha256": report.data["sha256"],
         "metric": {"name": report.metric, "value": best.metric.value, "ci95": best.metric.ci95},
         "reason": report.reason,
-    }
+    }  # fmt: skip
 
 
 def _variants(
-    stages: Stages,
-    candidates: list[Candidate],
-    choice: Choice,
-    quality: dict[str, Quality],
-    measured: Measured,
+    stages: Stages, candidates: list[Candidate], choice: Choice, quality: dict[str, Quality], measured: Measured,
     wrong: dict[str, list[int] | None],
-) -> list[Variant]:
-    """Every file and model that was measured; before them a teacher of which only the logits are there."""
+) -> list[Variant]:  # fmt: skip
+    """Return all files and models measured; a teacher of stored logits, which can't be measured, comes first."""
     files = {c.file: c for c in candidates}
     parameters = _training(stages.student)["parameters"]
 
     def known(name: str) -> dict[str, Any]:
-        # Another runtime may answer otherwise, and its metric was not taken.
+        # Other runtimes may give other logits; their metric was not measured.
         name = "teacher" if name in ("teacher-torch", "teacher-fp32", "teacher-stored") else name
         return msgspec.structs.asdict(quality[name]) | {"wrong_rows": wrong[name]} if name in quality else {}
 
     def variant(target: Target) -> Variant:
         role = target.name.partition("-")[0]
-        # By its file's name, not its path: a run folder may have been moved since.
+        # The run folder may have been moved since: only the file's name holds.
         file = (stages.teacher if role == "teacher" else stages.export) / Path(target.model).name
         of_torch = "eager" if target.runtime == "torch" else "compiled"
         own: dict[str, Any] = {"precision": "fp32", "graph": of_torch, "file": None}
         if role == "student" and (candidate := files.get(file.name)):
             shipped = candidate in choice.shipped.values()
             own = {
-                "precision": candidate.precision,
-                "graph": candidate.graph,
+                "precision": candidate.precision, "graph": candidate.graph, "parameters": parameters,
                 "file": SHIPPED_AS[candidate.precision] if shipped else None,
-                "parameters": parameters,
-                "shipped": shipped and target.name == f"student-{candidate.name}",
-                **on_disk(file),
-            }
+                "shipped": shipped and target.name == f"student-{candidate.name}", **on_disk(file),
+            }  # fmt: skip
         elif target.runtime == "onnxruntime":
             own |= {"graph": "plain", **on_disk(file)}
         else:
@@ -161,38 +151,30 @@ def _variants(
 
 
 def on_disk(file: Path) -> dict[str, Any]:
-    """Size and sha256 of a file."""
+    """Return size and sha256 of a file, as fields of a variant."""
     return {"size_bytes": file.stat().st_size, "sha256": hash_file(file)}
 
 
 def weights(folder: Path) -> dict[str, Any]:
-    """Size, and sha256 where it is one file, of a Hugging Face folder's weights."""
+    """Return size, and sha256 if they are one file, of a Hugging Face folder's weights."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     size = sum(path.stat().st_size for path in files)
     return {"size_bytes": size or None, "sha256": hash_file(files[0]) if len(files) == 1 else None}
 
 
 def speed(name: str, measured: Measured) -> dict[str, Any]:
-    """What the engine found of a variant."""
+    """Return the engine's figures of a variant."""
     return {
-        "latency_ms": measured.latency.get(name),
-        "speedup_p50": measured.speedup.get(name),
-        "speedup_p99": measured.speedup_p99.get(name),
-        "footprint": measured.footprint.get(name),
-        "cells": measured.cells.get(name, []),
-        "note": measured.conditions.failed.get(name, ""),
-    }
+        "latency_ms": measured.latency.get(name), "footprint": measured.footprint.get(name),
+        "speedup_p50": measured.speedup.get(name), "speedup_p99": measured.speedup_p99.get(name),
+        "cells": measured.cells.get(name, []), "note": measured.conditions.failed.get(name, ""),
+    }  # fmt: skip
 
 
 def _distillation(
-    settings: spec.Spec,
-    stages: Stages,
-    quality: dict[str, Quality],
-    best: str,
-    task: Task,
-    logits: dict[str, Array],
-    rows: list[dict[str, Any]],
-) -> Distillation:
+    settings: spec.Spec, stages: Stages, quality: dict[str, Quality], best: str, task: Task,
+    logits: dict[str, Array], rows: Rows,
+) -> Distillation:  # fmt: skip
     teacher, student = quality["teacher"].metric, quality["student-torch"].metric
     baseline = quality["baseline-torch"].metric if "baseline-torch" in quality else None
     training = _training(stages.student)
@@ -212,8 +194,8 @@ def _distillation(
     return Distillation(
         teacher=teacher, student=student, baseline=baseline, gain_points=gain, gain_ci95=gain_ci, gain_mcnemar_p=p,
         ratio=ratio, retention=task.metric.retention(quality[best].metric.value, teacher.value),
-        model=training["student"], origin=training["origin"], loss=_written(settings.distill.loss),
-        temperature=_written(settings.distill.temperature), alpha=_written(settings.distill.alpha),
+        model=training["student"], origin=training["origin"], loss=_as_text(settings.distill.loss),
+        temperature=_as_text(settings.distill.temperature), alpha=_as_text(settings.distill.alpha),
         student_seeds=_spread(stages, [stages.student, *(pair[0] for pair in stages.other_seeds)]),
         baseline_seeds=_spread(stages, [stages.baseline, *(pair[1] for pair in stages.other_seeds)]),
         student_curve=training["curve"],
@@ -222,14 +204,12 @@ def _distillation(
     )  # fmt: skip
 
 
-def _membership(
-    stages: Stages, task: Task, rows: list[dict[str, Any]], logits: dict[str, Array], choice: Choice
-) -> dict[str, Any]:
-    """What teacher and recommended student give away of the rows that they were trained on."""
+def _membership(stages: Stages, task: Task, rows: Rows, logits: dict[str, Array], choice: Choice) -> dict[str, Any]:
+    """Run membership inference on the teacher and the recommended student."""
     train = read_rows(stages.data, "train")
     places = sampled(len(train))
     members, precision = [train[i] for i in places], choice.recommended.precision
-    plain = f"student-{precision if precision != 'fp16' else 'fp32'}"  # fused or not, the answers are the same
+    plain = f"student-{precision if precision != 'fp16' else 'fp32'}"  # fused or not, the logits are the same
     with np.load(stages.verify / "members.npz") as found:
         student = membership(task, members, found[plain], rows, logits[plain])
     taught = np.load(stages.targets / "train.npy")[places]
@@ -238,7 +218,7 @@ def _membership(
 
 
 def _spread(stages: Stages, stage_of_each: list[Path | None]) -> Spread | None:
-    """The test metric in PyTorch over seeds; None where there is one."""
+    """Return the test metric in PyTorch over seeds, or None if there is only one."""
     folders = [folder for folder in stage_of_each if folder]
     if len(folders) < 2:
         return None
@@ -247,13 +227,13 @@ def _spread(stages: Stages, stage_of_each: list[Path | None]) -> Spread | None:
     return Spread(values, float(np.mean(values)), float(np.std(values, ddof=1)))
 
 
-def _written(value: Any) -> Any:
-    """A setting as the report keeps it: a number or a name as it is, what moves or is combined as text."""
+def _as_text(value: Any) -> Any:
+    """Return a setting for the report: schedules and sums of losses as text, others as they are."""
     match value:
         case spec.Schedule():
             return f"{value.start:g} → {value.end:g}"
         case dict():
-            return " + ".join(f"{_written(weight)} · {name}" for name, weight in value.items())
+            return " + ".join(f"{_as_text(weight)} · {name}" for name, weight in value.items())
     return value
 
 

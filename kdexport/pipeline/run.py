@@ -1,7 +1,7 @@
-"""The story: from a spec to an artifact and a report, stage by stage.
+"""From a spec to an artifact and a report, stage by stage.
 
-Each stage reads finished folders, writes its own, and is skipped when nothing that went into it changed.
-Heavy imports are inside the stages, so a run that has nothing left to do is instant.
+Each stage reads finished folders, writes its own, and is skipped while its inputs are unchanged. Heavy imports are
+inside the stages, so a finished run returns at once.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from pathlib import Path
 import msgspec
 
 from kdexport import spec
+from kdexport.bench.engine import bench as measure
 from kdexport.bench.subjects import of_file, of_model
 from kdexport.data import prepare, read_rows, read_summary
 from kdexport.data.sources import local_files
 from kdexport.distill import teachers
 from kdexport.export import read_candidates
+from kdexport.export.verify import verify
 from kdexport.files import disk_errors
 from kdexport.pipeline.choose import Choice
 from kdexport.pipeline.report import Stages, assemble, made_from
@@ -34,77 +36,62 @@ from kdexport.tasks import load_task, task_class
 
 
 def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
-    """Run the stages that are not finished yet in the run folder `out`, and return the report."""
+    """Run the unfinished stages of the run folder `out`, and return the report."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = derive.students(settings)
     teachers.check(settings)
     files = local_files(settings.data)
     sources = [*files, *teachers.files(settings), *local(*names)]
     with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):
-        # 1. Rows: read, checked, split, audited.
+        # 1. Read, check, split and audit the rows.
         data = folder.stage(
-            "data",
-            version=3,
+            "data", version=3, reads=files,
             settings=[settings.task, settings.data, settings.seed, *teachers.cut_by(settings)],
-            reads=files,
             build=lambda work: prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings)),
-        )
+        )  # fmt: skip
 
-        # 2. The teacher, or several: fine-tuned if asked, else as they are.
+        # 2. Prepare the teacher or teachers; fine-tune them if the spec asks for it.
         teacher = folder.stage(
-            "teacher",
-            version=2,
-            settings=teachers.settings_of(settings),
-            reads=[data, *teachers.files(settings)],
+            "teacher", version=2, settings=teachers.settings_of(settings), reads=[data, *teachers.files(settings)],
             build=lambda work: teachers.prepare_teachers(settings, data, work),
-        )
+        )  # fmt: skip
 
-        # 3. Soft targets: once for every text, whatever student follows; unlabelled and changed texts too.
+        # 3. Compute soft targets once for all students, also of unlabelled and augmented texts.
         targets = folder.stage(
-            "targets",
-            version=2,
-            settings=teachers.asked_of(settings),
-            reads=[data, teacher],
+            "targets", version=2, settings=teachers.asked_of(settings), reads=[data, teacher],
             build=lambda work: _targets(settings, data, teacher, work),
-        )
+        )  # fmt: skip
 
-        # 4. The student, trained on them, and its files: ONNX, plain and fused, fp32 and int8. Of several, the best.
+        # 4. Train and export the student, or search for the best one: plain and fused ONNX files in each precision.
         make = Students(settings, folder, data, teacher, targets)
         student, export, search = make.search(names) if len(names) > 1 else make.whole(names[0])
 
-        # 5. The same student on labels alone, to see what the soft targets gave; other seeds, to see what luck gave.
+        # 5. Train the same student on labels alone, as the baseline, and both with other seeds.
         name = search.winner if search else names[0]
         baseline = make.baseline(name)
         other_seeds = make.other_seeds(name, baseline is not None)
 
-        # 6. Does each file do what the student does? How good is it?
+        # 6. Verify each file against the student in PyTorch, and measure its metric.
         verified = folder.stage(
-            "verify",
-            version=3,
-            settings=None,
+            "verify", version=3, settings=None,
             reads=[data, targets, student, export, *([baseline] if baseline else [])],
-            build=lambda work: _verify(data, targets, student, baseline, export, work),
-        )
+            build=lambda work: verify(data, targets, student, baseline, export, work),
+        )  # fmt: skip
 
-        # 7. How fast is it, side by side with the teacher?
+        # 7. Measure its speed, side by side with the teacher.
         bench = folder.stage(
-            "bench",
-            version=4,
+            "bench", version=4, reads=[data, teacher, export],
             settings=[msgspec.structs.replace(settings.bench, price_per_hour=None), settings.seed],
-            reads=[data, teacher, export],
             build=lambda work: _bench(settings, data, teacher, student, export, work),
-        )
+        )  # fmt: skip
 
-        # 8. What it all says, and what ships.
+        # 8. Choose the files to ship, pack them, and write the report.
         stages = Stages(out, data, teacher, targets, student, baseline, export, verified, bench, search, other_seeds)
         report, choice = assemble(settings, stages)
         packed = folder.stage(
-            "artifact",
-            version=2,
-            settings=settings,
-            reads=[student, export, verified, bench],
+            "artifact", version=2, settings=settings, reads=[student, export, verified, bench],
             build=lambda work: _pack(stages, report, choice, work),
-        )
+        )  # fmt: skip
         folder.write_settings()
         write_reports(report, folder)
         say(f"artifact: {packed}")
@@ -112,7 +99,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
 
 
 def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
-    """List every setting with its value and its meaning or reason; the rows are counted, as epochs depend on them."""
+    """List every setting with its value and its meaning or reason; reads the data, as epochs depend on its size."""
     local_files(settings.data)
     with tempfile.TemporaryDirectory() as work:
         prepare(settings.data, settings.task, settings.seed, Path(work), teachers.cut_of(settings))
@@ -130,10 +117,8 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
         rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
     if task_class(settings.task).modality == "text":
-        derived["data.max_length"] = (
-            str(settings.data.max_length or 128),
-            "as given" if settings.data.max_length else "128, or what the teacher reads if that is less",
-        )
+        why = "as given" if settings.data.max_length else "128, or the teacher's limit if that is less"
+        derived["data.max_length"] = (str(settings.data.max_length or 128), why)
     values = msgspec.to_builtins(settings)
     table = []
     for key, text in spec.settings().items():
@@ -155,27 +140,17 @@ def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None
     write_targets(data, teacher, work, how=how, augment=augment, samples=samples, seed=settings.seed)
 
 
-def _verify(data: Path, targets: Path, student: Path, baseline: Path | None, export: Path, work: Path) -> None:
-    from kdexport.export.verify import verify
-
-    verify(data, targets, student, baseline, export, work)
-
-
 def _bench(settings: spec.Spec, data: Path, teacher: Path, student: Path, export: Path, work: Path) -> None:
-    from kdexport.bench.engine import bench
-
     how, files = settings.bench, read_candidates(export)
-    # What ships is chosen on the CPU in ONNX Runtime, against the teacher in PyTorch: these are always measured.
-    runtimes, devices = (
-        list(dict.fromkeys(("torch", "onnxruntime", *how.runtimes))),
-        list(dict.fromkeys(("cpu", *how.devices))),
-    )
+    # The choice is by ONNX Runtime on the CPU and the teacher in PyTorch, so these are always measured.
+    runtimes = list(dict.fromkeys(("torch", "onnxruntime", *how.runtimes)))
+    devices = list(dict.fromkeys(("cpu", *how.devices)))
     targets = teacher_targets(teacher, runtimes, devices) + of_model("student", student, runtimes, devices)
     for c in files:
         targets += of_file(f"student-{c.name}", student, export / c.file, runtimes, devices)
-    # The last plain file is measured twice: the engine's check of itself.
+    # The last plain file is measured twice, as the engine's check of itself.
     twice = [f"student-{c.name}" for c in files if c.graph == "plain"][-1]
-    bench(how, targets, read_rows(data, "test"), targets[0].name, settings.seed, work, control=twice)
+    measure(how, targets, read_rows(data, "test"), targets[0].name, settings.seed, work, control=twice)
 
 
 def _pack(stages: Stages, report: Report, choice: Choice, work: Path) -> None:

@@ -1,9 +1,8 @@
-"""The best student that fits a budget: measure all untrained, drop what can't fit, try the rest, train the best.
+"""Search for the best student that fits a budget: measure all untrained, try those that fit, train the best.
 
-A student's size and latency don't depend on its weights. So every student of the ladder is built, exported and
-measured before anything is trained, and what is over budget costs no training. The rest is trained for a short
-while, which tells who is promising better than any rule; then the most promising is trained in full, and the next
-one only if the budget is still not met. All is decided on the validation split: the test split judges the winner.
+Size and latency don't depend on the weights, so every student is built, exported and measured untrained, and those over
+budget cost no training. The others are trained for a short trial; then the most promising one is trained in full, and
+the next only while the budget is not met. The validation split decides; the test split only judges the winner.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,7 +20,7 @@ import numpy as np
 from kdexport import spec
 from kdexport.bench.engine import bench
 from kdexport.bench.subjects import Target, of_file, of_model
-from kdexport.data import read_rows
+from kdexport.data import Rows, read_rows
 from kdexport.distill.teachers import kind_of_first
 from kdexport.errors import ModelError
 from kdexport.export import Candidate, export_student, read_candidates
@@ -36,11 +35,9 @@ from kdexport.tasks import class_of, load_task
 from kdexport.tasks.config import read_config
 from kdexport.tasks.metrics import Metric
 
-# Of the examples that a transformer's whole training sees; all students are tried on as many.
-TRIAL_SHARE = 0.05
-# Epochs without a better validation metric after which a student in a search is done; its best epoch stands.
-PATIENCE = 4
-# With no limit on latency and size the quickest student comes first that its trial puts this near the best one.
+TRIAL_SHARE = 0.05  # of the examples in a transformer's full training; the same number for all students
+PATIENCE = 4  # epochs without a better validation metric, after which training in a search stops; the best is used
+# Without limits on latency and size, the quickest student whose trial is this close to the best is trained first.
 _NEAR_THE_BEST = 0.05
 
 Build = Callable[[str, Path], None]
@@ -48,19 +45,19 @@ Train = Callable[[str], tuple[Path, Path]]
 
 
 def slug(student: str) -> str:
-    """A student's name as a part of a folder's name."""
+    """Slugify a student's name for use in a path."""
     return re.sub(r"[^A-Za-z0-9+]+", "-", student).strip("-")
 
 
 def measure_ladder(
-    settings: spec.Spec, students: Sequence[str], build: Build, teacher: Path, rows: list[dict[str, Any]], out: Path
+    settings: spec.Spec, students: Sequence[str], build: Build, teacher: Path, rows: Rows, out: Path
 ) -> None:
-    """Build every student with first weights, export and measure it; write `ladder.json`, a candidate a precision.
+    """Build, export and measure every student untrained; write `ladder.json`, a candidate a precision.
 
-    `build` writes an untrained student into a folder; `teacher` is a model folder, and measured beside them.
+    `build` writes an untrained student into a folder; the model in the folder `teacher` is measured, too.
 
     Raises:
-        ModelError: none of them can be built; one that can't is left out with a warning.
+        ModelError: no student can be built; single ones that can't are skipped with a warning.
     """
     targets = teacher_targets(teacher, ["torch", "onnxruntime"], ["cpu"])
     reference = targets[0].name if targets else None
@@ -71,7 +68,7 @@ def measure_ladder(
         (folder / "export").mkdir(parents=True, exist_ok=True)
         try:
             build(name, folder)
-        except ModelError as error:  # say, more layers than the teacher has
+        except ModelError as error:  # for example, more layers than the teacher has
             warn(f"search: {name} is left out: {error}")
             refused = error
             shutil.rmtree(folder)
@@ -83,9 +80,8 @@ def measure_ladder(
             targets += of_file(label, folder, folder / "export" / file.file, ["onnxruntime"], ["cpu"])
     if refused and not files:
         raise refused
-    how = msgspec.structs.replace(
-        settings.bench, rounds=2, round_seconds=0.5, precision=None, threads=settings.bench.threads[:1], batch_sizes=()
-    )
+    short = {"rounds": 2, "round_seconds": 0.5, "precision": None, "batch_sizes": ()}
+    how = msgspec.structs.replace(settings.bench, threads=settings.bench.threads[:1], **short)
     measured = bench(how, targets, rows, targets[0].name, settings.seed, out, sweep=False)
     teacher_latency = measured.latency.get(reference) if reference else None
     candidates = []
@@ -100,22 +96,21 @@ def measure_ladder(
         for precision in (p for p in shippable(settings.export) if p in quickest):
             latency, file = quickest[precision]
             size = (folder / "export" / file.file).stat().st_size
-            one = SearchCandidate(
+            candidates.append(SearchCandidate(
                 name=name, parameters=parameters, precision=precision, size_bytes=size, p50_ms=latency.p50,
                 p99_ms=latency.p99 or latency.p99_at_most,
-            )  # fmt: skip
-            candidates.append(one)
+            ))  # fmt: skip
         shutil.rmtree(folder)
     write_json(out / "ladder.json", _Ladder(candidates, teacher_latency.p50 if teacher_latency else None))
 
 
 def shippable(export: spec.Export) -> tuple[str, ...]:
-    """Precisions that may be recommended: int8, or else fp32, and others where that is over the size limit."""
+    """Return the precisions that may be recommended: int8, or else fp32; others if that is over the size limit."""
     return ("int8" if "int8" in export.variants else "fp32", *(p for p in ("fp16", "int4") if p in export.variants))
 
 
 def teacher_targets(teacher: Path, runtimes: Sequence[str], devices: Sequence[str]) -> list[Target]:
-    """What can be measured of a finished teacher stage: the model in PyTorch, its ONNX file, or nothing."""
+    """Return the targets of a finished teacher stage: the model in PyTorch, its ONNX file, or none."""
     match kind_of_first(teacher):
         case "torch":
             return of_model("teacher", teacher, runtimes, devices)
@@ -126,7 +121,7 @@ def teacher_targets(teacher: Path, runtimes: Sequence[str], devices: Sequence[st
 
 
 def over(candidate: SearchCandidate, budget: spec.Budget) -> str:
-    """Which limits a student breaks before it is trained, in words; empty if none."""
+    """Describe the limits that a student exceeds untrained; empty if none."""
     broken = []
     if budget.size_mb is not None and candidate.size_bytes / 1e6 > budget.size_mb:
         broken.append(f"{candidate.size_bytes / 1e6:.2f} MB of {budget.size_mb:g}")
@@ -138,11 +133,10 @@ def over(candidate: SearchCandidate, budget: spec.Budget) -> str:
 def promising(
     candidates: Sequence[SearchCandidate], budget: spec.Budget, metric: Metric = AGREEMENT
 ) -> list[SearchCandidate]:
-    """The students that fit, in the order in which they are trained.
+    """Return the students that fit, in the order of training.
 
-    Where latency or size is limited, any student that fits will do, so the one with the best trial comes first. Where
-    neither is, the budget asks for quality alone, and the quickest student that is near the best trial comes first.
-    If none fits, the one that is least over the limits is trained, so that the report can show the closest.
+    With a limit on latency or size, the best trial comes first; with none, the quickest student near the best trial.
+    If none fits, the closest one is trained, for the report.
     """
     fitting = [one for one in candidates if not one.over]
     if not fitting:
@@ -160,8 +154,8 @@ def promising(
     return sorted(fitting, key=lambda one: (loss(one) > _NEAR_THE_BEST, one.p50_ms))
 
 
-class Found(NamedTuple):
-    """The winner's stages, and how it was found."""
+class Winner(NamedTuple):
+    """The winner's stages, and the record of the search."""
 
     student: Path
     export: Path
@@ -169,22 +163,16 @@ class Found(NamedTuple):
 
 
 def climb(
-    settings: spec.Spec,
-    candidates: list[SearchCandidate],
-    train: Train,
-    data: Path,
-    teacher: Path,
-    targets: Path,
+    settings: spec.Spec, candidates: list[SearchCandidate], train: Train, data: Path, teacher: Path, targets: Path,
     teacher_p50_ms: float | None,
-) -> Found:
+) -> Winner:  # fmt: skip
     """Train the promising students one after the other until the budget is met.
 
-    `train` trains and exports a student and gives both folders; finished ones are there at once.
+    `train` trains and exports a student as stages, and returns both folders.
     """
     budget, rows = settings.budget, read_rows(data, "validation")
     taught = np.load(targets / "validation.npy")
-    config = read_config(teacher)
-    metric = decisive(class_of(config), rows)
+    metric = decisive(class_of(read_config(teacher)), rows)
     spent = sum(one.trial_seconds or 0.0 for one in candidates)
     trained: dict[str, tuple[SearchCandidate, Path, Path]] = {}
     of_teacher = 0.0
@@ -212,11 +200,8 @@ def climb(
     every = [trained[one.name][0] if one.name in trained else one for one in candidates]
     reason = _reason(winner, every, budget)
     say(f"search: {reason}")
-    return Found(
-        student,
-        export,
-        Search(rungs=every, winner=winner.name, reason=reason, teacher=of_teacher, teacher_p50_ms=teacher_p50_ms),
-    )
+    record = Search(rungs=every, winner=winner.name, reason=reason, teacher=of_teacher, teacher_p50_ms=teacher_p50_ms)
+    return Winner(student, export, record)
 
 
 def _reason(winner: SearchCandidate, candidates: list[SearchCandidate], budget: spec.Budget) -> str:
@@ -236,7 +221,7 @@ def _keeps(candidate: SearchCandidate) -> str:
 
 
 def _excess(candidate: SearchCandidate, budget: spec.Budget) -> float:
-    """How many times over its worst limit a student is."""
+    """Return the largest ratio of a figure to its limit."""
     found = [candidate.size_bytes / 1e6 / budget.size_mb] if budget.size_mb else []
     if budget.p99_ms:
         found.append((candidate.p99_ms or math.inf) / budget.p99_ms)
@@ -248,7 +233,7 @@ def _ms(value: float | None) -> str:
 
 
 def read_ladder(folder: Path, budget: spec.Budget) -> tuple[list[SearchCandidate], float | None]:
-    """A finished ladder stage held against a budget: a candidate a student, and the teacher's p50 in ms."""
+    """Read a finished ladder stage: a candidate a student, checked against the budget, and the teacher's p50 in ms."""
     found = msgspec.json.decode((folder / "ladder.json").read_bytes(), type=_Ladder)
     candidates = one_each(found.rungs, budget)
     for one in candidates:
@@ -258,12 +243,11 @@ def read_ladder(folder: Path, budget: spec.Budget) -> tuple[list[SearchCandidate
 
 
 def one_each(candidates: Sequence[SearchCandidate], budget: spec.Budget) -> list[SearchCandidate]:
-    """Of each student the precision that fits the budget: its first, else the quickest one, else the least over."""
+    """Choose each student's precision: the preferred one if it fits, else the quickest that fits, else the closest."""
+    checked = [msgspec.structs.replace(one, over=over(one, budget)) for one in candidates]
     found = []
     for name in dict.fromkeys(one.name for one in candidates):
-        first, *others = [
-            msgspec.structs.replace(one, over=over(one, budget)) for one in candidates if one.name == name
-        ]
+        first, *others = [one for one in checked if one.name == name]
         fitting = sorted((one for one in others if not one.over), key=lambda one: one.p50_ms)
         closest = min((first, *others), key=lambda one: _excess(one, budget))
         found.append(first if not first.over else fitting[0] if fitting else closest)
@@ -271,7 +255,7 @@ def one_each(candidates: Sequence[SearchCandidate], budget: spec.Budget) -> list
 
 
 class _Ladder(msgspec.Struct, frozen=True):
-    """`ladder.json`: of each student a candidate a precision, the preferred one first."""
+    """`ladder.json`: for each student a candidate a precision, the preferred one first."""
 
     rungs: list[SearchCandidate]
     teacher_p50_ms: float | None

@@ -1,8 +1,7 @@
-"""The stages that make students: one by name, or the winner of a search; baselines; other seeds."""
+"""The stages of students: a named one, or the winner of a search; baselines; other seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from kdexport.stages import Run, read_record
 
 
 class Students(NamedTuple):
-    """Makes students in a run, from its finished stages."""
+    """Train and export students as stages of a run, from its finished stages."""
 
     settings: spec.Spec
     folder: Run
@@ -32,23 +31,21 @@ class Students(NamedTuple):
         return student, self.export(student, f"export{suffix}"), None
 
     def search(self, names: tuple[str, ...]) -> tuple[Path, Path, Search]:
-        """Return the best of several students, its files, and the search's record."""
+        """Return the folders of the best of several students, and the record of the search."""
+        settings, built = self.settings, msgspec.structs.replace(self.settings.student, model=names)
+
+        def measure(work: Path) -> None:
+            rows = read_rows(self.data, "test")
+            search.measure_ladder(settings, names, self._build, self.teacher, rows, work)
+
         ladder = self.folder.stage(
             "ladder",
             version=3,
-            settings=[
-                names,
-                msgspec.structs.replace(self.settings.student, model=names),
-                self.settings.export.variants,
-                self.settings.bench.threads[0],
-                self.settings.seed,
-            ],
+            settings=[names, built, settings.export.variants, settings.bench.threads[0], settings.seed],
             reads=[self.data, self.teacher, self.targets, *local(*names)],
-            build=lambda work: search.measure_ladder(
-                self.settings, names, self._build, self.teacher, read_rows(self.data, "test"), work
-            ),
+            build=measure,
         )
-        candidates, teacher_p50_ms = search.read_ladder(ladder, self.settings.budget)
+        candidates, teacher_p50_ms = search.read_ladder(ladder, settings.budget)
         fitting = [one for one in candidates if not one.over]
         if len(fitting) > 1:
             say(f"search: {len(fitting)} of {len(candidates)} students fit; each is tried for a short while")
@@ -57,11 +54,10 @@ class Students(NamedTuple):
         def train(name: str) -> tuple[Path, Path]:
             return self.whole(name, f"-{search.slug(name)}")[:2]
 
-        found = search.climb(self.settings, candidates, train, self.data, self.teacher, self.targets, teacher_p50_ms)
-        return found.student, found.export, found.search
+        return search.climb(settings, candidates, train, self.data, self.teacher, self.targets, teacher_p50_ms)
 
     def train(self, name: str, stage: str, *, hard: bool = False, seed: int | None = None, share: float = 1.0) -> Path:
-        """Train a student as a stage: on labels alone if `hard`; for a fraction of the epochs, `share`, as a trial."""
+        """Train a student as a stage: on labels alone if `hard`; for a trial, for a fraction of the epochs, `share`."""
         distill = msgspec.structs.replace(self.settings.distill, baseline=True, seeds=1)
         if len(derive.students(self.settings)) > 1 and distill.patience is None:
             distill = msgspec.structs.replace(distill, patience=search.PATIENCE)
@@ -91,12 +87,11 @@ class Students(NamedTuple):
 
             export_student(self.settings.export, student, work, read_rows(self.data, "train"))
 
-        return self.folder.stage(
-            stage, version=4, settings=self.settings.export.variants, reads=[self.data, student], build=build
-        )
+        inputs = [self.data, student]
+        return self.folder.stage(stage, version=4, settings=self.settings.export.variants, reads=inputs, build=build)
 
     def baseline(self, name: str) -> Path | None:
-        """Train the same student on labels alone, if there are any and the spec does not decline."""
+        """Train the student on labels alone, unless there are none or the spec turns it off."""
         if not self.settings.distill.baseline:
             return None
         if all(row["label"] is None for row in read_rows(self.data, "train")):
@@ -107,13 +102,12 @@ class Students(NamedTuple):
     def other_seeds(self, name: str, baseline: bool) -> list[tuple[Path, Path | None]]:
         """Train student and baseline with each further seed."""
 
-        def one(seed: int) -> Iterator[Path | None]:
-            yield self.train(name, f"student-seed{seed}", seed=seed)
-            yield self.train(name, f"baseline-seed{seed}", hard=True, seed=seed) if baseline else None
+        def pair(seed: int) -> tuple[Path, Path | None]:
+            student = self.train(name, f"student-seed{seed}", seed=seed)
+            return student, self.train(name, f"baseline-seed{seed}", hard=True, seed=seed) if baseline else None
 
         first = self.settings.seed
-        pairs = [list(one(seed)) for seed in range(first + 1, first + self.settings.distill.seeds)]
-        return [(student, hard) for student, hard in pairs if student]
+        return [pair(seed) for seed in range(first + 1, first + self.settings.distill.seeds)]
 
     def _try(self, one: SearchCandidate) -> SearchCandidate:
         stage = self.train(one.name, f"trial-{search.slug(one.name)}", share=search.TRIAL_SHARE)
@@ -128,5 +122,5 @@ class Students(NamedTuple):
 
 
 def local(*models: str) -> list[Path]:
-    """Return the names that are local files or folders: their content is an input of the stage."""
+    """Return the names that are local files or folders, whose content is an input of the stage."""
     return [Path(model) for model in models if Path(model).exists()]

@@ -1,4 +1,4 @@
-"""Results → terminal, Markdown, HTML and the model card. Reads results only; nothing is measured here."""
+"""Render results in the terminal, as Markdown, HTML and a model card; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def write_reports(report: Report, out: Output) -> None:
 
 
 def redraw(folder: Path, price_per_hour: float | None = None, *, move_aside: bool = False) -> Report:
-    """Draw Markdown and HTML again from `report.json`, into which another price goes first, if one is given.
+    """Render `report.json` again, after setting another price in it, if one is given.
 
     Raises:
-        RunError: the folder has no readable report, or files that are to be replaced were not written by kdexport.
+        RunError: the folder has no readable report, or kdexport did not write the files to replace.
     """
     report = read_report(folder / "report.json")
     with Output(folder, "report", move_aside=move_aside) as out:
@@ -48,7 +48,7 @@ def draw(report: Report, out: Output) -> None:
 
 
 def page_of(report: Report) -> page.Page:
-    """The report's verdict, facts and sections."""
+    """Return the report's verdict, facts, warnings and sections."""
     sections = [section for make in SECTIONS if (section := make(report))]
     warnings = [
         *report.bench.warnings,
@@ -69,18 +69,10 @@ def write_card(report: Report, file: Path) -> None:
 
 
 def write_export_card(exported: Exported, file: Path) -> None:
-    """Write the model card of what `kdexport export` made."""
-    write_text(
-        file,
-        page.render(
-            "exported.md.j2",
-            e=exported,
-            reads=task_class(exported.task).modality,
-            use=task_class(exported.task).card,
-            version=__version__,
-            percent=percent,
-        ),
-    )
+    """Write the model card of an export."""
+    task = task_class(exported.task)
+    values: dict[str, Any] = {"reads": task.modality, "use": task.card, "version": __version__, "percent": percent}
+    write_text(file, page.render("exported.md.j2", e=exported, **values))
 
 
 def _verdict(report: Report) -> str:

@@ -1,8 +1,7 @@
 """Charts as inline SVG: points, lines and steps on linear or logarithmic axes, and labelled bars.
 
-No script and no library: some hundred lines make the same bytes from the same numbers, read well without
-colour (each series has a marker and a dash of its own), and weigh a few kB each. Colours are classes `s0` to
-`s7`; the page defines them for light and dark.
+They need no script and no library, are deterministic, a few kB each, and readable without colour, as each series has
+its own marker and dash. Colours are classes `s0` to `s7`, which the page defines for light and dark.
 """
 
 from __future__ import annotations
@@ -25,12 +24,11 @@ _MARKERS = (
     "M-2,-4.6h4v9.2h-4z",
 )
 
-
 T = TypeVar("T")
 
 
 class Axis(NamedTuple):
-    """An axis: its label, how values are written, whether it is logarithmic, and values it must reach."""
+    """An axis: its label, the format of values, its scale, and values to include."""
 
     label: str
     show: Callable[[float], str] = "{:g}".format
@@ -39,7 +37,7 @@ class Axis(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A point, its intervals where they are known, what pointing at it says, and its radius in pixels."""
+    """A point with its intervals, its tooltip, and the radius in pixels of an area around it."""
 
     x: float
     y: float
@@ -50,7 +48,7 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points under one name: `line` joins them, `step` climbs them, `dots` leaves them alone."""
+    """Named points; `kind` is line, step or dots."""
 
     name: str
     points: Sequence[Point]
@@ -58,7 +56,7 @@ class Series(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A bar from the axis' start (or from `base`) to a value, with an interval and a remark behind it."""
+    """A bar from `base` (or the start of the axis) to a value, with an interval and a remark."""
 
     label: str
     value: float
@@ -93,7 +91,7 @@ class _Scale:
         return round(self._start + min(1.0, max(0.0, share)) * (self._end - self._start), 1)
 
     def ticks(self) -> list[float]:
-        """At most some seven round values."""
+        """Return about seven round values at most."""
         if self.axis.log:
             decades = range(math.floor(self._low), math.ceil(self._high) + 1)
             for steps in ((1, 2, 5), (1, 3), (1,)):
@@ -110,7 +108,7 @@ class _Scale:
 
 
 def frontier(items: Sequence[T], cost: Callable[[T], float | None], value: Callable[[T], float]) -> list[T]:
-    """The items that no other beats in both cost and value, by rising cost; those without a cost are passed over."""
+    """Return the Pareto-optimal items by rising cost, without those whose cost is None."""
     best: list[T] = []
     for item in sorted((i for i in items if cost(i) is not None), key=lambda i: (cost(i) or 0.0, -value(i))):
         if not best or value(item) > value(best[-1]):
@@ -119,12 +117,12 @@ def frontier(items: Sequence[T], cost: Callable[[T], float | None], value: Calla
 
 
 def plot(title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 280) -> str:
-    """An SVG of series in one frame; `title` is read by screen readers."""
-    points = [p for one in series for p in one.points]
-    # A series without points keeps its place, so that a variant looks alike in every chart, but has no legend.
+    """Draw series in one frame; `title` is for screen readers."""
+    # A series without points has no legend, but counts, so that a variant looks the same in every chart.
     rows = _legend_rows([(i, one.name) for i, one in enumerate(series) if one.points]) if len(series) > 1 else []
     top = 12 + 17 * len(rows)
     total = height + top
+    points = [p for one in series for p in one.points]
     across = _Scale(x, [v for p in points for v in (p.x, *(p.x_ci or ()))], _LEFT, _WIDTH - _RIGHT)
     up = _Scale(y, [v for p in points for v in (p.y, *(p.y_ci or ()))], total - _BOTTOM, top)
     body = [_legend(rows), _frame(across, up, top, total)]
@@ -136,7 +134,7 @@ def plot(title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 2
 
 
 def bars(title: str, rows: Sequence[Bar], axis: Axis) -> str:
-    """An SVG of horizontal bars, each under its label."""
+    """Draw horizontal bars, each under its label."""
     height = 38 * len(rows) + 50
     values = [v for row in rows for v in (row.value, *(row.ci or ()), *([row.base] if row.base else []))]
     across = _Scale(axis, values, 8, _WIDTH - _RIGHT)
@@ -144,10 +142,9 @@ def bars(title: str, rows: Sequence[Bar], axis: Axis) -> str:
     body = [_x_axis(across, 0, bottom, height)]
     for i, row in enumerate(rows):
         top = 38 * i + 18
-        start = across(row.base) if row.base is not None else 8
-        end = across(row.value)
+        start, end = across(row.base) if row.base is not None else 8, across(row.value)
         left, width = min(start, end), abs(end - start)
-        if width < 5:  # a change of nothing is a mark, not a bar
+        if width < 5:  # too short for a bar: a mark
             left, width = left - 2.5, 5.0
         remark = f'<tspan class="soft"> {escape(row.remark)}</tspan>' if row.remark else ""
         body.append(
@@ -172,15 +169,12 @@ def _line(one: Series, i: int, across: _Scale, up: _Scale) -> str:
 
 def _mark(p: Point, i: int, name: str, across: _Scale, up: _Scale) -> str:
     px, py = across(p.x), up(p.y)
-    whiskers = ""
-    if p.x_ci:
-        whiskers += _whisker(across(p.x_ci[0]), py, across(p.x_ci[1]), py)
-    if p.y_ci:
-        whiskers += _whisker(px, up(p.y_ci[0]), px, up(p.y_ci[1]))
+    whiskers = _whisker(across(p.x_ci[0]), py, across(p.x_ci[1]), py) if p.x_ci else ""
+    whiskers += _whisker(px, up(p.y_ci[0]), px, up(p.y_ci[1])) if p.y_ci else ""
     size = f'<circle class="area s{i % 8}" cx="{px}" cy="{py}" r="{p.radius:.1f}"/>' if p.radius else ""
-    says = escape(p.tip or f"{name}: {across.axis.show(p.x)}, {up.axis.show(p.y)}")
+    tip = escape(p.tip or f"{name}: {across.axis.show(p.x)}, {up.axis.show(p.y)}")
     mark = f'<path class="fill s{i % 8}" transform="translate({px},{py})" d="{_MARKERS[i % 8]}"/>'
-    return f"<g>{size}{whiskers}{mark}<title>{says}</title></g>"
+    return f"<g>{size}{whiskers}{mark}<title>{tip}</title></g>"
 
 
 def _whisker(x1: float, y1: float, x2: float, y2: float) -> str:
@@ -205,7 +199,7 @@ def _x_axis(across: _Scale, top: int, bottom: int, total: int) -> str:
     lines, last = [], ""
     for v in across.ticks():
         px, shown = across(v), across.axis.show(v)
-        if shown == last:  # half a round is no round
+        if shown == last:  # two ticks that round to the same text, such as half a round
             continue
         last = shown
         anchor = "end" if px > _WIDTH - 30 else "start" if px < 20 else "middle"
@@ -213,10 +207,9 @@ def _x_axis(across: _Scale, top: int, bottom: int, total: int) -> str:
             f'<path class="grid" d="M{px},{top}V{bottom}"/>'
             f'<text x="{px}" y="{bottom + 16}" text-anchor="{anchor}">{escape(shown)}</text>'
         )
-    label = (
-        f'<text class="soft" x="{_WIDTH - _RIGHT}" y="{total - 8}" text-anchor="end">{escape(across.axis.label)}</text>'
-    )
-    return "".join(lines) + label
+    label = escape(across.axis.label)
+    lines.append(f'<text class="soft" x="{_WIDTH - _RIGHT}" y="{total - 8}" text-anchor="end">{label}</text>')
+    return "".join(lines)
 
 
 def _legend_rows(names: list[tuple[int, str]]) -> list[list[tuple[int, str, int]]]:
@@ -226,8 +219,7 @@ def _legend_rows(names: list[tuple[int, str]]) -> list[list[tuple[int, str, int]
     for i, name in names:
         width = 26 + round(6.6 * len(name))
         if at + width > _WIDTH and rows[-1]:
-            rows.append([])
-            at = _LEFT
+            rows, at = [*rows, []], _LEFT
         rows[-1].append((i, name, at))
         at += width
     return rows

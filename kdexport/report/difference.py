@@ -1,4 +1,4 @@
-"""A comparison in the terminal, and as a page."""
+"""Render a comparison in the terminal, and as a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNITS = {"p50": "ms", "p90": "ms", "p99": "ms", "cold": "ms", "size": "MB", "me
 
 
 def show_comparison(found: Comparison) -> None:
-    """Print changes and gates on stdout."""
+    """Print changes, notes and gates."""
     print_line(f"A {found.a}\nB {found.b}")
     show_table(HEADERS, [_row(change) for change in found.changes])
     for note in found.notes:
@@ -35,7 +35,7 @@ def write_comparison(found: Comparison, out: Output) -> None:
 
 
 def page_of(found: Comparison) -> Page:
-    """Verdict by gates, the table, and a chart of the changes with their intervals."""
+    """Return a page with the verdict of the gates, and tables and charts of the changes with their intervals."""
     failed = [gate for gate in found.gates if gate.status == "failed"]
     unsure = [gate for gate in found.gates if gate.status == "unsure"]
     verdict = f"All {len(found.gates)} gates passed." if found.gates else _in_short(found.changes)

@@ -1,4 +1,4 @@
-"""Reports to and from other tools: pytest-benchmark's JSON, MLflow, TensorBoard."""
+"""Reports from and to other tools: pytest-benchmark's JSON, MLflow, TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PROCESSES_DIFFER = 0.05
 
 
 def read_any(path: Path) -> Report:
-    """The report of a run's or bench's folder, a report.json, or pytest-benchmark's JSON.
+    """Read the report of a run's or bench's folder, a report.json, or pytest-benchmark's JSON.
 
     Raises:
         RunError: it is none of them, or can't be read.
@@ -29,36 +29,30 @@ def read_any(path: Path) -> Report:
     try:
         raw = msgspec.json.decode(path.read_bytes())
     except OSError:
-        return read_report(path)  # which says what is wrong
+        return read_report(path)  # raises our error
     except msgspec.DecodeError as error:
         raise RunError(f"{path} is no report that can be read: {error}", "Name a run, or a report.json") from None
     return from_pytest_benchmark(raw, path) if isinstance(raw, dict) and "benchmarks" in raw else read_report(path)
 
 
 def from_pytest_benchmark(raw: dict[str, Any], path: Path) -> Report:
-    """A pytest-benchmark file as a report of variants that only have a latency.
+    """Convert a pytest-benchmark file to a report of variants that have only a latency.
 
-    Its rounds are calls of one process: the interval of the median is the notch of a box plot, ± 1.57 · IQR / √n
-    (McGill, Tukey and Larsen 1978), and the 5 % by which the medians of identical processes differ.
+    Its rounds are calls in one process, so the interval of the median combines the notch of a box plot, ± 1.57 · IQR /
+    √n (McGill, Tukey and Larsen 1978), and 5 %, by which the medians of identical processes differ.
     """
     try:
-        variants = [_variant(found) for found in raw["benchmarks"]]
-        machine = raw["machine_info"]
+        variants, machine = [_variant(found) for found in raw["benchmarks"]], raw["machine_info"]
         cpu = machine.get("cpu", {})
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{path} is no pytest-benchmark file: it lacks {error}", "Write it with --benchmark-json"
-        ) from None
-    facts: dict[str, Any] = {
-        "cpu": cpu.get("brand_raw", machine.get("processor", "")),
-        "cores_allowed": cpu.get("count"),
-        "os": machine.get("release", ""),
-    }
-    facts["hardware"] = machine.get("hardware", f"{facts['cpu']}, {facts['cores_allowed']}")
-    how = Conditions(reference="", rounds=1, round_seconds=0, rows=0, clock="pytest-benchmark")
+        hint = "Write it with --benchmark-json"
+        raise RunError(f"{path} is no pytest-benchmark file: it lacks {error}", hint) from None
+    name, cores = cpu.get("brand_raw", machine.get("processor", "")), cpu.get("count")
+    facts = {"cpu": name, "cores_allowed": cores, "os": machine.get("release", "")}
+    facts["hardware"] = machine.get("hardware", f"{name}, {cores}")
     return Report(
         kdexport="", task="pytest-benchmark", metric="", labels=[], recommended=None, reason="", variants=variants,
-        bench=how, environment=facts,
+        bench=Conditions(reference="", rounds=1, round_seconds=0, rows=0, clock="pytest-benchmark"), environment=facts,
     )  # fmt: skip
 
 
@@ -80,7 +74,7 @@ def _variant(found: dict[str, Any]) -> Variant:
 
 
 def write_pytest_benchmark(report: Report, samples: Path, out: Path) -> None:
-    """Write what `pytest-benchmark compare` reads: one benchmark a variant, times in s, from every sample."""
+    """Write a file for `pytest-benchmark compare`: one benchmark a variant, in seconds, from all samples."""
     benchmarks = []
     with np.load(samples) as stored:
         for v in report.variants:
@@ -89,11 +83,8 @@ def write_pytest_benchmark(report: Report, samples: Path, out: Path) -> None:
                 benchmarks.append(_benchmark(v, np.concatenate(data).astype(float) / 1e3))
     facts = report.environment
     cpu = {"brand_raw": facts.get("cpu"), "count": facts.get("cores_allowed")}
-    machine = {"node": "", "processor": "", "machine": ""} | {
-        "hardware": facts.get("hardware"),
-        "python_version": facts.get("python"),
-        "cpu": cpu,
-    }
+    machine: dict[str, Any] = {"node": "", "processor": "", "machine": "", "cpu": cpu}
+    machine |= {"hardware": facts.get("hardware"), "python_version": facts.get("python")}
     commit = {"id": facts.get("git_commit") or "unversioned", "dirty": "dirty" in str(facts.get("git_commit"))}
     when = time.strftime("%Y-%m-%dT%H:%M:%S")
     whole = {"machine_info": machine, "commit_info": commit, "benchmarks": benchmarks}
@@ -113,20 +104,19 @@ def _benchmark(v: Variant, seconds: Any) -> dict[str, Any]:
         "hd15iqr": float(seconds[seconds <= high].max()), "ops": 1 / mean, "total": float(seconds.sum()),
         "rounds": len(seconds), "iterations": 1,
     }  # fmt: skip
-    extra = {"p90_ms": v.latency_ms and v.latency_ms.p90, "p99_ms": v.latency_ms and v.latency_ms.p99}
-    options = {"disable_gc": True, "warmup": True, "timer": "perf_counter"}
-    options |= {"min_rounds": 1, "max_time": 0, "min_time": 0}
     return {
-        "group": None, "name": v.name, "fullname": v.name, "params": None, "param": None, "extra_info": extra,
-        "options": options, "stats": found,
+        "group": None, "name": v.name, "fullname": v.name, "params": None, "param": None, "stats": found,
+        "extra_info": {"p90_ms": v.latency_ms and v.latency_ms.p90, "p99_ms": v.latency_ms and v.latency_ms.p99},
+        "options": {"disable_gc": True, "warmup": True, "timer": "perf_counter", "min_rounds": 1, "max_time": 0,
+                    "min_time": 0},
     }  # fmt: skip
 
 
 def log_to(report: Report, to: str, folder: Path) -> None:
-    """Log every number to MLflow (`mlflow`, `mlflow:URI`) or TensorBoard (`tensorboard:FOLDER`).
+    """Log the figures to MLflow (`mlflow`, `mlflow:URI`) or TensorBoard (`tensorboard:FOLDER`).
 
     Raises:
-        SpecError: there is no such place, or its package is not installed.
+        SpecError: `to` is neither, its package is not installed, or it refuses.
     """
     kind, _, where = to.partition(":")
     trackers = {"mlflow": _log_to_mlflow, "tensorboard": _log_to_tensorboard}
@@ -136,7 +126,7 @@ def log_to(report: Report, to: str, folder: Path) -> None:
         trackers[kind](report, where, folder)
     except ModuleNotFoundError as error:
         raise SpecError(f"the package {error.name!r} is not installed", f"pip install {kind}") from None
-    except Exception as error:  # MLflow raises a class of its own, with a story in it
+    except Exception as error:  # MLflow's own class, with several lines
         raise SpecError(f"{kind} refuses {where or 'its default place'}: {first_line(error)}") from None
 
 
@@ -148,7 +138,7 @@ def _log_to_mlflow(report: Report, where: str, folder: Path) -> None:
     mlflow.set_experiment("kdexport")
     with mlflow.start_run(run_name=folder.resolve().name):
         params = dict(_flat(report.spec))
-        if report.distillation:  # the spec may have left the student to a search
+        if report.distillation:  # a search may have chosen the student
             params["student.model"] = report.distillation.model
         mlflow.log_params({key: str(value)[:500] for key, value in params.items()})
         mlflow.log_metrics({name.replace("+", "plus"): value for name, value in scalars(report)})
@@ -172,7 +162,7 @@ def _log_to_tensorboard(report: Report, where: str, folder: Path) -> None:
 
 
 def scalars(report: Report) -> Iterator[tuple[str, float]]:
-    """Every headline number as `variant/name`."""
+    """Yield the headline figures as (`variant/name`, value)."""
     for v in report.variants:
         found: dict[str, float | None] = {
             "metric": v.metric.value if v.metric else None,

@@ -1,4 +1,4 @@
-"""The section on leakage: test texts that stand, or nearly stand, in training, and membership inference."""
+"""Sections on leakage: duplicates and near duplicates across splits, and membership inference."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kdexport.report.table import percent
 from kdexport.results import Attack, Membership, Report
 
 _ATTACK = (
-    "The figure: an AUC of 0.5 gives nothing away, 1 gives every row away (membership inference by a threshold, Yeom "
-    "et al. 2018, Salem et al. 2019; intervals by DeLong). That train and test differ in kind shows in it too. Of a "
-    "teacher that is used as given, nobody here knows which rows it was trained on."
+    "An AUC of 0.5 gives nothing away, 1 every training row (membership inference by a threshold, Yeom et al. 2018, "
+    "Salem et al. 2019; intervals by DeLong). A difference in kind between train and test shows in it, too. The rows "
+    "that a teacher used as given was trained on are unknown."
 )
 
 
 def leakage(r: Report) -> Section | None:
-    """Exact and near duplicates across splits, and membership inference on teacher and student."""
+    """Report duplicates across splits, and membership inference on teacher and student."""
     near = r.leakage.get("near")
     attacked = msgspec.convert(r.leakage.get("membership") or {}, dict[str, Membership | None])
     rows = [(name, *one) for name, found in attacked.items() if found for one in _attacks(found)]
@@ -34,14 +34,14 @@ def leakage(r: Report) -> Section | None:
 
 
 def near_duplicates(r: Report) -> Section | None:
-    """Some pairs across splits, to look at."""
+    """Show some pairs across splits."""
     near = r.leakage.get("near")
     if not near or not near["examples"]:
         return None
     headers = ("row", "near-duplicate of", "similarity", "labels", "its text", "the other's")
     lead = (
-        f"{near['how']}. They are kept, because many data sets have them by nature; a test that is full of them "
-        "flatters. These are some, labels that differ first; all across splits are in data/near_duplicates.jsonl."
+        f"{near['how']}. They are not removed, because many data sets have them by nature; but many make a test too "
+        "easy. Some are shown, differing labels first; all across splits are in data/near_duplicates.jsonl."
     )
     return Section("Near duplicates", lead, tables=[Table(headers, [_example(pair) for pair in near["examples"]])])
 
@@ -78,15 +78,11 @@ def _attacks(found: Membership) -> list[tuple[str, Attack]]:
 
 
 def _in_words(name: str, attack: Attack) -> str:
-    """An AUC in plain words: how often an attacker is right who must choose between a row trained on and another."""
+    """Describe an AUC: how often an attacker picks the training row out of a training row and another."""
     low, high = attack.ci95
-    meaning = (
-        "; so it is surer of what it was not trained on, and train and test differ in kind"
-        if high < 0.5
-        else ", where a coin does in 50"
-        if low > 0.5
-        else ", which is no more than a coin's 50 as far as these rows can tell"
-    )
+    meaning = "; chance gives 50" if low > 0.5 else ", not significantly more than the 50 of chance"
+    if high < 0.5:
+        meaning = "; it is more confident on rows outside training, so train and test differ in kind"
     return (
         f"Of a row that the {name} was trained on and one that it was not, its confidence picks out the first in "
         f"{100 * attack.auc:.0f} of 100 cases (95 % interval {100 * low:.0f} to {100 * high:.0f}){meaning}."
@@ -94,14 +90,11 @@ def _in_words(name: str, attack: Attack) -> str:
 
 
 def _figure(rows: list[tuple[str, str, Attack]]) -> Figure:
-    drawn = [
-        Bar(f"{name}, by {score}", a.auc, a.ci95, f"{a.auc:.2f}", 0.5, i % 8) for i, (name, score, a) in enumerate(rows)
-    ]
+    drawn = [Bar(f"{name}, by {score}", a.auc, a.ci95, f"{a.auc:.2f}", 0.5, i % 8)
+             for i, (name, score, a) in enumerate(rows)]  # fmt: skip
     axis = Axis("AUC; 0.5 gives nothing away", "{:g}".format, reach=(0.5,))
-    chart = bars("How well confidence tells rows trained on from others, with 95 % intervals", drawn, axis)
-    headers = (
-        "model", "attacked by", "AUC [95 %]", "best TPR − FPR", "which chance makes up to", "rows trained on", "others",
-    )  # fmt: skip
+    chart = bars("AUC of confidence between training rows and others, with 95 % intervals", drawn, axis)
+    headers = ("model", "attacked by", "AUC [95 %]", "best TPR − FPR", "by chance up to", "training rows", "others")
     cells = [
         (name, score, f"{a.auc:.3f} [{a.ci95[0]:.3f}–{a.ci95[1]:.3f}]", f"{a.advantage:.3f}", f"{a.by_chance:.3f}",
          f"{a.members:,}", f"{a.others:,}")

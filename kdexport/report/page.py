@@ -1,4 +1,4 @@
-"""A page is a verdict and sections; a section is words, figures and tables. HTML and Markdown are drawn from it."""
+"""Pages of a verdict and sections with text, figures and tables; rendered as HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 
 class Table(NamedTuple):
-    """Cells as text; the first column names the row. `best` is the row that is set off."""
+    """Cells as text; the first column names the row, the row `best` is highlighted."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: int | None = None
 
     def wordy(self) -> set[int]:
-        """Columns of words, which are set to the left and may wrap."""
+        """Return the columns of long text, which are aligned left and wrap."""
         return {i for row in self.rows for i, cell in enumerate(row) if i and len(cell) > 40}
 
 
 class Figure(NamedTuple):
-    """A chart, what it shows, and the same as a table, for readers who do not see it."""
+    """A chart with its caption, and the same figures as a table, for accessibility."""
 
     caption: str
     svg: str
@@ -31,7 +31,7 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One part of a page: lead, tables, figures, a note below. `brief` ones stand in Markdown too; `code` as it is."""
+    """One part of a page: lead, tables, figures, note, preformatted `code`; Markdown has only the `brief` ones."""
 
     title: str
     lead: str = ""
@@ -43,7 +43,7 @@ class Section(NamedTuple):
 
 
 class Page(NamedTuple):
-    """The verdict in a sentence (good, bad or open), facts as (value, what it is), warnings, sections."""
+    """The verdict in a sentence (good, bad, or None: open), facts as (value, meaning), warnings, sections."""
 
     title: str
     verdict: str
@@ -54,29 +54,21 @@ class Page(NamedTuple):
 
 
 def html(page: Page) -> str:
-    """One self-contained file: no script, nothing loaded, and a policy that forbids both."""
-    style = environment().get_template("page.css.j2").render().strip()
+    """Render one self-contained file; its content security policy forbids scripts and loading."""
+    style = render("page.css.j2").strip()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     return render("page.html.j2", page=page, style=style, digest=digest)
 
 
 def markdown(page: Page) -> str:
-    """The brief sections, for a pull request."""
+    """Render the brief sections, for a pull request."""
     return render("page.md.j2", page=page)
 
 
 def render(template: str, **values: Any) -> str:
-    """A template filled; HTML is escaped."""
-    return environment().get_template(template).render(values)
-
-
-def environment() -> Environment:
-    """Jinja as all templates here want it."""
-    return Environment(
-        loader=PackageLoader("kdexport.report"),
-        autoescape=select_autoescape(["html.j2"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    """Fill a template; HTML is escaped."""
+    environment = Environment(
+        loader=PackageLoader("kdexport.report"), autoescape=select_autoescape(["html.j2"]), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template(template).render(values)

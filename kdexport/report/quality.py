@@ -14,7 +14,7 @@ _WORST_CLASSES = 20
 
 
 def quality(r: Report) -> Section | None:
-    """The metric with intervals, and what distillation gave."""
+    """Show the metric with intervals, and the gain by distillation."""
     d = r.distillation
     if d is None:
         return None
@@ -39,7 +39,7 @@ def quality(r: Report) -> Section | None:
 
 
 def _certainty(metric: Metric, d: Distillation) -> str:
-    """Whether a gain is significant: by McNemar's test where rows are right or wrong, else by the metric's interval."""
+    """Say whether a gain is significant: by McNemar's test for a fraction of rows, else by the metric's interval."""
     if d.gain_ci95 is None:
         return ""
     digits = 3 if metric.kind == "number" else 1
@@ -53,7 +53,7 @@ def _certainty(metric: Metric, d: Distillation) -> str:
 
 
 def _further(r: Report, d: Distillation) -> list[Table]:
-    """The metrics beside the one that counts, of models in PyTorch and of files."""
+    """Return the other metrics, of models in PyTorch and of files."""
     titles = {"student": "student, PyTorch", "baseline": "the same student on labels alone"}
     found = [(titles.get(name, name), metrics) for name, metrics in d.further.items()]
     found += [(v.name, v.further) for v in r.variants if v.model == "student" and v.file and v.further]
@@ -63,13 +63,12 @@ def _further(r: Report, d: Distillation) -> list[Table]:
 
 
 def classes(r: Report) -> Section | None:
-    """Recall of each class, the worst first."""
+    """Show the recall of each class, worst first."""
     if not r.evidence or not r.evidence.classes:
         return None
     worst = r.evidence.classes[:_WORST_CLASSES]
-    drawn = [_recall(c) for c in worst]
     axis = Axis("recall, from teacher to student", lambda v: percent(v, 0))
-    chart = bars("Recall of teacher and student by class", drawn, axis)
+    chart = bars("Recall of teacher and student by class", [_recall(c) for c in worst], axis)
     rows = [
         (c.label, str(c.rows), percent(c.teacher_recall), percent(c.student_recall), percent(c.agreement))
         for c in r.evidence.classes
@@ -81,7 +80,7 @@ def classes(r: Report) -> Section | None:
 
 
 def _worst(found: list[ClassScore]) -> str:
-    """The classes that lost the most recall, and the one with the lowest."""
+    """Name the classes that lost the most recall, and the one with the lowest."""
     lost = [
         f"{c.label} ({percent(c.teacher_recall)} → {percent(c.student_recall)} of {c.rows} rows)"
         for c in found[:3]
@@ -101,57 +100,56 @@ def _recall(c: ClassScore) -> Bar:
 
 
 def calibration(r: Report) -> Section | None:
-    """Does 90 % sure mean right in 90 %?"""
+    """Show accuracy by confidence."""
     if not r.evidence or not r.evidence.calibration:
         return None
     found = r.evidence.calibration
-    series = [
-        Series(name, [_bin(name, b, sum(b.rows for b in c.bins)) for b in c.bins], "dots") for name, c in found.items()
-    ]
-    ideal = Series("ideal", [Point(0.0, 0.0), Point(1.0, 1.0)])
-    share = Axis("how sure it says it is", lambda v: percent(v, 0), reach=(0.0, 1.0))
-    chart = plot("Accuracy by confidence", [*series, ideal], share, share._replace(label="how often it is right"))
+    series = [Series(name, _bins(name, c.bins), "dots") for name, c in found.items()]
+    series.append(Series("ideal", [Point(0.0, 0.0), Point(1.0, 1.0)]))
+    axis = Axis("confidence", lambda v: percent(v, 0), reach=(0.0, 1.0))
+    chart = plot("Accuracy by confidence", series, axis, axis._replace(label="accuracy"))
     rows = [
         (name, percent(b.confidence), percent(b.accuracy), str(b.rows)) for name, c in found.items() for b in c.bins
     ]
     errors = ", ".join(f"{name} {percent(c.ece)}" for name, c in found.items())
-    lead = (
-        f"Expected calibration error: {errors}. The pale areas are the share of rows; points with few of them wander."
-    )
-    headers = ("model", "sure", "right", "rows")
-    return Section("Calibration", lead, [Figure("Sure against right", chart, Table(headers, rows))])
+    lead = f"Expected calibration error: {errors}. Pale areas are proportional to the rows; few rows are noisy."
+    figure = Figure("Accuracy by confidence", chart, Table(("model", "confidence", "accuracy", "rows"), rows))
+    return Section("Calibration", lead, [figure])
 
 
-def _bin(name: str, b: Bin, rows: int) -> Point:
-    tip = f"{name}: {percent(b.confidence)} sure, {percent(b.accuracy)} right, {b.rows} rows"
-    return Point(b.confidence, b.accuracy, None, None, tip, 20 * math.sqrt(b.rows / rows))
+def _bins(name: str, bins: list[Bin]) -> list[Point]:
+    def point(b: Bin) -> Point:
+        tip = f"{name}: {percent(b.confidence)} confidence, {percent(b.accuracy)} accuracy, {b.rows} rows"
+        return Point(b.confidence, b.accuracy, tip=tip, radius=20 * math.sqrt(b.rows / total))
+
+    total = sum(b.rows for b in bins)
+    return [point(b) for b in bins]
 
 
 def differences(r: Report) -> Section | None:
-    """The surest disagreements of teacher and student."""
+    """Show the most confident disagreements of teacher and student."""
     if not r.evidence or not r.evidence.examples:
         return None
     rows = [
         (e.id, e.label, *(f"{a.label} ({percent(a.score, 0)})" for a in (e.teacher, e.student)), e.text)
         for e in r.evidence.examples
     ]
-    lead = "The test rows on which both were surest, and disagree."
+    lead = "The test rows on which both are most confident, and disagree."
     table = Table(("row", "label", "teacher", "student", "text"), rows)
     return Section("Where teacher and student differ", lead, tables=[table])
 
 
 def training(r: Report) -> Section | None:
-    """Loss and validation, epoch by epoch."""
+    """Show loss and validation metric by epoch."""
     d = r.distillation
     if d is None or not d.student_curve:
         return None
     curves = {"distilled": d.student_curve} | ({"labels alone": d.baseline_curve} if d.baseline_curve else {})
     figures = []
-    for key, caption in (("validation", f"{r.metric} on validation"), ("loss", "Loss (each of its own kind)")):
-        series = [
-            Series(name, [Point(e["epoch"], e[key]) for e in curve if key in e]) for name, curve in curves.items()
-        ]
-        rows = [(name, *(f"{e[key]:.3f}" for e in curve if key in e)) for name, curve in curves.items()]
+    for key, caption in (("validation", f"{r.metric} on validation"), ("loss", "Loss (of different kinds)")):
+        known = {name: [(e["epoch"], e[key]) for e in curve if key in e] for name, curve in curves.items()}
+        series = [Series(name, [Point(*one) for one in curve]) for name, curve in known.items()]
+        rows = [(name, *(f"{value:.3f}" for _, value in curve)) for name, curve in known.items()]
         epochs = max(len(row) for row in rows) - 1
         headers = ("student", *(f"epoch {i + 1}" for i in range(epochs)))
         chart = plot(f"{caption} by epoch", series, Axis("epoch", "{:.0f}".format), Axis(key, "{:.2f}".format))
@@ -162,7 +160,7 @@ def training(r: Report) -> Section | None:
 
 
 def _terms(d: Distillation) -> Table | None:
-    """The size of each term, and its share of the gradient, by epoch: one that swallows the others is seen."""
+    """Return the size of each term of the loss, and its share of the gradient, by epoch."""
     names = [key.removeprefix("terms/") for key in d.student_curve[-1] if key.startswith("terms/")]
     if len(names) < 2:
         return None

@@ -1,4 +1,4 @@
-"""The section on a search: the ladder, what fell off it and why, and the frontier of what was trained."""
+"""The section on a search: all students with reasons, and the frontier of those trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLUMNS = (
 
 
 def search(r: Report) -> Section | None:
-    """Every student of the ladder; the metric against p99 and against size."""
+    """Show every student; the metric against p99 and against size."""
     found, metric = r.search, metric_of(r)
     if found is None:
         return None
@@ -31,14 +31,13 @@ def search(r: Report) -> Section | None:
         _frontier(found, metric, "p99 latency, ms (log)", lambda one: one.p99_ms),
         _frontier(found, metric, "file size, MB (log)", lambda one: one.size_bytes / 1e6),
     ]
-    tables = [Table(_COLUMNS, rows, best)]
-    return Section("Search for a student", lead, [f for f in figures if f], tables, brief=True)
+    return Section("Search for a student", lead, [f for f in figures if f], [Table(_COLUMNS, rows, best)], brief=True)
 
 
 def best_trained(
     candidates: Sequence[SearchCandidate], cost: Callable[[SearchCandidate], float | None], metric: Metric
 ) -> list[SearchCandidate]:
-    """The students trained in full that no other beats in both cost and metric, by rising cost."""
+    """Return the Pareto-optimal students by cost and metric, of those trained in full."""
     trained = [one for one in candidates if one.metric is not None]
     return frontier(trained, cost, lambda one: metric.gain(0.0, one.metric or 0.0))
 
@@ -61,20 +60,17 @@ def _frontier(
     series = [Series(f"{one.name}{'' if one in trained else ', tried only'}", [point(one)], "dots")
               for one in (*trained, *tried)]  # fmt: skip
     front = best_trained(found.rungs, cost, metric)
-    chart = plot(
-        f"{metric.name} on validation against {label}",
-        [*series, Series("frontier", [point(one) for one in front], "step")],
-        Axis(label, log=True),
-        Axis(f"{metric.name}, validation", lambda y: score(metric, y, 0)),
-        height=320,
-    )
+    series.append(Series("frontier", [point(one) for one in front], "step"))
+    caption = f"{metric.name} on validation against {label}"
+    axes = Axis(label, log=True), Axis(f"{metric.name}, validation", lambda y: score(metric, y, 0))
+    chart = plot(caption, series, *axes, height=320)
     rows = [
         (one.name, f"{cost(one):.3g}", score(metric, value(one)), "in full" if one in trained else "short trial",
          "yes" if one in front else "no")
         for one in (*trained, *tried)
     ]  # fmt: skip
     columns = ("student", label.removesuffix(" (log)"), metric.name, "trained", "on the frontier")
-    return Figure(f"{metric.name} on validation against {label}", chart, Table(columns, rows))
+    return Figure(caption, chart, Table(columns, rows))
 
 
 def _row(one: SearchCandidate, found: Search, metric: Metric) -> tuple[str, ...]:

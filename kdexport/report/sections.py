@@ -1,6 +1,6 @@
-"""The parts of a report, in order. Each reads the report and gives a section, or None where it has nothing to say.
+"""The sections of a report, in order: functions from the report to a section, or None without data for it.
 
-A new part is a function and a name in `SECTIONS`.
+To add one, write a function and add it to `SECTIONS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kdexport.results import Report
 
 
 def data(r: Report) -> Section | None:
-    """Rows, splits, and duplicates."""
+    """Count rows and duplicates by split."""
     if "rows" not in r.data or not r.leakage:
         return None
     counts, audit = r.data["rows"], r.leakage
@@ -27,7 +27,7 @@ def data(r: Report) -> Section | None:
     classes = f"{len(r.labels)} classes. " if r.labels else ""
     lead = (
         f"{classes}{audit['duplicates']:,} of {audit['rows']:,} rows are exact duplicates; {across:,} "
-        f"texts stood in two splits, {dropped:,} rows were dropped for it, so that no test text was seen in training."
+        f"texts were in two splits, and {dropped:,} rows were dropped, so that no test text is in training."
     )
     rows = [
         (split, f"{n:,}", f"{audit['within'].get(split, 0):,}", f"{audit['dropped'].get(split, 0):,}",
@@ -39,7 +39,7 @@ def data(r: Report) -> Section | None:
 
 
 def cost(r: Report) -> Section | None:
-    """A million answers, at the price that the user gives."""
+    """Estimate the cost of a million answers, at the price that the user gives."""
     price, rows = r.bench.price_per_hour, []
     for v in r.variants:
         if v.latency_ms is None:
@@ -47,9 +47,8 @@ def cost(r: Report) -> Section | None:
         rates = [c.per_second for c in v.cells if c.scenario == "batch" and c.per_second]
         single, best = 1e6 * v.latency_ms.p50 / 3.6e6, 1e6 / max(rates) / 3600 if rates else None
         hours = [single * r.bench.threads, None if best is None else best * r.bench.threads]
-        rows.append(
-            (v.name, *(trimmed(h) for h in hours), *(trimmed(h * price if h and price else None) for h in hours))
-        )
+        costs = [h * price if h and price else None for h in hours]
+        rows.append((v.name, *map(trimmed, (*hours, *costs))))
     if not rows:
         return None
     at = f"at {price:g} an hour of one core or GPU" if price else "give a price: kdexport report RUN --price 0.04"
@@ -59,14 +58,14 @@ def cost(r: Report) -> Section | None:
 
 
 def machine(r: Report) -> Section:
-    """Where it was measured."""
+    """List the facts of the machine."""
     rows = [(key.replace("_", " "), text) for key, value in r.environment.items() if (text := written(value))]
-    lead = "All of it is part of the result: milliseconds hold for this machine."
+    lead = "Milliseconds are valid for this machine only."
     return Section("Environment", lead, tables=[Table(("what", "found"), rows)])
 
 
 def reproduce(r: Report) -> Section:
-    """The command and the spec, to the letter."""
+    """Give the command, hashes and the spec."""
     sums = "".join(f"\n# sha256 {digest}  {name}" for name, digest in (r.data.get("sha256") or {}).items())
     files = "".join(f"\n# sha256 {v.sha256}  {v.name}" for v in r.variants if v.sha256)
     settings = f"\n\n{msgspec.yaml.encode(r.spec).decode().rstrip()}" if r.spec else ""
@@ -75,7 +74,7 @@ def reproduce(r: Report) -> Section:
 
 
 def written(value: Any) -> str:
-    """A fact of the machine as words."""
+    """Format a fact of the machine."""
     if isinstance(value, dict):
         return ", ".join(f"{k} {written(v)}" for k, v in value.items())
     if isinstance(value, list):

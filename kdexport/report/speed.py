@@ -28,7 +28,7 @@ from kdexport.tasks.metrics import Metric
 
 
 def variants(r: Report) -> Section:
-    """The table of variants, and what a process of each costs."""
+    """Show the table of variants, and the costs of a process of each."""
     how = r.bench
     place = next((i for i, v in enumerate(r.variants) if v.name == r.recommended), None)
     rows = [
@@ -37,10 +37,10 @@ def variants(r: Report) -> Section:
     ]
     note = (
         f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {how.rows} real {_rows(r)} in "
-        f"turn, in {how.rounds} shuffled rounds, each variant in a process of its own; waiting threads "
-        f"{'spin' if how.spinning else 'sleep'}, garbage is not collected meanwhile. Intervals are over rounds, "
-        f"ratios to {how.reference} are paired by round. p99 stands from 1,000 samples on; before that an upper "
-        "bound, or nothing. Digits that the interval does not carry are left out."
+        f"turn, in {how.rounds} shuffled rounds, each variant in its own process; waiting threads "
+        f"{'spin' if how.spinning else 'sleep'}, garbage collection is off. Intervals are over rounds, ratios to "
+        f"{how.reference} are paired by round. p99 needs 1,000 samples; with fewer, an upper bound is shown, or none. "
+        "Digits below the precision of the interval are omitted."
     )
     tables = [Table((*headers(r), "verdict"), rows, place)]
     if costs := [_costs(v) for v in r.variants if v.footprint]:
@@ -51,16 +51,11 @@ def variants(r: Report) -> Section:
 
 
 def _rows(r: Report) -> str:
-    named = {"text": "texts", "image": "images", "audio": "recordings"}
-    return f"{named[task_class(r.task).modality]}{_lengths(r)}"
-
-
-def _lengths(r: Report) -> str:
-    found = r.bench.tokens
-    if not found:
-        return ""
+    name = {"text": "texts", "image": "images", "audio": "recordings"}[task_class(r.task).modality]
+    if not (found := r.bench.tokens):
+        return name
     cut = f", {found['cut_percent']} % fill all {found['limit']} that are read" if found.get("cut_percent") else ""
-    return f" of {found['p5']} to {found['p95']} tokens (5th to 95th percentile{cut})"
+    return f"{name} of {found['p5']} to {found['p95']} tokens (5th to 95th percentile{cut})"
 
 
 def _costs(v: Variant) -> tuple[str, ...]:
@@ -84,7 +79,7 @@ def _control(r: Report) -> str:
 
 
 def budget(r: Report) -> Section | None:
-    """Each limit, the figure found, and whether its interval crosses the limit."""
+    """Show each limit, the figure found, and whether its interval crosses the limit."""
     if not r.budget.checks:
         return None
     rows = [
@@ -97,33 +92,26 @@ def budget(r: Report) -> Section | None:
 
 
 def trade_off(r: Report) -> Section | None:
-    """Accuracy against p99, size as area."""
+    """Plot the metric against p99, with size as area."""
     known = [v for v in r.variants if v.metric and v.latency_ms and _tail(v)]
     if len(known) < 2:
         return None
     metric, largest = metric_of(r), max(v.size_bytes or 0 for v in known) or 1
     best = frontier(known, _tail, lambda v: metric.gain(0.0, v.metric.value) if v.metric else -math.inf)
     spots = {v.name: _spot(v, metric, 26 * math.sqrt((v.size_bytes or 0) / largest)) for v in known}
-    chart = plot(
-        f"{r.metric} against p99 latency",
-        [
-            *(Series(name, [spot], "dots") for name, spot in spots.items()),
-            Series("frontier", [spots[v.name]._replace(radius=None) for v in best], "step"),
-        ],
-        Axis("p99 latency, ms (log)", log=True),
-        Axis(r.metric, lambda v: score(metric, v, 0)),
-        height=320,
-    )
+    series = [Series(name, [spot], "dots") for name, spot in spots.items()]
+    series.append(Series("frontier", [spots[v.name]._replace(radius=None) for v in best], "step"))
+    axes = Axis("p99 latency, ms (log)", log=True), Axis(r.metric, lambda v: score(metric, v, 0))
+    chart = plot(f"{r.metric} against p99 latency", series, *axes, height=320)
     left_out = [v.name for v in r.variants if v not in known]
     rows = [
         (v.name, scored(metric, v.metric), p99(v), megabytes(v.size_bytes), "yes" if v in best else "no") for v in known
     ]
     columns = ("variant", f"{r.metric} [95 %]", "p99 ms", "size MB", "on the frontier")
     lead = (
-        f"{'Up' if metric.higher_is_better else 'Down'} is better, left is faster, the pale area is the file's size; "
-        "lines are 95 % intervals. Nothing on the frontier is beaten in both. Where a p99 could not be taken, its "
-        "upper bound stands."
-        + (f" Without a metric or a p99, so not drawn: {', '.join(left_out)}." if left_out else "")
+        f"{'Up' if metric.higher_is_better else 'Down'} is better, left is faster, the pale area is the file's size, "
+        "lines are 95 % intervals. No other variant beats one on the frontier in both. Where p99 is unknown, its upper "
+        "bound is drawn." + (f" Without a metric or a p99, so not drawn: {', '.join(left_out)}." if left_out else "")
     )
     return Section("Accuracy against latency", lead, [Figure("Accuracy, p99 and size", chart, Table(columns, rows))])
 
@@ -141,36 +129,30 @@ def _spot(v: Variant, metric: Metric, radius: float) -> Point:
 
 
 def latency(r: Report) -> Section | None:
-    """The distribution, by length, by batch, by threads or load, and by round."""
-    timed = [v for v in r.variants if v.latency_ms and v.latency_ms.quantiles]
+    """Plot the distribution, and latency by length, batch, threads, load and round."""
+    timed = {v.name: v.latency_ms for v in r.variants if v.latency_ms and v.latency_ms.quantiles}
     if not timed:
         return None
-    spread = [Series(v.name, [Point(x, q) for x, q in zip(v.latency_ms.quantiles, QUANTILES, strict=True)], "step")
-              for v in timed if v.latency_ms]  # fmt: skip
-    chart = plot(
-        "Share of answers given within a time, by variant",
-        spread,
-        Axis("ms from text to answer (log)", log=True),
-        Axis("share of answers", lambda v: percent(v, 0), reach=(0.0, 1.0)),
-    )
-    rows = [
-        (v.name, *(ms(v.latency_ms.quantiles[QUANTILES.index(q)]) for q in (0.05, 0.5, 0.9, 0.99, 1.0)),
-         f"{v.latency_ms.samples:,}")
-        for v in timed if v.latency_ms
-    ]  # fmt: skip
+    spread = [Series(name, [Point(x, q) for x, q in zip(found.quantiles, QUANTILES, strict=True)], "step")
+              for name, found in timed.items()]  # fmt: skip
+    time = Axis("ms from text to answer (log)", log=True)
+    fraction = Axis("fraction of answers", lambda v: percent(v, 0), reach=(0.0, 1.0))
+    chart = plot("Fraction of answers within a time, by variant", spread, time, fraction)
+    shown = [QUANTILES.index(q) for q in (0.05, 0.5, 0.9, 0.99, 1.0)]
+    rows = [(name, *(ms(t.quantiles[i]) for i in shown), f"{t.samples:,}") for name, t in timed.items()]
     columns = ("variant", "p5", "p50", "p90", "p99 seen", "slowest", "samples")
     figures = [Figure("How latency spreads", chart, Table(columns, rows))]
-    figures += _by_cell(r, "length", "The model's run by length", "tokens", "ms a run")
+    figures += _by_cell(r, "length", "The model alone by length", "tokens", "ms a run")
     figures += _by_cell(r, "batch", "Throughput by batch", "texts a batch", "texts a second", rate=True)
     figures += _by_cell(r, "threads", "By threads", "threads", "p50 ms")
     figures += _by_cell(r, "closed", "Closed loop: p50 by connections", "connections", "p50 ms")
     figures += _by_cell(r, "closed", "Closed loop: throughput", "connections", "requests a second", rate=True)
     figures += _by_cell(r, "open", "Open loop: p50 by rate", "requests a second", "p50 ms")
-    if any(len(v.latency_ms.round_p50) > 1 for v in timed if v.latency_ms):
-        figures.append(_by_round(timed))
+    if any(len(found.round_p50) > 1 for found in timed.values()):
+        figures.append(_by_round({name: found.round_p50 for name, found in timed.items()}))
     lead = (
-        "Batches are of texts of similar length, as offline work sorts them, from text to answers; runs by length are "
-        "the model alone, on real texts cut to one length. In an open loop latency counts from when a request was due."
+        "Batches have texts of similar length, and are timed from text to answers; by length the model alone is timed, "
+        "on real texts cut to one length. In an open loop latency counts from the time when a request was due."
     )
     return Section("Latency", lead, figures)
 
@@ -180,22 +162,16 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
     found = {name: cells for name, cells in found.items() if cells and (not rate or cells[0].per_second)}
     if not found:
         return []
+
+    def point(at: float, p50: float, ci: Interval | None, per_second: float) -> Point:
+        return Point(at, per_second) if rate else Point(at, p50, None, _narrow(ci))
+
     series = []
     for v in r.variants:
-        cells = found.get(v.name, [])
-        spots = [
-            Point(c.at, c.per_second or 0.0) if rate else Point(c.at, c.p50_ms, None, _narrow(c.p50_ci95))
-            for c in cells
-        ]
-        if scenario in ("batch", "threads") and v.latency_ms and spots:
-            single = v.latency_ms
-            first = (
-                Point(1, 1e3 / single.p50)
-                if rate
-                else Point(r.bench.threads, single.p50, None, _narrow(single.p50_ci95))
-            )
-            spots.insert(0, first)
-        series.append(Series(v.name, spots))
+        points = [point(c.at, c.p50_ms, c.p50_ci95, c.per_second or 0.0) for c in found.get(v.name, [])]
+        if scenario in ("batch", "threads") and points and (one := v.latency_ms):
+            points.insert(0, point(1 if rate else r.bench.threads, one.p50, one.p50_ci95, 1e3 / one.p50))
+        series.append(Series(v.name, points))
     chart = plot(caption, series, Axis(f"{at} (log)", log=True), Axis(f"{shown} (log)", log=True))
     rows = [
         (name, f"{c.at:g}", ms(c.p50_ms) + between(c.p50_ci95, c.p50_ms), ms(c.p99_ms), ms(c.per_second), str(c.errors))
@@ -206,27 +182,20 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
 
 
 def _narrow(ci: Interval | None) -> Interval | None:
-    """An interval, unless it says nothing and would only stretch the axis."""
+    """Return an interval, unless it is so wide that it would only stretch the axis."""
     return ci if ci and ci[1] < 4 * ci[0] else None
 
 
-def _by_round(timed: list[Variant]) -> Figure:
-    rounds = {v.name: v.latency_ms.round_p50 for v in timed if v.latency_ms}
-    series = [
-        Series(name, [Point(i + 1, 100 * (x / median(found) - 1)) for i, x in enumerate(found)])
-        for name, found in rounds.items()
-    ]
-    caption = "Round by round: p50 against each variant's own middle"
-    axis = Axis("difference, %", signed, reach=(-5.0, 5.0))
-    chart = plot(caption, series, Axis("round", "{:.0f}".format), axis)
-    return Figure(
-        caption,
-        chart,
-        Table(("variant", "p50 ms of each round"), [(n, ", ".join(map(ms, x))) for n, x in rounds.items()]),
-    )
+def _by_round(rounds: dict[str, list[float]]) -> Figure:
+    series = [Series(name, [Point(i + 1, 100 * (x / median(p50) - 1)) for i, x in enumerate(p50)])
+              for name, p50 in rounds.items()]  # fmt: skip
+    caption = "p50 of each round against the variant's median round"
+    axes = Axis("round", "{:.0f}".format), Axis("difference, %", signed, reach=(-5.0, 5.0))
+    rows = [(name, ", ".join(map(ms, p50))) for name, p50 in rounds.items()]
+    return Figure(caption, plot(caption, series, *axes), Table(("variant", "p50 ms of each round"), rows))
 
 
-# What each file was made from.
+# The source of each file or model.
 _MADE_FROM = {
     "student-torch": "teacher-torch", "student-fp32": "student-torch", "student-fp32-fused": "student-fp32",
     "student-fp16": "student-fp32", "student-int8": "student-fp32", "student-int8-fused": "student-fp32-fused",
@@ -234,7 +203,7 @@ _MADE_FROM = {
 
 
 def steps(r: Report) -> Section | None:
-    """Teacher → student → ONNX → fused, int8: what each step gave."""
+    """Show the gain of each step: teacher → student → ONNX → fused, int8."""
     named = {v.name: v for v in r.variants if v.latency_ms and v.speedup_p50}
     chain = [(named[made], named[source]) for made, source in _MADE_FROM.items() if made in named and source in named]
     if len(chain) < 2 or chain[0][0].name != "student-torch":
@@ -247,16 +216,15 @@ def steps(r: Report) -> Section | None:
         rows.append(_step(v, gain, r))
     chart = bars("p50 latency after each step", drawn, Axis("p50 ms (log)", log=True))
     columns = ("step", "p50 ms", "gain", "size MB", f"{r.metric} [95 %]")
-    lead = "Each bar runs from what the model or file was made from to itself; gains are by paired rounds."
+    lead = "Each bar is from the source of a model or file to itself; gains are paired by round."
     return Section("What each step gave", lead, [Figure("p50 latency, step by step", chart, Table(columns, rows))])
 
 
 def _bar(v: Variant, before: Variant | None, gain: str) -> Bar:
     assert v.latency_ms
     base = before.latency_ms.p50 if before and before.latency_ms else None
-    return Bar(
-        v.name, v.latency_ms.p50, _narrow(v.latency_ms.p50_ci95), f"{_p50(v)} ms, {gain}", base, 1 if before else 0
-    )
+    remark, style = f"{_p50(v)} ms, {gain}", 1 if before else 0
+    return Bar(v.name, v.latency_ms.p50, _narrow(v.latency_ms.p50_ci95), remark, base, style)
 
 
 def _step(v: Variant, gain: str, r: Report) -> tuple[str, ...]:

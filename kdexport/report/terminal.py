@@ -1,4 +1,4 @@
-"""The report in the terminal."""
+"""Print a report in the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdexport.results import Report, machine_name
 
 
 def show(report: Report, folder: Path) -> None:
-    """Print the table of variants, what distillation gave, and where the files are, on stdout."""
+    """Print the table of variants, the summary, and the paths of the files."""
     bold = next((i for i, v in enumerate(report.variants) if v.name == report.recommended), None)
     show_table(headers(report), table(report), bold)
     for line in summary(report):
@@ -25,7 +25,7 @@ def show(report: Report, folder: Path) -> None:
 
 
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None = None) -> None:
-    """Print cells as a table that is never cut: the first column to the left, the others to the right."""
+    """Print a table without truncation: the first column aligned left, the others right."""
     console = _console()
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, header in enumerate(headers):
@@ -36,12 +36,12 @@ def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]], bold: int 
 
 
 def print_line(line: str) -> None:
-    """Print one line on stdout, as it is."""
+    """Print one line without markup."""
     _console().print(line, markup=False)
 
 
 def summary(report: Report) -> list[str]:
-    """The few sentences under the table."""
+    """Return the lines under the table."""
     found, lines, metric = report.distillation, [], metric_of(report)
     if report.search:
         lines.append(f"search: {report.search.reason}.")

@@ -1,6 +1,6 @@
-"""The records of what was measured: `report.json`, with units in the names. Everything else renders these.
+"""The records of `report.json`, with units in the names: the source of all pages and tables.
 
-The contract is versioned (`SCHEMA`) and published as `kdexport/schemas/report.schema.json`.
+The format is versioned (`SCHEMA`) and published as `kdexport/schemas/report.schema.json`.
 """
 
 from kdexport.results.findings import *  # noqa: F403

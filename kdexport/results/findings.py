@@ -1,4 +1,4 @@
-"""What was found out: evidence, leakage, the budget, the search, what distillation gave."""
+"""Records of evidence, leakage, the budget, the search and the distillation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Bin(msgspec.Struct, frozen=True):
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """Does 90 % sure mean right in 90 %? Expected calibration error (Guo et al. 2017, eq. 5) and its bins."""
+    """Expected calibration error (Guo et al. 2017, eq. 5) and its bins."""
 
     ece: float
     bins: list[Bin]
@@ -52,7 +52,7 @@ class Example(msgspec.Struct, frozen=True):
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """Teacher and recommended student, looked at closely; classes by lost recall, worst first."""
+    """Teacher and recommended student compared row by row; classes by lost recall, worst first."""
 
     classes: list[ClassScore]
     calibration: dict[str, Calibration]
@@ -60,9 +60,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attack(msgspec.Struct, frozen=True):
-    """How well a threshold on a score tells rows that a model was trained on (members) from others.
+    """How well a threshold on a score separates training rows (members) from others.
 
-    `auc` is 0.5 by chance; `advantage` is the largest TPR − FPR, which chance keeps below `by_chance` in 95 %.
+    `auc` is 0.5 by chance; `advantage` is the largest TPR − FPR, which is below `by_chance` in 95 % by chance.
     """
 
     auc: float
@@ -81,7 +81,7 @@ class Membership(msgspec.Struct, frozen=True):
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One limit of the budget: what was asked for, what was found; `sure` if its interval is on one side too."""
+    """One limit of the budget and the figure found; `sure` if its whole interval is on one side of the limit."""
 
     name: str
     limit: float
@@ -91,17 +91,17 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """The budget as a whole; `met` is null where nothing was asked for."""
+    """The whole budget; `met` is null without limits."""
 
     met: bool | None
     checks: list[Check]
 
 
 class SearchCandidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One student of a search: measured untrained, then tried, then trained, as far as it came.
+    """One student of a search, with the figures of the steps that it reached: untrained, trial, full training.
 
-    Size and latency are those of its file of `precision`; they don't depend on the weights. `trial` and `metric` are
-    of the validation split: after a short training in PyTorch, and of the exported file after the whole one.
+    Size and latency are those of the file in `precision`; they don't depend on the weights. `trial` and `metric` are on
+    the validation split: in PyTorch after a short training, and of the exported file after the full one.
     """
 
     name: str
@@ -120,7 +120,7 @@ class SearchCandidate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Search(msgspec.Struct, frozen=True, kw_only=True):
-    """How a student was chosen to a budget; everything on the validation split, the teacher's metric too."""
+    """The search for a student within a budget; all metrics, the teacher's too, are on the validation split."""
 
     rungs: list[SearchCandidate]
     winner: str
@@ -138,13 +138,12 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Distillation(msgspec.Struct, frozen=True, kw_only=True):
-    """What distillation gave: the same student on hard labels alone is the baseline.
+    """The gain by distillation over the baseline: the same student trained on hard labels alone.
 
-    `model` is the student as the spec names it. `loss`, `temperature` and `alpha` are as in the spec; what moves
-    during training is written as text. `gain_points` is positive where the student is better than the baseline, in
-    percentage points, or in the metric's own unit where it is a number; `gain_mcnemar_p` is of fractions only. `ratio`
-    is (student − baseline) ÷ (teacher − baseline).
-    `further` are the metrics beside the one that counts, of teacher, student and baseline in PyTorch.
+    `model` is the student's name in the spec. `loss`, `temperature` and `alpha` are as in the spec; schedules are text.
+    `gain_points` is positive where the student is better than the baseline, in percentage points, or in the unit of a
+    metric that is a number; `gain_mcnemar_p` is of fractions only. `ratio` is (student − baseline) ÷ (teacher −
+    baseline). `further` are the other metrics of teacher, student and baseline in PyTorch.
     """
 
     teacher: Metric

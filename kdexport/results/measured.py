@@ -1,4 +1,4 @@
-"""What was measured of files and models: metric, latency, memory, and under which conditions."""
+"""Records of measured files and models: metric, latency, memory, and the conditions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VerdictOfRatio = Literal["faster", "slower", "same", "unsure"]
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """The task's metric on the whole test split, with its 95 % interval: Wilson's for a share, else by bootstrap."""
+    """The task's metric on the whole test split, with its 95 % interval: Wilson's for a fraction, else by bootstrap."""
 
     value: float
     ci95: Interval
@@ -20,7 +20,7 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 class Quality(msgspec.Struct, frozen=True):
-    """What one file or model answers on the test split, against the teacher."""
+    """Metric and agreement with the teacher of one file or model, on the test split."""
 
     metric: Metric
     agreement: float
@@ -30,12 +30,12 @@ class Quality(msgspec.Struct, frozen=True):
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds from text to answer at batch 1; null where there are too few samples to say.
+    """Milliseconds from text to answer at batch 1; null where samples are too few.
 
-    p50 is the centre over rounds of each round's median; p90 and p99 are of all samples, p99 from 1,000 on.
-    Intervals are taken over rounds. `p99_at_most` is a bound where samples are too few for p99.
-    `quantiles` are at `QUANTILES`, for the distribution's curve. Of language models it is from a prompt to the last of
-    some new tokens; `first_token_p50` is until the first, `tokens_per_second` are new ones by p50.
+    p50 is the centre over rounds of each round's median; p90 and p99 are of all samples, p99 from 1,000 on, with
+    `p99_at_most`, a bound, below that. Intervals are over rounds. `quantiles`, at `QUANTILES`, are for the curve of the
+    distribution. For language models: from a prompt to the last of some new tokens; `first_token_p50` until the first
+    one, `tokens_per_second` are new tokens by p50.
     """
 
     p50: float
@@ -59,7 +59,7 @@ QUANTILES = (0.0, 0.01, *(round(0.05 * i, 2) for i in range(1, 20)), 0.97, 0.98,
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """A ratio of latencies, paired by round, with its 95 % interval and what that allows one to say."""
+    """A ratio of latencies, paired by round, with its 95 % interval and verdict."""
 
     value: float
     ci95: Interval | None
@@ -67,10 +67,10 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """A variant under one other condition: a batch size, a length in tokens, a number of threads, a load.
+    """A variant at another batch size, length in tokens, number of threads, or load.
 
-    `scenario` is batch, length, threads, closed (at: connections) or open (at: requests a second, latency
-    counted from when each was due). `p50_ms` is of a batch, a run, or a request.
+    `scenario` is batch, length, threads, closed (at: connections) or open (at: requests a second; latency from the time
+    when each was due). `p50_ms` is of a batch, a run, or a request.
     """
 
     scenario: str
@@ -84,10 +84,10 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Footprint(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process that only predicts costs; medians over rounds, each a fresh process.
+    """Costs of a process that only predicts; medians over rounds, each a fresh process.
 
-    `cold_ms` runs from the start of the process to its first answer, files in the system's cache.
-    `cores_used` is CPU time by wall time while it was measured: below the threads, the machine was busy.
+    `cold_ms` is from the start of the process to its first answer, with files in the system's cache. `cores_used` is
+    CPU time ÷ wall time during the measurement: below the number of threads, the machine was busy.
     """
 
     cold_ms: float
@@ -130,22 +130,22 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def machine_name(environment: dict[str, Any]) -> str:
-    """The machine that an environment's facts are of, in a few words."""
+    """Name the machine of an environment."""
     return f"{environment.get('cpu') or 'an unknown CPU'}, {environment.get('cores_allowed', '?')} core(s)"
 
 
 class Control(msgspec.Struct, frozen=True):
-    """The engine's check of itself: one file measured twice as if it were two. `ratio` should hold 1."""
+    """The engine's check of itself: one file measured twice as if it were two; `ratio` should include 1."""
 
     name: str
     ratio: Ratio
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was measured, and what a reader must know about it.
+    """The conditions of a measurement, with failures and warnings.
 
-    `texts` is the hash of the texts; `tokens` their lengths, and how many per cent of them fill
-    all `limit` that are read, so most likely were cut.
+    `texts` is the hash of the texts; `tokens` their lengths, and the percentage that reaches `limit`, so was probably
+    truncated.
     """
 
     reference: str = "teacher-torch"

@@ -1,4 +1,4 @@
-"""The report as a whole, what changed between two, and what an export made; read and written."""
+"""The records of a report, of the comparison of two, and of an export; reading a report."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ SCHEMA = 2
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """`report.json`: of a run, or of `kdexport bench` (which leaves out what it does not know).
+    """`report.json` of a run, or of `kdexport bench`, with fewer fields.
 
-    `metric_kind`: fraction (of rows that are right), ratio (between 0 and 1) or number (in a unit of its own).
+    `metric_kind`: fraction (of rows that are correct), ratio (between 0 and 1) or number (in a unit of its own).
     """
 
     schema: int = SCHEMA
@@ -43,14 +43,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     command: str = ""
 
     def variant(self, name: str | None) -> Variant:
-        """A variant by its name."""
+        """Return a variant by its name."""
         return next(variant for variant in self.variants if variant.name == name)
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric of one variant in A and in B. `change` and its interval are in `unit`: % or points (of shares).
+    """One metric of one variant in A and in B. `change` and its interval are in `unit`: % or points (of fractions).
 
-    `verdict` is better, worse, same, unsure or not comparable; `how` says what it rests on.
+    `verdict` is better, worse, same, unsure or not comparable; `how` is the method.
     """
 
     variant: str
@@ -66,7 +66,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True):
-    """A condition that must not hold: passed, failed or unsure, and why."""
+    """A condition that must not hold: passed, failed or unsure, and the reason."""
 
     expression: str
     status: str
@@ -74,7 +74,7 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """What changed from A to B."""
+    """The changes from A to B."""
 
     a: str
     b: str
@@ -84,7 +84,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExportedFile(msgspec.Struct, frozen=True, kw_only=True):
-    """One file that `kdexport export` made: how far from PyTorch, and the share of rows with fp32's answer."""
+    """One exported file: its difference from PyTorch, and the fraction of rows with fp32's answer."""
 
     precision: str
     file: str
@@ -95,7 +95,7 @@ class ExportedFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Exported(msgspec.Struct, frozen=True, kw_only=True):
-    """What `kdexport export` made of a model, and on how many of the user's rows it was verified."""
+    """The result of `kdexport export`; `rows` of the user's data verified it."""
 
     model: str
     task: str
@@ -119,13 +119,11 @@ def read_report(path: Path) -> Report:
     except OSError:
         raise RunError(f"{path} does not exist", "A finished kdexport run writes it") from None
     except msgspec.DecodeError as error:
-        raise RunError(
-            f"{path} can't be read: {error}", "Run the same command again: finished stages are kept"
-        ) from None
+        raise RunError(f"{path} can't be read: {error}", "Run the same command again; it resumes") from None
     version = raw.get("schema") if isinstance(raw, dict) else None
     if version == 1:  # 2 only added fields
         raw["schema"] = version = SCHEMA
-    if isinstance(raw, dict) and raw.get("metric") == "accuracy":  # older reports don't say of what kind it is
+    if isinstance(raw, dict) and raw.get("metric") == "accuracy":  # older reports lack the kind
         raw.setdefault("metric_kind", "fraction")
     if version != SCHEMA:
         raise RunError(f"{path} is of schema {version}, this kdexport reads 1 and {SCHEMA}", "Run kdexport run again")

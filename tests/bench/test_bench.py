@@ -197,7 +197,7 @@ def test_labels_of_every_kind_are_known_to_their_model(kind, capfd):
     assert capfd.readouterr().err == ""  # there are no labels, which is no fault
     if kind != "regression":
         assert labelled_rows(task, [*rows, {"text": "x", "label": "d"}], "m") == []
-        assert f"the {made.metric.name} of m is not taken: it has no label 'd'" in capfd.readouterr().err
+        assert f"the {made.metric.name} of m is not measured: it has no label 'd'" in capfd.readouterr().err
     if kind == "multi-label":  # as a file has them
         assert labelled_rows(task, [{"text": "x", "label": "a\x1fc"}], "m")[0]["label"] == "a\x1fc"
 
@@ -317,9 +317,9 @@ BAD = [
     ),
     (["bench", "{run}", "--data", "{five}"], "five.jsonl, row 2: text is no text but int"),
     (["bench", "{run}", "--connections", "0"], "--connections '0' can't be read. Write whole numbers from 1 on"),
-    (["bench", "{run}", "--rate", "50%,200"], "--rate '50%,200' can't be read. Write shares of the peak"),
+    (["bench", "{run}", "--rate", "50%,200"], "--rate '50%,200' can't be read. Write 50%,80% (of the peak)"),
     (["bench", "{run}", "--rate", "0"], "--rate '0' can't be read"),
-    (["bench", "{run}", "--precision", "5"], "--precision '5' is no share. Write it like 5% or 0.05"),
+    (["bench", "{run}", "--precision", "5"], "--precision '5' is not below 100%. Write it like 5% or 0.05"),
     (["compare", "{texts}", "{run}"], "is no report that can be read"),
     (["bench", "nowhere.onnx"], "nowhere.onnx does not exist"),
     (["bench", "{run}:int4"], "has no variant 'int4'. It has: fp32, int8"),
