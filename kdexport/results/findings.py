@@ -60,7 +60,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attack(msgspec.Struct, frozen=True):
-    """How well a threshold on a score separates training rows (members) from others.
+    """Separation of training rows (members) from others by a threshold on a score.
 
     `auc` is 0.5 by chance; `advantage` is the largest TPR − FPR, which is below `by_chance` in 95 % by chance.
     """

@@ -192,7 +192,7 @@ def test_labels_of_every_kind_are_known_to_their_model(kind, capfd):
     task = made(config, Tokenizer(WordLevel({"x": 0}, unk_token="x")))
     rows = [{"text": "x x", "label": label} for label in LABELS[kind]]
     assert labelled_rows(task, rows, "m") == rows
-    assert "not taken" not in capfd.readouterr().err
+    assert "not measured" not in capfd.readouterr().err
     assert labelled_rows(task, [*rows, {"text": "x"}], "m") == []
     assert capfd.readouterr().err == ""  # there are no labels, which is no fault
     if kind != "regression":
