@@ -1,6 +1,6 @@
-"""text-embeddings-inference's `/predict`: texts in, flat lists of labels with scores out.
+"""text-embeddings-inference's `/predict`: texts → flat lists of labels with scores.
 
-Source: its router/src/http/types.rs. A list of two texts is one pair there, and batches are lists of lists.
+Source: its router/src/http/types.rs. A list of two texts is one pair; batches are lists of lists.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parse(body: bytes) -> Query:
 
 
 def render(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """Return a list of all labels with scores, best first; a list of such lists for a batch."""
+    """Return all labels with scores, best first; a list of such lists for a batch."""
     found = classes(version, results, "none" if query.raw_scores else None, None)
     return encode(found[0] if query.single else found)
 
