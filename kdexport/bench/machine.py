@@ -45,27 +45,21 @@ def elsewhere(facts: dict[str, Any]) -> list[str]:
 
 def environment() -> dict[str, Any]:
     """CPU, cores, memory, load, GPU, versions and commit, now."""
-    flags = _cpu()[1]
+    physical, cores = psutil.cpu_count(logical=False), os.cpu_count()
     return {
-        "kdexport": _version("kdexport"),
-        "python": platform.python_version(),
-        "os": platform.platform(),
+        "kdexport": _version("kdexport"), "python": platform.python_version(), "os": platform.platform(),
         **identity(),
-        "cores": os.cpu_count(),
-        "threads_a_core": _threads_a_core(),
-        "governor": _read(_CPU_DIR / "scaling_governor"),
-        "mhz": _mhz(),
+        "cores": cores, "threads_a_core": (cores or 1) // physical if physical else None,
+        "governor": _read(_CPU_DIR / "scaling_governor"), "mhz": _mhz(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "memory_limit": _read(Path("/sys/fs/cgroup/memory.max")),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "busy_percent": _busy_percent(),
-        "virtual": "hypervisor" in flags,
-        "container": _container(),
+        "memory_limit": _read(Path("/sys/fs/cgroup/memory.max")), "load_1min": round(os.getloadavg()[0], 2),
+        # A load average would count our own past work.
+        "busy_percent": round(100 - psutil.cpu_times_percent(interval=0.5).idle, 1),
+        "virtual": "hypervisor" in _cpu()[1], "container": _container(),
         "providers": providers() if find_spec("onnxruntime") else [],
         "thread_settings": {name: os.environ[name] for name in _THREADS if name in os.environ},
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
-        "git_commit": _git_commit(),
-    }
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))}, "git_commit": _git_commit(),
+    }  # fmt: skip
 
 
 def hardware(facts: dict[str, Any]) -> str:
@@ -104,22 +98,12 @@ def _cpu() -> tuple[str, set[str]]:
     return facts.get("model name", platform.machine()), set(facts.get("flags", facts.get("Features", "")).split())
 
 
-def _threads_a_core() -> int | None:
-    physical = psutil.cpu_count(logical=False)
-    return (os.cpu_count() or 1) // physical if physical else None
-
-
 def _mhz() -> int | None:
     try:
         found = psutil.cpu_freq()
     except (OSError, NotImplementedError):
         return None
     return round(found.current) if found and found.current else None
-
-
-def _busy_percent() -> float:
-    # A load average would count our own past work.
-    return round(100 - psutil.cpu_times_percent(interval=0.5).idle, 1)
 
 
 def _container() -> str | None:

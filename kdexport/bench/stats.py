@@ -125,13 +125,10 @@ def t_quantile(p: float, freedom: int) -> float:
         return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
     z, v = NormalDist().inv_cdf(p), float(freedom)
     z3, z5, z7, z9 = z**3, z**5, z**7, z**9
-    return (
-        z
-        + (z3 + z) / (4 * v)
-        + (5 * z5 + 16 * z3 + 3 * z) / (96 * v**2)
-        + (3 * z7 + 19 * z5 + 17 * z3 - 15 * z) / (384 * v**3)
-        + (79 * z9 + 776 * z7 + 1482 * z5 - 1920 * z3 - 945 * z) / (92160 * v**4)
-    )
+    first, second = (z3 + z) / 4, (5 * z5 + 16 * z3 + 3 * z) / 96
+    third = (3 * z7 + 19 * z5 + 17 * z3 - 15 * z) / 384
+    fourth = (79 * z9 + 776 * z7 + 1482 * z5 - 1920 * z3 - 945 * z) / 92160
+    return z + first / v + second / v**2 + third / v**3 + fourth / v**4
 
 
 def _centre(logs: Array, level: float) -> tuple[float, Interval | None]:

@@ -14,13 +14,9 @@ from kdexport.errors import Interrupted, KdexportError
 from kdexport.progress import Outlet
 
 app = typer.Typer(
-    name="kdexport",
-    help="Distil a teacher into a small ONNX model, verified, measured, and ready to serve.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+    name="kdexport", help="Distil a teacher into a small ONNX model, verified, measured, and ready to serve.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+)  # fmt: skip
 for command in (
     build.run, build.demo, build.init, build.export, use.predict, use.serve,
     bench.bench, bench.report, bench.compare, bench.doctor,

@@ -55,13 +55,9 @@ def bench(
     faster, slower, same or unsure.
 
     [bold]Examples[/bold]
-
       kdexport bench runs/demo runs/demo/teacher --reference teacher-torch
-
       kdexport bench runs/demo:int8 runs/other:int8 --threads 1,2
-
       kdexport bench ./my-bert --data texts.csv --runtime torch,torch-compile --device cpu,cuda
-
       kdexport bench http://127.0.0.1:8080/predict --data texts.csv --connections 1,8 --rate 50%,90%
     """
     given = arguments(locals())
@@ -84,9 +80,7 @@ def report(
     """Draw report.md and report.html again from report.json, and show the table.
 
     [bold]Examples[/bold]
-
       kdexport report runs/demo --price 0.04
-
       kdexport report runs/demo --to tensorboard:runs/tb
     """
     from kdexport.report import redraw
@@ -103,7 +97,6 @@ def doctor(as_json: options.Json = False, debug: options.Debug = False) -> None:
     """Show this machine's CPU, allowed cores, GPU, execution providers and versions, with hints.
 
     [bold]Example[/bold]
-
       kdexport doctor --json
     """
     from kdexport.bench.machine import advice, environment
@@ -142,11 +135,8 @@ def compare(
     are measured on this machine. Exit code 3: a gate failed.
 
     [bold]Examples[/bold]
-
       kdexport compare runs/old runs/new
-
       kdexport compare runs/old runs/new --fail-if "p99>+10%" --fail-if "accuracy<-0.5"
-
       kdexport compare old.json new.json --fail-if "p50>+25%"     (pytest-benchmark's JSON)
     """
     given = arguments(locals())

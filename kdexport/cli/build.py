@@ -64,13 +64,9 @@ def run(
     most promising are trained until one meets it. Run again, it resumes. Exit code 3: the budget is not met.
 
     [bold]Examples[/bold]
-
       kdexport run --teacher ./my-bert --data tickets.csv
-
       kdexport run --teacher ./my-bert --data tickets.csv --max-p99 2ms --max-size 5MB --min-retention 0.97
-
       kdexport run --teacher ./minilm --teacher-epochs 3 --data tickets.csv --student layers:2
-
       kdexport run spec.yaml --student bag --student tiny --max-size 2MB --time-limit 30min
     """
     given = arguments(locals()) | {"set": parse_sets(set)}
@@ -99,9 +95,7 @@ def demo(
     """Run on embedded data, BBC News and all-MiniLM-L6-v2, without network.
 
     [bold]Examples[/bold]
-
       kdexport demo --max-size 10MB --min-retention 0.97
-
       kdexport demo --student tiny
     """
     from kdexport.data import demo as embedded
@@ -110,18 +104,10 @@ def demo(
     if not data.exists():
         data.parent.mkdir(parents=True, exist_ok=True)
         embedded.write_bbc_news(data)
-    recipe = {
-        "data": data,
-        "max_length": 96,
-        "teacher": embedded.teacher(),
-        "teacher_epochs": 2,
-        "epochs": 10,
-        "temperature": 4.0,
-        "alpha": 1.0,
-        "set": {"teacher.train.learning_rate": 1e-4} | parse_sets(set),
-    }
-    asked = {"student": student, "max_p99": max_p99, "max_size": max_size, "min_retention": min_retention}
-    _run(recipe | asked | {"out": out, "move_aside": move_aside}, as_json)
+    recipe: dict[str, Any] = {"max_length": 96, "teacher_epochs": 2, "epochs": 10, "temperature": 4.0, "alpha": 1.0}
+    recipe |= {"data": data, "teacher": embedded.teacher(), "student": student, "out": out, "move_aside": move_aside}
+    budget = {"max_p99": max_p99, "max_size": max_size, "min_retention": min_retention}
+    _run(recipe | budget | {"set": {"teacher.train.learning_rate": 1e-4} | parse_sets(set)}, as_json)
 
 
 def init(
@@ -133,7 +119,6 @@ def init(
     """Write a spec with every setting, its default and its meaning, to edit and run.
 
     [bold]Example[/bold]
-
       kdexport init --teacher ./my-bert --data tickets.csv && kdexport run spec.yaml
     """
     from kdexport import spec
@@ -175,11 +160,8 @@ def export(
     An artifact, or a run, can be laid out for Triton or KServe too, as ARTIFACT[:VARIANT].
 
     [bold]Examples[/bold]
-
       kdexport export ./my-bert artifacts/tickets
-
       kdexport export ./my-bert artifacts/tickets --data tickets.csv --variants fp32,int8,fp16
-
       kdexport export runs/demo:int8 repository --layout triton
     """
     given = arguments(locals())
@@ -194,10 +176,8 @@ def export(
     for file in found.files:
         star = "★" if file.precision == found.recommended else " "
         same = "" if file.agreement is None else f"  same answer as fp32: {file.agreement:.1%}"
-        typer.echo(
-            f"{star} {file.file:<25} {file.size_bytes / 1e6:6.1f} MB  "
-            f"max |Δlogit| from PyTorch {file.max_abs_diff:.1e}{same}"
-        )
+        size = f"{file.size_bytes / 1e6:6.1f} MB"
+        typer.echo(f"{star} {file.file:<25} {size}  max |Δlogit| from PyTorch {file.max_abs_diff:.1e}{same}")
     typer.echo(f"★ loads by default: {found.reason}")
     typer.echo(f"wrote {out}")
 
@@ -219,8 +199,7 @@ def _print_plan(settings: Any, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        typer.echo(msgspec.json.encode({key: {"value": value, "reason": why} for key, value, why in rows}).decode())
-        return
+        return typer.echo(msgspec.json.encode({k: {"value": value, "reason": why} for k, value, why in rows}).decode())
     width = max(len(key) for key, _, _ in rows)
     for key, value, why in rows:
         typer.echo(f"{key:<{width}}  {value:<24}  {why}")

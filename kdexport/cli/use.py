@@ -50,15 +50,10 @@ def predict(
     """Print predictions as JSON lines, in the order of the inputs; language models continue each text.
 
     [bold]Examples[/bold]
-
       kdexport predict runs/demo "Shares rose after the merger"
-
       kdexport predict runs/demo --file texts.csv > answers.jsonl
-
       cat texts.txt | kdexport predict runs/demo
-
       kdexport predict runs/clothes a.png b.png
-
       kdexport predict runs/causal-lm "ROMEO:" --max-new-tokens 100 --temperature 0.8
     """
     import msgspec
@@ -147,11 +142,8 @@ def serve(
     SIGTERM drains, SIGHUP reloads the artifacts. / shows a page, /openapi.json the API.
 
     [bold]Examples[/bold]
-
       kdexport serve runs/demo
-
       kdexport serve tickets=runs/tickets:int8 news=runs/demo --port 9000
-
       kdexport serve runs/demo --host 0.0.0.0 --api-keys keys.txt --max-queue 5ms
     """
     given: dict[str, Any] = locals()

@@ -111,13 +111,10 @@ class TritonPythonModel:
 
     def _response(self, scores: np.ndarray) -> Any:
         best = scores.argmax(axis=1)[:, None]
-        return pb_utils.InferenceResponse(
-            output_tensors=[
-                pb_utils.Tensor("label", self.labels[best]),
-                pb_utils.Tensor("score", np.take_along_axis(scores, best, axis=1).astype(np.float32)),
-                pb_utils.Tensor("scores", scores.astype(np.float32)),
-            ]
-        )
+        highest = np.take_along_axis(scores, best, axis=1)
+        found = {"label": self.labels[best], "score": highest.astype(np.float32), "scores": scores.astype(np.float32)}
+        tensors = [pb_utils.Tensor(name, array) for name, array in found.items()]
+        return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
 def _rows(request: Any) -> list[Any]:

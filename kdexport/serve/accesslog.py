@@ -34,14 +34,8 @@ class AccessLog:
         if code < self._from and not fault:
             return
         client = request.scope.get("client")
-        line = {
-            "time": round(time.time(), 3),
-            "client": client[0] if client else "",
-            "method": request.method,
-            "path": request.path[:256],
-            "code": code,
-            "ms": round(1e3 * seconds, 3),
-        }
+        line = {"time": round(time.time(), 3), "client": client[0] if client else "", "method": request.method}
+        line |= {"path": request.path[:256], "code": code, "ms": round(1e3 * seconds, 3)}
         if request.model:
             line |= {"model": request.model, "protocol": request.protocol, "rows": request.rows}
         if request.tokens:

@@ -18,32 +18,13 @@ from typing import Any
 from kdexport import __version__
 from kdexport.runtime.generation import Piece
 from kdexport.runtime.predictor import allowed_cores
-from kdexport.serve import openapi, page
+from kdexport.serve import http, openapi, page
 from kdexport.serve.accesslog import AccessLog
 from kdexport.serve.batching import Batcher
 from kdexport.serve.connection import respond
 from kdexport.serve.generating import Generator, awaited
 from kdexport.serve.hosts import Hosts
-from kdexport.serve.http import (
-    CLIENT_GONE,
-    CLOSE,
-    EVENTS,
-    RETRY,
-    SMALL,
-    ClientGone,
-    Keys,
-    Receive,
-    Refused,
-    Request,
-    Response,
-    Scope,
-    Send,
-    Stream,
-    answer,
-    event,
-    failure,
-    refusal,
-)  # fmt: skip
+from kdexport.serve.http import RETRY, SMALL, ClientGone, Refused, Request, Response, Stream, answer, refusal
 from kdexport.serve.large import Limiter, check_answer, off_loop
 from kdexport.serve.metrics import Metrics
 from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
@@ -72,7 +53,7 @@ class App:
         self.prompts: Batcher | None = None
         self.loaded = self.draining = self.closing = False
         self.running = 0
-        self._keys = Keys(settings.api_keys)
+        self._keys = http.Keys(settings.api_keys)
         tensors: dict[str, dict[str, Handler]] = {
             "": {"GET": self._metadata}, "/ready": {"GET": self._model_ready}, "/infer": {"POST": self._infer_tensors}
         }  # fmt: skip
@@ -116,7 +97,7 @@ class App:
         self.metrics.refused.inc()
         self.log.refused()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             raise RuntimeError(f"an ASGI {scope['type']} is not spoken here")
@@ -133,11 +114,11 @@ class App:
         except Refused as refused:
             response = refusal(refused)
         except ClientGone:
-            response = Response(b"", CLIENT_GONE)
+            response = Response(b"", http.CLIENT_GONE)
         except Exception as error:
             # The log has the traceback, the response does not.
             fault = "".join(traceback.format_exception(error))
-            response = refusal(failure())
+            response = refusal(http.failure())
         finally:
             self.running -= 1
             if request.large:
@@ -145,15 +126,15 @@ class App:
         seconds = time.monotonic() - began
         self.metrics.request(request, response.status, seconds)
         self.log.request(request, response.status, seconds, fault)
-        if isinstance(response, Stream) or response.status == CLIENT_GONE:
+        if isinstance(response, Stream) or response.status == http.CLIENT_GONE:
             return
         if begun:  # the stream's last event is the error
-            await send({"type": "http.response.body", "body": event(response.body)})
+            await send({"type": "http.response.body", "body": http.event(response.body)})
             return
         await respond(send, response, self.closing)
 
-    async def _send(self, request: Request, stream: Stream, send: Send) -> None:
-        headers = [*EVENTS, CLOSE] if self.closing else EVENTS
+    async def _send(self, request: Request, stream: Stream, send: http.Send) -> None:
+        headers = [*http.EVENTS, http.CLOSE] if self.closing else http.EVENTS
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with aclosing(stream.rest):
             await send({"type": "http.response.body", "body": stream.first, "more_body": True})

@@ -22,15 +22,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
+import prometheus_client as prometheus
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
 from kdexport.serve.http import Request
@@ -46,9 +39,9 @@ class Metrics:
     """One server's registry."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]
+        prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
+        prometheus.ProcessCollector(registry=registry)
         counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry, buckets=BUCKETS)
         self._requests = counter("kdexport_requests", "Requests", ["model", "protocol", "code"])
         self._generated = counter("kdexport_generated_tokens", "Tokens that were written", ["model"])
@@ -95,7 +88,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
-        return bytes(generate_latest(self.registry))
+        return bytes(prometheus.generate_latest(self.registry))
 
 
 class _ModelInfo:

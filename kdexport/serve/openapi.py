@@ -33,11 +33,8 @@ def document(served: Served, settings: Settings) -> Any:
     first = "writes" if served.names and served.names[0] in writers else "classifies"
     named = "both" if len(kinds) == 2 else first
     values: dict[str, Any] = {
-        "$version": __version__,
-        "$names": served.names,
-        "$versions": served.versions,
-        "$max_chars": settings.max_chars,
-        "$max_rows": settings.max_rows,
+        **{"$version": __version__, "$names": served.names, "$versions": served.versions},
+        **{"$max_chars": settings.max_chars, "$max_rows": settings.max_rows},
         "$room": min((room for _, room in served.generators), default=2**31),
         "$writer": writers[0] if writers else "NAME",
         "$writers": {"enum": writers} if writers else {"type": "string"},

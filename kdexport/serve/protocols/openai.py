@@ -130,12 +130,10 @@ def parse(asked: CompletionRequest, generator: Generator, max_chars: int) -> Que
     """Parse a request for a model."""
     given = {
         "max_new_tokens": int(asked.max_tokens or min(_NEW_TOKENS, generator.room)),
-        "temperature": 1.0 if asked.temperature is None else asked.temperature,
-        "top_p": asked.top_p,
-        "top_k": int(asked.top_k or 0),
-        "seed": None if asked.seed is None else int(asked.seed),
+        "temperature": 1.0 if asked.temperature is None else asked.temperature, "top_p": asked.top_p,
+        "top_k": int(asked.top_k or 0), "seed": None if asked.seed is None else int(asked.seed),
         "stop": [asked.stop] if isinstance(asked.stop, str) else asked.stop,
-    }
+    }  # fmt: skip
     job = job_of(generator, asked.prompt, given, max_chars)
     usage = bool(asked.stream_options and asked.stream_options.include_usage)
     return Query(job, bool(asked.stream), usage, f"cmpl-{uuid4().hex}", int(time.time()))

@@ -67,17 +67,11 @@ def info(version: Version, settings: Settings) -> dict[str, Any]:
     labels = version.task.labels
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     return {
-        "model_id": version.name,
-        "model_sha": version.version,
-        "model_dtype": version.variant,
-        "model_type": {"classifier": names},
-        "max_input_length": version.task.config.max_length,
-        "max_batch_tokens": settings.max_batch_tokens,
-        "max_batch_requests": settings.max_batch,
-        "max_client_batch_size": settings.max_rows,
-        "auto_truncate": True,
-        "version": __version__,
-    }
+        "model_id": version.name, "model_sha": version.version, "model_dtype": version.variant,
+        "model_type": {"classifier": names}, "max_input_length": version.task.config.max_length,
+        "max_batch_tokens": settings.max_batch_tokens, "max_batch_requests": settings.max_batch,
+        "max_client_batch_size": settings.max_rows, "auto_truncate": True, "version": __version__,
+    }  # fmt: skip
 
 
 def _row(one: str | list[str]) -> dict[str, Any]:

@@ -144,11 +144,9 @@ def parse(body: bytes, generator: Generator, max_chars: int) -> Query:
     given = {
         "max_new_tokens": int(how.max_new_tokens or min(_NEW_TOKENS, generator.room)),
         "temperature": float(how.do_sample or False) if how.temperature is None else how.temperature,
-        "top_k": int(how.top_k or 0),
-        "top_p": how.top_p,
+        "top_k": int(how.top_k or 0), "top_p": how.top_p, "stop": how.stop,
         "seed": None if how.seed is None else int(how.seed),
-        "stop": how.stop,
-    }
+    }  # fmt: skip
     before = asked.inputs if how.return_full_text else ""
     return Query(job_of(generator, asked.inputs, given, max_chars), bool(asked.stream), bool(how.details), before)
 
