@@ -246,10 +246,8 @@ def _cells(rounds: Rounds) -> list[Cell]:
     swept = [one for one in rounds.values() if one.batches or one.runs]
     if not swept:
         return []
-    batches = {size: [one.batches[size] for one in swept] for size in swept[0].batches}
-    runs = {length: [one.runs[length] for one in swept] for length in swept[0].runs}
-    by_size = [stats.cell("batch", size, times, size) for size, times in batches.items()]
-    return by_size + [stats.cell("length", length, times, None) for length, times in runs.items()]
+    by_size = [stats.cell("batch", n, [one.batches[n] for one in swept], n) for n in swept[0].batches]
+    return by_size + [stats.cell("length", n, [one.runs[n] for one in swept], None) for n in swept[0].runs]
 
 
 def _other_threads(

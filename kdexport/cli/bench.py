@@ -42,9 +42,7 @@ def bench(
     load_seconds: Annotated[float, Load(callback=finite, help="Time of each load, in s.")] = 5.0,
     price: Annotated[float | None, Flag(min=0.0, help="Price of an hour of a core (or GPU): a cost table.")] = None,
     out: Annotated[Path | None, Flag("--out", "-o", help="Folder.", show_default="runs/bench-<time>")] = None,
-    pytest_benchmark: Annotated[
-        Path | None, Flag("--pytest-benchmark", help="Write pytest-benchmark's JSON here too, to a new file.")
-    ] = None,
+    pytest_benchmark: Annotated[Path | None, Flag(help="New file for pytest-benchmark's JSON.")] = None,
     move_aside: options.MoveAside = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -115,13 +113,9 @@ def doctor(as_json: options.Json = False, debug: options.Debug = False) -> None:
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="The run, bench folder or report to compare with.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The newer one.")],
-    fail_if: Annotated[
-        list[str] | None, Flag("--fail-if", help="Exit with 3 if so, like 'p99>+10%', 'accuracy<-0.5', 'size>5MB'.")
-    ] = None,
+    fail_if: Annotated[list[str] | None, Flag(help="Exit with 3 if 'p99>+10%', 'accuracy<-0.5', 'size>5MB', …")] = None,
     variant: Annotated[str | None, Flag(help="Variant to compare.", show_default="the recommended, else all")] = None,
-    measure: Annotated[
-        bool | None, Flag("--measure/--no-measure", help="Measure both files.", show_default="while a gate is unsure")
-    ] = None,
+    measure: Annotated[bool | None, Flag(help="Measure both files.", show_default="while a gate is unsure")] = None,
     time_limit: Annotated[str, Flag(help="Time limit of measuring.")] = "120s",
     unsure_fails: Annotated[bool, Flag("--unsure-fails", help="Fail on a gate that stays unsure.")] = False,
     out: Annotated[Path | None, Flag("--out", "-o", help="Write compare.html, .md and .json here.")] = None,

@@ -19,9 +19,7 @@ def run(
         Flag(help="Hugging Face folder or hub id, PEFT adapter, ONNX artifact, or logits; several times: an ensemble."),
     ] = None,
     teacher_epochs: Annotated[int | None, Flag(help="Epochs to fine-tune the teacher.", show_default="none")] = None,
-    data: Annotated[
-        str | None, Flag(help="CSV, JSONL or Parquet file, a folder with train.* and test.*, or a hub id.")
-    ] = None,
+    data: Annotated[str | None, Flag(help="CSV, JSONL or Parquet file, folder of train.*, test.*, or hub id.")] = None,
     test: Annotated[str | None, Flag(help="Test file.", show_default="split from the data")] = None,
     text: options.Text = None,
     text_pair: options.TextPair = None,
@@ -135,13 +133,9 @@ def init(
 def export(
     model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id of a trained model; an artifact; a run.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; an unchanged earlier export is replaced.")],
-    layout: Annotated[
-        str, Flag(help="hub: the artifact; triton: a model repository; kserve: with files for Kubernetes and KServe.")
-    ] = "hub",
+    layout: Annotated[str, Flag(help="hub: the artifact; triton: a repository; kserve: with manifests.")] = "hub",
     variants: Annotated[str | None, Flag(help="fp32 (always made), int8, fp16.", show_default="fp32,int8")] = None,
-    max_length: Annotated[
-        int | None, Flag(min=8, help="Tokens read of each text.", show_default="the model's, at most 512")
-    ] = None,
+    max_length: Annotated[int | None, Flag(min=8, help="Tokens read of each text.", show_default="up to 512")] = None,
     data: Annotated[str | None, Flag(help="Rows to verify on, without labels: a file or folder as in run.")] = None,
     text: options.Text = None,
     text_pair: options.TextPair = None,

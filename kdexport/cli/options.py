@@ -30,9 +30,7 @@ Text = Annotated[str | None, Flag("--text", help="Column of texts, images or sou
 TextPair = Annotated[str | None, Flag("--text-pair", help="Column of second texts.", show_default="guessed")]
 Label = Annotated[str | None, Flag("--label", help="Column of labels.", show_default="guessed")]
 SkipBadRows = Annotated[bool, Flag("--skip-bad-rows", help="Skip and count bad rows instead of stopping.")]
-Sets = Annotated[
-    list[str] | None, Flag("--set", metavar="KEY=VALUE", help="Any key of the spec, like distill.batch_size=64.")
-]
+Sets = Annotated[list[str] | None, Flag("--set", metavar="KEY=VALUE", help="A spec key, like distill.batch_size=64.")]
 
 
 def parse_sets(sets: list[str] | None) -> dict[str, Any]:

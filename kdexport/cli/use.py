@@ -125,8 +125,7 @@ def serve(
     max_writing_queue: Annotated[str, Limits(help="The same for prompts to language models.")] = "10s",
     timeout: Annotated[str, Limits(help="Time limit of one request; then 504.")] = "30s",
     max_body: Annotated[
-        str | None,
-        Limits(help="Bytes of a request's body, decompressed.", show_default="2MB, of sound 4MB, of images 10MB"),
+        str | None, Limits(help="Bytes of a body, decompressed.", show_default="2MB, of sound 4MB, of images 10MB")
     ] = None,
     max_rows: Annotated[int, Limits(min=1, help="Texts of a request.")] = 256,
     max_chars: Annotated[int, Limits(min=1, help="Characters of a text.")] = 100_000,

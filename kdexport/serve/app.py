@@ -118,7 +118,7 @@ class App:
         except Exception as error:
             # The log has the traceback, the response does not.
             fault = "".join(traceback.format_exception(error))
-            response = refusal(http.failure())
+            response = refusal(http.FAILURE)
         finally:
             self.running -= 1
             if request.large:

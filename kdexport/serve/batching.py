@@ -55,10 +55,6 @@ class Ticket:
         if not self.future.done():
             self.future.set_exception(error)
 
-    def expire(self) -> None:
-        """End at the deadline."""
-        self.fail(Refused(504, "the answer took longer than the request's deadline"))
-
 
 Item = tuple[Ticket, int, Any, int]  # ticket, index of the row, row, cost in tokens
 
@@ -135,7 +131,8 @@ class Batcher:
         ticket = self._submit(model, rows, costs, gone)
         if not rows:
             return ticket
-        timer = self._loop.call_later(timeout, ticket.expire)
+        late = Refused(504, "the answer took longer than the request's deadline")
+        timer = self._loop.call_later(timeout, ticket.fail, late)
         try:
             await ticket.future
         finally:

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from kdexport import __version__
 from kdexport.errors import MissingPackage
 from kdexport.serve.app import App
-from kdexport.serve.http import CLIENT_GONE, RETRY, SMALL, Keys, Refused, Request, encode, failure
+from kdexport.serve.http import CLIENT_GONE, FAILURE, RETRY, SMALL, Keys, Refused, Request, encode
 from kdexport.serve.large import Limiter, off_loop
 from kdexport.serve.protocols import oip
 from kdexport.serve.registry import Version
@@ -137,7 +137,7 @@ class _Service:
             raise
         except Exception as error:
             fault, code = "".join(traceback.format_exception(error)), 500
-            refused = failure()
+            refused = FAILURE
         finally:
             app.running -= 1
             request.end()

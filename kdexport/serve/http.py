@@ -45,6 +45,9 @@ class Refused(Exception):
         self.status, self.message, self.headers = status, message, headers or []
 
 
+FAILURE = Refused(500, "the server could not answer this; its log says why")
+
+
 class ClientGone(Exception):
     """The client disconnected."""
 
@@ -78,11 +81,6 @@ def answer(content: Any, status: int = 200) -> Response:
 def refusal(refused: Refused) -> Response:
     """Return the error response, its message cut: a name in it may be as long as the request."""
     return Response(encode({"error": refused.message[:_MAX_MESSAGE]}), refused.status, [JSON, *refused.headers])
-
-
-def failure() -> Refused:
-    """Return the error response to an internal error."""
-    return Refused(500, "the server could not answer this; its log says why")
 
 
 class Request:
