@@ -36,7 +36,7 @@ __all__ = [
     "compare", "export", "load", "run", "write",
 ]  # fmt: skip
 
-# numpy, tokenizers and onnxruntime are loaded when a model is, not when the package is
+# numpy, tokenizers and onnxruntime are loaded with a model, not with the package.
 _LAZY = {
     "kdexport.pipeline.api": ("bench", "compare", "run"),
     "kdexport.pipeline.export_model": ("export",),
@@ -44,7 +44,7 @@ _LAZY = {
     "kdexport.runtime.generation": ("Sampling", "write"),
     "kdexport.runtime.predictor": ("Predictor", "load"),
 }
-# Modules that model cards and Ray configs of older versions import.
+# Modules imported by model cards and Ray configs of older versions.
 _MOVED = {"kdexport.generation": "kdexport.runtime.generation", "kdexport.serve.ray": "kdexport.integrations.ray"}
 
 
@@ -64,7 +64,7 @@ def __dir__() -> list[str]:
 
 
 class _Room(ModuleType):
-    """`kdexport.bench` and `kdexport.export` are functions; once imported, also the folders of that name."""
+    """A package that is also the public function of its name: `kdexport.bench` and `kdexport.export`."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return __getattr__(self.__name__.split(".")[1])(*args, **options)
@@ -72,7 +72,7 @@ class _Room(ModuleType):
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in ("bench", "export"):  # the import system binds what it imported
+        if isinstance(value, ModuleType) and name in ("bench", "export"):  # bound by the import system
             value.__class__ = _Room
         super().__setattr__(name, value)
 

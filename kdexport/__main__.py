@@ -1,4 +1,4 @@
-"""`kdexport` and `python -m kdexport`. Signals are heeded from the first line on, long before the imports are done."""
+"""`kdexport` and `python -m kdexport`; signals are handled before the slow imports."""
 
 import os
 import signal
@@ -14,9 +14,9 @@ def main() -> None:
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, _end)
-    if serving:  # the server will reload on it, when there is something to reload
+    if serving:  # until the server can reload
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    for fd in (0, 1, 2):  # a closed one's number would go to the next file or socket, and the log into that
+    for fd in (0, 1, 2):  # else the next file or socket would get a closed one's number, and the log
         try:
             os.fstat(fd)
         except OSError:
@@ -30,8 +30,7 @@ def main() -> None:
     try:
         run()
     except SystemExit as end:
-        if any(thread.name.startswith(("load ", "consumer-")) for thread in threading.enumerate()):
-            # A model that never ends: it would run on while the interpreter is taken down.
+        if any(thread.name.startswith(("load ", "consumer-")) for thread in threading.enumerate()):  # hung
             os._exit(end.code if isinstance(end.code, int) else 1)
         raise
     except KeyboardInterrupt:  # outside of any command
@@ -41,12 +40,11 @@ def main() -> None:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    """End at once: nothing has begun that would have to be finished."""
     os._exit(0 if number == signal.SIGTERM and sys.argv[1:2] == ["serve"] else 128 + number)
 
 
 def _flush() -> None:
-    """Drop text that stderr does not take: the interpreter would change the exit code because of it."""
+    """Drop text that stderr refuses, which would change the interpreter's exit code."""
     try:
         if sys.stderr is not None:
             sys.stderr.flush()

@@ -1,1 +1,1 @@
-"""Measuring: the engine, what can be measured, and the machine's facts."""
+"""Measuring: the engine, its subjects, statistics, loads and the machine's facts."""

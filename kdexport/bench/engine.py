@@ -1,7 +1,7 @@
-"""The measuring engine: variants take turns in short shuffled rounds, each in a process of its own.
+"""The measuring engine: variants take turns in short shuffled rounds, each in its own process.
 
-Rounds go on until every ratio is known well enough, or the time is up. One target is measured twice, as if it
-were two: what the engine says of that pair is its check of itself.
+Rounds are added until every ratio is precise enough or the time is up. One target is measured twice, as two: the
+ratio of that pair checks the engine itself.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from kdexport.tasks.metrics import Array
 _MAX_ROWS, _MAX_ROUNDS = 256, 100
 _MIN_SAMPLES_A_ROUND = 200
 _SWEEP_ROUNDS = 3
-# What a process may take beside the time that it measures: loading a model, compiling it, sweeps.
-GRACE_S = 600.0
-# Who stops at the first narrow interval stops too early too often: the last one must be narrow at a higher level.
+GRACE_S = 600.0  # for loading, compiling and sweeping, beside the measured time
+# Optional stopping at the first narrow interval stops too early too often, so the level is higher than 95 %.
 _STOP_LEVEL = 0.98
 AGAIN = " again"
 
@@ -43,7 +42,7 @@ Rounds = dict[int, Samples]
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """`bench.json`: what was found, by variant; `targets` are all that were asked for."""
+    """`bench.json`: results by variant; `targets` are all requested ones."""
 
     targets: list[Target] = []
     latency: dict[str, Latency]
@@ -69,11 +68,11 @@ def bench(
 ) -> Measured:
     """Measure targets side by side; write `bench.json` and every sample (`samples.npz`, ms) into the folder `out`.
 
-    Up to 256 rows, spread over all, are answered one at a time, in one order for all targets. Ratios are taken to
+    All targets process the same sample of up to 256 rows one at a time, in one order. Ratios are relative to
     `reference`, `control` is measured twice, `loads` are put on HTTP targets, `sweep` adds batches and lengths.
 
     Raises:
-        RunError: no target could be measured. One that crashes is named in the result; the others' stand.
+        RunError: no target could be measured. A single crash is recorded in the result instead.
     """
     chosen = random.Random(seed).sample(rows, min(_MAX_ROWS, len(rows)))
     left_out = {target.name: reason for target in targets if (reason := why_not(target))}
@@ -83,11 +82,11 @@ def bench(
     twins = [msgspec.structs.replace(t, name=t.name + AGAIN) for t in active if t.name == control]
     facts, started = environment(), time.monotonic()
     write_bytes(out / "rows.json", msgspec.json.encode(chosen))
-    # Whole rounds are kept until the end, under a name that says of what: the same call goes on after a kill.
+    # Complete rounds stay on disk until the end, named by a hash of the request, so that the same call resumes.
     asked = digest(msgspec.to_builtins([settings, active + twins, reference, seed, chosen, sweep]))
-    kept = out / f"rounds-{asked[:12]}"
-    kept.mkdir(exist_ok=True)
-    found, failed = _take_turns(settings, active + twins, reference, seed, out / "rows.json", kept, sweep)
+    saved = out / f"rounds-{asked[:12]}"
+    saved.mkdir(exist_ok=True)
+    found, failed = _take_turns(settings, active + twins, reference, seed, out / "rows.json", saved, sweep)
     cells = {name: _cells(rounds) for name, rounds in found.items()}
     alive = [t for t in active if t.name not in failed]
     _other_threads(settings, alive, out / "rows.json", cells, started + settings.time_limit_s)
@@ -99,29 +98,28 @@ def bench(
                 failed[target.name] = trouble
                 warn(f"bench: {target.name} {trouble}")
     (out / "rows.json").unlink()
-    shutil.rmtree(kept)
+    shutil.rmtree(saved)
     own = {name: rounds for name, rounds in found.items() if name not in {twin.name for twin in twins}}
     if not own:
         reasons = "; ".join(f"{name} {why}" for name, why in (failed or left_out).items())
         raise RunError(f"nothing could be measured: {reasons}", "kdexport doctor says what this machine has")
     base, again = own.get(reference, {}), found.get(f"{control}{AGAIN}")
-    writes = max((measured_tokens(load_task(Path(target.task))) for target in active if target.task), default=0)
+    new_tokens = max((measured_tokens(load_task(Path(target.task))) for target in active if target.task), default=0)
     p99 = {name: stats.pooled_ratio(*_totals(base, rounds), 0.99) for name, rounds in own.items()} if base else {}
-    clock = (
-        f"a prompt of at most {writes} tokens to {writes} more" if writes else "text to answer: tokenise, run, softmax"
-    )
+    clock = f"a prompt of at most {new_tokens} tokens to {new_tokens} more"
     conditions = Conditions(
         reference=reference, threads=settings.threads[0], rounds=max(map(len, own.values())),
         round_seconds=settings.round_seconds, rows=len(chosen),
         texts=hashlib.sha256(msgspec.json.encode(chosen)).hexdigest()[:12],
-        tokens=_tokens(next((t for t in active if t.task), None), chosen), clock=clock,
+        tokens=_tokens(next((t for t in active if t.task), None), chosen),
+        clock=clock if new_tokens else "text to answer: tokenise, run, softmax",
         seconds=round(time.monotonic() - started, 1), failed=failed, left_out=left_out,
         control=Control(str(control), _ratio(own[str(control)], again)) if again and control in own else None,
         price_per_hour=settings.price_per_hour,
     )  # fmt: skip
     measured = Measured(
         targets=targets, conditions=conditions, environment=facts,
-        latency={name: _latency(rounds, writes) for name, rounds in own.items()},
+        latency={name: _latency(rounds, new_tokens) for name, rounds in own.items()},
         speedup={name: _ratio(base, rounds) for name, rounds in own.items()} if base else {},
         speedup_p99={name: ratio for name, ratio in p99.items() if ratio},
         footprint={t.name: _footprint(own[t.name]) for t in active if t.runtime != "http" and t.name in own},
@@ -139,27 +137,28 @@ def bench(
 
 
 def read_measured(folder: Path) -> Measured:
-    """`bench.json` of a finished bench stage."""
+    """Read `bench.json` of a finished bench stage."""
     return msgspec.json.decode((folder / "bench.json").read_bytes(), type=Measured)
 
 
 def read_rounds(folder: Path, name: str) -> list[Array]:
-    """Every sample of a variant in ms, an array a round, from `samples.npz`."""
+    """Read a variant's samples (ms) from `samples.npz`, one array per round."""
     with np.load(folder / "samples.npz") as samples:
         return [samples[key] for key in samples.files if key.rpartition("/")[0] == name]
 
 
 def _take_turns(
-    settings: spec.Bench, targets: list[Target], reference: str, seed: int, rows: Path, kept: Path, sweep: bool
+    settings: spec.Bench, targets: list[Target], reference: str, seed: int, rows: Path, saved: Path, sweep: bool
 ) -> tuple[dict[str, Rounds], dict[str, str]]:
-    """Rounds until every ratio is precise, or the time is up; and why targets failed."""
+    """Return the rounds by target, and the reasons of failures."""
     found: dict[str, Rounds] = {}
     failed: dict[str, str] = {}
     started, longest = time.monotonic(), 0.0
     with bar("measure", settings.rounds * len(targets)) as advance:
         for number in range(_MAX_ROUNDS):
-            if (kept / f"{number}.json").exists():
-                before = msgspec.json.decode((kept / f"{number}.json").read_bytes(), type=dict[str, Samples])
+            file = saved / f"{number}.json"
+            if file.exists():
+                before = msgspec.json.decode(file.read_bytes(), type=dict[str, Samples])
                 for name, samples in before.items():
                     found.setdefault(name, {})[number] = samples
                 say(f"  measure: round {number + 1} was measured before")
@@ -181,22 +180,18 @@ def _take_turns(
                     warn(f"bench: {target.name} {crash}")
                 advance(number < settings.rounds)
             whole = {name: rounds[number] for name, rounds in found.items() if number in rounds}
-            write_bytes(kept / f"{number}.json", msgspec.json.encode(whole))
+            write_bytes(file, msgspec.json.encode(whole))
             longest = max(longest, time.monotonic() - begun)
     return {name: rounds for name, rounds in found.items() if rounds and name not in failed}, failed
 
 
 def _unsure(settings: spec.Bench, alive: list[Target], found: dict[str, Rounds], reference: str) -> list[Target]:
-    """The targets whose ratio is not known to the precision yet, with the reference; none when all are."""
+    """Return the targets whose ratio is not precise enough yet, with the reference; none when all are."""
     if settings.precision is None or reference not in found:
         return []
-    others = [
-        target
-        for target in alive
-        if target.name != reference
-        and stats.half_width(_ratio(found[reference], found[target.name], _STOP_LEVEL).ci95) > settings.precision
-    ]
-    return [*(t for t in alive if t.name == reference), *others] if others else []
+    ratios = {t.name: _ratio(found[reference], found[t.name], _STOP_LEVEL).ci95 for t in alive if t.name != reference}
+    unsure = {name for name, ci in ratios.items() if stats.half_width(ci) > settings.precision}
+    return [t for t in alive if t.name in unsure | {reference}] if unsure else []
 
 
 def _round(
@@ -217,7 +212,7 @@ def _round(
     return msgspec.json.decode(done, type=Samples)
 
 
-def _latency(rounds: Rounds, writes: int) -> Latency:
+def _latency(rounds: Rounds, new_tokens: int) -> Latency:
     totals = [_total(one) for one in rounds.values()]
     pooled = np.concatenate(totals)
     medians = [float(np.median(total)) for total in totals]
@@ -228,8 +223,8 @@ def _latency(rounds: Rounds, writes: int) -> Latency:
         p99_at_most=stats.at_most(totals, 0.99) if p99 is None else None,
         tokenize_p50=float(np.median([np.median(one.tokenize_us) for one in rounds.values()])) / 1e3,
         model_p50=float(np.median([np.median(one.model_us) for one in rounds.values()])) / 1e3,
-        first_token_p50=_median(_median(one.first_ms) for one in rounds.values()) if writes else None,
-        tokens_per_second=1e3 * writes / p50 if writes else None, samples=len(pooled), rounds=len(rounds),
+        first_token_p50=_median(_median(one.first_ms) for one in rounds.values()) if new_tokens else None,
+        tokens_per_second=1e3 * new_tokens / p50 if new_tokens else None, samples=len(pooled), rounds=len(rounds),
         round_p50=medians, quantiles=np.quantile(pooled, QUANTILES, method="higher").tolist(),
     )  # fmt: skip
 
@@ -251,16 +246,14 @@ def _cells(rounds: Rounds) -> list[Cell]:
     swept = [one for one in rounds.values() if one.batches or one.runs]
     if not swept:
         return []
-    batches = {size: [one.batches[size] for one in swept] for size in swept[0].batches}
-    runs = {length: [one.runs[length] for one in swept] for length in swept[0].runs}
-    by_size = [stats.cell("batch", size, times, size) for size, times in batches.items()]
-    return by_size + [stats.cell("length", length, times, None) for length, times in runs.items()]
+    by_size = [stats.cell("batch", n, [one.batches[n] for one in swept], n) for n in swept[0].batches]
+    return by_size + [stats.cell("length", n, [one.runs[n] for one in swept], None) for n in swept[0].runs]
 
 
 def _other_threads(
     settings: spec.Bench, targets: list[Target], rows: Path, cells: dict[str, list[Cell]], until: float
 ) -> None:
-    """The single stream with other numbers of threads, in three rounds of turns; in one when time is up."""
+    """Measure the single stream with other thread counts, in three rounds; in one when time is up."""
     jobs = [(t, n) for t in targets for n in settings.threads[1:] if t.runtime != "http"]
     found: dict[tuple[str, int], list[list[float]]] = {}
     with bar("other threads", _SWEEP_ROUNDS * len(jobs)) as advance:
@@ -284,7 +277,6 @@ def _ratio(reference: Rounds, other: Rounds, level: float = 0.95) -> Ratio:
 
 
 def _totals(reference: Rounds, other: Rounds) -> tuple[list[Array], list[Array]]:
-    """Ms of the rounds that both have."""
     both = [number for number in reference if number in other]
     return [_total(reference[i]) for i in both], [_total(other[i]) for i in both]
 

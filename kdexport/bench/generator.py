@@ -1,8 +1,7 @@
-"""Load on an HTTP server: closed loops (so many clients, each asks again when answered) and open ones.
+"""Load on an HTTP server, in closed loops (each client waits for its response) and open ones.
 
-In an open loop requests are due at times that do not depend on the server, and latency counts from when a
-request was due: a server that stalls can't slow the questions down and so hide the wait (no coordinated
-omission). Runs as a process of its own: `python -m kdexport.bench.generator`, JSON in and out.
+In an open loop, send times do not depend on the server and latency counts from the scheduled time, so a server that
+stalls can't hide its queue (no coordinated omission). `python -m kdexport.bench.generator` reads and writes JSON.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ _WARM_S = 0.5
 
 
 class LoadError(KdexportError):
-    """A server can't be reached, or answers with an error."""
+    """An unreachable server, or an error response."""
 
 
 class LoadJob(msgspec.Struct, frozen=True, kw_only=True):
-    """One load: closed when `rate` (requests a second) is None; `poisson` or evenly spaced arrivals."""
+    """One load: a closed loop when `rate` (requests/s) is None; else `poisson` or evenly spaced arrivals."""
 
     url: str
     rows: str
@@ -46,7 +45,7 @@ class LoadJob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadSamples(msgspec.Struct, frozen=True, kw_only=True):
-    """Milliseconds of each request that was answered, the requests that were not, and the time it all took."""
+    """Latency of each successful request, the number of failed ones, and the load's duration."""
 
     latency_ms: list[float]
     errors: int
@@ -54,10 +53,10 @@ class LoadSamples(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Connection:
-    """One kept-alive HTTP/1.1 connection that only posts; a plain socket, because the client's time is measured too.
+    """A persistent HTTP/1.1 connection for POST; a plain socket, because the client's time is measured too.
 
     Raises:
-        LoadError: the server can't be reached, or answers with a status other than 200.
+        LoadError: the server is unreachable, or its status is not 200.
     """
 
     def __init__(self, url: str) -> None:
@@ -69,7 +68,7 @@ class Connection:
         self._socket: socket.socket | None = None
 
     def post(self, body: bytes) -> bytes:
-        """Send a JSON body, return the answer's."""
+        """Send a JSON body; return the response body."""
         request = f"{self._head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         try:
             if self._socket is None:
@@ -85,7 +84,7 @@ class Connection:
         return answer
 
     def close(self) -> None:
-        """Close the socket; the next post opens another."""
+        """Close the socket; the next `post` opens another."""
         if self._socket:
             self._socket.close()
         self._socket = None
@@ -113,10 +112,10 @@ class Connection:
 
 
 def body_of(url: str, rows: list[dict[str, Any]]) -> bytes:
-    """Rows as the body that the address's protocol wants.
+    """Encode rows in the URL's protocol.
 
-    `…/infer` is the Open Inference Protocol, `…/predict` text-embeddings-inference's; all else is taken for
-    Hugging Face's inference API. Pictures and recordings go in base64, one a request.
+    `…/infer` is the Open Inference Protocol, `…/predict` text-embeddings-inference, anything else Hugging Face's
+    inference API. Images and audio are base64, one per request.
 
     Raises:
         LoadError: the protocol has no request for such rows.
@@ -127,10 +126,8 @@ def body_of(url: str, rows: list[dict[str, Any]]) -> bytes:
     pairs = rows[0].get("text_pair") is not None
     columns = ("text", "text_pair") if pairs else ("text",)
     if path.endswith("/infer"):
-        tensors = [
-            {"name": name, "shape": [len(rows)], "datatype": "BYTES", "data": [row[name] for row in rows]}
-            for name in columns
-        ]
+        values = {name: [row[name] for row in rows] for name in columns}
+        tensors = [{"name": k, "shape": [len(v)], "datatype": "BYTES", "data": v} for k, v in values.items()]
         return msgspec.json.encode({"inputs": tensors})
     inputs: list[Any] = [{name: row[name] for name in columns} if pairs else row["text"] for row in rows]
     if path.endswith("/predict") and (pairs or len(rows) > 1):
@@ -149,10 +146,10 @@ def _media_body(url: str, rows: list[dict[str, Any]]) -> bytes:
 
 
 def load(job: LoadJob) -> LoadSamples:
-    """Put a load on a server; the first half second is not counted."""
+    """Put a load on a server; the first half second is a warm-up."""
     rows = msgspec.json.decode(Path(job.rows).read_bytes())
     bodies = [body_of(job.url, [row]) for row in rows]
-    Connection(job.url).post(bodies[0])  # a server that is not there is said once, not once a request
+    Connection(job.url).post(bodies[0])  # fail once if the server is down, not once per request
     begun = time.monotonic()
     due = None if job.rate is None else iter(list(_due(job, begun)))
     counter = itertools.count()
@@ -181,23 +178,20 @@ def load(job: LoadJob) -> LoadSamples:
     for one in clients:
         one.join()
     counted = begun + _WARM_S
-    return LoadSamples(
-        latency_ms=[ms for at, ms in found if at >= counted],
-        errors=sum(at >= counted for at in failed),
-        seconds=time.monotonic() - counted,
-    )
+    latency, errors = [ms for at, ms in found if at >= counted], sum(at >= counted for at in failed)
+    return LoadSamples(latency_ms=latency, errors=errors, seconds=time.monotonic() - counted)
 
 
 def _wait_until(at: float) -> None:
-    """Sleep to just before, then look at the clock: a sleep alone ends some 0.1 ms late, which would be charged."""
+    """Sleep, then spin: a sleep alone ends some 0.1 ms late, which would count as latency."""
     if (wait := at - time.monotonic() - 1.5e-4) > 0:
         time.sleep(wait)
     while time.monotonic() < at:
-        time.sleep(0)  # lets other threads read their answers
+        time.sleep(0)  # lets other threads run
 
 
 def _due(job: LoadJob, begun: float) -> Iterator[float]:
-    """When each request is due: a Poisson process of the rate, or evenly spaced."""
+    """Yield send times."""
     assert job.rate is not None
     chance, at = random.Random(job.seed), begun
     while at < begun + _WARM_S + job.seconds:

@@ -1,4 +1,4 @@
-"""Loads on a server in shuffled rounds: closed loops, then open ones at rates that may follow from them."""
+"""Loads on a server, in shuffled rounds."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ _ROUNDS = 3
 
 
 class Loads(msgspec.Struct, frozen=True, kw_only=True):
-    """Loads to put on servers: clients of closed loops, and rates of open ones.
-
-    `rates` are requests a second, or, with `of_peak`, shares of the best closed loop's.
-    """
+    """Clients of closed loops, and rates of open ones: requests/s, or with `of_peak` fractions of the highest rate."""
 
     connections: tuple[int, ...] = (1, 4, 16)
     rates: tuple[float, ...] = (0.8,)
@@ -32,10 +29,10 @@ class Loads(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def put_loads(target: Target, loads: Loads, seed: int, rows: Path) -> tuple[list[Cell], str]:
-    """Closed loops, then open ones at rates that may follow from them; three shuffled rounds of each.
+    """Put closed loops, then open ones, on a server, in three shuffled rounds each.
 
     Returns:
-        The cells that could be had, and what went wrong: the server is gone, or answers nothing but errors.
+        The measured cells, and the error if the server is gone or answers with errors alone.
     """
     cells: list[Cell] = []
     try:

@@ -1,4 +1,4 @@
-"""The machine's facts: part of every result, and what `kdexport doctor` prints."""
+"""The machine's facts, for every result and `kdexport doctor`."""
 
 from __future__ import annotations
 
@@ -28,19 +28,15 @@ _CPU_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
 def identity() -> dict[str, Any]:
-    """The facts that identify a machine: CPU, cores allowed, GPUs; `hardware` is their hash."""
+    """Facts that identify a machine: CPU, allowed cores, GPUs; `hardware` is their hash."""
     model, flags = _cpu()
-    facts: dict[str, Any] = {
-        "cpu": model,
-        "cpu_flags": [flag for flag in _FLAGS if flag in flags],
-        "cores_allowed": allowed_cores(),
-        "gpus": _gpus(),
-    }
+    known = [flag for flag in _FLAGS if flag in flags]
+    facts: dict[str, Any] = {"cpu": model, "cpu_flags": known, "cores_allowed": allowed_cores(), "gpus": _gpus()}
     return facts | {"hardware": hardware(facts)}
 
 
 def elsewhere(facts: dict[str, Any]) -> list[str]:
-    """Return a warning where figures with these facts were made on a machine that is not this one."""
+    """Return a warning if these facts are another machine's."""
     here = identity()
     where = f"on another machine ({machine_name(facts)}), not on this one ({machine_name(here)})"
     line = f"times, memory and speedups were measured {where}: to measure here, delete the folder bench/ and run again"
@@ -48,32 +44,26 @@ def elsewhere(facts: dict[str, Any]) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """CPU, cores, memory, load, GPU, versions and commit, as found now."""
-    flags = _cpu()[1]
+    """CPU, cores, memory, load, GPU, versions and commit, now."""
+    physical, cores = psutil.cpu_count(logical=False), os.cpu_count()
     return {
-        "kdexport": _version("kdexport"),
-        "python": platform.python_version(),
-        "os": platform.platform(),
+        "kdexport": _version("kdexport"), "python": platform.python_version(), "os": platform.platform(),
         **identity(),
-        "cores": os.cpu_count(),
-        "threads_a_core": _threads_a_core(),
-        "governor": _read(_CPU_DIR / "scaling_governor"),
-        "mhz": _mhz(),
+        "cores": cores, "threads_a_core": (cores or 1) // physical if physical else None,
+        "governor": _read(_CPU_DIR / "scaling_governor"), "mhz": _mhz(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "memory_limit": _read(Path("/sys/fs/cgroup/memory.max")),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "busy_percent": _busy_percent(),
-        "virtual": "hypervisor" in flags,
-        "container": _container(),
+        "memory_limit": _read(Path("/sys/fs/cgroup/memory.max")), "load_1min": round(os.getloadavg()[0], 2),
+        # A load average would count our own past work.
+        "busy_percent": round(100 - psutil.cpu_times_percent(interval=0.5).idle, 1),
+        "virtual": "hypervisor" in _cpu()[1], "container": _container(),
         "providers": providers() if find_spec("onnxruntime") else [],
         "thread_settings": {name: os.environ[name] for name in _THREADS if name in os.environ},
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
-        "git_commit": _git_commit(),
-    }
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))}, "git_commit": _git_commit(),
+    }  # fmt: skip
 
 
 def hardware(facts: dict[str, Any]) -> str:
-    """A name for machines whose milliseconds may be compared: CPU, its flags, cores allowed, GPUs."""
+    """Hash of CPU, flags, allowed cores and GPUs; times are comparable where it is the same."""
     gpus = (gpu["name"] for gpu in facts.get("gpus", []))
     parts = [facts["cpu"], *facts["cpu_flags"], str(facts["cores_allowed"]), *gpus]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
@@ -108,22 +98,12 @@ def _cpu() -> tuple[str, set[str]]:
     return facts.get("model name", platform.machine()), set(facts.get("flags", facts.get("Features", "")).split())
 
 
-def _threads_a_core() -> int | None:
-    physical = psutil.cpu_count(logical=False)
-    return (os.cpu_count() or 1) // physical if physical else None
-
-
 def _mhz() -> int | None:
     try:
         found = psutil.cpu_freq()
     except (OSError, NotImplementedError):
         return None
     return round(found.current) if found and found.current else None
-
-
-def _busy_percent() -> float:
-    """CPU time of all cores that is not idle, this process at rest; a load average would count our own past work."""
-    return round(100 - psutil.cpu_times_percent(interval=0.5).idle, 1)
 
 
 def _container() -> str | None:
@@ -135,7 +115,6 @@ def _container() -> str | None:
 
 
 def _gpus() -> list[dict[str, str]]:
-    """Name, driver, memory, clock, power and temperature of each GPU, from the driver's own tool."""
     query = ["nvidia-smi", f"--query-gpu={','.join(_GPU)}", "--format=csv,noheader"]
     rows = [line.split(", ") for line in (_run(query) or "").splitlines()]
     return [dict(zip(_GPU, row, strict=True)) for row in rows if len(row) == len(_GPU)]
@@ -149,7 +128,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of kdexport itself, where it runs from a checkout."""
+    """Return the commit of kdexport itself, if it runs from a checkout."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None

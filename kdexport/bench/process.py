@@ -1,4 +1,4 @@
-"""Our modules in processes of their own: JSON in, JSON out, threads pinned, gone when the process that asked is."""
+"""Subprocesses of our modules: JSON in and out, threads pinned; they end with their parent."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Crashed(Exception):
 
 
 def call(module: str, job: bytes, threads: int, deadline_s: float = 600.0) -> bytes:
-    """Run one of our modules in a process of its own, with every library's threads pinned.
+    """Run a module in a subprocess, with every library's threads pinned.
 
     Raises:
-        Crashed: it stopped, or did not end by the deadline and was killed; the message says which.
+        Crashed: it stopped, or was killed at the deadline.
     """
     pinned = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS", "RAYON")}
     process = subprocess.Popen(
@@ -31,7 +31,7 @@ def call(module: str, job: bytes, threads: int, deadline_s: float = 600.0) -> by
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | pinned | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
-        process_group=0,  # what it starts is killed with it, and can't hold its pipes open
+        process_group=0,  # its children are killed with it, and can't hold its pipes open
     )
     try:
         out, errors = process.communicate(job, deadline_s)
@@ -51,9 +51,9 @@ def call(module: str, job: bytes, threads: int, deadline_s: float = 600.0) -> by
 
 
 def main() -> None:
-    """Run a module as `python -m` does, until it ends or the process that asked for it does."""
+    """Run a module as `python -m` does, until it or the parent process ends."""
     module, parent = sys.argv[1:]
-    with contextlib.suppress(OSError, AttributeError):  # Linux alone; no thread, which would be measured too
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone; a watching thread would be measured too
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):  # it ended before that
         raise SystemExit(1)

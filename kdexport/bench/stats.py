@@ -1,8 +1,7 @@
-"""Samples → estimates with their uncertainty, and verdicts. numpy only.
+"""Estimates with intervals, and verdicts, from samples. numpy only.
 
-The unit of replication is the round, not the call: identical processes differ by some 10 % on shared
-machines, while calls inside one agree with each other. So intervals are taken over rounds, on a log scale,
-and ratios are paired by round, where drift hits both sides alike.
+The unit of replication is the round, not the call: identical processes differ by some 10 % on shared machines, calls
+of one process agree. Intervals are over rounds, on a log scale; ratios are paired by round, as drift hits both sides.
 """
 
 from __future__ import annotations
@@ -17,26 +16,21 @@ import numpy as np
 from kdexport.results import Cell, Interval, Ratio, VerdictOfRatio
 from kdexport.tasks.metrics import Array
 
-# Times that differ by less than this are called the same.
-SAME_WITHIN = 0.05
-# Rounds from which on an interval is drawn; two agree, or differ, by chance.
-ENOUGH_ROUNDS = 3
+SAME_WITHIN = 0.05  # relative difference of times with the verdict `same`
+ENOUGH_ROUNDS = 3  # fewest for an interval; two agree, or differ, by chance
 _WILCOXON_FROM = 6
 _P50_SAMPLES, _P90_SAMPLES, P99_SAMPLES, _A_ROUND = 5, 100, 1_000, 100
 
 
 def ratio(reference: Sequence[float], other: Sequence[float], level: float = 0.95) -> Ratio:
-    """How many times faster `other` is: reference ÷ other, by times of paired rounds."""
+    """Speedup of `other`: reference ÷ other, by times of paired rounds."""
     centre, bounds = _centre(np.log(reference) - np.log(other), level)
     ci = _exp(bounds)
     return Ratio(math.exp(centre), ci, "unsure" if ci is None else verdict(ci))
 
 
 def verdict(ci: Interval) -> VerdictOfRatio:
-    """What an interval of reference ÷ other allows one to say of `other`.
-
-    `same`: the whole interval lies within 5 % of 1. `faster`, `slower`: it leaves 1 out. Else `unsure`.
-    """
+    """`same`: the interval of reference ÷ other is within 5 % of 1; `faster`, `slower`: it excludes 1; or `unsure`."""
     low, high = ci
     if low >= 1 / (1 + SAME_WITHIN) and high <= 1 + SAME_WITHIN:
         return "same"
@@ -44,21 +38,20 @@ def verdict(ci: Interval) -> VerdictOfRatio:
 
 
 def estimate(times: Sequence[float], level: float = 0.95) -> tuple[float, Interval | None]:
-    """Centre of times, one a round, with its interval from three rounds on."""
+    """Centre of one time per round, with its interval from three rounds on."""
     centre, bounds = _centre(np.log(times), level)
     return math.exp(centre), _exp(bounds)
 
 
 def half_width(ci: Interval | None) -> float:
-    """Half of an interval, as a share of its centre; infinite where there is none."""
+    """Relative half width of an interval; infinite for none."""
     return math.inf if ci is None else math.sqrt(ci[1] / ci[0]) - 1
 
 
 def pooled(rounds: Sequence[Array], q: float, level: float = 0.95) -> tuple[float | None, Interval | None]:
-    """A quantile of all samples with its interval; None where there are too few samples to say.
+    """Quantile of all samples with its interval; None for too few samples.
 
-    The interval is a delete-one-round jackknife (Shao and Wu 1989), so it holds for samples that hang
-    together inside a round.
+    The interval is a delete-one-round jackknife (Shao and Wu 1989), which allows for correlation within a round.
     """
     if sum(map(len, rounds)) < enough_for(q):
         return None, None
@@ -67,9 +60,9 @@ def pooled(rounds: Sequence[Array], q: float, level: float = 0.95) -> tuple[floa
 
 
 def pooled_ratio(reference: Sequence[Array], other: Sequence[Array], q: float, level: float = 0.95) -> Ratio | None:
-    """Reference ÷ other by a quantile of each of their paired rounds; None where samples are too few for it."""
+    """Reference ÷ other, by a quantile of each paired round; None for too few samples."""
     enough = enough_for(q)
-    a_round = min(_A_ROUND, enough)  # a slow model gives few samples a round, and they do for a median
+    a_round = min(_A_ROUND, enough)  # a slow model has few samples per round, enough for a median
     if any(sum(map(len, side)) < enough or min(map(len, side)) < a_round for side in (reference, other)):
         return None
     ours, theirs = ([_quantile([one], q) for one in side] for side in (reference, other))
@@ -77,7 +70,7 @@ def pooled_ratio(reference: Sequence[Array], other: Sequence[Array], q: float, l
 
 
 def cell(scenario: str, at: float, rounds: Sequence[Sequence[float]], answers: int | None) -> Cell:
-    """One cell; `answers` a run, where throughput means something."""
+    """Summarise rounds as a cell; `answers` per run are for the throughput."""
     p50, ci = estimate([float(np.median(one)) for one in rounds])
     p99, _ = pooled([np.array(one) for one in rounds], 0.99)
     rate = None if answers is None else 1e3 * answers / p50
@@ -86,15 +79,15 @@ def cell(scenario: str, at: float, rounds: Sequence[Sequence[float]], answers: i
 
 
 def enough_for(q: float) -> int:
-    """Samples from which on a quantile is printed."""
+    """Fewest samples for a quantile."""
     return P99_SAMPLES if q >= 0.99 else _P90_SAMPLES if q >= 0.9 else _P50_SAMPLES
 
 
 def at_most(rounds: Sequence[Array], q: float) -> float | None:
-    """95 % upper bound of a quantile for which there are too few samples; None below 299 of them for p99.
+    """95 % upper bound of a quantile; None for too few samples (299 for p99).
 
-    The larger of two: the bound by order statistics, which is free of any distribution but takes samples to be
-    independent, and the one by leaving out rounds, which knows that samples of a round hang together.
+    The larger of two bounds: by order statistics, distribution-free for independent samples, and by a jackknife over
+    rounds, which allows for correlation within a round.
     """
     samples = np.concatenate(rounds)
     n, log_q, log_rest = len(samples), math.log(q), math.log1p(-q)
@@ -111,10 +104,10 @@ def at_most(rounds: Sequence[Array], q: float) -> float | None:
 
 
 def jackknife(n: int, statistic: Callable[[list[int]], float], level: float = 0.95) -> tuple[float, Interval | None]:
-    """A statistic of n rounds, and its interval by leaving out one round at a time, from three rounds on.
+    """Statistic of n rounds with its delete-one-round interval, from three rounds on.
 
-    Student's t is taken at 98 % for a level of 95 %: as it stands, the interval of a p99 held the truth in 88 to 90 %
-    of simulations with 5 to 12 rounds whose centres differ by 5 % (tests/bench/test_stats.py).
+    Student's t is taken at 98 % for a level of 95 %: at 95 %, the interval of a p99 covered the truth in 88 to 90 % of
+    simulations with 5 to 12 rounds whose centres differ by 5 % (tests/bench/test_stats.py).
     """
     value = statistic(list(range(n)))
     if n < ENOUGH_ROUNDS:
@@ -132,20 +125,16 @@ def t_quantile(p: float, freedom: int) -> float:
         return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
     z, v = NormalDist().inv_cdf(p), float(freedom)
     z3, z5, z7, z9 = z**3, z**5, z**7, z**9
-    return (
-        z
-        + (z3 + z) / (4 * v)
-        + (5 * z5 + 16 * z3 + 3 * z) / (96 * v**2)
-        + (3 * z7 + 19 * z5 + 17 * z3 - 15 * z) / (384 * v**3)
-        + (79 * z9 + 776 * z7 + 1482 * z5 - 1920 * z3 - 945 * z) / (92160 * v**4)
-    )
+    first, second = (z3 + z) / 4, (5 * z5 + 16 * z3 + 3 * z) / 96
+    third = (3 * z7 + 19 * z5 + 17 * z3 - 15 * z) / 384
+    fourth = (79 * z9 + 776 * z7 + 1482 * z5 - 1920 * z3 - 945 * z) / 92160
+    return z + first / v + second / v**2 + third / v**3 + fourth / v**4
 
 
 def _centre(logs: Array, level: float) -> tuple[float, Interval | None]:
-    """Centre and interval of a few numbers.
+    """Mean with Student's t; from six numbers on, the median of pairwise means with Wilcoxon's signed-rank interval.
 
-    Few: mean and Student's t. From six on: the median of all pairwise means with Wilcoxon's signed-rank
-    interval (Hodges and Lehmann 1963), which one disturbed round does not spoil.
+    One disturbed round does not spoil the latter (Hodges and Lehmann 1963).
     """
     n = len(logs)
     cut = _signed_rank_cut(n, round(1 - level, 9)) if n >= _WILCOXON_FROM else -1
@@ -162,7 +151,7 @@ def _centre(logs: Array, level: float) -> tuple[float, Interval | None]:
 
 @cache
 def _signed_rank_cut(n: int, alpha: float) -> int:
-    """How many of the sorted pairwise means to leave out at each end; -1 where n is too small for the level."""
+    """Number of sorted pairwise means to cut at each end; -1 where n is too small for the level."""
     ways = np.zeros(n * (n + 1) // 2 + 1)
     ways[0] = 1
     for rank in range(1, n + 1):

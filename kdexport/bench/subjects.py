@@ -1,4 +1,4 @@
-"""What can be measured: a model as three functions, opened in a process of its own."""
+"""Subjects of measurement: a model as three functions, opened in its own process."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from kdexport.tasks.metrics import Array
 
 Rows = list[dict[str, Any]]
 
-# Tokens of a language model's measured prompt, and as many that are generated.
-_TOKENS = 32
+_TOKENS = 32  # of a language model's measured prompt, and as many new ones
 # torch.compile's modes; reduce-overhead replays CUDA graphs.
 _COMPILED = {"torch-compile": "default", "torch-cudagraphs": "reduce-overhead"}
 
 
 class Target(msgspec.Struct, frozen=True):
-    """A variant: its name, its runtime, its task's folder and its model (a folder, a file or an address).
+    """A variant: name, runtime, the task's folder, and the model (a folder, a file or a URL).
 
-    `slower` stretches every answer by so much (0.1: ten percent), to see whether the engine finds it.
+    `slower` adds a relative delay (0.1: 10 %), to test the engine.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Target(msgspec.Struct, frozen=True):
 
 
 def of_model(role: str, folder: Path, runtimes: Sequence[str], devices: Sequence[str]) -> list[Target]:
-    """A Hugging Face folder in each of PyTorch's runtimes that are asked for: `<role>-torch`, …"""
+    """A Hugging Face folder in each requested PyTorch runtime: `<role>-torch`, …"""
     return [
         Target(f"{role}-{runtime}{_on(device)}", runtime, str(folder), str(folder), device)
         for device in devices
@@ -47,7 +46,7 @@ def of_model(role: str, folder: Path, runtimes: Sequence[str], devices: Sequence
 
 
 def of_file(name: str, task: Path, file: Path, runtimes: Sequence[str], devices: Sequence[str]) -> list[Target]:
-    """An ONNX file in each runtime that is asked for: `<name>` in ONNX Runtime, `<name>-openvino`, …"""
+    """An ONNX file in each requested runtime: `<name>` in ONNX Runtime, `<name>-openvino`, …"""
     found = [Target(f"{name}{_on(d)}", "onnxruntime", str(task), str(file), d) for d in devices]
     intel = [Target(f"{name}-openvino", "openvino", str(task), str(file))]
     return (found if "onnxruntime" in runtimes else []) + (intel if "openvino" in runtimes else [])
@@ -58,27 +57,26 @@ def _on(device: str) -> str:
 
 
 class Opened(NamedTuple):
-    """An open target: rows → arrays → logits → answers to these rows. All three are what a user waits for."""
+    """An open target: rows → arrays → logits → answers, all part of the latency."""
 
     encode: Callable[[Rows], Any]
     run: Callable[[Any], Any]
     decode: Callable[[Any, Rows], Any]
     gpu_peak_mb: Callable[[], float | None] = lambda: None
     device_ms: Callable[[], list[float]] = list
-    # Of language models: the run of whole texts, as verification takes them; the run until the first token alone, and
-    # what that took of each run, in ms.
+    # For language models: logits of whole texts, the run up to the first token, and that run's times in ms.
     answer: Callable[[Any], Array] | None = None
     read: Callable[[Any], Any] | None = None
     first_ms: Callable[[], list[float]] = list
 
 
 def open_target(target: Target, threads: int) -> Opened:
-    """Open a target with this many threads of its runtime."""
+    """Open a target with this many runtime threads."""
     return RUNTIMES[target.runtime](target, threads)
 
 
 def why_not(target: Target) -> str | None:
-    """Why a target can't be measured on this machine, or None. Looks, and opens nothing."""
+    """Return why this machine can't measure a target, or None; open nothing."""
     from importlib.util import find_spec
 
     package = target.runtime.partition("-")[0]
@@ -106,7 +104,7 @@ def _open_onnxruntime(target: Target, threads: int) -> Opened:
 
 
 def _open_torch(target: Target, threads: int) -> Opened:
-    """PyTorch as `from_pretrained` gives it: eager, or compiled. On a GPU, copies to and fro are part of a run."""
+    """Open a model in PyTorch, eager or compiled. On a GPU, a run includes both copies."""
     import torch
 
     from kdexport.models.registry import auto_class
@@ -155,7 +153,7 @@ def _open_torch(target: Target, threads: int) -> Opened:
 def writing(
     task: Generates, read: Callable[[Sequence[int], Any], tuple[Array, Any]], run_whole: Callable[[Any], Array]
 ) -> Opened:
-    """A language model: the first tokens of a text → as many more, each the most probable one."""
+    """Open a language model: greedy generation, from the first tokens of a text to as many more."""
     firsts: list[float] = []
 
     def encode(rows: Rows) -> Any:
@@ -167,22 +165,18 @@ def writing(
         return written
 
     return Opened(
-        encode,
-        run,
-        lambda ids, _: task.text_of(ids),
-        answer=run_whole,
-        read=lambda arrays: run(arrays, 1),
+        encode, run, lambda ids, _: task.text_of(ids), answer=run_whole, read=lambda arrays: run(arrays, 1),
         first_ms=lambda: firsts,
-    )
+    )  # fmt: skip
 
 
 def measured_tokens(task: Task) -> int:
-    """How many tokens a measured prompt has at most, and how many are written after it; 0 for what doesn't write."""
+    """Most tokens of a measured prompt, and of its continuation; 0 for a task that doesn't generate."""
     return min(_TOKENS, task.config.max_length // 2) if can_generate(task) else 0
 
 
 def _open_openvino(target: Target, threads: int) -> Opened:
-    """OpenVINO in full precision: by itself it takes bfloat16 where the CPU has it, and answers a little otherwise."""
+    # In full precision: by default OpenVINO takes bfloat16 where the CPU has it, and logits differ a little.
     import openvino
 
     task = load_task(Path(target.task))

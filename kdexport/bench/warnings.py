@@ -1,4 +1,4 @@
-"""What a reader of the figures must know about them: noise, drift, threads, too little time."""
+"""Warnings about a measurement: noise, drift, threads, too little time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kdexport.bench.stats import ENOUGH_ROUNDS, half_width
 
 
 def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[str, Any]) -> list[str]:
-    """One sentence a warning, the gravest first; none when all is well."""
+    """Return warnings, one sentence each, the gravest first."""
     lines = []
     rounds = max(map(len, found.values()))
     if rounds < ENOUGH_ROUNDS:
@@ -42,16 +42,15 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
             lines.append(f"{name} got only {100 * footprint.cores_used:.0f} % of a core: the machine was busy")
     drifting = [name for name, runs in found.items() if _drifts(runs)]
     if drifting:
-        lines.append(
-            f"{', '.join(drifting)} slowed down or sped up by over 10 % within rounds: warming up, or a busy machine"
-        )
+        names = ", ".join(drifting)
+        lines.append(f"{names} slowed down or sped up by over 10 % within rounds: warming up, or a busy machine")
     if facts["busy_percent"] > BUSY_PERCENT:
         lines.append(f"other work took {facts['busy_percent']:.0f} % of the CPU time before it began")
     return lines
 
 
 def _drifts(rounds: dict[int, Any]) -> bool:
-    """Whether the first quarter's median is 10 % off the last's, in most rounds the same way."""
+    """Whether the first quarter's median differs by 10 % from the last's, in most rounds the same way."""
     ratios = []
     for one in rounds.values():
         quarter = len(one.total_us) // 4

@@ -1,6 +1,6 @@
-"""A variant in a process of its own: one round of it, or all rows through it for its accuracy.
+"""One round of a variant, or its logits for all rows, in a subprocess.
 
-`python -m kdexport.bench.worker`, a JSON job in; samples as JSON, or logits as a .npy file, out.
+`python -m kdexport.bench.worker` reads a JSON job and writes samples as JSON, or logits as a .npy file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from kdexport.tasks.batches import in_batches
 from kdexport.tasks.metrics import Array
 
 _now = time.perf_counter_ns
-# Every cell gets as much time as this, and as many runs, before it counts.
+# Least time and runs of a cell; runs of warm-up.
 _CELL_SECONDS, _CELL_RUNS, _WARM_RUNS = 0.1, 3, 10
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A round to measure; `rows` is a JSON file of rows that are answered in turn, beginning with `start`.
+    """A round to measure, over the rows of the JSON file `rows` from `start` on.
 
-    `batch_sizes` and `lengths` (in tokens) are measured after the single stream; `spawned_ns` is the
-    monotonic clock when this process was asked for.
+    `batch_sizes` and `lengths` (tokens) follow the single stream; `spawned_ns` is the monotonic clock at the spawn.
     """
 
     target: Target
@@ -49,17 +48,14 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Answers(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """All rows of a JSON file, to be answered."""
+    """A request for the logits of all rows of a JSON file."""
 
     target: Target
     rows: str
 
 
 class Samples(msgspec.Struct, frozen=True, kw_only=True):
-    """Microseconds a row: tokenising, the model's run, and all from text to answer; then what it cost.
-
-    `batches` and `runs` hold ms by batch size and by length.
-    """
+    """Times per row, resources, and `batches` and `runs` in ms by batch size and by length."""
 
     tokenize_us: list[float]
     model_us: list[float]
@@ -77,17 +73,17 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def logits_of(target: Target, rows: Path, deadline_s: float) -> Array:
-    """Logits [N, C] of every row, in a process of its own, so that a model that falls takes nothing along.
+    """Logits [N, C] of every row, computed in a subprocess.
 
     Raises:
-        Crashed: it fell, or took longer than the deadline.
+        Crashed: it crashed, or took longer than the deadline.
     """
     job = msgspec.json.encode(Answers(target=target, rows=str(rows)))
     return np.asarray(np.load(io.BytesIO(call("kdexport.bench.worker", job, allowed_cores(), deadline_s))))
 
 
 def measure(job: Round) -> Samples:
-    """Open the target, warm up, answer rows one at a time, then in batches, then at fixed lengths."""
+    """Open the target, warm up, run rows one at a time, then in batches, then at fixed lengths."""
     rows = msgspec.json.decode(Path(job.rows).read_bytes())
     opened = open_target(job.target, job.threads)
     if job.target.slower:
@@ -96,7 +92,7 @@ def measure(job: Round) -> Samples:
     opened.decode(opened.run(opened.encode(first)), first)
     cold_ms = (time.monotonic_ns() - job.spawned_ns) / 1e6
     process = psutil.Process()
-    one_by_one = job.target.runtime == "http" and "text" not in rows[0]  # a request has one picture or recording
+    one_by_one = job.target.runtime == "http" and "text" not in rows[0]  # a request has one image or recording
     warm = min(0.3, job.seconds)
     _stream(opened, rows, job.start, seconds=warm, min_samples=_WARM_RUNS, max_seconds=job.max_seconds)
     opened.device_ms()
@@ -119,7 +115,7 @@ def measure(job: Round) -> Samples:
 def _stream(
     opened: Opened, rows: list[dict[str, Any]], start: int, seconds: float, min_samples: int, max_seconds: float
 ) -> tuple[list[float], list[float], list[float]]:
-    """Rows one at a time, the next as soon as the last was answered, until time and samples are reached."""
+    """Run rows one at a time until both time and samples are reached."""
     encode, run, decode = opened.encode, opened.run, opened.decode
     tokenize, model, total = [], [], []
     begun, i = _now(), start
@@ -142,7 +138,7 @@ def _stream(
 
 
 def _batches(opened: Opened, rows: list[dict[str, Any]], start: int, size: int) -> list[float]:
-    """Ms a batch of texts of similar length, as offline work takes them; text to answers."""
+    """Ms per batch of texts of similar length, end to end."""
     ordered = sorted(rows, key=lambda row: len(str(row.get("text", ""))))
     places = max(1, len(ordered) - size)
 
@@ -156,7 +152,7 @@ def _batches(opened: Opened, rows: list[dict[str, Any]], start: int, size: int) 
 
 
 def _runs(opened: Opened, job: Round, rows: list[dict[str, Any]], length: int) -> list[float]:
-    """Ms a run of the model alone, on real texts that are joined and cut to one length."""
+    """Ms per run of the model alone, on real texts joined and cut to one length."""
     task = load_task(Path(job.target.task))
     inputs = [task.sized(rows[(job.start + 7 * k) % len(rows) :] + rows, length) for k in range(8)]
     run = opened.read or opened.run
@@ -175,7 +171,7 @@ def _repeat(once: Callable[[int], Any]) -> list[float]:
 
 
 def _slowed(opened: Opened, share: float) -> Opened:
-    """The same target with every answer stretched by a share, busy as a slower model would be."""
+    """Add a relative busy wait to every answer."""
     started = _now()
 
     def encode(rows: Any) -> Any:
@@ -194,7 +190,7 @@ def _slowed(opened: Opened, share: float) -> Opened:
 
 
 def _peak_rss_mb(process: psutil.Process) -> float:
-    """The process's own peak: /proc knows it since exec, while getrusage hands down the parent's."""
+    # /proc has the peak since exec; getrusage would inherit the parent's.
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
@@ -205,7 +201,7 @@ def _peak_rss_mb(process: psutil.Process) -> float:
 
 
 def main() -> None:
-    """Read a job from stdin, write what it gives to stdout."""
+    """Read a job from stdin, write its result to stdout."""
     match msgspec.json.decode(sys.stdin.buffer.read(), type=Round | Answers):
         case Answers() as job:
             rows, opened = msgspec.json.decode(Path(job.rows).read_bytes()), open_target(job.target, allowed_cores())

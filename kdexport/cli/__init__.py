@@ -14,13 +14,9 @@ from kdexport.errors import Interrupted, KdexportError
 from kdexport.progress import Outlet
 
 app = typer.Typer(
-    name="kdexport",
-    help="Distil a teacher into a small ONNX model, verified, measured, and ready to serve.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+    name="kdexport", help="Distil a teacher into a small ONNX model, verified, measured, and ready to serve.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+)  # fmt: skip
 for command in (
     build.run, build.demo, build.init, build.export, use.predict, use.serve,
     bench.bench, bench.report, bench.compare, bench.doctor,
@@ -30,8 +26,7 @@ for command in (
 
 @app.callback(invoke_without_command=True)
 def _root(
-    context: typer.Context,
-    version: Annotated[bool, Flag("--version", help="Print the version.")] = False,
+    context: typer.Context, version: Annotated[bool, Flag("--version", help="Print the version.")] = False
 ) -> None:
     if version:
         from kdexport import __version__
@@ -41,16 +36,15 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; ours and the user's mistakes end in one line, not in a traceback."""
+    """Run the command line; errors end in one line, not a traceback."""
     try:
         app()
     except KdexportError as error:
         _fail(str(error), 2)
     except Interrupted as error:
         _fail(f"interrupted. {error}", 130)
-    except OSError as error:  # a file that can't be written or read; our own files raise errors of ours
-        if isinstance(error, BrokenPipeError):
-            # `kdexport predict … | head`
+    except OSError as error:  # a user's file; our own raise a KdexportError
+        if isinstance(error, BrokenPipeError):  # `kdexport predict … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)

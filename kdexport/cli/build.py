@@ -7,28 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.cli.options import (
-    BUDGET_NOT_MET,
-    Debug,
-    Flag,
-    Json,
-    Label,
-    Max99,
-    MaxSize,
-    MinRetention,
-    MoveAside,
-    Out,
-    Sets,
-    SkipBadRows,
-    Text,
-    TextPair,
-    TimeLimit,
-    arguments,
-    interruptible,
-    parse_sets,
-    print_json,
-    show_report,
-)
+from kdexport.cli import options
+from kdexport.cli.options import BUDGET_NOT_MET, Flag, arguments, interruptible, parse_sets, print_json, show_report
 from kdexport.errors import SpecError
 
 
@@ -38,66 +18,53 @@ def run(
         list[str] | None,
         Flag(help="Hugging Face folder or hub id, PEFT adapter, ONNX artifact, or logits; several times: an ensemble."),
     ] = None,
-    teacher_epochs: Annotated[
-        int | None, Flag(help="Fine-tune the teacher first, for so many epochs; else it is used as it is.")
-    ] = None,
-    data: Annotated[
-        str | None, Flag(help="CSV, JSONL or Parquet file, a folder with train.* and test.*, or a hub id.")
-    ] = None,
-    test: Annotated[str | None, Flag(help="Test file; split off from the data when absent.")] = None,
-    text: Text = None,
-    text_pair: TextPair = None,
-    label: Label = None,
-    unlabelled: Annotated[str | None, Flag(help="More texts, which the teacher alone labels.")] = None,
-    max_length: Annotated[int | None, Flag(help="Tokens kept of each text.", show_default="128")] = None,
+    teacher_epochs: Annotated[int | None, Flag(help="Epochs to fine-tune the teacher.", show_default="none")] = None,
+    data: Annotated[str | None, Flag(help="CSV, JSONL or Parquet file, folder of train.*, test.*, or hub id.")] = None,
+    test: Annotated[str | None, Flag(help="Test file.", show_default="split from the data")] = None,
+    text: options.Text = None,
+    text_pair: options.TextPair = None,
+    label: options.Label = None,
+    unlabelled: Annotated[str | None, Flag(help="More texts, labelled by the teacher alone.")] = None,
+    max_length: Annotated[int | None, Flag(help="Tokens read of each text.", show_default="128")] = None,
     student: Annotated[
         list[str] | None,
         Flag(
-            help="bag, cnn, gru, tiny, mini, small, 3x192, layers:3, spread:3, or a Hugging Face folder or id; several "
-            "times: a search.",
+            help="bag, cnn, gru, tiny, mini, small, 3x192, layers:3, spread:3, a folder or hub id; several: a search.",
             show_default="tiny; with a budget a search of six",
         ),
     ] = None,
     loss: Annotated[
-        str | None,
-        Flag(help="kl, soft-ce, mse, bce, dkd, dist, hidden, attention, relation.", show_default="kl"),
+        str | None, Flag(help="kl, soft-ce, mse, bce, dkd, dist, hidden, attention, relation.", show_default="kl")
     ] = None,
     temperature: Annotated[float | None, Flag(help="T of the soft targets.", show_default="2")] = None,
-    alpha: Annotated[float | None, Flag(help="Weight of the teacher's term.", show_default="0.9")] = None,
+    alpha: Annotated[float | None, Flag(help="Weight of the distillation loss.", show_default="0.9")] = None,
     epochs: Annotated[int | None, Flag(help="Epochs of the student.", show_default="derived")] = None,
-    augment: Annotated[
-        int | None, Flag(help="Augmented copies of each text, labelled by the teacher.", show_default="none")
-    ] = None,
+    augment: Annotated[int | None, Flag(help="Augmented copies of each text.", show_default="none")] = None,
     seeds: Annotated[int | None, Flag(help="Trainings with other seeds: mean and deviation.", show_default="1")] = None,
     seed: Annotated[int | None, Flag(help="Random seed of splits, weights and order.", show_default="0")] = None,
-    max_p99: Max99 = None,
-    max_size: MaxSize = None,
-    min_retention: MinRetention = None,
-    time_limit: TimeLimit = None,
+    max_p99: options.Max99 = None,
+    max_size: options.MaxSize = None,
+    min_retention: options.MinRetention = None,
+    time_limit: options.TimeLimit = None,
     no_baseline: Annotated[bool, Flag("--no-baseline", help="Don't train the student on labels alone.")] = False,
-    skip_bad_rows: SkipBadRows = False,
-    set: Sets = None,
-    out: Out = None,
-    move_aside: MoveAside = False,
+    skip_bad_rows: options.SkipBadRows = False,
+    set: options.Sets = None,
+    out: options.Out = None,
+    move_aside: options.MoveAside = False,
     plan: Annotated[bool, Flag("--plan", help="Print every value with its reason; train nothing.")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
-    """The one-shot: teacher in, budget in; a verified, measured ONNX student out.
+    """Distil a teacher into a verified, measured ONNX student within a budget.
 
-    Fine-tunes the teacher if asked, caches its soft targets, distils, exports, quantizes, verifies, measures,
-    and packs. With a budget, or several students, it searches: all are measured untrained, those over budget are
-    dropped, the most promising are trained until one meets it. Run it again and it goes on where it was. Exit
-    code 3: done, but the budget is not met.
+    Fine-tunes the teacher if asked, caches its soft targets, distils, exports, quantizes, verifies, measures, packs.
+    With a budget or several students it searches: all are measured untrained, those over budget are dropped, the
+    most promising are trained until one meets it. Run again, it resumes. Exit code 3: the budget is not met.
 
     [bold]Examples[/bold]
-
       kdexport run --teacher ./my-bert --data tickets.csv
-
       kdexport run --teacher ./my-bert --data tickets.csv --max-p99 2ms --max-size 5MB --min-retention 0.97
-
       kdexport run --teacher ./minilm --teacher-epochs 3 --data tickets.csv --student layers:2
-
       kdexport run spec.yaml --student bag --student tiny --max-size 2MB --time-limit 30min
     """
     given = arguments(locals()) | {"set": parse_sets(set)}
@@ -115,20 +82,18 @@ def demo(
     student: Annotated[
         list[str] | None, Flag(help="bag, cnn, tiny, layers:N, …", show_default="tiny; with a budget a search of six")
     ] = None,
-    max_p99: Max99 = None,
-    max_size: MaxSize = None,
-    min_retention: MinRetention = None,
-    set: Sets = None,
-    move_aside: MoveAside = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    max_p99: options.Max99 = None,
+    max_size: options.MaxSize = None,
+    min_retention: options.MinRetention = None,
+    set: options.Sets = None,
+    move_aside: options.MoveAside = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
-    """The one-shot on real input that comes along: BBC News and all-MiniLM-L6-v2. No network.
+    """Run on embedded data, BBC News and all-MiniLM-L6-v2, without network.
 
     [bold]Examples[/bold]
-
       kdexport demo --max-size 10MB --min-retention 0.97
-
       kdexport demo --student tiny
     """
     from kdexport.data import demo as embedded
@@ -137,30 +102,21 @@ def demo(
     if not data.exists():
         data.parent.mkdir(parents=True, exist_ok=True)
         embedded.write_bbc_news(data)
-    recipe = {
-        "data": data,
-        "max_length": 96,
-        "teacher": embedded.teacher(),
-        "teacher_epochs": 2,
-        "epochs": 10,
-        "temperature": 4.0,
-        "alpha": 1.0,
-        "set": {"teacher.train.learning_rate": 1e-4} | parse_sets(set),
-    }
-    asked = {"student": student, "max_p99": max_p99, "max_size": max_size, "min_retention": min_retention}
-    _run(recipe | asked | {"out": out, "move_aside": move_aside}, as_json)
+    recipe: dict[str, Any] = {"max_length": 96, "teacher_epochs": 2, "epochs": 10, "temperature": 4.0, "alpha": 1.0}
+    recipe |= {"data": data, "teacher": embedded.teacher(), "student": student, "out": out, "move_aside": move_aside}
+    budget = {"max_p99": max_p99, "max_size": max_size, "min_retention": min_retention}
+    _run(recipe | budget | {"set": {"teacher.train.learning_rate": 1e-4} | parse_sets(set)}, as_json)
 
 
 def init(
     teacher: Annotated[str, Flag(help="Hugging Face folder or hub id of the teacher.")],
     data: Annotated[str, Flag(help="CSV, JSONL or Parquet file, a folder, or a hub id.")],
     out: Annotated[Path, Flag("--out", "-o", help="The spec to write.")] = Path("spec.yaml"),
-    debug: Debug = False,
+    debug: options.Debug = False,
 ) -> None:
     """Write a spec with every setting, its default and its meaning, to edit and run.
 
     [bold]Example[/bold]
-
       kdexport init --teacher ./my-bert --data tickets.csv && kdexport run spec.yaml
     """
     from kdexport import spec
@@ -175,49 +131,31 @@ def init(
 
 
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(help="Hugging Face folder or hub id of a trained text classifier; or an artifact, or a run."),
-    ],
-    out: Annotated[Path, typer.Argument(help="Folder to write; what export wrote, and nobody changed, is replaced.")],
-    layout: Annotated[
-        str,
-        Flag(help="hub: the artifact; triton: in a model repository; kserve: with files for Kubernetes and KServe."),
-    ] = "hub",
-    variants: Annotated[
-        str | None, Flag(help="Of fp32, int8, fp16; fp32 is always made.", show_default="fp32,int8")
-    ] = None,
-    max_length: Annotated[
-        int | None, Flag(min=8, help="Tokens kept of each text.", show_default="what the model reads, at most 512")
-    ] = None,
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id of a trained model; an artifact; a run.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; an unchanged earlier export is replaced.")],
+    layout: Annotated[str, Flag(help="hub: the artifact; triton: a repository; kserve: with manifests.")] = "hub",
+    variants: Annotated[str | None, Flag(help="fp32 (always made), int8, fp16.", show_default="fp32,int8")] = None,
+    max_length: Annotated[int | None, Flag(min=8, help="Tokens read of each text.", show_default="up to 512")] = None,
     data: Annotated[str | None, Flag(help="Rows to verify on, without labels: a file or folder as in run.")] = None,
-    text: Text = None,
-    text_pair: TextPair = None,
-    skip_bad_rows: SkipBadRows = False,
-    name: Annotated[
-        str | None, Flag(help="The model's name, for triton and kserve.", show_default="the folder's")
-    ] = None,
-    image: Annotated[
-        str | None, Flag(help="The image that kserve's Dockerfile makes.", show_default="<name>:<version>")
-    ] = None,
-    move_aside: MoveAside = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    text: options.Text = None,
+    text_pair: options.TextPair = None,
+    skip_bad_rows: options.SkipBadRows = False,
+    name: Annotated[str | None, Flag(help="Name in triton and kserve.", show_default="the folder's")] = None,
+    image: Annotated[str | None, Flag(help="Name of kserve's image.", show_default="<name>:<version>")] = None,
+    move_aside: options.MoveAside = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
-    """A trained classifier, whoever trained it, as a verified artifact: ONNX, optimised, quantized, packed.
+    """Export any trained model as a verified artifact: ONNX, optimised, quantized, packed.
 
-    Every file is held against PyTorch on odd and plain inputs, and on --data; fp32 must match to 1e-4 in every
-    logit. int8 is recommended if it gives fp32's answer on 99 % of at least 100 rows of --data. Without texts
-    that is not known, so fp32 is.
+    Every file is compared with PyTorch on odd and plain inputs, and on --data; fp32 must match to 1e-4 in every
+    logit. int8 is recommended if it agrees with fp32 on 99 % of at least 100 rows of --data, else fp32.
 
     An artifact, or a run, can be laid out for Triton or KServe too, as ARTIFACT[:VARIANT].
 
     [bold]Examples[/bold]
-
       kdexport export ./my-bert artifacts/tickets
-
       kdexport export ./my-bert artifacts/tickets --data tickets.csv --variants fp32,int8,fp16
-
       kdexport export runs/demo:int8 repository --layout triton
     """
     given = arguments(locals())
@@ -232,10 +170,8 @@ def export(
     for file in found.files:
         star = "★" if file.precision == found.recommended else " "
         same = "" if file.agreement is None else f"  same answer as fp32: {file.agreement:.1%}"
-        typer.echo(
-            f"{star} {file.file:<25} {file.size_bytes / 1e6:6.1f} MB  "
-            f"max |Δlogit| from PyTorch {file.max_abs_diff:.1e}{same}"
-        )
+        size = f"{file.size_bytes / 1e6:6.1f} MB"
+        typer.echo(f"{star} {file.file:<25} {size}  max |Δlogit| from PyTorch {file.max_abs_diff:.1e}{same}")
     typer.echo(f"★ loads by default: {found.reason}")
     typer.echo(f"wrote {out}")
 
@@ -257,8 +193,7 @@ def _print_plan(settings: Any, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        typer.echo(msgspec.json.encode({key: {"value": value, "reason": why} for key, value, why in rows}).decode())
-        return
+        return typer.echo(msgspec.json.encode({k: {"value": value, "reason": why} for k, value, why in rows}).decode())
     width = max(len(key) for key, _, _ in rows)
     for key, value, why in rows:
         typer.echo(f"{key:<{width}}  {value:<24}  {why}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,9 @@ import typer
 from kdexport.cli.options import Debug, Flag, SkipBadRows, Text, TextPair, finite
 from kdexport.errors import SpecError
 
-_WRITING = "Language models"
+Writing = partial(Flag, rich_help_panel="Language models")
+Batching = partial(Flag, rich_help_panel="Batching")
+Limits = partial(Flag, rich_help_panel="Limits")
 _BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6}
 _MILLISECONDS = {"ms": 1.0, "s": 1e3}
 _AS_GIVEN = (
@@ -25,12 +28,8 @@ _IN_SECONDS = ("max_writing_queue", "timeout", "drain_delay", "grace", "load_tim
 
 
 def predict(
-    artifact: Annotated[
-        str, typer.Argument(metavar="ARTIFACT[:VARIANT]", help="An artifact folder, or a run that holds one.")
-    ],
-    inputs: Annotated[
-        list[str] | None, typer.Argument(help="Texts, images or recordings; without any, stdin's lines.")
-    ] = None,
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT[:VARIANT]", help="An artifact's or a run's folder.")],
+    inputs: Annotated[list[str] | None, typer.Argument(help="Texts, images or recordings; else stdin's lines.")] = None,
     file: Annotated[str | None, Flag("--file", "-f", help="Rows: a file or folder as in run; or lines.")] = None,
     text: Text = None,
     text_pair: TextPair = None,
@@ -39,35 +38,22 @@ def predict(
     batch_size: Annotated[int, Flag(min=1, help="Texts that run at once.")] = 32,
     threads: Annotated[int | None, Flag(min=1, help="Threads of the runtime.", show_default="all cores")] = None,
     scores: Annotated[bool, Flag("--scores", help="Print the probability of every label (or word).")] = False,
-    max_new_tokens: Annotated[int, Flag(min=1, help="Most tokens to generate.", rich_help_panel=_WRITING)] = 64,
-    temperature: Annotated[
-        float,
-        Flag(min=0, callback=finite, help="0: greedy; 1: the model's own probabilities.", rich_help_panel=_WRITING),
-    ] = 0.0,
-    top_k: Annotated[int, Flag(min=0, help="Sample among the k best tokens; 0: all.", rich_help_panel=_WRITING)] = 0,
-    top_p: Annotated[
-        float,
-        Flag(max=1, callback=finite, help="Sample among the fewest tokens that reach it.", rich_help_panel=_WRITING),
-    ] = 1.0,
-    stop: Annotated[list[str] | None, Flag(help="Stop at this text; repeatable.", rich_help_panel=_WRITING)] = None,
-    seed: Annotated[int | None, Flag(min=0, help="Random seed for sampling.", rich_help_panel=_WRITING)] = None,
-    perplexity: Annotated[
-        bool, Flag("--perplexity", help="Score each text instead of continuing it.", rich_help_panel=_WRITING)
-    ] = False,
+    max_new_tokens: Annotated[int, Writing(min=1, help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, Writing(min=0, callback=finite, help="Of sampling; 0: greedy.")] = 0.0,
+    top_k: Annotated[int, Writing(min=0, help="Sample among the k best tokens; 0: all.")] = 0,
+    top_p: Annotated[float, Writing(max=1, callback=finite, help="Nucleus sampling: total probability.")] = 1.0,
+    stop: Annotated[list[str] | None, Writing(help="Stop at this text; repeatable.")] = None,
+    seed: Annotated[int | None, Writing(min=0, help="Random seed for sampling.")] = None,
+    perplexity: Annotated[bool, Writing("--perplexity", help="Score each text instead of continuing it.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Predictions as JSON lines, in the order of the inputs; language models go on from each text.
+    """Print predictions as JSON lines, in the order of the inputs; language models continue each text.
 
     [bold]Examples[/bold]
-
       kdexport predict runs/demo "Shares rose after the merger"
-
       kdexport predict runs/demo --file texts.csv > answers.jsonl
-
       cat texts.txt | kdexport predict runs/demo
-
       kdexport predict runs/clothes a.png b.png
-
       kdexport predict runs/causal-lm "ROMEO:" --max-new-tokens 100 --temperature 0.8
     """
     import msgspec
@@ -82,21 +68,20 @@ def predict(
     from kdexport.spec.flags import rows_in
 
     model, columns = load(artifact, variant, threads), read_columns(split_name(artifact)[0])
+    reads, generates = model.task.modality, model.task.generates
     if inputs and file:
         raise SpecError("texts and --file were both given", "Give one of them")
-    reads = model.task.modality
     asked = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     try:
         sampling = msgspec.convert(asked | {"stop": stop or [], "seed": seed}, Sampling)
     except msgspec.ValidationError as error:
         key = str(error).rpartition("$.")[2].partition("[")[0].strip("`")
         raise SpecError(f"--{key.replace('_', '-')}: {str(error).partition(' - at')[0]}") from None
-    writes = model.task.generates
-    if not writes and (perplexity or sampling != Sampling()):
+    if not generates and (perplexity or sampling != Sampling()):
         raise SpecError(f"{artifact} is for {model.task.name}, and writes nothing", "Leave out the options of writing")
     given = rows_in(file, text, text_pair, None, skip_bad_rows) or spec.Data(train="stdin")
     if inputs:
-        # Bytes that are no UTF-8 come as lone surrogates, which JSON can't hold.
+        # Invalid UTF-8 comes as lone surrogates, which JSON can't hold.
         clean = [one.encode("utf-8", "replace").decode() if reads == "text" else one for one in inputs]
         rows: Iterator[Any] = ([{"asked": one, "row": row_of(model.task, one, i)}] for i, one in enumerate(clean))
     else:
@@ -104,7 +89,7 @@ def predict(
     bad = 0
     while chunk := list(islice(rows, 32 * batch_size)):
         good, bad = [one for found in chunk for one in found or ()], bad + chunk.count(None)
-        if writes and not perplexity:
+        if generates and not perplexity:
             answers: Iterable[Any] = (write(model, one["asked"], sampling) for one in good)
         else:
             answers = model.answer([one["row"] for one in good], batch_size)
@@ -118,8 +103,7 @@ def predict(
 
 def serve(
     artifacts: Annotated[
-        list[str],
-        typer.Argument(metavar="[NAME=]ARTIFACT[:VARIANT]...", help="Artifacts, or runs; the first is the default."),
+        list[str], typer.Argument(metavar="[NAME=]ARTIFACT[:VARIANT]...", help="Artifacts or runs; default: the first.")
     ],
     host: Annotated[str, Flag(help="Address to listen on; 0.0.0.0 lets others in.")] = "127.0.0.1",
     port: Annotated[int, Flag(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
@@ -128,62 +112,37 @@ def serve(
     grpc_port: Annotated[int | None, Flag(min=0, max=65535, help="Port of gRPC.", show_default="none")] = None,
     api_keys: Annotated[
         Path | None,
-        Flag(
-            help="File: an API key a line, # comments; or $KDEXPORT_API_KEYS, between commas.", show_default="no keys"
-        ),
+        Flag(help="File: one API key a line, # comments; or $KDEXPORT_API_KEYS, comma-separated.", show_default="none"),
     ] = None,
     allow_host: Annotated[
-        list[str] | None,
-        Flag(metavar="NAME", help="Another Host or Origin to accept on loopback; repeatable, * accepts any."),
+        list[str] | None, Flag(metavar="NAME", help="Another Host or Origin to accept on loopback; *: any; repeatable.")
     ] = None,
-    threads: Annotated[
-        int | None, Flag(min=1, help="Batches that run at once.", show_default="all cores", rich_help_panel="Batching")
-    ] = None,
-    max_batch: Annotated[int, Flag(min=1, help="Texts of a batch.", rich_help_panel="Batching")] = 32,
-    max_batch_tokens: Annotated[
-        int, Flag(min=1, help="Padded tokens of a batch; a longer text runs alone.", rich_help_panel="Batching")
-    ] = 2048,
-    max_wait: Annotated[
-        str, Flag(help="How long a batch waits for more texts, like 2ms.", rich_help_panel="Batching")
-    ] = "0ms",
-    max_queue: Annotated[
-        str, Flag(help="Work that would wait longer is refused with 429, like 5ms.", rich_help_panel="Limits")
-    ] = "100ms",
-    max_writing_queue: Annotated[
-        str, Flag(help="The same for prompts to language models.", rich_help_panel="Limits")
-    ] = "10s",
-    timeout: Annotated[str, Flag(help="For one request's answer; then 504.", rich_help_panel="Limits")] = "30s",
+    threads: Annotated[int | None, Batching(min=1, help="Batches that run at once.", show_default="all cores")] = None,
+    max_batch: Annotated[int, Batching(min=1, help="Texts of a batch.")] = 32,
+    max_batch_tokens: Annotated[int, Batching(min=1, help="Padded tokens of a batch; longer rows run alone.")] = 2048,
+    max_wait: Annotated[str, Batching(help="How long a batch waits for more texts, like 2ms.")] = "0ms",
+    max_queue: Annotated[str, Limits(help="Work that would wait longer gets a 429, like 5ms.")] = "100ms",
+    max_writing_queue: Annotated[str, Limits(help="The same for prompts to language models.")] = "10s",
+    timeout: Annotated[str, Limits(help="Time limit of one request; then 504.")] = "30s",
     max_body: Annotated[
-        str | None,
-        Flag(
-            help="Bytes of a request's body, decompressed.",
-            show_default="2MB, of sound 4MB, of images 10MB",
-            rich_help_panel="Limits",
-        ),
+        str | None, Limits(help="Bytes of a body, decompressed.", show_default="2MB, of sound 4MB, of images 10MB")
     ] = None,
-    max_rows: Annotated[int, Flag(min=1, help="Texts of a request.", rich_help_panel="Limits")] = 256,
-    max_chars: Annotated[int, Flag(min=1, help="Characters of a text.", rich_help_panel="Limits")] = 100_000,
-    drain_delay: Annotated[
-        str, Flag(help="After SIGTERM, how long requests are still taken in.", rich_help_panel="Limits")
-    ] = "0s",
-    grace: Annotated[str, Flag(help="How long accepted requests may then take.", rich_help_panel="Limits")] = "30s",
-    load_timeout: Annotated[
-        str, Flag(help="For loading and checking a model; then it is refused.", rich_help_panel="Limits")
-    ] = "300s",
+    max_rows: Annotated[int, Limits(min=1, help="Texts of a request.")] = 256,
+    max_chars: Annotated[int, Limits(min=1, help="Characters of a text.")] = 100_000,
+    drain_delay: Annotated[str, Limits(help="How long to accept requests after SIGTERM.")] = "0s",
+    grace: Annotated[str, Limits(help="How long accepted requests may take then.")] = "30s",
+    load_timeout: Annotated[str, Limits(help="Time limit of loading and checking a model.")] = "300s",
     access_log: Annotated[str, Flag(help="JSON lines on stdout: all, errors or off.")] = "all",
     tracing: Annotated[bool, Flag("--tracing", help="OpenTelemetry spans; $OTEL_… say where to.")] = False,
     debug: Debug = False,
 ) -> None:
     """Serve artifacts over HTTP: Open Inference Protocol, text-embeddings-inference, Hugging Face, SageMaker, OpenAI.
 
-    SIGTERM drains, SIGHUP loads the artifacts again. / shows a page, /openapi.json the API.
+    SIGTERM drains, SIGHUP reloads the artifacts. / shows a page, /openapi.json the API.
 
     [bold]Examples[/bold]
-
       kdexport serve runs/demo
-
       kdexport serve tickets=runs/tickets:int8 news=runs/demo --port 9000
-
       kdexport serve runs/demo --host 0.0.0.0 --api-keys keys.txt --max-queue 5ms
     """
     given: dict[str, Any] = locals()
@@ -219,6 +178,6 @@ def _keys(file: Path | None) -> tuple[str, ...]:
     if given is None:
         return ()
     keys = tuple(key for one in given if (key := one.strip(" \t\r\n")))
-    if not keys:  # whoever set it wanted a locked door
+    if not keys:  # fail closed
         raise SpecError(f"{source} holds no key", "Write one a line in a file, or between commas in the environment")
     return keys

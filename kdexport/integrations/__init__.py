@@ -1,4 +1,4 @@
-"""An artifact where others serve it: Triton, Kubernetes and KServe, Ray Serve. No torch."""
+"""Artifacts for Triton, Kubernetes, KServe and Ray Serve. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def render(template: str, filters: Mapping[str, Callable[..., str]], **values: Any) -> str:
-    """A file of `templates/`, filled; whatever a user or an artifact gives must pass `tojson` or a filter like it."""
+    """Render a file of `templates/`; values of users and artifacts must pass `tojson` or a similar filter."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -24,33 +24,26 @@ _MAX_NAME = 50  # of 63: others append to it
 
 
 def write(folder: Path, variant: str | None, name: str, image: str | None, out: Path) -> None:
-    """Write the artifact, a Dockerfile that puts it into the serving image, and what Kubernetes and KServe read.
+    """Write an artifact, a Dockerfile, and manifests for Kubernetes and KServe into a new folder.
 
-    Args:
-        folder: an artifact.
-        variant: the file to serve; the recommended one when None.
-        name: of the model, in URLs.
-        image: that the Dockerfile will be built as; `name:version` when None, the version as the server tells it.
-        out: a folder that isn't there yet.
+    `variant` defaults to the recommended one, `image` to `name:version`.
+
+    Raises:
+        SpecError: the image's name is invalid.
     """
     _copy(folder, out / name)
     size = artifact.model_file(folder, variant).stat().st_size
     image = image or f"{name.lower()}:{hash_file(folder / artifact.MANIFEST)[:12]}"
     if not _IMAGE.fullmatch(image):
         raise SpecError(f"{image!r} can't be an image's name", "Give one like --image registry.example/team/tickets:2")
-    values = {
-        "folder": name,
-        "name": _dns_label(name),
-        "image": image,
-        "model": f"/models/{name}:{variant}" if variant else f"/models/{name}",
-        "memory": f"{256 + 128 * -(-3 * size // 2**27)}Mi",
-    }
+    model = f"/models/{name}:{variant}" if variant else f"/models/{name}"
+    memory = f"{256 + 128 * -(-3 * size // 2**27)}Mi"
+    values = {"folder": name, "name": _dns_label(name), "image": image, "model": model, "memory": memory}
     for file in ("Dockerfile", "kubernetes.yaml", "inferenceservice.yaml"):
         write_text(out / file, render(f"{file}.j2", {}, **values))
 
 
 def _dns_label(name: str) -> str:
-    """A name as Kubernetes takes it: lower case, a letter first, no hyphen last."""
     label = re.sub(r"[^a-z0-9-]+", "-", name.lower())
     label = label if label[0].isalpha() else f"model-{label}"
     return label[:_MAX_NAME].rstrip("-")

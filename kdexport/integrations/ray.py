@@ -1,13 +1,13 @@
-"""An artifact as a Ray Serve deployment: Ray places replicas and routes to them, each of them batches by itself.
+"""An artifact as a Ray Serve deployment, whose replicas batch independently.
 
     from ray import serve
     from kdexport.integrations.ray import deployment
 
     serve.run(deployment(["tickets=/mnt/runs/tickets"], num_replicas=2, ray_actor_options={"num_cpus": 4}))
 
-answers on Ray's HTTP port as `kdexport serve` does on its own. In a Serve config file it is
-`import_path: kdexport.integrations.ray:application` with `args: {artifacts: […]}`. Replicas read the folders on their
-nodes, and compute on as many threads as they have CPUs. Ray has its own access log, metrics and gRPC.
+serves on Ray's HTTP port. In a Serve config file it is `import_path: kdexport.integrations.ray:application` with
+`args: {artifacts: […]}`. Replicas read the folders on their nodes, and use as many threads as they have CPUs. Ray has
+its own access log, metrics and gRPC.
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ from kdexport.serve.registry import Models, named_sources
 from kdexport.serve.server import start_threads
 from kdexport.serve.settings import Settings
 
-# Far more than a queue takes in: the rest is refused with 429, where Ray's own queue would have no bound.
+# Far more than our queue accepts: the rest gets a 429, while Ray's own queue is unbounded.
 _ONGOING_PER_THREAD = 256
-# Ray logs every request itself; what failed by our fault only our log says.
-_LOG = "errors"
+_LOG = "errors"  # Ray logs all requests, but not our internal errors
 
 
 def deployment(artifacts: Sequence[str], settings: Settings | None = None, **ray_options: Any) -> Any:
-    """Return what `ray.serve.run` runs.
+    """Return an application for `ray.serve.run`.
 
     Args:
         artifacts: `[NAME=]FOLDER[:VARIANT]`; the first is the default.
-        settings: limits and keys; `threads` are the replica's CPUs when it is None.
+        settings: limits and keys; `threads` default to the replica's CPUs.
         ray_options: of `ray.serve.deployment`: `num_replicas`, `ray_actor_options`, `autoscaling_config`, …
     """
-    named_sources(artifacts)  # a wrong name is told here, not in a replica's log
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # heard by a Ray that this process starts from now on
+    named_sources(artifacts)  # fail here, not in a replica's log
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # for a Ray that this process starts
     try:
         from ray import serve
     except ImportError:
@@ -50,11 +49,9 @@ def deployment(artifacts: Sequence[str], settings: Settings | None = None, **ray
     actor = {"num_cpus": settings.threads or 1} | ray_options.pop("ray_actor_options", {})
     threads = settings.threads or max(1, int(actor["num_cpus"]))
     settings = msgspec.structs.replace(settings, threads=threads)
-    options = {
-        "name": "kdexport",
-        "max_ongoing_requests": _ONGOING_PER_THREAD * threads,
-        "graceful_shutdown_timeout_s": settings.grace,
-    } | ray_options
+    ongoing = _ONGOING_PER_THREAD * threads
+    options = {"name": "kdexport", "max_ongoing_requests": ongoing, "graceful_shutdown_timeout_s": settings.grace}
+    options |= ray_options
 
     def build() -> _Replicated:
         return _Replicated(artifacts, settings)
@@ -63,23 +60,23 @@ def deployment(artifacts: Sequence[str], settings: Settings | None = None, **ray
 
 
 def application(args: dict[str, Any]) -> Any:
-    """Return the same for Serve's config files: the arguments of `deployment`, `settings` as a mapping."""
+    """Return `deployment` for Serve's config files: its arguments, with `settings` as a mapping."""
     settings = msgspec.convert({"access_log": _LOG} | args.get("settings", {}), Settings)
     return deployment(**args | {"settings": settings})
 
 
 class _Replica:
-    """What Ray asks a replica beside requests."""
+    """Health checks of a replica."""
 
     app: _Replicated  # from Ray's ingress
 
     def check_health(self) -> None:
-        """Ray replaces a replica that raises here."""
+        # Ray replaces a replica that raises here.
         self.app.check()
 
 
 class _Replicated:
-    """One replica's ASGI application; it loads its models at once, so that Ray reports what is wrong."""
+    """A replica's ASGI application; it loads its models at once, so that Ray reports errors."""
 
     def __init__(self, artifacts: Sequence[str], settings: Settings) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -88,16 +85,14 @@ class _Replicated:
         self._app = App(models, settings)
 
     def check(self) -> None:
-        """Raise when nothing is answered any more."""
         if not self._app.ready:
             raise RuntimeError("the replica does not answer")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """A request, or the beginning and end of the replica."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
             return
-        # Below a route prefix ASGI's path is the whole one; the protocols' paths begin behind it.
+        # ASGI's path includes the route prefix.
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         await self._app({**scope, "path": path}, receive, send)
 

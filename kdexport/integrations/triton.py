@@ -1,8 +1,8 @@
 """An artifact as a Triton model repository.
 
-Tried with Triton 2.51, in the build for CPUs that nvidia-pytriton 0.7 brings: both configurations load, warm-up
-runs, and the text model answers as kdexport does, in batches under load. That build has no ONNX Runtime backend: a
-Python model ran the ONNX file in its place.
+Tested with Triton 2.51, in nvidia-pytriton 0.7's build for CPUs: both configurations load, warm-up runs, and the text
+model answers as kdexport does, in batches under load. As that build has no ONNX Runtime backend, a Python model ran the
+ONNX file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kdexport.runtime.predictor import Tensor, tensors_of
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task
 
-# Of a model in a repository; other versions may stand beside version 1.
+# Files of a model that we own; other versions may stand beside version 1.
 NAMES = ("1", "config.pbtxt", "labels.txt", "warmup")
 
 _WARM_UP_TOKENS = 32
@@ -26,14 +26,7 @@ _TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32"}
 
 
 def write(folder: Path, variant: str | None, name: str, out: Path) -> None:
-    """Write two models of a repository: `name` (tensors → logits) and `name_text` (texts → answers).
-
-    Args:
-        folder: an artifact.
-        variant: the file to serve; the recommended one when None.
-        name: of the model.
-        out: an existing folder; gets one folder a model.
-    """
+    """Write two models into the repository `out`: `name` (tensors → logits) and `name_text` (texts → answers)."""
     file, task = artifact.model_file(folder, variant), load_task(folder)
     tensors, texts = out / name, out / f"{name}_text"
     for model in (tensors, texts):
@@ -62,13 +55,13 @@ def _dims(tensor: Tensor) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of protobuf's text format: bytes that could end it, or its line, are written in octal."""
+    """Quote a string for protobuf's text format, with special bytes in octal."""
     inner = (chr(b) if 32 <= b < 127 and b not in b'"\\' else f"\\{b:03o}" for b in text.encode())
     return f'"{"".join(inner)}"'
 
 
 def _write_warm_up(task: Task, folder: Path) -> dict[str, tuple[str, int]]:
-    """Write one real text's tensors as raw bytes, where Triton looks for them: input → file and length."""
+    """Write a real text's tensors as raw bytes; return input → (file, length)."""
     folder.mkdir()
     length = min(_WARM_UP_TOKENS, task.config.max_length)
     found = {}

@@ -1,8 +1,7 @@
-"""Text in, answers out: the Triton model that stands before the ONNX one. It needs `numpy` and `tokenizers` only.
+"""The Triton model that tokenises texts for the ONNX model. Needs only `numpy` and `tokenizers`.
 
-`kdexport export --layout triton` writes this file as it is, as `1/model.py`, with `task.json` and `tokenizer.json`
-beside it. Texts are tokenised as kdexport does it: `encode` and `decode` of its task say the same, and a test
-holds this to them.
+`kdexport export --layout triton` copies this file as `1/model.py`, beside `task.json` and `tokenizer.json`. A test
+holds it to `encode` and `decode` of kdexport's task.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ BREAK = re.compile(r"\w (?=\w)")
 
 
 class TritonPythonModel:
-    """`text` and, for pairs, `text_pair` → `label`, its `score`, and the `scores` of all labels in their order.
+    """`text` (and `text_pair`) → `label`, its `score`, and the `scores` of all labels.
 
-    Triton's batcher brings the texts of many requests together. They are tokenised at once, padded to the longest
-    and run through the ONNX model as one batch, which its own batcher can't do: there, lengths would have to match.
+    Triton's batcher collects texts of many requests, which are padded and run as one batch; in the ONNX model's own
+    batcher, lengths would have to match.
     """
 
     def initialize(self, args: dict[str, Any]) -> None:
@@ -43,7 +42,7 @@ class TritonPythonModel:
         self.finisher.enable_truncation(self.task["max_length"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Return one response a request."""
+        """Return one response per request."""
         rows = [_rows(request) for request in requests]
         batch = self.encode([row for part in rows for row in part])
         inputs = [pb_utils.Tensor(name, array) for name, array in batch.items()]
@@ -74,7 +73,7 @@ class TritonPythonModel:
         return batch
 
     def encoding(self, row: Any) -> Encoding:
-        """Encode a text or a pair of texts: of long ones only as much as is read."""
+        """Encode a text or a pair, truncated."""
         if isinstance(row, str):
             return self.finisher.post_process(self.head(row))
         limit = self.task["max_length"]
@@ -88,7 +87,7 @@ class TritonPythonModel:
         return self.finisher.post_process(*sides)
 
     def head(self, text: str) -> Encoding:
-        """Encode the beginning of a text that holds its first `max_length` tokens, without special tokens."""
+        """Encode at least a text's first `max_length` tokens, without special tokens."""
         limit = self.task["max_length"]
         end = 6 * limit
         while True:
@@ -100,7 +99,7 @@ class TritonPythonModel:
             end *= 2
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
-        """Return the scores, float64 [B, C], of logits [B, C]."""
+        """Return scores, float64 [B, C], of logits [B, C]."""
         logits = logits.astype(np.float64)
         match self.task["function"]:
             case "softmax":
@@ -112,17 +111,13 @@ class TritonPythonModel:
 
     def _response(self, scores: np.ndarray) -> Any:
         best = scores.argmax(axis=1)[:, None]
-        return pb_utils.InferenceResponse(
-            output_tensors=[
-                pb_utils.Tensor("label", self.labels[best]),
-                pb_utils.Tensor("score", np.take_along_axis(scores, best, axis=1).astype(np.float32)),
-                pb_utils.Tensor("scores", scores.astype(np.float32)),
-            ]
-        )
+        highest = np.take_along_axis(scores, best, axis=1)
+        found = {"label": self.labels[best], "score": highest.astype(np.float32), "scores": scores.astype(np.float32)}
+        tensors = [pb_utils.Tensor(name, array) for name, array in found.items()]
+        return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
 def _rows(request: Any) -> list[Any]:
-    """The texts of a request, or its pairs of texts."""
     texts, pairs = (pb_utils.get_input_tensor_by_name(request, name) for name in ("text", "text_pair"))
     first = [_decoded(value) for value in texts.as_numpy().reshape(-1)]
     if pairs is None:

@@ -1,4 +1,4 @@
-"""Write the schemas again: `python -m kdexport.schemas`."""
+"""Write the schemas: `python -m kdexport.schemas`."""
 
 from kdexport.schemas import SCHEMAS, generate, openapi, path
 

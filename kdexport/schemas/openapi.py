@@ -1,4 +1,4 @@
-"""The server's OpenAPI document, of `openapi.yaml` and the types that requests are decoded with."""
+"""The server's OpenAPI document, from `openapi.yaml` and the types of requests and responses."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Any
 import msgspec
 import yaml
 
-from kdexport.serve.openapi import PATH
+from kdexport.serve.openapi import PATH as PATH
 from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
-
-__all__ = ["PATH", "generate"]
 
 _TYPES = [
     huggingface.ClassifyRequest, tei.PredictRequest, oip.InferRequest, tgi.WriteRequest, tgi.Generated, tgi.StreamToken,
@@ -20,7 +18,7 @@ _TYPES = [
 
 
 def generate() -> bytes:
-    """The document as indented JSON, still to be filled by the server."""
+    """Return the document as indented JSON, to be filled by the server."""
     found = yaml.safe_load(Path(__file__).with_name("openapi.yaml").read_text(encoding="utf-8"))
     del found["x-parts"]
     _, schemas = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
@@ -33,7 +31,7 @@ def generate() -> bytes:
 
 
 def _merged(schemas: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Schemas with further ones, which replace single properties of those that are there."""
+    """Add schemas, and replace single properties of existing ones."""
     found = schemas | {name: schema for name, schema in more.items() if name not in schemas}
     for name in schemas.keys() & more.keys():
         found[name]["properties"] |= more[name]["properties"]

@@ -1,7 +1,6 @@
-"""One JSON line a request on stdout, written in bundles by a thread; never a text, never a key.
+"""One JSON line per request on stdout, written in bundles by a thread; never a text, never a key.
 
-Nobody waits for whoever reads the log: lines for which there is no room are dropped, counted, and replaced by one line
-with their number once there is room again.
+Logging does not block: while the output is full, lines are dropped, counted, and reported in one line afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]")
 
 
 class AccessLog:
-    """Log of `all` requests, `errors` (400 and up) or none (`off`); `on_dropped` is called with a count of lines."""
+    """Log of `all` requests, `errors` (400 and up) or none (`off`)."""
 
     def __init__(self, which: str, fd: int = 1, on_dropped: Callable[[int], None] = lambda _: None) -> None:
         self._from = {"all": 0, "errors": 400, "off": 1000}[which]
@@ -31,18 +30,12 @@ class AccessLog:
         self._outlet = Outlet(fd, _dropped_line, on_dropped)
 
     def request(self, request: Request, code: int, seconds: float, fault: str = "") -> None:
-        """Note one request; a fault is for the operator's eyes."""
-        if code < self._from and not fault:  # a fault of ours is always told
+        """Log a request, always if it failed by an internal error, `fault`."""
+        if code < self._from and not fault:
             return
         client = request.scope.get("client")
-        line = {
-            "time": round(time.time(), 3),
-            "client": client[0] if client else "",
-            "method": request.method,
-            "path": request.path[:256],
-            "code": code,
-            "ms": round(1e3 * seconds, 3),
-        }
+        line = {"time": round(time.time(), 3), "client": client[0] if client else "", "method": request.method}
+        line |= {"path": request.path[:256], "code": code, "ms": round(1e3 * seconds, 3)}
         if request.model:
             line |= {"model": request.model, "protocol": request.protocol, "rows": request.rows}
         if request.tokens:
@@ -54,7 +47,7 @@ class AccessLog:
         self._append(line)
 
     def refused(self) -> None:
-        """Note a request that was refused unread; there may be very many, so a bundle has one line for all."""
+        """Log a request refused unread; a bundle has one line for all of them."""
         if self._refused == 0 and self._from <= 429:
             asyncio.get_running_loop().call_later(_EVERY_S, self._flush_refused)
         self._refused += 1
@@ -69,7 +62,7 @@ class AccessLog:
         self._lines.append(_encode(line))
 
     def flush(self) -> None:
-        """Hand the pending lines to the generator."""
+        """Hand the pending lines to the writing thread."""
         if self._lines:
             data = b"\n".join([*self._lines, b""])
             self._lines.clear()
@@ -78,7 +71,7 @@ class AccessLog:
             self._outlet.put(data)
 
     def close(self) -> None:
-        """Write the pending lines, and wait a moment until they are written."""
+        """Write the pending lines, and wait for it briefly."""
         self.flush()
         self._outlet.close()
 

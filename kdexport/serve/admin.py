@@ -1,6 +1,6 @@
 """The admin port: metrics, health, and Triton's model repository protocol.
 
-Loading and unloading need a key where there are keys; without keys they can be asked for on loopback alone.
+Loading and unloading need a key; without keys they are allowed on loopback alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Admin:
     def __init__(self, app: App, reload: Callable[[str], Awaitable[Version]]) -> None:
         self._app, self._reload = app, reload
         self._keys = Keys(app.settings.api_keys)
-        self.hosts: Hosts | None = None  # of the port that is listened on
+        self.hosts: Hosts | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -33,7 +33,7 @@ class Admin:
             response = await self._answer(request)
         except Refused as refused:
             response = refusal(refused)
-        except Exception as error:  # of a file that is broken in a way that nobody thought of
+        except Exception as error:  # of an unforeseen broken file
             warn(f"{request.method} {request.path[:256]!r} on the admin port failed: {error!r}")
             response = refusal(Refused(500, "the server could not do this; its log says why"))
         await respond(send, response)
@@ -42,7 +42,7 @@ class Admin:
         request.read_head()
         if self.hosts:
             self.hosts.check(request)
-        if request.origin is not None:  # a web page that its visitor's browser runs; tools send none
+        if request.origin is not None:  # of a web page; tools send none
             raise Refused(403, "browsers' pages may not ask this port")
         match request.method, request.path.strip("/").split("/"):
             case "GET", ["metrics"]:
@@ -62,11 +62,10 @@ class Admin:
         raise Refused(404, "here are GET /metrics and POST /v2/repository/index, …/models/NAME/load and …/unload")
 
     def _index(self) -> list[dict[str, str]]:
-        found = self._app.models.in_service()
+        ready = {name: version.version for name, version in self._app.models.in_service().items()}
+        gone = {"version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
         return [
-            {"name": name, "version": found[name].version, "state": "READY", "reason": ""}
-            if name in found
-            else {"name": name, "version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
+            {"name": name} | ({"version": ready[name], "state": "READY", "reason": ""} if name in ready else gone)
             for name in self._app.models.names()
         ]
 
@@ -79,6 +78,6 @@ class Admin:
         try:
             version = await self._reload(name)
         except KdexportError as error:
-            # Whoever may reload may read this: it names the file at fault.
+            # It names a file, but only to those who may reload.
             raise Refused(400, f"{error}; the version before serves on") from None
         return answer({"name": name, "load": True, "version": version.version})

@@ -1,7 +1,7 @@
-"""The ASGI application: a path and a method → a handler; what goes wrong → `{"error": …}`.
+"""The ASGI application: path and method → handler; errors → `{"error": …}`.
 
-A request's way: key → body within its caps → the protocol's `parse` → rows → the batcher → the protocol's
-`render`. Protocols know nothing of each other, nor of batching.
+A request passes key → body within its limits → the protocol's `parse` → rows → the batcher → the protocol's `render`.
+Protocols are independent of each other and of batching.
 """
 
 from __future__ import annotations
@@ -18,32 +18,13 @@ from typing import Any
 from kdexport import __version__
 from kdexport.runtime.generation import Piece
 from kdexport.runtime.predictor import allowed_cores
-from kdexport.serve import openapi, page
+from kdexport.serve import http, openapi, page
 from kdexport.serve.accesslog import AccessLog
 from kdexport.serve.batching import Batcher
 from kdexport.serve.connection import respond
 from kdexport.serve.generating import Generator, awaited
 from kdexport.serve.hosts import Hosts
-from kdexport.serve.http import (
-    CLIENT_GONE,
-    CLOSE,
-    EVENTS,
-    RETRY,
-    SMALL,
-    ClientGone,
-    Keys,
-    Receive,
-    Refused,
-    Request,
-    Response,
-    Scope,
-    Send,
-    Stream,
-    answer,
-    event,
-    failure,
-    refusal,
-)  # fmt: skip
+from kdexport.serve.http import RETRY, SMALL, ClientGone, Refused, Request, Response, Stream, answer, refusal
 from kdexport.serve.large import Limiter, check_answer, off_loop
 from kdexport.serve.metrics import Metrics
 from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
@@ -54,29 +35,25 @@ from kdexport.tasks.base import reads_texts
 
 Handler = Callable[[Request, str | None, str | None], Awaitable[Response | Stream]]
 _OF_MODEL = re.compile(r"(/v2)?/models/([^/]*)(?:/versions/([^/]*))?(/.*)?")
-# What needs no key; `POST /` does.
+# Paths that need no key; `POST /` does.
 OPEN = {"/", "/v2", "/v2/", "/v2/health/live", "/v2/health/ready", "/health", "/ping", "/openapi.json"}
 
 
 class App:
-    """The public port.
-
-    `ready` says yes once `loaded` is set, until `draining` is. From `closing` on every answer also closes its
-    connection.
-    """
+    """The public port: `ready` from `loaded` until `draining`; once `closing`, responses close their connections."""
 
     def __init__(self, models: Models, settings: Settings) -> None:
         self.models, self.settings = models, settings
         self.metrics = Metrics()
         self.log = AccessLog(settings.access_log, on_dropped=self.metrics.log_dropped.inc)
-        self.hosts: Hosts | None = None  # of the port that is listened on; None where another server listens
+        self.hosts: Hosts | None = None  # of our own port; None in another server
         self.tracer = Tracer(settings.tracing)
         self.limiter = Limiter(max(4, 2 * (settings.threads or allowed_cores())))
         self.batcher: Batcher | None = None
         self.prompts: Batcher | None = None
         self.loaded = self.draining = self.closing = False
         self.running = 0
-        self._keys = Keys(settings.api_keys)
+        self._keys = http.Keys(settings.api_keys)
         tensors: dict[str, dict[str, Handler]] = {
             "": {"GET": self._metadata}, "/ready": {"GET": self._model_ready}, "/infer": {"POST": self._infer_tensors}
         }  # fmt: skip
@@ -112,15 +89,15 @@ class App:
         return self.loaded and not self.draining and self.models.ready
 
     def full(self) -> int:
-        """Return the seconds to come again after while there is too much work, else 0."""
+        """Return Retry-After in seconds while there is too much work, else 0."""
         return self.batcher.full() if self.batcher else 0
 
     def refused(self) -> None:
-        """Note a request that was refused before it was read."""
+        """Count and log a request refused before it was read."""
         self.metrics.refused.inc()
         self.log.refused()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             raise RuntimeError(f"an ASGI {scope['type']} is not spoken here")
@@ -137,11 +114,11 @@ class App:
         except Refused as refused:
             response = refusal(refused)
         except ClientGone:
-            response = Response(b"", CLIENT_GONE)
+            response = Response(b"", http.CLIENT_GONE)
         except Exception as error:
-            # The client learns that it was us, the operator what it was.
+            # The log has the traceback, the response does not.
             fault = "".join(traceback.format_exception(error))
-            response = refusal(failure())
+            response = refusal(http.FAILURE)
         finally:
             self.running -= 1
             if request.large:
@@ -149,15 +126,15 @@ class App:
         seconds = time.monotonic() - began
         self.metrics.request(request, response.status, seconds)
         self.log.request(request, response.status, seconds, fault)
-        if isinstance(response, Stream) or response.status == CLIENT_GONE:
+        if isinstance(response, Stream) or response.status == http.CLIENT_GONE:
             return
-        if begun:  # what went wrong since then is the last event
-            await send({"type": "http.response.body", "body": event(response.body)})
+        if begun:  # the stream's last event is the error
+            await send({"type": "http.response.body", "body": http.event(response.body)})
             return
         await respond(send, response, self.closing)
 
-    async def _send(self, request: Request, stream: Stream, send: Send) -> None:
-        headers = [*EVENTS, CLOSE] if self.closing else EVENTS
+    async def _send(self, request: Request, stream: Stream, send: http.Send) -> None:
+        headers = [*http.EVENTS, http.CLOSE] if self.closing else http.EVENTS
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with aclosing(stream.rest):
             await send({"type": "http.response.body", "body": stream.first, "more_body": True})
@@ -180,7 +157,7 @@ class App:
         if prefix:
             request.protocol = "oip"
         if path not in self.routes:
-            raise Refused(404, "there is nothing at this path; /openapi.json says what there is")
+            raise Refused(404, "not found; see /openapi.json")
         methods = self.routes[path]
         handler = methods.get("GET" if request.method == "HEAD" else request.method)
         if handler is None:
@@ -188,7 +165,7 @@ class App:
             raise Refused(405, f"{request.method} is not for this path", [(b"allow", allowed.encode())])
         return await handler(request, name, version)
 
-    # --- answers from the models
+    # --- predictions
 
     async def _infer(self, request: Request, name: str | None, _: str | None) -> Response | Stream:
         request.protocol = "huggingface"
@@ -204,7 +181,7 @@ class App:
     async def _classify(
         self, request: Request, version: Version, body: bytes, protocol: huggingface.TaskProtocol
     ) -> Response:
-        if len(body) <= SMALL:  # without a coroutine: this is most requests' way
+        if len(body) <= SMALL:  # most requests: without a coroutine
             query, rows, costs = self._parsed(version, protocol.parse, body)
         else:
             query, rows, costs = await off_loop(len(body), self._parsed, version, protocol.parse, body)
@@ -220,7 +197,7 @@ class App:
         return Response(await off_loop(size, protocol.render, version, query, results))
 
     async def _predict(self, request: Request, *_: str | None) -> Response | Stream:
-        # Images and sound are answered as at `POST /`; so are language models at SageMaker's path.
+        # Images, sound, and at SageMaker's path language models, are handled as at `POST /`.
         request.protocol = "tei"
         body = await self._body(request)
         version = self.version(request)
@@ -234,8 +211,8 @@ class App:
     async def _infer_tensors(self, request: Request, name: str | None, wanted: str | None) -> Response:
         body = await self._body(request, name)
         version = self.version(request, name, wanted)
-        limits = self.settings.max_rows, self.settings.max_chars
-        query = await off_loop(len(body), oip.parse, request, body, version, *limits)
+        settings = self.settings
+        query = await off_loop(len(body), oip.parse, request, body, version, settings.max_rows, settings.max_chars)
         size = oip.answer_size(version, query)
         results = await self.run(request, version, query.rows, query.costs, query.timeout)
         return await off_loop(size, oip.render, version, query, results)
@@ -251,8 +228,8 @@ class App:
         return await self._generate(request, version, query, openai)
 
     async def _generate(self, request: Request, version: Version, query: Any, api: ModuleType) -> Response | Stream:
-        """Generate a text, at once or as a stream; until the first token a failure has its own status."""
-        request.end()  # writing takes long, and no memory
+        """Generate a text, at once or as a stream; an error before the first token has its own status."""
+        request.end()  # generation takes long, and little memory
         if query.stream:
             events = self._events(request, version, query, api)
             return Stream(await anext(events), events)
@@ -276,10 +253,10 @@ class App:
             running.cancel()
 
     def version(self, request: Request, name: str | None = None, wanted: str | None = None) -> Version:
-        """Return the version that a request names, and note it for the log.
+        """Return the version that a request names, and record it for the log.
 
         Raises:
-            Refused: there is none (404), or not yet, or not any more (503).
+            Refused: it does not exist (404), or is not in service (503).
         """
         if not self.loaded:
             raise Refused(503, "the models are being loaded", RETRY)
@@ -303,7 +280,7 @@ class App:
         costs: Sequence[int],
         timeout: float | None = None,
     ) -> list[Any]:
-        """Run a request's rows (a language model's jobs) through their batcher, and note the times for the log."""
+        """Run a request's rows (a language model's jobs) through their batcher; record the times for the log."""
         model: Version | Generator = version.generator or version
         batcher = self.prompts if version.generator else self.batcher
         assert batcher is not None
@@ -316,14 +293,14 @@ class App:
         return ticket.results
 
     async def end_threads(self) -> None:
-        """Finish what waits, then end the threads."""
+        """Finish queued work, then end the threads."""
         for batcher in filter(None, (self.batcher, self.prompts)):
             await batcher.close()
 
     # --- about the server
 
     async def live(self, *_: Any) -> Response:
-        """Answer yes: a dead consumer ends the process."""
+        """Return true: a dead thread ends the process."""
         return answer({"live": True})
 
     async def health(self, *_: Any) -> Response:
@@ -353,11 +330,8 @@ class App:
 
     async def _openapi(self, *_: Any) -> Response:
         versions = self.models.in_service().values()
-        served = openapi.Served(
-            tuple(self.models.names()),
-            tuple(version.version for version in versions),
-            tuple((version.name, version.generator.room) for version in versions if version.generator),
-        )
+        generators = tuple((v.name, v.generator.room) for v in versions if v.generator)
+        served = openapi.Served(tuple(self.models.names()), tuple(v.version for v in versions), generators)
         return answer(openapi.document(served, self.settings))
 
     async def _page(self, *_: Any) -> Response:

@@ -1,11 +1,11 @@
-"""Rows from many requests → batches on a few threads: work-conserving, bounded, deadlines kept.
+"""Dynamic batching on a few threads: work-conserving, with bounded queues and deadlines.
 
-A request is taken in whole or refused. Its rows wait in queues by model and length, so that a batch holds rows
-of similar length. A thread that has nothing to do takes the oldest row and whatever of its queue fits beside it,
-without waiting for more: under load the queues fill while batches run, so batches grow by themselves.
+A request is accepted whole or refused. Its rows wait in queues by model and length, so that batches are of similar
+length. An idle thread takes the oldest row and the rows of its queue that fit, without waiting for more: under load
+the queues fill while batches run, so batches grow by themselves.
 
-Requests that take long stand in a lane of their own, with a bound of their own. Between any two of their batches the
-others go first, so a few large requests, or a flood of them, delay a small one by a batch, and never shut it out.
+Large requests have their own queues and bound. Small ones go first between their batches, so large requests, however
+many, delay a small one by a batch and never starve it.
 """
 
 from __future__ import annotations
@@ -20,30 +20,27 @@ from typing import Any, Protocol
 
 from kdexport.serve.http import FULL, ClientGone, Refused
 
-# How much the newest batch says about the rate; a hundred batches are some tens of milliseconds.
-_NEWEST = 0.02
-_FIRST_S = 0.5  # how long the first guess weighs as much as what is found
-# A request is large that takes more than a batch, or this share of the time that work may wait.
-_LARGE = 0.25
-# While there are small ones, a large request has a turn as often as this.
-_PATIENCE_S = 0.2
+_NEWEST = 0.02  # weight of the newest batch in the moving average of the rate
+_FIRST_S = 0.5  # weight of the first guess of the rate, as a time
+_LARGE = 0.25  # fraction of the queue limit above which a request is large; so is one of more than a batch
+_PATIENCE_S = 0.2  # longest wait of a large request behind small ones
 
 
 class Model(Protocol):
     """A model as a batcher runs it."""
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
-        """Return one result a row, in their order; an exception as a result fails that row alone."""
+        """Return one result per row, in order; an exception as a result fails that row alone."""
 
     def bucket(self, cost: int) -> int:
-        """Return the length in tokens that a row of this cost is padded to; rows of one bucket may share a batch."""
+        """Return the padded length of a row in tokens; rows of one bucket may share a batch."""
 
     def most(self, bucket: int) -> int:
-        """Return how many rows a batch may have."""
+        """Return the largest batch, in rows."""
 
 
 class Ticket:
-    """One request's rows on their way; its future gives their results, in order."""
+    """One request's rows; the future has their results, in order."""
 
     __slots__ = ("arrived", "done_at", "future", "gone", "left", "results", "started")
 
@@ -54,20 +51,16 @@ class Ticket:
         self.started = self.done_at = 0.0
 
     def fail(self, error: Exception) -> None:
-        """End with an error, unless it has ended already."""
+        """End with an error, unless it is done."""
         if not self.future.done():
             self.future.set_exception(error)
 
-    def expire(self) -> None:
-        """End because its deadline has passed."""
-        self.fail(Refused(504, "the answer took longer than the request's deadline"))
 
-
-Item = tuple[Ticket, int, Any, int]  # whose, which of its rows, the row, its cost in tokens
+Item = tuple[Ticket, int, Any, int]  # ticket, index of the row, row, cost in tokens
 
 
 class _Lane:
-    """Rows that wait, by model and length: all are bounded together."""
+    """Queues by model and length, bounded together."""
 
     def __init__(self) -> None:
         self.queues: defaultdict[tuple[Model, int], deque[Item]] = defaultdict(deque)
@@ -82,17 +75,16 @@ class _Lane:
 
 
 class Batcher:
-    """N threads over shared queues.
+    """Threads over shared queues, one batch at a time each.
 
     Args:
-        threads: batches that run at once.
         max_batch_tokens: padded tokens of a batch; a longer row runs alone.
         max_wait: seconds that a batch waits for more rows.
-        max_queue: seconds that new work may have to wait; beyond, requests are refused with 429.
-        rate: first guess of the tokens a second of all threads; learnt while running.
+        max_queue: longest expected wait in seconds; more work is refused with 429.
+        rate: first guess of the tokens/s of all threads.
         on_batch: called with (rows, tokens, seconds) of every batch, on the loop.
-        on_death: called when a thread ends by an error that is ours, on the loop; nothing runs any more then.
-        lanes: whether large requests stand apart; else all wait their turn.
+        on_death: called on the loop when a thread dies of an internal error; nothing runs any more.
+        lanes: whether large requests have their own queues.
     """
 
     def __init__(
@@ -110,21 +102,19 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._threads, self._max_batch_tokens = threads, max_batch_tokens
         self._max_wait, self._max_queue = max_wait, max_queue
-        # Tokens that were done, and the seconds that they took, while there was always more to do; old ones fade.
+        # Tokens and seconds under load, exponentially weighted.
         self._done, self._took = _FIRST_S * rate, _FIRST_S
         self._last = time.monotonic()
         self._on_batch, self._on_death = on_batch, on_death
         self._small, self._large = _Lane(), _Lane()
         self._lanes = lanes
         self._lock = threading.Lock()
-        # Threads that have nothing to do, each behind a lock that it waits for. The last to rest is the first to be
-        # woken: its caches are warm, and under a light load the others sleep on.
+        # Idle threads, each waiting for its lock. Last in, first out: its caches are warm.
         self._resting: list[Any] = []
-        self._usual = 0.0  # tokens of a row; by whole requests, a few large ones would shut out the small
+        self._usual = 0.0  # average tokens of a row; per request, a few large ones would shut out the small
         self._closed = False
-        self._consumers = [
-            threading.Thread(target=self._consume, name=f"consumer-{i}", daemon=True) for i in range(threads)
-        ]
+        names = [f"consumer-{i}" for i in range(threads)]
+        self._consumers = [threading.Thread(target=self._consume, name=name, daemon=True) for name in names]
         for consumer in self._consumers:
             consumer.start()
 
@@ -134,14 +124,15 @@ class Batcher:
         """Run one request's rows, and return when all are done.
 
         Raises:
-            Refused: there is too much work waiting (429), the deadline passed (504), or nothing runs any more (503).
-            ClientGone: the client went away while its rows waited.
-            Exception: what `model.run` raised for one of the rows.
+            Refused: the queue is full (429), the deadline passed (504), or the server is ending (503).
+            ClientGone: the client disconnected while its rows waited.
+            Exception: raised by `model.run` for one of the rows.
         """
         ticket = self._submit(model, rows, costs, gone)
         if not rows:
             return ticket
-        timer = self._loop.call_later(timeout, ticket.expire)
+        late = Refused(504, "the answer took longer than the request's deadline")
+        timer = self._loop.call_later(timeout, ticket.fail, late)
         try:
             await ticket.future
         finally:
@@ -154,7 +145,7 @@ class Batcher:
         rate = self.rate
         large = self._lanes and (tokens > self._max_batch_tokens or tokens > _LARGE * self._max_queue * rate)
         lane = self._large if large else self._small
-        # All that may fail is done before the first row is queued: a request is taken in whole or not at all.
+        # Fallible work comes before the first row is queued: a request is accepted whole or not at all.
         items = [
             ((model, model.bucket(cost)), (ticket, i, row, cost))
             for i, (row, cost) in enumerate(zip(rows, costs, strict=True))
@@ -162,7 +153,7 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise Refused(503, "the server is ending")
-            # What waits is bounded, not what comes: a request larger than the bound runs when nothing waits.
+            # An empty lane accepts a request of any size.
             if lane.tokens and (lane.tokens + tokens) / rate > self._max_queue:
                 raise Refused(429, FULL, [(b"retry-after", b"%d" % self._retry_after(lane))])
             if rows and not large:
@@ -176,30 +167,30 @@ class Batcher:
 
     @property
     def rate(self) -> float:
-        """Tokens a second of all threads together."""
+        """Tokens/s of all threads."""
         return max(self._done / self._took, 1.0)
 
     def full(self) -> int:
-        """Return 0 while there is room for a row of the usual size, else the seconds until there should be."""
+        """Return 0 while there is room for a row of average size, else Retry-After in seconds."""
         lane = self._small
         wait = (lane.tokens + self._usual) / self.rate
         return self._retry_after(lane) if lane.tokens and wait > self._max_queue else 0
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens that wait."""
+        """Queued tokens."""
         return self._small.tokens + self._large.tokens
 
     @property
     def waiting_rows(self) -> int:
-        """Rows that wait."""
+        """Queued rows."""
         return self._small.rows + self._large.rows
 
     def _retry_after(self, lane: _Lane) -> int:
         return max(1, math.ceil(lane.tokens / self.rate))
 
     async def close(self) -> None:
-        """Finish what waits, then end the threads."""
+        """Finish queued work, then end the threads."""
         with self._lock:
             self._closed = True
             self._wake(self._threads)
@@ -222,7 +213,7 @@ class Batcher:
             self._tell(self._died, error)
 
     def _take(self, bell: Any) -> tuple[Model, list[Item]] | None:
-        """The oldest row and what fits beside it; None when closed and empty."""
+        """Wait for the next batch; None when closed and empty."""
         while True:
             with self._lock:
                 lane = self._next()
@@ -242,7 +233,7 @@ class Batcher:
                         bell.acquire()
 
     def _next(self) -> _Lane:
-        """The lane whose turn it is: small requests go first, unless a large one waits for too long."""
+        # Small requests go first, unless a large one waits for too long.
         small, large = self._small, self._large
         if not large.queues:
             return small
@@ -250,7 +241,7 @@ class Batcher:
         return small if small.queues and patient else large
 
     def _pause(self, lane: _Lane) -> float:
-        """How long to rest before there is a batch to take: 0 now, -1 until woken."""
+        """Return the seconds until a batch is ready: 0 now, -1 until woken."""
         if not lane.queues:
             return -1
         if not self._max_wait or self._closed or any(len(q) >= self._most(*key) for key, q in lane.queues.items()):
@@ -258,10 +249,10 @@ class Batcher:
         return max(0.0, lane.since(lane.oldest()) + self._max_wait - time.monotonic())
 
     def _batch(self, lane: _Lane) -> tuple[Model, list[Item]] | None:
-        """Take the oldest row's batch out of its queue; None when nobody waits for any of it."""
+        """Take the oldest row's batch out of its queue; None when all its requests are done."""
         key = lane.oldest()
         if self._max_wait and not self._closed and lane.since(key) + self._max_wait > time.monotonic():
-            # The oldest may wait for more; what is full need not wait for it.
+            # The oldest may wait for more rows; full batches go.
             key = min((k for k, queue in lane.queues.items() if len(queue) >= self._most(*k)), key=lane.since)
         model, queue, most = key[0], lane.queues[key], self._most(*key)
         batch: list[Item] = []
@@ -269,7 +260,7 @@ class Batcher:
             item = queue.popleft()
             lane.tokens -= item[3]
             lane.rows -= 1
-            # Rows whose request was answered (by its deadline) or whose client has gone cost nothing more.
+            # Drop rows of finished (expired) requests and disconnected clients.
             if item[0].future.done():
                 continue
             if item[0].gone():
@@ -288,8 +279,8 @@ class Batcher:
         started = time.monotonic()
         try:
             results = _results(model, [row for _, _, row, _ in batch])
-        except BaseException as error:  # a panic of the tokenizer's Rust is no Exception
-            # One bad row must not fail the others: each again, alone.
+        except BaseException as error:  # a Rust panic of the tokenizer is no Exception
+            # Run each row alone, so that a bad one fails alone.
             results = [error] if len(batch) == 1 else [_alone(model, item) for item in batch]
         ended = time.monotonic()
         tokens = sum(cost for _, _, _, cost in batch)
@@ -297,7 +288,7 @@ class Batcher:
         self._tell(self._deliver, batch, results, tokens, started, ended)
 
     def _learn(self, tokens: int, started: float, ended: float) -> None:
-        """How fast work drains, by the clock: threads also wait for the loop, and for a core that others share."""
+        # By the wall clock: threads also wait for the loop, and for shared cores.
         with self._lock:
             if self._small.rows or self._large.rows:
                 self._done += tokens - _NEWEST * self._done
@@ -307,7 +298,7 @@ class Batcher:
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
         try:
             self._loop.call_soon_threadsafe(what, *arguments)
-        except RuntimeError:  # the loop is closed: nobody is left to be told
+        except RuntimeError:  # the loop is closed
             return
 
     # --- on the loop again
@@ -328,7 +319,7 @@ class Batcher:
         self._on_batch(len(batch), tokens, ended - started)
 
     def _died(self, error: BaseException) -> None:
-        """Nothing that waits would ever run: say so to all, then to the owner."""
+        """Fail all queued requests, then call `on_death`."""
         with self._lock:
             self._closed = True
             lanes = self._small, self._large
@@ -342,7 +333,7 @@ class Batcher:
 
 def _results(model: Model, rows: list[Any]) -> list[Any]:
     results = model.run(rows)
-    if len(results) != len(rows):  # to give one row's result to another would be worse than none
+    if len(results) != len(rows):  # results must not go to other rows
         raise RuntimeError(f"the model gave {len(results)} results for {len(rows)} rows")
     return results
 
@@ -357,7 +348,7 @@ def _alone(model: Model, item: Item) -> Any:
 
 
 def _as_exception(error: BaseException) -> Exception:
-    """What a future takes, and what a handler that catches `Exception` catches."""
+    # A future takes no BaseException, and no StopIteration.
     if isinstance(error, Exception) and not isinstance(error, StopIteration):
         return error
     return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP connection with what it leaves open: bounds on headers, in size and in time, and JSON errors."""
+"""uvicorn's HTTP connection with bounds on headers, in size and time, and JSON errors."""
 
 from __future__ import annotations
 
@@ -12,53 +12,51 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from kdexport.serve.http import CLOSE, FULL, Response, Send, encode
 
 _MAX_HEAD = 32 * 1024
-# Refusals of what costs much before it is refused, or may do so; by how much each one more delays the next, at most.
+# Statuses of refusals that cost much; delay of reading per consecutive one, and its maximum.
 _COSTLY, _LATER_S, _LATEST_S = (413, 429), 0.01, 0.25
-# Requests of one connection that wait for the one before: each is small, but what they become is not.
-_MAX_PIPELINED = 32
+_MAX_PIPELINED = 32  # waiting requests of one connection
 _CLOSE = b"connection: close\r\n"
 
 
 class Connection(HttpToolsProtocol):
     """One client's connection.
 
-    It ends after `read_timeout` where a client trickles its head, never begins a request, or goes on with a body that
-    nobody waits for; after uvicorn's keep-alive time where no request is under way, or nobody reads the answers. A body
-    that is read has its handler's timer.
+    It ends after `read_timeout` without a complete head, without a request, or in a body that is no longer read; after
+    uvicorn's keep-alive time when idle, or when the client does not read. A body that is read has its handler's timer.
     """
 
     read_timeout = 10.0
     max_connections = 4096
 
-    full: Callable[[], int] = staticmethod(lambda: 0)  # seconds to come again after, while there is too much work
-    on_refused: Callable[[], object] = staticmethod(lambda: None)  # called of every request that is refused here
+    full: Callable[[], int] = staticmethod(lambda: 0)  # Retry-After in seconds, while there is too much work
+    on_refused: Callable[[], object] = staticmethod(lambda: None)  # called for every request refused here
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
         super().connection_made(transport)
-        self._begun = False  # whether some of a head has come, and not all
-        self._beside = 0  # bytes that came since something was whole: of a head, of trailers, of a chunk's extensions
-        self._refusing = 0  # while a request is being refused: Retry-After, in seconds
-        self.refusals = 0  # one after the other, for being too large or too many
-        self._later: TimerHandle | None = None  # while the next request is not read yet
-        self._unread: TimerHandle | None = None  # since more was written than the client reads
-        self._answered: RequestResponseCycle | None = None  # the request that is being answered
+        self._begun = False  # in the middle of a head
+        self._beside = 0  # bytes of an incomplete head, trailers or chunk extensions
+        self._refusing = 0  # Retry-After in seconds, while refusing a request
+        self.refusals = 0  # consecutive costly ones
+        self._later: TimerHandle | None = None  # delays the next request
+        self._unread: TimerHandle | None = None  # while the client does not read
+        self._answered: RequestResponseCycle | None = None  # the request under way
         self._timer: TimerHandle | None = self.loop.call_later(self.read_timeout, self._too_slow)
         if len(self.connections) > self.max_connections:
             self._refuse(503, "too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the timers, and tell the request that is being answered."""
+        """Cancel the timers, and disconnect the request under way."""
         for timer in filter(None, (self._timer, self._unread, self._later)):
             timer.cancel()
-        # uvicorn tells the newest request alone; the one that is being answered stands before all in the pipeline.
+        # uvicorn disconnects only the newest request of a pipeline.
         if self._answered is not None and not self._answered.response_complete:
             self._answered.disconnected = True
             self._answered.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse bytes; bound what they leave incomplete. Most heads come whole and cost no timer."""
+        """Parse bytes, and bound incomplete heads in size and time."""
         self._unset_keepalive_if_required()
         self._beside += len(data)
         while data:
@@ -81,16 +79,16 @@ class Connection(HttpToolsProtocol):
         self._begun = True
 
     def on_headers_complete(self) -> None:
-        """Begin to answer, or to refuse: while the queue is full, a body is not kept, and a request becomes no task."""
+        """Start the request, or refuse it while the queue is full, without a task or its body."""
         if self._beside > _MAX_HEAD:
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > _MAX_HEAD:
                 self._give_up(431, "the request's head is too large")
                 raise _NoMoreError
-        if self._refusing or len(self.pipeline) >= _MAX_PIPELINED:  # answers must keep their requests' order
+        if self._refusing or len(self.pipeline) >= _MAX_PIPELINED:  # responses keep the requests' order
             raise _NoMoreError
         self._beside = 0
-        if self.parser.should_upgrade():  # it will come again, see `_without_upgrade`
+        if self.parser.should_upgrade():  # parsed again, see `_without_upgrade`
             return
         self._head_complete()
         if self._is_idle() and self.parser.get_method() == b"POST" and not self.expect_100_continue:
@@ -101,19 +99,18 @@ class Connection(HttpToolsProtocol):
             super().on_headers_complete()
             if not self.pipeline:
                 self._answered = self.cycle
-            if self.expect_100_continue:
-                # An answer that comes without a 100 leaves open whether the body will follow.
+            if self.expect_100_continue:  # without a 100, whether the body follows is undefined
                 self.cycle.keep_alive = False
-        self.headers = []  # where trailers go: they are none of the request's headers
+        self.headers = []  # trailers must not join the request's headers
 
     def on_response_complete(self) -> None:
-        """Go on with the next request that waits."""
+        """Continue with the next pipelined request."""
         if self.pipeline:
             self._answered = self.pipeline[-1][0]
         super().on_response_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Keep the body of a request that is answered."""
+        """Pass a body on, unless its request is refused."""
         self._beside = 0
         if not self._refusing:
             super().on_body(body)
@@ -124,7 +121,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         if not self._refusing:
-            if self.cycle.response_complete:  # long since: only its body was still to come
+            if self.cycle.response_complete:  # answered before its body ended
                 self._head_complete()
                 self._await_next()
             super().on_message_complete()
@@ -134,7 +131,7 @@ class Connection(HttpToolsProtocol):
         self._refuse_full(self.parser.should_keep_alive())
 
     def pause_writing(self) -> None:
-        """Read no more from a client that does not read, and wait for it for a while only."""
+        """Stop reading from a client that does not read; close after the keep-alive time."""
         super().pause_writing()
         self.flow.pause_reading()
         self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
@@ -142,13 +139,13 @@ class Connection(HttpToolsProtocol):
     def resume_writing(self) -> None:
         """Resume once the write buffer drains."""
         super().resume_writing()
-        if self._unread is not None and not self.transport.is_closing():  # closing also waits for what is left
+        if self._unread is not None and not self.transport.is_closing():  # closing waits for the buffer, too
             self._unread.cancel()
             self._unread = None
             self.flow.resume_reading()
 
     def answered(self, status: int) -> None:
-        """Read later and later from a client whose requests are refused one after the other, so that floods ebb."""
+        """Delay reading from a client with consecutive costly refusals, against floods."""
         self.refusals = self.refusals + 1 if status in _COSTLY else 0
         if self.refusals > 1 and not self.transport.is_closing():
             self.flow.pause_reading()
@@ -159,7 +156,6 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _is_idle(self) -> bool:
-        """Whether no answer is owed."""
         return (self.cycle is None or self.cycle.response_complete) and not self._refusing
 
     def _head_complete(self) -> None:
@@ -173,9 +169,9 @@ class Connection(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _without_upgrade(self, rest: bytes) -> bytes:
-        """A request's head again, without its wish for another protocol, which a server may ignore; and what follows.
+        """Return a request's head without `Upgrade`, which a server may ignore, and the rest of the bytes.
 
-        The parser would leave out the request's body, and then take it for another request.
+        The parser would skip the request's body, and then parse it as another request.
         """
         method = self.parser.get_method()
         if method == b"CONNECT":
@@ -200,7 +196,7 @@ class Connection(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._timer = None
-        if self._begun and not self._is_idle():  # the one before is still being answered, and is answered first
+        if self._begun and not self._is_idle():  # the request before is under way
             self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
         elif self._begun or self._refusing:
             self._refuse(408, "the request came too slowly")
@@ -208,7 +204,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _give_up(self, status: int, message: str) -> None:
-        """No more can be read here: close, after the answers to what was whole, or with the reason."""
+        """Close after the responses to complete requests, or with an error."""
         if self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body:
             self.cycle.keep_alive = False
             self.flow.pause_reading()
@@ -216,7 +212,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(status, message)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Say why, unless the request at fault was answered long since; then close."""
+        """Respond with an error, unless the request was answered already; then close."""
         if self.transport.is_closing():
             return
         if self._begun or self._refusing or self.cycle is None or not self.cycle.response_started:
@@ -225,7 +221,7 @@ class Connection(HttpToolsProtocol):
 
 
 class _NoMoreError(Exception):
-    """Raised in the parser's callbacks, it ends the parsing."""
+    """Raised in the parser's callbacks, to end parsing."""
 
 
 def _error(status: int, message: str, headers: bytes) -> bytes:
@@ -235,7 +231,7 @@ def _error(status: int, message: str, headers: bytes) -> bytes:
 
 
 async def respond(send: Send, response: Response, closing: bool = False) -> None:
-    """Send a whole answer. On our own connections it is one write, where ASGI's two messages would be two."""
+    """Send a whole response; on our own connections with one write instead of ASGI's two."""
     status, body = response.status, response.body
     headers = [*response.headers, (b"content-length", b"%d" % len(body))]
     if closing:

@@ -1,4 +1,4 @@
-"""Text generation behind the server: prompts are rows of a `Batcher` of their own, whose batches are of one."""
+"""Text generation in the server: prompts are rows of their own `Batcher`, in batches of one."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Job:
         self.prompt, self.how = prompt, how
         self.prompt_tokens, self.pieces = 0, list[Piece]()
         self.first_s = 0.0
-        self.over = False  # nobody waits for the rest
+        self.over = False  # the request has ended
         self.gone: Callable[[], bool] = lambda: False
         self.tell: Callable[[Piece], None] = lambda _: None
         self._made = time.monotonic()
 
     def add(self, piece: Piece) -> None:
-        """Add one more token, and tell whoever waits."""
+        """Add a token and pass it on."""
         if not self.pieces:
             self.first_s = time.monotonic() - self._made
         self.pieces.append(piece)
@@ -39,7 +39,7 @@ class Job:
 
     @property
     def finish(self) -> Finish:
-        """Why the text ended, once it has."""
+        """The finish reason, once generation has ended."""
         finish = self.pieces[-1].finish
         assert finish
         return finish
@@ -51,9 +51,9 @@ class Job:
 
 
 class Generator:
-    """A language model as a batcher runs it: rows are `Job`s, one at a time on each thread.
+    """A language model for a `Batcher`, with `Job`s as rows.
 
-    `rate` is the tokens a second of one thread, `room` the most tokens that may follow a prompt.
+    `rate` is the tokens/s of one thread, `room` the most new tokens.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -80,17 +80,17 @@ class Generator:
         return list(rows)
 
     def bucket(self, cost: int) -> int:
-        """Return one queue for all: the oldest prompt is next, whatever its length."""
+        """Return 1: one queue for prompts of any length."""
         return 1
 
     def most(self, bucket: int) -> int:
-        """Return the prompts of a batch."""
+        """Return 1: one prompt per batch."""
         return 1
 
 
 @contextmanager
 def awaited(request: Request, jobs: Sequence[Job]) -> Iterator[None]:
-    """Wait for a request's jobs; afterwards they end, and their tokens are noted for log and metrics."""
+    """Wait for a request's jobs; then end them, and record their tokens for log and metrics."""
     for job in jobs:
         job.gone = request.gone
     try:
@@ -103,16 +103,17 @@ def awaited(request: Request, jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def job_of(generator: Generator, prompt: str, given: dict[str, Any], max_chars: int, status: int = 422) -> Job:
-    """Return a job within its limits, of a prompt and the parameters of `Sampling` (None: not given).
+    """Return a job of a prompt and the parameters of `Sampling` (None: default).
 
-    Refused are a prompt that is too long (413), and parameters that are unfit (`status`).
+    Raises:
+        Refused: the prompt is too long (413), or a parameter is invalid (`status`).
     """
     if len(prompt) > max_chars:
         raise Refused(413, f"a text may have {max_chars:,} characters")
     try:
         how = msgspec.convert({key: value for key, value in given.items() if value is not None}, Sampling)
     except msgspec.ValidationError as error:
-        raise Refused(status, f"the request is not as it should be: {error}") from None
+        raise Refused(status, f"invalid request: {error}") from None
     if how.max_new_tokens > generator.room:
         raise Refused(status, f"the model writes at most {generator.room} tokens; {how.max_new_tokens} are asked for")
     return Job(prompt, how)

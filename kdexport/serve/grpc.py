@@ -1,8 +1,7 @@
-"""The Open Inference Protocol over gRPC, beside HTTP in the same event loop.
+"""The Open Inference Protocol over gRPC, in HTTP's event loop.
 
-An infer call becomes the request that HTTP would carry, JSON with raw tensors behind it, and is read by the same
-`oip.parse`. Keys come as metadata, `authorization: Bearer KEY` or `x-api-key: KEY`; so does `retry-after` go. The log
-and the metrics show HTTP's codes.
+An infer call is converted to HTTP's JSON and raw tensors for `oip.parse`. Metadata carries keys, `authorization:
+Bearer KEY` or `x-api-key: KEY`, and `retry-after`. Log and metrics have HTTP's status codes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from urllib.parse import unquote
 from kdexport import __version__
 from kdexport.errors import MissingPackage
 from kdexport.serve.app import App
-from kdexport.serve.http import CLIENT_GONE, RETRY, SMALL, Keys, Refused, Request, encode, failure
+from kdexport.serve.http import CLIENT_GONE, FAILURE, RETRY, SMALL, Keys, Refused, Request, encode
 from kdexport.serve.large import Limiter, off_loop
 from kdexport.serve.protocols import oip
 from kdexport.serve.registry import Version
@@ -32,10 +31,10 @@ try:
 except ImportError as error:
     raise MissingPackage("grpcio" if "grpc" in str(error) else "protobuf", "grpc") from None
 
-# open_inference.proto as protoc compiles it (`make proto`): unlike generated code it fits every version of protobuf.
+# open_inference.proto, compiled by `make proto`; unlike generated code it fits every version of protobuf.
 _COMPILED = Path(__file__).with_name("open_inference.binpb").read_bytes()
 _FILE = descriptor_pb2.FileDescriptorSet.FromString(_COMPILED).file[0]
-_POOL = descriptor_pool.DescriptorPool()  # our own: a client in this process may have the same names
+_POOL = descriptor_pool.DescriptorPool()  # not the default: a client in this process may have the same names
 _POOL.Add(_FILE)
 _MESSAGES = {
     message.name: message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{_FILE.package}.{message.name}"))
@@ -44,20 +43,19 @@ _MESSAGES = {
 _SERVICE = f"{_FILE.package}.{_FILE.service[0].name}"
 _REFUSING_S = 0.5
 _STATUS = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    404: grpc.StatusCode.NOT_FOUND,
-    413: grpc.StatusCode.INVALID_ARGUMENT,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-# Datatype → the field that holds it where a tensor is not given raw.
+    400: grpc.StatusCode.INVALID_ARGUMENT, 401: grpc.StatusCode.UNAUTHENTICATED, 404: grpc.StatusCode.NOT_FOUND,
+    413: grpc.StatusCode.INVALID_ARGUMENT, 429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE, 504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}  # fmt: skip
+# Datatype → the field of a tensor that is not raw.
 _CONTENTS = {
     "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
     "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
     "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
 }  # fmt: skip
+
+
+_Method = Callable[[Request, Any, Any], Awaitable[Any]]
 
 
 class Listener:
@@ -67,23 +65,22 @@ class Listener:
         self._server, self.address = server, address
 
     async def stop(self, grace: float) -> None:
-        """Take in no more calls, and cancel those that run after `grace` seconds."""
-        # A call that comes while gRPC stops is ended as CANCELLED, which reads as if its client had done it. So
-        # for a moment calls are still let in, and answered with UNAVAILABLE because the app is closing.
+        """Accept no more calls, and cancel the running ones after `grace` seconds."""
+        # gRPC ends calls that arrive during its stop as CANCELLED, as if by the client. So accept calls for a moment
+        # more: the closing app answers UNAVAILABLE.
         refusing = min(_REFUSING_S, grace)
         await asyncio.sleep(refusing)
         await self._server.stop(grace - refusing)
 
 
 async def listen(app: App, host: str, port: int) -> Listener:
-    """Serve the app's models over gRPC; port 0 takes a free one."""
+    """Serve the app's models over gRPC; port 0: any free one."""
     settings = app.settings
     server = grpc.aio.server(
         options=[
-            # Decompressed, too; files travel over HTTP alone.
-            ("grpc.max_receive_message_length", settings.body_limit("text")),
+            ("grpc.max_receive_message_length", settings.body_limit("text")),  # decompressed; files use HTTP
             ("grpc.max_connection_idle_ms", int(1e3 * settings.keep_alive)),
-            ("grpc.so_reuseport", 0),  # else a second server could take the same port, and half of the calls
+            ("grpc.so_reuseport", 0),  # else a second server could bind the same port and get half of the calls
         ],
         maximum_concurrent_rpcs=settings.max_connections,
     )
@@ -100,28 +97,21 @@ async def listen(app: App, host: str, port: int) -> Listener:
 
 
 class _Service:
-    """The protocol's calls. Messages go in and out as bytes: what can't be read is answered, counted and logged too."""
+    """The protocol's methods, on bytes, so that unreadable messages are answered, counted and logged too."""
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._keys = Keys(app.settings.api_keys)
 
     def handler(self, name: str, takes: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        """Return the function that gRPC calls for one of the methods."""
         openly = {"ServerLive": self._live, "ServerReady": self._ready, "ServerMetadata": self._server_metadata}
         keyed = {"ModelReady": self._model_ready, "ModelMetadata": self._model_metadata, "ModelInfer": self._infer}
         return partial(self._call, name, _MESSAGES[takes].FromString, (openly | keyed)[name], name in keyed)
 
     async def _call(
-        self,
-        name: str,
-        read: Callable[[bytes], Any],
-        answer: Callable[[Request, Any, Any], Awaitable[Any]],
-        keyed: bool,
-        data: bytes,
-        context: Any,
+        self, name: str, read: Callable[[bytes], Any], answer: _Method, keyed: bool, data: bytes, context: Any
     ) -> bytes:
-        """Answer a call, in the spans, the metrics and the log; give whatever goes wrong a status."""
+        """Answer a call with tracing, metrics, log and error statuses."""
         app, began = self._app, time.monotonic()
         request = _request(f"/{_SERVICE}/{name}", context, app.limiter)
         fault, code = "", 200
@@ -147,7 +137,7 @@ class _Service:
             raise
         except Exception as error:
             fault, code = "".join(traceback.format_exception(error)), 500
-            refused = failure()
+            refused = FAILURE
         finally:
             app.running -= 1
             request.end()
@@ -170,8 +160,7 @@ class _Service:
 
         query = await off_loop(message.ByteSize(), read)
         size = oip.answer_size(version, query)
-        limits = [limit for limit in (query.timeout, context.time_remaining()) if limit is not None]
-        timeout = min(limits) if limits else None
+        timeout = min((t for t in (query.timeout, context.time_remaining()) if t is not None), default=None)
         results = await app.run(request, version, query.rows, query.costs, timeout)
         return await off_loop(size, self._response, version, message.id, query, results, raw)
 
@@ -197,7 +186,7 @@ class _Service:
         try:
             self._app.models.find(message.name, message.version or None)
         except Refused as refused:
-            if refused.status != 503:  # known, and not in service: that is the answer
+            if refused.status != 503:  # known but not in service: ready is false
                 raise
             return _MESSAGES["ModelReadyResponse"](ready=False)
         return _MESSAGES["ModelReadyResponse"](ready=self._app.ready)
@@ -213,11 +202,9 @@ class _Service:
 
 
 def _request(path: str, context: Any, limiter: Limiter) -> Request:
-    """Return a call as the keys, the tracer and the log know requests."""
-    headers = [
-        (name.encode(), value.encode() if isinstance(value, str) else value)
-        for name, value in context.invocation_metadata()
-    ]
+    """Return a call as a `Request` for keys, tracer and log."""
+    metadata = context.invocation_metadata()
+    headers = [(name.encode(), value.encode() if isinstance(value, str) else value) for name, value in metadata]
     address = unquote(context.peer()).partition(":")[2]  # ipv4:127.0.0.1:5000, ipv6:[::1]:5000, unix:…
     client = (address.rpartition(":")[0].strip("[]"), 0)
     scope = {"type": "grpc", "method": "POST", "path": path, "headers": headers, "client": client}
@@ -231,7 +218,7 @@ async def _no_body() -> NoReturn:
 
 
 def _as_http(message: Any, raw: bool) -> tuple[bytes, int]:
-    """Return the request as HTTP carries it, and the length of its JSON."""
+    """Return the body of the HTTP request, and the length of its JSON."""
     if raw and len(message.raw_input_contents) != len(message.inputs):
         raise Refused(400, "there must be as many raw_input_contents as inputs")
     inputs = []

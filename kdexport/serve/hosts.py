@@ -1,8 +1,7 @@
-"""The hosts that a port answers for, and the web pages that may ask it.
+"""Checks of `Host` and `Origin`, against requests from web pages.
 
-A server on loopback without keys trusts whoever reaches it, and a browser lets any web page reach it: by requests to
-another origin, or as the same origin once the page's own name leads to 127.0.0.1 (DNS rebinding). The first carry a
-foreign `Origin`, the second a foreign `Host`. Elsewhere any `Host` is right: a cluster's names and addresses are many.
+Any page in a local browser can reach a server on loopback without keys: by cross-origin requests, with a foreign
+`Origin`, or by DNS rebinding, with a foreign `Host`. Elsewhere any `Host` is accepted: a cluster has many names.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from kdexport.serve.http import Refused, Request
 
 
 class Hosts:
-    """The `Host` and `Origin` headers that one port takes.
+    """The `Host` and `Origin` headers that a port accepts.
 
     Args:
-        address: the address that the port is bound to.
-        name: the host as the user gave it.
+        address: the bound address.
+        name: the host as configured.
         allowed: further names, of proxies on this machine; `*` for any.
         open: whether requests need no key.
     """
@@ -29,7 +28,7 @@ class Hosts:
         self._allowed = {one.lower().removeprefix("[").removesuffix("]") for one in allowed}
         self._own = {"localhost", "127.0.0.1", "::1", address, name.lower()}
         self._checked = open and self.loopback and "*" not in self._allowed
-        self._usual: list[bytes] | None = None  # the last one that was right
+        self._usual: list[bytes] | None = None  # the last accepted one
         self._fault = lru_cache(256)(self._find_fault)
 
     def check(self, request: Request) -> None:
@@ -41,7 +40,7 @@ class Hosts:
             raise Refused(400, "a request has one Host header")
         if self._checked and (fault := self._fault(hosts[0] if hosts else None, request.origin)):
             raise Refused(403, fault)
-        self._usual = hosts if len(hosts) == 1 else None  # right by itself, without the page's origin
+        self._usual = hosts if len(hosts) == 1 else None
 
     def _find_fault(self, host: bytes | None, origin: bytes | None) -> str:
         if host is not None and (name := _name(host)) not in self._own and name not in self._allowed:
@@ -54,7 +53,7 @@ class Hosts:
 
 
 def _name(host: bytes) -> str:
-    """A `Host` without its port, its dot at the end, and the brackets of an IPv6 address."""
+    """Strip a `Host` of port, trailing dot and the brackets of IPv6."""
     text = host.decode("latin-1").lower()
     if text.startswith("["):
         return text[1:].partition("]")[0]

@@ -1,4 +1,4 @@
-"""A request and its answer: capped bodies, keys in constant time, errors as `{"error": …}`."""
+"""Requests and responses: bounded bodies, keys compared in constant time, errors as `{"error": …}`."""
 
 from __future__ import annotations
 
@@ -25,34 +25,35 @@ Headers = list[tuple[bytes, bytes]]
 JSON = (b"content-type", b"application/json")
 RETRY: Headers = [(b"retry-after", b"1")]
 CLOSE = (b"connection", b"close")
-# Proxies that gather answers before they pass them on let these through as they come.
+# Proxies must not buffer these.
 EVENTS: Headers = [
     (b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")
 ]  # fmt: skip
 FULL = "too much work is waiting"  # of every 429
-# Nginx's code for a client that went away; it is never sent, only logged and counted.
-CLIENT_GONE = 499
+CLIENT_GONE = 499  # nginx's code for a client that disconnected; logged and counted, never sent
 encode = msgspec.json.Encoder().encode
 _MAX_MESSAGE = 1000
 _HEAD = {b"host", b"content-length", b"content-encoding", b"origin", b"transfer-encoding"}
-# Bytes of a body from which on a request is large: it takes turns with others, see `large`.
-SMALL = 64 * 1024
+SMALL = 64 * 1024  # bytes; above, a request is large and takes turns, see `large`
 
 
 class Refused(Exception):
-    """An answer other than 200. The message goes to the client: no paths, no traces."""
+    """An error response. The message goes to the client: no paths, no tracebacks."""
 
     def __init__(self, status: int, message: str, headers: Headers | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers or []
 
 
+FAILURE = Refused(500, "the server could not answer this; its log says why")
+
+
 class ClientGone(Exception):
-    """The client went away before its request was complete."""
+    """The client disconnected."""
 
 
 class Response(msgspec.Struct):
-    """An answer; `content-length` is added when it is sent."""
+    """A response; sending adds `content-length`."""
 
     body: bytes
     status: int = 200
@@ -60,7 +61,7 @@ class Response(msgspec.Struct):
 
 
 class Stream(msgspec.Struct):
-    """An answer as server-sent events, whose first one is there already."""
+    """A response of server-sent events, of which the first is ready."""
 
     first: bytes
     rest: AsyncGenerator[bytes, None]
@@ -68,27 +69,22 @@ class Stream(msgspec.Struct):
 
 
 def event(content: Any) -> bytes:
-    """Return a server-sent event."""
+    """Encode a server-sent event."""
     return b"data: %b\n\n" % (content if isinstance(content, bytes) else encode(content))
 
 
 def answer(content: Any, status: int = 200) -> Response:
-    """Return anything msgspec encodes as JSON."""
+    """Respond with JSON."""
     return Response(encode(content), status)
 
 
 def refusal(refused: Refused) -> Response:
-    """Return the answer to a refused request; a name in its message may be as long as the request."""
+    """Return the error response, its message cut: a name in it may be as long as the request."""
     return Response(encode({"error": refused.message[:_MAX_MESSAGE]}), refused.status, [JSON, *refused.headers])
 
 
-def failure() -> Refused:
-    """Return what a client learns of an error that is ours."""
-    return Refused(500, "the server could not answer this; its log says why")
-
-
 class Request:
-    """One HTTP request, with the facts for log and metrics that its handler adds."""
+    """One HTTP request, with its handler's facts for log and metrics."""
 
     __slots__ = (
         "_encoding", "_held", "_length", "_limiter", "_receive", "_slot", "first_s", "host", "large", "method", "model",
@@ -102,15 +98,15 @@ class Request:
         self.path: str = scope["path"]
         self.model, self.protocol, self.rows = "", "", 0
         self.queued_s = self.run_s = 0.0
-        self.tokens, self.first_s = 0, 0.0  # written, and when the first one was
+        self.tokens, self.first_s = 0, 0.0  # generated, and the time to the first one
         self._length, self._encoding = 0, b""
         self.host: list[bytes] = []
         self.origin: bytes | None = None
 
     def read_head(self) -> None:
-        """Note the headers that every request is checked for, in one pass.
+        """Read the headers that are checked for every request, in one pass.
 
-        Of transfer encodings only plain chunks are taken: what a proxy in front may read otherwise, it cuts otherwise.
+        Other transfer encodings than `chunked` are refused: a proxy in front might split the stream differently.
         """
         for key, value in self.scope["headers"]:
             if key not in _HEAD:
@@ -127,17 +123,15 @@ class Request:
                 raise Refused(400, "transfer-encoding may be chunked, in HTTP/1.1", [CLOSE])
 
     def header(self, name: bytes) -> bytes | None:
-        """Return a header's value; names are in lower case."""
+        """Return a header's value by its lower-case name."""
         return next((bytes(value) for key, value in self.scope["headers"] if key == name), None)
 
     def gone(self) -> bool:
-        """Whether the client has closed the connection, as far as uvicorn knows; other servers don't say."""
+        """Whether the client has disconnected; known on uvicorn alone."""
         return bool(getattr(getattr(self._receive, "__self__", None), "disconnected", False))
 
     async def body(self, settings: Settings, limit: int) -> bytes:
-        """Return the whole body, decompressed; after `read_head`.
-
-        Bytes are counted as they come: a declared length may lie, and chunks declare none.
+        """Return the whole body, decompressed; call `read_head` first.
 
         Raises:
             Refused: it is larger than the limit (413), slower than `read_timeout` (408), in an unknown or broken
@@ -167,7 +161,7 @@ class Request:
         return await self._inflated(body, limit, settings.timeout)
 
     async def _inflated(self, body: bytes, limit: int, timeout: float) -> bytes:
-        """Inflate a body, never further than the limit: 50 kB of gzip can hold 50 MB."""
+        # Never beyond the limit: 50 kB of gzip can hold 50 MB.
         if self._encoding not in (b"gzip", b"deflate"):
             raise Refused(415, "content-encoding may be gzip, deflate or identity")
         stream = zlib.decompressobj(wbits=47)  # either header
@@ -185,14 +179,14 @@ class Request:
         return found
 
     async def take_slot(self, size: int, timeout: float) -> None:
-        """Wait until a large request is worked on, or refuse it (429); it holds its turn until `end`."""
+        """Wait for a large request's turn, or refuse it (429); it holds the turn until `end`."""
         self._hold(size)
         if self._limiter and not self._slot:
             await self._limiter.acquire(timeout)
             self._slot = self.large = True
 
     def end(self) -> None:
-        """Give back what a large request held, if anything."""
+        """Release a large request's memory and turn, if any."""
         if self._limiter and (self._held or self._slot):
             self._limiter.release(self._held, self._slot)
             self._held, self._slot, self.large = 0, False, False
@@ -203,7 +197,7 @@ class Request:
             self._held, self.large = size, True
 
     async def _read(self, ends: float) -> MutableMapping[str, Any]:
-        # Of most requests the body is there already: then no timer is needed.
+        # Most bodies have arrived already and need no timer.
         if getattr(getattr(self._receive, "__self__", None), "more_body", True):
             try:
                 async with asyncio.timeout(ends - time.monotonic()):
@@ -218,15 +212,15 @@ class Request:
 
 
 def _too_large(limit: int) -> Refused:
-    # The connection stays open for the rest: a client that is still sending would see it break, and no answer.
+    # The connection stays open: a client that is still sending would see a reset instead of the response.
     return Refused(413, f"the body has more than {limit:,} bytes")
 
 
 class Keys:
-    """API keys, kept and compared as digests: no comparison tells by its time how much of a key was right."""
+    """API keys, compared as digests in constant time."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        # Python hands bytes of the environment that are no UTF-8 over as lone surrogates.
+        # Bytes of the environment that are no UTF-8 are lone surrogates.
         self._digests = [hashlib.sha256(key.encode(errors="surrogateescape")).digest() for key in keys]
 
     def __bool__(self) -> bool:

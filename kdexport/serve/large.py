@@ -1,4 +1,4 @@
-"""Large requests take turns: they take memory to read and time to understand, and others wait for neither."""
+"""Large requests take turns, as reading them takes memory and time."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any, TypeVar
 from kdexport.serve.http import FULL, RETRY, SMALL, Refused
 
 _MAX_ANSWER = 16 * 1024 * 1024
-# Bodies above `SMALL` that are being read, wait for a turn or have one.
+# Of bodies above `SMALL`, read, waiting or under way.
 _MOST_BYTES = 64 * 1024 * 1024
 _MOST_WAITING = 16
 
-# One thread: several would take the interpreter's lock from the event loop again and again.
+# One thread: more would contend with the event loop for the GIL.
 _THREAD = ThreadPoolExecutor(1, thread_name_prefix="large")
 Found = TypeVar("Found")
 
 
 class Limiter:
-    """The large requests under way: so many at once, a few that wait, and a bound on the bytes of their bodies."""
+    """Bounds on large requests: how many at once, how many wait, and their bytes."""
 
     def __init__(self, at_once: int) -> None:
         self._free = asyncio.Semaphore(at_once)
         self._bytes = self._waiting = 0
 
     def reserve(self, size: int) -> None:
-        """Count bytes of a body, or refuse them (429)."""
+        """Reserve bytes of a body, or refuse them (429)."""
         if self._bytes + size > _MOST_BYTES:
             raise _full()
         self._bytes += size
 
     async def acquire(self, timeout: float) -> None:
-        """Wait for a turn; refuse it (429) where too many others wait, or it takes too long."""
+        """Wait for a turn; refuse (429) if too many wait, or at the timeout."""
         if self._free.locked() and self._waiting >= _MOST_WAITING:
             raise _full()
         self._waiting += 1
@@ -47,21 +47,21 @@ class Limiter:
             self._waiting -= 1
 
     def release(self, size: int, slot: bool) -> None:
-        """Give back what a request held."""
+        """Release bytes, and the turn."""
         self._bytes -= size
         if slot:
             self._free.release()
 
 
 async def off_loop(size: int, work: Callable[..., Found], *arguments: Any) -> Found:
-    """Call a function that reads or writes so many bytes; on a thread if they are many, so that others are answered."""
+    """Call a function that processes this many bytes, on a thread if large, to keep the loop free."""
     if size <= SMALL:
         return work(*arguments)
     return await asyncio.get_running_loop().run_in_executor(_THREAD, partial(work, *arguments))
 
 
 def check_answer(size: int, advice: str) -> int:
-    """Return the estimated bytes of an answer, or refuse it (413)."""
+    """Return the estimated bytes of a response, or refuse it (413)."""
     if size > _MAX_ANSWER:
         raise Refused(413, f"the answer would have {size >> 20} MiB, of {_MAX_ANSWER >> 20} at most: {advice}")
     return size

@@ -1,7 +1,4 @@
-"""The OpenAPI document: `make schemas` writes it, the server fills in its settings and models.
-
-`tests/serve/test_openapi.py` asks the server everything that the document allows, and much that it does not.
-"""
+"""The OpenAPI document, written by `make schemas` and filled in with settings and models."""
 
 from __future__ import annotations
 
@@ -20,27 +17,24 @@ _KEYED = {"security", "securitySchemes", "401"}
 
 
 class Served(NamedTuple):
-    """The models in service: names and versions as paths may have them, language models with their longest output."""
+    """Names and versions in service, and language models with their most new tokens."""
 
     names: tuple[str, ...]
     versions: tuple[str, ...] = ()
     generators: tuple[tuple[str, int], ...] = ()
 
 
-@lru_cache(maxsize=1)  # to make it takes as long as an inference, and anyone may ask for it
+@lru_cache(maxsize=1)  # as slow as an inference
 def document(served: Served, settings: Settings) -> Any:
-    """OpenAPI 3.1 of the public port, with the settings' limits, and keys where requests need one."""
+    """OpenAPI 3.1 of the public port, with the settings' limits and keys."""
     found = msgspec.json.decode(PATH.read_bytes())
     writers = [name for name, _ in served.generators]
     kinds = {"writes" if name in writers else "classifies" for name in served.names}
     first = "writes" if served.names and served.names[0] in writers else "classifies"
     named = "both" if len(kinds) == 2 else first
     values: dict[str, Any] = {
-        "$version": __version__,
-        "$names": served.names,
-        "$versions": served.versions,
-        "$max_chars": settings.max_chars,
-        "$max_rows": settings.max_rows,
+        **{"$version": __version__, "$names": served.names, "$versions": served.versions},
+        **{"$max_chars": settings.max_chars, "$max_rows": settings.max_rows},
         "$room": min((room for _, room in served.generators), default=2**31),
         "$writer": writers[0] if writers else "NAME",
         "$writers": {"enum": writers} if writers else {"type": "string"},

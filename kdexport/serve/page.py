@@ -1,7 +1,7 @@
-"""The page at `/`: what is served, a place to try it, and the model card.
+"""The page at `/`: models in service, a form to try them, and the model card.
 
-The card comes with the artifact, from whoever made that: its Markdown becomes text, tables and links to http(s), and
-the page's policy lets nothing run or load but its own script and style.
+The card is untrusted: its Markdown is rendered to text, tables and links to http(s), and the page's policy allows only
+its own script and style.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ _SAMPLE = "I was charged twice for the same order, and nobody answers my mails."
 _PROMPT = "Once upon a time"
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t\r]*$.*?^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
-# Characters of a card; more would keep the event loop from its requests.
-_MAX_CARD = 50_000
+_MAX_CARD = 50_000  # characters; rendering blocks the event loop
 _HEADERS: Headers = [
     (b"content-type", b"text/html; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -33,7 +32,7 @@ _HEADERS: Headers = [
 
 
 class _Model(NamedTuple):
-    """A version on the page. `path` is relative to the page, as proxies add prefixes; `writes` the most new tokens."""
+    """A version on the page; `path` is relative, as proxies add prefixes, `writes` the most new tokens."""
 
     name: str
     path: str
@@ -49,14 +48,14 @@ class _Model(NamedTuple):
 
 
 def render(versions: Sequence[Version], with_card: bool) -> Response:
-    """Return the page of the versions in service, with their model cards where no key is needed to read them."""
-    # A name is always right; the short path is the first model's, and that one may be out of service.
+    """Return the page of the versions in service; with model cards if no key is needed."""
+    # The short path is the first model's, which may be out of service.
     alone = len(versions) == 1
     return _page(tuple(_model(version, alone, with_card) for version in versions), not with_card)
 
 
 def card_html(markdown: str) -> str:
-    """Return a model card as HTML that is safe in a page: no HTML of its own, no images, links to http(s) only."""
+    """Render a model card as safe HTML: no raw HTML, no images, links to http(s) alone."""
     from markdown_it import MarkdownIt
     from markdown_it.common.utils import escapeHtml
 
@@ -75,7 +74,7 @@ def card_html(markdown: str) -> str:
                 token.attrs = {"class": side} if side else {}
             case "image":
                 token.type = "text"
-            case "fence" | "code_block":  # what scrolls must take the focus, or a keyboard can't scroll it
+            case "fence" | "code_block":  # focusable, for scrolling by keyboard
                 html = f'<pre tabindex="0"><code>{escapeHtml(token.content)}</code></pre>\n'
                 token.type, token.content = "html_block", html
             case "table_open":
@@ -89,18 +88,11 @@ def card_html(markdown: str) -> str:
 def _model(version: Version, alone: bool, with_card: bool) -> _Model:
     config, file = version.task.config, version.manifest.variants[version.variant]
     return _Model(
-        name=version.name,
-        path="./" if alone else f"models/{version.name}",
-        task=version.task.name,
-        reads=version.task.modality,
-        labels=len(config.labels),
-        writes=version.generator.room if version.generator else 0,
-        function=config.function,
-        variant=version.variant,
-        size=f"{file.size_bytes / 1e6:.1f} MB",
-        version=version.version,
-        card=version.card if with_card else "",
-    )
+        name=version.name, path="./" if alone else f"models/{version.name}", task=version.task.name,
+        reads=version.task.modality, labels=len(config.labels), function=config.function,
+        writes=version.generator.room if version.generator else 0, variant=version.variant, version=version.version,
+        size=f"{file.size_bytes / 1e6:.1f} MB", card=version.card if with_card else "",
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
@@ -115,14 +107,10 @@ def _page(models: tuple[_Model, ...], keyed: bool) -> Response:
     style = report_style + loader.get_source(environment, "serve/templates/page.css")[0]
     script = loader.get_source(environment, "serve/templates/page.js")[0]
     html = environment.get_template("serve/templates/page.html.j2").render(
-        models=[model._replace(card=card_html(model.card)) for model in models],
-        keyed=keyed,
-        texts=all(model.reads == "text" for model in models),
-        style=style,
-        script=script,
-        sample=_PROMPT if models and models[0].writes else _SAMPLE,
-        kdexport=__version__,
-    )
+        models=[model._replace(card=card_html(model.card)) for model in models], keyed=keyed,
+        texts=all(model.reads == "text" for model in models), style=style, script=script,
+        sample=_PROMPT if models and models[0].writes else _SAMPLE, kdexport=__version__,
+    )  # fmt: skip
     policy = (
         f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
         "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -131,5 +119,5 @@ def _page(models: tuple[_Model, ...], keyed: bool) -> Response:
 
 
 def _source(text: str) -> str:
-    """Return the hash by which a policy allows an inline script or style."""
+    """Return the hash of an inline script or style for the policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

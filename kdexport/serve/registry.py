@@ -1,4 +1,4 @@
-"""Artifacts in service: loaded, warmed, checked, swapped for a newer version while requests run."""
+"""Artifacts in service: loading, warming up, checking, hot swapping."""
 
 from __future__ import annotations
 
@@ -20,31 +20,25 @@ from kdexport.tasks import load_task
 from kdexport.tasks.base import reads_files, reads_texts
 from kdexport.tasks.metrics import Array
 
-# What a name in a URL may look like; names are looked up in a dict, never joined to a path.
+# A name in a URL; names are looked up in a dict, never joined to a path.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-# How far this machine's logits may be from those that were packed. int8 products are exact, what stands between
-# them is float32; other processors round it otherwise.
+# Tolerance of this machine's logits against the packed ones: processors round the float32 parts of int8 differently.
 _GOLDEN_TOLERANCE = 0.05
-# A larger batch must be this much faster by the row, or it only makes others wait.
-_WORTH_IT = 0.95
-# … unless it is over so soon that nobody waits: then what every batch costs beside its run is shared by more rows.
-_SHORT_S = 0.002
+# Largest time per row of a doubled batch relative to the smaller one, unless the batch takes less than _SHORT_S.
+_WORTH_IT, _SHORT_S = 0.95, 0.002
 _TUNING_S = 0.05
-# Rows of the largest usual length that another row may cost to share a batch with them.
-_ALIKE = 8
+_ALIKE = 8  # most cost of a row that shares a batch, in rows of the longest length
 
 
 class Result(NamedTuple):
-    """The output for one row."""
+    """The output for one row: logits, float32 [C], and scores by the model's own function, float64 [C]."""
 
     logits: Array
-    """float32 [C]."""
     scores: Array
-    """float64 [C], by the model's own function; taken for a whole batch at once."""
 
 
 class Version:
-    """One loaded artifact; it does not change. A language model has a `generator`, and runs nothing else."""
+    """One loaded artifact, immutable. A language model runs by its `generator` alone."""
 
     def __init__(self, name: str, folder: Path, variant: str | None, max_batch: int, max_batch_tokens: int) -> None:
         folder = artifact.resolve(folder)
@@ -63,7 +57,7 @@ class Version:
                 "Export it again on a machine like this one",
             )
         self.card = artifact.read_card(folder)
-        # Of a label with its score, or a word with its tag and place, in a JSON answer.
+        # JSON bytes of a label with its score, or a word with its tag and position.
         self.entry_bytes = 80 + sum(map(len, self.task.labels)) // max(1, len(self.task.labels))
         self.generator = Generator(self._predictor) if self.task.generates else None
         if self.generator:
@@ -72,14 +66,14 @@ class Version:
         self._most, self.rate = self._warm_up(max_batch, max_batch_tokens)
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
-        """Return a `Result` for each row: a text, or arrays that the client encoded."""
+        """Return a `Result` for each row, an input or arrays that the client encoded."""
         plain = [i for i, row in enumerate(rows) if self.task.modality in row]
         encoded = list(rows)
         if plain:
             try:
                 for i, arrays in zip(plain, self.task.tokenize([rows[i] for i in plain]), strict=True):
                     encoded[i] = arrays
-            except DataError as error:  # it fails alone, whoever shares its batch
+            except DataError as error:  # the bad row fails alone
                 if len(rows) == 1:
                     return [self._unread(error)]
                 return [self.run([row])[0] for row in rows]
@@ -91,9 +85,10 @@ class Version:
         return results
 
     def cost(self, row: dict[str, Any]) -> int:
-        """Return a text's tokens; of a picture or a recording, the usual rows that could run in the time it takes.
+        """Return a text's tokens, or the cost of an image or recording in usual rows.
 
-        One whose header shows that it can't be read (422), or would cost too much (413), is refused.
+        Raises:
+            Refused: its header can't be read (422), or it would cost too much (413).
         """
         task = self.task
         if reads_texts(task):
@@ -109,26 +104,21 @@ class Version:
         return Refused(status, f"the {self.task.modality} can't be read: {error}")
 
     def bucket(self, cost: int) -> int:
-        """Return the smallest of the task's lengths that holds so many tokens.
-
-        Rows that take far longer than usual run alone: others would wait for them, and their own deadlines are looked
-        at between batches.
-        """
+        """Return the smallest of the task's lengths that holds so many tokens; far longer rows run alone."""
         longest = self._lengths[-1]
-        for length in self._lengths:
-            if cost <= length:
-                return length
-        return longest if cost <= longest * _ALIKE else longest * _ALIKE
+        if cost > longest:
+            return longest * (1 if cost <= longest * _ALIKE else _ALIKE)
+        return next(length for length in self._lengths if cost <= length)
 
     def most(self, bucket: int) -> int:
-        """Return the rows of a batch, as warm-up found them to pay."""
+        """Return the largest useful batch, by the warm-up."""
         return self._most.get(bucket, 1)
 
     def _warm_up(self, max_batch: int, max_batch_tokens: int) -> tuple[dict[int, int], float]:
-        """Run every length once, and find by doubling where larger batches stop being faster by the row.
+        """Run every length, and double batches while they get faster per row.
 
         Returns:
-            length → rows of a batch, and the tokens a second of the length that texts most often have.
+            length → rows of a batch, and the tokens/s of the most common length.
         """
         most, rate = {}, 1.0
         for length in self._lengths:
@@ -147,7 +137,7 @@ class Version:
         return most, rate
 
     def _seconds(self, arrays: Any) -> float:
-        """Time the better of two runs; the first of a shape also allocates."""
+        """Return the better of two runs; the first of a shape also allocates."""
         times = []
         for _ in range(2):
             started = time.perf_counter()
@@ -157,30 +147,30 @@ class Version:
 
 
 class Models:
-    """Name → the version in service, in the order in which they were named; the first is the default."""
+    """Versions in service by name; the first name is the default."""
 
     def __init__(self, named: dict[str, tuple[Path, str | None]], max_batch: int, max_batch_tokens: int) -> None:
         self._sources, self._batch = named, (max_batch, max_batch_tokens)
         self._current: dict[str, Version] = {}
 
     def load(self, name: str) -> Version:
-        """Load the version that now lies in a model's folder, and put it into service."""
+        """Load a model's folder and put it into service."""
         version = self.read(name)
         self.use(version)
         return version
 
     def read(self, name: str) -> Version:
-        """Load the version that now lies in a model's folder, without putting it into service.
+        """Load a model's folder without putting it into service.
 
         Raises:
-            ArtifactError: it is incomplete, was changed, can't be run, or does not answer as it did when it was packed.
+            ArtifactError: it is incomplete, modified, can't run, or its golden outputs differ.
         """
         folder, variant = self._sources[name]
         with artifact.only_artifact_errors(folder):
             return Version(name, folder, variant, *self._batch)
 
     def use(self, version: Version) -> None:
-        """Put a version into service; the one before finishes what it has begun."""
+        """Put a version into service; requests under way finish on the previous one."""
         self._current[version.name] = version
 
     def unload(self, name: str) -> None:
@@ -192,10 +182,10 @@ class Models:
         return list(self._sources)
 
     def find(self, name: str | None = None, version: str | None = None) -> Version:
-        """Return the version in service, of the first model when no name is given.
+        """Return the version in service, by default the first model's.
 
         Raises:
-            Refused: there is no such model or version (404), or it is not in service (503).
+            Refused: no such model or version (404), or it is not in service (503).
         """
         name = next(iter(self._sources)) if name is None else name
         if name not in self._sources:
@@ -208,12 +198,12 @@ class Models:
         return found
 
     def reads(self, name: str | None = None) -> str:
-        """Return what a model reads: text, image or audio; text where there is no such model."""
+        """Return a model's modality: text, image or audio; text if there is no such model."""
         version = self._current.get(name if name is not None else next(iter(self._sources), ""))
         return version.task.modality if version else "text"
 
     def in_service(self) -> dict[str, Version]:
-        """Return name → version, in the order in which they were named."""
+        """Return the versions in service by name, in order."""
         return {name: self._current[name] for name in self._sources if name in self._current}
 
     @property
@@ -223,18 +213,14 @@ class Models:
 
 
 def named_sources(arguments: Sequence[str]) -> dict[str, tuple[Path, str | None]]:
-    """Parse `[NAME=]FOLDER[:VARIANT]` into name → (folder, variant).
-
-    Without a name it is the run's or folder's own: `runs/tickets/artifact` is `tickets`.
+    """Parse `[NAME=]FOLDER[:VARIANT]` into name → (folder, variant); `runs/tickets/artifact` is named `tickets`.
 
     Raises:
-        SpecError: a name is unfit for a URL, or stands twice.
+        SpecError: a name is unfit for a URL, or a duplicate.
     """
     found: dict[str, tuple[Path, str | None]] = {}
     for argument in arguments:
-        name, equals, rest = argument.partition("=")
-        if not equals:
-            name, rest = "", argument
+        name, rest = argument.split("=", 1) if "=" in argument else ("", argument)
         folder, variant = artifact.split_name(rest)
         if not name:
             parts = [part for part in folder.resolve().parts if part != "artifact"]

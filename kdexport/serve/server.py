@@ -1,8 +1,7 @@
-"""One process from start to end: bind, load, serve, reload, drain.
+"""The server's process: bind, load, serve, reload, drain.
 
-SIGTERM and Ctrl-C: `ready` says no; after `drain_delay` nothing new is accepted; what was accepted is answered,
-each answer closing its connection; then the process ends. While the models are still being loaded it ends at once.
-SIGHUP: every model is loaded again from its folder.
+SIGTERM and Ctrl-C: `ready` turns false; after `drain_delay` the port closes; accepted requests are answered, each
+response closing its connection; then the process ends. During the first load it ends at once. SIGHUP reloads.
 """
 
 from __future__ import annotations
@@ -38,20 +37,17 @@ from kdexport.serve.settings import Settings
 if TYPE_CHECKING:  # gRPC is an extra
     from kdexport.serve.grpc import Listener
 
-# Clients that hold a connection open without a request in flight get this long to send the one that they may
-# have begun when the port closed.
-_LINGER_S = 0.5
-# How long threads may take to end: a batch whose requests have all expired may run on for ever.
-_THREADS_END_S = 1.0
+_LINGER_S = 0.5  # for a request on an idle connection that was under way when the port closed
+_THREADS_END_S = 1.0  # for the threads to end: a batch may hang
 
 
 def serve(artifacts: list[str], settings: Settings) -> int:
     """Serve artifacts, `[NAME=]FOLDER[:VARIANT]` with the default first, until a signal ends it.
 
     Returns:
-        The exit code: 0 after an orderly end, 1 when a thread of the batcher died.
+        The exit code: 0, or 1 when a thread of the batcher died.
     """
-    # Batches already run side by side; a pool of threads inside each would only take turns with them.
+    # Batches run in parallel; threads within one would compete with the others.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     models = Models(named_sources(artifacts), settings.max_batch, settings.max_batch_tokens)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -90,9 +86,8 @@ class Server:
             versions = await self._load_all()
             if versions is not None:
                 start_threads(self.app, versions, self._die)
-                # What is loaded stays: the collector need not look through it again and again.
                 gc.collect()
-                gc.freeze()
+                gc.freeze()  # the models stay; later collections skip them
                 self.app.loaded = True
                 self._say_ready(public, admin, time.monotonic() - began)
                 await self._stop.wait()
@@ -107,25 +102,25 @@ class Server:
         return self._code
 
     def _reload_soon(self) -> None:
-        self._reloads = asyncio.ensure_future(self.reload_all())  # a task that nobody holds may be collected
+        self._reloads = asyncio.ensure_future(self.reload_all())  # an unreferenced task may be collected
 
     async def reload_all(self) -> None:
         """Reload every model."""
         for name in self.models.names():
             try:
                 await self.reload(name)
-            except Exception as error:  # whatever it is, the version that serves is whole
+            except Exception as error:  # the version in service is intact
                 warn(f"{name} was not reloaded, the version before serves on: {first_line(error)}")
 
     async def reload(self, name: str) -> Version:
-        """Load a model's folder anew beside the version that serves, and swap when it has proved itself."""
-        async with self._loading:  # one at a time: two would hold three versions in memory
+        """Load a model's folder beside the version in service, check it, then swap."""
+        async with self._loading:  # one at a time: memory
             version = await self._load(name)
         say(f"{name}: version {version.version} serves")
         return version
 
     async def _load_all(self) -> list[Version] | None:
-        """Load the first versions of all models; None when the server is to end before they are there."""
+        """Load all models; return None if the server is stopped first."""
 
         async def load() -> list[Version]:
             async with self._loading:
@@ -150,7 +145,7 @@ class Server:
         return version
 
     async def _read(self, name: str) -> Version:
-        # On a thread of its own, which is left behind at the deadline: a graph may have no end, a disk no answer.
+        # On its own thread, abandoned at the deadline: a graph or a disk may hang.
         if name in self._stuck and self._stuck[name].is_alive():
             raise ArtifactError(f"{name}: an earlier load has not ended, so no other is begun", "Restart the server")
         loop = asyncio.get_running_loop()
@@ -162,7 +157,7 @@ class Server:
                 outcome = self.models.read(name)
             except BaseException as error:
                 outcome = error if isinstance(error, Exception) else RuntimeError(repr(error))
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(found.set_result, outcome)
 
         thread = threading.Thread(target=read, name=f"load {name}", daemon=True)
@@ -178,7 +173,7 @@ class Server:
         return outcome
 
     def _die(self, error: BaseException) -> None:
-        """End the process, for a new one: without its consumer no answer would ever come."""
+        """End the process, to be restarted: without the thread requests would hang."""
         self.app.loaded = False
         self._code = 1
         self._stop.set()
@@ -219,7 +214,7 @@ class Server:
             access_log=False, log_config=None, timeout_keep_alive=int(settings.keep_alive), timeout_graceful_shutdown=1,
         )  # fmt: skip
         config.load()
-        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what matters is said by us
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # we log what matters
         server = uvicorn.Server(config)
         server.lifespan = config.lifespan_class(config)
         door = _bind(host, port, flag)
@@ -236,7 +231,7 @@ class Server:
 
         host, port = self.settings.host, self.settings.grpc_port
         assert port is not None
-        _bind(host, port, "--grpc-port").close()  # what gRPC itself says of a taken port is no sentence
+        _bind(host, port, "--grpc-port").close()  # gRPC's own error of a taken port is unreadable
         listener = await listen(self.app, host, port)
         say(f"gRPC on {listener.address}")
         return listener
@@ -249,24 +244,19 @@ class Server:
 
 
 def start_threads(app: App, versions: list[Version], on_death: Callable[[BaseException], None]) -> None:
-    """Start threads for the app's models in the running loop: as many again for language models."""
+    """Start threads for the app's models in the running loop, and as many for language models."""
     settings = app.settings
     threads = settings.threads or allowed_cores()
     start = partial(Batcher, threads=threads, on_death=on_death)
     app.batcher = start(
-        max_batch_tokens=settings.max_batch_tokens,
-        max_wait=settings.max_wait_ms / 1e3,
-        max_queue=settings.max_queue_ms / 1e3,
+        max_batch_tokens=settings.max_batch_tokens, max_wait=settings.max_wait_ms / 1e3,
+        max_queue=settings.max_queue_ms / 1e3, on_batch=app.metrics.batch,
         rate=threads * min((version.rate for version in versions if not version.generator), default=1.0),
-        on_batch=app.metrics.batch,
-    )
+    )  # fmt: skip
     app.prompts = start(
-        max_batch_tokens=1,
-        max_wait=0.0,
-        max_queue=settings.max_writing_queue,
+        max_batch_tokens=1, max_wait=0.0, max_queue=settings.max_writing_queue, lanes=False,
         rate=threads * min((version.generator.rate for version in versions if version.generator), default=1.0),
-        lanes=False,
-    )
+    )  # fmt: skip
 
 
 def _bind(host: str, port: int, flag: str) -> socket.socket:
@@ -289,8 +279,7 @@ def _url(server: uvicorn.Server) -> str:
 
 
 async def _close_port(server: uvicorn.Server) -> None:
-    """Close the port. Connections that the kernel has made and nobody has taken yet are taken in: their clients know
-    nothing of the difference, and may have sent a request."""
+    """Close the port; connections in the kernel's backlog are still served."""
     door = server.door.dup()  # type: ignore[attr-defined]
     for listening in server.servers:
         listening.close()
@@ -299,7 +288,7 @@ async def _close_port(server: uvicorn.Server) -> None:
         while True:
             taken.append(door.accept()[0])
     with contextlib.suppress(OSError):
-        door.shutdown(socket.SHUT_RDWR)  # now: other descriptors of the socket may live on for a while
+        door.shutdown(socket.SHUT_RDWR)  # other descriptors of the socket may stay open
     door.close()
     make: Any = server.config.http_protocol_class
     factory = partial(make, config=server.config, server_state=server.server_state, app_state={})

@@ -9,7 +9,7 @@ MAX_BODY = {"text": 2_000_000, "audio": 4_000_000, "image": 10_000_000}
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of a server; times in seconds, sizes in bytes, unless the name says otherwise."""
+    """Settings of a server; times in seconds, sizes in bytes, unless named otherwise."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -17,14 +17,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     admin_port: int | None = 8081
     grpc_port: int | None = None
 
-    threads: int | None = None  # batches that run at once, each on one core; all allowed cores when None
-    max_batch: int = 32  # rows at most; warm-up finds where more stop helping, which is less for larger models
+    threads: int | None = None  # batches at once, each on one core; None: all allowed cores
+    max_batch: int = 32  # most rows; warm-up finds where more stop helping
     max_batch_tokens: int = 2048  # padded; a longer row runs alone
-    max_wait_ms: float = 0.0  # how long a batch waits for more rows; on a CPU waiting gives nothing
-    max_queue_ms: float = 100.0  # how long new work may have to wait; else 429
-    max_writing_queue: float = 10.0  # the same of prompts: each takes longer than a batch
+    max_wait_ms: float = 0.0  # of a batch for more rows; useless on a CPU
+    max_queue_ms: float = 100.0  # longest expected wait; then 429
+    max_writing_queue: float = 10.0  # the same for prompts
 
-    max_body: int | None = None  # of a request, after decompression; `MAX_BODY` by what its model reads when None
+    max_body: int | None = None  # decompressed; None: `MAX_BODY` by modality
     max_rows: int = 256  # of a request
     max_chars: int = 100_000  # of a text
     max_connections: int = 4096
@@ -32,15 +32,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     timeout: float = 30.0  # from the whole request to its answer; then 504
     read_timeout: float = 10.0  # for a request's headers, and again for its body
     keep_alive: float = 75.0
-    drain_delay: float = 0.0  # after SIGTERM, how long requests are still accepted while `ready` says no
-    grace: float = 30.0  # how long accepted requests may then take
-    load_timeout: float = 300.0  # for reading, warming up and checking one model; then it is refused
+    drain_delay: float = 0.0  # between SIGTERM and closing the port
+    grace: float = 30.0  # for accepted requests after that
+    load_timeout: float = 300.0  # for reading, warming up and checking one model
 
     access_log: str = "all"  # or errors, or off
-    api_keys: tuple[str, ...] = ()  # when there are any, requests must carry one
+    api_keys: tuple[str, ...] = ()  # if any, requests need one
     allow_host: tuple[str, ...] = ()  # on loopback without keys: further names in `Host` and `Origin`; `*` for any
     tracing: bool = False
 
     def body_limit(self, reads: str) -> int:
-        """Return `max_body`, or its default for a model that reads this."""
+        """Return `max_body`, or its default for a modality."""
         return MAX_BODY[reads] if self.max_body is None else self.max_body

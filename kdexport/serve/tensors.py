@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol: JSON or raw bytes → numpy, and back."""
+"""Tensors of the Open Inference Protocol: JSON or raw bytes ↔ numpy."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from kdexport.serve.http import Refused
 from kdexport.tasks.metrics import Array
 
 _LENGTH = struct.Struct("<I")
-# Datatype → little-endian numpy type; BYTES stands apart.
+# Datatype → little-endian numpy type, without BYTES.
 DATATYPES = {
     "BOOL": "?", "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8", "INT8": "<i1", "INT16": "<i2",
     "INT32": "<i4", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
 
 Parameter = str | float | Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | bool | None
-# Clients that write all their fields write null for what they don't use.
+# Some clients send null for unused fields.
 Parameters = dict[str, Parameter] | None
 Dimension = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
-# By numpy's kind: what JSON may have for it.
+# numpy's kind → types of JSON.
 _ELEMENTS: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
 Datatype = Literal[
     "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BYTES"
@@ -31,20 +31,20 @@ Datatype = Literal[
 
 
 class InputTensor(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One input; its elements are in `data`, nested or flat, or follow the JSON as `binary_data_size` bytes."""
+    """An input: elements in `data`, nested or flat, or `binary_data_size` bytes after the JSON."""
 
     name: str
     shape: Annotated[list[Dimension], msgspec.Meta(min_length=1, max_length=8)]
     datatype: Datatype
     parameters: Parameters = None
-    # Kept as it came until the datatype says how to read it.
-    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET  # decoded by datatype
 
 
 def read_json(tensor: InputTensor) -> Any:
-    """Return elements given in JSON as an array of the tensor's shape, or as a list of str for BYTES.
+    """Return JSON elements as an array of the tensor's shape, or as a list of str for BYTES.
 
-    Refused (400) are those of another datatype, and more or fewer than the shape says.
+    Raises:
+        Refused: they are of another datatype, or not as many as the shape says (400).
     """
     if isinstance(tensor.data, msgspec.UnsetType):
         raise Refused(400, f"input {tensor.name} has no data")
@@ -60,7 +60,7 @@ def read_json(tensor: InputTensor) -> Any:
             raise Refused(400, f"input {tensor.name} is of datatype BYTES and holds something else than texts")
         return elements
     wanted = np.dtype(DATATYPES[tensor.datatype])
-    # Before numpy sees them: it would give every element the room of the longest text among them.
+    # Before numpy, which would allocate the longest text's size for every element.
     if not set(map(type, elements)) <= _ELEMENTS[wanted.kind]:
         raise Refused(400, f"the data of input {tensor.name} is not {tensor.datatype}")
     try:
@@ -72,7 +72,7 @@ def read_json(tensor: InputTensor) -> Any:
 
 
 def read_raw(tensor: InputTensor, raw: bytes | memoryview) -> Any:
-    """Return the same of raw bytes, little-endian, row by row; a text is a 4-byte length and UTF-8."""
+    """Return the same from raw little-endian bytes in C order; a text is a 4-byte length and UTF-8."""
     size = math.prod(tensor.shape)  # Python's integers don't overflow
     if tensor.datatype == "BYTES":
         texts, at, end = [], 0, len(raw)
@@ -88,9 +88,8 @@ def read_raw(tensor: InputTensor, raw: bytes | memoryview) -> Any:
         return _counted(tensor, texts, size)
     wanted = np.dtype(DATATYPES[tensor.datatype])
     if len(raw) != size * wanted.itemsize:
-        raise Refused(
-            400, f"input {tensor.name} has {len(raw)} bytes; shape {tensor.shape} takes {size * wanted.itemsize}"
-        )
+        takes = size * wanted.itemsize
+        raise Refused(400, f"input {tensor.name} has {len(raw)} bytes; shape {tensor.shape} takes {takes}")
     return np.frombuffer(raw, wanted).reshape(tensor.shape)
 
 
@@ -112,7 +111,7 @@ def _counted(tensor: InputTensor, values: Any, size: int) -> Any:
 
 
 def _flat(tensor: InputTensor, values: list[Any]) -> list[Any]:
-    """The elements: nested exactly as the shape says, or flat from the start."""
+    """Flatten elements that are nested as the shape says, or flat already."""
     if values and isinstance(values[0], list):
         for length in tensor.shape[1:]:
             if not all(isinstance(value, list) and len(value) == length for value in values):

@@ -1,6 +1,6 @@
-"""Optional spans for OpenTelemetry: one a request, a child of the caller's when it sends `traceparent`.
+"""Optional OpenTelemetry spans: one per request, a child of the caller's by `traceparent`.
 
-A span says which model answered, how many rows, and where the time went; never a text, a key or a traceback.
+A span has the model, rows and times; never a text, a key or a traceback.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Tracer:
-    """Spans to where the `OTEL_…` environment variables say, or nothing at all."""
+    """Spans, exported as the `OTEL_…` environment variables say; none unless wanted."""
 
     def __init__(self, wanted: bool) -> None:
         self._own: Any = None
@@ -30,18 +30,18 @@ class Tracer:
         except ImportError:
             raise MissingPackage("opentelemetry-sdk", "otel") from None
         provider = trace.get_tracer_provider()
-        if not isinstance(provider, TracerProvider):  # else a program around us has said where spans go
+        if not isinstance(provider, TracerProvider):  # else the host program has configured it
             provider = self._own = _provider()
         self._tracer = provider.get_tracer("kdexport.serve")
         self._extract = propagate.extract
         self._server, self._error = trace.SpanKind.SERVER, trace.StatusCode.ERROR
 
     def span(self, request: Request) -> AbstractContextManager[None]:
-        """Return a request's span, to answer it in."""
+        """Return a request's span, as a context."""
         return _NOTHING if self._tracer is None else self._span(request)
 
     def close(self) -> None:
-        """Send what has not been sent, within the exporter's timeout."""
+        """Flush spans, within the exporter's timeout."""
         if self._own is not None:
             self._own.shutdown()
 
@@ -49,13 +49,10 @@ class Tracer:
     def _span(self, request: Request) -> Iterator[None]:
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in request.scope["headers"]}
         with self._tracer.start_as_current_span(
-            request.method,
-            context=self._extract(headers),
-            kind=self._server,
-            # A client's fault is not ours, and a traceback may quote what the client sent.
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
+            request.method, context=self._extract(headers), kind=self._server,
+            # A client's error is not ours, and a traceback may quote the request.
+            record_exception=False, set_status_on_exception=False,
+        ) as span:  # fmt: skip
             try:
                 yield
             except Refused as refused:
@@ -87,7 +84,7 @@ def _attributes(request: Request) -> dict[str, str | int | float]:
 
 
 def _provider() -> Any:
-    """Spans in batches over OTLP; the service is called kdexport where the environment gives no other name."""
+    """Batched export over OTLP; the service's default name is kdexport."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource

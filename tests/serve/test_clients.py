@@ -264,7 +264,7 @@ def test_huggingface_async(server, expected):
         ("", {"top_k": 0}, 422, "Expected `float` >= 1.0 - at `$.parameters.top_k`"),
         ("", {"function_to_apply": "tanh"}, 422, "Invalid enum value 'tanh' - at `$.parameters.function_to_apply`"),
         ("/models/nobody", {}, 404, "there is no such model here"),
-        ("/nowhere", {}, 404, "there is nothing at this path"),
+        ("/nowhere", {}, 404, "not found; see /openapi.json"),
     ],
 )
 def test_huggingface_reads_what_was_wrong(server, path, more, code, says):

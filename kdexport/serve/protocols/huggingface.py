@@ -1,10 +1,8 @@
-"""Hugging Face's inference API: `{"inputs": …, "parameters": {…}}` in, the shape that its own client reads out.
+"""Hugging Face's inference API: `{"inputs": …, "parameters": {…}}`.
 
-Source: huggingface_hub's generated types and `InferenceClient`, which takes the first element of what comes back
-for text classification: so one text is answered by a list in a list. text-embeddings-inference answers the same
-request with a flat list, of which that client silently reads one label; its shape is served at `/predict`.
-
-A task's parameters, its inputs and its answer stand together in a `TaskProtocol`.
+Source: huggingface_hub's generated types and `InferenceClient`, which takes the first element of a text classification:
+so the response to one text is a list in a list. text-embeddings-inference's flat list, of which that client silently
+reads one label, is served at `/predict`.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from kdexport.serve.registry import Result, Version
 from kdexport.tasks.base import Task
 
 Function = Literal["softmax", "sigmoid", "none"]
-# A whole number; 2.0 is one, too, to JSON Schema and to languages that have one kind of number.
+# An integer; 2.0 is one, too, in JSON Schema and in languages with one number type.
 Count = Annotated[float, msgspec.Meta(ge=1, le=2**31, multiple_of=1)]
 
 
@@ -34,14 +32,14 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 class Parameters(msgspec.Struct, frozen=True):
-    """How logits become the answer."""
+    """The function of the logits, and how many labels to return."""
 
     top_k: Count | None = None
     function_to_apply: Function | None = None
 
 
 class ClassifyRequest(msgspec.Struct, frozen=True):
-    """One text, a pair, or a list of either; every element of a list is answered by itself."""
+    """One text, a pair, or a list of either; each element has its own answer."""
 
     inputs: str | Pair | list[str | Pair]
     parameters: Parameters | None = None
@@ -49,7 +47,7 @@ class ClassifyRequest(msgspec.Struct, frozen=True):
 
 
 class FileRequest(msgspec.Struct, frozen=True):
-    """A picture or a recording in base64."""
+    """An image or a recording in base64."""
 
     inputs: str
     parameters: Parameters | None = None
@@ -63,12 +61,12 @@ class Query(NamedTuple):
 
 
 class TaskProtocol(NamedTuple):
-    """One task behind a path."""
+    """Request and response of a task."""
 
     parse: Callable[[bytes], Any]
-    entries: Callable[[Version, Any], int]  # labels or words that the answer may have
+    entries: Callable[[Version, Any], int]  # most labels or words of the response
     render: Callable[[Version, Any, Sequence[Any]], bytes]
-    less: str = "give fewer rows, or top_k"  # what helps against an answer that is too large
+    less: str = "give fewer rows, or top_k"  # advice on a too large response
 
 
 _decode = msgspec.json.Decoder(ClassifyRequest).decode
@@ -89,16 +87,7 @@ def _count_labels(version: Version, query: Query) -> int:
 
 
 def _count_words(version: Version, query: TagQuery) -> int:
-    """Count the words of an answer, at most."""
     return sum(min(row["text"].count(" ") + 1, version.task.config.max_length) for row in query.rows)
-
-
-def _render_classes(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    return encode(_classes(version, query, results))
-
-
-def _render_flat(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    return encode(_classes(version, query, results)[0])
 
 
 def _classes(version: Version, query: Query, results: Sequence[Result]) -> list[list[dict[str, Any]]]:
@@ -107,7 +96,7 @@ def _classes(version: Version, query: Query, results: Sequence[Result]) -> list[
 
 
 class TagParameters(msgspec.Struct, frozen=True):
-    """Whether the answer is single words (`none`) or entities; the ways to aggregate them are one here."""
+    """Single words (`none`) or entities; the other aggregation strategies are the same here."""
 
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
     ignore_labels: tuple[str, ...] = ("O",)
@@ -123,7 +112,7 @@ class TagRequest(msgspec.Struct, frozen=True):
 
 
 class TagQuery(NamedTuple):
-    """A parsed request; `texts` as they came in, `rows` with their words apart once they were checked."""
+    """A parsed request: the `texts`, and `rows` split into words once checked."""
 
     rows: list[dict[str, Any]]
     texts: list[str]
@@ -143,7 +132,7 @@ def _parse_tags(body: bytes) -> TagQuery:
 
 
 def _render_tags(version: Version, query: TagQuery, results: Sequence[Result]) -> bytes:
-    """Return entities with kind, score and place in characters; a list of such lists for a list of texts."""
+    """Return entities with group, score and character offsets; a list of such lists for a list of texts."""
     answers = version.task.decode(np.stack([result.logits for result in results]), query.rows)
     found = [_names(answer, text, query.parameters) for answer, text in zip(answers, query.texts, strict=True)]
     return encode(found[0] if query.single else found)
@@ -169,7 +158,7 @@ def _names(answer: Any, text: str, how: TagParameters) -> list[dict[str, Any]]:
 
 
 def _parse_file(reads: str, body: bytes) -> Query:
-    """Return a picture or a recording: the body itself, or base64 in JSON, as the client sends it with parameters."""
+    """Parse an image or a recording: the body itself, or base64 in JSON."""
     if body.lstrip()[:1] != b"{":
         return Query([{reads: body}], _DEFAULT)
     asked = decoded(_decode_file, body)
@@ -180,28 +169,28 @@ def _parse_file(reads: str, body: bytes) -> Query:
 
 
 _FILES = {
-    modality: TaskProtocol(partial(_parse_file, modality), _count_labels, _render_flat)
+    modality: TaskProtocol(partial(_parse_file, modality), _count_labels, lambda *found: encode(_classes(*found)[0]))
     for modality in ("image", "audio")
 }
-_CLASSES = TaskProtocol(_parse_texts, _count_labels, _render_classes)
+_CLASSES = TaskProtocol(_parse_texts, _count_labels, lambda *found: encode(_classes(*found)))
 _TAGS = TaskProtocol(_parse_tags, _count_words, _render_tags)
 
 
 def protocol_of(task: Task) -> TaskProtocol:
-    """Return how a task that does not generate is asked and answered."""
+    """Return the protocol of a task that does not generate."""
     return _FILES.get(task.modality) or (_TAGS if task.has_words else _CLASSES)
 
 
 def classes(
     version: Version, results: Sequence[Result], function: Function | None, top: int | None
 ) -> list[list[dict[str, Any]]]:
-    """Return labels with scores of every row, best first; all of them unless `top` says how many."""
+    """Return labels with scores of every row, best first; the first `top`, or all."""
     labels = version.task.labels
     found = []
     for logits, scores in results:
         if function:
             scores = version.task.scores(logits[np.newaxis], function)[0]
-        if top == 1:  # what is most often asked needs no order of the rest
+        if top == 1:  # the most frequent request needs no sort
             best = scores.argmax()
             found.append([{"label": labels[best], "score": float(scores[best])}])
             continue
@@ -212,17 +201,17 @@ def classes(
 
 
 def decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
-    """Decode a body, or refuse one that is no JSON (400) or has another shape (422)."""
+    """Decode a body, or refuse invalid JSON (400) or another schema (422)."""
     try:
         return decode(body)
     except msgspec.ValidationError as error:
-        raise Refused(422, f"the request is not as it should be: {error}") from None
+        raise Refused(422, f"invalid request: {error}") from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Refused(400, f"the body can't be read as JSON: {error}") from None
 
 
 def _no_writing(stream: bool | None) -> None:
-    """Hugging Face's client says with every request to write, and with no other, whether tokens come one by one."""
+    # Hugging Face's client sends `stream` with every generation request, and with no other.
     if stream is not None:
         raise Refused(422, "the model is no language model: it writes nothing, so there is no `stream`")
 

@@ -1,9 +1,9 @@
 """The Open Inference Protocol, version 2, with binary tensors and Triton's classification.
 
 Source: the protocol's inference_rest.md and open_inference_rest.yaml, and Triton's extension_binary_data.md and
-extension_classification.md. A model takes texts (`text`, and `text_pair` for pairs) as BYTES, or the graph's own
-tensors as the client encoded them; it gives `label`, `score`, `scores` and `logits`. A language model takes `text` and
-gives `text`, what it writes after it; how, the request's parameters say by the names of `Sampling`.
+extension_classification.md. Inputs are texts (`text`, and `text_pair` for pairs) as BYTES, or the graph's own tensors;
+outputs are `label`, `score`, `scores` and `logits`. A language model continues `text`, with the fields of `Sampling`
+as parameters.
 """
 
 from __future__ import annotations
@@ -32,26 +32,24 @@ OUTPUTS = {"label": "BYTES", "score": "FP32", "scores": "FP32", "logits": "FP32"
 WRITTEN = {"text": "BYTES"}
 _FLAT = ("label", "score", "text")
 _JSON_NUMBER, _RAW_NUMBER = 20, 4  # bytes
-# A request's parameters that are the protocol's, and Triton's; a language model's others say how to write.
-_OF_PROTOCOL = {
-    "binary_data_output", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end"
-}  # fmt: skip
+# Parameters of the protocol and Triton; a language model's others are fields of `Sampling`.
+_OF_PROTOCOL = {"binary_data_output", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end"}
 
 
 class RequestedOutput(msgspec.Struct, frozen=True):
-    """One output that the client wants."""
+    """A requested output."""
 
     name: str
     parameters: Parameters = None
 
     def asks(self, parameter: str, default: object = None) -> object:
-        """Return one of the parameters."""
+        """Return a parameter."""
         value = (self.parameters or {}).get(parameter)
         return default if value is None else value
 
 
 class InferRequest(msgspec.Struct, frozen=True):
-    """`POST /v2/models/{name}/infer`; unknown keys are let pass, as clients send some."""
+    """`POST /v2/models/{name}/infer`; unknown keys, which clients send, are ignored."""
 
     inputs: Annotated[list[InputTensor], msgspec.Meta(min_length=1, max_length=16)]
     id: str | None = None
@@ -84,16 +82,12 @@ def metadata(version: Version) -> dict[str, Any]:
     elif reads_files(task):
         tensors = [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in task.shapes().items()]
     wide = [-1, len(version.task.labels)]
-    return {
-        "name": version.name,
-        "versions": [version.version],
-        "platform": "onnxruntime_onnx",
-        "inputs": tensors,
-        "outputs": [
-            {"name": name, "datatype": datatype, "shape": [-1] if name in _FLAT else wide}
-            for name, datatype in (WRITTEN if version.generator else OUTPUTS).items()
-        ],
-    }
+    outputs = [
+        {"name": name, "datatype": datatype, "shape": [-1] if name in _FLAT else wide}
+        for name, datatype in (WRITTEN if version.generator else OUTPUTS).items()
+    ]
+    facts = {"name": version.name, "versions": [version.version], "platform": "onnxruntime_onnx"}
+    return facts | {"inputs": tensors, "outputs": outputs}
 
 
 def parse(request: Request, body: bytes, version: Version, max_rows: int, max_chars: int) -> Query:
@@ -134,7 +128,7 @@ def parse(request: Request, body: bytes, version: Version, max_rows: int, max_ch
 
 
 def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
-    """Return the answer as JSON, or as JSON and raw tensors where they were asked for."""
+    """Return the response as JSON, with requested raw tensors behind it."""
     values = outputs_of(version, results, query.outputs)
     outputs, raw = [], []
     for wanted, (datatype, shape, value) in zip(query.outputs, values, strict=True):
@@ -151,14 +145,12 @@ def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
     if not raw:
         return answer(content)
     head = encode(content)
-    return Response(
-        b"".join((head, *raw)),
-        headers=[(b"content-type", b"application/octet-stream"), (HEADER_LENGTH, b"%d" % len(head))],
-    )
+    headers = [(b"content-type", b"application/octet-stream"), (HEADER_LENGTH, b"%d" % len(head))]
+    return Response(b"".join((head, *raw)), headers=headers)
 
 
 def answer_size(version: Version, query: Query) -> int:
-    """Estimate an answer's bytes; refuse one that would be too large (413)."""
+    """Estimate a response's bytes; refuse a too large one (413)."""
     size = 0
     for wanted in [] if version.generator else query.outputs:
         *rows, classes = (len(query.rows), *version.task.answer_shape)
@@ -172,7 +164,7 @@ def answer_size(version: Version, query: Query) -> int:
 def rows_of(
     version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return named tensors as rows that the model runs, with the estimated tokens of each."""
+    """Return named tensors as the model's rows, with the estimated tokens of each."""
     task = version.task
     if reads_files(task):
         return _float_rows(task.shapes(), tensors, shapes, max_rows)
@@ -201,7 +193,7 @@ def rows_of(
 def _float_rows(
     wanted: dict[str, list[int]], tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Pictures or sound as the client encoded them."""
+    """Return images or audio as the client encoded them."""
     if set(tensors) != set(wanted):
         raise Refused(400, f"the input is {', '.join(wanted)}; files go to POST /")
     for name, (_, *shape) in wanted.items():
@@ -217,7 +209,7 @@ def _float_rows(
 def outputs_of(
     version: Version, results: Sequence[Any], outputs: Sequence[RequestedOutput]
 ) -> list[tuple[str, list[int], Any]]:
-    """Return (datatype, shape, values) of each output; values are a list of str, or a float32 array."""
+    """Return (datatype, shape, values: list[str] or float32) of each output."""
     if version.generator:
         return [("BYTES", [len(results)], [job.completion for job in results]) for _ in outputs]
     task = version.task
@@ -238,7 +230,7 @@ def outputs_of(
 
 
 def _best(labels: list[str], logits: Array, scores: Array) -> tuple[list[str], Array]:
-    """The label of each row and its score [N]; where rows have words, all their tags, and the lowest of the scores."""
+    """Return each row's label and score [N]; of a row of words, all tags and the lowest score."""
     best, highest = scores.argmax(axis=-1), scores.max(axis=-1)
     if scores.ndim == 2:
         return [labels[i] for i in best], highest
@@ -248,7 +240,7 @@ def _best(labels: list[str], logits: Array, scores: Array) -> tuple[list[str], A
 
 
 def _classes(labels: list[str], values: Array, top: object) -> tuple[str, list[int], list[str]]:
-    """Triton's classification of values [..., C]: the highest as `value:index:label`, in a last axis of their own."""
+    """Triton's classification of values [..., C]: the highest as `value:index:label`, along the last axis."""
     if not isinstance(top, int) or isinstance(top, bool) or top < 1:
         raise Refused(400, "classification must be a number from 1 on")
     top = min(top, len(labels))
@@ -259,7 +251,6 @@ def _classes(labels: list[str], values: Array, top: object) -> tuple[str, list[i
 
 
 def _split(request: Request, body: bytes) -> tuple[bytes, memoryview]:
-    """The JSON and the raw tensors behind it."""
     length = request.header(HEADER_LENGTH)
     if length is None:
         return body, memoryview(b"")
@@ -280,7 +271,6 @@ def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[Reque
 def _jobs(
     generator: Generator, tensors: dict[str, Any], parameters: dict[str, Any], max_rows: int, max_chars: int
 ) -> tuple[list[Any], list[int]]:
-    """Prompts → jobs, and the tokens that each may write."""
     texts = tensors.get("text")
     if set(tensors) != {"text"} or not isinstance(texts, list):
         raise Refused(400, "the input is `text`, of datatype BYTES")
@@ -310,7 +300,7 @@ def _text_rows(
 def check_rows(
     version: Version, rows: list[dict[str, Any]], max_rows: int, max_chars: int, status: int = 400
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return rows within their limits, with the estimated tokens of each."""
+    """Check the limits of rows; return them with the estimated tokens of each."""
     if not 1 <= len(rows) <= max_rows:
         raise Refused(status, f"a request may have 1 to {max_rows} texts; it has {len(rows)}")
     for row in rows:

@@ -1,6 +1,6 @@
-"""OpenAI's completions: `POST /v1/completions` and `GET /v1/models`, as OpenAI's own clients and vLLM's users ask.
+"""OpenAI's completions: `POST /v1/completions` and `GET /v1/models`, with vLLM's `top_k`.
 
-Source: OpenAI's API reference. Without a temperature it is 1, as there; errors are this server's, `{"error": "…"}`.
+Source: OpenAI's API reference. The default temperature is 1, as there; errors are this server's, `{"error": "…"}`.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from kdexport.serve.protocols.huggingface import Count, decoded
 from kdexport.serve.protocols.tgi import GivenSeed, Whole, refuse_unsupported
 from kdexport.serve.registry import Version
 
-_NEW_TOKENS = 16  # new tokens, where a request does not say
+_NEW_TOKENS = 16  # by default
 _FINISH: dict[Finish, Literal["length", "stop"]] = {"length": "length", "end": "stop", "stop": "stop"}
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Whether a last event counts the tokens."""
+    """Options of a stream; `include_usage` adds an event with the token counts."""
 
     include_usage: bool | None = None
 
 
 class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A prompt, and how to go on. `top_k` is vLLM's."""
+    """A prompt and sampling parameters."""
 
     model: str
     prompt: str
@@ -55,7 +55,7 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     suffix: Any = None
 
 
-# Parameter → what it may be beside absent.
+# Unsupported parameter → its no-op value.
 NEUTRAL: dict[str, Any] = {
     "best_of": 1, "echo": False, "frequency_penalty": 0, "logit_bias": {}, "logprobs": None, "n": 1,
     "presence_penalty": 0, "suffix": "",
@@ -63,7 +63,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 class Choice(msgspec.Struct):
-    """What the model wrote, or one token of it."""
+    """A completion, or one token of it."""
 
     text: str
     index: int = 0
@@ -72,7 +72,7 @@ class Choice(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """Tokens."""
+    """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -80,7 +80,7 @@ class Usage(msgspec.Struct):
 
 
 class Completion(msgspec.Struct):
-    """An answer, or an event of a stream."""
+    """A response, or an event of a stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -91,7 +91,7 @@ class Completion(msgspec.Struct):
 
 
 class ModelEntry(msgspec.Struct):
-    """A language model that is in service; `created` is when it was loaded."""
+    """A language model in service; `created` is its load time."""
 
     id: str
     created: int
@@ -100,14 +100,14 @@ class ModelEntry(msgspec.Struct):
 
 
 class ModelList(msgspec.Struct):
-    """The language models."""
+    """The language models in service."""
 
     data: list[ModelEntry]
     object: Literal["list"] = "list"
 
 
 class Query(NamedTuple):
-    """A parsed request; `id` and `created` are those of all its events."""
+    """A parsed request; all events share `id` and `created`."""
 
     job: Job
     stream: bool
@@ -120,35 +120,33 @@ _decode = msgspec.json.Decoder(CompletionRequest).decode
 
 
 def decode(body: bytes) -> CompletionRequest:
-    """Decode the body, whose model is still to be found."""
+    """Decode a body, without its model."""
     asked: CompletionRequest = decoded(_decode, body)
     refuse_unsupported(asked, NEUTRAL)
     return asked
 
 
 def parse(asked: CompletionRequest, generator: Generator, max_chars: int) -> Query:
-    """Parse a request to a model."""
+    """Parse a request for a model."""
     given = {
         "max_new_tokens": int(asked.max_tokens or min(_NEW_TOKENS, generator.room)),
-        "temperature": 1.0 if asked.temperature is None else asked.temperature,
-        "top_p": asked.top_p,
-        "top_k": int(asked.top_k or 0),
-        "seed": None if asked.seed is None else int(asked.seed),
+        "temperature": 1.0 if asked.temperature is None else asked.temperature, "top_p": asked.top_p,
+        "top_k": int(asked.top_k or 0), "seed": None if asked.seed is None else int(asked.seed),
         "stop": [asked.stop] if isinstance(asked.stop, str) else asked.stop,
-    }
+    }  # fmt: skip
     job = job_of(generator, asked.prompt, given, max_chars)
     usage = bool(asked.stream_options and asked.stream_options.include_usage)
     return Query(job, bool(asked.stream), usage, f"cmpl-{uuid4().hex}", int(time.time()))
 
 
 def render(version: Version, query: Query) -> bytes:
-    """Return the whole answer."""
+    """Return the whole response."""
     choice = Choice(query.job.completion, finish_reason=_FINISH[query.job.finish])
     return encode(_completion(version, query, [choice], _usage(query.job)))
 
 
 def render_piece(version: Version, query: Query, _: int, piece: Piece) -> bytes:
-    """Return one token as an event; behind the last one the usage, where it is wanted, and the end."""
+    """Return one token as an event, and after the last one the requested usage and `[DONE]`."""
     choice = Choice(piece.text, finish_reason=_FINISH[piece.finish] if piece.finish else None)
     found = event(_completion(version, query, [choice]))
     if piece.finish and query.usage:

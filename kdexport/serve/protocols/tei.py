@@ -1,6 +1,6 @@
-"""text-embeddings-inference's `/predict`: texts in, flat lists of labels with scores out.
+"""text-embeddings-inference's `/predict`: texts → flat lists of labels with scores.
 
-Source: its router/src/http/types.rs. A list of two texts is one pair there, and batches are lists of lists.
+Source: its router/src/http/types.rs. A list of two texts is one pair; batches are lists of lists.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parse(body: bytes) -> Query:
 
 
 def render(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """Return a list of all labels with scores, best first; a list of such lists for a batch."""
+    """Return all labels with scores, best first; a list of such lists for a batch."""
     found = classes(version, results, "none" if query.raw_scores else None, None)
     return encode(found[0] if query.single else found)
 
@@ -67,17 +67,11 @@ def info(version: Version, settings: Settings) -> dict[str, Any]:
     labels = version.task.labels
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     return {
-        "model_id": version.name,
-        "model_sha": version.version,
-        "model_dtype": version.variant,
-        "model_type": {"classifier": names},
-        "max_input_length": version.task.config.max_length,
-        "max_batch_tokens": settings.max_batch_tokens,
-        "max_batch_requests": settings.max_batch,
-        "max_client_batch_size": settings.max_rows,
-        "auto_truncate": True,
-        "version": __version__,
-    }
+        "model_id": version.name, "model_sha": version.version, "model_dtype": version.variant,
+        "model_type": {"classifier": names}, "max_input_length": version.task.config.max_length,
+        "max_batch_tokens": settings.max_batch_tokens, "max_batch_requests": settings.max_batch,
+        "max_client_batch_size": settings.max_rows, "auto_truncate": True, "version": __version__,
+    }  # fmt: skip
 
 
 def _row(one: str | list[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Hugging Face's text generation: a prompt in, what the model writes after it out, at once or a token at a time.
+"""Hugging Face's text generation, at once or as a stream of tokens.
 
 Source: huggingface_hub's generated types and `InferenceClient.text_generation`, and text-generation-inference's
-router. Its answer at `/` is a list of one. Unlike there, a text that stops is not part of the answer.
+router. The response at `/` is a list of one. Unlike there, it excludes the stop sequence.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from kdexport.serve.protocols.huggingface import Count, decoded
 from kdexport.serve.registry import Version
 
 Whole = Annotated[float, Meta(ge=0, le=2**31, multiple_of=1)]
-# Without a limit of its own; every number that others than Python write exactly.
+# Up to the largest integer that is exact in a float.
 GivenSeed = Seed | Annotated[float, Meta(ge=0, le=2**53, multiple_of=1)]
-_NEW_TOKENS = 100  # new tokens, where a request does not say
-_FINISH: dict[Finish, Literal["length", "eos_token", "stop_sequence"]] = {
-    "length": "length", "end": "eos_token", "stop": "stop_sequence"
-}  # fmt: skip
+_NEW_TOKENS = 100  # by default
+Reason = Literal["length", "eos_token", "stop_sequence"]
+_FINISH: dict[Finish, Reason] = {"length": "length", "end": "eos_token", "stop": "stop_sequence"}
 
 
 class WriteParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to go on. Tokens are drawn with `do_sample` or a `temperature`; else each is the most probable one."""
+    """Sampling parameters: with `do_sample` or a `temperature`; else greedy."""
 
     max_new_tokens: Count | None = None
     do_sample: bool | None = None
@@ -53,14 +52,14 @@ class WriteParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WriteRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A prompt, how to continue it, and whether tokens come one by one."""
+    """A prompt, its parameters, and whether to stream tokens."""
 
     inputs: str
     parameters: WriteParameters | None = None
     stream: bool | None = None
 
 
-# Parameter → what it may be beside absent.
+# Unsupported parameter → its no-op value.
 NEUTRAL: dict[str, Any] = {
     "adapter_id": None, "best_of": 1, "decoder_input_details": False, "frequency_penalty": 0, "grammar": None,
     "repetition_penalty": 1, "top_n_tokens": 0, "truncate": None, "typical_p": 1, "watermark": False,
@@ -68,7 +67,7 @@ NEUTRAL: dict[str, Any] = {
 
 
 class Token(msgspec.Struct):
-    """A token, what it adds to the text, and its log probability under the model."""
+    """A token, its text, and its log probability under the model."""
 
     id: int
     text: str
@@ -77,9 +76,9 @@ class Token(msgspec.Struct):
 
 
 class Details(msgspec.Struct):
-    """Why it ended, and every token."""
+    """The finish reason and all tokens."""
 
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    finish_reason: Reason
     generated_tokens: int
     seed: int | None
     prefill: list[Token]
@@ -87,16 +86,16 @@ class Details(msgspec.Struct):
 
 
 class Generated(msgspec.Struct):
-    """What the model wrote; after the prompt, with `return_full_text`."""
+    """The generated text; with `return_full_text` after the prompt."""
 
     generated_text: str
     details: Details | UnsetType = UNSET
 
 
 class StreamDetails(msgspec.Struct):
-    """Why it ended, and how many tokens there were."""
+    """The finish reason and token counts."""
 
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    finish_reason: Reason
     generated_tokens: int
     input_length: int
     seed: int | None
@@ -112,7 +111,7 @@ class StreamToken(msgspec.Struct):
 
 
 class WriterInfo(msgspec.Struct):
-    """The first model, in text-generation-inference's words."""
+    """The first model, in text-generation-inference's terms."""
 
     model_id: str
     model_sha: str
@@ -145,17 +144,15 @@ def parse(body: bytes, generator: Generator, max_chars: int) -> Query:
     given = {
         "max_new_tokens": int(how.max_new_tokens or min(_NEW_TOKENS, generator.room)),
         "temperature": float(how.do_sample or False) if how.temperature is None else how.temperature,
-        "top_k": int(how.top_k or 0),
-        "top_p": how.top_p,
+        "top_k": int(how.top_k or 0), "top_p": how.top_p, "stop": how.stop,
         "seed": None if how.seed is None else int(how.seed),
-        "stop": how.stop,
-    }
+    }  # fmt: skip
     before = asked.inputs if how.return_full_text else ""
     return Query(job_of(generator, asked.inputs, given, max_chars), bool(asked.stream), bool(how.details), before)
 
 
 def render(_: Version, query: Query) -> bytes:
-    """Return the whole answer."""
+    """Return the whole response."""
     job = query.job
     found = Generated(query.before + job.completion)
     if query.details:
@@ -183,7 +180,7 @@ def info(version: Version, generator: Generator) -> WriterInfo:
 
 
 def refuse_unsupported(asked: Any, neutral: dict[str, Any]) -> None:
-    """Refuse what would change the answer and is not done here (422)."""
+    """Refuse unsupported parameters (422) that are not set to a no-op value."""
     for name, good in neutral.items():
         value = getattr(asked, name)
         if value is None or (value == good and isinstance(value, bool) == isinstance(good, bool)):
