@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from kdexport.tasks.base import Objective
+from kdexport.tasks.base import Objective, Task
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Function, Items, Row
 from kdexport.tasks.judging import metric
@@ -110,6 +110,10 @@ class Number(Classes):
             return f"label {row['label']!r} is not finite"
         return row | {"label": None if number is None else f"{number:g}"}
 
+    labels_of = staticmethod(Task.labels_of)  # numbers have no names, strata or labels to look at
+    stratum = staticmethod(Task.stratum)
+    items = Task.items
+
     @staticmethod
     def ordered(labels: Iterable[str]) -> list[str]:
         """What the one logit is called."""
@@ -134,6 +138,9 @@ class Number(Classes):
         n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums), -1, 0)
         spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
         return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))
+
+    def correct(self, logits: Array, rows: Sequence[Row]) -> None:  # type: ignore[override]
+        """None: a number is not right or wrong."""
 
     def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
         return metric(self, logits, rows) < _CHANCE
