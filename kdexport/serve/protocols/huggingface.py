@@ -176,7 +176,7 @@ _CLASSES = TaskProtocol(_parse_texts, _count_labels, lambda *found: encode(_clas
 _TAGS = TaskProtocol(_parse_tags, _count_words, _render_tags)
 
 
-def protocol_of(task: Task) -> TaskProtocol:
+def protocol_of(task: Task | type[Task]) -> TaskProtocol:
     """Return the protocol of a task that does not generate."""
     return _FILES.get(task.modality) or (_TAGS if task.has_words else _CLASSES)
 
