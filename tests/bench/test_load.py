@@ -49,7 +49,8 @@ def test_pairs_pictures_and_sound_are_sent_as_our_server_reads_them(tmp_path):
     for rows in (pairs[:1], pairs, TEXTS[:1], TEXTS[:2]):
         plain = [{key: row[key] for key in ("text", "text_pair") if key in row} for row in rows]
         assert tei.parse(body_of("http://x/predict", rows)).rows == plain
-        assert (
+        parse = huggingface.protocol_of(task_class("text-classification")).parse
+        assert parse(body_of("http://x/", rows)).rows == plain
             huggingface.protocol_of(task_class("text-classification")).parse(body_of("http://x/", rows)).rows == plain
         )
         tensors = json.loads(body_of("http://x/v2/models/m/infer", rows))["inputs"]
