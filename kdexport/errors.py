@@ -68,3 +68,8 @@ class MissingPackage(KdexportError):
 
 class Interrupted(Exception):
     """Ctrl-C in long work; says what is kept. Typer would end the program by itself, without a word."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

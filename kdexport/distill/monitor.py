@@ -1,4 +1,4 @@
-"""What is seen of a training while it runs: the size and pull of each term, the metric, the best epoch."""
+"""Monitor a training: the size and gradient of each term, the metric, the best epoch."""
 
 from __future__ import annotations
 
@@ -26,11 +26,7 @@ _ONE_SIDED = 0.99
 
 
 class Ledger:
-    """The terms of every step, left on their device and looked at every 50 steps.
-
-    Args:
-        learning_rate: of the training, for the error that says it was too high.
-    """
+    """The terms of every step, read from the device every 50 steps; the learning rate is for its error's advice."""
 
     def __init__(self, learning_rate: float) -> None:
         self._learning_rate = learning_rate
@@ -40,10 +36,10 @@ class Ledger:
         self._last_loss = math.nan
 
     def add(self, step: int, terms: Sequence[Term], loss: Tensor) -> None:
-        """Note one step, counted from 1: the terms without their weights, and the weighted sum.
+        """Record step `step`, from 1: the terms without their weights, and the weighted sum.
 
         Raises:
-            ModelError: the loss of one of the last 50 steps is not finite.
+            ModelError: a loss of the last 50 steps is not finite.
         """
         for name, size in [("loss", loss), *((term.name, term.size) for term in terms)]:
             self._unread.setdefault(name, []).append(size.detach())
@@ -51,16 +47,14 @@ class Ledger:
             self._look(step)
 
     def add_shares(self, shares: dict[str, float]) -> None:
-        """Note what part of the gradient each term is, as measured on one batch of this epoch."""
+        """Record each term's fraction of the gradient, as measured on one batch of this epoch."""
         self._shares = shares
 
     def close_epoch(self, step: int) -> dict[str, float]:
-        """The epoch's record, and a new page: of each term `terms/NAME`, its mean size, and `shares/NAME`.
-
-        Empty where one term is all; shares stand in those epochs alone in which they were measured.
+        """Return the epoch's `terms/NAME` (mean size) and `shares/NAME` of each of several terms.
 
         Raises:
-            ModelError: the loss of one of the last 50 steps is not finite.
+            ModelError: a loss of the last 50 steps is not finite.
         """
         self._look(step)
         sizes = {f"terms/{name}": sum(read) / len(read) for name, read in self._read.items() if name != "loss"}
@@ -69,7 +63,7 @@ class Ledger:
         return sizes | shares if len(sizes) > 1 else {}
 
     def diverged(self, found: str, step: int) -> ModelError:
-        """The error for a training that has left the numbers, with its likely cause."""
+        """Return the error for losses or outputs that are not finite, with its likely cause."""
         if step == 1:
             return ModelError(f"{found}: the weights that training starts from are not finite", "Look at the model")
         return ModelError(
@@ -90,19 +84,15 @@ class Ledger:
 
 
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no types
-    """Each step, advance the bar; each epoch, take the metric, keep the best weights, see if a checkpoint is due.
+    """Advance the bar; each epoch, take the metric, save the best weights, and ask for a checkpoint if one is due.
 
-    What decides (which epoch was best, whether to stop) is read off the history alone, which checkpoints hold; so a
-    training that was killed decides as one that was not.
+    Decisions follow from the history in the checkpoints alone, so a resumed training decides as one that ran through.
 
     Args:
-        higher_is_better: of the metric.
-        judge: a model's metric; NaN where its answers are not finite. None judges nothing.
-        ledger: gives each epoch's record of terms.
-        patience: epochs without a better metric after which training stops; None never stops, and keeps no weights.
+        judge: a model's metric; NaN where its outputs are not finite. None judges nothing.
+        patience: epochs without a better metric after which training stops; None never stops, and saves no weights.
         folder: for the best weights.
         checkpoint_every_s: seconds between checkpoints.
-        advance: moves the bar by so many steps.
     """
 
     def __init__(
@@ -152,17 +142,17 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
         self._best_in_checkpoint = best_epoch(state.log_history, self._higher)
 
     def restore(self, model: nn.Module, history: History) -> int:
-        """Give a model the weights of the best epoch, and say which that is."""
+        """Load the weights of the best epoch, and return its number."""
         best = best_epoch(history, self._higher) or 0
         load_model(model, self._folder / f"{best}.safetensors")
         return best
 
     def forget(self) -> None:
-        """Delete the weights that were kept."""
+        """Delete the saved weights."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _keep(self, model: nn.Module, epoch: int) -> None:
-        """Keep this epoch's weights, and those that a training would need that goes on from the last checkpoint."""
+        """Save this epoch's weights, and retain those that a resume from the last checkpoint would need."""
         self._folder.mkdir(parents=True, exist_ok=True)
         save_model(model, str(self._folder / "new"))
         (self._folder / "new").replace(self._folder / f"{epoch}.safetensors")
@@ -172,10 +162,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
 
 
 def gradient_shares(terms: Sequence[Term], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
-    """The norm of each weighted term's gradient, as a share of the norms' sum; the graph is kept.
-
-    Terms pull in different directions: a share says how strongly one pulls, not how far the sum goes its way.
-    """
+    """Return the norm of each weighted term's gradient as a fraction of the norms' sum; the graph is retained."""
     norms = {}
     for term in terms:
         found = torch.autograd.grad(term.weight * term.size, parameters, retain_graph=True, allow_unused=True)
@@ -185,7 +172,7 @@ def gradient_shares(terms: Sequence[Term], parameters: Sequence[nn.Parameter]) -
 
 
 def say_shares(curve: Curve, title: str) -> None:
-    """Say how strongly each term pulled when that was last measured; warn where one pulled as good as alone."""
+    """Print each term's last measured fraction of the gradient; warn where one dominates."""
     measured = [shares for point in curve if (shares := _shares_in(point))]
     if not measured:
         return
@@ -193,20 +180,18 @@ def say_shares(curve: Curve, title: str) -> None:
     say(f"{title}: of the gradient, " + ", ".join(f"{name} is {share:.0%}" for name, share in ordered))
     name, share = ordered[0]
     if share > _ONE_SIDED:
-        warn(
-            f"{title}: {name} is {share:.1%} of the gradient, the other terms hardly count; weigh it less, or them more"
-        )
+        warn(f"{title}: {name} is {share:.1%} of the gradient, the other terms hardly count; lower its weight")
 
 
 def best_epoch(history: History, higher_is_better: bool = True) -> int | None:
-    """The first of the epochs with the best metric, counted from 1; None while there is none."""
+    """Return the first epoch with the best metric, from 1; None while there is none."""
     judged = [record for record in history if "validation" in record]
     best = max if higher_is_better else min
     return round(best(judged, key=lambda record: record["validation"])["epoch"]) if judged else None
 
 
 def curve_of(history: History) -> Curve:
-    """One record an epoch: `epoch`, `loss`, `validation`, and of each term `terms/NAME` and `shares/NAME`."""
+    """Return one record an epoch: `epoch`, `loss`, `validation`, and of each term `terms/NAME` and `shares/NAME`."""
     epochs: dict[int, dict[str, float]] = {}
     for record in history:
         epochs.setdefault(round(record["epoch"]), {}).update(record)

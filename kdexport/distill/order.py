@@ -1,4 +1,4 @@
-"""The order in which a training reads its rows."""
+"""The order of training rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from kdexport.tasks.metrics import Array
 
 
 class ByLength(Sampler[int]):
-    """A new random order every epoch in which neighbours are of similar length, so that little is padding.
+    """A random order every epoch with batches of similar length, so that little is padding.
 
-    Rows are shuffled, cut into pools of 50 batches, sorted by length inside each pool, and the batches are
-    shuffled again. The order is a function of seed and epoch alone: a resumed training sees the same one.
+    Rows are shuffled, cut into pools of 50 batches, sorted by length inside each pool, and the batches are shuffled
+    again. The order is a function of seed and epoch alone: a resumed training sees the same one.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

@@ -1,8 +1,8 @@
-"""The small convolutional network of ours, for images [B, C, H, W] and for mel bands of sound [B, T, M].
+"""A small convolutional network for images [B, C, H, W] and for mel bands of sound [B, T, M].
 
-3 × 3 convolutions, each with a batch norm and a ReLU, which the exporter folds into one: on small pictures that is
-quicker on a CPU than depthwise ones, whose time goes into memory. Like `networks.py` it is a `PreTrainedModel`, known
-to Transformers' Auto classes and Optimum's exporter once this module is imported.
+3 × 3 convolutions, each with a batch norm and a ReLU that the exporter folds into one, rather than depthwise ones,
+which are bound by memory on small pictures. Like `textnet` a `PreTrainedModel`, registered with Transformers' Auto
+classes and Optimum's exporter when this module is imported.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ class ConvNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ship
         channels: of the stem, then of each stage, which halves height and width.
         depth: convolutions of a stage.
         stride: of the stem; 2 for pictures of more than about 32 pixels.
-        num_channels, image_size: of a picture; its height and width.
-        frames, num_mel_bins: of sound.
-        dropout: before the classifier.
+        image_size: height and width.
     """
 
     model_type = MODEL_TYPE
@@ -61,7 +59,7 @@ class ConvNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ship
 
 
 class ConvNet(PreTrainedModel):  # type: ignore[misc]
-    """Stages of convolutions → the mean over all places → logits [B, C]."""
+    """Stages of convolutions → global average pooling → logits [B, C]."""
 
     config_class = ConvNetConfig
     base_model_prefix = "net"
@@ -94,23 +92,23 @@ class ConvNet(PreTrainedModel):  # type: ignore[misc]
 
 
 class ConvNetForImageClassification(ConvNet):
-    """Pictures → logits."""
+    """A `ConvNet` of images."""
 
     main_input_name = "pixel_values"
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ModelOutput:
-        """Logits float [B, C] of pixel values float [B, channels, H, W]."""
+        """Return logits float [B, C] of pixel values float [B, channels, H, W]."""
         return ImageClassifierOutput(logits=self._logits(pixel_values))
 
 
 class ConvNetForAudioClassification(ConvNet):
-    """Mel bands, as a picture of one channel → logits."""
+    """A `ConvNet` of mel bands, as images of one channel."""
 
     main_input_name = "input_values"
     _of_sound = True
 
     def forward(self, input_values: Tensor, labels: Tensor | None = None, **_: Any) -> ModelOutput:
-        """Logits float [B, C] of log-mel bands float [B, T, M]."""
+        """Return logits float [B, C] of log-mel bands float [B, T, M]."""
         return SequenceClassifierOutput(logits=self._logits(input_values.unsqueeze(1)))
 
 

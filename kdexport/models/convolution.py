@@ -1,4 +1,4 @@
-"""The convolutional student of ours: what it reads follows from the data, its weights are random."""
+"""The convolutional student, with random weights and inputs that follow from the data."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from kdexport.models.loading import Opened
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.inputs import audio, images
 
-# Bands of sound; frames of 160 samples.
 _MELS = 40
-# Pictures of more pixels a side are halved by the first convolution already.
-_SMALL = 32
+_SMALL = 32  # pixels a side; larger pictures are halved by the first convolution
 
 
 def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) -> Opened:
-    """A convolutional network of three sizes of map, and its processor.
+    """Build a convolutional network of `width`, 2 × and 4 × `width` channels, and its processor.
 
     Args:
-        width: channels of the first map; 2 × and 4 × so many follow.
-        teacher: what the teacher reads is not exceeded.
-        rows: some of the training rows, whose size, rate and scale it takes.
+        teacher: its input size is an upper limit.
+        rows: some of the training rows, whose size, rate and scale are used.
     """
     names = dict(enumerate(teacher.labels))
     labels: dict[str, Any] = {"id2label": names, "label2id": {name: i for i, name in names.items()}}

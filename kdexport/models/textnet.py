@@ -1,11 +1,8 @@
-"""Students of our own: a wide table of token embeddings, something small that reads it, and what it says pooled.
+"""Small text students: a wide table of token embeddings, a small encoder, pooling, an MLP.
 
-Tokens by themselves (a bag), windows of them, a recurrent network, or a few narrow transformer layers. A wide table
-costs no time, for a text looks up few of its rows, and pooling over all tokens is learned from little data: on 150
-intents both are worth more than attention is (benchmarks/README.md).
-
-They are `PreTrainedModel`s like any other, so saving, loading, training and export are one path: importing this
-module makes Transformers' Auto classes and Optimum's exporter know them.
+The encoder is none (a bag), a convolution over windows, a recurrent network, or a few narrow transformer layers. A wide
+table costs little time, as a text looks up few rows, and pooling over all tokens is learned from little data
+(benchmarks/README.md). Importing this module registers them with Transformers' Auto classes and Optimum's exporter.
 """
 
 from __future__ import annotations
@@ -40,10 +37,8 @@ class TextNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ship
     Args:
         kind: bag (each token by itself), cnn (windows of `window` tokens; Kim 2014), gru (both directions), encoder
             (`num_hidden_layers` transformer layers behind a projection, as ELECTRA has it; Clark et al. 2020).
-        embedding_size: width of the token table.
-        hidden_size: features that all but a bag make of each position; a bag takes the embeddings themselves.
+        hidden_size: features of each position, except in a bag, which takes the embeddings themselves.
         head_size: width of the layer before the logits.
-        window: tokens that cnn sees at once.
         num_attention_heads, max_position_embeddings: of an encoder; its feed-forward width is 4 × `hidden_size`.
     """
 
@@ -76,8 +71,8 @@ class TextNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ship
 class TextNet(PreTrainedModel):  # type: ignore[misc]
     """Token embeddings → features of each position → their weighted mean and maximum → a small MLP → logits [B, C].
 
-    Each token brings a learned weight for the mean (as SIF weighting does by frequency, Arora et al. 2017).
-    Padding takes no part, wherever it stands: a text's logits don't depend on its batch.
+    Each token has a learned weight in the mean (as SIF weighting by frequency, Arora et al. 2017). Padding is masked,
+    so a text's logits don't depend on its batch.
     """
 
     config_class = TextNetConfig
@@ -127,7 +122,7 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> ModelOutput:
-        """Logits float [B, C] of token ids int64 [B, T] and their mask [B, T]."""
+        """Return logits float [B, C] of token ids int64 [B, T] and their mask [B, T]."""
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         mask = attention_mask.unsqueeze(-1).to(self.embeddings.weight.dtype)
@@ -142,7 +137,7 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
         return self._output(logits=self.classifier(self.dropout(hidden)))
 
     def _features(self, embedded: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, T, E] → features of each position [B, T, F]; what they are at padding doesn't matter."""
+        """Embeddings [B, T, E] → features of each position [B, T, F], arbitrary at padding."""
         if self.config.kind == "cnn":
             embedded = embedded * attention_mask.unsqueeze(-1).to(embedded.dtype)  # windows reach over the end
             reach = self.config.window // 2
@@ -165,7 +160,7 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
 
 
 class TextNetForTokens(TextNet):
-    """The same without pooling: features of each position → a small MLP → logits [B, T, C]."""
+    """A `TextNet` without pooling: features of each position → a small MLP → logits [B, T, C]."""
 
     _output = TokenClassifierOutput
     _pooled = 1
@@ -177,7 +172,7 @@ class TextNetForTokens(TextNet):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> ModelOutput:
-        """Logits float [B, T, C] of token ids int64 [B, T] and their mask [B, T]."""
+        """Return logits float [B, T, C] of token ids int64 [B, T] and their mask [B, T]."""
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         return self._answer(self._features(self.embeddings(input_ids), attention_mask))
@@ -200,10 +195,10 @@ def _encoder_config(config: TextNetConfig) -> ElectraConfig:
 
 @torch.no_grad()
 def start_as_mean(network: TextNet) -> None:
-    """Let each layer of an encoder start as the mean over the tokens, added to the token itself.
+    """Initialise each layer of an encoder as the mean over the tokens, added to the token itself.
 
-    Nearly equal scores, values passed through: at first the encoder is a bag of embeddings, and what order there is
-    to learn is learned from there. Random attention has to find that first, which takes data.
+    Nearly equal attention scores and values passed through make the encoder a bag of embeddings at first; random
+    attention would have to find that from data.
     """
     for layer in network.encoder.encoder.layer:
         attention = layer.attention

@@ -10,6 +10,7 @@ import msgspec
 from kdexport.errors import SpecError
 from kdexport.spec import derive
 from kdexport.spec.sections import Distill, Spec, Weight
+from kdexport.spec.teachers import check_teachers
 from kdexport.tasks import names, task_class
 from kdexport.tasks.menus import OF_LAYERS, Menu
 
@@ -39,6 +40,7 @@ def checked(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
     _check_menu(spec, menu, source)
     _check_students(spec, menu, source)
     _check_losses(spec, source)
+    check_teachers(spec, menu, losses_of(spec), source)
     for key, why, fix in _without_effect(spec, menu):
         section, _, name = key.partition(".")
         if name in (tree.get(section) or {}) and getattr(getattr(spec, section), name) != _default(spec, section, name):

@@ -125,7 +125,7 @@ def stages(request, tmp_path_factory):
     opened = teacher_of(task, labels, problem)
     function = task_class(task, problem).function
     kept = 8 if task == "causal-lm" else 1
-    save_task(opened, None, labels, teacher, task=task, function=function, rows=rows, kept=kept)
+    save_task(opened, None, labels, teacher, task=task, function=function, rows=rows, top_k=kept)
     save_model(opened, teacher)
     opened_task = load_task(teacher)
     for split in ("train", "validation", "test"):
