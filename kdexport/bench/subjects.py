@@ -57,7 +57,7 @@ def _on(device: str) -> str:
     return "" if device == "cpu" else f"-{device}"
 
 
-class Opened(NamedTuple):
+class ModelAndProcessor(NamedTuple):
     """An open target: rows → arrays → logits → answers to these rows. All three are what a user waits for."""
 
     encode: Callable[[Rows], Any]
@@ -72,7 +72,7 @@ class Opened(NamedTuple):
     first_ms: Callable[[], list[float]] = list
 
 
-def open_target(target: Target, threads: int) -> Opened:
+def open_target(target: Target, threads: int) -> ModelAndProcessor:
     """Open a target with this many threads of its runtime."""
     return RUNTIMES[target.runtime](target, threads)
 
@@ -95,17 +95,17 @@ def why_not(target: Target) -> str | None:
     return None
 
 
-def _open_onnxruntime(target: Target, threads: int) -> Opened:
+def _open_onnxruntime(target: Target, threads: int) -> ModelAndProcessor:
     from kdexport.runtime.predictor import Predictor
 
     task = load_task(Path(target.task))
     predictor = Predictor(task, Path(target.model), threads, target.device)
     if can_generate(task):
         return writing(task, predictor.read, predictor.run)
-    return Opened(task.encode, predictor.run, task.decode)
+    return ModelAndProcessor(task.encode, predictor.run, task.decode)
 
 
-def _open_torch(target: Target, threads: int) -> Opened:
+def _open_torch(target: Target, threads: int) -> ModelAndProcessor:
     """PyTorch as `from_pretrained` gives it: eager, or compiled. On a GPU, copies to and fro are part of a run."""
     import torch
 
@@ -149,12 +149,12 @@ def _open_torch(target: Target, threads: int) -> Opened:
             return found.logits[0, -1].float().cpu().numpy(), found.past_key_values
 
         return writing(task, read, run)._replace(gpu_peak_mb=gpu_peak_mb)
-    return Opened(task.encode, run, task.decode, gpu_peak_mb, device_ms)
+    return ModelAndProcessor(task.encode, run, task.decode, gpu_peak_mb, device_ms)
 
 
 def writing(
     task: Generates, read: Callable[[Sequence[int], Any], tuple[Array, Any]], run_whole: Callable[[Any], Array]
-) -> Opened:
+) -> ModelAndProcessor:
     """A language model: the first tokens of a text → as many more, each the most probable one."""
     firsts: list[float] = []
 
@@ -166,7 +166,7 @@ def writing(
         firsts.append(1e3 * first)
         return written
 
-    return Opened(
+    return ModelAndProcessor(
         encode,
         run,
         lambda ids, _: task.text_of(ids),
@@ -181,7 +181,7 @@ def measured_tokens(task: Task) -> int:
     return min(_TOKENS, task.config.max_length // 2) if can_generate(task) else 0
 
 
-def _open_openvino(target: Target, threads: int) -> Opened:
+def _open_openvino(target: Target, threads: int) -> ModelAndProcessor:
     """OpenVINO in full precision: by itself it takes bfloat16 where the CPU has it, and answers a little otherwise."""
     import openvino
 
@@ -196,14 +196,16 @@ def _open_openvino(target: Target, threads: int) -> Opened:
     def run(arrays: Any) -> Any:
         return task.gather(request.infer(task.graph_inputs(arrays))[task.output], arrays)
 
-    return Opened(task.encode, run, task.decode)
+    return ModelAndProcessor(task.encode, run, task.decode)
 
 
-def _open_http(target: Target, threads: int) -> Opened:
+def _open_http(target: Target, threads: int) -> ModelAndProcessor:
     from kdexport.bench.generator import Connection, body_of, check_answer
 
     connection = Connection(target.model)
-    return Opened(lambda rows: body_of(target.model, rows), connection.post, lambda body, _: check_answer(body))
+    return ModelAndProcessor(
+        lambda rows: body_of(target.model, rows), connection.post, lambda body, _: check_answer(body)
+    )
 
 
 RUNTIMES = {

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from kdexport.bench.subjects import Opened, Target, open_target
+from kdexport.bench.subjects import ModelAndProcessor, Target, open_target
 
 _now = time.perf_counter_ns
 # Every cell gets as much time as this, and as many runs, before it counts.
@@ -96,7 +96,12 @@ def measure(job: Job) -> Samples:
 
 
 def _stream(
-    opened: Opened, rows: list[dict[str, Any]], start: int, seconds: float, min_samples: int, max_seconds: float
+    opened: ModelAndProcessor,
+    rows: list[dict[str, Any]],
+    start: int,
+    seconds: float,
+    min_samples: int,
+    max_seconds: float,
 ) -> tuple[list[float], list[float], list[float]]:
     """Rows one at a time, the next as soon as the last was answered, until time and samples are reached."""
     encode, run, decode = opened.encode, opened.run, opened.decode
@@ -120,7 +125,7 @@ def _stream(
             return tokenize, model, total
 
 
-def _batches(opened: Opened, rows: list[dict[str, Any]], start: int, size: int) -> list[float]:
+def _batches(opened: ModelAndProcessor, rows: list[dict[str, Any]], start: int, size: int) -> list[float]:
     """Ms a batch of texts of similar length, as offline work takes them; text to answers."""
     ordered = sorted(rows, key=lambda row: len(str(row.get("text", ""))))
     places = max(1, len(ordered) - size)
@@ -134,7 +139,7 @@ def _batches(opened: Opened, rows: list[dict[str, Any]], start: int, size: int) 
     return _repeat(answer)
 
 
-def _runs(opened: Opened, job: Job, rows: list[dict[str, Any]], length: int) -> list[float]:
+def _runs(opened: ModelAndProcessor, job: Job, rows: list[dict[str, Any]], length: int) -> list[float]:
     """Ms a run of the model alone, on real texts that are joined and cut to one length."""
     from kdexport.tasks import load_task
 
@@ -155,7 +160,7 @@ def _repeat(once: Callable[[int], Any]) -> list[float]:
     return found
 
 
-def _slowed(opened: Opened, share: float) -> Opened:
+def _slowed(opened: ModelAndProcessor, share: float) -> ModelAndProcessor:
     """The same target with every answer stretched by a share, busy as a slower model would be."""
     started = _now()
 

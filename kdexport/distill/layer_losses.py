@@ -43,7 +43,7 @@ _TAPS = (
 )
 
 
-class Inside(NamedTuple):
+class Activations(NamedTuple):
     """Hidden tensors of one forward pass through L layers of width W with H heads; empty where not asked for."""
 
     states: tuple[Tensor, ...]  # 1 + L of [B, T, W]: the embeddings, then each layer's output
@@ -250,22 +250,22 @@ class _Watched:
             self.flags["output_attentions"] = True
         self._wants_vectors = "relation" in names
 
-    def __call__(self, inputs: dict[str, Tensor]) -> Inside:
+    def __call__(self, inputs: dict[str, Tensor]) -> Activations:
         """Run the model on its inputs' device; drop what it doesn't take (token types, for DistilBERT)."""
         if self._model.device != inputs["input_ids"].device:
             self._model.to(inputs["input_ids"].device)
         read = {name: value for name, value in inputs.items() if name in self._reads}
         return self.inside(self._model(**read, **self.flags))
 
-    def inside(self, output: Any) -> Inside:
+    def inside(self, output: Any) -> Activations:
         """Return the tensors of the pass with this output; vectors only once, so that they are freed after the step."""
         vectors = tuple(self._seen.pop(name) for name in self._tapped)
         if len(vectors) == 1:  # queries, keys and values side by side
             vectors = vectors[0].chunk(3, dim=-1)
-        return Inside(output.get("hidden_states") or (), output.get("attentions") or (), vectors)
+        return Activations(output.get("hidden_states") or (), output.get("attentions") or (), vectors)
 
     @torch.no_grad()
-    def look(self) -> Inside:
+    def look(self) -> Activations:
         """Set the hooks and run two tokens, to learn the shapes.
 
         Raises:

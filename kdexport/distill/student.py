@@ -21,7 +21,7 @@ from kdexport.errors import ModelError
 from kdexport.files import write_json
 from kdexport.models.convolution import build_conv
 from kdexport.models.inference import logits_of
-from kdexport.models.loading import Opened, open_config, open_model, open_processor
+from kdexport.models.loading import ModelAndProcessor, open_config, open_model, open_processor
 from kdexport.models.registry import open_trained, task_name
 from kdexport.models.saving import save_model, save_task
 from kdexport.models.shrink import keep_layers, layers_of, narrow
@@ -40,7 +40,7 @@ _LEAST_STEPS = 100  # of a trial
 class Untrained(NamedTuple):
     """An untrained student, where its weights come from, and the teacher's ids of a trimmed vocabulary."""
 
-    opened: Opened
+    opened: ModelAndProcessor
     origin: str
     token_ids: NDArray[np.int64] | None = None
 
@@ -187,7 +187,7 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
         wanted = list(shape.indices) or shape.layers
         indices = layers_of(teacher.config.num_hidden_layers, wanted, spread=shape.kind == "spread")
         model, origin = keep_layers(teacher, indices), f"the teacher's layers {', '.join(map(str, indices))}"
-    return Untrained(Opened(model, tokenizer), origin + size, kept)
+    return Untrained(ModelAndProcessor(model, tokenizer), origin + size, kept)
 
 
 def _narrow(student: spec.Student, shape: derive.Shape, teacher: PreTrainedModel) -> tuple[PreTrainedModel, str]:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import ASTFeatureExtractor, ViTImageProcessor
 
 from kdexport.models.convnet import ConvNetConfig, ConvNetForAudioClassification, ConvNetForImageClassification
-from kdexport.models.loading import Opened
+from kdexport.models.loading import ModelAndProcessor
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.inputs import audio, images
 
@@ -16,7 +16,7 @@ _MELS = 40
 _SMALL = 32  # pixels a side; larger pictures are halved by the first convolution
 
 
-def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) -> Opened:
+def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) -> ModelAndProcessor:
     """Build a convolutional network of `width`, 2 × and 4 × `width` channels, and its processor.
 
     Args:
@@ -29,10 +29,12 @@ def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) 
     if teacher.audio:
         sound = audio.fitted(rows, teacher.audio.rate, _MELS)
         config = ConvNetConfig(channels, stride=2, frames=sound.length, num_mel_bins=sound.mels, **labels)
-        return Opened(ConvNetForAudioClassification(config), ASTFeatureExtractor(**audio.extractor_of(sound)))
+        return ModelAndProcessor(
+            ConvNetForAudioClassification(config), ASTFeatureExtractor(**audio.extractor_of(sound))
+        )
     assert teacher.image
     picture = images.fitted(rows, images.output_size(teacher.image))
     size = images.output_size(picture)
     stride = 1 if max(size) <= _SMALL else 2
     config = ConvNetConfig(channels, stride=stride, num_channels=picture.channels, image_size=size, **labels)
-    return Opened(ConvNetForImageClassification(config), ViTImageProcessor(**images.processor_of(picture)))
+    return ModelAndProcessor(ConvNetForImageClassification(config), ViTImageProcessor(**images.processor_of(picture)))

@@ -29,7 +29,7 @@ logging.set_verbosity_error()  # we report new heads ourselves
 _PROBLEM_TYPE = {"softmax": None, "sigmoid": "multi_label_classification", "none": "regression"}
 
 
-class Opened(NamedTuple):
+class ModelAndProcessor(NamedTuple):
     """A model and its tokenizer, or its processor of images or of sound."""
 
     model: PreTrainedModel
@@ -62,7 +62,7 @@ def open_model(
     function: Function = "softmax",
     *,
     to_train: bool = False,
-) -> Opened:
+) -> ModelAndProcessor:
     """Open a model with a head for these labels, a new one where they are not its own.
 
     Args:
@@ -85,19 +85,19 @@ def open_model(
         if not to_train:
             raise ModelError(f"model folder {model} holds no weights", "Train it from random ones: --teacher-epochs 3")
         say(f"teacher: {model} holds no weights, so it starts from random ones")
-        return Opened(auto_class(task).from_config(config), processor)
+        return ModelAndProcessor(auto_class(task).from_config(config), processor)
     try:
         opened = auto_class(task).from_pretrained(model, config=config, ignore_mismatched_sizes=True)
     except Exception as error:
         raise ModelError(f"model {model!r} can't be opened: {first_line(error)}") from None
-    return Opened(opened, processor)
+    return ModelAndProcessor(opened, processor)
 
 
 def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
-def open_classifier(model: str, config: Any, task: str) -> Opened:
+def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
     """Open a model with the head that it was trained with.
 
     Raises:
@@ -115,7 +115,7 @@ def open_classifier(model: str, config: Any, task: str) -> Opened:
         raise ModelError(f"model {model!r} can't be opened: {first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
-    return Opened(opened, processor)
+    return ModelAndProcessor(opened, processor)
 
 
 def open_processor(model: str, task: str) -> Any:

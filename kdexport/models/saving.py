@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdexport.errors import ModelError
 from kdexport.files import write_json
-from kdexport.models.loading import Opened
+from kdexport.models.loading import ModelAndProcessor
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.config import Function, TaskConfig
 from kdexport.tasks.inputs import audio as sound
@@ -22,7 +22,7 @@ _DEFAULT_MAX_LENGTH = 128
 
 
 def save_task(
-    opened: Opened,
+    opened: ModelAndProcessor,
     max_length: int | None,
     labels: Sequence[str],
     out: Path,
@@ -78,7 +78,7 @@ def write_task(
     at_most: int = _DEFAULT_MAX_LENGTH,
     top_k: int = 0,
 ) -> None:
-    """Write `task.json` and tokenizer files for a model with the inputs `accepted` that reads `reads` tokens; see `save_task`."""
+    """Write `task.json` and tokenizer files for a model with the inputs `accepted` that reads `reads` tokens."""
     config = TaskConfig(
         task=task,
         labels=list(labels),
@@ -101,7 +101,7 @@ def write_task(
     write_json(out / "task.json", config)
 
 
-def save_model(opened: Opened, out: Path) -> None:
+def save_model(opened: ModelAndProcessor, out: Path) -> None:
     """Write config and weights as safetensors."""
     opened.model.save_pretrained(out, safe_serialization=True)
 

@@ -1,4 +1,4 @@
-"""What is refused before any work: what the task doesn't offer, and settings without an effect beside the others."""
+"""Refuse, before any work, what the task or the teachers don't offer, and settings without an effect."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ def checked(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
     """Return the spec with the defaults of its task.
 
     Args:
-        tree: what was given, to tell it from defaults.
-        spec: the same, with defaults that suit every task.
+        tree: what was given, without defaults.
         source: a file or flags, for errors.
 
     Raises:
-        SpecError: names the first key that asks for what its task doesn't offer, or has no effect.
+        SpecError: names the first key that the task or teachers don't offer, or that has no effect.
     """
     menu = _menu(spec, source)
     distill: dict[str, Any] = {}
@@ -49,13 +48,13 @@ def checked(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
 
 
 def weights_of(distill: Distill) -> dict[str, Weight]:
-    """The losses in use, with their weights."""
+    """Return the losses in use, with their weights."""
     loss = distill.loss
     return {loss: 1.0} if isinstance(loss, str) else {str(name): weight for name, weight in loss.items()}
 
 
 def losses_of(spec: Spec) -> set[str]:
-    """The names of the losses in use."""
+    """Return the names of the losses in use."""
     return set(weights_of(spec.distill))
 
 

@@ -324,12 +324,12 @@ def folder(base_model, tmp_path_factory):
     """The base model as a finished teacher stage."""
     from transformers import AutoTokenizer
 
-    from kdexport.models.loading import Opened
+    from kdexport.models.loading import ModelAndProcessor
     from kdexport.models.saving import save_model, save_task
 
     path = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
-    opened = Opened(
+    opened = ModelAndProcessor(
         AutoModelForSequenceClassification.from_pretrained(base_model, num_labels=2),
         AutoTokenizer.from_pretrained(base_model),
     )

@@ -31,7 +31,7 @@ from kdexport.data import demo, read_rows
 from kdexport.distill import teachers
 from kdexport.distill.augment import changer
 from kdexport.errors import KdexportError, ModelError, SpecError
-from kdexport.models.loading import Opened, open_config
+from kdexport.models.loading import ModelAndProcessor, open_config
 from kdexport.models.saving import save_task
 from kdexport.runtime import artifact
 from kdexport.spec.teachers import base_of
@@ -156,7 +156,7 @@ def exported(first, tmp_path_factory):
     ours, theirs, source = (tmp_path_factory.mktemp(name) for name in ("artifact", "optimum", "source"))
     shutil.copytree(first, source, dirs_exist_ok=True)
     model = AutoModelForSequenceClassification.from_pretrained(first)
-    save_task(Opened(model, AutoTokenizer.from_pretrained(first)), 32, LABELS, source)
+    save_task(ModelAndProcessor(model, AutoTokenizer.from_pretrained(first)), 32, LABELS, source)
     export_onnx(source, source / "model.onnx")
     artifact.pack(source, {"fp32": (source / "model.onnx", "plain")}, "fp32", {}, ours)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

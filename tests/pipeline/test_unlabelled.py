@@ -18,7 +18,7 @@ from kdexport.data.sources import Source, local_files, read_unlabelled, rows_of_
 from kdexport.distill.teacher import prepare_teacher
 from kdexport.errors import DataError, ModelError
 from kdexport.models.inference import logits_of
-from kdexport.models.loading import Opened
+from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_task
 from kdexport.tasks import load_task
 
@@ -69,7 +69,9 @@ def test_there_is_no_fine_tuning_without_labels(tmp_path, unlabelled, base_model
 
 def test_rows_without_labels_have_the_target_that_losses_pass_over(first, tmp_path):
     save_task(
-        Opened(AutoModelForSequenceClassification.from_pretrained(first), AutoTokenizer.from_pretrained(first)),
+        ModelAndProcessor(
+            AutoModelForSequenceClassification.from_pretrained(first), AutoTokenizer.from_pretrained(first)
+        ),
         32,
         LABELS,
         tmp_path,
