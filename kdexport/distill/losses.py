@@ -81,10 +81,7 @@ def value_at(value: float | Schedule, progress: float) -> float:
 
 def total(terms: Sequence[Term]) -> Tensor:
     """Return the weighted sum of the terms, a scalar."""
-    loss = terms[0].weight * terms[0].size
-    for term in terms[1:]:
-        loss = loss + term.weight * term.size
-    return loss
+    return torch.stack([term.weight * term.size for term in terms]).sum()
 
 
 # --- the labels' term
@@ -120,19 +117,9 @@ def label_mse(student_logits: Tensor, labels: Tensor) -> Tensor:
     return (student_logits[known] - labels[known].float()).square().mean(dim=1).sum() / len(labels)
 
 
-LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": cross_entropy,
-    "bce": label_bce,
-    "mse": label_mse,
-}
+LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "bce": label_bce, "mse": label_mse}
 # A task's objective → its labels' term.
-OF_OBJECTIVE: dict[str, str] = {
-    "classes": "ce",
-    "tokens": "ce",
-    "next-token": "ce",
-    "several": "bce",
-    "number": "mse",
-}
+OF_OBJECTIVE: dict[str, str] = {"classes": "ce", "tokens": "ce", "next-token": "ce", "several": "bce", "number": "mse"}
 
 
 # --- the teacher's terms

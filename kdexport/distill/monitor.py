@@ -23,6 +23,7 @@ History = list[dict[str, Any]]
 
 _LOOK_EVERY = 50  # steps; a look at the losses waits for the device
 _ONE_SIDED = 0.99
+_CURVE_KEYS = ("loss", "validation", "terms/", "shares/")
 
 
 class Ledger:
@@ -173,7 +174,7 @@ def gradient_shares(terms: Sequence[Term], parameters: Sequence[nn.Parameter]) -
 
 def say_shares(curve: Curve, title: str) -> None:
     """Print each term's last measured fraction of the gradient; warn where one dominates."""
-    measured = [shares for point in curve if (shares := _shares_in(point))]
+    measured = [found for point in curve if (found := {k[7:]: v for k, v in point.items() if k.startswith("shares/")})]
     if not measured:
         return
     ordered = sorted(measured[-1].items(), key=lambda item: -item[1])
@@ -198,14 +199,6 @@ def curve_of(history: History) -> Curve:
     return [
         {"epoch": epoch}
         # sorted, because a history that was read from a checkpoint has another order
-        | {key: round(float(record[key]), 6) for key in sorted(record) if _is_ours(key)}
+        | {key: round(float(record[key]), 6) for key in sorted(record) if key.startswith(_CURVE_KEYS)}
         for epoch, record in epochs.items()
     ]
-
-
-def _is_ours(key: str) -> bool:
-    return key in ("loss", "validation") or key.startswith(("terms/", "shares/"))
-
-
-def _shares_in(point: dict[str, float]) -> dict[str, float]:
-    return {key.removeprefix("shares/"): value for key, value in point.items() if key.startswith("shares/")}

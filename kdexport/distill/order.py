@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from kdexport.tasks.metrics import Array
-
 
 class ByLength(Sampler[int]):
     """A random order every epoch with batches of similar length, so that little is padding.
@@ -29,21 +27,14 @@ class ByLength(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng([self._seed, self._epoch])
+        random, size = np.random.default_rng([self._seed, self._epoch]), self._batch_size
         shuffled = random.permutation(len(self._lengths))
-        pool = 50 * self._batch_size
-        batches = [
-            sorted_pool[i : i + self._batch_size]
-            for start in range(0, len(shuffled), pool)
-            for sorted_pool in [_sorted_by(self._lengths, shuffled[start : start + pool])]
-            for i in range(0, len(sorted_pool), self._batch_size)
-        ]
-        full = [batch for batch in batches if len(batch) == self._batch_size]
-        random.shuffle(full)
-        rest = [batch for batch in batches if len(batch) < self._batch_size]  # at most one, so it comes last
-        for batch in full + rest:
-            yield from batch.tolist()
-
-
-def _sorted_by(lengths: Array, chosen: Array) -> Array:
-    return np.asarray(chosen[np.argsort(lengths[chosen], kind="stable")])
+        batches: list[list[int]] = []
+        for start in range(0, len(shuffled), 50 * size):
+            pool = shuffled[start : start + 50 * size]
+            pool = pool[np.argsort(self._lengths[pool], kind="stable")].tolist()
+            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+        rest = [batches.pop()] if batches and len(batches[-1]) < size else []
+        random.shuffle(batches)
+        for batch in batches + rest:
+            yield from batch

@@ -200,11 +200,7 @@ def _narrow(student: spec.Student, shape: derive.Shape, teacher: PreTrainedModel
 
 @torch.no_grad()
 def _network(
-    shape: derive.Shape,
-    student: spec.Student,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    task: str,
+    shape: derive.Shape, student: spec.Student, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: str
 ) -> tuple[PreTrainedModel, str]:
     """Build a `TextNet`; its table is the teacher's, whole or on its principal axes."""
     words = teacher.get_input_embeddings().weight

@@ -55,13 +55,7 @@ def open_config(model: str) -> Any:
 
 
 def open_model(
-    model: str,
-    config: Any,
-    task: str,
-    labels: Sequence[str],
-    function: Function = "softmax",
-    *,
-    to_train: bool = False,
+    model: str, config: Any, task: str, labels: Sequence[str], function: Function = "softmax", *, to_train: bool = False
 ) -> ModelAndProcessor:
     """Open a model with a head for these labels, a new one where they are not its own.
 

@@ -108,7 +108,8 @@ def _check_students(spec: Spec, menu: Menu, source: str) -> None:
 
 def _check_losses(spec: Spec, source: str) -> None:
     weights = weights_of(spec.distill)
-    if not any(_moves_or_counts(weight) for weight in weights.values()):
+    sizes = (w if isinstance(w, (int, float)) else max(w.start, w.end) for w in weights.values())
+    if not any(sizes):
         raise SpecError(f"{source}: distill.loss: every weight is 0, so the teacher teaches nothing", "Raise one")
     if set(weights) <= {*OF_LAYERS} and spec.distill.alpha == 1:
         raise SpecError(
@@ -139,16 +140,10 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield "budget.time_limit_s", "with one student", "Name several, or none: --student tiny --student bag"
 
 
-def _moves_or_counts(weight: Weight) -> bool:
-    return weight > 0 if isinstance(weight, (int, float)) else max(weight.start, weight.end) > 0
-
-
 def _either(names: Any) -> str:
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else str(last)
 
 
 def _default(spec: Spec, section: str, name: str) -> Any:
-    kind = type(getattr(spec, section))
-    at = kind.__struct_fields__.index(name) - (len(kind.__struct_fields__) - len(kind.__struct_defaults__))
-    return kind.__struct_defaults__[at]
+    return next(field.default for field in msgspec.structs.fields(getattr(spec, section)) if field.name == name)
