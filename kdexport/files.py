@@ -1,7 +1,5 @@
 """Hash files, and write them so that each is the old one or the new one, whatever happens."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -6,8 +6,6 @@ begins where possible, or renames it to `NAME.old-1` with --move-aside. Names th
 progress.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import glob

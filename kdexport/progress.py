@@ -3,8 +3,6 @@
 `say` and `warn` never raise, whatever stderr is, and in a server they never wait.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import select

@@ -5,8 +5,6 @@ all inputs) and the sha256 of every file; then the folder is renamed into place.
 so a killed run resumes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import time

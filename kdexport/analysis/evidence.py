@@ -1,7 +1,5 @@
 """Teacher and student compared by class, by confidence, and where they differ."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Membership inference by a threshold on confidence."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

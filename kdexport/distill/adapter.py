@@ -1,7 +1,5 @@
 """Merge a PEFT adapter (LoRA and its kind) into its base model."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from pathlib import Path
@@ -65,7 +63,6 @@ def merge_adapter(folder: Path, out: Path) -> None:
 
 
 def _labels(folder: Path, base: Any, weights: dict[str, Array]) -> list[str]:
-    """Return names for the rows of the head."""
     heads = [len(weight) for name, weight in weights.items() if _HEAD.search(name)]
     if not heads and not has_head(base, DEFAULT):
         raise ModelError(

@@ -116,12 +116,8 @@ def _views_of(
     words_too = "mask" in how.kinds or "neighbours" in how.kinds
     found: dict[str, None] = {}
     for _ in range(how.views):
-        if words_too:
-            applied = [change for change in whole if chance.random() < _WHOLE_CHANCE]
-        else:
-            applied = [chance.choice(whole)]
         view = text
-        for change in applied:
+        for change in [c for c in whole if chance.random() < _WHOLE_CHANCE] if words_too else [chance.choice(whole)]:
             view = change(view, chance)
         if words_too:
             view = _change_words(view, how, chance, mask, near)
@@ -163,7 +159,6 @@ def _part(text: str, chance: random.Random) -> str:
 
 
 def _reorder(text: str, chance: random.Random) -> str:
-    """Shuffle the sentences."""
     sentences = [part for part in _SENTENCE_END.split(text) if part]
     if len(sentences) < 2:
         return text

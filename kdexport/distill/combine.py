@@ -4,8 +4,6 @@ Hinton, Vinyals and Dean 2015 (https://arxiv.org/abs/1503.02531, section 1): the
 teachers' distributions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

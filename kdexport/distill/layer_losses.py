@@ -8,8 +8,6 @@ The teacher runs live, frozen and without dropout. Padding is masked. Each loss 
 sums over layers, over layers: a weight means the same for a student of two layers as for one of six.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -292,7 +290,6 @@ class _Watched:
             hook.remove()
 
     def _tap(self, kind: str) -> None:
-        """Hook the last layer's queries, keys and values."""
         by_leaf = {name.rpartition(".")[2]: part for name, part in self._model.named_modules()}
         self._tapped = next((names for names in _TAPS if set(names) <= set(by_leaf)), ())
         if not self._tapped:

@@ -7,8 +7,6 @@ distillation loss against the label loss (λ in some papers). Gradients of proba
 so these losses are multiplied by T².
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple

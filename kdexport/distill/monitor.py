@@ -1,11 +1,10 @@
 """Monitor a training: the size and gradient of each term, the metric, the best epoch."""
 
-from __future__ import annotations
-
 import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,80 +83,68 @@ class Ledger:
             self._read.setdefault(name, []).extend(sizes)
 
 
+@dataclass(eq=False, kw_only=True)
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no types
     """Advance the bar; each epoch, take the metric, save the best weights, and ask for a checkpoint if one is due.
 
     Decisions follow from the history in the checkpoints alone, so a resumed training decides as one that ran through.
-
-    Args:
-        judge: a model's metric; NaN where its outputs are not finite. None judges nothing.
-        patience: epochs without a better metric after which training stops; None never stops, and saves no weights.
-        folder: for the best weights.
-        checkpoint_every_s: seconds between checkpoints.
     """
 
-    def __init__(
-        self,
-        judge: Callable[[Any], float] | None,
-        ledger: Ledger,
-        *,
-        higher_is_better: bool,
-        patience: int | None,
-        folder: Path,
-        checkpoint_every_s: float,
-        advance: Callable[[int], None],
-    ) -> None:
-        self._judge, self._ledger, self._patience = judge, ledger, patience
-        self._higher = higher_is_better
-        self._folder, self._every_s, self._advance = folder, checkpoint_every_s, advance
-        self._saved_at = time.monotonic()
-        self._best_in_checkpoint: int | None = None
+    judge: Callable[[Any], float] | None  # a model's metric; NaN where its outputs are not finite
+    ledger: Ledger
+    higher_is_better: bool
+    patience: int | None  # epochs without a better metric; None never stops, and saves no weights
+    folder: Path  # for the best weights
+    checkpoint_every_s: float
+    advance: Callable[[int], None]
+    _saved_at: float = field(default_factory=time.monotonic)
+    _best_in_checkpoint: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
         if state.global_step:
-            self._advance(state.global_step)
-        self._best_in_checkpoint = best_epoch(state.log_history, self._higher)
+            self.advance(state.global_step)
+        self._best_in_checkpoint = best_epoch(state.log_history, self.higher_is_better)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
-        self._advance(1)
+        self.advance(1)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: D102
         epoch = round(state.epoch)
-        record = {"epoch": state.epoch} | self._ledger.close_epoch(state.global_step)
-        if self._judge:
-            record["validation"] = metric = self._judge(model)
+        record = {"epoch": state.epoch} | self.ledger.close_epoch(state.global_step)
+        if self.judge:
+            record["validation"] = metric = self.judge(model)
             if math.isnan(metric):
-                raise self._ledger.diverged(f"after epoch {epoch} the answers are not finite", state.global_step)
+                raise self.ledger.diverged(f"after epoch {epoch} the answers are not finite", state.global_step)
         state.log_history.append(record)
-        if self._patience is not None:
-            best = best_epoch(state.log_history, self._higher) or epoch
+        if self.patience is not None:
+            best = best_epoch(state.log_history, self.higher_is_better) or epoch
             if best == epoch and state.is_world_process_zero:
                 self._keep(model, epoch)
-            control.should_training_stop |= epoch - best >= self._patience
+            control.should_training_stop |= epoch - best >= self.patience
         # No checkpoint of the epoch that stops it: what goes on from there would not know that it has to stop.
-        if time.monotonic() - self._saved_at >= self._every_s and not control.should_training_stop:
+        if time.monotonic() - self._saved_at >= self.checkpoint_every_s and not control.should_training_stop:
             control.should_save = True
             self._saved_at = time.monotonic()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
-        self._best_in_checkpoint = best_epoch(state.log_history, self._higher)
+        self._best_in_checkpoint = best_epoch(state.log_history, self.higher_is_better)
 
     def restore(self, model: nn.Module, history: History) -> int:
         """Load the weights of the best epoch, and return its number."""
-        best = best_epoch(history, self._higher) or 0
-        load_model(model, self._folder / f"{best}.safetensors")
+        best = best_epoch(history, self.higher_is_better) or 0
+        load_model(model, self.folder / f"{best}.safetensors")
         return best
 
     def forget(self) -> None:
         """Delete the saved weights."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _keep(self, model: nn.Module, epoch: int) -> None:
         """Save this epoch's weights, and retain those that a resume from the last checkpoint would need."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(self._folder / "new"))
-        (self._folder / "new").replace(self._folder / f"{epoch}.safetensors")
-        for path in self._folder.glob("*.safetensors"):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_model(model, str(self.folder / "new"))
+        (self.folder / "new").replace(self.folder / f"{epoch}.safetensors")
+        for path in self.folder.glob("*.safetensors"):
             if path.stem not in (str(epoch), str(self._best_in_checkpoint)):
                 path.unlink()
 

@@ -1,7 +1,5 @@
 """MC dropout: outputs with dropout left on (Gal and Ghahramani 2016, https://arxiv.org/abs/1506.02142)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Sequence-level distillation (Kim and Rush 2016, https://arxiv.org/abs/1606.07947
 learns the teacher's texts alone, with alpha above 0 its probabilities for them too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Each teacher computes each text once, in a shared cache (`teacher_outputs`, `sto
 combined logits of its rows, and of the transfer rows, which the teachers alone label: unlabelled and augmented texts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ share, in it shards of hash of the text → logits: they serve a second student,
 A shard is named after the hash of its content, which shows damage.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """A teacher that is a file of logits: find and check those of every row of the data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

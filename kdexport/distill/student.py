@@ -1,7 +1,5 @@
 """Build a student, with first weights from the teacher's, and train it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple

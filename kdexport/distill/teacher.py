@@ -1,11 +1,10 @@
 """Open a teacher, fine-tune it if asked, and match its labels with the data's."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from transformers import set_seed
 
 from kdexport import spec
@@ -66,13 +65,7 @@ def prepare_teacher(
     for remark in task.remarks(some):
         say(f"teacher: {remark}")
     if settings.train is not None:
-        training = TrainConfig(
-            epochs=settings.train.epochs,
-            learning_rate=settings.train.learning_rate,
-            batch_size=settings.train.batch_size,
-            seed=seed,
-            dtype=settings.train.dtype,
-        )
+        training = TrainConfig(seed=seed, **msgspec.structs.asdict(settings.train))
         train, validation = (_labelled(data, split) for split in ("train", "validation"))
         say(f"teacher: fine-tuning on {len(train):,} rows, {training.epochs} epochs")
         title = "fine-tune teacher"

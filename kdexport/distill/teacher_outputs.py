@@ -1,7 +1,5 @@
 """A teacher's outputs: each text is computed once, ever, and once for every pass."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -156,14 +154,9 @@ class Teacher:
 
 def _files(named: TeacherFolder) -> list[str]:
     """Return the files that decide a teacher's outputs."""
-    match named.kind:
-        case "torch":
-            weights = sorted(path.name for path in named.folder.glob("*.safetensors"))
-            return [*weights, "config.json", "tokenizer.json", "task.json"]
-        case "onnx":
-            return [*sorted(path.name for path in named.folder.glob("model.onnx*")), "tokenizer.json", "task.json"]
-        case "stored":
-            return []
+    patterns = {"torch": ["*.safetensors", "config.json"], "onnx": ["model.onnx*"], "stored": []}[named.kind]
+    weights = [path.name for pattern in patterns for path in sorted(named.folder.glob(pattern))]
+    return [*weights, "tokenizer.json", "task.json"] if weights else []
 
 
 def _compute(reading: Pass, task: Task, title: str) -> None:

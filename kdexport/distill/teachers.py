@@ -8,8 +8,6 @@ on. Each holds `task.json`, a tokenizer, `teacher.json` (kind and name), and
     stored     `logits/`, by content; nothing to build from or to measure
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Mixed precision, several processes (`torchrun`, `accelerate launch`), gradient c
 Trainer's. Ours are the loss, the order of rows, and that a resumed training ends with the same weights.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -90,10 +88,9 @@ def fit(
         validation_targets: the teacher's logits float [N, C] for `validation`, for the metric where it has no labels.
 
     Returns:
-        `epoch`; `loss`, the mean over its steps; `validation`, the task's metric, or the agreement with the teacher
-            where
-        no validation row has a label. Of each of several terms `terms/NAME`, its mean size without its weight, and, in
-        epochs in which it was measured on one batch, `shares/NAME`, its fraction of the gradient.
+        `epoch`; `loss`, the mean over its steps; `validation`, the task's metric, or where no validation row has a
+        label the agreement with the teacher. Of each of several terms `terms/NAME`, its mean size without its weight,
+        and, in epochs in which it was measured on one batch, `shares/NAME`, its fraction of the gradient.
 
     Raises:
         SpecError: settings that can't teach, or patience without a metric.
@@ -134,8 +131,8 @@ def fit(
             data_collator=collate,
         )
         watch = Watch(
-            judge,
-            ledger,
+            judge=judge,
+            ledger=ledger,
             higher_is_better=higher_is_better,
             patience=config.patience,
             folder=work / "best",

@@ -1,7 +1,5 @@
 """The export stage: a trained student → ONNX graphs, plain and fused, in several precisions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Attention, layer norms and activations become ONNX Runtime's own operators. The 
 plain one, which newer runtimes fuse as they load it, and which runs elsewhere too: the faster one ships.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from pathlib import Path

@@ -3,8 +3,6 @@
 ONNX Runtime's fusions find no attention in the graphs of the dynamo exporter: docs/decisions.md.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

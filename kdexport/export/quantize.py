@@ -1,7 +1,5 @@
 """Quantization to int8, dynamic or static, to int4, and half precision; no torch."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable, Iterator

@@ -5,8 +5,6 @@ A classifier of the BERT family reads the first position of the last layer alone
 not be computed, and the logits are the same: docs/decisions.md.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 
 import numpy as np

@@ -5,8 +5,6 @@ which are bound by memory on small pictures. Like `textnet` a `PreTrainedModel`,
 classes and Optimum's exporter when this module is imported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 

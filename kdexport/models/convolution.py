@@ -1,7 +1,5 @@
 """The convolutional student, with random weights and inputs that follow from the data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

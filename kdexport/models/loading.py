@@ -1,8 +1,7 @@
 """Open models with the head of a task, and their tokenizer or processor."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,11 +46,10 @@ def open_config(model: str) -> Any:
     if local and not (folder / "config.json").is_file():
         missing = "does not exist" if not folder.exists() else "holds no config.json"
         raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
-    try:
+    with _opening(
+        f"model {model!r} can't", "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
+    ):
         return AutoConfig.from_pretrained(model)
-    except Exception as error:  # OSError, ValueError, KeyError and connection errors, by cause
-        fix = "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
-        raise ModelError(f"model {model!r} can't be opened: {first_line(error)}", fix) from None
 
 
 def open_model(
@@ -75,20 +73,23 @@ def open_model(
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
         config.problem_type = _PROBLEM_TYPE[function]
-    if Path(model).is_dir() and not _has_weights(Path(model)):
+    weights = (path for kind in ("*.safetensors", "pytorch_model*.bin") for path in Path(model).glob(kind))
+    if Path(model).is_dir() and not any(weights):
         if not to_train:
             raise ModelError(f"model folder {model} holds no weights", "Train it from random ones: --teacher-epochs 3")
         say(f"teacher: {model} holds no weights, so it starts from random ones")
         return ModelAndProcessor(auto_class(task).from_config(config), processor)
-    try:
+    with _opening(f"model {model!r} can't"):
         opened = auto_class(task).from_pretrained(model, config=config, ignore_mismatched_sizes=True)
-    except Exception as error:
-        raise ModelError(f"model {model!r} can't be opened: {first_line(error)}") from None
     return ModelAndProcessor(opened, processor)
 
 
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+@contextmanager
+def _opening(what: str, fix: str = "") -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # OSError, ValueError, KeyError and connection errors, by cause
+        raise ModelError(f"{what} be opened: {first_line(error)}", fix) from None
 
 
 def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
@@ -103,10 +104,8 @@ def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
             f"model {model!r} has no head of a known task: it is {kind}", "Name a trained classifier or language model"
         )
     processor = open_processor(model, task)
-    try:
+    with _opening(f"model {model!r} can't"):
         opened, found = auto_class(task).from_pretrained(model, output_loading_info=True)
-    except Exception as error:
-        raise ModelError(f"model {model!r} can't be opened: {first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
     return ModelAndProcessor(opened, processor)
@@ -121,11 +120,9 @@ def open_processor(model: str, task: str) -> Any:
     reads = task_class(task).modality
     if reads == "text":
         return open_tokenizer(model, task)
-    try:
+    fix = "Save it beside the model: processor.save_pretrained(folder)"
+    with _opening(f"model {model!r} has no {reads} processor that can", fix):
         return (AutoImageProcessor if reads == "image" else AutoFeatureExtractor).from_pretrained(model)
-    except Exception as error:
-        what = f"model {model!r} has no {reads} processor that can be opened: {first_line(error)}"
-        raise ModelError(what, "Save it beside the model: processor.save_pretrained(folder)") from None
 
 
 def open_tokenizer(model: str, task: str = DEFAULT) -> PreTrainedTokenizerFast:
@@ -134,13 +131,11 @@ def open_tokenizer(model: str, task: str = DEFAULT) -> PreTrainedTokenizerFast:
     Raises:
         ModelError: there is none.
     """
-    try:
-        # Words of a list each begin with a space, for tokenizers that tell the beginning of a word by it.
-        words = {"add_prefix_space": True} if task_class(task).has_words else {}
+    # Words of a list each begin with a space, for tokenizers that tell the beginning of a word by it.
+    words = {"add_prefix_space": True} if task_class(task).has_words else {}
+    fix = "Save it beside the model: tokenizer.save_pretrained(folder)"
+    with _opening(f"model {model!r} has no tokenizer that can", fix):
         tokenizer = AutoTokenizer.from_pretrained(model, **words)
-    except Exception as error:
-        what = f"model {model!r} has no tokenizer that can be opened: {first_line(error)}"
-        raise ModelError(what, "Save it beside the model: tokenizer.save_pretrained(folder)") from None
     if not tokenizer.is_fast:
         raise ModelError(f"model {model!r} has only a slow tokenizer, without tokenizer.json", "Convert it first")
     return tokenizer

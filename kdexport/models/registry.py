@@ -1,7 +1,5 @@
 """The Auto class that opens a task's models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

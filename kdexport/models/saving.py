@@ -1,7 +1,5 @@
 """Write model folders: config, weights, tokenizer or processor, and `task.json`."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from functools import partial
 from inspect import signature

@@ -4,8 +4,6 @@ A narrow student sees the teacher's hidden states x [H] as Pᵀx, with P [H, wid
 token embeddings. What reads the hidden states reads through P, what writes into them writes through Pᵀ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ table costs little time, as a text looks up few rows, and pooling over all token
 (benchmarks/README.md). Importing this module registers them with Transformers' Auto classes and Optimum's exporter.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

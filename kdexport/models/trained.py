@@ -1,7 +1,5 @@
 """A trained model, whoever trained it, as a model folder of ours."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A small student's token embeddings are most of its size. Texts of the corpus kee
 mapped; a word of other texts may fall into more and smaller pieces, but none becomes unknown that was known.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -141,7 +139,6 @@ def _ids_of_model(model: PreTrainedModel) -> set[int]:
 
 
 def _token_ids(config: Any) -> dict[str, Any]:
-    """Return a config's fields that hold token ids."""
     return {name: ids for name, ids in vars(config).items() if name.endswith("_token_id") and ids is not None}
 
 

@@ -1,7 +1,5 @@
 """Refuse, before any work, what the task or the teachers don't offer, and settings without an effect."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

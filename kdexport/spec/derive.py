@@ -1,7 +1,5 @@
 """Values that the spec leaves open, derived with a reason; no torch, so `--plan` is quick."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A spec from a YAML file and from flags, which win. Errors name the key."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterator, Mapping

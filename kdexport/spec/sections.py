@@ -1,7 +1,5 @@
 """Every setting of a spec, declared once with its type, default, unit and help."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import msgspec

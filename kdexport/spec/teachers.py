@@ -1,7 +1,5 @@
 """The kinds of teachers, by their names and files, and what each of them can't do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
