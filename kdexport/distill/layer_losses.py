@@ -56,19 +56,19 @@ class Matching(nn.Module):
 
     Args:
         names: which of `LAYER_LOSSES`.
-        kept: int64 [V], the teacher's token id of each of the student's, where the student's vocabulary was trimmed.
+        token_ids: int64 [V], the teacher's of each of the student's, where its vocabulary was trimmed.
 
     Raises:
         ModelError: a model has no layers, no attention probabilities, or no known queries, keys and values.
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, names: Iterable[str], kept: Array | None = None
+        self, student: PreTrainedModel, teacher: PreTrainedModel, names: Iterable[str], token_ids: Array | None = None
     ) -> None:
         super().__init__()
         self._names = [name for name in LAYER_LOSSES if name in set(names)]
-        self._kept: Tensor | None
-        self.register_buffer("_kept", None if kept is None else torch.from_numpy(kept), persistent=False)
+        self._token_ids: Tensor | None
+        self.register_buffer("_token_ids", None if token_ids is None else torch.from_numpy(token_ids), persistent=False)
         self._teacher = _Watched(teacher.requires_grad_(False).eval(), self._names, "teacher")
         self._student = _Watched(student, self._names, "student")
         self.flags = self._student.flags
@@ -94,7 +94,7 @@ class Matching(nn.Module):
         given = inputs.get("attention_mask")
         mask = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
         with torch.no_grad():
-            theirs = self._teacher(inputs if self._kept is None else inputs | {"input_ids": self._kept[ids]})
+            theirs = self._teacher(inputs if self._token_ids is None else inputs | {"input_ids": self._token_ids[ids]})
         ours = self._student.inside(student_output)
         losses = {}
         if "hidden" in self._names:
@@ -121,7 +121,7 @@ def matched(
     student: PreTrainedModel,
     folder: Path,
     names: Iterable[str],
-    kept: Array | None,
+    token_ids: Array | None,
     *,
     task: Task,
     rows: Sequence[dict[str, Any]],
@@ -136,12 +136,12 @@ def matched(
         ModelError: see `Matching`; or the tokens differ.
     """
     teacher = open_trained(folder)
-    _check_tokens(task.tokenize(rows), load_task(folder).tokenize(rows), kept)
+    _check_tokens(task.tokenize(rows), load_task(folder).tokenize(rows), token_ids)
     before = student.config._attn_implementation
     if "attention" in names:  # the quick implementations keep no probabilities
         _attend(student, "eager")
         _attend(teacher, "eager")
-    matching = Matching(student, teacher, names, kept)
+    matching = Matching(student, teacher, names, token_ids)
     student.matching = matching
     try:
         yield matching
@@ -315,9 +315,11 @@ def _attend(model: PreTrainedModel, implementation: str) -> None:
         model.set_attn_implementation(implementation)
 
 
-def _check_tokens(ours: Sequence[dict[str, Array]], theirs: Sequence[dict[str, Array]], kept: Array | None) -> None:
+def _check_tokens(
+    ours: Sequence[dict[str, Array]], theirs: Sequence[dict[str, Array]], token_ids: Array | None
+) -> None:
     for student, teacher in zip(ours, theirs, strict=True):
-        ids = student["input_ids"] if kept is None else kept[student["input_ids"]]
+        ids = student["input_ids"] if token_ids is None else token_ids[student["input_ids"]]
         same = min(len(ids), len(teacher["input_ids"])) - 1  # where one is cut earlier, its last token is an end
         if not np.array_equal(ids[:same], teacher["input_ids"][:same]):
             raise ModelError(

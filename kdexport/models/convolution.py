@@ -26,13 +26,13 @@ def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) 
     channels = [width, 2 * width, 4 * width]
     if teacher.audio:
         sound = audio.fitted(rows, teacher.audio.rate, _MELS)
-        config = ConvNetConfig(channels, stride=2, frames=sound.length, num_mel_bins=sound.mels, **labels)
+        config = ConvNetConfig(channels=channels, stride=2, frames=sound.length, num_mel_bins=sound.mels, **labels)
         return ModelAndProcessor(
             ConvNetForAudioClassification(config), ASTFeatureExtractor(**audio.extractor_of(sound))
         )
     assert teacher.image
     picture = images.fitted(rows, images.output_size(teacher.image))
-    size = images.output_size(picture)
+    size = list(images.output_size(picture))
     stride = 1 if max(size) <= _SMALL else 2
-    config = ConvNetConfig(channels, stride=stride, num_channels=picture.channels, image_size=size, **labels)
+    config = ConvNetConfig(channels=channels, stride=stride, num_channels=picture.channels, image_size=size, **labels)
     return ModelAndProcessor(ConvNetForImageClassification(config), ViTImageProcessor(**images.processor_of(picture)))

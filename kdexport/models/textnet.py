@@ -12,15 +12,9 @@ from optimum.exporters.onnx.config import TextEncoderOnnxConfig
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedTextConfig
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    ElectraConfig,
-    ElectraModel,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, ElectraConfig, ElectraModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification as ForTexts
+from transformers import AutoModelForTokenClassification as ForTokens
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils import ModelOutput
 
@@ -29,41 +23,27 @@ KINDS = ("bag", "cnn", "gru", "encoder")
 _FARTHEST = 1e4  # stands for minus infinity where padding must not be the maximum; fp16 holds it
 
 
+_SHAPE = {
+    **{"vocab_size": 30522, "embedding_size": 128, "pad_token_id": 0, "dropout": 0.0, "window": 3},  # tokens, of cnn
+    **{"hidden_size": 128, "head_size": 256},  # features of a position, except in a bag; width before the logits
+    **{"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 512},  # of an encoder
+}
+
+
 class TextNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ships no types
     """Shape of a `TextNet`.
 
     Args:
         kind: bag (each token by itself), cnn (windows of `window` tokens; Kim 2014), gru (both directions), encoder
             (`num_hidden_layers` transformer layers behind a projection, as ELECTRA has it; Clark et al. 2020).
-        hidden_size: features of each position, except in a bag, which takes the embeddings themselves.
-        head_size: width of the layer before the logits.
-        num_attention_heads, max_position_embeddings: of an encoder; its feed-forward width is 4 × `hidden_size`.
     """
 
     model_type = MODEL_TYPE
 
-    def __init__(
-        self,
-        kind: str = "bag",
-        vocab_size: int = 30522,
-        embedding_size: int = 128,
-        hidden_size: int = 128,
-        head_size: int = 256,
-        window: int = 3,
-        dropout: float = 0.0,
-        num_hidden_layers: int = 1,
-        num_attention_heads: int = 2,
-        max_position_embeddings: int = 512,
-        pad_token_id: int = 0,
-        **others: Any,
-    ) -> None:
+    def __init__(self, kind: str = "bag", **settings: Any) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
-        self.kind, self.vocab_size, self.embedding_size = kind, vocab_size, embedding_size
-        self.hidden_size, self.head_size, self.window, self.dropout = hidden_size, head_size, window, dropout
-        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
-        self.max_position_embeddings = max_position_embeddings
-        super().__init__(pad_token_id=pad_token_id, **others)
+        super().__init__(kind=kind, **(_SHAPE | settings))
 
 
 class TextNet(PreTrainedModel):  # type: ignore[misc]
@@ -217,7 +197,7 @@ class _TextNetOnnxConfig(TextEncoderOnnxConfig):  # type: ignore[misc]
 
 
 AutoConfig.register(MODEL_TYPE, TextNetConfig, exist_ok=True)
-AutoModelForSequenceClassification.register(TextNetConfig, TextNet, exist_ok=True)
-AutoModelForTokenClassification.register(TextNetConfig, TextNetForTokens, exist_ok=True)
+ForTexts.register(TextNetConfig, TextNet, exist_ok=True)
+ForTokens.register(TextNetConfig, TextNetForTokens, exist_ok=True)
 _register = TasksManager.create_register("onnx", overwrite_existing=True)
 _register(MODEL_TYPE, "text-classification", "token-classification", library_name="transformers")(_TextNetOnnxConfig)
