@@ -162,11 +162,7 @@ class Output:
 
 
 def move_aside(place: Path) -> None:
-    """Rename a place to `NAME.old-1`, or the next free number.
-
-    Raises:
-        RunError: it is the current folder, or holds it.
-    """
+    """Rename a place to `NAME.old-1`, or the next free number; raise RunError if it holds the current folder."""
     if Path.cwd().is_relative_to(place.resolve()):
         raise RunError(f"{place} is the current folder, which can't be moved aside", "Name another folder")
     names = (f"{place.name}.old-{n}" for n in itertools.count(1))

@@ -66,11 +66,7 @@ def transfer_rows(train: Rows, unlabelled: Rows, change: Change | None, task: st
 
 
 def changer(teacher: Path, how: spec.Augment, seed: int) -> Change:
-    """Return the function from texts to the augmented texts of each, for the teacher in a finished folder.
-
-    Raises:
-        ModelError: only neighbours are asked for, and the teacher has no embeddings to find them in.
-    """
+    """Return the augmentation of a teacher; raise ModelError if only neighbours are asked for, without embeddings."""
     nearest = None
     if "neighbours" in how.kinds:
         embeddings = _input_embeddings(teacher)

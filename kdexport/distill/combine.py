@@ -40,11 +40,7 @@ def combine(logits: Sequence[Array], weights: Sequence[float] | None, how: Liter
 
 
 def columns_of(ours: Sequence[str], theirs: Sequence[str], our_name: str, their_name: str) -> list[int]:
-    """Return the place of each of our labels among theirs: `logits[:, columns]` has our order.
-
-    Raises:
-        ModelError: the labels differ.
-    """
+    """Return the place of each of our labels among theirs; raise ModelError where labels differ."""
     place = {label: i for i, label in enumerate(theirs)}
     if set(ours) != set(theirs):
         only = {our_name: [x for x in ours if x not in place], their_name: [x for x in theirs if x not in set(ours)]}

@@ -264,11 +264,7 @@ class _Watched:
 
     @torch.no_grad()
     def look(self) -> Activations:
-        """Set the hooks and run two tokens, to learn the shapes.
-
-        Raises:
-            ModelError: the model doesn't return the tensors asked for.
-        """
+        """Set the hooks and learn the shapes from two tokens; raise ModelError where the model lacks a tensor."""
         was_training = self._model.training
         self._model.eval()
         tokens = torch.ones(1, 2, dtype=torch.int64, device=self._model.device)

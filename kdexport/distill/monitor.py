@@ -36,11 +36,7 @@ class Ledger:
         self._last_loss = math.nan
 
     def add(self, step: int, terms: Sequence[Term], loss: Tensor) -> None:
-        """Record step `step`, from 1: the terms without their weights, and the weighted sum.
-
-        Raises:
-            ModelError: a loss of the last 50 steps is not finite.
-        """
+        """Record step `step`, from 1: unweighted terms and their weighted sum; see `close_epoch` for errors."""
         for name, size in [("loss", loss), *((term.name, term.size) for term in terms)]:
             self._unread.setdefault(name, []).append(size.detach())
         if len(self._unread["loss"]) == _LOOK_EVERY:
@@ -51,11 +47,7 @@ class Ledger:
         self._shares = shares
 
     def close_epoch(self, step: int) -> dict[str, float]:
-        """Return the epoch's `terms/NAME` (mean size) and `shares/NAME` of each of several terms.
-
-        Raises:
-            ModelError: a loss of the last 50 steps is not finite.
-        """
+        """Return the epoch's `terms/NAME` (mean size) and `shares/NAME`; raise ModelError if a loss is not finite."""
         self._look(step)
         sizes = {f"terms/{name}": sum(read) / len(read) for name, read in self._read.items() if name != "loss"}
         shares = {f"shares/{name}": share for name, share in self._shares.items()}

@@ -61,11 +61,7 @@ class Teacher:
         return sum(len(store.missing(some)) for store, some in contents), sum(len(some) for _, some in contents)
 
     def read(self, rows: Rows, title: str) -> None:
-        """Compute what is missing.
-
-        Raises:
-            ModelError: some logits are not finite, or missing from a file of logits.
-        """
+        """Compute what is missing; raise ModelError where logits are not finite, or not in a file of logits."""
         for reading in self._passes(rows):
             _compute(reading, self.task, title)
 

@@ -55,11 +55,7 @@ def models_of(settings: spec.Spec) -> tuple[str, ...]:
 
 
 def files(settings: spec.Spec) -> list[Path]:
-    """Return the local files and folders that the teacher stage reads.
-
-    Raises:
-        ModelError: a file of logits does not exist.
-    """
+    """Return the local files that the teacher stage reads; raise ModelError if a file of logits is missing."""
     models = [*models_of(settings)]
     for model in models:
         if kind_of(model) == "stored" and not Path(model).is_file():
@@ -89,11 +85,7 @@ def cut_by(settings: spec.Spec) -> list[str]:
 
 
 def cut_of(settings: spec.Spec) -> Cut | None:
-    """Return how texts are cut into passages: as long as the teacher reads, or as asked for.
-
-    Raises:
-        ModelError: the teacher has no tokenizer, or reads less than asked for.
-    """
+    """Return how texts are cut into passages; raise ModelError if the teacher reads less than is asked for."""
     for model in cut_by(settings):
         from kdexport.models.loading import open_config, open_tokenizer
         from kdexport.models.saving import read_length
@@ -113,7 +105,7 @@ def tokenizer_for_stored(settings: spec.Spec) -> str | None:
 
 
 def prepare_teachers(settings: spec.Spec, data: Path, out: Path) -> None:
-    """Write the teacher stage; teachers that an interrupted call finished stay. The i-th is fine-tuned with `seed + i`.
+    """Write the teacher stage, except teachers that an interrupted call finished; the i-th has `seed + i`.
 
     Raises:
         ModelError: a teacher can't be used with these data, or labels differ from the first's.

@@ -248,11 +248,7 @@ def _arguments(config: TrainConfig, folder: Path, looks_inside: bool) -> Trainin
 
 
 def _layer_losses(config: TrainConfig, soft_targets: Array | None, teacher: Path | None) -> list[str]:
-    """Return the losses of layers in use: none on labels alone.
-
-    Raises:
-        SpecError: nothing would teach the head.
-    """
+    """Return the losses of layers in use; raise SpecError if nothing would teach the head."""
     if soft_targets is None or config.alpha == 0:
         return []
     layers = [name for name in LAYER_LOSSES if name in config.losses]

@@ -36,11 +36,7 @@ class ModelAndProcessor(NamedTuple):
 
 
 def open_config(model: str) -> Any:
-    """Open the configuration of a folder or hub id.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Open the configuration of a folder or hub id, or raise ModelError."""
     folder = Path(model)
     local = folder.exists() or model.startswith((".", "/", "~"))
     if local and not (folder / "config.json").is_file():
@@ -93,11 +89,7 @@ def _opening(what: str, fix: str = "") -> Iterator[None]:
 
 
 def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
-    """Open a model with the head that it was trained with.
-
-    Raises:
-        ModelError: it has no head, or weights or its tokenizer are missing or unreadable.
-    """
+    """Open a model with the head that it was trained with; raise ModelError if part of it is missing."""
     if not has_head(config, task):
         kind = ", ".join(config.architectures or []) or "of no known kind"
         raise ModelError(
@@ -112,11 +104,7 @@ def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
 
 
 def open_processor(model: str, task: str) -> Any:
-    """Open the fast tokenizer, or the processor of images or sound, of a folder or hub id.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Open the tokenizer, or the processor of images or sound, of a folder or hub id, or raise ModelError."""
     reads = task_class(task).modality
     if reads == "text":
         return open_tokenizer(model, task)
@@ -126,11 +114,7 @@ def open_processor(model: str, task: str) -> Any:
 
 
 def open_tokenizer(model: str, task: str = DEFAULT) -> PreTrainedTokenizerFast:
-    """Open the fast tokenizer of a folder or hub id.
-
-    Raises:
-        ModelError: there is none.
-    """
+    """Open the fast tokenizer of a folder or hub id, or raise ModelError."""
     # Words of a list each begin with a space, for tokenizers that tell the beginning of a word by it.
     words = {"add_prefix_space": True} if task_class(task).has_words else {}
     fix = "Save it beside the model: tokenizer.save_pretrained(folder)"

@@ -105,11 +105,7 @@ def save_model(opened: ModelAndProcessor, out: Path) -> None:
 
 
 def read_length(config: Any, tokenizer: PreTrainedTokenizerFast, asked: int | None) -> int:
-    """Return the number of tokens to read of each text.
-
-    Raises:
-        ModelError: more are asked for than the model reads.
-    """
+    """Return the tokens to read of each text; raise ModelError if the model reads less than is asked for."""
     return _length(longest_input(config, tokenizer), asked, _DEFAULT_MAX_LENGTH)
 
 

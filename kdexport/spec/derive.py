@@ -34,11 +34,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(model: str) -> Shape:
-    """Parse the name of a student.
-
-    Raises:
-        SpecError: `layers:` or `spread:` is not followed by a positive number or a list like 0+2+5.
-    """
+    """Parse the name of a student; raise SpecError where `layers:` or `spread:` has no positive number or list."""
     if model in PRESETS:
         return Shape("narrow", *PRESETS[model])
     if found := re.fullmatch(rf"({'|'.join(NETWORKS)})(?::([1-9]\d*))?", model):
@@ -104,15 +100,15 @@ def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weight
     if start == "random":
         value = max(8, min(60, 2 * _EXAMPLES_SEEN // every))
         return Derived(
-            value, f"about {2 * _EXAMPLES_SEEN:,} examples seen from random weights, 8 to 60 passes; {found}"
+            value, f"about {2 * _EXAMPLES_SEEN:,} examples seen from random weights, 8 to 60 epochs; {found}"
         )
     if 15 * every < _STEPS * settings.batch_size:
         value = min(100, -(-_STEPS * settings.batch_size // every))
-        return Derived(value, f"about {_STEPS} steps, at most 100 passes; {found}")
+        return Derived(value, f"about {_STEPS} steps, at most 100 epochs; {found}")
     least = _PATIENT if transfer else 3
     most = 8 if start == "pools" else 15
     value = max(least, min(most, _EXAMPLES_SEEN // every))
-    return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, {least} to {most} passes; {found}")
+    return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, {least} to {most} epochs; {found}")
 
 
 def learning_rate(settings: Distill, student: Student, name: str, width: int) -> Derived:

@@ -80,11 +80,7 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """Read YAML as plain values; `source` is named in errors.
-
-    Raises:
-        SpecError: names the line and the key that can't be read.
-    """
+    """Read YAML as plain values; raise a SpecError that names `source`, line and key."""
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:

@@ -44,11 +44,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(adapter: Path) -> str:
-    """Return an adapter's base model: a hub id, or a folder, relative to here or to the adapter.
-
-    Raises:
-        ModelError: the adapter names none.
-    """
+    """Return an adapter's base model, a hub id or folder; raise ModelError if it names none."""
     try:
         base = msgspec.json.decode((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     except (OSError, msgspec.DecodeError, KeyError, TypeError):
@@ -60,11 +56,7 @@ def base_of(adapter: Path) -> str:
 
 
 def check_teachers(spec: Spec, menu: Menu, losses: set[str], source: str) -> None:
-    """Refuse settings that the teachers, or the task, don't offer.
-
-    Raises:
-        SpecError: names the setting.
-    """
+    """Raise a SpecError for the first setting that the teachers, or the task, don't offer."""
     teacher, models = spec.teacher, named(spec)
     kinds = {model: kind_of(model) for model in models}
     first = kinds[models[0]]
