@@ -393,7 +393,7 @@ def test_best_weights_are_kept_of_this_epoch_and_of_what_the_last_checkpoint_kno
 
     def noted(self, model, epoch):
         keep(self, model, epoch)
-        kept.append(sorted(int(path.stem) for path in self._folder.iterdir()))
+        kept.append(sorted(int(path.stem) for path in self.folder.iterdir()))
 
     def run(every_s, metrics):
         left = iter(metrics)
