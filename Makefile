@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 FUZZ_SECONDS ?= 3600
 BIN := $(VENV)/bin
+# A worker takes whole files, so that what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint fuzz bench schemas proto clean
 
@@ -10,10 +12,10 @@ demo: $(VENV)/.made
 	$(BIN)/kdexport demo --student tiny --max-size 5MB --min-retention 0.97 --out runs/demo
 
 test: $(VENV)/.made lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.made lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.made
 	$(BIN)/ruff check .

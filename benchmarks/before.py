@@ -1,5 +1,7 @@
 """The server beside that of another commit: `python benchmarks/before.py COMMIT runs/demo/artifact --rounds 10`.
 
+`--path` and `--body` ask otherwise than Hugging Face's client does.
+
 Both serve the same artifact on two ports, and are asked by wrk in turns, in a new order each round; ratios are paired
 by round.
 """
@@ -17,9 +19,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-POST = """wrk.method = "POST"
-wrk.body = '{"inputs": "Shares in the airline rose after it beat profit forecasts", "parameters": {"top_k": 1}}'
-"""
+BODY = '{"inputs": "Shares in the airline rose after it beat profit forecasts", "parameters": {"top_k": 1}}'
 
 
 def serve(tree: Path, artifact: Path) -> tuple[subprocess.Popen[str], str]:
@@ -49,17 +49,19 @@ def main() -> None:
     parser.add_argument("commit")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--path", default="/")
+    parser.add_argument("--body", default=BODY, help="JSON without single quotes")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         tree, script = Path(home) / "tree", Path(home) / "post.lua"
-        script.write_text(POST)
+        script.write_text(f"wrk.method = \"POST\"\nwrk.body = '{asked.body}'\n")
         subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", "--detach", tree, asked.commit], check=True)
         servers = {"before": serve(tree, asked.artifact), "now": serve(ROOT, asked.artifact)}
         found: dict[tuple[int, str], list[tuple[float, float]]] = {}
         for number in range(asked.rounds + 1):
             for connections in (1, 16):
                 for name in random.Random(number).sample(list(servers), 2):
-                    one = ask(servers[name][1], script, connections, 2)
+                    one = ask(servers[name][1] + asked.path, script, connections, 2)
                     if number:  # the first round warms up
                         found.setdefault((connections, name), []).append(one)
         for process, _ in servers.values():

@@ -41,7 +41,7 @@ PYTEST = """
 import json, os
 from itertools import cycle
 from pathlib import Path
-from kdexport.predictor import Predictor
+from kdexport.runtime.predictor import Predictor
 from kdexport.tasks import load_task
 rows = json.loads(Path(os.environ["ROWS"]).read_text())
 model = Predictor(load_task(Path(os.environ["TASK"])), Path(os.environ["MODEL"]), 1)

@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
 SETUP = f"""
-import io, gzip, json, struct, sys
+import base64, io, gzip, json, os, struct, sys
 sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "fuzz")!r}]
 import numpy as np, small
 from PIL import Image
@@ -23,6 +23,14 @@ def picture(size, kind, mode, **how):
     file = io.BytesIO()
     Image.new(mode, size).save(file, kind, **how)
     return file.getvalue()
+def noisy(size, kind, mode, rows, **how):
+    "A picture whose first rows do not compress."
+    file, image = io.BytesIO(), Image.new(mode, size)
+    image.paste(Image.frombytes(mode, (size[0], rows), os.urandom(size[0] * rows * len(mode))))
+    image.save(file, kind, **how)
+    return file.getvalue()
+def in_json(body):
+    return b'{{"inputs": "' + base64.b64encode(body) + b'", "parameters": {{"top_k": 1}}}}'
 def sound(rate, size):
     head = struct.pack("<HHIIHH", 1, 1, rate, 0, 0, 16)
     return b"RIFF\\0\\0\\0\\0WAVEfmt " + struct.pack("<I", 16) + head + b"data\\xff\\xff\\xff\\x7f" + bytes(size)
@@ -58,10 +66,21 @@ REQUESTS = [
     ("", "WebP, 12 million pixels", 'path, body = PICTURES, picture((3_480, 3_480), "WEBP", "RGB", lossless=True)'),
     ("", "GIF, 38 million pixels", 'path, body = PICTURES, picture((6_160, 6_160), "GIF", "L")'),
     ("", "JPEG, 78 million pixels", 'path, body = PICTURES, picture((8_800, 8_800), "JPEG", "RGB")'),
+    ("", "PNG, 45 million pixels, 9.9 MB", 'path, body = PICTURES, noisy((6_700, 6_700), "PNG", "RGB", 485)'),
+    ("", "WebP, 12 million pixels, 9.7 MB",
+     'path, body = PICTURES, noisy((3_480, 3_480), "WEBP", "RGB", 930, lossless=True)'),
+    ("", "GIF, 38 million pixels, 9.3 MB", 'path, body = PICTURES, noisy((6_160, 6_160), "GIF", "L", 1_100)'),
+    ("", "JPEG, 12 million pixels, 7.2 MB", 'path, body = PICTURES, noisy((4_000, 3_000), "JPEG", "RGB", 3_000)'),
+    ("", "JPEG, 78 million pixels, 7.9 MB", 'path, body = PICTURES, noisy((8_800, 8_800), "JPEG", "RGB", 1_300)'),
+    ("", "PNG, 45 million pixels, 7.2 MB, in base64",
+     'path, body = PICTURES, in_json(noisy((6_700, 6_700), "PNG", "RGB", 355))'),
+    ("", "JPEG, 12 million pixels, 5.6 MB, in base64",
+     'path, body = PICTURES, in_json(noisy((4_000, 3_000), "JPEG", "RGB", 2_300))'),
     ("", "WebP, 49 million pixels (refused)",
      'path, body = PICTURES, picture((7_000, 7_000), "WEBP", "L", lossless=True)'),
-    ("audio-classification", "2 MB at 384 kHz", 'path, body = "/models/audio", sound(384_000, 2_000_000)'),
-    ("", "2 MB at 101 Hz (refused)", 'path, body = "/models/audio", sound(101, 2_000_000)'),
+    ("audio-classification", "4 MB at 384 kHz", 'path, body = "/models/audio", sound(384_000, 3_999_000)'),
+    ("", "3 MB at 384 kHz, in base64", 'path, body = "/models/audio", in_json(sound(384_000, 2_990_000))'),
+    ("", "4 MB at 101 Hz (refused)", 'path, body = "/models/audio", sound(101, 3_999_000)'),
 ]  # fmt: skip
 
 

@@ -73,3 +73,8 @@ class Interrupted(Exception):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's message, or its class's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -16,6 +16,12 @@ from kdexport.errors import KdexportError, RunError
 TEMPORARY = ".kdexport-tmp"
 
 
+def is_place(name: str) -> bool:
+    """Whether a name means a file or folder here, there or not, rather than something on a hub."""
+    path = Path(name)
+    return path.exists() or name.startswith((".", "/", "~")) or (len(path.parts) > 1 and path.parent.exists())
+
+
 def digest(value: object) -> str:
     """Return the sha256 of a JSON-able value, independent of the order of keys."""
     return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["KDEXPORT_CACHE"] = ""  # every test that runs a pipeline names its own
+from filelock import FileLock
 
 from kdexport import spec
 from kdexport.data import demo
+from kdexport.files import hash_files
+
+
+def own_home() -> None:
+    """Let nothing be written into the user's home, nor read from it, but by pip; give each process one core."""
+    home, users = Path(tempfile.mkdtemp(prefix="kdexport-tests-")), Path.home()
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    for name in (".config/pip", ".cache/pip", ".pip"):
+        if (users / name).is_dir():
+            (home / name).parent.mkdir(exist_ok=True)
+            (home / name).symlink_to(users / name)
+    for name in ("KDEXPORT_CACHE", "HF_HOME", *(name for name in os.environ if name.startswith("XDG_"))):
+        os.environ.pop(name, None)
+    os.environ |= {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+# Before anything loads torch or Hugging Face's libraries, which read it once.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+    own_home()
+# Background jobs ignore Ctrl-C, and so would the processes that tests start to interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
@@ -27,6 +50,41 @@ def pytest_report_header() -> str:
     return f"{facts['cpu']}, {facts['cores_allowed']} cores; " + ", ".join(
         f"{name} {version}" for name, version in facts["packages"].items()
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the rooms that have whole runs of their own, so that no worker is left alone with one in the end."""
+    long = ("pipeline", "bench", "integrations", "tests")
+    items.sort(key=lambda item: item.path.parent.name not in long)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """The folder that all workers of this session share."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "shared"
+    root.mkdir(exist_ok=True)
+    return root
+
+
+@pytest.fixture(scope="session")
+def once(shared) -> Iterator[Callable[[str, Callable[[Path], object]], Path]]:
+    """Make a folder in the first worker that needs it; the others wait. Nothing may change it afterwards."""
+    made: dict[Path, dict[str, str]] = {}
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, record = shared / name, shared / f"{name}.made"
+        with FileLock(shared / f"{name}.lock"):
+            if not record.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                record.write_bytes(msgspec.json.encode(hash_files(folder)))
+        made[folder] = msgspec.json.decode(record.read_bytes())
+        return folder
+
+    yield get
+    for folder, before in made.items():
+        assert hash_files(folder) == before, f"a test changed {folder}, which all tests share"
 
 
 @pytest.fixture(scope="session")
@@ -44,22 +102,24 @@ def articles(tmp_path_factory) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def articles_file(articles, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "articles.jsonl"
-    path.write_bytes(b"\n".join(msgspec.json.encode(row) for row in articles))
-    return path
+def articles_file(articles, once) -> Path:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "articles.jsonl").write_bytes(b"\n".join(msgspec.json.encode(row) for row in articles))
+
+    return once("data", make) / "articles.jsonl"
 
 
 @pytest.fixture(scope="session")
-def base_model(tmp_path_factory) -> Path:
+def base_model(once) -> Path:
     """The two lowest layers of all-MiniLM-L6-v2 with its tokenizer: a small pretrained model without a head."""
     from transformers import AutoModel, AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("base") / "minilm-2"
-    model = AutoModel.from_pretrained(demo.teacher(), num_hidden_layers=2)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(demo.teacher()).save_pretrained(folder)
-    return folder
+    def make(folder: Path) -> None:
+        AutoModel.from_pretrained(demo.teacher(), num_hidden_layers=2).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(demo.teacher()).save_pretrained(folder)
+
+    return once("minilm-2", make)
 
 
 CLASSIFIERS = {
@@ -109,23 +169,26 @@ def settings(articles_file, base_model) -> dict:
         "bench.round_seconds": 0.4,
         "bench.precision": None,
         "bench.batch_sizes": [8],
+        "bench.time_limit_s": 600,
     }
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(shared) -> Path:
+    return shared / "cache"
 
 
 @pytest.fixture(scope="session")
-def finished(settings, cache, tmp_path_factory) -> Path:
+def finished(settings, cache, once) -> Path:
     """A finished run; tests only read it."""
     from kdexport.pipeline.run import run
 
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    os.environ["KDEXPORT_CACHE"] = str(cache)
-    run(spec.load(None, settings), out)
-    return out
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KDEXPORT_CACHE", str(cache))
+            run(spec.load(None, settings), folder)
+
+    return once("finished", make)
 
 
 @pytest.fixture
@@ -145,7 +208,6 @@ def kdexport(cache):
             capture_output=True,
             text=True,
             env=os.environ | {"KDEXPORT_CACHE": str(cache), "COLUMNS": "200"} | environment,
-            timeout=280,
         )
 
     return call

@@ -20,11 +20,6 @@ from kdexport.tasks import load_task
 LABELS = ["business", "entertainment", "politics", "sports", "tech"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KDEXPORT_CACHE", str(tmp_path / "cache"))

@@ -2,7 +2,9 @@
 
 import re
 import runpy
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from kdexport.results import read_report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+TEXTS = ["The striker scored twice in the second half", "Shares fell on Monday"]
 
 
 def test_the_table_is_the_one_of_the_demo_run_that_is_kept():
@@ -60,12 +63,20 @@ def test_the_screenshot_in_the_readme_is_there_and_is_a_picture():
     assert (ROOT / path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_python_of_the_readme_runs(finished, capsys):
+def test_the_python_of_the_readme_runs(finished, tmp_path, monkeypatch, capsys):
     (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(block.replace("runs/demo/artifact", str(finished / "artifact")))
-    label, score = capsys.readouterr().out.split()
-    assert label
-    assert 0 < float(score) <= 1
+    shutil.copytree(finished, tmp_path / "runs" / "tickets")
+    shutil.copy(finished / "spec.yaml", tmp_path)
+    (tmp_path / "runs" / "main").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert found["report"].variants == read_report(finished / "report.json").variants
+    first, *answers, last = capsys.readouterr().out.splitlines()
+    assert first == f"{found['report'].recommended} None"
+    assert [line.split()[0] for line in answers] == [answer.label for answer in found["model"].predict(TEXTS)]
+    assert len(found["pairs"]) == 1
+    assert last.startswith("['passed', ")
 
 
 def test_no_figure_stands_without_the_command_that_makes_it():

@@ -35,6 +35,7 @@ def of_four_intents(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_the_example_of_texts_keeps_its_budget(tmp_path, kdexport, monkeypatch):
     monkeypatch.chdir(ROOT)
     data = of_four_intents(tmp_path)

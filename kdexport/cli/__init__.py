@@ -1,4 +1,4 @@
-"""The commands: parse, call, print. The one place that prints results and catches our errors."""
+"""The commands: parse, call the function of the same name, print. The one place that catches our errors."""
 
 from __future__ import annotations
 

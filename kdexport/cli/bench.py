@@ -1,21 +1,30 @@
-"""Commands that measure and tell: bench, compare, report, doctor."""
+"""Commands that measure and report: bench, compare, report, doctor."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-import time
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from kdexport.cli.options import Debug, Flag, Json, MoveAside, finite, numbers, quantity, show_report
-from kdexport.errors import Interrupted, RunError, SpecError
-
-SECONDS = {"s": 1.0, "ms": 1e-3, "min": 60.0, "m": 60.0}
+from kdexport.cli.options import (
+    BUDGET_NOT_MET,
+    Debug,
+    Flag,
+    Json,
+    Label,
+    MoveAside,
+    SkipBadRows,
+    Text,
+    TextPair,
+    arguments,
+    finite,
+    interruptible,
+    print_json,
+    show_report,
+)
 
 
 def bench(
@@ -23,16 +32,20 @@ def bench(
         list[str], typer.Argument(metavar="TARGET…", help="Runs, artifacts (`folder:int8`), .onnx files, models, URLs.")
     ],
     data: Annotated[
-        Path | None, Flag("--data", help="Texts: CSV, JSONL or a text a line.", show_default="a named run's test split")
+        str | None, Flag(help="Rows: a file or folder as in run.", show_default="a named run's test split")
     ] = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    label: Label = None,
+    skip_bad_rows: SkipBadRows = False,
     reference: Annotated[str | None, Flag(help="Ratios are taken to this variant.", show_default="the first")] = None,
     runtime: Annotated[
         str, Flag(help="Of torch, torch-compile, torch-cudagraphs, onnxruntime, openvino.")
     ] = "torch,onnxruntime",
-    device: Annotated[str, Flag(help="cpu, cuda or both; what is not there is left out, and said.")] = "cpu",
+    device: Annotated[str, Flag(help="cpu, cuda or both; unavailable ones are skipped with a warning.")] = "cpu",
     threads: Annotated[str, Flag(help="Threads of a runtime; the first is the report's, others are added.")] = "1",
     batch_sizes: Annotated[str, Flag(help="Batches to measure beside single texts; 0 for none.")] = "8,32",
-    rounds: Annotated[int, Flag(min=1, help="Rounds at least.")] = 5,
+    rounds: Annotated[int, Flag(min=1, help="Fewest rounds.")] = 5,
     round_seconds: Annotated[float, Flag(help="Time measured per round and variant, in s.")] = 1.0,
     precision: Annotated[
         str, Flag(help="Rounds go on until every ratio is known so well, or time is up; 0 for no more rounds.")
@@ -48,7 +61,7 @@ def bench(
         bool, Flag("--even", help="Evenly spaced requests, not a Poisson process.", rich_help_panel="Load")
     ] = False,
     load_seconds: Annotated[float, Flag(callback=finite, help="Time of each load.", rich_help_panel="Load")] = 5.0,
-    price: Annotated[float | None, Flag(min=0.0, help="Of an hour of one core (or GPU), for the cost table.")] = None,
+    price: Annotated[float | None, Flag(min=0.0, help="Price of an hour of a core (or GPU): a cost table.")] = None,
     out: Annotated[Path | None, Flag("--out", "-o", help="Folder.", show_default="runs/bench-<time>")] = None,
     pytest_benchmark: Annotated[
         Path | None, Flag("--pytest-benchmark", help="Write pytest-benchmark's JSON here too, to a new file.")
@@ -72,65 +85,18 @@ def bench(
 
       kdexport bench http://127.0.0.1:8080/predict --data texts.csv --connections 1,8 --rate 50%,90%
     """
-    from kdexport import spec
-    from kdexport.bench.loads import Loads
-    from kdexport.output import move_aside as move_out_of_the_way
-    from kdexport.pipeline.bench import measure
-    from kdexport.report.exchange import write_pytest_benchmark
+    given = arguments(locals())
+    from kdexport.pipeline import api
 
-    share = quantity(precision, "--precision", {"": 1.0, "%": 0.01}) or 0.0
-    if share >= 1:
-        raise SpecError(f"--precision {precision!r} is no share", "Write it like 5% or 0.05")
-    settings = {
-        "threads": numbers(threads, "--threads"),
-        "batch_sizes": [n for n in numbers(batch_sizes, "--batch-sizes", 0) if n],
-        "runtimes": runtime.split(","),
-        "devices": device.split(","),
-        "rounds": rounds,
-        "round_seconds": round_seconds,
-        "precision": share or None,
-        "time_limit_s": quantity(time_limit, "--time-limit", SECONDS),
-        "price_per_hour": price,
-    }
-    rates = [quantity(part, "--rate", {"": 1.0, "%": 0.01, "/s": 1.0}) or 0.0 for part in rate.split(",")]
-    shares = ["%" in part for part in rate.split(",")]
-    if min(rates) <= 0 or any(shares) != all(shares):
-        raise SpecError(
-            f"--rate {rate!r} can't be read", "Write shares of the peak, like 50%,80%, or rates, like 100,200"
-        )
-    loads = Loads(
-        connections=tuple(numbers(connections, "--connections")),
-        rates=tuple(rates),
-        of_peak=all(shares),
-        poisson=not even,
-        seconds=load_seconds,
-    )
-    folder = out or Path(f"runs/bench-{time.strftime('%Y%m%d-%H%M%S')}")
-    if pytest_benchmark and os.path.lexists(pytest_benchmark) and not move_aside:
-        raise RunError(f"--pytest-benchmark {pytest_benchmark} exists already", "Name another, or pass --move-aside")
-    try:
-        found = measure(
-            targets,
-            spec.parse_bench(settings),
-            folder,
-            texts=data,
-            reference=reference,
-            loads=loads,
-            command=shlex.join(["kdexport", *sys.argv[1:]]),
-            move_aside=move_aside,
-        )
-    except KeyboardInterrupt:
-        raise Interrupted(f"Whole rounds are kept: the same command with --out {folder} goes on from there") from None
-    if pytest_benchmark:
-        if os.path.lexists(pytest_benchmark):
-            move_out_of_the_way(pytest_benchmark)
-        write_pytest_benchmark(found, folder / "samples.npz", pytest_benchmark)
+    folder = out or api.bench_folder()
+    with interruptible(f"Whole rounds are kept: the same command with --out {folder} goes on from there"):
+        found = api.bench(**given | {"out": folder, "command": shlex.join(["kdexport", *sys.argv[1:]])})
     show_report(found, folder, as_json)
 
 
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's (or bench's) folder.")],
-    price: Annotated[float | None, Flag(min=0.0, help="Of an hour of one core (or GPU), for the cost table.")] = None,
+    price: Annotated[float | None, Flag(min=0.0, help="Price of an hour of a core (or GPU): a cost table.")] = None,
     to: Annotated[
         str | None, Flag("--to", help="Also log to: mlflow, mlflow:URI, tensorboard:FOLDER.", show_default="nowhere")
     ] = None,
@@ -157,7 +123,7 @@ def report(
 
 
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """What this machine has: CPU, cores allowed, GPU, execution providers, versions; and what to mind.
+    """What this machine has: CPU, cores allowed, GPU, execution providers, versions; and hints.
 
     [bold]Example[/bold]
 
@@ -169,14 +135,11 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     facts = environment()
     hints = advice(facts)
     if as_json:
-        import msgspec
-
-        typer.echo(msgspec.json.format(msgspec.json.encode(facts | {"advice": hints}), indent=2).decode())
-        return
+        return print_json(facts | {"advice": hints})
     for key, value in facts.items():
         typer.echo(f"{key.replace('_', ' '):<16}  {written(value) or '–'}")
     for hint in hints:
-        typer.echo(f"mind: {hint}")
+        typer.echo(f"hint: {hint}")
 
 
 def compare(
@@ -188,7 +151,7 @@ def compare(
     variant: Annotated[
         str | None, Flag(help="Compare this variant.", show_default="the recommended one of each, else all")
     ] = None,
-    side_by_side: Annotated[
+    measure: Annotated[
         bool | None,
         Flag(
             "--measure/--no-measure", help="Measure both files here, in turns.", show_default="while a gate is unsure"
@@ -214,29 +177,16 @@ def compare(
 
       kdexport compare old.json new.json --fail-if "p50>+25%"     (pytest-benchmark's JSON)
     """
-    from kdexport.cli.build import BUDGET_NOT_MET
-    from kdexport.output import Output
-    from kdexport.pipeline.compare import compare as compare_reports
-    from kdexport.pipeline.compare import parse_gate
-    from kdexport.report.difference import FILES, show_comparison, write_comparison
+    given = arguments(locals())
+    from kdexport.pipeline import api
+    from kdexport.report.difference import show_comparison
 
-    gates = [parse_gate(text) for text in fail_if or []]
-    limit = quantity(time_limit, "--time-limit", SECONDS) or 0.0
-    with Output(out, "compare", move_aside=move_aside) if out else nullcontext() as folder:
-        if folder:
-            folder.check(*FILES)
-        try:
-            found = compare_reports(a, b, gates, variant=variant, side_by_side=side_by_side, time_limit_s=limit)
-        except KeyboardInterrupt:
-            raise Interrupted("Nothing was written") from None
-        if folder:
-            write_comparison(found, folder)
+    with interruptible("Nothing was written"):
+        found = api.compare(**given)
     if as_json:
-        import msgspec
-
-        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        print_json(found)
     else:
         show_comparison(found)
-    failing: Any = {"failed", "unsure"} if unsure_fails else {"failed"}
+    failing = {"failed", "unsure"} if unsure_fails else {"failed"}
     if any(gate.status in failing for gate in found.gates):
         raise typer.Exit(BUDGET_NOT_MET)

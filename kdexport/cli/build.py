@@ -8,27 +8,32 @@ from typing import Annotated, Any
 import typer
 
 from kdexport.cli.options import (
+    BUDGET_NOT_MET,
     Debug,
     Flag,
     Json,
+    Label,
     Max99,
     MaxSize,
     MinRetention,
     MoveAside,
     Out,
     Sets,
+    SkipBadRows,
+    Text,
+    TextPair,
     TimeLimit,
+    arguments,
+    interruptible,
     parse_sets,
-    quantity,
+    print_json,
     show_report,
 )
-from kdexport.errors import Interrupted, SpecError
-
-BUDGET_NOT_MET = 3
+from kdexport.errors import SpecError
 
 
 def run(
-    spec_file: Annotated[Path | None, typer.Argument(metavar="[SPEC.yaml]", help="A spec; flags override it.")] = None,
+    spec: Annotated[Path | None, typer.Argument(metavar="[SPEC.yaml]", help="A spec; flags override it.")] = None,
     teacher: Annotated[
         list[str] | None,
         Flag(help="Hugging Face folder or hub id, PEFT adapter, ONNX artifact, or logits; several times: an ensemble."),
@@ -40,8 +45,9 @@ def run(
         str | None, Flag(help="CSV, JSONL or Parquet file, a folder with train.* and test.*, or a hub id.")
     ] = None,
     test: Annotated[str | None, Flag(help="Test file; split off from the data when absent.")] = None,
-    text: Annotated[str | None, Flag(help="The text's column.", show_default="guessed")] = None,
-    label: Annotated[str | None, Flag(help="The label's column.", show_default="guessed")] = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    label: Label = None,
     unlabelled: Annotated[str | None, Flag(help="More texts, which the teacher alone labels.")] = None,
     max_length: Annotated[int | None, Flag(help="Tokens kept of each text.", show_default="128")] = None,
     student: Annotated[
@@ -58,19 +64,19 @@ def run(
     ] = None,
     temperature: Annotated[float | None, Flag(help="T of the soft targets.", show_default="2")] = None,
     alpha: Annotated[float | None, Flag(help="Weight of the teacher's term.", show_default="0.9")] = None,
-    epochs: Annotated[int | None, Flag(help="Passes over the data for the student.", show_default="derived")] = None,
+    epochs: Annotated[int | None, Flag(help="Epochs of the student.", show_default="derived")] = None,
     augment: Annotated[
-        int | None, Flag(help="Changed copies of each text, labelled by the teacher.", show_default="none")
+        int | None, Flag(help="Augmented copies of each text, labelled by the teacher.", show_default="none")
     ] = None,
     seeds: Annotated[int | None, Flag(help="Trainings with other seeds: mean and deviation.", show_default="1")] = None,
-    seed: Annotated[int | None, Flag(help="Of splits, weights and order.", show_default="0")] = None,
+    seed: Annotated[int | None, Flag(help="Random seed of splits, weights and order.", show_default="0")] = None,
     max_p99: Max99 = None,
     max_size: MaxSize = None,
     min_retention: MinRetention = None,
     time_limit: TimeLimit = None,
     no_baseline: Annotated[bool, Flag("--no-baseline", help="Don't train the student on labels alone.")] = False,
-    skip_bad_rows: Annotated[bool, Flag("--skip-bad-rows", help="Leave bad rows out, and count them.")] = False,
-    sets: Sets = None,
+    skip_bad_rows: SkipBadRows = False,
+    set: Sets = None,
     out: Out = None,
     move_aside: MoveAside = False,
     plan: Annotated[bool, Flag("--plan", help="Print every value with its reason; train nothing.")] = False,
@@ -94,34 +100,14 @@ def run(
 
       kdexport run spec.yaml --student bag --student tiny --max-size 2MB --time-limit 30min
     """
-    given = {
-        "teacher.model": _one_or_more(teacher),
-        "teacher.train.epochs": teacher_epochs,
-        "data.train": data,
-        "data.test": test,
-        "data.text": text,
-        "data.label": label,
-        "data.unlabelled": unlabelled,
-        "data.max_length": max_length,
-        "data.skip_bad_rows": skip_bad_rows or None,
-        "student.model": _one_or_more(student),
-        "distill.loss": loss,
-        "distill.temperature": temperature,
-        "distill.alpha": alpha,
-        "distill.epochs": epochs,
-        "distill.augment.views": augment,
-        "distill.seeds": seeds,
-        "distill.baseline": False if no_baseline else None,
-        "seed": seed,
-    } | _budget(max_p99, max_size, min_retention, time_limit)
-    overrides = {key: value for key, value in given.items() if value is not None} | parse_sets(sets)
-    from kdexport import spec
+    given = arguments(locals()) | {"set": parse_sets(set)}
+    from kdexport.pipeline import api
 
-    settings = spec.load(spec_file, overrides)
+    settings = api.settings_of(spec, given)
     if plan:
         _print_plan(settings, as_json)
-        return
-    _run(settings, out or Path("runs") / _name(spec_file, settings), as_json, move_aside)
+    else:
+        _run(given | {"out": out or api.run_folder(spec, settings)}, as_json)
 
 
 def demo(
@@ -132,7 +118,7 @@ def demo(
     max_p99: Max99 = None,
     max_size: MaxSize = None,
     min_retention: MinRetention = None,
-    sets: Sets = None,
+    set: Sets = None,
     move_aside: MoveAside = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -145,26 +131,24 @@ def demo(
 
       kdexport demo --student tiny
     """
-    from kdexport import spec
     from kdexport.data import demo as embedded
 
     data = out.with_name("bbc-news.jsonl")
     if not data.exists():
         data.parent.mkdir(parents=True, exist_ok=True)
         embedded.write_bbc_news(data)
-    overrides: dict[str, Any] = {
-        "data.train": str(data),
-        "data.max_length": 96,
-        "teacher.model": str(embedded.teacher()),
-        "teacher.train.epochs": 2,
-        "teacher.train.learning_rate": 1e-4,
-        "distill.epochs": 10,
-        "distill.temperature": 4.0,
-        "distill.alpha": 1.0,
+    recipe = {
+        "data": data,
+        "max_length": 96,
+        "teacher": embedded.teacher(),
+        "teacher_epochs": 2,
+        "epochs": 10,
+        "temperature": 4.0,
+        "alpha": 1.0,
+        "set": {"teacher.train.learning_rate": 1e-4} | parse_sets(set),
     }
-    given = {"student.model": _one_or_more(student)} | _budget(max_p99, max_size, min_retention, None)
-    overrides |= {key: value for key, value in given.items() if value is not None}
-    _run(spec.load(None, overrides | parse_sets(sets)), out, as_json, move_aside)
+    asked = {"student": student, "max_p99": max_p99, "max_size": max_size, "min_retention": min_retention}
+    _run(recipe | asked | {"out": out, "move_aside": move_aside}, as_json)
 
 
 def init(
@@ -206,10 +190,10 @@ def export(
     max_length: Annotated[
         int | None, Flag(min=8, help="Tokens kept of each text.", show_default="what the model reads, at most 512")
     ] = None,
-    data: Annotated[
-        Path | None, Flag("--data", help="Texts to verify on: CSV, TSV, JSONL or a text a line; labels aren't needed.")
-    ] = None,
-    text: Annotated[str | None, Flag(help="The texts' column.", show_default="text")] = None,
+    data: Annotated[str | None, Flag(help="Rows to verify on, without labels: a file or folder as in run.")] = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    skip_bad_rows: SkipBadRows = False,
     name: Annotated[
         str | None, Flag(help="The model's name, for triton and kserve.", show_default="the folder's")
     ] = None,
@@ -236,27 +220,12 @@ def export(
 
       kdexport export runs/demo:int8 repository --layout triton
     """
-    import msgspec
+    given = arguments(locals())
+    from kdexport.pipeline import export_model
 
-    from kdexport.pipeline.export_model import How
-    from kdexport.pipeline.export_model import export as ship
-
-    given = {
-        "variants": variants.split(",") if variants else None,
-        "max_length": max_length,
-        "data": data,
-        "column": text,
-    }
-    try:
-        how = msgspec.convert({key: value for key, value in given.items() if value is not None}, How)
-    except msgspec.ValidationError:
-        raise SpecError(f"--variants {variants!r} can't be read", "Write some of fp32,int8,fp16") from None
-    if layout not in ("hub", "triton", "kserve"):
-        raise SpecError(f"--layout {layout!r} is none of hub, triton, kserve")
-    found = ship(model, out, how, layout, name, image, move_aside=move_aside)
+    found = export_model.export(**given)
     if as_json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
-        return
+        return print_json(found)
     if found is None:
         typer.echo(f"wrote {out}")
         return
@@ -271,29 +240,12 @@ def export(
     typer.echo(f"wrote {out}")
 
 
-def _budget(
-    max_p99: str | None, max_size: str | None, min_retention: float | None, time_limit: str | None
-) -> dict[str, float | None]:
-    return {
-        "budget.p99_ms": quantity(max_p99, "--max-p99", {"ms": 1.0, "s": 1e3, "us": 1e-3, "µs": 1e-3}),
-        "budget.size_mb": quantity(max_size, "--max-size", {"mb": 1.0, "kb": 1e-3, "gb": 1e3, "mib": 1.048576}),
-        "budget.retention": min_retention,
-        "budget.time_limit_s": quantity(time_limit, "--time-limit", {"s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}),
-    }
+def _run(given: dict[str, Any], as_json: bool) -> None:
+    from kdexport.pipeline import api
 
-
-def _one_or_more(values: list[str] | None) -> str | list[str] | None:
-    return values[0] if values and len(values) == 1 else values or None
-
-
-def _run(settings: Any, out: Path, as_json: bool, move_aside: bool) -> None:
-    from kdexport.pipeline.run import run as run_pipeline
-
-    try:
-        found = run_pipeline(settings, out, move_aside=move_aside)
-    except KeyboardInterrupt:
-        raise Interrupted("Finished stages are kept: the same command goes on from there") from None
-    show_report(found, out, as_json)
+    with interruptible("Finished stages are kept: the same command goes on from there"):
+        found = api.run(**given)
+    show_report(found, given["out"], as_json)
     if found.budget.met is False:
         raise typer.Exit(BUDGET_NOT_MET)
 
@@ -310,8 +262,3 @@ def _print_plan(settings: Any, as_json: bool) -> None:
     width = max(len(key) for key, _, _ in rows)
     for key, value, why in rows:
         typer.echo(f"{key:<{width}}  {value:<24}  {why}")
-
-
-def _name(spec_file: Path | None, settings: Any) -> str:
-    source = Path(settings.data.train)
-    return spec_file.stem if spec_file and spec_file.stem != "spec" else source.stem or source.name

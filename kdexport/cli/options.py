@@ -1,18 +1,21 @@
-"""What commands share: flags, quantities with units, and how a report is shown."""
+"""What commands share: flags, and how results are printed."""
 
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kdexport.errors import SpecError
+from kdexport.errors import Interrupted, SpecError
 
 Flag = typer.Option
-_MOST, _SHOWN = 1_000_000, 40
+BUDGET_NOT_MET = 3
+# Parameters that are of the command line alone; all others are those of the Python function.
+_OF_THE_TERMINAL = {"plan", "unsure_fails", "as_json", "debug"}
 Debug = Annotated[bool, Flag("--debug", help="Show the traceback of an error.")]
 Json = Annotated[bool, Flag("--json", help="Print the result as JSON on stdout; all else goes to stderr.")]
 Out = Annotated[Path | None, Flag("--out", "-o", help="The run's folder.", show_default="runs/<data's name>")]
@@ -30,6 +33,10 @@ MoveAside = Annotated[
     bool,
     Flag("--move-aside", help="Rename what kdexport did not write and is in the way to NAME.old-1, not refuse."),
 ]
+Text = Annotated[str | None, Flag("--text", help="Column of texts, images or sound.", show_default="guessed")]
+TextPair = Annotated[str | None, Flag("--text-pair", help="Column of second texts.", show_default="guessed")]
+Label = Annotated[str | None, Flag("--label", help="Column of labels.", show_default="guessed")]
+SkipBadRows = Annotated[bool, Flag("--skip-bad-rows", help="Leave bad rows out and count them, not stop.")]
 Sets = Annotated[
     list[str] | None,
     Flag("--set", metavar="KEY=VALUE", help="Any other key of the spec, like --set distill.batch_size=64."),
@@ -49,33 +56,6 @@ def parse_sets(sets: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def quantity(text: str | None, flag: str, units: dict[str, float]) -> float | None:
-    """`2ms` → 2.0; a bare number is in the first unit."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)(e[-+]?\d+)?\s*([a-zµ%/]*)\s*", text.lower())
-    unit = units.get(found[3] or next(iter(units))) if found else None
-    value = float(found[1] + (found[2] or "")) * unit if found and unit is not None else math.inf
-    if not math.isfinite(value):
-        known = ", ".join(unit for unit in units if unit)
-        raise SpecError(f"{flag} {text[:_SHOWN]!r} can't be read", f"Write a number and one of: {known}")
-    return value
-
-
-def numbers(text: str, flag: str, least: int = 1) -> list[int]:
-    """`1,4` → [1, 4]; none below `least`, nor above a million."""
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not least <= min(found) <= max(found) <= _MOST:
-        raise SpecError(
-            f"{flag} {text[:_SHOWN]!r} can't be read",
-            f"Write whole numbers from {least} on, like 1,4; at most {_MOST}",
-        )
-    return found
-
-
 def finite(flag: typer.CallbackParam, value: float | None) -> float | None:
     """Refuse inf and nan, which Python reads as numbers."""
     if value is not None and not math.isfinite(value):
@@ -83,13 +63,31 @@ def finite(flag: typer.CallbackParam, value: float | None) -> float | None:
     return value
 
 
+def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the Python function from all parameters of its command."""
+    return {name: value for name, value in given.items() if name not in _OF_THE_TERMINAL}
+
+
+@contextmanager
+def interruptible(then: str) -> Iterator[None]:
+    """Let Ctrl-C end the command with a line that says what is left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(then) from None
+
+
+def print_json(found: Any) -> None:
+    """Print a record on stdout."""
+    import msgspec
+
+    typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+
+
 def show_report(found: Any, run_folder: Path, as_json: bool) -> None:
     """Print a report on stdout: as a table, or as JSON."""
     if as_json:
-        import msgspec
-
-        typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
-        return
+        return print_json(found)
     from kdexport.report.terminal import show
 
     show(found, run_folder)

@@ -11,39 +11,48 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.cli.options import Debug, Flag, finite, quantity
+from kdexport.cli.options import Debug, Flag, SkipBadRows, Text, TextPair, finite
 from kdexport.errors import SpecError
 
 _WRITING = "Language models"
+_BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6}
+_MILLISECONDS = {"ms": 1.0, "s": 1e3}
+_AS_GIVEN = (
+    "host", "port", "admin_host", "grpc_port", "threads", "max_batch", "max_batch_tokens", "max_rows", "max_chars",
+    "access_log", "tracing",
+)  # fmt: skip
+_IN_SECONDS = ("max_writing_queue", "timeout", "drain_delay", "grace", "load_timeout")
 
 
 def predict(
-    artifact: Annotated[Path, typer.Argument(help="An artifact folder, or a run that holds one.")],
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT[:VARIANT]", help="An artifact folder, or a run that holds one.")
+    ],
     inputs: Annotated[
         list[str] | None, typer.Argument(help="Texts, images or recordings; without any, stdin's lines.")
     ] = None,
-    file: Annotated[Path | None, Flag("--file", "-f", help="Lines of text, or .csv / .jsonl rows.")] = None,
+    file: Annotated[str | None, Flag("--file", "-f", help="Rows: a file or folder as in run; or lines.")] = None,
+    text: Text = None,
+    text_pair: TextPair = None,
+    skip_bad_rows: SkipBadRows = False,
     variant: Annotated[str | None, Flag(help="fp32 or int8.", show_default="the recommended one")] = None,
     batch_size: Annotated[int, Flag(min=1, help="Texts that run at once.")] = 32,
     threads: Annotated[int | None, Flag(min=1, help="Threads of the runtime.", show_default="all cores")] = None,
     scores: Annotated[bool, Flag("--scores", help="Print the probability of every label (or word).")] = False,
-    max_new_tokens: Annotated[int, Flag(min=1, help="Tokens to write at most.", rich_help_panel=_WRITING)] = 64,
+    max_new_tokens: Annotated[int, Flag(min=1, help="Most tokens to generate.", rich_help_panel=_WRITING)] = 64,
     temperature: Annotated[
         float,
-        Flag(
-            min=0, callback=finite, help="0: the most probable token; 1: as the model has it.", rich_help_panel=_WRITING
-        ),
+        Flag(min=0, callback=finite, help="0: greedy; 1: the model's own probabilities.", rich_help_panel=_WRITING),
     ] = 0.0,
-    top_k: Annotated[int, Flag(min=0, help="Of so many tokens; 0: of all.", rich_help_panel=_WRITING)] = 0,
+    top_k: Annotated[int, Flag(min=0, help="Sample among the k best tokens; 0: all.", rich_help_panel=_WRITING)] = 0,
     top_p: Annotated[
-        float, Flag(max=1, callback=finite, help="Of those that sum to this share.", rich_help_panel=_WRITING)
+        float,
+        Flag(max=1, callback=finite, help="Sample among the fewest tokens that reach it.", rich_help_panel=_WRITING),
     ] = 1.0,
-    stop: Annotated[list[str] | None, Flag(help="A text that ends it; may be repeated.", rich_help_panel=_WRITING)] = (
-        None
-    ),
-    seed: Annotated[int | None, Flag(min=0, help="Of what is drawn.", rich_help_panel=_WRITING)] = None,
+    stop: Annotated[list[str] | None, Flag(help="Stop at this text; repeatable.", rich_help_panel=_WRITING)] = None,
+    seed: Annotated[int | None, Flag(min=0, help="Random seed for sampling.", rich_help_panel=_WRITING)] = None,
     perplexity: Annotated[
-        bool, Flag("--perplexity", help="Write nothing; tell how well each text is foreseen.", rich_help_panel=_WRITING)
+        bool, Flag("--perplexity", help="Score each text instead of continuing it.", rich_help_panel=_WRITING)
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -63,11 +72,16 @@ def predict(
     """
     import msgspec
 
-    from kdexport.data.sources import iter_texts
+    from kdexport import spec
+    from kdexport.data.read import read_stream
+    from kdexport.data.sources import read_test, to_answer
+    from kdexport.progress import warn
+    from kdexport.runtime.artifact import read_columns, split_name
     from kdexport.runtime.generation import Sampling, write
-    from kdexport.runtime.predictor import load
+    from kdexport.runtime.predictor import load, row_of
+    from kdexport.spec.flags import rows_in
 
-    model = load(artifact, variant, threads)
+    model, columns = load(artifact, variant, threads), read_columns(split_name(artifact)[0])
     if inputs and file:
         raise SpecError("texts and --file were both given", "Give one of them")
     reads = model.task.modality
@@ -80,30 +94,26 @@ def predict(
     writes = model.task.generates
     if not writes and (perplexity or sampling != Sampling()):
         raise SpecError(f"{artifact} is for {model.task.name}, and writes nothing", "Leave out the options of writing")
-    rows: Iterator[dict[str, Any]] = iter([{reads: one} for one in inputs]) if inputs else iter_texts(file, sys.stdin)
+    given = rows_in(file, text, text_pair, None, skip_bad_rows) or spec.Data(train="stdin")
+    if inputs:
+        # Bytes that are no UTF-8 come as lone surrogates, which JSON can't hold.
+        clean = [one.encode("utf-8", "replace").decode() if reads == "text" else one for one in inputs]
+        rows: Iterator[Any] = ([{"asked": one, "row": row_of(model.task, one, i)}] for i, one in enumerate(clean))
+    else:
+        rows = to_answer(read_test(given) if file else read_stream(sys.stdin.buffer), given, model.task, columns)
+    bad = 0
     while chunk := list(islice(rows, 32 * batch_size)):
-        given = [_text_of(row, file, reads) for row in chunk]
+        good, bad = [one for found in chunk for one in found or ()], bad + chunk.count(None)
         if writes and not perplexity:
-            answers: Iterable[Any] = (write(model, text, sampling) for text in given)
+            answers: Iterable[Any] = (write(model, one["asked"], sampling) for one in good)
         else:
-            answers = model.predict(given, batch_size)
-        for one, answer in zip(given, answers, strict=True):
-            sys.stdout.write(msgspec.json.encode({reads: one} | answer.to_dict(scores)).decode() + "\n")
+            answers = model.answer([one["row"] for one in good], batch_size)
+        for one, answer in zip(good, answers, strict=True):
+            named = one["id"] if isinstance(one["asked"], bytes) else one["asked"]
+            sys.stdout.write(msgspec.json.encode({reads: named} | answer.to_dict(scores)).decode() + "\n")
         sys.stdout.flush()
-
-
-def _text_of(row: dict[str, Any], file: Path | None, reads: str) -> Any:
-    if isinstance(row.get("tokens"), list):
-        return row["tokens"]
-    if reads != "text":  # a line of a list is a path
-        row = {reads: row["text"]} if set(row) == {"text"} else row
-    if reads not in row:
-        raise SpecError(f"{file} has no column {reads!r}", f"Its columns: {', '.join(map(str, row))}")
-    if reads != "text":
-        return row[reads]
-    # Bytes that are no UTF-8 come as lone surrogates, which JSON can't hold.
-    first, second = ((row.get(key) or "").encode("utf-8", "replace").decode() for key in ("text", "text_pair"))
-    return (first, second) if second else first
+    if bad:
+        warn(f"predict: {bad:,} bad rows left out")
 
 
 def serve(
@@ -140,10 +150,17 @@ def serve(
         str, Flag(help="Work that would wait longer is refused with 429, like 5ms.", rich_help_panel="Limits")
     ] = "100ms",
     max_writing_queue: Annotated[
-        str, Flag(help="The same of prompts to language models.", rich_help_panel="Limits")
+        str, Flag(help="The same for prompts to language models.", rich_help_panel="Limits")
     ] = "10s",
     timeout: Annotated[str, Flag(help="For one request's answer; then 504.", rich_help_panel="Limits")] = "30s",
-    max_body: Annotated[str, Flag(help="Of a request, decompressed.", rich_help_panel="Limits")] = "2MB",
+    max_body: Annotated[
+        str | None,
+        Flag(
+            help="Bytes of a request's body, decompressed.",
+            show_default="2MB, of sound 4MB, of images 10MB",
+            rich_help_panel="Limits",
+        ),
+    ] = None,
     max_rows: Annotated[int, Flag(min=1, help="Texts of a request.", rich_help_panel="Limits")] = 256,
     max_chars: Annotated[int, Flag(min=1, help="Characters of a text.", rich_help_panel="Limits")] = 100_000,
     drain_delay: Annotated[
@@ -169,42 +186,24 @@ def serve(
 
       kdexport serve runs/demo --host 0.0.0.0 --api-keys keys.txt --max-queue 5ms
     """
+    given: dict[str, Any] = locals()
     from kdexport.serve.server import serve as run_server
     from kdexport.serve.settings import Settings
+    from kdexport.spec.flags import SECONDS, quantity
 
     if access_log not in ("all", "errors", "off"):
         raise SpecError(f"--access-log {access_log!r} is none of all, errors, off")
+    given |= {name: quantity(given[name], f"--{name.replace('_', '-')}", SECONDS) for name in _IN_SECONDS}
     settings = Settings(
-        host=host,
-        port=port,
-        admin_host=admin_host,
+        **{name: given[name] for name in (*_AS_GIVEN, *_IN_SECONDS)},
         admin_port=None if admin_port < 0 else admin_port,
-        grpc_port=grpc_port,
-        threads=threads,
-        max_batch=max_batch,
-        max_batch_tokens=max_batch_tokens,
-        max_wait_ms=_duration(max_wait, "--max-wait"),
-        max_queue_ms=_duration(max_queue, "--max-queue"),
-        max_writing_queue=_duration(max_writing_queue, "--max-writing-queue", "s"),
-        timeout=_duration(timeout, "--timeout", "s"),
-        max_body=int(quantity(max_body, "--max-body", {"": 1, "b": 1, "kb": 1e3, "mb": 1e6}) or 0),
-        max_rows=max_rows,
-        max_chars=max_chars,
-        drain_delay=_duration(drain_delay, "--drain-delay", "s"),
-        grace=_duration(grace, "--grace", "s"),
-        load_timeout=_duration(load_timeout, "--load-timeout", "s"),
-        access_log=access_log,
+        max_wait_ms=quantity(max_wait, "--max-wait", _MILLISECONDS),
+        max_queue_ms=quantity(max_queue, "--max-queue", _MILLISECONDS),
+        max_body=int(quantity(max_body, "--max-body", _BYTES)) if max_body else None,
         api_keys=_keys(api_keys),
         allow_host=tuple(allow_host or ()),
-        tracing=tracing,
     )
     raise typer.Exit(run_server(artifacts, settings))
-
-
-def _duration(text: str, flag: str, unit: str = "ms") -> float:
-    """`5ms` or `2s`, in `unit`."""
-    one = {"ms": 1.0, "s": 1e3} if unit == "ms" else {"s": 1.0, "ms": 1e-3}
-    return quantity(text, flag, {"": 1.0, **one}) or 0.0
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ to look at. Rows of train and validation may have the label None, which the teac
 from __future__ import annotations
 
 import os
-import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import msgspec
 from kdexport import spec
 from kdexport.analysis.duplicates import Audit, audit, near_duplicates
 from kdexport.data.passages import Cut
-from kdexport.data.sources import SPLITS, read_splits, read_unlabelled, to_rows
+from kdexport.data.sources import SPLITS, Checked, Columns, Labels, read_splits, read_unlabelled, to_rows
 from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
 from kdexport.files import write_bytes, write_json
@@ -35,7 +34,10 @@ _FILES = {"image", "audio"}
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """`data.json`: what the rows are, and what the audit found; `unlabelled` counts the texts beyond the splits."""
+    """`data.json`: what the rows are, and what the audit found.
+
+    `unlabelled` counts the texts beyond the splits, `columns` says what the columns of train were called.
+    """
 
     rows: dict[str, int]
     labels: list[str]
@@ -45,27 +47,22 @@ class Summary(msgspec.Struct, frozen=True):
     unlabelled: int = 0
     task: str = DEFAULT
     problem: str = "single-label"
+    columns: Columns = {}
 
 
 def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | None = None) -> None:
-    """Read the sources, check every row, split, audit, and write the rows; texts that have to be are `cut`.
-
-    Raises:
-        DataError: a file, column, row or class is wrong; the line says where and how to mend it.
-    """
+    """Read the sources, check every row, split, audit, and write the rows; texts that have to be are `cut`."""
     of_task = task_class(task, settings.problem)
     content = of_task.content
-    splits: dict[str, Rows] = {}
-    bad_rows = 0
-    sources = read_splits(settings)
+    read: dict[str, Checked] = {}
+    sources = read_splits(settings, whole=cut is not None)
     for split, source in sources.items():
         # What is tested needs labels; where they are, the test may come of train.
-        needs_labels = split == "test" or "test" not in sources
-        splits[split], bad = to_rows(source, settings, task, needs_labels=needs_labels, cut=cut)
-        bad_rows += bad
-    unlabelled, bad = read_unlabelled(settings, task, cut) if settings.unlabelled else ([], 0)
-    bad_rows += bad
-    if bad_rows:
+        labels: Labels = "all" if split == "test" or "test" not in sources else "if any"
+        read[split] = to_rows(source, settings, of_task, labels, cut)
+    beyond = read_unlabelled(settings, of_task, cut) if settings.unlabelled else Checked([], 0, {})
+    splits, columns = {split: one.rows for split, one in read.items()}, read["train"].columns
+    if bad_rows := sum(one.bad for one in (*read.values(), beyond)):
         warn(f"data: {bad_rows:,} bad rows left out")
     if settings.skip_bad_rows and of_task.one_label:
         splits["train"], lone = _without_lone_classes(splits["train"])
@@ -80,8 +77,8 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
     for split, rows in splits.items():
         if not rows:
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
-    unlabelled = _new(unlabelled, splits, content)
-    labels = _label_names(splits, of_task)
+    unlabelled = _new(beyond.rows, splits, content)
+    names = _label_names(splits, of_task)
     if of_task.modality == "text":
         near, pairs = near_duplicates(splits, content)
         found = msgspec.structs.replace(found, near=near)
@@ -89,9 +86,9 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
     for name, rows in (splits | ({"unlabelled": unlabelled} if unlabelled else {})).items():
         write_rows(out, name, rows)
     counts = {split: len(rows) for split, rows in splits.items()}
-    summary = Summary(counts, labels, bad_rows, missing, found, len(unlabelled), task, settings.problem)
+    summary = Summary(counts, names, bad_rows, missing, found, len(unlabelled), task, settings.problem, columns)
     write_json(out / "data.json", summary)
-    _tell(counts, labels, missing, found)
+    _tell(counts, names, missing, found)
     alone = [split for split, rows in splits.items() if not _has_labels(rows)]
     if alone or unlabelled:
         more = [f"{len(unlabelled):,} texts beyond the splits"] if unlabelled else []
@@ -139,14 +136,6 @@ def read_summary(folder: Path) -> Summary:
     return msgspec.json.decode((folder / "data.json").read_bytes(), type=Summary)
 
 
-def sampled(n: int, most: int = 5000) -> list[int]:
-    """Places of at most `most` of n rows, ascending; always the same ones for the same n.
-
-    Stages that answer a part of the training rows only, such as the audit of leakage, take these.
-    """
-    return sorted(random.Random(0).sample(range(n), min(n, most)))
-
-
 def _has_labels(rows: Rows) -> bool:
     return any(row["label"] is not None for row in rows)
 
@@ -186,20 +175,18 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
 
 
 def _tell(counts: dict[str, int], labels: list[str], missing: list[str], found: Audit) -> None:
-    sizes = ", ".join(
-        f"{count:,} {split}{' (split off)' if split in missing else ''}" for split, count in counts.items()
-    )
+    sizes = ", ".join(f"{n:,} {split}{' (split off)' if split in missing else ''}" for split, n in counts.items())
     say(f"data: {sizes}{f'; {len(labels)} classes' if labels else ''}")
     if found.duplicates:
-        across = sum(found.across.values())
-        dropped = sum(found.dropped.values())
-        say(
-            f"data: {found.duplicates:,} of {found.rows:,} rows are exact duplicates; {across:,} stand in two "
-            f"splits, {dropped:,} dropped"
-        )
-    near = [(*key.split("–"), n) for key, n in found.near.across.items() if n] if found.near else []
-    if near:
-        told = ", ".join(f"{n:,} texts of {late} in {early}" for early, late, n in near)
-        say(f"data: near duplicates: {told}; they are kept, and stand in near_duplicates.jsonl")
+        across, dropped = (f"{sum(one.values()):,}" for one in (found.across, found.dropped))
+        exact = f"{found.duplicates:,} of {found.rows:,} rows are exact duplicates"
+        say(f"data: {exact}; {across} stand in two splits, {dropped} dropped")
+    if found.near:
+        near = [(*key.split("–"), n) for key, n in found.near.across.items() if n]
+        if told := ", ".join(f"{n:,} texts of {late} in {early}" for early, late, n in near):
+            say(f"data: near duplicates: {told}; they are kept, and stand in near_duplicates.jsonl")
+        for split, n in found.near.texts.items():
+            if (some := found.near.compared.get(split, 0)) < n:
+                warn(f"data: near duplicates were looked for in {some:,} of {n:,} texts of {split}, drawn at random")
     if found.conflicting_labels:
         warn(f"data: {found.conflicting_labels:,} texts occur with more than one label")

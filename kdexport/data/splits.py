@@ -16,10 +16,7 @@ def split_off(rows: Rows, share: float, seed: int, task: type[Task]) -> tuple[Ro
     """Split into (rest, part), stratified by label (as the task has it); rows with equal content stay together.
 
     Each class gives the part its rounded share of distinct contents, at least one, and keeps at least one.
-    The order of rows is kept.
-
-    Raises:
-        DataError: a class has too few distinct texts to stand on both sides.
+    A class with one distinct text stays where it can be learned from. The order of rows is kept.
     """
     content = task.content
     groups: dict[str, str] = {}  # content → stratum of its first row
@@ -32,18 +29,14 @@ def split_off(rows: Rows, share: float, seed: int, task: type[Task]) -> tuple[Ro
     for label in sorted(by_label):
         texts = by_label[label]
         if len(texts) < 2:
-            continue  # one distinct text: it stays where it can be learned from
+            continue
         n = min(max(1, round(share * len(texts))), len(texts) - 1)
         chosen.update(random.Random(f"{seed}:{label}").sample(texts, n))
     return [r for r in rows if content(r) not in chosen], [r for r in rows if content(r) in chosen]
 
 
 def check_classes(rows: Rows, name: str) -> None:
-    """Refuse labels that nothing can be learned from.
-
-    Raises:
-        DataError: there is one class only, or a class with a single row.
-    """
+    """Refuse labels that nothing can be learned from: one class only, or a class with a single row."""
     counts = Counter(row["label"] for row in rows)
     if len(counts) < 2:
         raise DataError(

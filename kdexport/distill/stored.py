@@ -145,8 +145,8 @@ def _read_npz(path: Path) -> Stored:
 
 
 def _read_parquet(path: Path, content: Content) -> Stored:
-    import pyarrow.compute  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.compute
+    import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.read_table(path)

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from kdexport import spec
-from kdexport.data import read_rows, sampled
+from kdexport.analysis import sampled
+from kdexport.data import read_rows
 from kdexport.distill.soft_targets import TRANSFER
 from kdexport.distill.teacher import some_rows
 from kdexport.distill.train import TrainConfig, fit

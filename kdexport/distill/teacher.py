@@ -8,7 +8,8 @@ import msgspec
 from transformers import set_seed
 
 from kdexport import spec
-from kdexport.data import read_rows, read_summary, sampled
+from kdexport.analysis import sampled
+from kdexport.data import read_rows, read_summary
 from kdexport.distill.train import TrainConfig, fit
 from kdexport.errors import ModelError
 from kdexport.files import write_json

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from kdexport import spec
+from kdexport.analysis import sampled
 from kdexport.files import write_json
 from kdexport.progress import say
 from kdexport.tasks import load_task
@@ -68,8 +69,7 @@ def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequen
 
 
 def _batches(student: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Arrays]:
-    task, step = load_task(student), max(1, len(rows) // CALIBRATION_ROWS)
-    chosen = rows[::step][:CALIBRATION_ROWS]
+    task, chosen = load_task(student), [rows[i] for i in sampled(len(rows), CALIBRATION_ROWS)]
     return (task.graph_inputs(task.encode(chosen[i : i + 32])) for i in range(0, len(chosen), 32))
 
 

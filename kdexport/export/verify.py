@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kdexport.data import read_rows, sampled
+from kdexport.analysis import sampled
+from kdexport.data import read_rows
 from kdexport.errors import VerificationError
 from kdexport.export import Candidate, read_candidates
 from kdexport.files import write_json

@@ -1,17 +1,13 @@
 """An artifact as a Ray Serve deployment: Ray places replicas and routes to them, each of them batches by itself.
 
     from ray import serve
-    from kdexport.serve.ray import deployment
+    from kdexport.integrations.ray import deployment
 
     serve.run(deployment(["tickets=/mnt/runs/tickets"], num_replicas=2, ray_actor_options={"num_cpus": 4}))
 
-answers on Ray's HTTP port as `kdexport serve` does on its own, `/v2/models/tickets/infer` and all. In a Serve config
-file it is `import_path: kdexport.integrations.ray:application` with `args: {artifacts: […]}`. Folders are read by the
-replicas, on their nodes.
-
-A replica computes on as many threads as it has CPUs. What is more than its queue may hold it refuses, with 429 and
-`Retry-After`: `max_ongoing_requests` is so high that it does not wait in Ray's queue instead, which has no bound. Ray
-has its own access log, metrics and gRPC; the admin port and `grpc_port` are not used here.
+answers on Ray's HTTP port as `kdexport serve` does on its own. In a Serve config file it is
+`import_path: kdexport.integrations.ray:application` with `args: {artifacts: […]}`. Replicas read the folders on their
+nodes, and compute on as many threads as they have CPUs. Ray has its own access log, metrics and gRPC.
 """
 
 from __future__ import annotations
@@ -30,23 +26,19 @@ from kdexport.serve.registry import Models, named_sources
 from kdexport.serve.server import start_threads
 from kdexport.serve.settings import Settings
 
-# Far more than a queue takes in, at some milliseconds a row and `max_queue_ms`.
+# Far more than a queue takes in: the rest is refused with 429, where Ray's own queue would have no bound.
 _ONGOING_PER_THREAD = 256
 # Ray logs every request itself; what failed by our fault only our log says.
 _LOG = "errors"
 
 
 def deployment(artifacts: Sequence[str], settings: Settings | None = None, **ray_options: Any) -> Any:
-    """What `ray.serve.run` runs.
+    """Return what `ray.serve.run` runs.
 
     Args:
         artifacts: `[NAME=]FOLDER[:VARIANT]`; the first is the default.
         settings: limits and keys; `threads` are the replica's CPUs when it is None.
         ray_options: of `ray.serve.deployment`: `num_replicas`, `ray_actor_options`, `autoscaling_config`, …
-
-    Raises:
-        SpecError: a name is unfit.
-        MissingPackage: Ray is not installed.
     """
     named_sources(artifacts)  # a wrong name is told here, not in a replica's log
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # heard by a Ray that this process starts from now on
@@ -71,7 +63,7 @@ def deployment(artifacts: Sequence[str], settings: Settings | None = None, **ray
 
 
 def application(args: dict[str, Any]) -> Any:
-    """The same for Serve's config files: the arguments of `deployment`, `settings` as a mapping."""
+    """Return the same for Serve's config files: the arguments of `deployment`, `settings` as a mapping."""
     settings = msgspec.convert({"access_log": _LOG} | args.get("settings", {}), Settings)
     return deployment(**args | {"settings": settings})
 
@@ -87,7 +79,7 @@ class _Replica:
 
 
 class _Replicated:
-    """One replica's ASGI application. Its models are loaded when it is made, so that Ray reports what is wrong."""
+    """One replica's ASGI application; it loads its models at once, so that Ray reports what is wrong."""
 
     def __init__(self, artifacts: Sequence[str], settings: Settings) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -43,7 +43,7 @@ class TritonPythonModel:
         self.finisher.enable_truncation(self.task["max_length"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response a request."""
+        """Return one response a request."""
         rows = [_rows(request) for request in requests]
         batch = self.encode([row for part in rows for row in part])
         inputs = [pb_utils.Tensor(name, array) for name, array in batch.items()]
@@ -57,7 +57,7 @@ class TritonPythonModel:
         return [self._response(part) for part in np.split(self.scores(logits), ends)]
 
     def encode(self, rows: list[Any]) -> dict[str, np.ndarray]:
-        """The ONNX model's inputs, int64 [B, T], padded to the longest."""
+        """Return the ONNX model's inputs, int64 [B, T], padded to the longest."""
         encodings = [self.encoding(row) for row in rows]
         longest = max(len(encoding.ids) for encoding in encodings)
         fill = {"input_ids": self.task["pad_id"], "token_type_ids": self.task["pad_type_id"]}
@@ -100,7 +100,7 @@ class TritonPythonModel:
             end *= 2
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
-        """Logits [B, C] → scores float64 [B, C]."""
+        """Return the scores, float64 [B, C], of logits [B, C]."""
         logits = logits.astype(np.float64)
         match self.task["function"]:
             case "softmax":

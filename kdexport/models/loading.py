@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from kdexport.data import demo
 from kdexport.errors import ModelError, first_line
+from kdexport.files import is_place
 from kdexport.models.registry import auto_class, has_head
 from kdexport.progress import say
 from kdexport.tasks import DEFAULT, task_class
@@ -38,8 +39,7 @@ class ModelAndProcessor(NamedTuple):
 def open_config(model: str) -> Any:
     """Open the configuration of a folder or hub id, or raise ModelError."""
     folder = Path(model)
-    local = folder.exists() or model.startswith((".", "/", "~"))
-    if local and not (folder / "config.json").is_file():
+    if is_place(model) and not (folder / "config.json").is_file():
         missing = "does not exist" if not folder.exists() else "holds no config.json"
         raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
     with _opening(

@@ -26,8 +26,7 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     Args:
         model: Hugging Face folder or hub id of a classifier or a language model.
         max_length: tokens of each text; what the model reads, but at most 512, when None.
-        rows: what the reference is computed for, before the task's probes and examples; in place they get the column
-            that the task reads.
+        rows: what the reference is computed for, before the task's probes and examples.
 
     Raises:
         ModelError: it is no trained model that can be exported.

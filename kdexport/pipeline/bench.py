@@ -22,7 +22,7 @@ from kdexport.bench.loads import Loads
 from kdexport.bench.process import Crashed
 from kdexport.bench.subjects import Target, of_file, of_model
 from kdexport.data import read_rows
-from kdexport.data.sources import rows_with_texts
+from kdexport.data.sources import read_given
 from kdexport.errors import ArtifactError, SpecError
 from kdexport.files import hash_file
 from kdexport.output import Output
@@ -33,8 +33,10 @@ from kdexport.report.table import trimmed
 from kdexport.results import Metric, Report, Variant
 from kdexport.runtime import artifact
 from kdexport.tasks import DEFAULT, load_task
+from kdexport.tasks.inputs.media import inline
 from kdexport.tasks.judging import mcnemar, metric_interval, wrong_rows
 from kdexport.tasks.metrics import Array
+from kdexport.tasks.text_classification import TextClassification
 
 FILES = ("bench.json", "samples.npz", "report.json", "report.md", "report.html")
 
@@ -44,7 +46,7 @@ def measure(
     settings: spec.Bench,
     out: Path,
     *,
-    texts: Path | None = None,
+    texts: spec.Data | None = None,
     reference: str | None = None,
     loads: Loads | None = None,
     command: str = "",
@@ -56,7 +58,7 @@ def measure(
         names: what to measure.
         settings: how.
         out: a folder, made when absent.
-        texts: a file of texts (with labels, accuracy is taken too); by default a named run's test split.
+        texts: a file (with labels, accuracy is taken too) and its columns; by default a named run's test split.
         reference: the variant that ratios are taken to; the first by default.
         loads: what to put on servers.
         command: the command line, for the report.
@@ -73,7 +75,7 @@ def measure(
         known = [t.name for t in targets]
         if reference and reference not in known:
             raise SpecError(f"--reference {reference!r} is not measured", f"It is one of: {', '.join(known)}")
-        rows = read_texts(texts, names)
+        rows = read_texts(texts, names, next((t.task for t in targets if t.task), None))
         # One of them is measured twice, as the engine's check of itself.
         quick = ("onnxruntime", "openvino", "torch")  # a twin costs as much as its model: best a file
         control = next((t.name for kind in quick for t in targets if t.runtime == kind), None)
@@ -104,11 +106,10 @@ def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     """
     if re.match(r"https?://", name):
         return [Target(re.sub(r"^https?://", "", name), "http", "", name)]
-    place, _, variant = name.partition(":") if not Path(name).exists() else (name, "", "")
-    folder = artifact.resolve(Path(place))
+    path, variant = artifact.split_name(name)
+    folder = artifact.resolve(path)
     if (folder / artifact.MANIFEST).exists():
         return _artifact_targets(folder, variant, settings)
-    path = Path(place)
     if path.suffix == ".onnx":
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist", "Check the path")
@@ -121,10 +122,8 @@ def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     return _model_targets(name, settings, work)
 
 
-def _artifact_targets(folder: Path, variant: str, settings: spec.Bench) -> list[Target]:
+def _artifact_targets(folder: Path, variant: str | None, settings: spec.Bench) -> list[Target]:
     manifest = artifact.read_manifest(folder)
-    if variant and variant not in manifest.variants:
-        raise ArtifactError(f"{folder} has no variant {variant!r}", f"It has: {', '.join(manifest.variants)}")
     label = folder.resolve().parent.name if folder.name == "artifact" else folder.resolve().name
     return [
         target
@@ -167,16 +166,24 @@ def _task_beside(file: Path) -> Path:
     raise ArtifactError(f"{file} lies in no artifact: no {artifact.MANIFEST} beside it", "Name the artifact's folder")
 
 
-def read_texts(texts: Path | None, names: Sequence[str]) -> list[dict[str, Any]]:
+def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None = None) -> list[dict[str, Any]]:
     """Rows of the file that was given, else of the test split of the first run among the names.
 
+    Args:
+        texts: the file and its columns, by default those of the rows that the model of `task` was trained on.
+        names: what to measure.
+        task: folder of a task; texts are classified without one.
+
     Raises:
-        SpecError: there is neither. DataError: the file holds no texts.
+        SpecError: there is neither. DataError: a column or a row of the file is wrong.
     """
     if texts:
-        return rows_with_texts(texts)
+        of_task = type(load_task(Path(task))) if task else TextClassification
+        known = artifact.read_columns(Path(task)) if task else {}
+        rows, _ = read_given(texts, of_task, "some", known)
+        return [row | {key: inline(value) for key, value in row.items() if isinstance(value, bytes)} for row in rows]
     for name in names:
-        place = Path(name if Path(name).exists() else name.partition(":")[0])
+        place = artifact.split_name(name)[0]
         for run in (place, *list(place.resolve().parents)[:3]):
             if (run / "data" / "test.jsonl").is_file():
                 say(f"bench: texts are those of {run}/data/test.jsonl")

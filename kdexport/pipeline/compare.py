@@ -96,20 +96,17 @@ def compare(
     side_by_side: bool | None = None,
     time_limit_s: float = 120.0,
 ) -> Comparison:
-    """Compare two runs, bench folders, report.json or pytest-benchmark files.
+    """Compare two runs, bench folders, report.json or pytest-benchmark files: the older, then the newer one.
 
-    Args:
-        a, b: where they are; b is the newer one.
-        gates: conditions that must not hold.
-        variant: only this one; the recommended one of each by default, or all where none is.
-        side_by_side: measure both files here; by default only while a gate on a time is unsure.
-        time_limit_s: for that.
-
-    Raises:
-        RunError, SpecError: a report can't be read, they share no variant, or a gate wants what can't be compared.
+    A variant may follow each (`runs/demo:int8`); else the recommended ones are compared, or all where none is. Both
+    files are measured here while a gate on a time is unsure, or when `side_by_side` says so.
     """
-    reports = read_any(Path(a)), read_any(Path(b))
-    pairs = _pairs(*reports, variant)
+    (left, first), (right, second) = artifact.split_name(a), artifact.split_name(b)
+    reports = read_any(left), read_any(right)
+    if name := variant or first or second:
+        pairs = [(_variant(reports[0], left, first or name), _variant(reports[1], right, second or name))]
+    else:
+        pairs = _pairs(*reports)
     notes = []
     apart = _differing(*reports)
     if apart:
@@ -126,7 +123,7 @@ def compare(
     if side_by_side or (side_by_side is None and doubt):
         try:
             threads = reports[1].bench.threads
-            measured = _measure_in_turns(Path(a), Path(b), pairs, timed, threads, time_limit_s)
+            measured = _measure_in_turns(left, right, pairs, timed, threads, time_limit_s)
             changes = [c for c in changes if (c.variant, c.metric) not in {(m.variant, m.metric) for m in measured}]
             changes = measured + changes
             found = [_judge(gate, changes) for gate in gates]
@@ -153,15 +150,23 @@ def _differing(a: Report, b: Report) -> str:
     return ""
 
 
-def _pairs(a: Report, b: Report, variant: str | None) -> list[tuple[Variant, Variant]]:
+def _variant(report: Report, place: Path, name: str) -> Variant:
+    """The variant of this name, or the file that ships in this precision."""
+    found = [v for v in report.variants if v.name == name]
+    found += [v for v in report.variants if v.precision == name and v.file]
+    if not found:
+        raise RunError(f"{place} has no variant {name!r}", f"It has: {', '.join(v.name for v in report.variants)}")
+    return found[0]
+
+
+def _pairs(a: Report, b: Report) -> list[tuple[Variant, Variant]]:
     ours, theirs = ({v.name: v for v in report.variants} for report in (a, b))
-    if variant is None and a.recommended in ours and b.recommended in theirs:
+    if a.recommended in ours and b.recommended in theirs:
         return [(ours[str(a.recommended)], theirs[str(b.recommended)])]
-    names = [variant] if variant else [name for name in ours if name in theirs]
-    if not names or any(name not in ours or name not in theirs for name in names):
-        wanted = f"no variant {variant!r} in both" if variant else "no variant in common"
-        raise RunError(f"the reports have {wanted}", f"A has {', '.join(ours)}; B has {', '.join(theirs)}")
-    return [(ours[name], theirs[name]) for name in names]
+    both = [(v, theirs[name]) for name, v in ours.items() if name in theirs]
+    if not both:
+        raise RunError("the reports have no variant in common", f"A has {', '.join(ours)}; B has {', '.join(theirs)}")
+    return both
 
 
 def _changes(a: Report, b: Report, one: Variant, other: Variant, apart: str) -> list[Change]:

@@ -1,8 +1,4 @@
-"""`kdexport export`: a trained model, whoever trained it → an artifact, verified, without any training.
-
-ONNX, optimised, quantized, held against PyTorch, packed: the stages are those of a run. And an artifact, new or
-not, laid out for Triton or KServe.
-"""
+"""`kdexport export`: any trained model → a verified artifact; an artifact → a layout for Triton or KServe."""
 
 from __future__ import annotations
 
@@ -16,20 +12,22 @@ import msgspec
 import numpy as np
 
 from kdexport import spec
+from kdexport.analysis import sampled
 from kdexport.bench.stats import ratio
-from kdexport.data.sources import rows_with_texts
+from kdexport.data.sources import read_given
 from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
 from kdexport.export.verify import FP32_TOLERANCE, compare
 from kdexport.files import disk_errors
-from kdexport.integrations import layouts
+from kdexport.integrations import kubernetes, triton
 from kdexport.output import check_place, making, publish
 from kdexport.progress import say
 from kdexport.report import write_export_card
 from kdexport.results import Exported, ExportedFile
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_answers
-from kdexport.tasks import load_task
+from kdexport.spec.flags import listed, rows_in
+from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Arrays
 
@@ -41,76 +39,57 @@ _ROUNDS, _CALLS = 7, 5
 _BY = "kdexport export"
 
 
-class How(msgspec.Struct, frozen=True, kw_only=True):
-    """How a Hugging Face model is exported.
-
-    `variants`: precisions; fp32 is always made. `max_length`: tokens kept of each text; what the model reads, but at
-    most 512, when None. `data`: texts to verify on, beside the task's probes and examples, from `column`.
-    """
-
-    variants: tuple[spec.Precision, ...] = ("fp32", "int8")
-    max_length: int | None = None
-    data: Path | None = None
-    column: str = "text"
-
-
-_DEFAULT = How()
-
-
 def export(
-    model: str,
-    out: Path,
-    how: How = _DEFAULT,
+    model: str | Path,
+    out: str | Path,
+    *,
     layout: str = "hub",
+    variants: str | Sequence[str] | None = None,
+    max_length: int | None = None,
+    data: str | Path | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    skip_bad_rows: bool = False,
     name: str | None = None,
     image: str | None = None,
-    *,
     move_aside: bool = False,
 ) -> Exported | None:
-    """Pack a trained model as an artifact, or lay one out for others.
+    """Pack a Hugging Face model as an artifact, or lay out an artifact (`folder[:variant]`) for others.
 
-    Args:
-        model: Hugging Face folder or hub id of a classifier (single-label, multi-label, one-label or regression) of
-            texts, tokens, images or sound, or of a language model. For layouts other than hub also an artifact, or a
-            run that holds one, as `folder[:variant]`.
-        out: hub and kserve: the folder to write; one that holds exactly what this function wrote is replaced once the
-            new one is complete. triton: the model repository; models in it of another name, and other versions than 1
-            of this one, stay.
-        how: for a Hugging Face model.
-        layout: hub, triton or kserve.
-        name: of the model, in a repository or in URLs; the model's folder's own when None.
-        image: that kserve's Dockerfile is to be built as.
-        move_aside: rename what kdexport did not write and stands in the way, rather than refuse.
+    What kdexport wrote into `out` is replaced once the new one is complete. A Triton repository keeps models of other
+    names, and other versions than 1 of this one.
 
     Returns:
         What was verified; None when the model was an artifact already.
-
-    Raises:
-        KdexportError: the model, the data or `out` can't be used, or a file does not do what the model does.
     """
-    out, source = out.resolve(), _artifact_at(model)
+    if layout not in ("hub", "triton", "kserve"):
+        raise SpecError(f"--layout {layout!r} is none of hub, triton, kserve")
+    model, out = str(model), Path(out).resolve()
+    source, how = _artifact_at(model), _variants(variants)
+    given = rows_in(data, text, text_pair, None, skip_bad_rows)
     if source and layout == "hub":
         raise SpecError(f"{model} is an artifact already", "Copy it, or choose another --layout")
-    if source and how != _DEFAULT:
+    if source and (variants or max_length or given):
         raise SpecError(f"{model} is an artifact already, so only its layout is left to choose")
+    if max_length is not None and max_length < 8:
+        raise SpecError(f"--max-length {max_length} is below 8")
     if (name and layout == "hub") or (image and layout != "kserve"):
         raise SpecError(f"--{'name' if name else 'image'} has no effect on layout {layout}")
     name = _name(model if source is None else str(source[0].resolve()), name) if layout != "hub" else ""
     places = [out / name, out / f"{name}_text"] if layout == "triton" else [out]
-    mine = layouts.TRITON_NAMES if layout == "triton" else None
+    mine = triton.NAMES if layout == "triton" else None
     for place in places:
         check_place(place, mine, may_move=move_aside)
-    rows = _spread(rows_with_texts(how.data, how.column)) if how.data else []
     with disk_errors(out.parent), making(out) as work:
         made = work / "made"
         made.mkdir()
-        found = None if source else _make(model, how, rows, work)
+        found = None if source else _make(model, how, max_length, given, work)
         folder, variant = source or (work / "artifact", None)
         match layout:
             case "triton":
-                layouts.triton(folder, variant, name, made)
+                triton.write(folder, variant, name, made)
             case "kserve":
-                layouts.kserve(folder, variant, name, image, made / out.name)
+                kubernetes.write(folder, variant, name, image, made / out.name)
             case _:
                 folder.rename(made / out.name)
         for place in places:
@@ -119,10 +98,9 @@ def export(
 
 
 def _artifact_at(model: str) -> tuple[Path, str | None] | None:
-    """The artifact and the variant that `folder[:variant]` names, if it names any."""
-    place, _, variant = model.rpartition(":") if ":" in model and not Path(model).exists() else (model, "", "")
-    folder = artifact.resolve(Path(place))
-    return (folder, variant or None) if (folder / artifact.MANIFEST).exists() else None
+    place, variant = artifact.split_name(model)
+    folder = artifact.resolve(place)
+    return (folder, variant) if (folder / artifact.MANIFEST).exists() else None
 
 
 def _name(model: str, name: str | None) -> str:
@@ -132,21 +110,39 @@ def _name(model: str, name: str | None) -> str:
     return found
 
 
-def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Exported:
+def _variants(names: str | Sequence[str] | None) -> spec.Export:
+    try:
+        return msgspec.convert({"variants": listed(names)} if names else {}, spec.Export)
+    except msgspec.ValidationError:
+        raise SpecError(f"--variants {names!r} can't be read", "Write some of fp32,int8,fp16") from None
+
+
+def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return at most 2,000 rows to verify on, which need no labels, and what their columns are called."""
+    rows, columns = read_given(data, task, "none") if data else ([], {})
+    if len(rows) > _MOST_ROWS:
+        say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, drawn at random")
+    return [rows[i] for i in sampled(len(rows), _MOST_ROWS)], columns
+
+
+def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data | None, work: Path) -> Exported:
     """Write `artifact/` into `work`."""
     if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
+    from kdexport.models.loading import open_config
+    from kdexport.models.registry import task_of
     from kdexport.models.trained import take_trained
 
+    rows, columns = read_rows(data, task_class(task_of(open_config(model)) or DEFAULT))
     source, graphs, packed = (work / name for name in ("model", "graphs", "artifact"))
     for folder in (source, graphs, packed):
         folder.mkdir()
-    take_trained(model, how.max_length, rows, source)
+    take_trained(model, max_length, rows, source)
     task = load_task(source)
     if strange := [precision for precision in how.variants if precision not in task.menu.precisions]:
         known = ", ".join(task.menu.precisions)
         raise SpecError(f"--variants: {strange[0]} is none for {task.name}, the task of {model}", f"Take {known}")
-    export_student(spec.Export(variants=how.variants), source, graphs, rows)
+    export_student(how, source, graphs, rows)
     files, chosen = _verify(task, source, graphs, rows)
     recommended, reason = recommend(files, len(rows))
     found = Exported(
@@ -162,7 +158,7 @@ def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Expor
     )
     made = {"by": _BY} | msgspec.to_builtins(found)
     golden = golden_answers(task, {precision: file for precision, (file, _) in chosen.items()})
-    artifact.pack(source, chosen, recommended, made, packed, golden)
+    artifact.pack(source, chosen, recommended, made, packed, golden, columns)
     write_export_card(found, packed / "README.md")
     return found
 
@@ -170,7 +166,7 @@ def _make(model: str, how: How, rows: list[dict[str, Any]], work: Path) -> Expor
 def _verify(
     task: Task, source: Path, graphs: Path, rows: list[dict[str, Any]]
 ) -> tuple[list[ExportedFile], dict[str, tuple[Path, str]]]:
-    """Hold every file against PyTorch; the record of each that ships, and precision → (file, graph)."""
+    """Compare every file with PyTorch; return the record of each that ships, and precision → (file, graph)."""
     reference = np.load(source / "reference.npy")
     everything = [*rows, *task.probes(), *task.examples()]
     allowed = FP32_TOLERANCE
@@ -200,11 +196,7 @@ def _verify(
 
 
 def recommend(files: Sequence[ExportedFile], rows: int) -> tuple[str, str]:
-    """The precision to load by default, and why.
-
-    int8 is smaller and faster, and what it does to a model's answers differs from model to model: it is recommended
-    where that was seen on enough real rows, and nowhere else.
-    """
+    """Return the precision to load by default, and why: int8 only where it kept the answers of enough real rows."""
     int8 = next((file for file in files if file.precision == "int8"), None)
     if int8 is None:
         return "fp32", "there is no int8 file"
@@ -217,7 +209,7 @@ def recommend(files: Sequence[ExportedFile], rows: int) -> tuple[str, str]:
 
 
 def _shipped(task: Task, graphs: Path, candidates: list[Candidate], rows: list[dict[str, Any]]) -> list[str]:
-    """Names of the files that ship: plain graphs, which run everywhere, but int8 fused where that is faster."""
+    """Name the files that ship: plain graphs, which run everywhere; int8 fused where that is faster."""
     names = {c.precision: c.name for c in candidates if c.graph == "plain"}
     if {"int8", "int8-fused"} <= {c.name for c in candidates}:
         files = {c.name: graphs / c.file for c in candidates}
@@ -227,7 +219,7 @@ def _shipped(task: Task, graphs: Path, candidates: list[Candidate], rows: list[d
 
 
 def _faster(task: Task, plain: Path, fused: Path, rows: list[dict[str, Any]]) -> bool:
-    """Whether the fused file is faster beyond doubt, at the rows' median length, one text at a time, in turns."""
+    """Return whether the fused file is significantly faster at the rows' median length, one text at a time."""
     lengths = task.sizes(task.tokenize(rows))
     arrays = task.sized(rows, int(np.median(lengths)))
     times: dict[Path, list[float]] = {plain: [], fused: []}
@@ -244,11 +236,3 @@ def _seconds(predictor: Predictor, arrays: Arrays) -> float:
     for _ in range(_CALLS):
         predictor.run(arrays)
     return time.perf_counter() - started
-
-
-def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most 2,000 rows, spread evenly."""
-    if len(rows) <= _MOST_ROWS:
-        return rows
-    say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, spread evenly")
-    return [rows[i * len(rows) // _MOST_ROWS] for i in range(_MOST_ROWS)]

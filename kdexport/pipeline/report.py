@@ -10,11 +10,12 @@ import msgspec
 import numpy as np
 
 from kdexport import __version__, spec
+from kdexport.analysis import sampled
 from kdexport.analysis.evidence import look_closely
 from kdexport.analysis.membership import membership
 from kdexport.bench.engine import Measured, read_measured
 from kdexport.bench.subjects import Target
-from kdexport.data import read_rows, read_summary, sampled
+from kdexport.data import read_rows, read_summary
 from kdexport.distill.teachers import kind_of_first
 from kdexport.export import Candidate, read_candidates
 from kdexport.export.verify import read_quality

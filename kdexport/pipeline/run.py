@@ -14,7 +14,7 @@ import msgspec
 
 from kdexport import spec
 from kdexport.bench.subjects import of_file, of_model
-from kdexport.data import prepare, read_rows
+from kdexport.data import prepare, read_rows, read_summary
 from kdexport.data.sources import local_files
 from kdexport.distill import teachers
 from kdexport.export import read_candidates
@@ -34,16 +34,7 @@ from kdexport.tasks import load_task, task_class
 
 
 def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
-    """Do the whole job, or what is left of it, in the run folder `out`.
-
-    Args:
-        settings: the spec.
-        out: the run's folder; made when it is absent.
-        move_aside: rename what kdexport did not write and stands in the way, rather than refuse.
-
-    Raises:
-        KdexportError: what the user gave can't be used; finished stages are kept.
-    """
+    """Run the stages that are not finished yet in the run folder `out`, and return the report."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = derive.students(settings)
     files = local_files(settings.data)
@@ -52,7 +43,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
         # 1. Rows: read, checked, split, audited.
         data = folder.stage(
             "data",
-            version=2,
+            version=3,
             settings=[settings.task, settings.data, settings.seed, *teachers.cut_by(settings)],
             reads=files,
             build=lambda work: prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings)),
@@ -120,10 +111,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
 
 
 def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
-    """Every setting with its value and where it comes from; what is derived with its reason. Runs nothing.
-
-    The data is read, because the number of rows decides the number of epochs.
-    """
+    """List every setting with its value and its meaning or reason; the rows are counted, as epochs depend on them."""
     local_files(settings.data)
     with tempfile.TemporaryDirectory() as work:
         prepare(settings.data, settings.task, settings.seed, Path(work), teachers.cut_of(settings))
@@ -192,5 +180,6 @@ def _bench(settings: spec.Spec, data: Path, teacher: Path, student: Path, export
 def _pack(stages: Stages, report: Report, choice: Choice, work: Path) -> None:
     models = {p: (stages.export / c.file, c.graph) for p, c in choice.shipped.items()}
     golden = golden_answers(load_task(stages.student), {p: file for p, (file, _) in models.items()})
-    artifact.pack(stages.student, models, choice.recommended.precision, made_from(report), work, golden)
+    columns = read_summary(stages.data).columns
+    artifact.pack(stages.student, models, choice.recommended.precision, made_from(report), work, golden, columns)
     write_card(report, work / "README.md")

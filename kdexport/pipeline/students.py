@@ -1,4 +1,4 @@
-"""The stages that make students: one as it is named, or the winner of a search; baselines; other seeds."""
+"""The stages that make students: one by name, or the winner of a search; baselines; other seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdexport.stages import Run, read_record
 
 
 class Students(NamedTuple):
-    """What students are made of: the spec, the run, and its finished stages."""
+    """Makes students in a run, from its finished stages."""
 
     settings: spec.Spec
     folder: Run
@@ -27,12 +27,12 @@ class Students(NamedTuple):
     targets: Path
 
     def whole(self, name: str, suffix: str = "") -> tuple[Path, Path, None]:
-        """A student trained in full, and its exported files."""
+        """Train and export a student."""
         student = self.train(name, f"student{suffix}")
         return student, self.export(student, f"export{suffix}"), None
 
     def search(self, names: tuple[str, ...]) -> tuple[Path, Path, Search]:
-        """The student that a search chose, its files, and the search's record."""
+        """Return the best of several students, its files, and the search's record."""
         ladder = self.folder.stage(
             "ladder",
             version=2,
@@ -61,15 +61,7 @@ class Students(NamedTuple):
         return found.student, found.export, found.search
 
     def train(self, name: str, stage: str, *, hard: bool = False, seed: int | None = None, share: float = 1.0) -> Path:
-        """One trained student as a stage.
-
-        Args:
-            name: the student, as in the spec.
-            stage: the folder.
-            hard: on labels alone: the baseline.
-            seed: another one than the spec's.
-            share: of the epochs; below 1 it is a trial, whose weights aren't kept.
-        """
+        """Train a student as a stage: on labels alone if `hard`; for a fraction of the epochs, `share`, as a trial."""
         distill = msgspec.structs.replace(self.settings.distill, baseline=True, seeds=1)
         if len(derive.students(self.settings)) > 1 and distill.patience is None:
             distill = msgspec.structs.replace(distill, patience=search.PATIENCE)
@@ -102,7 +94,7 @@ class Students(NamedTuple):
         )
 
     def export(self, student: Path, stage: str) -> Path:
-        """The student's files."""
+        """Export a student as a stage."""
 
         def build(work: Path) -> None:
             from kdexport.export import export_student
@@ -110,11 +102,11 @@ class Students(NamedTuple):
             export_student(self.settings.export, student, work, read_rows(self.data, "train"))
 
         return self.folder.stage(
-            stage, version=3, settings=self.settings.export.variants, reads=[self.data, student], build=build
+            stage, version=4, settings=self.settings.export.variants, reads=[self.data, student], build=build
         )
 
     def baseline(self, name: str) -> Path | None:
-        """The same student on labels alone, if it is wanted and there are labels."""
+        """Train the same student on labels alone, if there are any and the spec does not decline."""
         if not self.settings.distill.baseline:
             return None
         if all(row["label"] is None for row in read_rows(self.data, "train")):
@@ -123,7 +115,7 @@ class Students(NamedTuple):
         return self.train(name, "baseline", hard=True)
 
     def other_seeds(self, name: str, baseline: bool) -> list[tuple[Path, Path | None]]:
-        """Student and baseline of every further seed."""
+        """Train student and baseline with each further seed."""
 
         def one(seed: int) -> Iterator[Path | None]:
             yield self.train(name, f"student-seed{seed}", seed=seed)
@@ -153,5 +145,5 @@ class Students(NamedTuple):
 
 
 def local(*models: str) -> list[Path]:
-    """Those of the names that are folders or files here, whose content counts."""
+    """Return the names that are local files or folders: their content is an input of the stage."""
     return [Path(model) for model in models if Path(model).exists()]

@@ -17,6 +17,7 @@ hang a program that loads it, or end it with anything but an `ArtifactError`.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ class ManifestVariant(msgspec.Struct, frozen=True, kw_only=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """`kdexport.json`: all that a runtime needs to know, and how the files came to be.
 
-    `sha256` is that of all else in it; older manifests have none.
+    `columns` are what the training file's columns were called (`text`, `text_pair`, `label`, … → name), `sha256` is
+    that of all else in it; older manifests have neither.
     """
 
     schema: int = SCHEMA
@@ -64,6 +66,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     variants: Annotated[dict[Name, ManifestVariant], Meta(max_length=16)]
     files: Annotated[dict[Name, Sha256], Meta(max_length=64)]
     made: dict[str, Any]
+    columns: Annotated[dict[Name, Name], Meta(max_length=8)] = {}
     sha256: str = ""
 
 
@@ -99,6 +102,7 @@ def pack(
     made: dict[str, Any],
     out: Path,
     golden: Golden | None = None,
+    columns: dict[str, str] | None = None,
 ) -> None:
     """Write an artifact folder.
 
@@ -109,6 +113,7 @@ def pack(
         made: how it was made; goes into the manifest as it is.
         out: an existing folder.
         golden: what the files answer, as `predictor.golden_answers` finds it.
+        columns: what the training file's columns were called.
     """
     from kdexport import __version__
 
@@ -138,6 +143,7 @@ def pack(
         variants=variants,
         files={name: hash_file(out / name) for name in (*_SHIPPED, GOLDEN) if (out / name).exists()},
         made=made,
+        columns=columns or {},
     )
     write_json(out / MANIFEST, sealed(msgspec.json.decode(msgspec.json.encode(manifest))))
 
@@ -183,6 +189,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{folder}/{MANIFEST} can't be read: {error}", _AGAIN) from None
 
 
+def read_columns(folder: Path) -> dict[str, str]:
+    """What the training file's columns were called; nothing where no artifact, or an older one, says so."""
+    return dict(read_manifest(folder).columns) if (resolve(folder) / MANIFEST).is_file() else {}
+
+
 def read_golden(folder: Path) -> Golden | None:
     """The golden answers of an artifact folder; older ones have none.
 
@@ -206,6 +217,14 @@ def read_card(folder: Path) -> str:
             return file.read(_MOST_CARD).decode("utf-8", "replace")
     except (OSError, ValueError):
         return ""
+
+
+def split_name(name: str | Path) -> tuple[Path, str | None]:
+    """`FOLDER[:VARIANT]` → folder and variant; a folder that exists under the whole name wins."""
+    found = re.fullmatch(r"(.+):([^:/\\]*)", str(name), re.DOTALL)
+    if found is None or Path(name).exists():
+        return Path(name), None
+    return Path(found[1]), found[2] or None
 
 
 def resolve(folder: Path) -> Path:

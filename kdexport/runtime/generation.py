@@ -61,8 +61,8 @@ class Written(msgspec.Struct, frozen=True):
     prompt_tokens: int
     finish: Finish
 
-    def told(self, scores: bool) -> dict[str, Any]:
-        """What the command line prints."""
+    def to_dict(self, scores: bool) -> dict[str, Any]:
+        """Return what the command line prints."""
         return {"completion": self.completion, "tokens": self.tokens, "finish": self.finish}
 
 

@@ -45,18 +45,7 @@ def allowed_cores() -> int:
 
 
 class Predictor:
-    """A model file behind its task.
-
-    Args:
-        task: encodes rows and decodes logits.
-        model: an ONNX file whose inputs are the task's.
-        threads: of ONNX Runtime; all allowed cores when None.
-        device: cpu, or cuda, with onnxruntime-gpu.
-
-    Raises:
-        ArtifactError: the file is missing, is no ONNX model, wants other inputs than the task gives, or the
-            device is not there.
-    """
+    """A task and its ONNX file, on all allowed cores by default; `device` is cpu, or cuda with onnxruntime-gpu."""
 
     def __init__(self, task: Task, model: Path, threads: int | None = None, device: str = "cpu") -> None:
         onnxruntime = _onnxruntime()
@@ -91,11 +80,7 @@ class Predictor:
         return self.task.gather(self._output(arrays), arrays)
 
     def prove(self) -> None:
-        """Run two short rows, so that a file that doesn't fit its task is found before the first request.
-
-        Raises:
-            ArtifactError: it gives another number of logits than the task has labels.
-        """
+        """Run two short rows, so that a file that doesn't fit its task is found before the first request."""
         rows = self.task.probes()[:2]
         arrays = self.task.encode(rows)
         output, labels = self._output(arrays), len(self.task.labels)
@@ -106,7 +91,6 @@ class Predictor:
             raise ArtifactError(f"the model gives logits {list(found)}, its task wants {list(wanted)}")
 
     def _output(self, arrays: Arrays) -> Array:
-        """The graph's output for one encoded batch."""
         inputs = self.task.graph_inputs(arrays)
         if self._cache:
             inputs = inputs | self._nothing_before(*inputs["input_ids"].shape)
@@ -158,23 +142,25 @@ class Predictor:
         """Answer texts, pairs of texts, images or recordings, in their order.
 
         Args:
-            texts: strings, tuples of two for pairs, or for tokens lists of words; of images and sound paths or bytes. A
-                single one is answered as a list of one.
-            batch_size: those that run at once.
+            texts: a list of strings, or of tuples of two for pairs, or for tokens of lists of words; of images and
+                sound paths or bytes. A single string, path or bytes is answered as a list of one.
+            batch_size: inputs that run at once.
 
         Returns:
-            One `Prediction` a text: `label`, its probability `score`, and all `scores` by label. For tokens, one
-            `Tagged`: `words`, their `tags` and `scores`, and the `entities` that these make. For language models, one
-            `Foreseen`: how well each text was foreseen; `kdexport.runtime.generation.write` goes on from it.
+            One record an input: a `Prediction` (`label`, its probability `score`, all `scores` by label); for tokens
+            a `Tagged` (`words`, `tags`, `scores`, `entities`); for language models a `Foreseen`, the text's
+            likelihood (`kdexport.write` continues a text).
 
         Raises:
-            DataError: one of them is no text, image or sound; an empty text is answered like any other.
+            DataError: an input is no text, image or sound, or a bare tuple of texts; an empty text is answered.
         """
-        single = isinstance(texts, str | bytes | Path) or (
-            isinstance(texts, tuple) and len(texts) == 2 and all(isinstance(t, str) for t in texts)
-        )
-        many: list[Any] = [texts] if single else list(texts)  # type: ignore[arg-type]
-        rows = [_row(self.task, text, i) for i, text in enumerate(many)]
+        if isinstance(texts, tuple) and texts and all(isinstance(text, str) for text in texts):
+            raise DataError("a tuple of texts may be one pair or several texts", 'Write [("a", "b")] or ["a", "b"]')
+        many: list[Any] = [texts] if isinstance(texts, str | bytes | Path) else list(texts)
+        return self.answer([row_of(self.task, text, i) for i, text in enumerate(many)], batch_size)
+
+    def answer(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> list[Any]:
+        """Answer rows as the task reads them; see `predict`."""
         return list(self.task.decode(self.logits(rows, batch_size), rows)) if rows else []
 
 
@@ -182,23 +168,23 @@ def load(folder: str | Path, variant: str | None = None, threads: int | None = N
     """Open an artifact for prediction; its files are checked against the manifest's sha256 first.
 
     Args:
-        folder: an artifact, or a run that holds one.
-        variant: `fp32`, `int8`, …; the recommended one when None.
-        threads: of ONNX Runtime; all allowed cores when None.
-
-    Raises:
-        ArtifactError: a file is missing or was changed, there is no such variant, or the model can't do its task.
+        folder: an artifact, or a run that holds one; a variant may follow it: `runs/demo:int8`.
+        variant: fp32, int8, …; the recommended one when none is named.
+        threads: those of ONNX Runtime; all allowed cores when None.
     """
     with artifact.only_artifact_errors(Path(folder)):
-        folder = artifact.resolve(Path(folder))
-        model = artifact.model_file(folder, variant)
+        place, named = artifact.split_name(folder)
+        if variant and named not in (None, variant):
+            raise ArtifactError(f"{folder} names the variant {named}, and {variant} is asked for too", "Name one")
+        folder = artifact.resolve(place)
+        model = artifact.model_file(folder, variant or named)
         predictor = Predictor(load_task(folder), model, threads)
         predictor.prove()
     return predictor
 
 
 def golden_answers(task: Task, files: Mapping[str, Path]) -> artifact.Golden:
-    """What each file (by variant) answers on the task's probes and examples: goes into the artifact."""
+    """Return what each file, by variant, answers on the task's probes and examples, to be packed with it."""
     rows = [*task.probes(), *task.examples()]
     rows = rows[: max(1, _MOST_NUMBERS // (math.prod(task.answer_shape) * len(files)))]
     answers = {variant: Predictor(task, file, threads=1).logits(rows, batch_size=1) for variant, file in files.items()}
@@ -208,19 +194,7 @@ def golden_answers(task: Task, files: Mapping[str, Path]) -> artifact.Golden:
 
 
 def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float | None:
-    """How far a loaded file's logits are from those that were packed with it: max |Δlogit| over the golden rows.
-
-    Args:
-        predictor: the variant's file, loaded on this machine.
-        folder: its artifact.
-        variant: fp32, int8, …
-
-    Returns:
-        None when the artifact has no golden answers for the variant, as older ones; NaN if a logit is none.
-
-    Raises:
-        ArtifactError: they can't be read, are of another number of labels, or name files.
-    """
+    """Return max |Δlogit| of a loaded file from the golden answers of its artifact; None where it has none."""
     golden, task = artifact.read_golden(artifact.resolve(folder)), predictor.task
     if golden is None or variant not in golden.logits:
         return None
@@ -245,7 +219,7 @@ def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float
 
 
 class Tensor(NamedTuple):
-    """An input or output of a graph; an axis of no fixed size is None."""
+    """An input or output of a graph; a dynamic axis is None."""
 
     name: str
     type: str
@@ -279,7 +253,8 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _row(task: Task, given: object, i: int) -> dict[str, Any]:
+def row_of(task: Task, given: object, i: int) -> dict[str, Any]:
+    """Return the row of the i-th text, image or recording that a caller gave; a `DataError` says which is wrong."""
     try:
         return task.row(given)
     except DataError as error:

@@ -23,7 +23,7 @@ _CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]")
 
 
 class AccessLog:
-    """Writes what is asked for: `all`, `errors` (400 and up) or `off`; `on_dropped` is called with a count of lines."""
+    """Log of `all` requests, `errors` (400 and up) or none (`off`); `on_dropped` is called with a count of lines."""
 
     def __init__(self, which: str, fd: int = 1, on_dropped: Callable[[int], None] = lambda _: None) -> None:
         self._from = {"all": 0, "errors": 400, "off": 1000}[which]
@@ -69,7 +69,7 @@ class AccessLog:
         self._lines.append(_encode(line))
 
     def flush(self) -> None:
-        """Hand the pending lines to the writer."""
+        """Hand the pending lines to the generator."""
         if self._lines:
             data = b"\n".join([*self._lines, b""])
             self._lines.clear()

@@ -1,4 +1,4 @@
-"""The admin port: metrics, health, and Triton's model repository protocol. On loopback unless told otherwise.
+"""The admin port: metrics, health, and Triton's model repository protocol.
 
 Loading and unloading need a key where there are keys; without keys they can be asked for on loopback alone.
 """
@@ -27,7 +27,7 @@ class Admin:
         self.hosts: Hosts | None = None  # of the port that is listened on
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, as ASGI has it."""
+        """Answer one request."""
         request = Request(scope, receive)
         try:
             response = await self._answer(request)
@@ -36,8 +36,7 @@ class Admin:
         except Exception as error:  # of a file that is broken in a way that nobody thought of
             warn(f"{request.method} {request.path[:256]!r} on the admin port failed: {error!r}")
             response = refusal(Refused(500, "the server could not do this; its log says why"))
-        headers = [*response.headers, (b"content-length", b"%d" % len(response.body))]
-        await respond(send, response.status, headers, response.body)
+        await respond(send, response)
 
     async def _answer(self, request: Request) -> Response:
         request.read_head()
@@ -49,9 +48,9 @@ class Admin:
             case "GET", ["metrics"]:
                 return Response(self._app.metrics.text(), headers=[_METRICS])
             case "GET", ["v2", "health", "live"]:
-                return await self._app.live(request)
+                return await self._app.live()
             case "GET", ["v2", "health", "ready"]:
-                return await self._app.health(request)
+                return await self._app.health()
             case "POST", ["v2", "repository", "index"]:
                 return answer(self._index())
             case "POST", ["v2", "repository", "models", name, ("load" | "unload") as what]:

@@ -14,7 +14,7 @@ import asyncio
 import math
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -30,16 +30,16 @@ _PATIENCE_S = 0.2
 
 
 class Model(Protocol):
-    """What rows run on."""
+    """A model as a batcher runs it."""
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
-        """One result a row, in their order; an exception as a result fails that row alone."""
+        """Return one result a row, in their order; an exception as a result fails that row alone."""
 
     def bucket(self, cost: int) -> int:
-        """Rows of one bucket may share a batch; it is the length in tokens that they are padded to at most."""
+        """Return the length in tokens that a row of this cost is padded to; rows of one bucket may share a batch."""
 
     def most(self, bucket: int) -> int:
-        """Rows of a batch at most."""
+        """Return how many rows a batch may have."""
 
 
 class Ticket:
@@ -53,15 +53,14 @@ class Ticket:
         self.left = rows
         self.started = self.done_at = 0.0
 
-    def expire(self) -> None:
-        """Give up on it."""
+    def fail(self, error: Exception) -> None:
+        """End with an error, unless it has ended already."""
         if not self.future.done():
-            self.future.set_exception(Refused(504, "the answer took longer than the request's deadline"))
+            self.future.set_exception(error)
 
-    def abandon(self) -> None:
-        """Nobody waits for it any more."""
-        if not self.future.done():
-            self.future.set_exception(ClientGone())
+    def expire(self) -> None:
+        """End because its deadline has passed."""
+        self.fail(Refused(504, "the answer took longer than the request's deadline"))
 
 
 Item = tuple[Ticket, int, Any, int]  # whose, which of its rows, the row, its cost in tokens
@@ -71,7 +70,7 @@ class _Lane:
     """Rows that wait, by model and length: all are bounded together."""
 
     def __init__(self) -> None:
-        self.queues: dict[tuple[Model, int], deque[Item]] = {}
+        self.queues: defaultdict[tuple[Model, int], deque[Item]] = defaultdict(deque)
         self.tokens = self.rows = 0
         self.served = 0.0  # when a batch was last taken
 
@@ -89,10 +88,10 @@ class Batcher:
         threads: batches that run at once.
         max_batch_tokens: padded tokens of a batch; a longer row runs alone.
         max_wait: seconds that a batch waits for more rows.
-        max_queue: seconds that newly taken work may have to wait; beyond, requests are refused with 429.
-        rate: tokens a second that all threads together are thought to do; learnt while running.
-        on_batch: told (rows, tokens, seconds) of every batch, on the loop.
-        on_death: told when a thread ends by an error that is ours, on the loop; nothing runs any more then.
+        max_queue: seconds that new work may have to wait; beyond, requests are refused with 429.
+        rate: first guess of the tokens a second of all threads; learnt while running.
+        on_batch: called with (rows, tokens, seconds) of every batch, on the loop.
+        on_death: called when a thread ends by an error that is ours, on the loop; nothing runs any more then.
         lanes: whether large requests stand apart; else all wait their turn.
     """
 
@@ -132,7 +131,7 @@ class Batcher:
     async def run(
         self, model: Model, rows: Sequence[Any], costs: Sequence[int], timeout: float, gone: Callable[[], bool]
     ) -> Ticket:
-        """Run one request's rows; returns when all are done.
+        """Run one request's rows, and return when all are done.
 
         Raises:
             Refused: there is too much work waiting (429), the deadline passed (504), or nothing runs any more (503).
@@ -169,10 +168,7 @@ class Batcher:
             if rows and not large:
                 self._usual += _NEWEST * (tokens / len(rows) - self._usual)
             for key, item in items:
-                queue = lane.queues.get(key)
-                if queue is None:
-                    queue = lane.queues[key] = deque()
-                queue.append(item)
+                lane.queues[key].append(item)
             lane.tokens += tokens
             lane.rows += len(rows)
             self._wake(len(rows))
@@ -180,11 +176,11 @@ class Batcher:
 
     @property
     def rate(self) -> float:
-        """Tokens a second that all threads together do."""
+        """Tokens a second of all threads together."""
         return max(self._done / self._took, 1.0)
 
     def full(self) -> int:
-        """0 while there is room for a row of the usual size; else after how many seconds there should be."""
+        """Return 0 while there is room for a row of the usual size, else the seconds until there should be."""
         lane = self._small
         wait = (lane.tokens + self._usual) / self.rate
         return self._retry_after(lane) if lane.tokens and wait > self._max_queue else 0
@@ -277,7 +273,7 @@ class Batcher:
             if item[0].future.done():
                 continue
             if item[0].gone():
-                self._tell(item[0].abandon)
+                self._tell(item[0].fail, ClientGone())
                 continue
             batch.append(item)
         if not queue:
@@ -323,7 +319,7 @@ class Batcher:
             ticket.started = ticket.started or started
             ticket.done_at = ended
             if isinstance(result, BaseException):
-                ticket.future.set_exception(_as_exception(result))
+                ticket.fail(_as_exception(result))
                 continue
             ticket.results[i] = result
             ticket.left -= 1
@@ -340,8 +336,7 @@ class Batcher:
             self._small, self._large = _Lane(), _Lane()
             self._wake(self._threads)
         for ticket in tickets:
-            if not ticket.future.done():
-                ticket.future.set_exception(Refused(503, "the server is ending"))
+            ticket.fail(Refused(503, "the server is ending"))
         self._on_death(error)
 
 

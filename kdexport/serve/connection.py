@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 from asyncio import TimerHandle, Transport
+from collections.abc import Callable
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from kdexport.serve.http import FULL, Headers, Send, encode
+from kdexport.serve.http import CLOSE, FULL, Response, Send, encode
 
 _MAX_HEAD = 32 * 1024
 # Refusals of what costs much before it is refused, or may do so; by how much each one more delays the next, at most.
 _COSTLY, _LATER_S, _LATEST_S = (413, 429), 0.01, 0.25
 # Requests of one connection that wait for the one before: each is small, but what they become is not.
 _MAX_PIPELINED = 32
-_BODY = encode({"error": FULL})
-_FULL = (
-    STATUS_LINE[429]
-    + b"content-type: application/json\r\ncontent-length: %d\r\n" % len(_BODY)
-    + b"retry-after: %d\r\n%b\r\n"
-    + _BODY
-)
+_CLOSE = b"connection: close\r\n"
 
 
 class Connection(HttpToolsProtocol):
     """One client's connection.
 
-    A client that trickles its head, never begins a request, or goes on with a body that nobody waits for any more,
-    is cut off after `read_timeout`; a connection without any request under way, or whose answers nobody reads, after
-    uvicorn's keep-alive time. A body that is read has its handler's timer.
+    It ends after `read_timeout` where a client trickles its head, never begins a request, or goes on with a body that
+    nobody waits for; after uvicorn's keep-alive time where no request is under way, or nobody reads the answers. A body
+    that is read has its handler's timer.
     """
 
     read_timeout = 10.0
     max_connections = 4096
 
-    @staticmethod
-    def full() -> int:
-        """Seconds after which a client may come again while there is too much work; 0 while there is not."""
-        return 0
-
-    @staticmethod
-    def on_refused() -> None:
-        """Told of every request that was refused here."""
+    full: Callable[[], int] = staticmethod(lambda: 0)  # seconds to come again after, while there is too much work
+    on_refused: Callable[[], object] = staticmethod(lambda: None)  # called of every request that is refused here
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
-        """Begin waiting for the first request."""
+        """Wait for the first request."""
         super().connection_made(transport)
         self._begun = False  # whether some of a head has come, and not all
         self._beside = 0  # bytes that came since something was whole: of a head, of trailers, of a chunk's extensions
@@ -59,7 +48,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(503, "too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing more will come."""
+        """End the timers, and tell the request that is being answered."""
         for timer in filter(None, (self._timer, self._unread, self._later)):
             timer.cancel()
         # uvicorn tells the newest request alone; the one that is being answered stands before all in the pipeline.
@@ -69,7 +58,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Let the bytes be parsed; bound what they leave incomplete. Most heads come whole and cost no timer."""
+        """Parse bytes; bound what they leave incomplete. Most heads come whole and cost no timer."""
         self._unset_keepalive_if_required()
         self._beside += len(data)
         while data:
@@ -87,16 +76,12 @@ class Connection(HttpToolsProtocol):
             self._timer = self.loop.call_later(self.read_timeout, self._too_slow)
 
     def on_message_begin(self) -> None:
-        """The first byte of a request."""
+        """Begin a request."""
         super().on_message_begin()
         self._begun = True
 
     def on_headers_complete(self) -> None:
-        """The head is whole: begin to answer, or to refuse.
-
-        While the queue is full, no more is spent on a request than it takes to say so: its body is not kept, it
-        becomes no task. What that saves goes to those who are served.
-        """
+        """Begin to answer, or to refuse: while the queue is full, a body is not kept, and a request becomes no task."""
         if self._beside > _MAX_HEAD:
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > _MAX_HEAD:
@@ -128,13 +113,13 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Keep the body of what is answered."""
+        """Keep the body of a request that is answered."""
         self._beside = 0
         if not self._refusing:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
+        """End a request."""
         self._beside = 0
         if self.parser.should_upgrade():
             return
@@ -146,16 +131,16 @@ class Connection(HttpToolsProtocol):
             return
         self._head_complete()
         self.on_refused()
-        self._say_full(self.parser.should_keep_alive())
+        self._refuse_full(self.parser.should_keep_alive())
 
     def pause_writing(self) -> None:
-        """The client reads less than it is sent: neither is it read from, and not for ever is it waited for."""
+        """Read no more from a client that does not read, and wait for it for a while only."""
         super().pause_writing()
         self.flow.pause_reading()
         self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It has read most of it."""
+        """Resume once the write buffer drains."""
         super().resume_writing()
         if self._unread is not None and not self.transport.is_closing():  # closing also waits for what is left
             self._unread.cancel()
@@ -163,10 +148,7 @@ class Connection(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def answered(self, status: int) -> None:
-        """Read later and later from a client whose requests are refused one after the other as too large or too many.
-
-        A flood of them ebbs by itself; whoever heeds a refusal notices nothing.
-        """
+        """Read later and later from a client whose requests are refused one after the other, so that floods ebb."""
         self.refusals = self.refusals + 1 if status in _COSTLY else 0
         if self.refusals > 1 and not self.transport.is_closing():
             self.flow.pause_reading()
@@ -204,12 +186,12 @@ class Connection(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         return b"".join((method, b" ", self.url, b" HTTP/", version, b"\r\n", *lines, b"\r\n", rest))
 
-    def _say_full(self, keep_alive: bool) -> None:
+    def _refuse_full(self, keep_alive: bool) -> None:
         seconds, self._refusing = self._refusing, 0
         if self.transport.is_closing():
             return
-        close = b"" if keep_alive else b"connection: close\r\n"
-        self.transport.write(_FULL % (seconds, close))
+        retry = b"retry-after: %d\r\n" % seconds
+        self.transport.write(_error(429, FULL, retry if keep_alive else retry + _CLOSE))
         if keep_alive:
             self._await_next()
             self.answered(429)
@@ -238,9 +220,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._begun or self._refusing or self.cycle is None or not self.cycle.response_started:
-            body = encode({"error": message})
-            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-            self.transport.write(b"".join((STATUS_LINE[status], head, body)))
+            self.transport.write(_error(status, message, _CLOSE))
         self.transport.close()
 
 
@@ -248,8 +228,18 @@ class _NoMoreError(Exception):
     """Raised in the parser's callbacks, it ends the parsing."""
 
 
-async def respond(send: Send, status: int, headers: Headers, body: bytes) -> None:
+def _error(status: int, message: str, headers: bytes) -> bytes:
+    body = encode({"error": message})
+    head = b"content-type: application/json\r\ncontent-length: %d\r\n%b\r\n" % (len(body), headers)
+    return b"".join((STATUS_LINE[status], head, body))
+
+
+async def respond(send: Send, response: Response, closing: bool = False) -> None:
     """Send a whole answer. On our own connections it is one write, where ASGI's two messages would be two."""
+    status, body = response.status, response.body
+    headers = [*response.headers, (b"content-length", b"%d" % len(body))]
+    if closing:
+        headers.append(CLOSE)
     cycle = getattr(send, "__self__", None)
     if not isinstance(cycle, RequestResponseCycle) or cycle.flow.write_paused or cycle.scope["method"] == "HEAD":
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -257,11 +247,10 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
         return
     if cycle.disconnected:
         return
-    close = (b"connection", b"close")
-    if close in headers:
+    if CLOSE in headers:
         cycle.keep_alive = False
     elif not cycle.keep_alive:
-        headers = [*headers, close]
+        headers.append(CLOSE)
     lines = [b"%b: %b\r\n" % header for header in (*cycle.default_headers, *headers)]
     cycle.response_started = cycle.response_complete = True
     cycle.transport.write(b"".join((STATUS_LINE[status], *lines, b"\r\n", body)))
@@ -275,5 +264,5 @@ async def respond(send: Send, status: int, headers: Headers, body: bytes) -> Non
 
 
 def limited(**attributes: Any) -> type[Connection]:
-    """The class with a server's limits: `read_timeout`, `max_connections`, `full`, `on_refused`."""
+    """Return the class with a server's limits: `read_timeout`, `max_connections`, `full`, `on_refused`."""
     return type("Limited", (Connection,), {k: staticmethod(v) if callable(v) else v for k, v in attributes.items()})

@@ -1,9 +1,8 @@
 """The Open Inference Protocol over gRPC, beside HTTP in the same event loop.
 
 An infer call becomes the request that HTTP would carry, JSON with raw tensors behind it, and is read by the same
-`oip.parse`: one set of checks, limits and messages. Keys come as metadata, `authorization: Bearer KEY` or
-`x-api-key: KEY`. Errors are gRPC's statuses; `retry-after` stands in the trailing metadata of a refusal that time
-mends. The log and the metrics show HTTP's codes.
+`oip.parse`. Keys come as metadata, `authorization: Bearer KEY` or `x-api-key: KEY`; so does `retry-after` go. The log
+and the metrics show HTTP's codes.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ import traceback
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from kdexport import __version__
 from kdexport.errors import MissingPackage
 from kdexport.serve.app import App
-from kdexport.serve.http import SMALL, Keys, Refused, Request, encode
-from kdexport.serve.large import Turns, off_loop
+from kdexport.serve.http import CLIENT_GONE, RETRY, SMALL, Keys, Refused, Request, encode, failure
+from kdexport.serve.large import Limiter, off_loop
 from kdexport.serve.protocols import oip
 from kdexport.serve.registry import Version
 from kdexport.serve.tensors import raw_array, raw_texts
@@ -44,7 +43,6 @@ _MESSAGES = {
 }
 _SERVICE = f"{_FILE.package}.{_FILE.service[0].name}"
 _REFUSING_S = 0.5
-_CLIENT_GONE = 499
 _STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -56,19 +54,10 @@ _STATUS = {
 }
 # Datatype → the field that holds it where a tensor is not given raw.
 _CONTENTS = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents",
-    "INT16": "int_contents",
-    "INT32": "int_contents",
-    "INT64": "int64_contents",
-    "UINT8": "uint_contents",
-    "UINT16": "uint_contents",
-    "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-    "BYTES": "bytes_contents",
-}
+    "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents",
+    "INT64": "int64_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
+    "UINT64": "uint64_contents", "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
+}  # fmt: skip
 
 
 class Listener:
@@ -78,7 +67,7 @@ class Listener:
         self._server, self.address = server, address
 
     async def stop(self, grace: float) -> None:
-        """Take in no more calls; those that run may take `grace` seconds, then they are cancelled."""
+        """Take in no more calls, and cancel those that run after `grace` seconds."""
         # A call that comes while gRPC stops is ended as CANCELLED, which reads as if its client had done it. So
         # for a moment calls are still let in, and answered with UNAVAILABLE because the app is closing.
         refusing = min(_REFUSING_S, grace)
@@ -91,7 +80,8 @@ async def listen(app: App, host: str, port: int) -> Listener:
     settings = app.settings
     server = grpc.aio.server(
         options=[
-            ("grpc.max_receive_message_length", settings.max_body),  # decompressed, too
+            # Decompressed, too; files travel over HTTP alone.
+            ("grpc.max_receive_message_length", settings.body_limit("text")),
             ("grpc.max_connection_idle_ms", int(1e3 * settings.keep_alive)),
             ("grpc.so_reuseport", 0),  # else a second server could take the same port, and half of the calls
         ],
@@ -109,15 +99,6 @@ async def listen(app: App, host: str, port: int) -> Listener:
     return Listener(server, f"{host}:{bound}")
 
 
-class _Method(NamedTuple):
-    """One of the protocol's calls."""
-
-    path: str
-    read: Callable[[bytes], Any]
-    answer: Callable[[Request, Any, Any], Awaitable[Any]]
-    keyed: bool
-
-
 class _Service:
     """The protocol's calls. Messages go in and out as bytes: what can't be read is answered, counted and logged too."""
 
@@ -126,35 +107,47 @@ class _Service:
         self._keys = Keys(app.settings.api_keys)
 
     def handler(self, name: str, takes: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        """What gRPC calls for one of the methods."""
+        """Return the function that gRPC calls for one of the methods."""
         openly = {"ServerLive": self._live, "ServerReady": self._ready, "ServerMetadata": self._server_metadata}
         keyed = {"ModelReady": self._model_ready, "ModelMetadata": self._model_metadata, "ModelInfer": self._infer}
-        method = _Method(
-            path=f"/{_SERVICE}/{name}",
-            read=_MESSAGES[takes].FromString,
-            answer=(openly | keyed)[name],
-            keyed=name in keyed and bool(self._keys),
-        )
-        return partial(self._call, method)
+        return partial(self._call, name, _MESSAGES[takes].FromString, (openly | keyed)[name], name in keyed)
 
-    async def _call(self, method: _Method, data: bytes, context: Any) -> bytes:
-        """One call: in the spans, the metrics and the log, and with a status for whatever goes wrong."""
+    async def _call(
+        self,
+        name: str,
+        read: Callable[[bytes], Any],
+        answer: Callable[[Request, Any, Any], Awaitable[Any]],
+        keyed: bool,
+        data: bytes,
+        context: Any,
+    ) -> bytes:
+        """Answer a call, in the spans, the metrics and the log; give whatever goes wrong a status."""
         app, began = self._app, time.monotonic()
-        request = _request(method.path, context, app.turns)
+        request = _request(f"/{_SERVICE}/{name}", context, app.limiter)
         fault, code = "", 200
         app.running += 1
         try:
             with app.tracer.span(request):
-                return await self._answer(method, request, data, context)
+                if app.closing:
+                    raise Refused(503, "the server is going down", RETRY)
+                if keyed and self._keys:
+                    self._keys.check(request)
+                if len(data) > SMALL:
+                    await request.take_slot(len(data), app.settings.timeout)
+                try:
+                    message = read(data)
+                except DecodeError:
+                    raise Refused(400, "the message can't be read") from None
+                return bytes((await answer(request, message, context)).SerializeToString())
         except Refused as error:
             refused, code = error, error.status
         except asyncio.CancelledError:  # by the client, or by gRPC at the call's deadline
             left = context.time_remaining()
-            code = _CLIENT_GONE if left is None or left > 0 else 504
+            code = CLIENT_GONE if left is None or left > 0 else 504
             raise
         except Exception as error:
             fault, code = "".join(traceback.format_exception(error)), 500
-            refused = Refused(500, "the server could not answer this; its log says why")
+            refused = failure()
         finally:
             app.running -= 1
             request.end()
@@ -164,19 +157,6 @@ class _Service:
         metadata = tuple((name.decode(), value.decode()) for name, value in refused.headers)
         await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message, metadata)
         raise AssertionError("abort raises")
-
-    async def _answer(self, method: _Method, request: Request, data: bytes, context: Any) -> bytes:
-        if self._app.closing:
-            raise Refused(503, "the server is going down", [(b"retry-after", b"1")])
-        if method.keyed:
-            self._keys.check(request)
-        if len(data) > SMALL:
-            await request.take_turn(len(data), self._app.settings.timeout)
-        try:
-            message = method.read(data)
-        except DecodeError:
-            raise Refused(400, "the message can't be read") from None
-        return bytes((await method.answer(request, message, context)).SerializeToString())
 
     async def _infer(self, request: Request, message: Any, context: Any) -> Any:
         app, settings = self._app, self._app.settings
@@ -232,8 +212,8 @@ class _Service:
         return _MESSAGES["ServerMetadataResponse"](name="kdexport", version=__version__, extensions=["classification"])
 
 
-def _request(path: str, context: Any, turns: Turns) -> Request:
-    """A call as the keys, the tracer and the log know requests."""
+def _request(path: str, context: Any, limiter: Limiter) -> Request:
+    """Return a call as the keys, the tracer and the log know requests."""
     headers = [
         (name.encode(), value.encode() if isinstance(value, str) else value)
         for name, value in context.invocation_metadata()
@@ -241,7 +221,7 @@ def _request(path: str, context: Any, turns: Turns) -> Request:
     address = unquote(context.peer()).partition(":")[2]  # ipv4:127.0.0.1:5000, ipv6:[::1]:5000, unix:…
     client = (address.rpartition(":")[0].strip("[]"), 0)
     scope = {"type": "grpc", "method": "POST", "path": path, "headers": headers, "client": client}
-    request = Request(scope, _no_body, turns)
+    request = Request(scope, _no_body, limiter)
     request.protocol = "grpc"
     return request
 
@@ -251,11 +231,7 @@ async def _no_body() -> NoReturn:
 
 
 def _as_http(message: Any, raw: bool) -> tuple[bytes, int]:
-    """The same request as HTTP carries it, and the length of its JSON.
-
-    Raises:
-        Refused: tensors come both raw and not, or in a field that is not their datatype's (400).
-    """
+    """Return the request as HTTP carries it, and the length of its JSON."""
     if raw and len(message.raw_input_contents) != len(message.inputs):
         raise Refused(400, "there must be as many raw_input_contents as inputs")
     inputs = []

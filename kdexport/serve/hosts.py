@@ -18,10 +18,10 @@ class Hosts:
     """The `Host` and `Origin` headers that one port takes.
 
     Args:
-        address: that the port is bound to.
-        name: as the user gave it.
+        address: the address that the port is bound to.
+        name: the host as the user gave it.
         allowed: further names, of proxies on this machine; `*` for any.
-        open: whether who asks needs no key.
+        open: whether requests need no key.
     """
 
     def __init__(self, address: str, name: str, allowed: Iterable[str], open: bool) -> None:
@@ -33,11 +33,7 @@ class Hosts:
         self._fault = lru_cache(256)(self._find_fault)
 
     def check(self, request: Request) -> None:
-        """Let a request pass whose head was read.
-
-        Raises:
-            Refused: it comes from a foreign page or for a foreign host (403), or names no host or two (400).
-        """
+        """Refuse a request from a foreign page or for a foreign host (403), or with no host or two (400)."""
         hosts = request.host
         if hosts == self._usual and request.origin is None:
             return

@@ -15,7 +15,7 @@ import msgspec
 from kdexport.serve.settings import Settings
 
 if TYPE_CHECKING:
-    from kdexport.serve.large import Turns
+    from kdexport.serve.large import Limiter
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -23,11 +23,15 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 JSON = (b"content-type", b"application/json")
+RETRY: Headers = [(b"retry-after", b"1")]
+CLOSE = (b"connection", b"close")
 # Proxies that gather answers before they pass them on let these through as they come.
 EVENTS: Headers = [
     (b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")
 ]  # fmt: skip
-FULL = "too much work is waiting"  # of every 429, whoever says it
+FULL = "too much work is waiting"  # of every 429
+# Nginx's code for a client that went away; it is never sent, only logged and counted.
+CLIENT_GONE = 499
 encode = msgspec.json.Encoder().encode
 _MAX_MESSAGE = 1000
 _HEAD = {b"host", b"content-length", b"content-encoding", b"origin", b"transfer-encoding"}
@@ -48,7 +52,7 @@ class ClientGone(Exception):
 
 
 class Response(msgspec.Struct):
-    """What goes back; `content-length` is added when it is sent."""
+    """An answer; `content-length` is added when it is sent."""
 
     body: bytes
     status: int = 200
@@ -56,7 +60,7 @@ class Response(msgspec.Struct):
 
 
 class Stream(msgspec.Struct):
-    """An answer that goes back as it comes, as server-sent events; the first one is there already."""
+    """An answer as server-sent events, whose first one is there already."""
 
     first: bytes
     rest: AsyncGenerator[bytes, None]
@@ -64,31 +68,36 @@ class Stream(msgspec.Struct):
 
 
 def event(content: Any) -> bytes:
-    """A server-sent event."""
+    """Return a server-sent event."""
     return b"data: %b\n\n" % (content if isinstance(content, bytes) else encode(content))
 
 
 def answer(content: Any, status: int = 200) -> Response:
-    """Anything msgspec encodes, as JSON."""
+    """Return anything msgspec encodes as JSON."""
     return Response(encode(content), status)
 
 
 def refusal(refused: Refused) -> Response:
-    """A refused request's answer, as every protocol here has it; a name in it may be as long as the request."""
+    """Return the answer to a refused request; a name in its message may be as long as the request."""
     return Response(encode({"error": refused.message[:_MAX_MESSAGE]}), refused.status, [JSON, *refused.headers])
 
 
+def failure() -> Refused:
+    """Return what a client learns of an error that is ours."""
+    return Refused(500, "the server could not answer this; its log says why")
+
+
 class Request:
-    """One HTTP request; what its handler finds out is kept for the log and the metrics."""
+    """One HTTP request, with the facts for log and metrics that its handler adds."""
 
     __slots__ = (
-        "_encoding", "_held", "_length", "_receive", "_turn", "_turns", "first_s", "host", "large", "method", "model",
+        "_encoding", "_held", "_length", "_limiter", "_receive", "_slot", "first_s", "host", "large", "method", "model",
         "origin", "path", "protocol", "queued_s", "rows", "run_s", "scope", "tokens",
     )  # fmt: skip
 
-    def __init__(self, scope: Scope, receive: Receive, turns: Turns | None = None) -> None:
-        self.scope, self._receive, self._turns = scope, receive, turns
-        self._held, self._turn, self.large = 0, False, False
+    def __init__(self, scope: Scope, receive: Receive, limiter: Limiter | None = None) -> None:
+        self.scope, self._receive, self._limiter = scope, receive, limiter
+        self._held, self._slot, self.large = 0, False, False
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.model, self.protocol, self.rows = "", "", 0
@@ -99,12 +108,9 @@ class Request:
         self.origin: bytes | None = None
 
     def read_head(self) -> None:
-        """Note what every request is asked for, in one pass over its headers.
+        """Note the headers that every request is checked for, in one pass.
 
         Of transfer encodings only plain chunks are taken: what a proxy in front may read otherwise, it cuts otherwise.
-
-        Raises:
-            Refused: the transfer encoding is another one (400).
         """
         for key, value in self.scope["headers"]:
             if key not in _HEAD:
@@ -118,135 +124,102 @@ class Request:
             elif key == b"origin":
                 self.origin = value
             elif key == b"transfer-encoding" and (value.lower() != b"chunked" or self.scope["http_version"] != "1.1"):
-                raise Refused(400, "transfer-encoding may be chunked, in HTTP/1.1", [(b"connection", b"close")])
+                raise Refused(400, "transfer-encoding may be chunked, in HTTP/1.1", [CLOSE])
 
     def header(self, name: bytes) -> bytes | None:
-        """A header's value; names are in lower case."""
-        for key, value in self.scope["headers"]:
-            if key == name:
-                return bytes(value)
-        return None
+        """Return a header's value; names are in lower case."""
+        return next((bytes(value) for key, value in self.scope["headers"] if key == name), None)
 
     def gone(self) -> bool:
         """Whether the client has closed the connection, as far as uvicorn knows; other servers don't say."""
         return bool(getattr(getattr(self._receive, "__self__", None), "disconnected", False))
 
-    async def body(self, settings: Settings) -> bytes:
-        """The whole body, decompressed; after `read_head`.
+    async def body(self, settings: Settings, limit: int) -> bytes:
+        """Return the whole body, decompressed; after `read_head`.
 
         Bytes are counted as they come: a declared length may lie, and chunks declare none.
 
         Raises:
-            Refused: it is larger than `max_body` (413), slower than `read_timeout` (408), in an unknown or broken
+            Refused: it is larger than the limit (413), slower than `read_timeout` (408), in an unknown or broken
                 encoding (415, 400), or too many large ones are under way (429).
             ClientGone: the connection closed before its end.
         """
-        limit = settings.max_body
         if self._length > limit:
             raise _too_large(limit)
         ends = time.monotonic() + settings.read_timeout
-        message = await self._read(settings.read_timeout)
+        message = await self._read(ends)
+        body: bytes = message.get("body", b"")
+        total = len(body)
         if message.get("more_body"):
-            parts, total = [message["body"]], len(message["body"])
-            while message.get("more_body"):
-                message = await self._read(ends - time.monotonic())
-                total += len(message["body"])
-                if total > limit:
-                    raise _too_large(limit)
+            parts = [body]
+            while message.get("more_body") and total <= limit:
                 self._hold(total)
-                parts.append(message["body"])
+                message = await self._read(ends)
+                parts.append(message.get("body", b""))
+                total += len(parts[-1])
             body = b"".join(parts)
-        else:
-            body = message.get("body", b"")
-        if len(body) > limit:
+        if total > limit:
             raise _too_large(limit)
-        if len(body) > SMALL:
-            await self.take_turn(len(body), settings.timeout)
+        if total > SMALL:
+            await self.take_slot(total, settings.timeout)
         if self._encoding in (b"", b"identity"):
             return body
-        stream = _Inflating(body, self._encoding, limit)
-        if not stream.small():
-            await self.take_turn(SMALL, settings.timeout)
-            await asyncio.to_thread(stream.rest)
-        return stream.data
+        return await self._inflated(body, limit, settings.timeout)
 
-    async def take_turn(self, size: int, timeout: float) -> None:
-        """Wait until a large request is worked on; it holds its turn until `end`.
+    async def _inflated(self, body: bytes, limit: int, timeout: float) -> bytes:
+        """Inflate a body, never further than the limit: 50 kB of gzip can hold 50 MB."""
+        if self._encoding not in (b"gzip", b"deflate"):
+            raise Refused(415, "content-encoding may be gzip, deflate or identity")
+        stream = zlib.decompressobj(wbits=47)  # either header
+        try:
+            found = stream.decompress(body, min(SMALL, limit) + 1)
+            if SMALL < len(found) <= limit:
+                await self.take_slot(SMALL, timeout)
+                found += await asyncio.to_thread(stream.decompress, stream.unconsumed_tail, limit + 1 - len(found))
+        except zlib.error:
+            raise Refused(400, "the body is not what its content-encoding says") from None
+        if len(found) > limit:
+            raise _too_large(limit)
+        if not stream.eof or stream.unused_data:
+            raise Refused(400, "the compressed body ends too early, or too late")
+        return found
 
-        Raises:
-            Refused: too many others wait (429).
-        """
+    async def take_slot(self, size: int, timeout: float) -> None:
+        """Wait until a large request is worked on, or refuse it (429); it holds its turn until `end`."""
         self._hold(size)
-        if self._turns and not self._turn:
-            await self._turns.take(timeout)
-            self._turn = self.large = True
+        if self._limiter and not self._slot:
+            await self._limiter.acquire(timeout)
+            self._slot = self.large = True
 
     def end(self) -> None:
         """Give back what a large request held, if anything."""
-        if self._turns and (self._held or self._turn):
-            self._turns.end(self._held, self._turn)
-            self._held, self._turn, self.large = 0, False, False
+        if self._limiter and (self._held or self._slot):
+            self._limiter.release(self._held, self._slot)
+            self._held, self._slot, self.large = 0, False, False
 
     def _hold(self, size: int) -> None:
-        if self._turns and size > SMALL and size > self._held:
-            self._turns.hold(size - self._held)
+        if self._limiter and size > SMALL and size > self._held:
+            self._limiter.reserve(size - self._held)
             self._held, self.large = size, True
 
-    async def _read(self, timeout: float) -> MutableMapping[str, Any]:
-        if not self._whole():
+    async def _read(self, ends: float) -> MutableMapping[str, Any]:
+        # Of most requests the body is there already: then no timer is needed.
+        if getattr(getattr(self._receive, "__self__", None), "more_body", True):
             try:
-                async with asyncio.timeout(timeout):
+                async with asyncio.timeout(ends - time.monotonic()):
                     message = await self._receive()
             except TimeoutError:
-                raise Refused(408, "the body came too slowly", [(b"connection", b"close")]) from None
+                raise Refused(408, "the body came too slowly", [CLOSE]) from None
         else:
             message = await self._receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         return message
 
-    def _whole(self) -> bool:
-        """Whether the body is there already, as for most requests: then no timer is needed."""
-        return not getattr(getattr(self._receive, "__self__", None), "more_body", True)
-
 
 def _too_large(limit: int) -> Refused:
     # The connection stays open for the rest: a client that is still sending would see it break, and no answer.
     return Refused(413, f"the body has more than {limit:,} bytes")
-
-
-class _Inflating:
-    """Gzip or deflate, never further than the limit: 50 kB of gzip can hold 50 MB."""
-
-    def __init__(self, body: bytes, encoding: bytes, limit: int) -> None:
-        if encoding not in (b"gzip", b"deflate"):
-            raise Refused(415, "content-encoding may be gzip, deflate or identity")
-        self._stream, self._limit = zlib.decompressobj(wbits=47), limit  # either header
-        self._body, self.data = body, b""
-
-    def small(self) -> bool:
-        """Inflate the first 64 KiB, and say whether that is all."""
-        self._read(self._body, min(SMALL, self._limit) + 1)
-        if len(self.data) <= SMALL:
-            self._check()
-        return len(self.data) <= SMALL
-
-    def rest(self) -> None:
-        """Inflate the remaining bytes."""
-        self._read(self._stream.unconsumed_tail, self._limit + 1 - len(self.data))
-        self._check()
-
-    def _read(self, body: bytes, most: int) -> None:
-        try:
-            self.data += self._stream.decompress(body, most) if most > 0 else b""
-        except zlib.error:
-            raise Refused(400, "the body is not what its content-encoding says") from None
-
-    def _check(self) -> None:
-        if len(self.data) > self._limit:
-            raise _too_large(self._limit)
-        if not self._stream.eof or self._stream.unused_data:
-            raise Refused(400, "the compressed body ends too early, or too late")
 
 
 class Keys:
@@ -260,13 +233,8 @@ class Keys:
         return bool(self._digests)
 
     def check(self, request: Request) -> None:
-        """Let a request pass that carries a key: `Authorization: Bearer KEY`, or `X-API-Key: KEY`.
-
-        Raises:
-            Refused: it carries none, or another (401).
-        """
-        bearer = request.header(b"authorization") or b""
-        scheme, _, token = bearer.partition(b" ")
+        """Refuse (401) a request without `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+        scheme, _, token = (request.header(b"authorization") or b"").partition(b" ")
         given = token.strip() if scheme.lower() == b"bearer" else request.header(b"x-api-key") or b""
         digest, known = hashlib.sha256(given).digest(), False
         for one in self._digests:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from kdexport.serve.http import FULL, SMALL, Refused
+from kdexport.serve.http import FULL, RETRY, SMALL, Refused
 
 _MAX_ANSWER = 16 * 1024 * 1024
 # Bodies above `SMALL` that are being read, wait for a turn or have one.
@@ -20,29 +20,21 @@ _THREAD = ThreadPoolExecutor(1, thread_name_prefix="large")
 Found = TypeVar("Found")
 
 
-class Turns:
+class Limiter:
     """The large requests under way: so many at once, a few that wait, and a bound on the bytes of their bodies."""
 
     def __init__(self, at_once: int) -> None:
         self._free = asyncio.Semaphore(at_once)
         self._bytes = self._waiting = 0
 
-    def hold(self, size: int) -> None:
-        """Count bytes of a body.
-
-        Raises:
-            Refused: there are too many already (429).
-        """
+    def reserve(self, size: int) -> None:
+        """Count bytes of a body, or refuse them (429)."""
         if self._bytes + size > _MOST_BYTES:
             raise _full()
         self._bytes += size
 
-    async def take(self, timeout: float) -> None:
-        """Wait for a turn.
-
-        Raises:
-            Refused: too many others wait, or it took too long (429).
-        """
+    async def acquire(self, timeout: float) -> None:
+        """Wait for a turn; refuse it (429) where too many others wait, or it takes too long."""
         if self._free.locked() and self._waiting >= _MOST_WAITING:
             raise _full()
         self._waiting += 1
@@ -54,10 +46,10 @@ class Turns:
         finally:
             self._waiting -= 1
 
-    def end(self, size: int, turn: bool) -> None:
+    def release(self, size: int, slot: bool) -> None:
         """Give back what a request held."""
         self._bytes -= size
-        if turn:
+        if slot:
             self._free.release()
 
 
@@ -69,15 +61,11 @@ async def off_loop(size: int, work: Callable[..., Found], *arguments: Any) -> Fo
 
 
 def check_answer(size: int, advice: str) -> int:
-    """Return the estimated bytes of an answer.
-
-    Raises:
-        Refused: they are too many (413).
-    """
+    """Return the estimated bytes of an answer, or refuse it (413)."""
     if size > _MAX_ANSWER:
         raise Refused(413, f"the answer would have {size >> 20} MiB, of {_MAX_ANSWER >> 20} at most: {advice}")
     return size
 
 
 def _full() -> Refused:
-    return Refused(429, FULL, [(b"retry-after", b"1")])
+    return Refused(429, FULL, RETRY)

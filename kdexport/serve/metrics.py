@@ -20,7 +20,7 @@ kdexport_log_dropped_lines_total                 access-log lines that nobody re
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -43,38 +43,29 @@ BUCKETS = (
 
 
 class Metrics:
-    """One registry; nothing is shared between servers of one process."""
+    """One server's registry."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        by_route = ["model", "protocol"]
-        self._requests = Counter("kdexport_requests", "Requests", [*by_route, "code"], registry=registry)
-        self._seconds = Histogram(
-            "kdexport_request_seconds", "Request to answer", by_route, buckets=BUCKETS, registry=registry
-        )
-        self._queued = Histogram("kdexport_queue_seconds", "Waiting", ["model"], buckets=BUCKETS, registry=registry)
-        self._ran = Histogram("kdexport_inference_seconds", "Running", ["model"], buckets=BUCKETS, registry=registry)
-        self._batch_rows = Histogram(
-            "kdexport_batch_rows", "Rows of a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=registry
-        )
-        self._batch_seconds = Histogram("kdexport_batch_seconds", "A batch's run", buckets=BUCKETS, registry=registry)
-        self._rows = Counter("kdexport_rows", "Rows that ran", registry=registry)
-        self._tokens = Counter("kdexport_tokens", "Tokens that ran, as estimated", registry=registry)
-        self._generated = Counter("kdexport_generated_tokens", "Tokens that were written", ["model"], registry=registry)
-        self._first = Histogram(
-            "kdexport_first_token_seconds", "Request to first token", ["model"], buckets=BUCKETS, registry=registry
-        )
-        self.loads = Counter("kdexport_model_loads", "Loads and reloads", ["model", "outcome"], registry=registry)
-        self.log_dropped = Counter("kdexport_log_dropped_lines", "Lines that were not logged", registry=registry)
+        counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry, buckets=BUCKETS)
+        self._requests = counter("kdexport_requests", "Requests", ["model", "protocol", "code"])
+        self._generated = counter("kdexport_generated_tokens", "Tokens that were written", ["model"])
+        self._first = histogram("kdexport_first_token_seconds", "Request to first token", ["model"])
+        self._batch_rows = histogram("kdexport_batch_rows", "Rows of a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+        self._batch_seconds = histogram("kdexport_batch_seconds", "A batch's run")
+        self._rows = counter("kdexport_rows", "Rows that ran")
+        self._tokens = counter("kdexport_tokens", "Tokens that ran, as estimated")
+        self.loads = counter("kdexport_model_loads", "Loads and reloads", ["model", "outcome"])
+        self.log_dropped = counter("kdexport_log_dropped_lines", "Lines that were not logged")
         # Told apart by nothing: these were not read.
         self.refused = self._requests.labels("", "", "429")
         # Looking a child up by its labels takes as long as counting; requests repeat theirs.
         self._count = cache(self._requests.labels)
-        self._time = cache(self._seconds.labels)
-        self._wait = cache(self._queued.labels)
-        self._run = cache(self._ran.labels)
+        self._time = cache(histogram("kdexport_request_seconds", "Request to answer", ["model", "protocol"]).labels)
+        self._wait = cache(histogram("kdexport_queue_seconds", "Waiting", ["model"]).labels)
+        self._run = cache(histogram("kdexport_inference_seconds", "Running", ["model"]).labels)
 
     def request(self, request: Request, code: int, seconds: float) -> None:
         """Count one answered request."""
@@ -95,15 +86,15 @@ class Metrics:
         self._tokens.inc(tokens)
 
     def watch(self, name: str, help: str, read: Callable[[], float]) -> None:
-        """A gauge that is read when it is scraped."""
+        """Add a gauge that is read when it is scraped."""
         Gauge(name, help, registry=self.registry).set_function(read)
 
     def watch_models(self, read: Callable[[], list[tuple[str, str, str]]]) -> None:
-        """`kdexport_model_info`: (model, version, variant) of what is in service when it is scraped."""
+        """Add `kdexport_model_info`, of (model, version, variant) in service when it is scraped."""
         self.registry.register(_ModelInfo(read))
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """Return the metrics in Prometheus's text format."""
         return bytes(generate_latest(self.registry))
 
 

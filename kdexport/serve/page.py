@@ -33,10 +33,7 @@ _HEADERS: Headers = [
 
 
 class _Model(NamedTuple):
-    """What the page says of a version. `path` is where its requests go, relative to the page: proxies add prefixes.
-
-    `writes` is how many tokens a language model may write, 0 for other models.
-    """
+    """A version on the page. `path` is relative to the page, as proxies add prefixes; `writes` the most new tokens."""
 
     name: str
     path: str
@@ -52,19 +49,14 @@ class _Model(NamedTuple):
 
 
 def render(versions: Sequence[Version], with_card: bool) -> Response:
-    """The page as HTML; drawn once for the same versions.
-
-    Args:
-        versions: those in service; the first is the default.
-        with_card: whether whoever reads the page may read the card: the server asks for no key.
-    """
+    """Return the page of the versions in service, with their model cards where no key is needed to read them."""
     # A name is always right; the short path is the first model's, and that one may be out of service.
     alone = len(versions) == 1
     return _page(tuple(_model(version, alone, with_card) for version in versions), not with_card)
 
 
 def card_html(markdown: str) -> str:
-    """A model card as HTML that is safe to put into a page: no HTML of its own, no images, links to http(s) only."""
+    """Return a model card as HTML that is safe in a page: no HTML of its own, no images, links to http(s) only."""
     from markdown_it import MarkdownIt
     from markdown_it.common.utils import escapeHtml
 
@@ -102,7 +94,7 @@ def _model(version: Version, alone: bool, with_card: bool) -> _Model:
         task=version.task.name,
         reads=version.task.modality,
         labels=len(config.labels),
-        writes=version.writer.room if version.writer else 0,
+        writes=version.generator.room if version.generator else 0,
         function=config.function,
         variant=version.variant,
         size=f"{file.size_bytes / 1e6:.1f} MB",
@@ -139,5 +131,5 @@ def _page(models: tuple[_Model, ...], keyed: bool) -> Response:
 
 
 def _source(text: str) -> str:
-    """What a policy calls an inline script or style by."""
+    """Return the hash by which a policy allows an inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

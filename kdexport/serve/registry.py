@@ -14,8 +14,8 @@ from kdexport.errors import ArtifactError, DataError, SpecError, TooLarge
 from kdexport.files import hash_file
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_difference
-from kdexport.serve.http import Refused
-from kdexport.serve.writing import Writer
+from kdexport.serve.generating import Generator
+from kdexport.serve.http import RETRY, Refused
 from kdexport.tasks import load_task
 from kdexport.tasks.base import reads_files, reads_texts
 from kdexport.tasks.metrics import Array
@@ -35,7 +35,7 @@ _ALIKE = 8
 
 
 class Result(NamedTuple):
-    """What the model says of one row."""
+    """The output for one row."""
 
     logits: Array
     """float32 [C]."""
@@ -44,10 +44,7 @@ class Result(NamedTuple):
 
 
 class Version:
-    """One loaded artifact; it does not change. What runs on it keeps it alive until it is done.
-
-    A language model has a `writer`, and runs nothing else.
-    """
+    """One loaded artifact; it does not change. A language model has a `generator`, and runs nothing else."""
 
     def __init__(self, name: str, folder: Path, variant: str | None, max_batch: int, max_batch_tokens: int) -> None:
         folder = artifact.resolve(folder)
@@ -68,14 +65,14 @@ class Version:
         self.card = artifact.read_card(folder)
         # Of a label with its score, or a word with its tag and place, in a JSON answer.
         self.entry_bytes = 80 + sum(map(len, self.task.labels)) // max(1, len(self.task.labels))
-        self.writer = Writer(self._predictor) if self.task.generates else None
-        if self.writer:
+        self.generator = Generator(self._predictor) if self.task.generates else None
+        if self.generator:
             return
         self._lengths = self.task.lengths() or [1]
         self._most, self.rate = self._warm_up(max_batch, max_batch_tokens)
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
-        """A `Result` for each row: texts, or arrays that the client encoded."""
+        """Return a `Result` for each row: a text, or arrays that the client encoded."""
         plain = [i for i, row in enumerate(rows) if self.task.modality in row]
         encoded = list(rows)
         if plain:
@@ -94,10 +91,9 @@ class Version:
         return results
 
     def cost(self, row: dict[str, Any]) -> int:
-        """A text's tokens; of a picture or a recording, how many usual rows could run in the time that it takes.
+        """Return a text's tokens; of a picture or a recording, the usual rows that could run in the time it takes.
 
-        Raises:
-            Refused: its header shows that it can't be read (422), or would cost too much (413).
+        One whose header shows that it can't be read (422), or would cost too much (413), is refused.
         """
         task = self.task
         if reads_texts(task):
@@ -113,19 +109,19 @@ class Version:
         return Refused(status, f"the {self.task.modality} can't be read: {error}")
 
     def bucket(self, cost: int) -> int:
-        """The smallest of the task's lengths that holds so many tokens.
+        """Return the smallest of the task's lengths that holds so many tokens.
 
         Rows that take far longer than usual run alone: others would wait for them, and their own deadlines are looked
         at between batches.
         """
+        longest = self._lengths[-1]
         for length in self._lengths:
             if cost <= length:
                 return length
-        most = self._lengths[-1] * _ALIKE
-        return self._lengths[-1] if cost <= most else most
+        return longest if cost <= longest * _ALIKE else longest * _ALIKE
 
     def most(self, bucket: int) -> int:
-        """Rows of a batch, as warm-up found them to pay."""
+        """Return the rows of a batch, as warm-up found them to pay."""
         return self._most.get(bucket, 1)
 
     def _warm_up(self, max_batch: int, max_batch_tokens: int) -> tuple[dict[int, int], float]:
@@ -135,9 +131,8 @@ class Version:
             length → rows of a batch, and the tokens a second of the length that texts most often have.
         """
         most, rate = {}, 1.0
-        rows_of_all_days = self.task.examples()
         for length in self._lengths:
-            one = self.task.sized(rows_of_all_days, length)
+            one = self.task.sized(self.task.examples(), length)
             rows, per_row = 1, self._seconds(one)
             ends = time.monotonic() + _TUNING_S
             while rows < max_batch and 2 * rows * length <= max_batch_tokens and time.monotonic() < ends:
@@ -152,7 +147,7 @@ class Version:
         return most, rate
 
     def _seconds(self, arrays: Any) -> float:
-        """The better of two runs; the first of a shape also allocates."""
+        """Time the better of two runs; the first of a shape also allocates."""
         times = []
         for _ in range(2):
             started = time.perf_counter()
@@ -169,13 +164,7 @@ class Models:
         self._current: dict[str, Version] = {}
 
     def load(self, name: str) -> Version:
-        """Load a model, or the version that now lies in its folder, and put it into service once it has proved itself.
-
-        The version that served until then goes on when this fails, and finishes what it has begun when it does not.
-
-        Raises:
-            ArtifactError: it is incomplete, was changed, can't be run, or does not answer as it did when it was packed.
-        """
+        """Load the version that now lies in a model's folder, and put it into service."""
         version = self.read(name)
         self.use(version)
         return version
@@ -184,14 +173,14 @@ class Models:
         """Load the version that now lies in a model's folder, without putting it into service.
 
         Raises:
-            ArtifactError: as `load` does.
+            ArtifactError: it is incomplete, was changed, can't be run, or does not answer as it did when it was packed.
         """
         folder, variant = self._sources[name]
         with artifact.only_artifact_errors(folder):
             return Version(name, folder, variant, *self._batch)
 
     def use(self, version: Version) -> None:
-        """Put a version into service."""
+        """Put a version into service; the one before finishes what it has begun."""
         self._current[version.name] = version
 
     def unload(self, name: str) -> None:
@@ -199,39 +188,44 @@ class Models:
         self._current.pop(name, None)
 
     def names(self) -> list[str]:
-        """All that were named, in service or not."""
+        """Return all names, in service or not."""
         return list(self._sources)
 
     def find(self, name: str | None = None, version: str | None = None) -> Version:
-        """The version in service; the first model's when no name is given.
+        """Return the version in service, of the first model when no name is given.
 
         Raises:
             Refused: there is no such model or version (404), or it is not in service (503).
         """
-        name = name if name is not None else next(iter(self._sources))
+        name = next(iter(self._sources)) if name is None else name
         if name not in self._sources:
             raise Refused(404, "there is no such model here")
         found = self._current.get(name)
         if found is None:
-            raise Refused(503, f"{name} is not in service", [(b"retry-after", b"1")])
+            raise Refused(503, f"{name} is not in service", RETRY)
         if version is not None and version != found.version:
             raise Refused(404, f"{name} is here in version {found.version} only")
         return found
 
+    def reads(self, name: str | None = None) -> str:
+        """Return what a model reads: text, image or audio; text where there is no such model."""
+        version = self._current.get(name if name is not None else next(iter(self._sources), ""))
+        return version.task.modality if version else "text"
+
     def in_service(self) -> dict[str, Version]:
-        """Name → version, in the order in which they were named."""
+        """Return name → version, in the order in which they were named."""
         return {name: self._current[name] for name in self._sources if name in self._current}
 
     @property
     def ready(self) -> bool:
-        """Whether all that were named are in service, or were taken out on purpose."""
+        """Whether any model is in service."""
         return bool(self._current)
 
 
 def named_sources(arguments: Sequence[str]) -> dict[str, tuple[Path, str | None]]:
-    """`[NAME=]FOLDER[:VARIANT]` → name → (folder, variant).
+    """Parse `[NAME=]FOLDER[:VARIANT]` into name → (folder, variant).
 
-    A name is the run's or folder's own when none is given: `runs/tickets/artifact` is `tickets`.
+    Without a name it is the run's or folder's own: `runs/tickets/artifact` is `tickets`.
 
     Raises:
         SpecError: a name is unfit for a URL, or stands twice.
@@ -241,13 +235,13 @@ def named_sources(arguments: Sequence[str]) -> dict[str, tuple[Path, str | None]
         name, equals, rest = argument.partition("=")
         if not equals:
             name, rest = "", argument
-        path, _, variant = rest.partition(":")
+        folder, variant = artifact.split_name(rest)
         if not name:
-            parts = [part for part in Path(path).resolve().parts if part != "artifact"]
-            name = parts[-1] if parts else path
+            parts = [part for part in folder.resolve().parts if part != "artifact"]
+            name = parts[-1] if parts else str(folder)
         if not _NAME.fullmatch(name):
             raise SpecError(f"{name!r} can't be a model's name", "Give one of letters and digits: NAME=FOLDER")
         if name in found:
             raise SpecError(f"two models are called {name}", "Name them: first=FOLDER second=FOLDER")
-        found[name] = (Path(path), variant or None)
+        found[name] = (folder, variant)
     return found

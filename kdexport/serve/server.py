@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 import uvloop
 
-from kdexport.errors import ArtifactError, KdexportError, SpecError
+from kdexport.errors import ArtifactError, KdexportError, SpecError, first_line
 from kdexport.progress import say, unwaiting_stderr, warn
 from kdexport.runtime.predictor import allowed_cores
 from kdexport.serve.admin import Admin
@@ -46,18 +46,10 @@ _THREADS_END_S = 1.0
 
 
 def serve(artifacts: list[str], settings: Settings) -> int:
-    """Serve until told to stop.
-
-    Args:
-        artifacts: `[NAME=]FOLDER[:VARIANT]`; the first is the default.
-        settings: limits, ports, keys.
+    """Serve artifacts, `[NAME=]FOLDER[:VARIANT]` with the default first, until a signal ends it.
 
     Returns:
         The exit code: 0 after an orderly end, 1 when a thread of the batcher died.
-
-    Raises:
-        SpecError: a port is taken, or a name is unfit.
-        ArtifactError: an artifact is incomplete, was changed, or answers otherwise than when it was packed.
     """
     # Batches already run side by side; a pool of threads inside each would only take turns with them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -87,19 +79,12 @@ class Server:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         settings = self.settings
-        public = await self._listen(
-            self.app,
-            settings.host,
-            settings.port,
-            "--port",
-            full=self.app.full,
-            on_refused=self.app.refused,
-        )
+        limits = {"full": self.app.full, "on_refused": self.app.refused}
+        public = await self._listen(self.app, settings.host, settings.port, "--port", **limits)
         admin = None
         if settings.admin_port is not None:
-            admin = await self._listen(
-                Admin(self.app, self.reload), settings.admin_host, settings.admin_port, "--admin-port"
-            )
+            asked = Admin(self.app, self.reload)
+            admin = await self._listen(asked, settings.admin_host, settings.admin_port, "--admin-port")
         grpc = await self._listen_grpc() if settings.grpc_port is not None else None
         try:
             versions = await self._load_all()
@@ -125,26 +110,22 @@ class Server:
         self._reloads = asyncio.ensure_future(self.reload_all())  # a task that nobody holds may be collected
 
     async def reload_all(self) -> None:
-        """What SIGHUP asks for."""
+        """Reload every model."""
         for name in self.models.names():
             try:
                 await self.reload(name)
             except Exception as error:  # whatever it is, the version that serves is whole
-                warn(f"{name} was not reloaded, the version before serves on: {error}")
+                warn(f"{name} was not reloaded, the version before serves on: {first_line(error)}")
 
     async def reload(self, name: str) -> Version:
-        """Load a model's folder anew beside the version that serves, and swap when it has proved itself.
-
-        Raises:
-            KdexportError: it has not; nothing changed.
-        """
+        """Load a model's folder anew beside the version that serves, and swap when it has proved itself."""
         async with self._loading:  # one at a time: two would hold three versions in memory
             version = await self._load(name)
         say(f"{name}: version {version.version} serves")
         return version
 
     async def _load_all(self) -> list[Version] | None:
-        """The first versions of all models; None when the server is to end before they are there."""
+        """Load the first versions of all models; None when the server is to end before they are there."""
 
         async def load() -> list[Version]:
             async with self._loading:
@@ -169,8 +150,7 @@ class Server:
         return version
 
     async def _read(self, name: str) -> Version:
-        """Load a version on a thread of its own, which is left behind at the deadline: a graph may have no end, a
-        disk no answer, and neither can be interrupted."""
+        # On a thread of its own, which is left behind at the deadline: a graph may have no end, a disk no answer.
         if name in self._stuck and self._stuck[name].is_alive():
             raise ArtifactError(f"{name}: an earlier load has not ended, so no other is begun", "Restart the server")
         loop = asyncio.get_running_loop()
@@ -198,7 +178,7 @@ class Server:
         return outcome
 
     def _die(self, error: BaseException) -> None:
-        """A consumer ended: no answer would ever come. Make room for a new process, and say so."""
+        """End the process, for a new one: without its consumer no answer would ever come."""
         self.app.loaded = False
         self._code = 1
         self._stop.set()
@@ -211,7 +191,7 @@ class Server:
             say(f"draining: requests are taken in for {settings.drain_delay:g} s more")
             await asyncio.sleep(settings.drain_delay)
         app.closing = True
-        await _close_door(public)
+        await _close_port(public)
         if self._code:
             return
         ending = asyncio.ensure_future(grpc.stop(settings.grace)) if grpc else None
@@ -233,19 +213,11 @@ class Server:
 
     async def _listen(self, app: App | Admin, host: str, port: int, flag: str, **limits: Any) -> uvicorn.Server:
         settings = self.settings
+        kind = limited(read_timeout=settings.read_timeout, max_connections=settings.max_connections, **limits)
         config = uvicorn.Config(
-            app,
-            http=limited(read_timeout=settings.read_timeout, max_connections=settings.max_connections, **limits),
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            proxy_headers=False,
-            server_header=False,
-            access_log=False,
-            log_config=None,
-            timeout_keep_alive=int(settings.keep_alive),
-            timeout_graceful_shutdown=1,
-        )
+            app, http=kind, ws="none", lifespan="off", interface="asgi3", proxy_headers=False, server_header=False,
+            access_log=False, log_config=None, timeout_keep_alive=int(settings.keep_alive), timeout_graceful_shutdown=1,
+        )  # fmt: skip
         config.load()
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # what matters is said by us
         server = uvicorn.Server(config)
@@ -277,25 +249,22 @@ class Server:
 
 
 def start_threads(app: App, versions: list[Version], on_death: Callable[[BaseException], None]) -> None:
-    """Threads for the app's models, as its settings say, in the loop that runs: as many again for language models."""
+    """Start threads for the app's models in the running loop: as many again for language models."""
     settings = app.settings
     threads = settings.threads or allowed_cores()
-    app.batcher = Batcher(
-        threads=threads,
+    start = partial(Batcher, threads=threads, on_death=on_death)
+    app.batcher = start(
         max_batch_tokens=settings.max_batch_tokens,
         max_wait=settings.max_wait_ms / 1e3,
         max_queue=settings.max_queue_ms / 1e3,
-        rate=threads * min((version.rate for version in versions if not version.writer), default=1.0),
+        rate=threads * min((version.rate for version in versions if not version.generator), default=1.0),
         on_batch=app.metrics.batch,
-        on_death=on_death,
     )
-    app.writing = Batcher(
-        threads=threads,
+    app.prompts = start(
         max_batch_tokens=1,
         max_wait=0.0,
         max_queue=settings.max_writing_queue,
-        rate=threads * min((version.writer.rate for version in versions if version.writer), default=1.0),
-        on_death=on_death,
+        rate=threads * min((version.generator.rate for version in versions if version.generator), default=1.0),
         lanes=False,
     )
 
@@ -319,7 +288,7 @@ def _url(server: uvicorn.Server) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _close_door(server: uvicorn.Server) -> None:
+async def _close_port(server: uvicorn.Server) -> None:
     """Close the port. Connections that the kernel has made and nobody has taken yet are taken in: their clients know
     nothing of the difference, and may have sent a request."""
     door = server.door.dup()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol: JSON or raw bytes → numpy, and back. Nothing is believed unchecked."""
+"""Tensors of the Open Inference Protocol: JSON or raw bytes → numpy, and back."""
 
 from __future__ import annotations
 
@@ -42,10 +42,9 @@ class InputTensor(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def read_json(tensor: InputTensor) -> Any:
-    """Elements given in JSON: an array of the tensor's shape, of a list of str for BYTES.
+    """Return elements given in JSON as an array of the tensor's shape, or as a list of str for BYTES.
 
-    Raises:
-        Refused: they are not of the datatype, or not as many as the shape says (400).
+    Refused (400) are those of another datatype, and more or fewer than the shape says.
     """
     if isinstance(tensor.data, msgspec.UnsetType):
         raise Refused(400, f"input {tensor.name} has no data")
@@ -73,7 +72,7 @@ def read_json(tensor: InputTensor) -> Any:
 
 
 def read_raw(tensor: InputTensor, raw: bytes | memoryview) -> Any:
-    """The same of raw bytes, little-endian, row by row; a text is a 4-byte length and UTF-8."""
+    """Return the same of raw bytes, little-endian, row by row; a text is a 4-byte length and UTF-8."""
     size = math.prod(tensor.shape)  # Python's integers don't overflow
     if tensor.datatype == "BYTES":
         texts, at, end = [], 0, len(raw)
@@ -96,13 +95,13 @@ def read_raw(tensor: InputTensor, raw: bytes | memoryview) -> Any:
 
 
 def raw_texts(texts: list[str]) -> bytes:
-    """Texts as raw BYTES elements."""
+    """Return texts as raw BYTES elements."""
     encoded = [text.encode() for text in texts]
     return b"".join(part for text in encoded for part in (_LENGTH.pack(len(text)), text))
 
 
 def raw_array(array: Array) -> bytes:
-    """An array as raw elements."""
+    """Return an array as raw elements."""
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
 
 

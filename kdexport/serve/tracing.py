@@ -17,11 +17,7 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Tracer:
-    """Spans to where the `OTEL_…` environment variables say, or nothing at all.
-
-    Raises:
-        MissingPackage: spans are wanted and `kdexport[otel]` is not installed.
-    """
+    """Spans to where the `OTEL_…` environment variables say, or nothing at all."""
 
     def __init__(self, wanted: bool) -> None:
         self._own: Any = None
@@ -41,11 +37,11 @@ class Tracer:
         self._server, self._error = trace.SpanKind.SERVER, trace.StatusCode.ERROR
 
     def span(self, request: Request) -> AbstractContextManager[None]:
-        """Around a request's answer; it says which model, how many rows, and where the time went."""
+        """Return a request's span, to answer it in."""
         return _NOTHING if self._tracer is None else self._span(request)
 
     def close(self) -> None:
-        """Send what has not been sent; as long as the exporter's timeout when nobody takes it."""
+        """Send what has not been sent, within the exporter's timeout."""
         if self._own is not None:
             self._own.shutdown()
 
@@ -81,17 +77,13 @@ class Tracer:
 
 
 def _attributes(request: Request) -> dict[str, str | int | float]:
-    found: dict[str, str | int | float] = {"http.request.method": request.method, "url.path": request.path[:256]}
-    if request.protocol:
-        found["kdexport.protocol"] = request.protocol
-    if request.model:
-        found["kdexport.model"] = request.model
-    if request.rows:
-        found["kdexport.rows"] = request.rows
+    found: dict[str, str | int | float] = {
+        "kdexport.protocol": request.protocol, "kdexport.model": request.model, "kdexport.rows": request.rows
+    }  # fmt: skip
     if request.run_s:
-        found["kdexport.queue_ms"] = 1e3 * request.queued_s
-        found["kdexport.run_ms"] = 1e3 * request.run_s
-    return found
+        found |= {"kdexport.queue_ms": 1e3 * request.queued_s, "kdexport.run_ms": 1e3 * request.run_s}
+    known = {key: value for key, value in found.items() if value}
+    return {"http.request.method": request.method, "url.path": request.path[:256]} | known
 
 
 def _provider() -> Any:

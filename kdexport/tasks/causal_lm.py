@@ -71,9 +71,8 @@ class CausalLM(Texts, Generates):
     card: ClassVar = Card(
         "text-generation",
         "ORTModelForCausalLM",
-        "from kdexport.runtime.generation import Sampling, write\n\n"
-        'model = kdexport.load("path/to/this/folder")\n'
-        'print(write(model, "Once upon a time", Sampling(max_new_tokens=40)).completion)',
+        '\nmodel = kdexport.load("path/to/this/folder")\n'
+        'print(kdexport.write(model, "Once upon a time", kdexport.Sampling(max_new_tokens=40)).completion)',
     )
     auto_class: ClassVar = "AutoModelForCausalLM"
     heads: ClassVar = ("LMHeadModel", "ForCausalLM")

@@ -106,7 +106,7 @@ class TokenClassification(Texts):
     stands_for: ClassVar = ("bert", "BertForTokenClassification")
     has_words: ClassVar = True
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
-        "text": ("tokens", "words"),
+        "text": ("tokens", "words", "text"),
         "label": ("tags", "ner_tags", "labels", "label"),
     }
 
@@ -114,8 +114,10 @@ class TokenClassification(Texts):
 
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
-        """Lists of words and of tags as texts; or what is wrong with them."""
+        """Lists of words and of tags as texts; or what is wrong with them. A text without tags is split into words."""
         words, tags = row.get("text"), row.get("label")
+        if isinstance(words, str) and tags is None:
+            words = words_in(words)
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             return "its words are no list of texts"
         if strange := [word for word in words if not word or re.search(r"\s", word)]:

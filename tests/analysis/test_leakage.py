@@ -9,9 +9,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from kdexport import spec
+from kdexport.analysis import sampled
 from kdexport.analysis.duplicates import audit, jaccard, near_duplicates, shingles
 from kdexport.analysis.membership import membership
-from kdexport.data import demo, prepare, read_summary, sampled
+from kdexport.data import demo, prepare, read_summary
 from kdexport.errors import MissingPackage
 from kdexport.report.membership import leakage
 from kdexport.report.membership import near_duplicates as near_section
@@ -136,11 +137,18 @@ def test_texts_of_one_template_are_all_counted_though_few_of_them_are_compared(m
     assert len(compared) <= 10 * (900 + 300)  # each with each would be 400,000
 
 
-def test_of_more_texts_than_can_be_looked_at_some_are_and_it_is_said(monkeypatch):
+def test_of_more_texts_than_can_be_looked_at_some_are_and_it_is_said(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr("kdexport.analysis.duplicates._MOST", 10)
     texts = [f"{word} is text number {i}" for i, word in enumerate(["quite", "another"] * 12)]
     found, _ = near_duplicates(splits(train=texts, test=["new"]), content)
-    assert found.compared == {"train": 8, "test": 1}
+    assert found.compared == {"train": 10, "test": 1}
+    assert found.texts == {"train": 24, "validation": 0, "test": 1}
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(texts)))
+    settings = spec.load(None, {"data.train": str(tmp_path / "t.csv"), "teacher.model": "t"}).data
+    prepare(settings, "text-classification", 0, tmp_path)
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"looked for in 10 of {read_summary(tmp_path).rows['train']} texts of train, drawn at random" in said
+    assert read_summary(tmp_path).duplicates.near.texts["train"] > 10
 
 
 def test_without_datasketch_the_extra_is_named(monkeypatch):

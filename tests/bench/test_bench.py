@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import msgspec
 import numpy as np
 import pytest
+from near import apart
 
 from kdexport import spec
 from kdexport.bench import machine, warnings
@@ -107,7 +108,7 @@ def test_other_runtimes_answer_the_same_and_take_their_turns(finished, rows, fil
     assert [t.name for t in targets] == ["fp32", "fp32-openvino"]
     ours, theirs = (open_target(target, 1) for target in targets)
     arrays = ours.encode(rows[:7])
-    assert np.abs(ours.run(arrays) - theirs.run(arrays)).max() < 1e-3
+    assert apart(theirs.run(arrays), ours.run(arrays)) < 1e-3
     found = bench(QUICK, targets, rows, "fp32", 0, tmp_path, sweep=False)
     assert found.speedup["fp32-openvino"].value > 0.1
 
@@ -116,7 +117,7 @@ def test_half_precision_answers_nearly_the_same_at_half_the_size(finished, rows,
     export_student(spec.Export(variants=("fp32", "fp16")), finished / "student", tmp_path)
     task = load_task(finished / "student")
     whole, half = (Predictor(task, tmp_path / name).logits(rows) for name in ("model.onnx", "model_fp16.onnx"))
-    assert np.abs(whole - half).max() < 0.05
+    assert apart(half, whole) < 0.02
     assert (tmp_path / "model_fp16.onnx").stat().st_size < 0.6 * (tmp_path / "model.onnx").stat().st_size
 
 
@@ -229,8 +230,11 @@ def test_bench_measures_files_and_models_side_by_side(kdexport, finished, tmp_pa
 
 BAD = [
     (["bench", "nowhere"], "nowhere does not exist. Name a run, an artifact"),
-    (["bench", "{run}", "--data", "{folder}"], "is a folder. Name a CSV"),
-    (["bench", "{run}", "--data", "{words}"], "has no column 'text'. Its columns: words, label"),
+    (["bench", "{run}", "--data", "{folder}"], "holds no train.csv, .tsv"),
+    (
+        ["bench", "{run}", "--data", "{words}"],
+        "which column is the text? Name it with --text",
+    ),
     (["bench", "{run}", "--data", "{five}"], "five.jsonl, row 2: text is no text but int"),
     (["bench", "{run}", "--connections", "0"], "--connections '0' can't be read. Write whole numbers from 1 on"),
     (["bench", "{run}", "--rate", "50%,200"], "--rate '50%,200' can't be read. Write shares of the peak"),

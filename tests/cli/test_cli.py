@@ -8,7 +8,8 @@ import time
 import pytest
 from conftest import as_flags
 
-from kdexport.cli.options import quantity
+from kdexport.runtime.artifact import read_columns
+from kdexport.spec.flags import quantity
 
 ERRORS = [
     (["run"], "'data.train' is missing"),
@@ -60,11 +61,12 @@ def test_a_teacher_without_head_is_refused_with_the_flag_that_helps(kdexport, tm
     assert (tmp_path / "run" / "data" / "stage.json").exists()
 
 
-def test_predict_reads_bytes_that_are_no_utf8_as_what_they_may_stand_for(finished):
+def test_bytes_that_are_no_utf8_on_stdin_are_one_line(finished):
     command = [sys.executable, "-m", "kdexport", "predict", str(finished)]
     found = subprocess.run(command, input=b"\xff shares\n", capture_output=True)
-    assert found.returncode == 0, found.stderr
-    assert "shares" in found.stdout.decode("utf-8")
+    assert found.returncode == 2
+    assert b"stdin, line 1: byte 0xff is not UTF-8. Convert it" in found.stderr
+    assert b"Traceback" not in found.stderr
 
 
 def test_ctrl_c_is_130_and_says_that_nothing_is_lost(settings, tmp_path):
@@ -97,6 +99,7 @@ def test_predict_reads_arguments_stdin_lines_csv_and_jsonl(kdexport, finished, t
     lines = [json.loads(line) for line in outputs[0].stdout.splitlines()]
     assert [line["text"] for line in lines] == texts
     assert all(line["label"] and 0 < line["score"] <= 1 for line in lines)
+    assert read_columns(finished) == {"text": "text", "label": "label"}
     scored = json.loads(kdexport("predict", finished, texts[0], "--scores").stdout)
     assert sum(scored["scores"].values()) == pytest.approx(1, abs=1e-4)
 
@@ -111,10 +114,10 @@ def test_predict_in_a_pipe_that_closes_early_is_quiet(finished):
 def test_predict_names_what_is_wrong_with_a_file(kdexport, finished, tmp_path):
     (tmp_path / "a.csv").write_text("words\nx\n")
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
-    assert "has no column 'text'. Its columns: words" in kdexport("predict", finished, "-f", tmp_path / "a.csv").stderr
-    assert (
-        "a.jsonl, line 2: Input data was truncated" in kdexport("predict", finished, "-f", tmp_path / "a.jsonl").stderr
-    )
+    wrong = kdexport("predict", finished, "-f", tmp_path / "a.csv").stderr
+    assert "which column is the text? Name it with --text. Its columns: words" in wrong
+    wrong = kdexport("predict", finished, "-f", tmp_path / "a.jsonl").stderr
+    assert "a.jsonl, row 2: Input data was truncated" in wrong
 
 
 def test_report_draws_again_and_refuses_half_a_file(kdexport, copied):
@@ -142,7 +145,7 @@ def test_init_writes_a_spec_that_plan_explains(kdexport, tmp_path, articles_file
     assert planned["distill.learning_rate"]["value"] == "0.0005"
 
 
-@pytest.mark.parametrize(("text", "value"), [("2ms", 2.0), ("2 ms", 2.0), ("0.5s", 500.0), ("3", 3.0), (None, None)])
+@pytest.mark.parametrize(("text", "value"), [("2ms", 2.0), ("2 ms", 2.0), ("0.5s", 500.0), ("3", 3.0), (3, 3.0)])
 def test_quantities_have_units(text, value):
     assert quantity(text, "--max-p99", {"ms": 1.0, "s": 1e3}) == value
 

@@ -77,7 +77,10 @@ def test_a_text_in_train_and_test_is_dropped_from_train(tmp_path):
         ("text,label\nfine,a\nwhy,\n", "t.csv, row 2: label is empty"),
         ("text,label\nfine,a\n" + "y" * 200_000 + ",b\n", "t.csv, row 2: text has 200,000 characters"),
         (b"text,label\nfine,a\ncaf\xe9,b\n", "t.csv, line 3: byte 0xe9 is not UTF-8. Convert it"),
-        ("text,label\nfine,a\none,two,three,four\n", "t.csv can't be read"),
+        (
+            "text,label\nfine,a\none,two,three,four\n",
+            "t.csv, row 2: it has 4 fields, and the header names 2. Mend the row",
+        ),
         ("text,text\na,b\n", "its first row must name the columns, each once"),
     ],
 )

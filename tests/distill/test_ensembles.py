@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from near import apart
 from teaching import (
     LABELS,
     classify,
@@ -16,7 +17,6 @@ from teaching import (
     first,
     news,
     one_line,
-    one_thread,
     own_cache,
     second,
     settings,
@@ -137,7 +137,7 @@ def test_stored_logits_can_stand_beside_a_model(tmp_path, data, news, first, sec
     np.savez(tmp_path / "second.npz", labels=LABELS[::-1], **whole, **ids)
     _, targets = stage(tmp_path / "run", data, settings(news, [str(first), str(tmp_path / "second.npz")]))
     expected = combine([torch_logits(first, data, "test"), whole["test"][:, ::-1]], None, "log-mean")
-    assert np.load(targets / "test.npy") == pytest.approx(expected, abs=1e-4)
+    assert apart(np.load(targets / "test.npy"), expected) < 1e-3
 
 
 def test_teachers_of_different_labels_are_refused_and_the_labels_named(tmp_path, data, news, first):
@@ -223,4 +223,4 @@ def test_passes_over_changed_words_are_of_the_text_and_its_copies(tmp_path, data
     copies = changer(teacher, spec.Augment(views=2), 0)([row["text"] for row in rows])
     texts = [[row["text"] for row in rows], [c[0] for c in copies], [c[1] for c in copies]]
     expected = combine([logits_of(model, task, [{"text": t} for t in some]) for some in texts], None, "log-mean")
-    assert np.load(targets / "test.npy") == pytest.approx(expected, abs=1e-3)
+    assert apart(np.load(targets / "test.npy"), expected) < 1e-3

@@ -61,14 +61,6 @@ FAMILIES = BERT_LIKE | {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def build(config, seed=0, **changes):
     torch.manual_seed(seed)
     config = copy.deepcopy(config)

@@ -28,14 +28,6 @@ HOW = TrainConfig(epochs=4, learning_rate=5e-3, batch_size=16, seed=0, temperatu
 pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def task() -> TextClassification:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}, "[UNK]"))

@@ -6,6 +6,7 @@ model runs in a stand-in for Triton's Python backend, in front of ONNX Runtime.
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, 
 import kdexport as package
 from kdexport.errors import KdexportError
 from kdexport.files import hash_file
-from kdexport.integrations import layouts
-from kdexport.pipeline.export_model import How, export
+from kdexport.integrations import kubernetes, triton
+from kdexport.pipeline.export_model import export
 from kdexport.runtime.predictor import Tensor, tensors_of
 from kdexport.tasks import load_task
 from kdexport.tasks.config import TaskConfig
@@ -37,7 +38,7 @@ def run(classifier, tmp_path_factory):
     """A folder that holds an artifact as a run does, with another file beside it."""
     folder = tmp_path_factory.mktemp("runs") / "tickets"
     folder.mkdir()
-    export(str(classifier("single-label")), folder / "artifact", How(variants=("fp32",), max_length=48))
+    export(str(classifier("single-label")), folder / "artifact", variants=("fp32",), max_length=48)
     (folder / "artifact" / "stage.json").write_text("{}")
     return folder
 
@@ -273,6 +274,31 @@ def test_kubernetes_finds_the_pods_and_scrapes_the_admin_port(kserve):
     assert {"name": "PROTOCOL", "value": "v2"} in service["spec"]["predictor"]["containers"][0]["env"]
 
 
+# What Kubernetes asks of a Service's name, and KServe of an InferenceService's.
+DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("My_Tickets", "my-tickets"),
+        ("2024-tickets", "model-2024-tickets"),
+        ("tickets-", "tickets"),
+        ("a" * 49 + "-tickets", "a" * 49),
+        ("9" * 64, "model-" + "9" * 44),
+        ("null", "null"),
+    ],
+)
+def test_a_name_becomes_one_that_kubernetes_takes(run, tmp_path, name, label):
+    export(str(run), tmp_path / "out", layout="kserve", name=name, image="x")
+    documents = list(yaml.safe_load_all((tmp_path / "out" / "kubernetes.yaml").read_text()))
+    documents.append(yaml.safe_load((tmp_path / "out" / "inferenceservice.yaml").read_text()))
+    assert {document["metadata"]["name"] for document in documents} == {label}
+    assert DNS_LABEL.fullmatch(label)
+    assert len(f"{label}-api-keys") <= 63
+    assert (tmp_path / "out" / name / "kdexport.json").is_file()
+
+
 def test_the_same_command_replaces_what_it_wrote(kserve, run):
     (kserve / "stale").touch()
     with pytest.raises(KdexportError, match="stale was not written by kdexport"):
@@ -286,7 +312,7 @@ def test_the_same_command_replaces_what_it_wrote(kserve, run):
         "kubernetes.yaml",
         "tickets",
     ]
-    assert "image: registry/tickets:2\n" in (kserve / "kubernetes.yaml").read_text()
+    assert 'image: "registry/tickets:2"\n' in (kserve / "kubernetes.yaml").read_text()
 
 
 def test_laying_out_loads_no_torch(run, tmp_path):
@@ -336,14 +362,17 @@ IMAGES = {
 
 @pytest.mark.parametrize(("fit", "image"), [(fit, image) for fit, images in IMAGES.items() for image in images])
 def test_an_images_name_is_one_or_refused(fit, image):
-    assert bool(layouts._IMAGE.fullmatch(image)) == fit
+    assert bool(kubernetes._IMAGE.fullmatch(image)) == fit
 
 
 def test_tensors_may_have_any_name_in_a_configuration():
     name = 'a"b\\c\n}] name: "owned" \u00e9\x85/../x'
-    text = layouts._tensor_config("model", [Tensor(name, "int64", [None, 7])], [Tensor(name, "float", [None, 2])], "")
+    text = triton._config(
+        "model", [Tensor(name, "int64", [None, 7])], [Tensor(name, "float", [None, 2])], {name: ("x", 7)}
+    )
     config = text_format.Parse(text, ModelConfig())
     assert [one.name for one in (*config.input, *config.output)] == [name, name]
+    assert list(config.model_warmup[0].inputs) == [name]
     assert config.name == "model"
 
 
@@ -356,9 +385,8 @@ def test_warm_up_files_stay_in_their_folder(run, tmp_path):
         sized = staticmethod(lambda _, length: {name: np.zeros((1, length), dtype=np.int64)})
 
     (tmp_path / "model").mkdir()
-    text = layouts._write_warm_up(Odd, tmp_path / "model" / "warmup")
-    (warm_up,) = text_format.Parse(text, ModelConfig()).model_warmup
-    assert (tmp_path / "model" / "warmup" / warm_up.inputs[name].input_data_file).is_file()
+    files = triton._write_warm_up(Odd, tmp_path / "model" / "warmup")
+    assert (tmp_path / "model" / "warmup" / files[name][0]).is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

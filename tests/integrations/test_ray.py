@@ -33,7 +33,7 @@ DRIVER = """
 import sys
 import ray
 from ray import serve
-from kdexport.serve.ray import application, deployment
+from kdexport.integrations.ray import application, deployment
 
 folder, port = sys.argv[1], int(sys.argv[2])
 two = application({"artifacts": [f"news={folder}"], "num_replicas": 2, "settings": {"max_rows": 4},

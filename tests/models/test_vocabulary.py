@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from near import apart
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -298,7 +299,7 @@ def test_logits_stay_the_same(kind, family, tokenizer_of, sentences, tmp_path):
         table = trimmed.get_input_embeddings()
         assert trimmed.config.vocab_size == table.num_embeddings == len(table.weight) == len(kept) == len(tokenizer)
         assert trimmed.config.pad_token_id == table.padding_idx == tokenizer.pad_token_id
-        assert torch.allclose(logits_of(trimmed, tokenizer, corpus), expected, atol=1e-5)
+        assert apart(logits_of(trimmed, tokenizer, corpus), expected) < 1e-4
     for name in ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id"):
         if getattr(tokenizer, name) is not None:
             assert getattr(model.config, name) == getattr(tokenizer, name)
@@ -311,7 +312,7 @@ def test_real_weights_keep_their_logits(sentences, tmp_path):
     expected = logits_of(model, whole, sentences[:20])
     kept = trim_vocabulary(tokenizer, model, sentences[:20])
     assert len(kept) < 4000
-    assert torch.allclose(logits_of(model, tokenizer, sentences[:20]), expected, atol=1e-5)
+    assert apart(logits_of(model, tokenizer, sentences[:20]), expected) < 1e-4
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -324,7 +325,7 @@ def test_an_output_layer_over_the_vocabulary_follows(tied, tokenizer_of, sentenc
     torch.nn.init.normal_(model.get_output_embeddings().bias)
     expected = logits_of(model, whole, sentences[:5])
     kept = trim_vocabulary(tokenizer, model, sentences[:5])
-    assert torch.allclose(logits_of(model, tokenizer, sentences[:5]), expected[..., torch.from_numpy(kept)], atol=1e-5)
+    assert apart(logits_of(model, tokenizer, sentences[:5]), expected[..., torch.from_numpy(kept)]) < 1e-4
     assert tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
 
 
@@ -338,7 +339,7 @@ def test_positions_that_are_counted_from_the_padding_stay(sentences):
     expected = logits_of(model, tokenizer, ["one", "three"])
     trim_vocabulary(tokenizer, model, ["one", "three"])
     assert tokenizer.pad_token_id == model.config.pad_token_id == 5
-    assert torch.allclose(logits_of(model, tokenizer, ["one", "three"]), expected, atol=1e-5)
+    assert apart(logits_of(model, tokenizer, ["one", "three"]), expected) < 1e-4
 
 
 # --- what can't be

@@ -9,9 +9,10 @@ from conftest import CLASSIFIERS
 
 import kdexport as package
 from kdexport.errors import KdexportError, VerificationError
-from kdexport.pipeline.export_model import How, export, recommend
+from kdexport.pipeline.export_model import export, recommend
 from kdexport.results import ExportedFile
 from kdexport.runtime import artifact
+from kdexport.runtime.predictor import golden_difference
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.text_classification import TextClassification
 
@@ -23,7 +24,7 @@ def test_scores_are_those_of_transformers_pipeline(classifier, kind, articles, t
     from transformers import pipeline
 
     folder = classifier(kind)
-    found = export(str(folder), tmp_path / "out", How(variants=("fp32",), max_length=64))
+    found = export(str(folder), tmp_path / "out", variants=("fp32",), max_length=64)
     assert found.files[0].max_abs_diff <= 1e-4
     texts = ["", "a", *(row["text"] for row in articles[:10])]
     theirs = pipeline("text-classification", model=str(folder), top_k=None)(texts, truncation=True, max_length=64)
@@ -60,23 +61,24 @@ def test_the_command_writes_a_whole_artifact_and_says_what_it_saw(exported):
     assert told["recommended"] == ("int8" if files["int8"]["agreement"] >= 0.99 else "fp32")
     manifest = artifact.read_manifest(out)
     assert manifest.made == {"by": "kdexport export"} | told
+    assert manifest.columns == {"text": "words"}
     assert str(model.parent) not in (out / "kdexport.json").read_text()
     for file in told["files"]:
         path = artifact.model_file(out, file["precision"])
         assert path == out / file["file"]
         assert path.stat().st_size == file["size_bytes"]
         assert f"`{file['file']}`" in (out / "README.md").read_text()
-    assert package.predictor.golden_difference(package.load(out, "int8"), out, "int8") < 1e-4
+    assert golden_difference(package.load(out, "int8"), out, "int8") < 1e-4
 
 
 def test_what_export_wrote_is_replaced_and_nothing_else_is(exported, tmp_path):
     _, out, model = exported
     (out / "stale").write_text("x")
     with pytest.raises(KdexportError, match="stale was not written by kdexport"):
-        export(str(model), out, How(variants=("fp32",), max_length=32))
+        export(str(model), out, variants=("fp32",), max_length=32)
     (out / "stale").unlink()
     before = (out / "kdexport.json").read_bytes()
-    again = export(str(model), out, How(variants=("fp32",), max_length=32))
+    again = export(str(model), out, variants=("fp32",), max_length=32)
     assert again.max_length == 32
     assert (out / "kdexport.json").read_bytes() != before
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
@@ -96,7 +98,7 @@ def test_a_file_that_differs_from_pytorch_is_refused_and_nothing_is_left(exporte
     honest = trained.logits_of
     monkeypatch.setattr(trained, "logits_of", lambda *args, **more: honest(*args, **more) + np.float32(3e-4))
     with pytest.raises(VerificationError, match=r"model\.onnx differs from PyTorch by 3\.0e-04"):
-        export(str(exported[2]), tmp_path / "out", How(variants=("fp32",)))
+        export(str(exported[2]), tmp_path / "out", variants=("fp32",))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +144,7 @@ def test_a_model_that_is_none_is_refused_in_one_line(exported, tmp_path, break_i
 
 def test_a_length_that_the_model_does_not_read_is_refused(exported, tmp_path):
     with pytest.raises(KdexportError, match="max_length is 4000, but the model reads 512 tokens"):
-        export(str(exported[2]), tmp_path / "out", How(max_length=4000))
+        export(str(exported[2]), tmp_path / "out", max_length=4000)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,8 @@ def test_the_card_says_how_it_is_used_and_its_python_runs(shakespeare, capsys):
     assert "labels:" not in card
     (block,) = re.findall(r"```python\n(.*?)```", card, re.S)
     exec(block.replace("path/to/this/folder", str(shakespeare / "artifact")))
-    assert capsys.readouterr().out.strip()
+    written = write(load(shakespeare), "Once upon a time", Sampling(max_new_tokens=40)).completion
+    assert capsys.readouterr().out == f"{written}\n"
 
 
 def test_the_teacher_wrote_what_the_student_also_learned(shakespeare):
@@ -267,7 +268,7 @@ def test_a_llama_is_exported_with_its_cache(tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from kdexport.models.shrink import narrow
-    from kdexport.pipeline.export_model import How, export
+    from kdexport.pipeline.export_model import export
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -276,7 +277,7 @@ def test_a_llama_is_exported_with_its_cache(tmp_path):
     )
     narrow(llama, 2, 32).model.save_pretrained(tmp_path / "llama")
     AutoTokenizer.from_pretrained(TEACHER).save_pretrained(tmp_path / "llama")
-    done = export(str(tmp_path / "llama"), tmp_path / "out", How(variants=("fp32", "int4")))
+    done = export(str(tmp_path / "llama"), tmp_path / "out", variants=("fp32", "int4"))
     assert done.task == "causal-lm"
     assert done.files[0].max_abs_diff < 1e-4
     assert write(load(tmp_path / "out"), "What", Sampling(max_new_tokens=3)).tokens == 3

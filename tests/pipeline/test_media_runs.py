@@ -96,7 +96,7 @@ def some_files(run, task, tmp_path, count=3):
     return paths
 
 
-@pytest.fixture(params=["image", "audio"])
+@pytest.fixture(params=["image", pytest.param("audio", marks=pytest.mark.slow)])
 def kind(request):
     return request.param
 

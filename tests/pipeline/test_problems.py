@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import msgspec
 import numpy as np
@@ -21,6 +18,7 @@ from kdexport import spec
 from kdexport.data import prepare, read_rows, read_summary
 from kdexport.distill.losses import label_bce, label_mse, objective
 from kdexport.errors import DataError, SpecError
+from kdexport.pipeline import run as pipeline
 from kdexport.tasks import judging
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.several import BETWEEN
@@ -122,28 +120,26 @@ def test_a_label_that_is_no_number_is_named(tmp_path):
 # --- whole runs
 
 
-def run(work, base_model, problem, rows):
+def run(work, base_model, problem, rows, epochs, rate):
     data = write(work / "rows.jsonl", rows)
     how = work / "spec.yaml"
     how.write_text(
         f"data: {{train: {data}, problem: {problem}, max_length: 32}}\n"
-        f"teacher: {{model: {base_model}, train: {{epochs: 12, learning_rate: 5e-4}}}}\n"
-        "student: {model: layers:1}\ndistill: {epochs: 6, learning_rate: 5e-4}\n"
-        "bench: {rounds: 1, round_seconds: 0.2, precision: null, batch_sizes: []}\n"
+        f"teacher: {{model: {base_model}, train: {{epochs: {epochs}, learning_rate: {rate}}}}}\n"
+        f"student: {{model: layers:1}}\ndistill: {{epochs: 6, learning_rate: {rate}, baseline: false}}\n"
+        "bench: {rounds: 1, round_seconds: 0.2, precision: null, batch_sizes: []}\nexport: {variants: [fp32]}\n"
     )
-    command = [sys.executable, "-m", "kdexport", "run", str(how), "--out", str(work / "run")]
-    environment = os.environ | {"KDEXPORT_CACHE": str(work / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    pipeline.run(spec.load(how, {}), work / "run")
     report = msgspec.json.decode((work / "run" / "report.json").read_bytes())
     return report, {variant["name"]: variant for variant in report["variants"]}
 
 
+@pytest.mark.slow
 def test_several_labels_go_all_the_way(articles, base_model, tmp_path):
     money = [["money"] if {"£", "$"} & set(row["text"][:300]) else [] for row in articles]
     pairs = zip(articles, money, strict=True)
     rows = [{"text": row["text"][:300], "label": [row["label"], *more]} for row, more in pairs]
-    report, variants = run(tmp_path, base_model, "multi-label", rows)
+    report, variants = run(tmp_path, base_model, "multi-label", rows, epochs=12, rate="5e-4")
     assert report["metric"] == "micro F1"
     assert report["distillation"]["loss"] == "bce"
     assert variants["student-fp32"]["metric"]["value"] > 0.5
@@ -154,9 +150,10 @@ def test_several_labels_go_all_the_way(articles, base_model, tmp_path):
     assert config["problem_type"] == "multi_label_classification"
 
 
+@pytest.mark.slow
 def test_numbers_go_all_the_way(articles, base_model, tmp_path):
     rows = [{"text": row["text"][:200], "label": float("sport" in row["label"]) + 0.1} for row in articles]
-    report, variants = run(tmp_path, base_model, "regression", rows)
+    report, variants = run(tmp_path, base_model, "regression", rows, epochs=5, rate="1e-3")
     assert report["metric"] == "Pearson correlation"
     assert variants["student-fp32"]["metric"]["value"] > 0.4
     assert variants["student-fp32"]["further"]["Spearman correlation"] > 0.3

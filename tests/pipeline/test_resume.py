@@ -48,7 +48,7 @@ def kill_in(stage, settings, out, cache) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_a_run_killed_in_every_stage_ends_with_the_same_result(finished, settings, tmp_path):
     out, cache = tmp_path / "killed", tmp_path / "cache"
     killed = [stage for stage in STAGES if kill_in(stage, settings, out, cache)]

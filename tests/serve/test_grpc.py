@@ -22,6 +22,7 @@ from grpc_calls import TEXTS, request
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from near import apart
 from serve_process import served
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
@@ -160,9 +161,9 @@ def test_encoded_tensors_raw_and_as_contents(client, stub, predictor):
         raw[-1].set_data_from_numpy(array.astype(np.int64))
         tensor = message.inputs.add(name=name, datatype="INT64", shape=array.shape)
         tensor.contents.int64_contents.extend(array.ravel().tolist())
-    np.testing.assert_allclose(client.infer("news", raw).as_numpy("logits"), wanted, atol=1e-5)
+    assert apart(client.infer("news", raw).as_numpy("logits"), wanted) < 1e-5
     found = {output.name: output for output in stub.ModelInfer(message).outputs}
-    np.testing.assert_allclose(found["logits"].contents.fp32_contents, wanted.ravel(), atol=1e-5)
+    assert apart(found["logits"].contents.fp32_contents, wanted.ravel()) < 1e-5
 
 
 def test_many_at_once(address):
@@ -173,7 +174,7 @@ def test_many_at_once(address):
             alone = [(await client.infer("news", [texts([text])])).as_numpy("logits") for text in TEXTS]
             found = await asyncio.gather(*(client.infer("news", [texts([TEXTS[i % 3]])]) for i in range(150)))
             for i, one in enumerate(found):
-                np.testing.assert_allclose(one.as_numpy("logits"), alone[i % 3], atol=0.05)  # int8 in other batches
+                assert apart(one.as_numpy("logits"), alone[i % 3]) < 0.05  # int8 in other batches
 
     asyncio.run(main())
 

@@ -1,4 +1,4 @@
-"""Large requests take turns, and a flood of them costs the server little and shuts nobody out."""
+"""Large requests take limiter, and a flood of them costs the server little and shuts nobody out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serve_process import served
 from wire import GOOD, ask, is_well
 
 from kdexport.serve.http import Refused
-from kdexport.serve.large import Turns
+from kdexport.serve.large import Limiter
 
 LARGE = json.dumps({"inputs": ["(" * 99_000] * 19}).encode()
 
@@ -76,25 +76,25 @@ def test_a_client_that_is_refused_again_and_again_is_read_from_later_and_later(s
 
 def test_turns_are_bounded_in_number_and_in_bytes():
     async def main() -> None:
-        turns = Turns(1)
-        await turns.take(1)
-        waiting = [asyncio.ensure_future(turns.take(5)) for _ in range(16)]
+        limiter = Limiter(1)
+        await limiter.acquire(1)
+        waiting = [asyncio.ensure_future(limiter.acquire(5)) for _ in range(16)]
         await asyncio.sleep(0)
         with pytest.raises(Refused, match="too much work"):
-            await turns.take(5)
-        turns.end(0, True)
+            await limiter.acquire(5)
+        limiter.release(0, True)
         await waiting[0]
         for one in waiting[1:]:
             one.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         with pytest.raises(Refused, match="too much work"):
-            await turns.take(0.01)
-        turns.end(0, True)
-        await turns.take(1)
-        turns.hold(60_000_000)
+            await limiter.acquire(0.01)
+        limiter.release(0, True)
+        await limiter.acquire(1)
+        limiter.reserve(60_000_000)
         with pytest.raises(Refused, match="too much work"):
-            turns.hold(10_000_000)
-        turns.end(60_000_000, False)
-        turns.hold(10_000_000)
+            limiter.reserve(10_000_000)
+        limiter.release(60_000_000, False)
+        limiter.reserve(10_000_000)
 
     asyncio.run(main())

@@ -323,12 +323,12 @@ def test_a_client_that_leaves_a_stream_with_more_requests_behind_it_is_no_fault(
             await asyncio.sleep(0.001)
             yield b"data: more\n\n"
 
-    async def slow(_: Request) -> Stream:
+    async def slow(*_: object) -> Stream:
         return Stream(b"data: first\n\n", forever())
 
     async def main() -> bytes:
         server = Server(Models({"news": (Path("x"), None)}, 32, 2048), Settings(access_log="off"))
-        server.app._open["/slow"] = {"GET": slow}
+        server.app.routes["/slow"] = {"GET": slow}
         public = await server._listen(server.app, "127.0.0.1", 0, "--port")
         port = public.servers[0].sockets[0].getsockname()[1]
         for _ in range(5):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
+import msgspec
 import pytest
 from load_client import ask
 from serve_process import served
 
-from kdexport.serve.app import App
+from kdexport.schemas import openapi
+from kdexport.serve.app import OPEN, App
 from kdexport.serve.openapi import Served, document
 from kdexport.serve.registry import Models
 from kdexport.serve.settings import Settings
@@ -51,16 +54,27 @@ def test_schemathesis_finds_nothing_where_a_key_is_needed(finished, tmp_path):
     assert found.returncode == 0, found.stdout
 
 
+def test_the_document_is_what_make_schemas_writes():
+    assert openapi.PATH.read_bytes() == openapi.generate(), "run: make schemas"
+
+
+@pytest.mark.parametrize("writers", [(), (("m", 63),), (("m", 63), ("n", 31))])
+def test_nothing_in_the_document_is_left_to_fill(writers):
+    found = msgspec.json.encode(document(Served(("m", "n"), ("0" * 12,), writers), Settings()))
+    assert not re.findall(rb'"\$(?!ref")[^"]*"', found)
+
+
 def test_the_document_has_every_route_and_its_limits_are_the_settings():
     settings = Settings(max_rows=3, max_chars=50, api_keys=(KEY,))
     app = App(Models({}, 1, 1), settings)
     found = document(Served(("m",)), settings)
     paths, schemas = found["paths"], found["components"]["schemas"]
-    for path, methods in (app._open | app._keyed).items():
-        assert {method.upper() for method in paths[path]} == set(methods), path
+    assert {path: {method.upper() for method in operations} for path, operations in paths.items()} == {
+        path: set(methods) for path, methods in app.routes.items()
+    }
     for path, operations in paths.items():
         for method, operation in operations.items():
-            keyed = path not in app._open or (path, method) == ("/", "post")
+            keyed = path not in OPEN or (path, method) == ("/", "post")
             assert ("security" in operation) == ("401" in operation["responses"]) == keyed, path
     text, _, texts = schemas["ClassifyRequest"]["properties"]["inputs"]["anyOf"]
     assert text["maxLength"] == 50

@@ -6,7 +6,7 @@ import pytest
 from load_client import ask
 from serve_process import served
 
-from kdexport.pipeline.export_model import How, export
+from kdexport.pipeline.export_model import export
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def models(finished, tmp_path_factory):
 def server(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("artifacts")
     for kind, folder in models.items():
-        export(str(folder), out / kind, How(variants=("fp32",), max_length=32))
+        export(str(folder), out / kind, variants=("fp32",), max_length=32)
     with served(*(out / kind for kind in KINDS)) as found:
         yield found
 

@@ -68,7 +68,7 @@ def of_ids(server: Served, ids: list, mask: object = 1) -> bytes:
     [
         "../news", "..", "%2e%2e%2fnews", "%2e%2e", "%252e%252e%252fnews", "/news", "news/", "news%00", "%00", "",
         "%e2%80%a4%e2%80%a4/news", "%ef%bc%8e%ef%bc%8e%ef%bc%8fnews", "%c0%ae%c0%ae", "%ff", "news%0d%0aX:%20y",
-        "..%5cnews", "news;.json", "NEWS", "n" * 10_000, "%2f" * 2_000,
+        "..%5cnews", "%7bname%7d", "news;.json", "NEWS", "n" * 10_000, "%2f" * 2_000,
     ],
     ids=lambda name: name[:30] or "empty",
 )  # fmt: skip

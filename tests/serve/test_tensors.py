@@ -29,7 +29,7 @@ TASK = TextClassification(
     TaskConfig(task="text-classification", labels=["a", "b"], inputs=INPUTS, max_length=MAX_LENGTH),
     Tokenizer(WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0")),
 )
-VERSION: Any = SimpleNamespace(name="m", version="1", task=TASK, writer=None, cost=TASK.cost)
+VERSION: Any = SimpleNamespace(name="m", version="1", task=TASK, generator=None, cost=TASK.cost)
 # JSON has no lone surrogates.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 SHAPES = array_shapes(min_dims=1, max_dims=4, max_side=4)

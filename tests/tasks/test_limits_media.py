@@ -27,6 +27,7 @@ from kdexport.errors import DataError
 from kdexport.runtime import artifact
 from kdexport.serve.http import Refused
 from kdexport.serve.registry import Version
+from kdexport.serve.settings import MAX_BODY
 from kdexport.tasks import task_class
 from kdexport.tasks.config import AudioConfig, ImageConfig, TaskConfig
 from kdexport.tasks.inputs import headers, images, recordings
@@ -516,7 +517,7 @@ def test_a_request_is_answered_or_refused_within_the_limits(server, kind, name, 
     content = make()
     before, began = begin_peak(server.process.pid), cpu_seconds(server.process.pid)
     found = ask(server.url, f"/models/{kind}", content)
-    if len(content) > 2_000_000:
+    if len(content) > MAX_BODY[kind]:
         assert_refused(found, 413)
     elif found.status != 200:
         assert_refused(found, 413, 422)

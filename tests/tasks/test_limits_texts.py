@@ -20,7 +20,6 @@ from kdexport.runtime.generation import _sure
 from kdexport.serve.http import Refused
 from kdexport.serve.large import check_answer
 from kdexport.serve.protocols import oip
-from kdexport.serve.protocols.huggingface import LESS
 from kdexport.tasks.causal_lm import CausalLM
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.text_classification import TextClassification
@@ -233,10 +232,12 @@ def test_a_text_without_words_has_no_names():
 
 
 def test_an_answer_that_would_be_too_large_is_refused_before_there_is_work():
-    version = type("Version", (), {"entry_bytes": 90, "writer": None, "task": task_of(CausalLM, word_pieces(), 512)})()
-    assert check_answer(256 * 512 * version.entry_bytes, LESS) < 16 << 20
+    version = type(
+        "Version", (), {"entry_bytes": 90, "generator": None, "task": task_of(CausalLM, word_pieces(), 512)}
+    )()
+    assert check_answer(256 * 512 * version.entry_bytes, "give fewer rows, or top_k") < 16 << 20
     with pytest.raises(Refused, match="top_k") as refused:
-        check_answer(256 * 5000 * version.entry_bytes, LESS)
+        check_answer(256 * 5000 * version.entry_bytes, "give fewer rows, or top_k")
     assert refused.value.status == 413
     version.task = task_of(TokenClassification, word_pieces(), 512, labels=[str(i) for i in range(50)])
     query = oip.Query([None] * 256, [], [oip.RequestedOutput("scores")], False, None, None)

@@ -4,7 +4,7 @@ Source: huggingface_hub's generated types and `InferenceClient`, which takes the
 for text classification: so one text is answered by a list in a list. text-embeddings-inference answers the same
 request with a flat list, of which that client silently reads one label; its shape is served at `/predict`.
 
-A task's parameters, its inputs and its answer stand together in `TASKS`; the next tasks join there.
+A task's parameters, its inputs and its answer stand together in a `TaskProtocol`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import numpy as np
 
 from kdexport.serve.http import Refused, encode
 from kdexport.serve.registry import Result, Version
+from kdexport.tasks.base import Task
 
 Function = Literal["softmax", "sigmoid", "none"]
 # A whole number; 2.0 is one, too, to JSON Schema and to languages that have one kind of number.
-TopK = Annotated[float, msgspec.Meta(ge=1, le=2**31, multiple_of=1)]
+Count = Annotated[float, msgspec.Meta(ge=1, le=2**31, multiple_of=1)]
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -35,7 +36,7 @@ class Pair(msgspec.Struct, frozen=True):
 class Parameters(msgspec.Struct, frozen=True):
     """How logits become the answer."""
 
-    top_k: TopK | None = None
+    top_k: Count | None = None
     function_to_apply: Function | None = None
 
 
@@ -55,59 +56,58 @@ class FileRequest(msgspec.Struct, frozen=True):
 
 
 class Query(NamedTuple):
-    """A request, understood."""
+    """A parsed request."""
 
     rows: list[dict[str, Any]]
     parameters: Parameters
 
 
 class TaskProtocol(NamedTuple):
-    """One task behind `POST /`."""
+    """One task behind a path."""
 
     parse: Callable[[bytes], Any]
-    entries: Callable[[Version, Any], int]
-    """Number of labels or words that the answer may have."""
+    entries: Callable[[Version, Any], int]  # labels or words that the answer may have
     render: Callable[[Version, Any, Sequence[Any]], bytes]
+    less: str = "give fewer rows, or top_k"  # what helps against an answer that is too large
 
 
 _decode = msgspec.json.Decoder(ClassifyRequest).decode
 _decode_file = msgspec.json.Decoder(FileRequest).decode
 _DEFAULT = Parameters()
-# What helps against an answer that is too large.
-LESS = "give fewer rows, or top_k"
 
 
-def parse_texts(body: bytes) -> Query:
-    """Texts to classify.
-
-    Raises:
-        Refused: the body is not what the API says (422, 400 when it is no JSON at all).
-    """
+def _parse_texts(body: bytes) -> Query:
     asked = decoded(_decode, body)
     _no_writing(asked.stream)
     inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
     return Query([_row(one) for one in inputs], asked.parameters or _DEFAULT)
 
 
-def count_labels(version: Version, query: Query) -> int:
-    """Count the labels of all rows that are answered."""
+def _count_labels(version: Version, query: Query) -> int:
     labels = len(version.task.labels)
     return len(query.rows) * min(int(query.parameters.top_k or labels), labels)
 
 
-def count_words(version: Version, query: TagQuery) -> int:
-    """Count the words of all rows that may be answered."""
+def _count_words(version: Version, query: TagQuery) -> int:
+    """Count the words of an answer, at most."""
     return sum(min(row["text"].count(" ") + 1, version.task.config.max_length) for row in query.rows)
 
 
-def render_classes(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """A list of labels with scores, best first, for each text."""
+def _render_classes(version: Version, query: Query, results: Sequence[Result]) -> bytes:
+    return encode(_classes(version, query, results))
+
+
+def _render_flat(version: Version, query: Query, results: Sequence[Result]) -> bytes:
+    return encode(_classes(version, query, results)[0])
+
+
+def _classes(version: Version, query: Query, results: Sequence[Result]) -> list[list[dict[str, Any]]]:
     top = query.parameters.top_k
-    return encode(classes(version, results, query.parameters.function_to_apply, int(top) if top else None))
+    return classes(version, results, query.parameters.function_to_apply, int(top) if top else None)
 
 
 class TagParameters(msgspec.Struct, frozen=True):
-    """How tags become the answer: words by themselves (none), or the names that they make, whose way is one here."""
+    """Whether the answer is single words (`none`) or entities; the ways to aggregate them are one here."""
 
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
     ignore_labels: tuple[str, ...] = ("O",)
@@ -123,7 +123,7 @@ class TagRequest(msgspec.Struct, frozen=True):
 
 
 class TagQuery(NamedTuple):
-    """A request, understood; `texts` as they came in, `rows` with their words apart once they were checked."""
+    """A parsed request; `texts` as they came in, `rows` with their words apart once they were checked."""
 
     rows: list[dict[str, Any]]
     texts: list[str]
@@ -134,12 +134,7 @@ class TagQuery(NamedTuple):
 _decode_tags = msgspec.json.Decoder(TagRequest).decode
 
 
-def parse_tags(body: bytes) -> TagQuery:
-    """Texts whose words are to be tagged.
-
-    Raises:
-        Refused: the body is not what the API says (422, 400 when it is no JSON at all).
-    """
+def _parse_tags(body: bytes) -> TagQuery:
     asked = decoded(_decode_tags, body)
     _no_writing(asked.stream)
     single = isinstance(asked.inputs, str)
@@ -147,8 +142,8 @@ def parse_tags(body: bytes) -> TagQuery:
     return TagQuery([{"text": text} for text in texts], texts, asked.parameters or TagParameters(), single)
 
 
-def render_tags(version: Version, query: TagQuery, results: Sequence[Result]) -> bytes:
-    """Names with kind, score and place in characters; a list of such lists for a list of texts."""
+def _render_tags(version: Version, query: TagQuery, results: Sequence[Result]) -> bytes:
+    """Return entities with kind, score and place in characters; a list of such lists for a list of texts."""
     answers = version.task.decode(np.stack([result.logits for result in results]), query.rows)
     found = [_names(answer, text, query.parameters) for answer, text in zip(answers, query.texts, strict=True)]
     return encode(found[0] if query.single else found)
@@ -173,12 +168,8 @@ def _names(answer: Any, text: str, how: TagParameters) -> list[dict[str, Any]]:
     return [name for name in found if name["entity_group"] not in how.ignore_labels]
 
 
-def parse_file(reads: str, body: bytes) -> Query:
-    """A picture or a recording: the body's own bytes, or base64 in JSON, which the client sends with parameters.
-
-    Raises:
-        Refused: the JSON is not what the API says (422, 400 when it is none).
-    """
+def _parse_file(reads: str, body: bytes) -> Query:
+    """Return a picture or a recording: the body itself, or base64 in JSON, as the client sends it with parameters."""
     if body.lstrip()[:1] != b"{":
         return Query([{reads: body}], _DEFAULT)
     asked = decoded(_decode_file, body)
@@ -188,24 +179,23 @@ def parse_file(reads: str, body: bytes) -> Query:
         raise Refused(422, f"inputs must be the {reads} in base64") from None
 
 
-def render_flat(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """A list of labels with scores, best first."""
-    top = query.parameters.top_k
-    return encode(classes(version, results, query.parameters.function_to_apply, int(top) if top else None)[0])
-
-
-TASKS: dict[str, TaskProtocol] = {
-    "text-classification": TaskProtocol(parse_texts, count_labels, render_classes),
-    "token-classification": TaskProtocol(parse_tags, count_words, render_tags),
-    "image-classification": TaskProtocol(partial(parse_file, "image"), count_labels, render_flat),
-    "audio-classification": TaskProtocol(partial(parse_file, "audio"), count_labels, render_flat),
+_FILES = {
+    modality: TaskProtocol(partial(_parse_file, modality), _count_labels, _render_flat)
+    for modality in ("image", "audio")
 }
+_CLASSES = TaskProtocol(_parse_texts, _count_labels, _render_classes)
+_TAGS = TaskProtocol(_parse_tags, _count_words, _render_tags)
+
+
+def protocol_of(task: Task) -> TaskProtocol:
+    """Return how a task that does not generate is asked and answered."""
+    return _FILES.get(task.modality) or (_TAGS if task.has_words else _CLASSES)
 
 
 def classes(
     version: Version, results: Sequence[Result], function: Function | None, top: int | None
 ) -> list[list[dict[str, Any]]]:
-    """Labels with scores of every row, best first; all of them unless `top` says how many."""
+    """Return labels with scores of every row, best first; all of them unless `top` says how many."""
     labels = version.task.labels
     found = []
     for logits, scores in results:
@@ -222,11 +212,7 @@ def classes(
 
 
 def decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
-    """A typed body.
-
-    Raises:
-        Refused: it is no JSON (400), or has another shape (422).
-    """
+    """Decode a body, or refuse one that is no JSON (400) or has another shape (422)."""
     try:
         return decode(body)
     except msgspec.ValidationError as error:

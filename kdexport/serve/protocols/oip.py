@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 
 from kdexport.runtime.generation import Sampling
+from kdexport.serve.generating import Generator, job_of
 from kdexport.serve.http import Refused, Request, Response, answer, encode
 from kdexport.serve.large import check_answer
 from kdexport.serve.registry import Version
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
-from kdexport.serve.writing import Writer, job_of
 from kdexport.tasks.base import reads_files, reads_texts
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.token_classification import TokenClassification
@@ -45,7 +45,7 @@ class RequestedOutput(msgspec.Struct, frozen=True):
     parameters: Parameters = None
 
     def asks(self, parameter: str, default: object = None) -> object:
-        """One of the parameters."""
+        """Return one of the parameters."""
         value = (self.parameters or {}).get(parameter)
         return default if value is None else value
 
@@ -60,7 +60,7 @@ class InferRequest(msgspec.Struct, frozen=True):
 
 
 class Query(NamedTuple):
-    """An infer request, understood."""
+    """A parsed request."""
 
     rows: list[Any]
     costs: list[int]
@@ -76,7 +76,7 @@ _decode = msgspec.json.Decoder(InferRequest).decode
 def metadata(version: Version) -> dict[str, Any]:
     """`GET /v2/models/{name}`; -1 is any size."""
     task, tensors = version.task, list[dict[str, Any]]()
-    if version.writer:
+    if version.generator:
         tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
     elif reads_texts(task):
         tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
@@ -91,17 +91,13 @@ def metadata(version: Version) -> dict[str, Any]:
         "inputs": tensors,
         "outputs": [
             {"name": name, "datatype": datatype, "shape": [-1] if name in _FLAT else wide}
-            for name, datatype in _outputs(version).items()
+            for name, datatype in (WRITTEN if version.generator else OUTPUTS).items()
         ],
     }
 
 
 def parse(request: Request, body: bytes, version: Version, max_rows: int, max_chars: int) -> Query:
-    """What is asked.
-
-    Raises:
-        Refused: it is not what the protocol or the model says (400).
-    """
+    """Parse a request."""
     head, raw = _split(request, body)
     try:
         asked = _decode(head)
@@ -125,25 +121,20 @@ def parse(request: Request, body: bytes, version: Version, max_rows: int, max_ch
     if at != len(raw):
         raise Refused(400, f"{len(raw) - at} bytes follow the last input")
     parameters = asked.parameters or {}
-    if version.writer:
-        rows, costs = _jobs(version.writer, tensors, parameters, max_rows, max_chars)
+    if version.generator:
+        rows, costs = _jobs(version.generator, tensors, parameters, max_rows, max_chars)
     else:
         rows, costs = rows_of(version, tensors, shapes, max_rows, max_chars)
     timeout = parameters.get("timeout")
-    return Query(
-        rows,
-        costs,
-        _wanted(asked.outputs or [], _outputs(version)),
-        parameters.get("binary_data_output") is True,
-        asked.id,
-        float(timeout) / 1e6
-        if isinstance(timeout, int | float) and not isinstance(timeout, bool) and timeout > 0
-        else None,
-    )
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
+        timeout = 0
+    outputs = _wanted(asked.outputs or [], WRITTEN if version.generator else OUTPUTS)
+    binary = parameters.get("binary_data_output") is True
+    return Query(rows, costs, outputs, binary, asked.id, timeout / 1e6 or None)
 
 
 def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
-    """Every row's answer, as JSON, or as JSON and raw tensors where they were asked for."""
+    """Return the answer as JSON, or as JSON and raw tensors where they were asked for."""
     values = outputs_of(version, results, query.outputs)
     outputs, raw = [], []
     for wanted, (datatype, shape, value) in zip(query.outputs, values, strict=True):
@@ -167,13 +158,9 @@ def render(version: Version, query: Query, results: Sequence[Any]) -> Response:
 
 
 def answer_size(version: Version, query: Query) -> int:
-    """Estimate an answer's bytes.
-
-    Raises:
-        Refused: it would be too large (413).
-    """
+    """Estimate an answer's bytes; refuse one that would be too large (413)."""
     size = 0
-    for wanted in [] if version.writer else query.outputs:
+    for wanted in [] if version.generator else query.outputs:
         *rows, classes = (len(query.rows), *version.task.answer_shape)
         top = wanted.asks("classification", classes)
         most = 1 if wanted.name in _FLAT else min(classes, top) if isinstance(top, int) else classes
@@ -185,7 +172,7 @@ def answer_size(version: Version, query: Query) -> int:
 def rows_of(
     version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Named tensors → rows that the model runs, and the tokens that each is thought to take."""
+    """Return named tensors as rows that the model runs, with the estimated tokens of each."""
     task = version.task
     if reads_files(task):
         return _float_rows(task.shapes(), tensors, shapes, max_rows)
@@ -230,27 +217,22 @@ def _float_rows(
 def outputs_of(
     version: Version, results: Sequence[Any], outputs: Sequence[RequestedOutput]
 ) -> list[tuple[str, list[int], Any]]:
-    """(datatype, shape, values) of each output that is wanted; values are a list of str, or a float32 array."""
-    if version.writer:
+    """Return (datatype, shape, values) of each output; values are a list of str, or a float32 array."""
+    if version.generator:
         return [("BYTES", [len(results)], [job.completion for job in results]) for _ in outputs]
     task = version.task
     logits = np.stack([result.logits for result in results])
     scores = np.stack([result.scores for result in results])
     labels, best = _best(task.labels, logits, scores)
+    values: dict[str, Any] = {"label": labels, "score": best, "scores": scores, "logits": logits}
     found = []
     for output in outputs:
-        value: Any
-        if output.name == "label":
-            value = labels
-        elif output.name == "score":
-            value = best.astype(np.float32)
-        else:
-            value = (scores if output.name == "scores" else logits).astype(np.float32)
-        shape = [len(logits)] if output.name in ("label", "score") else list(logits.shape)
+        value = values[output.name] if output.name == "label" else values[output.name].astype(np.float32)
         top = output.asks("classification")
-        if top is not None and output.name in ("scores", "logits"):
+        if top is not None and output.name not in _FLAT:
             found.append(_classes(task.labels, value, top))
         else:
+            shape = [len(logits)] if output.name in _FLAT else list(logits.shape)
             found.append((OUTPUTS[output.name], shape, value))
     return found
 
@@ -286,10 +268,6 @@ def _split(request: Request, body: bytes) -> tuple[bytes, memoryview]:
     return body[: int(length)], memoryview(body)[int(length) :]
 
 
-def _outputs(version: Version) -> dict[str, str]:
-    return WRITTEN if version.writer else OUTPUTS
-
-
 def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[RequestedOutput]:
     for output in outputs:
         if output.name not in there:
@@ -300,7 +278,7 @@ def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[Reque
 
 
 def _jobs(
-    writer: Writer, tensors: dict[str, Any], parameters: dict[str, Any], max_rows: int, max_chars: int
+    generator: Generator, tensors: dict[str, Any], parameters: dict[str, Any], max_rows: int, max_chars: int
 ) -> tuple[list[Any], list[int]]:
     """Prompts → jobs, and the tokens that each may write."""
     texts = tensors.get("text")
@@ -311,8 +289,8 @@ def _jobs(
     how = {name: value for name, value in parameters.items() if name not in _OF_PROTOCOL}
     if isinstance(how.get("stop"), str):
         how["stop"] = [how["stop"]]
-    how.setdefault("max_new_tokens", min(Sampling().max_new_tokens, writer.room))
-    jobs = [job_of(writer, text, how, max_chars, 400) for text in texts]
+    how.setdefault("max_new_tokens", min(Sampling().max_new_tokens, generator.room))
+    jobs = [job_of(generator, text, how, max_chars, 400) for text in texts]
     return jobs, [one.how.max_new_tokens for one in jobs]
 
 
@@ -332,7 +310,7 @@ def _text_rows(
 def check_rows(
     version: Version, rows: list[dict[str, Any]], max_rows: int, max_chars: int, status: int = 400
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Rows within their limits, and the tokens that each is thought to take."""
+    """Return rows within their limits, with the estimated tokens of each."""
     if not 1 <= len(rows) <= max_rows:
         raise Refused(status, f"a request may have 1 to {max_rows} texts; it has {len(rows)}")
     for row in rows:

@@ -14,13 +14,13 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from kdexport.runtime.generation import Finish, Piece, Share, Stop, Stops, Temperature
+from kdexport.serve.generating import Generator, Job, job_of
 from kdexport.serve.http import encode, event
-from kdexport.serve.protocols.huggingface import decoded
-from kdexport.serve.protocols.tgi import Count, GivenSeed, Whole, refuse_others
+from kdexport.serve.protocols.huggingface import Count, decoded
+from kdexport.serve.protocols.tgi import GivenSeed, Whole, refuse_unsupported
 from kdexport.serve.registry import Version
-from kdexport.serve.writing import Job, Writer, job_of
 
-_USUAL = 16  # new tokens, where a request does not say
+_NEW_TOKENS = 16  # new tokens, where a request does not say
 _FINISH: dict[Finish, Literal["length", "stop"]] = {"length": "length", "end": "stop", "stop": "stop"}
 
 
@@ -44,7 +44,7 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    # What others can, and would change the answer: as good as absent, or refused.
+    # Unsupported: refused unless absent or set to a value without effect.
     best_of: Any = None
     echo: Any = None
     frequency_penalty: Any = None
@@ -107,7 +107,7 @@ class ModelList(msgspec.Struct):
 
 
 class Query(NamedTuple):
-    """A request, understood; `id` and `created` are those of all its events."""
+    """A parsed request; `id` and `created` are those of all its events."""
 
     job: Job
     stream: bool
@@ -119,46 +119,36 @@ class Query(NamedTuple):
 _decode = msgspec.json.Decoder(CompletionRequest).decode
 
 
-def read(body: bytes) -> CompletionRequest:
-    """The body, whose model is still to be found.
-
-    Raises:
-        Refused: it is not what the API says (422; 400 when it is no JSON).
-    """
+def decode(body: bytes) -> CompletionRequest:
+    """Decode the body, whose model is still to be found."""
     asked: CompletionRequest = decoded(_decode, body)
-    refuse_others(asked, NEUTRAL)
+    refuse_unsupported(asked, NEUTRAL)
     return asked
 
 
-def understood(asked: CompletionRequest, writer: Writer, max_chars: int) -> Query:
-    """What is asked of a model.
-
-    Raises:
-        Refused: the prompt is too long (413), or the model can't write so much (422).
-    """
+def parse(asked: CompletionRequest, generator: Generator, max_chars: int) -> Query:
+    """Parse a request to a model."""
     given = {
-        "max_new_tokens": int(asked.max_tokens or min(_USUAL, writer.room)),
+        "max_new_tokens": int(asked.max_tokens or min(_NEW_TOKENS, generator.room)),
         "temperature": 1.0 if asked.temperature is None else asked.temperature,
         "top_p": asked.top_p,
         "top_k": int(asked.top_k or 0),
         "seed": None if asked.seed is None else int(asked.seed),
         "stop": [asked.stop] if isinstance(asked.stop, str) else asked.stop,
     }
-    found = job_of(writer, asked.prompt, given, max_chars)
+    job = job_of(generator, asked.prompt, given, max_chars)
     usage = bool(asked.stream_options and asked.stream_options.include_usage)
-    return Query(found, bool(asked.stream), usage, f"cmpl-{uuid4().hex}", int(time.time()))
+    return Query(job, bool(asked.stream), usage, f"cmpl-{uuid4().hex}", int(time.time()))
 
 
 def render(version: Version, query: Query) -> bytes:
-    """The whole answer."""
-    finish = query.job.pieces[-1].finish
-    assert finish
-    choice = Choice(query.job.completion, finish_reason=_FINISH[finish])
+    """Return the whole answer."""
+    choice = Choice(query.job.completion, finish_reason=_FINISH[query.job.finish])
     return encode(_completion(version, query, [choice], _usage(query.job)))
 
 
 def render_piece(version: Version, query: Query, _: int, piece: Piece) -> bytes:
-    """One token as an event; behind the last one the usage, where it is wanted, and the end."""
+    """Return one token as an event; behind the last one the usage, where it is wanted, and the end."""
     choice = Choice(piece.text, finish_reason=_FINISH[piece.finish] if piece.finish else None)
     found = event(_completion(version, query, [choice]))
     if piece.finish and query.usage:
@@ -168,7 +158,7 @@ def render_piece(version: Version, query: Query, _: int, piece: Piece) -> bytes:
 
 def models(versions: Iterable[Version]) -> ModelList:
     """`GET /v1/models`."""
-    return ModelList([ModelEntry(version.name, version.writer.since) for version in versions if version.writer])
+    return ModelList([ModelEntry(version.name, version.generator.loaded) for version in versions if version.generator])
 
 
 def _completion(version: Version, query: Query, choices: list[Choice], usage: Usage | UnsetType = UNSET) -> Completion:

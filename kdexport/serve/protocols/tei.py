@@ -12,9 +12,8 @@ import msgspec
 
 from kdexport import __version__
 from kdexport.serve.http import Refused, encode
-from kdexport.serve.protocols.huggingface import classes, decoded
+from kdexport.serve.protocols.huggingface import TaskProtocol, classes, decoded
 from kdexport.serve.registry import Result, Version
-from kdexport.serve.schemas import Classifier, Info, ModelType
 from kdexport.serve.settings import Settings
 
 Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]
@@ -30,7 +29,7 @@ class PredictRequest(msgspec.Struct, frozen=True):
 
 
 class Query(NamedTuple):
-    """A request, understood."""
+    """A parsed request."""
 
     rows: list[dict[str, Any]]
     single: bool
@@ -42,11 +41,7 @@ _decode = msgspec.json.Decoder(PredictRequest).decode
 
 
 def parse(body: bytes) -> Query:
-    """What is asked.
-
-    Raises:
-        Refused: the body is not what the protocol says (422, 400 when it is no JSON at all).
-    """
+    """Parse a request."""
     asked = decoded(_decode, body)
     kinds = {str} if isinstance(asked.inputs, str) else set(map(type, asked.inputs))
     if len(kinds) > 1:  # is a lone text beside a pair half a pair, or a row?
@@ -57,27 +52,32 @@ def parse(body: bytes) -> Query:
 
 
 def render(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """A list of all labels with scores, best first; a list of such lists for a batch."""
+    """Return a list of all labels with scores, best first; a list of such lists for a batch."""
     found = classes(version, results, "none" if query.raw_scores else None, None)
     return encode(found[0] if query.single else found)
 
 
-def info(version: Version, settings: Settings) -> Info:
+PROTOCOL = TaskProtocol(
+    parse, lambda version, query: len(query.rows) * len(version.task.labels), render, "give fewer texts"
+)
+
+
+def info(version: Version, settings: Settings) -> dict[str, Any]:
     """`GET /info`."""
     labels = version.task.labels
-    names = Classifier({str(i): label for i, label in enumerate(labels)}, {label: i for i, label in enumerate(labels)})
-    return Info(
-        model_id=version.name,
-        model_sha=version.version,
-        model_dtype=version.variant,
-        model_type=ModelType(names),
-        max_input_length=version.task.config.max_length,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_batch_requests=settings.max_batch,
-        max_client_batch_size=settings.max_rows,
-        auto_truncate=True,
-        version=__version__,
-    )
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return {
+        "model_id": version.name,
+        "model_sha": version.version,
+        "model_dtype": version.variant,
+        "model_type": {"classifier": names},
+        "max_input_length": version.task.config.max_length,
+        "max_batch_tokens": settings.max_batch_tokens,
+        "max_batch_requests": settings.max_batch,
+        "max_client_batch_size": settings.max_rows,
+        "auto_truncate": True,
+        "version": __version__,
+    }
 
 
 def _row(one: str | list[str]) -> dict[str, Any]:

@@ -13,17 +13,15 @@ from msgspec import UNSET, Meta, UnsetType
 
 from kdexport import __version__
 from kdexport.runtime.generation import MAX_STOPS, Finish, Piece, Seed, Share, Stops, Temperature
+from kdexport.serve.generating import Generator, Job, job_of
 from kdexport.serve.http import Refused, encode, event
-from kdexport.serve.protocols.huggingface import decoded
+from kdexport.serve.protocols.huggingface import Count, decoded
 from kdexport.serve.registry import Version
-from kdexport.serve.writing import Job, Writer, job_of
 
-# A whole number; 2.0 is one, too, to JSON Schema and to languages that have one kind of number.
 Whole = Annotated[float, Meta(ge=0, le=2**31, multiple_of=1)]
-Count = Annotated[float, Meta(ge=1, le=2**31, multiple_of=1)]
-# The same without a limit of its own; every number that others than Python write exactly.
+# Without a limit of its own; every number that others than Python write exactly.
 GivenSeed = Seed | Annotated[float, Meta(ge=0, le=2**53, multiple_of=1)]
-_USUAL = 100  # new tokens, where a request does not say
+_NEW_TOKENS = 100  # new tokens, where a request does not say
 _FINISH: dict[Finish, Literal["length", "eos_token", "stop_sequence"]] = {
     "length": "length", "end": "eos_token", "stop": "stop_sequence"
 }  # fmt: skip
@@ -41,7 +39,7 @@ class WriteParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop: Stops | None = None
     return_full_text: bool | None = None
     details: bool | None = None
-    # What others can, and would change the answer: as good as absent, or refused.
+    # Unsupported: refused unless absent or set to a value without effect.
     adapter_id: Any = None
     best_of: Any = None
     decoder_input_details: Any = None
@@ -55,7 +53,7 @@ class WriteParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WriteRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A prompt, how to go on, and whether tokens come one by one."""
+    """A prompt, how to continue it, and whether tokens come one by one."""
 
     inputs: str
     parameters: WriteParameters | None = None
@@ -127,7 +125,7 @@ class WriterInfo(msgspec.Struct):
 
 
 class Query(NamedTuple):
-    """A request, understood."""
+    """A parsed request."""
 
     job: Job
     stream: bool
@@ -139,42 +137,35 @@ _decode = msgspec.json.Decoder(WriteRequest).decode
 _DEFAULT = WriteParameters()
 
 
-def parse(body: bytes, writer: Writer, max_chars: int) -> Query:
-    """What is asked.
-
-    Raises:
-        Refused: the body is not what the API says, or the model can't (422; 400 when it is no JSON, 413 too long).
-    """
+def parse(body: bytes, generator: Generator, max_chars: int) -> Query:
+    """Parse a request."""
     asked = decoded(_decode, body)
     how = asked.parameters or _DEFAULT
-    refuse_others(how, NEUTRAL)
-    temperature = how.temperature if how.temperature is not None else float(how.do_sample or False)
+    refuse_unsupported(how, NEUTRAL)
     given = {
-        "max_new_tokens": int(how.max_new_tokens or min(_USUAL, writer.room)),
-        "temperature": temperature,
+        "max_new_tokens": int(how.max_new_tokens or min(_NEW_TOKENS, generator.room)),
+        "temperature": float(how.do_sample or False) if how.temperature is None else how.temperature,
         "top_k": int(how.top_k or 0),
         "top_p": how.top_p,
         "seed": None if how.seed is None else int(how.seed),
         "stop": how.stop,
     }
     before = asked.inputs if how.return_full_text else ""
-    return Query(job_of(writer, asked.inputs, given, max_chars), bool(asked.stream), bool(how.details), before)
+    return Query(job_of(generator, asked.inputs, given, max_chars), bool(asked.stream), bool(how.details), before)
 
 
 def render(_: Version, query: Query) -> bytes:
-    """The whole answer."""
-    pieces = query.job.pieces
-    details: Details | UnsetType = UNSET
-    finish = pieces[-1].finish
-    assert finish
+    """Return the whole answer."""
+    job = query.job
+    found = Generated(query.before + job.completion)
     if query.details:
-        tokens = [_token(piece) for piece in pieces]
-        details = Details(_FINISH[finish], len(pieces), query.job.how.seed, [], tokens)
-    return encode([Generated(query.before + query.job.completion, details)])
+        tokens = list(map(_token, job.pieces))
+        found.details = Details(_FINISH[job.finish], len(tokens), job.how.seed, [], tokens)
+    return encode([found])
 
 
 def render_piece(_: Version, query: Query, index: int, piece: Piece) -> bytes:
-    """One token as an event."""
+    """Return one token as an event."""
     found = StreamToken(index, _token(piece))
     if piece.finish:
         found.generated_text = query.before + query.job.completion
@@ -183,15 +174,15 @@ def render_piece(_: Version, query: Query, index: int, piece: Piece) -> bytes:
     return event(found)
 
 
-def info(version: Version, writer: Writer) -> WriterInfo:
+def info(version: Version, generator: Generator) -> WriterInfo:
     """`GET /info`."""
-    most = writer.room + 1
+    most = generator.room + 1
     return WriterInfo(
-        version.name, version.version, version.variant, "text-generation", MAX_STOPS, writer.room, most, __version__
+        version.name, version.version, version.variant, "text-generation", MAX_STOPS, generator.room, most, __version__
     )
 
 
-def refuse_others(asked: Any, neutral: dict[str, Any]) -> None:
+def refuse_unsupported(asked: Any, neutral: dict[str, Any]) -> None:
     """Refuse what would change the answer and is not done here (422)."""
     for name, good in neutral.items():
         value = getattr(asked, name)

@@ -1,7 +1,4 @@
-"""Language models behind the server: prompts wait for a thread, which writes until it is enough or nobody waits.
-
-Prompts are rows of a `Batcher` of their own, whose batches are of one: its bounds, deadlines and threads are theirs.
-"""
+"""Text generation behind the server: prompts are rows of a `Batcher` of their own, whose batches are of one."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from kdexport.runtime.generation import Piece, Sampling, stream, timed
+from kdexport.runtime.generation import Finish, Piece, Sampling, stream, timed
 from kdexport.runtime.predictor import Predictor
 from kdexport.serve.http import ClientGone, Refused, Request
 from kdexport.tasks.base import can_generate
@@ -22,7 +19,7 @@ _WARM_UP = 8  # tokens
 
 
 class Job:
-    """One prompt, and what was written after it so far."""
+    """One prompt, and the text generated so far."""
 
     def __init__(self, prompt: str, how: Sampling) -> None:
         self.prompt, self.how = prompt, how
@@ -34,29 +31,36 @@ class Job:
         self._made = time.monotonic()
 
     def add(self, piece: Piece) -> None:
-        """Note what one more token adds, and tell whoever waits."""
+        """Add one more token, and tell whoever waits."""
         if not self.pieces:
             self.first_s = time.monotonic() - self._made
         self.pieces.append(piece)
         self.tell(piece)
 
     @property
+    def finish(self) -> Finish:
+        """Why the text ended, once it has."""
+        finish = self.pieces[-1].finish
+        assert finish
+        return finish
+
+    @property
     def completion(self) -> str:
-        """All that was written."""
+        """The generated text."""
         return "".join(piece.text for piece in self.pieces)
 
 
-class Writer:
+class Generator:
     """A language model as a batcher runs it: rows are `Job`s, one at a time on each thread.
 
-    `rate` is the tokens a second that one thread writes, `most` how many the model may write after a prompt.
+    `rate` is the tokens a second of one thread, `room` the most tokens that may follow a prompt.
     """
 
     def __init__(self, predictor: Predictor) -> None:
         task = predictor.task
         assert can_generate(task)
         self._predictor, self._task = predictor, task
-        self.since = int(time.time())
+        self.loaded = int(time.time())
         self.room = task.config.max_length - 1
         prompt = task.prompt(task.examples()[0]["text"], _WARM_UP)
         started = time.perf_counter()
@@ -64,7 +68,7 @@ class Writer:
         self.rate = _WARM_UP / (time.perf_counter() - started)
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
-        """The jobs, done; the first token that nobody waits for is the last."""
+        """Run the jobs; stop generating when the client disconnects."""
         for job in rows:
             job.prompt_tokens = len(self._task.prompt(job.prompt, job.how.max_new_tokens))
             for piece in stream(self._predictor, job.prompt, job.how):
@@ -76,17 +80,17 @@ class Writer:
         return list(rows)
 
     def bucket(self, cost: int) -> int:
-        """One queue: the oldest prompt is next, whatever its length."""
+        """Return one queue for all: the oldest prompt is next, whatever its length."""
         return 1
 
     def most(self, bucket: int) -> int:
-        """Prompts of a batch."""
+        """Return the prompts of a batch."""
         return 1
 
 
 @contextmanager
 def awaited(request: Request, jobs: Sequence[Job]) -> Iterator[None]:
-    """While a request waits for its jobs; afterwards they end, and what was written is noted for log and metrics."""
+    """Wait for a request's jobs; afterwards they end, and their tokens are noted for log and metrics."""
     for job in jobs:
         job.gone = request.gone
     try:
@@ -98,18 +102,10 @@ def awaited(request: Request, jobs: Sequence[Job]) -> Iterator[None]:
         request.first_s = min((job.first_s for job in jobs if job.pieces), default=0.0)
 
 
-def job_of(writer: Writer, prompt: str, given: dict[str, Any], max_chars: int, status: int = 422) -> Job:
-    """A prompt within its limits.
+def job_of(generator: Generator, prompt: str, given: dict[str, Any], max_chars: int, status: int = 422) -> Job:
+    """Return a job within its limits, of a prompt and the parameters of `Sampling` (None: not given).
 
-    Args:
-        writer: the model.
-        prompt: the text to go on from.
-        given: of `Sampling`; None is what was not given.
-        max_chars: characters of a prompt.
-        status: of what is refused for what is given.
-
-    Raises:
-        Refused: the prompt is too long (413), or the model can't write like that.
+    Refused are a prompt that is too long (413), and parameters that are unfit (`status`).
     """
     if len(prompt) > max_chars:
         raise Refused(413, f"a text may have {max_chars:,} characters")
@@ -117,6 +113,6 @@ def job_of(writer: Writer, prompt: str, given: dict[str, Any], max_chars: int, s
         how = msgspec.convert({key: value for key, value in given.items() if value is not None}, Sampling)
     except msgspec.ValidationError as error:
         raise Refused(status, f"the request is not as it should be: {error}") from None
-    if how.max_new_tokens > writer.room:
-        raise Refused(status, f"the model writes at most {writer.room} tokens; {how.max_new_tokens} are asked for")
+    if how.max_new_tokens > generator.room:
+        raise Refused(status, f"the model writes at most {generator.room} tokens; {how.max_new_tokens} are asked for")
     return Job(prompt, how)

@@ -1,0 +1,233 @@
+"""One file → its rows as they stand, each with every column, in order; what a file holds never depends on who asks."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from kdexport.errors import DataError, MissingPackage
+
+_CONLL = {".conll", ".bio", ".iob2"}
+SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt"} | _CONLL
+# Rows of JSON whose keys are the columns; rows of Parquet that are made Python's at once.
+_PEEKED, _AT_ONCE = 1000, 256
+csv.field_size_limit(2**31 - 1)  # a field that is too long is a bad row, which is named, and no end of the file
+
+Raw = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows as they were read, once; one that can't be read is what is wrong with it.
+
+    `folder` is what names of images and recordings are relative to; a source of `lines` has the column `text` alone.
+    """
+
+    name: str
+    columns: list[str]
+    rows: Iterable[Raw | str]
+    folder: Path = Path()
+    lines: bool = False
+
+
+def read_file(path: Path, *, whole: bool = False) -> Source:
+    """Open a CSV, TSV, JSON, JSONL, Parquet or CoNLL file; any other is a text a line, or one `whole` text."""
+    if not path.is_file():
+        raise DataError(f"{path} {'is a folder' if path.exists() else 'does not exist'}", "Check the path")
+    if not path.stat().st_size:
+        raise DataError(f"{path} is empty")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    encoding = _encoding(path)
+    if suffix in (".csv", ".tsv"):
+        return _read_csv(path, encoding)
+    if suffix in (".json", ".jsonl"):
+        return _read_json(path, encoding)
+    if suffix in _CONLL:
+        return Source(path.name, ["tokens", "tags"], _conll_rows(path, _lines(path, encoding)))
+    if whole:
+        return Source(path.name, ["text"], [{"text": path.read_bytes().decode(encoding)}])
+    return Source(path.name, ["text"], ({"text": line} for line in _lines(path, encoding)), lines=True)
+
+
+def read_stream(stream: BinaryIO) -> Source:
+    """Read a text a line from standard input, each when it comes."""
+
+    def rows() -> Iterator[Raw]:
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8("stdin", number, line[error.start]) from None
+            yield {"text": text.rstrip("\r\n")}
+
+    return Source("stdin", ["text"], rows(), lines=True)
+
+
+def from_arrow(name: str, table: Any, folder: Path = Path()) -> Source:
+    """Read an Arrow table; where Hugging Face's schema names classes, their numbers become these names."""
+    info = msgspec.json.decode((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = (info.get("info") or {}).get("features") or {}
+    names = {column: found for column, feature in features.items() if (found := _class_names(feature))}
+
+    def named(value: Any, known: list[str]) -> Any:
+        if isinstance(value, list):
+            return [named(one, known) for one in value]
+        return None if value is None or value < 0 else known[value]
+
+    def rows() -> Iterator[Raw]:
+        for batch in table.to_batches(max_chunksize=_AT_ONCE):
+            for row in batch.to_pylist():
+                yield row | {column: named(row[column], known) for column, known in names.items()}
+
+    return Source(name, list(table.column_names), rows(), folder)
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """The names of a ClassLabel, or of a list of them, which data sets have written in three ways."""
+    if isinstance(feature, list):
+        return _class_names(feature[0])
+    if not isinstance(feature, dict):
+        return None
+    return feature.get("names") if feature.get("_type") == "ClassLabel" else _class_names(feature.get("feature"))
+
+
+def _read_parquet(path: Path) -> Source:
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise MissingPackage("pyarrow", "parquet") from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} can't be read: {str(error).strip().splitlines()[0]}") from None
+    return from_arrow(path.name, table, path.parent)
+
+
+def _read_csv(path: Path, encoding: str) -> Source:
+    """Columns without a name, such as the index that pandas writes, are no columns."""
+    with path.open(encoding=encoding, newline="") as file:
+        first = file.readline()
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",\t;", key=lambda mark: (mark in first, mark == ","))
+    quoted = delimiter != "\t" or _is_quoted(path, encoding)
+    records = _records(path, encoding, delimiter, csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+    header = next(records, [])
+    named = [name for name in header if name.strip()]
+    if not named or len(set(named)) < len(named):
+        raise DataError(f"{path}: its first row must name the columns, each once", f"It reads: {first.strip()[:80]}")
+
+    def rows() -> Iterator[Raw | str]:
+        for record in records:
+            if any(record[len(header) :]):
+                yield f"it has {len(record)} fields, and the header names {len(header)}"
+            else:
+                yield {name: value for name, value in zip(header, record, strict=False) if name.strip()}
+
+    return Source(path.name, named, rows(), path.parent)
+
+
+def _records(path: Path, encoding: str, delimiter: str, quoting: Any, strict: bool = False) -> Iterator[list[str]]:
+    with path.open(encoding=encoding, newline="") as file:
+        yield from filter(None, csv.reader(file, delimiter=delimiter, quoting=quoting, strict=strict))
+
+
+def _is_quoted(path: Path, encoding: str) -> bool:
+    """Whether quotes in a file of tabs hold fields together, as pandas writes them, or are characters, as in GLUE.
+
+    Where all lines have the same number of tabs each is a row, and quotes must pair up within it.
+    """
+    whole = len({line.count("\t") for line in _lines(path, encoding) if line}) == 1
+    try:
+        for line in _lines(path, encoding) if whole else ():
+            next(csv.reader([line], delimiter="\t", strict=True), None)
+        return whole or all(_records(path, encoding, "\t", csv.QUOTE_MINIMAL, strict=True))
+    except csv.Error:
+        return False
+
+
+def _read_json(path: Path, encoding: str) -> Source:
+    """An array of objects, over however many lines, or an object a line."""
+    with path.open(encoding=encoding) as file:
+        array = next((line for line in file if line.strip()), "").lstrip().startswith("[")
+    if array:
+        found = _decoded(path.read_bytes().decode(encoding))
+        if isinstance(found, str):
+            raise DataError(f"{path} can't be read: {found}")
+        rows = iter([row if isinstance(row, dict) else _NO_OBJECT for row in found])
+    else:
+        objects = (_decoded(line) for line in _lines(path, encoding) if line.strip())
+        rows = iter(row if isinstance(row, dict | str) else _NO_OBJECT for row in objects)
+    some = list(islice(rows, _PEEKED))
+    columns = dict.fromkeys(key for row in some if isinstance(row, dict) for key in row)
+    return Source(path.name, list(columns), chain(some, rows), path.parent)
+
+
+_NO_OBJECT = "it is no JSON object"
+
+
+def _decoded(text: str) -> Any:
+    """An object or an array; or, as a text, what is wrong with it."""
+    try:
+        found = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        return str(error)
+    return found if isinstance(found, dict | list) else _NO_OBJECT
+
+
+def _conll_rows(path: Path, lines: Iterable[str]) -> Iterator[Raw]:
+    """A word a line, its tag in the last column, a blank line between texts; as CoNLL's shared tasks have it."""
+    tokens: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate(chain(lines, [""]), 1):
+        word, *more = line.split() or [""]
+        if word not in ("", "-DOCSTART-"):
+            if not more:
+                raise DataError(f"{path}, line {number}: {word!r} has no tag", "Give word and tag in each line")
+            tokens.append(word)
+            tags.append(more[-1])
+        elif tokens:
+            yield {"tokens": tokens, "tags": tags}
+            tokens, tags = [], []
+
+
+def _lines(path: Path, encoding: str) -> Iterator[str]:
+    """Lines as editors number them; `str.splitlines` would end some within a text, at U+2028 and its kind."""
+    with path.open(encoding=encoding) as file:
+        for line in file:
+            yield line.rstrip("\n")
+
+
+def _encoding(path: Path) -> str:
+    """UTF-16 where a byte-order mark says so, else UTF-8; every line is checked, before any work on the first."""
+    with path.open("rb") as file:
+        head = file.read(4)
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            try:
+                path.read_text(encoding="utf-16")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path} is no valid UTF-16: {error.reason}", "Save it as UTF-8") from None
+            return "utf-16"
+        if b"\0" in head:
+            raise DataError(f"{path} is UTF-16 without a byte-order mark, or no text", "Save it as UTF-8")
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, number, line[error.start]) from None
+    return "utf-8-sig"
+
+
+def _not_utf8(name: Path | str, number: int, byte: int) -> DataError:
+    return DataError(
+        f"{name}, line {number}: byte 0x{byte:02x} is not UTF-8",
+        "Convert it from its encoding (latin1, gb18030, shift_jis, …), for example: iconv -f latin1 -t utf-8 OLD > NEW",
+    )

@@ -1,0 +1,66 @@
+"""An artifact as a folder for Kubernetes and KServe.
+
+The files were checked against the types of Kubernetes' API; no cluster and no KServe ran them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from kdexport.errors import SpecError
+from kdexport.files import hash_file, write_text
+from kdexport.integrations import render
+from kdexport.runtime import artifact
+
+# [registry[:port]/]path[:tag][@digest], as Docker reads it. In a Dockerfile a further line would be a command.
+_IMAGE = re.compile(
+    r"(?:(?:[a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)*|\[[0-9a-fA-F:]+\])(?::[0-9]+)?/)?"
+    r"[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|__?|-+)[a-z0-9]+)*)*"
+    r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@[a-z0-9]+:[0-9a-f]{32,128})?"
+)
+_MAX_NAME = 50  # of 63: others append to it
+
+
+def write(folder: Path, variant: str | None, name: str, image: str | None, out: Path) -> None:
+    """Write the artifact, a Dockerfile that puts it into the serving image, and what Kubernetes and KServe read.
+
+    Args:
+        folder: an artifact.
+        variant: the file to serve; the recommended one when None.
+        name: of the model, in URLs.
+        image: that the Dockerfile will be built as; `name:version` when None, the version as the server tells it.
+        out: a folder that isn't there yet.
+    """
+    _copy(folder, out / name)
+    size = artifact.model_file(folder, variant).stat().st_size
+    image = image or f"{name.lower()}:{hash_file(folder / artifact.MANIFEST)[:12]}"
+    if not _IMAGE.fullmatch(image):
+        raise SpecError(f"{image!r} can't be an image's name", "Give one like --image registry.example/team/tickets:2")
+    values = {
+        "folder": name,
+        "name": _dns_label(name),
+        "image": image,
+        "model": f"/models/{name}:{variant}" if variant else f"/models/{name}",
+        "memory": f"{256 + 128 * -(-3 * size // 2**27)}Mi",
+    }
+    for file in ("Dockerfile", "kubernetes.yaml", "inferenceservice.yaml"):
+        write_text(out / file, render(f"{file}.j2", {}, **values))
+
+
+def _dns_label(name: str) -> str:
+    """A name as Kubernetes takes it: lower case, a letter first, no hyphen last."""
+    label = re.sub(r"[^a-z0-9-]+", "-", name.lower())
+    label = label if label[0].isalpha() else f"model-{label}"
+    return label[:_MAX_NAME].rstrip("-")
+
+
+def _copy(folder: Path, out: Path) -> None:
+    """Copy an artifact's own files, each checked against the manifest."""
+    manifest = artifact.read_manifest(folder)
+    models = [artifact.model_file(folder, variant) for variant in manifest.variants]
+    names = [*(str(path.relative_to(folder)) for path in models), *manifest.files, "README.md", artifact.MANIFEST]
+    for name in (name for name in names if (folder / name).exists()):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, out / name)

@@ -1,0 +1,40 @@
+"""The server's OpenAPI document, of `openapi.yaml` and the types that requests are decoded with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from kdexport.serve.openapi import PATH
+from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
+
+__all__ = ["PATH", "generate"]
+
+_TYPES = [
+    huggingface.ClassifyRequest, tei.PredictRequest, oip.InferRequest, tgi.WriteRequest, tgi.Generated, tgi.StreamToken,
+    tgi.WriterInfo, openai.CompletionRequest, openai.Completion, openai.ModelList,
+]  # fmt: skip
+
+
+def generate() -> bytes:
+    """The document as indented JSON, still to be filled by the server."""
+    found = yaml.safe_load(Path(__file__).with_name("openapi.yaml").read_text(encoding="utf-8"))
+    del found["x-parts"]
+    _, schemas = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
+    for name, neutral in (("WriteParameters", tgi.NEUTRAL), ("CompletionRequest", openai.NEUTRAL)):
+        for parameter, value in neutral.items():
+            values = [None] if value is None else [value, None]
+            schemas[name]["properties"][parameter] = {"enum": values, "default": None}
+    found["components"]["schemas"] = _merged(schemas, found["components"]["schemas"])
+    return msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n"
+
+
+def _merged(schemas: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Schemas with further ones, which replace single properties of those that are there."""
+    found = schemas | {name: schema for name, schema in more.items() if name not in schemas}
+    for name in schemas.keys() & more.keys():
+        found[name]["properties"] |= more[name]["properties"]
+    return found
