@@ -129,6 +129,9 @@ class Number(Classes):
         spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
         return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))
 
+    def correct(self, logits: Array, rows: Sequence[Row]) -> None:  # type: ignore[override]
+        """None: a number is not right or wrong."""
+
     def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
         return metric(self, logits, rows) < _CHANCE
 
