@@ -42,9 +42,8 @@ def open_config(model: str) -> Any:
     if is_place(model) and not (folder / "config.json").is_file():
         missing = "does not exist" if not folder.exists() else "holds no config.json"
         raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
-    with _opening(
-        f"model {model!r} can't", "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
-    ):
+    fix = "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
+    with _opening(f"model {model!r} can't", fix):
         return AutoConfig.from_pretrained(model)
 
 
