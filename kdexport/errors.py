@@ -66,13 +66,13 @@ class MissingPackage(KdexportError):
         )
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; its class's name where the message is empty."""
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
 class Interrupted(Exception):
     """Ctrl-C in long work; says what is kept. Typer would end the program by itself, without a word."""
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class's name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def last_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The Python functions beside the commands: the same parameters, the same errors, the same records."""
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -118,7 +119,8 @@ def test_type_checkers_see_the_functions(tmp_path):
     code += "reveal_type(kdexport.run(data='a').budget.met)\nreveal_type(kdexport.bench('a'))\nkdexport.load(3)\n"
     (tmp_path / "user.py").write_text(code)
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "user.py"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    source = os.environ | {"MYPYPATH": str(Path(package.__file__).parents[1])}  # mypy can't follow an editable install
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=source)
     lines = found.stdout.splitlines()
     assert ['"bool | None"' in lines[0], "Report" in lines[1], "arg-type" in lines[2], len(lines)] == [True] * 3 + [4]
 

@@ -22,7 +22,7 @@ from kdexport.bench.loads import Loads, put_loads
 from kdexport.bench.machine import environment
 from kdexport.bench.process import Crashed, call
 from kdexport.bench.subjects import Target, measured_tokens, why_not
-from kdexport.bench.worker import Job, Samples
+from kdexport.bench.worker import Round, Samples
 from kdexport.errors import RunError
 from kdexport.files import digest, write_bytes, write_json
 from kdexport.progress import bar, say, warn
@@ -33,6 +33,8 @@ from kdexport.tasks.metrics import Array
 _MAX_ROWS, _MAX_ROUNDS = 256, 100
 _MIN_SAMPLES_A_ROUND = 200
 _SWEEP_ROUNDS = 3
+# What a process may take beside the time that it measures: loading a model, compiling it, sweeps.
+GRACE_S = 600.0
 # Who stops at the first narrow interval stops too early too often: the last one must be narrow at a higher level.
 _STOP_LEVEL = 0.98
 AGAIN = " again"
@@ -65,18 +67,10 @@ def bench(
     loads: Loads | None = None,
     sweep: bool = True,
 ) -> Measured:
-    """Measure targets side by side; write `bench.json` and every sample (`samples.npz`, ms).
+    """Measure targets side by side; write `bench.json` and every sample (`samples.npz`, ms) into the folder `out`.
 
-    Args:
-        settings: threads, rounds, precision and time limit.
-        targets: what to measure.
-        rows: real rows; up to 256 of them, spread over all, are answered one at a time, in one order for all.
-        reference: the target that ratios are taken to.
-        seed: of the order of rows and turns.
-        out: an existing folder.
-        control: the target that is measured twice.
-        loads: what to put on HTTP targets.
-        sweep: whether to measure batches and lengths too.
+    Up to 256 rows, spread over all, are answered one at a time, in one order for all targets. Ratios are taken to
+    `reference`, `control` is measured twice, `loads` are put on HTTP targets, `sweep` adds batches and lengths.
 
     Raises:
         RunError: no target could be measured. One that crashes is named in the result; the others' stand.
@@ -86,14 +80,14 @@ def bench(
     for name, reason in left_out.items():
         warn(f"bench: {name} is left out: {reason}")
     active = [target for target in targets if target.name not in left_out]
-    twin = [msgspec.structs.replace(t, name=t.name + AGAIN) for t in active if t.name == control]
+    twins = [msgspec.structs.replace(t, name=t.name + AGAIN) for t in active if t.name == control]
     facts, started = environment(), time.monotonic()
     write_bytes(out / "rows.json", msgspec.json.encode(chosen))
     # Whole rounds are kept until the end, under a name that says of what: the same call goes on after a kill.
-    asked = digest(msgspec.to_builtins([settings, active + twin, reference, seed, chosen, sweep]))
+    asked = digest(msgspec.to_builtins([settings, active + twins, reference, seed, chosen, sweep]))
     kept = out / f"rounds-{asked[:12]}"
     kept.mkdir(exist_ok=True)
-    found, failed = _take_turns(settings, active + twin, reference, seed, out / "rows.json", kept, sweep)
+    found, failed = _take_turns(settings, active + twins, reference, seed, out / "rows.json", kept, sweep)
     cells = {name: _cells(rounds) for name, rounds in found.items()}
     alive = [t for t in active if t.name not in failed]
     _other_threads(settings, alive, out / "rows.json", cells, started + settings.time_limit_s)
@@ -106,32 +100,40 @@ def bench(
                 warn(f"bench: {target.name} {trouble}")
     (out / "rows.json").unlink()
     shutil.rmtree(kept)
-    if not {*found} - {one.name for one in twin}:
+    own = {name: rounds for name, rounds in found.items() if name not in {twin.name for twin in twins}}
+    if not own:
         reasons = "; ".join(f"{name} {why}" for name, why in (failed or left_out).items())
         raise RunError(f"nothing could be measured: {reasons}", "kdexport doctor says what this machine has")
-    models = {target.name for target in active if target.runtime != "http"}
+    base, again = own.get(reference, {}), found.get(f"{control}{AGAIN}")
     writes = max((measured_tokens(load_task(Path(target.task))) for target in active if target.task), default=0)
-    measured = _measured(settings, found, reference, facts, cells, control, models, writes)
-    measured = msgspec.structs.replace(
-        measured,
-        targets=targets,
-        conditions=msgspec.structs.replace(
-            measured.conditions,
-            rows=len(chosen),
-            texts=hashlib.sha256(msgspec.json.encode(chosen)).hexdigest()[:12],
-            tokens=_tokens(next((t for t in active if t.task), None), chosen),
-            seconds=round(time.monotonic() - started, 1),
-            failed=failed,
-            left_out=left_out,
-            warnings=warnings.of(settings, found, measured, facts),
-        ),
+    p99 = {name: stats.pooled_ratio(*_totals(base, rounds), 0.99) for name, rounds in own.items()} if base else {}
+    clock = (
+        f"a prompt of at most {writes} tokens to {writes} more" if writes else "text to answer: tokenise, run, softmax"
     )
+    conditions = Conditions(
+        reference=reference, threads=settings.threads[0], rounds=max(map(len, own.values())),
+        round_seconds=settings.round_seconds, rows=len(chosen),
+        texts=hashlib.sha256(msgspec.json.encode(chosen)).hexdigest()[:12],
+        tokens=_tokens(next((t for t in active if t.task), None), chosen), clock=clock,
+        seconds=round(time.monotonic() - started, 1), failed=failed, left_out=left_out,
+        control=Control(str(control), _ratio(own[str(control)], again)) if again and control in own else None,
+        price_per_hour=settings.price_per_hour,
+    )  # fmt: skip
+    measured = Measured(
+        targets=targets, conditions=conditions, environment=facts,
+        latency={name: _latency(rounds, writes) for name, rounds in own.items()},
+        speedup={name: _ratio(base, rounds) for name, rounds in own.items()} if base else {},
+        speedup_p99={name: ratio for name, ratio in p99.items() if ratio},
+        footprint={t.name: _footprint(own[t.name]) for t in active if t.runtime != "http" and t.name in own},
+        cells={name: each for name, each in cells.items() if name in own},
+    )  # fmt: skip
+    lines = warnings.of(settings, found, measured, facts)
+    measured = msgspec.structs.replace(measured, conditions=msgspec.structs.replace(conditions, warnings=lines))
     samples = {f"{name}/{i}": _total(one).astype(np.float32) for name, r in found.items() for i, one in r.items()}
     np.savez_compressed(out / "samples.npz", **samples)  # type: ignore[arg-type] # numpy's stub wants no names
     write_json(out / "bench.json", measured)
-    rounds = max(map(len, found.values()))
-    say(f"bench: {rounds} rounds, {settings.threads[0]} thread(s), {len(chosen)} real texts in turn")
-    for line in measured.conditions.warnings:
+    say(f"bench: {measured.conditions.rounds} rounds, {settings.threads[0]} thread(s), {len(chosen)} real rows in turn")
+    for line in lines:
         warn(f"bench: {line}")
     return measured
 
@@ -204,57 +206,15 @@ def _round(
     threads = threads or settings.threads[0]
     task = load_task(Path(target.task)) if target.task else None
     batches = sweep and not (task and measured_tokens(task))  # language models write one text at a time
-    job = Job(
-        target=target,
-        rows=str(rows),
-        threads=threads,
-        seconds=settings.round_seconds,
-        min_samples=_MIN_SAMPLES_A_ROUND,
-        max_seconds=3 * settings.round_seconds,
+    job = Round(
+        target=target, rows=str(rows), threads=threads, seconds=settings.round_seconds,
+        min_samples=_MIN_SAMPLES_A_ROUND, max_seconds=3 * settings.round_seconds, spawned_ns=time.monotonic_ns(),
         start=number * 37,  # each round begins at another row, so that slow variants see all of them
         batch_sizes=[size for size in settings.batch_sizes if size > 1] if batches else [],
         lengths=task.lengths() if task and sweep and target.runtime != "http" else [],
-        spawned_ns=time.monotonic_ns(),
-    )
-    return msgspec.json.decode(call("kdexport.bench.worker", msgspec.json.encode(job), threads), type=Samples)
-
-
-def _measured(
-    settings: spec.Bench,
-    found: dict[str, Rounds],
-    reference: str,
-    facts: dict[str, Any],
-    cells: dict[str, list[Cell]],
-    control: str | None,
-    models: set[str],
-    writes: int,
-) -> Measured:
-    twin = f"{control}{AGAIN}"
-    both = control in found and twin in found
-    checked = Control(str(control), _ratio(found[str(control)], found[twin])) if both else None
-    own = {name: rounds for name, rounds in found.items() if name != twin}
-    base = own.get(reference, {})
-    p99 = {name: stats.pooled_ratio(*_totals(base, rounds), 0.99) for name, rounds in own.items()} if base else {}
-    return Measured(
-        latency={name: _latency(rounds, writes) for name, rounds in own.items()},
-        speedup={name: _ratio(base, rounds) for name, rounds in own.items()} if base else {},
-        speedup_p99={name: ratio for name, ratio in p99.items() if ratio},
-        footprint={name: _footprint(rounds) for name, rounds in own.items() if name in models},
-        cells={name: found for name, found in cells.items() if name != twin},
-        conditions=Conditions(
-            reference=reference,
-            threads=settings.threads[0],
-            rounds=max(map(len, own.values())),
-            round_seconds=settings.round_seconds,
-            rows=0,
-            clock=f"a prompt of at most {writes} tokens to {writes} more"
-            if writes
-            else "text to answer: tokenise, run, softmax",
-            control=checked,
-            price_per_hour=settings.price_per_hour,
-        ),
-        environment=facts,
-    )
+    )  # fmt: skip
+    done = call("kdexport.bench.worker", msgspec.json.encode(job), threads, GRACE_S + 10 * settings.round_seconds)
+    return msgspec.json.decode(done, type=Samples)
 
 
 def _latency(rounds: Rounds, writes: int) -> Latency:
@@ -264,22 +224,14 @@ def _latency(rounds: Rounds, writes: int) -> Latency:
     p50, p50_ci = stats.estimate(medians)
     (p90, p90_ci), (p99, p99_ci) = stats.pooled(totals, 0.90), stats.pooled(totals, 0.99)
     return Latency(
-        p50=p50,
-        p50_ci95=p50_ci,
-        p90=p90,
-        p90_ci95=p90_ci,
-        p99=p99,
-        p99_ci95=p99_ci,
+        p50=p50, p50_ci95=p50_ci, p90=p90, p90_ci95=p90_ci, p99=p99, p99_ci95=p99_ci,
         p99_at_most=stats.at_most(totals, 0.99) if p99 is None else None,
         tokenize_p50=float(np.median([np.median(one.tokenize_us) for one in rounds.values()])) / 1e3,
         model_p50=float(np.median([np.median(one.model_us) for one in rounds.values()])) / 1e3,
         first_token_p50=_median(_median(one.first_ms) for one in rounds.values()) if writes else None,
-        tokens_per_second=1e3 * writes / p50 if writes else None,
-        samples=len(pooled),
-        rounds=len(rounds),
-        round_p50=medians,
-        quantiles=np.quantile(pooled, QUANTILES, method="higher").tolist(),
-    )
+        tokens_per_second=1e3 * writes / p50 if writes else None, samples=len(pooled), rounds=len(rounds),
+        round_p50=medians, quantiles=np.quantile(pooled, QUANTILES, method="higher").tolist(),
+    )  # fmt: skip
 
 
 def _footprint(rounds: Rounds) -> Footprint:
@@ -287,16 +239,12 @@ def _footprint(rounds: Rounds) -> Footprint:
     device = [ms for one in every for ms in one.device_ms]
     gpu = [one.gpu_peak_mb for one in every if one.gpu_peak_mb is not None]
     return Footprint(
-        cold_ms=_median(one.cold_ms for one in every),
-        cold_ms_ci95=stats.estimate([one.cold_ms for one in every])[1],
-        rss_mb=_median(one.rss_mb for one in every),
-        rss_mb_ci95=stats.estimate([one.rss_mb for one in every])[1],
-        peak_rss_mb=_median(one.peak_rss_mb for one in every),
-        gpu_peak_mb=max(gpu, default=None),
-        device_p50_ms=_median(device) if device else None,
-        cores_used=_median(one.cores_used for one in every),
+        cold_ms=_median(one.cold_ms for one in every), cold_ms_ci95=stats.estimate([one.cold_ms for one in every])[1],
+        rss_mb=_median(one.rss_mb for one in every), rss_mb_ci95=stats.estimate([one.rss_mb for one in every])[1],
+        peak_rss_mb=_median(one.peak_rss_mb for one in every), gpu_peak_mb=max(gpu, default=None),
+        device_p50_ms=_median(device) if device else None, cores_used=_median(one.cores_used for one in every),
         os_threads=int(max(one.os_threads for one in every)),
-    )
+    )  # fmt: skip
 
 
 def _cells(rounds: Rounds) -> list[Cell]:
@@ -305,9 +253,8 @@ def _cells(rounds: Rounds) -> list[Cell]:
         return []
     batches = {size: [one.batches[size] for one in swept] for size in swept[0].batches}
     runs = {length: [one.runs[length] for one in swept] for length in swept[0].runs}
-    return [stats.cell("batch", size, times, size) for size, times in batches.items()] + [
-        stats.cell("length", length, times, None) for length, times in runs.items()
-    ]
+    by_size = [stats.cell("batch", size, times, size) for size, times in batches.items()]
+    return by_size + [stats.cell("length", length, times, None) for length, times in runs.items()]
 
 
 def _other_threads(
@@ -347,10 +294,8 @@ def _total(samples: Samples) -> Array:
 
 
 def _tokens(target: Target | None, rows: list[dict[str, Any]]) -> dict[str, int]:
-    if target is None:
-        return {}
-    task = load_task(Path(target.task))
-    if not task.lengths():
+    task = load_task(Path(target.task)) if target else None
+    if task is None or not task.lengths():
         return {}
     lengths = np.array(task.sizes(task.tokenize(rows)))
     found = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95, 100)}

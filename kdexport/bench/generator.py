@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kdexport.errors import KdexportError
+from kdexport.tasks.inputs.media import bytes_of
 
 _TIMEOUT_S = 30.0
 _WARM_S = 0.5
@@ -114,20 +116,36 @@ def body_of(url: str, rows: list[dict[str, Any]]) -> bytes:
     """Rows as the body that the address's protocol wants.
 
     `…/infer` is the Open Inference Protocol, `…/predict` text-embeddings-inference's; all else is taken for
-    Hugging Face's inference API.
+    Hugging Face's inference API. Pictures and recordings go in base64, one a request.
+
+    Raises:
+        LoadError: the protocol has no request for such rows.
     """
-    path, texts = urlsplit(url).path, [row["text"] for row in rows]
+    path = urlsplit(url).path
+    if "text" not in rows[0]:
+        return _media_body(url, rows)
+    pairs = rows[0].get("text_pair") is not None
+    columns = ("text", "text_pair") if pairs else ("text",)
     if path.endswith("/infer"):
-        tensor = {"name": "text", "shape": [len(texts)], "datatype": "BYTES", "data": texts}
-        return msgspec.json.encode({"inputs": [tensor]})
-    if path.endswith("/predict"):
-        return msgspec.json.encode({"inputs": [[text] for text in texts] if len(texts) > 1 else texts[0]})
-    return msgspec.json.encode({"inputs": texts if len(texts) > 1 else texts[0]})
+        tensors = [
+            {"name": name, "shape": [len(rows)], "datatype": "BYTES", "data": [row[name] for row in rows]}
+            for name in columns
+        ]
+        return msgspec.json.encode({"inputs": tensors})
+    inputs: list[Any] = [{name: row[name] for name in columns} if pairs else row["text"] for row in rows]
+    if path.endswith("/predict") and (pairs or len(rows) > 1):
+        inputs = [[row[name] for name in columns] for row in rows]
+    return msgspec.json.encode({"inputs": inputs if len(rows) > 1 else inputs[0]})
 
 
-def check_answer(answer: bytes) -> None:
-    """Read the answer, as a client does."""
-    msgspec.json.decode(answer)
+def _media_body(url: str, rows: list[dict[str, Any]]) -> bytes:
+    modality = next(name for name in ("image", "audio") if name in rows[0])
+    if urlsplit(url).path.endswith("/infer"):
+        base = url.partition("/v2/")[0]
+        raise LoadError(f"{url} takes arrays, and the rows are of {modality}", f"Name {base}/predict")
+    if len(rows) > 1:
+        raise LoadError(f"{url} takes one row of {modality} a request")
+    return msgspec.json.encode({"inputs": b64encode(bytes_of(rows[0][modality])).decode()})
 
 
 def load(job: LoadJob) -> LoadSamples:
@@ -152,7 +170,7 @@ def load(job: LoadJob) -> LoadSamples:
                 return
             _wait_until(at)
             try:
-                check_answer(connection.post(bodies[number % len(bodies)]))
+                msgspec.json.decode(connection.post(bodies[number % len(bodies)]))
                 found.append((at, (time.monotonic() - at) * 1e3))
             except (LoadError, msgspec.DecodeError):
                 failed.append(at)

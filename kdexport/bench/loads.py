@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -40,21 +39,17 @@ def put_loads(target: Target, loads: Loads, seed: int, rows: Path) -> tuple[list
     """
     cells: list[Cell] = []
     try:
-        for cell in _put(target, loads, seed, rows):
-            cells.append(cell)
+        closed = _load_rounds(target, loads, [(n, None) for n in loads.connections], seed, rows)
+        for (n, _), rounds in closed.items():
+            cells.append(_load_cell(n, None, rounds))
+        peak = max(_answered(rounds) for rounds in closed.values()) if loads.of_peak else 1.0
+        most = 4 * max(loads.connections)
+        opened = _load_rounds(target, loads, [(most, rate * peak) for rate in loads.rates], seed, rows)
+        for (n, rate), rounds in opened.items():
+            cells.append(_load_cell(n, rate, rounds))
     except Crashed as crash:
         return cells, str(crash)
     return cells, ""
-
-
-def _put(target: Target, loads: Loads, seed: int, rows: Path) -> Iterator[Cell]:
-    closed = _load_rounds(target, loads, [(n, None) for n in loads.connections], seed, rows)
-    yield from (_load_cell(n, None, rounds) for (n, _), rounds in closed.items())
-    peak = max(_answered(rounds) for rounds in closed.values())
-    rates = [rate * peak if loads.of_peak else rate for rate in loads.rates]
-    most = 4 * max(loads.connections)
-    opened = _load_rounds(target, loads, [(most, rate) for rate in rates], seed, rows)
-    yield from (_load_cell(n, rate, rounds) for (n, rate), rounds in opened.items())
 
 
 def _load_rounds(
@@ -65,15 +60,10 @@ def _load_rounds(
         for number in range(_ROUNDS):
             for connections, rate in random.Random(f"{seed}:{number}").sample(kinds, len(kinds)):
                 job = LoadJob(
-                    url=target.model,
-                    rows=str(rows),
-                    connections=connections,
-                    rate=rate,
-                    poisson=loads.poisson,
-                    seconds=loads.seconds,
-                    seed=seed + number,
-                )
-                done = call("kdexport.bench.generator", msgspec.json.encode(job), 1)
+                    url=target.model, rows=str(rows), connections=connections, rate=rate, poisson=loads.poisson,
+                    seconds=loads.seconds, seed=seed + number,
+                )  # fmt: skip
+                done = call("kdexport.bench.generator", msgspec.json.encode(job), 1, 120 + 2 * loads.seconds)
                 found[connections, rate].append(msgspec.json.decode(done, type=LoadSamples))
                 advance(1)
     return found

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from kdexport.results import machine_name
 from kdexport.runtime.predictor import allowed_cores, providers
 
 _PACKAGES = (
@@ -26,17 +27,35 @@ BUSY_PERCENT = 25.0
 _CPU_DIR = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
-def environment() -> dict[str, Any]:
-    """CPU, cores, memory, load, GPU, versions and commit, as found now."""
+def identity() -> dict[str, Any]:
+    """The facts that identify a machine: CPU, cores allowed, GPUs; `hardware` is their hash."""
     model, flags = _cpu()
     facts: dict[str, Any] = {
+        "cpu": model,
+        "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        "cores_allowed": allowed_cores(),
+        "gpus": _gpus(),
+    }
+    return facts | {"hardware": hardware(facts)}
+
+
+def elsewhere(facts: dict[str, Any]) -> list[str]:
+    """Return a warning where figures with these facts were made on a machine that is not this one."""
+    here = identity()
+    where = f"on another machine ({machine_name(facts)}), not on this one ({machine_name(here)})"
+    line = f"times, memory and speedups were measured {where}: to measure here, delete the folder bench/ and run again"
+    return [] if facts.get("hardware") in (None, here["hardware"]) else [line]
+
+
+def environment() -> dict[str, Any]:
+    """CPU, cores, memory, load, GPU, versions and commit, as found now."""
+    flags = _cpu()[1]
+    return {
         "kdexport": _version("kdexport"),
         "python": platform.python_version(),
         "os": platform.platform(),
-        "cpu": model,
-        "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        **identity(),
         "cores": os.cpu_count(),
-        "cores_allowed": allowed_cores(),
         "threads_a_core": _threads_a_core(),
         "governor": _read(_CPU_DIR / "scaling_governor"),
         "mhz": _mhz(),
@@ -46,28 +65,22 @@ def environment() -> dict[str, Any]:
         "busy_percent": _busy_percent(),
         "virtual": "hypervisor" in flags,
         "container": _container(),
-        "gpus": _gpus(),
         "providers": providers() if find_spec("onnxruntime") else [],
         "thread_settings": {name: os.environ[name] for name in _THREADS if name in os.environ},
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
         "git_commit": _git_commit(),
     }
-    return facts | {"hardware": hardware(facts)}
 
 
 def hardware(facts: dict[str, Any]) -> str:
     """A name for machines whose milliseconds may be compared: CPU, its flags, cores allowed, GPUs."""
-    parts = [
-        facts["cpu"],
-        *facts["cpu_flags"],
-        str(facts["cores_allowed"]),
-        *(g["name"] for g in facts.get("gpus", [])),
-    ]
+    gpus = (gpu["name"] for gpu in facts.get("gpus", []))
+    parts = [facts["cpu"], *facts["cpu_flags"], str(facts["cores_allowed"]), *gpus]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:12]
 
 
 def advice(facts: dict[str, Any]) -> list[str]:
-    """What a person who is about to measure, or to export, should know of this machine."""
+    """Hints for measuring and exporting on this machine."""
     lines = []
     if facts["cores_allowed"] < facts["cores"]:
         lines.append(f"{facts['cores_allowed']} of {facts['cores']} cores are allowed: threads follow that")

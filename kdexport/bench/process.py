@@ -15,29 +15,39 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Crashed(Exception):
-    """A target stopped while it was measured."""
+    """A target stopped, or hung, while it was measured."""
 
 
-def call(module: str, job: bytes, threads: int) -> bytes:
+def call(module: str, job: bytes, threads: int, deadline_s: float = 600.0) -> bytes:
     """Run one of our modules in a process of its own, with every library's threads pinned.
 
     Raises:
-        Crashed: it stopped; the message says why.
+        Crashed: it stopped, or did not end by the deadline and was killed; the message says which.
     """
     pinned = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS", "RAYON")}
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", "kdexport.bench.process", module, str(os.getpid())],
-        input=job,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=os.environ | pinned | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
-        check=False,
+        process_group=0,  # what it starts is killed with it, and can't hold its pipes open
     )
-    if done.returncode < 0:
-        raise Crashed(f"was killed while it was measured ({signal.Signals(-done.returncode).name}; out of memory?)")
-    if done.returncode:
-        reason = (done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
+    try:
+        out, errors = process.communicate(job, deadline_s)
+    except BaseException as stopped:  # Ctrl-C too
+        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=10)
+        if isinstance(stopped, subprocess.TimeoutExpired):
+            raise Crashed(f"hung: it was killed after {deadline_s:.0f} s without a result") from None
+        raise
+    if process.returncode < 0:
+        raise Crashed(f"was killed while it was measured ({signal.Signals(-process.returncode).name}; out of memory?)")
+    if process.returncode:
+        reason = (errors.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
         raise Crashed(f"stopped while it was measured: {re.sub(r'^kdexport[.][a-z.]*[A-Za-z]+: ', '', reason)}")
-    return done.stdout
+    return out
 
 
 def main() -> None:

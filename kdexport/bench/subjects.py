@@ -16,7 +16,7 @@ from kdexport.tasks.metrics import Array
 
 Rows = list[dict[str, Any]]
 
-# Of language models, what a measured prompt has, and what is written after it.
+# Tokens of a language model's measured prompt, and as many that are generated.
 _TOKENS = 32
 # torch.compile's modes; reduce-overhead replays CUDA graphs.
 _COMPILED = {"torch-compile": "default", "torch-cudagraphs": "reduce-overhead"}
@@ -57,7 +57,7 @@ def _on(device: str) -> str:
     return "" if device == "cpu" else f"-{device}"
 
 
-class ModelAndProcessor(NamedTuple):
+class Opened(NamedTuple):
     """An open target: rows → arrays → logits → answers to these rows. All three are what a user waits for."""
 
     encode: Callable[[Rows], Any]
@@ -65,14 +65,14 @@ class ModelAndProcessor(NamedTuple):
     decode: Callable[[Any, Rows], Any]
     gpu_peak_mb: Callable[[], float | None] = lambda: None
     device_ms: Callable[[], list[float]] = list
-    # Of language models: whole texts → answers, as verification takes them; the run until the first token alone, and
+    # Of language models: the run of whole texts, as verification takes them; the run until the first token alone, and
     # what that took of each run, in ms.
-    answer: Callable[[Rows], Array] | None = None
+    answer: Callable[[Any], Array] | None = None
     read: Callable[[Any], Any] | None = None
     first_ms: Callable[[], list[float]] = list
 
 
-def open_target(target: Target, threads: int) -> ModelAndProcessor:
+def open_target(target: Target, threads: int) -> Opened:
     """Open a target with this many threads of its runtime."""
     return RUNTIMES[target.runtime](target, threads)
 
@@ -95,17 +95,17 @@ def why_not(target: Target) -> str | None:
     return None
 
 
-def _open_onnxruntime(target: Target, threads: int) -> ModelAndProcessor:
+def _open_onnxruntime(target: Target, threads: int) -> Opened:
     from kdexport.runtime.predictor import Predictor
 
     task = load_task(Path(target.task))
     predictor = Predictor(task, Path(target.model), threads, target.device)
     if can_generate(task):
         return writing(task, predictor.read, predictor.run)
-    return ModelAndProcessor(task.encode, predictor.run, task.decode)
+    return Opened(task.encode, predictor.run, task.decode)
 
 
-def _open_torch(target: Target, threads: int) -> ModelAndProcessor:
+def _open_torch(target: Target, threads: int) -> Opened:
     """PyTorch as `from_pretrained` gives it: eager, or compiled. On a GPU, copies to and fro are part of a run."""
     import torch
 
@@ -149,12 +149,12 @@ def _open_torch(target: Target, threads: int) -> ModelAndProcessor:
             return found.logits[0, -1].float().cpu().numpy(), found.past_key_values
 
         return writing(task, read, run)._replace(gpu_peak_mb=gpu_peak_mb)
-    return ModelAndProcessor(task.encode, run, task.decode, gpu_peak_mb, device_ms)
+    return Opened(task.encode, run, task.decode, gpu_peak_mb, device_ms)
 
 
 def writing(
     task: Generates, read: Callable[[Sequence[int], Any], tuple[Array, Any]], run_whole: Callable[[Any], Array]
-) -> ModelAndProcessor:
+) -> Opened:
     """A language model: the first tokens of a text → as many more, each the most probable one."""
     firsts: list[float] = []
 
@@ -166,11 +166,11 @@ def writing(
         firsts.append(1e3 * first)
         return written
 
-    return ModelAndProcessor(
+    return Opened(
         encode,
         run,
         lambda ids, _: task.text_of(ids),
-        answer=lambda rows: run_whole(task.encode(rows)),
+        answer=run_whole,
         read=lambda arrays: run(arrays, 1),
         first_ms=lambda: firsts,
     )
@@ -181,7 +181,7 @@ def measured_tokens(task: Task) -> int:
     return min(_TOKENS, task.config.max_length // 2) if can_generate(task) else 0
 
 
-def _open_openvino(target: Target, threads: int) -> ModelAndProcessor:
+def _open_openvino(target: Target, threads: int) -> Opened:
     """OpenVINO in full precision: by itself it takes bfloat16 where the CPU has it, and answers a little otherwise."""
     import openvino
 
@@ -196,16 +196,14 @@ def _open_openvino(target: Target, threads: int) -> ModelAndProcessor:
     def run(arrays: Any) -> Any:
         return task.gather(request.infer(task.graph_inputs(arrays))[task.output], arrays)
 
-    return ModelAndProcessor(task.encode, run, task.decode)
+    return Opened(task.encode, run, task.decode)
 
 
-def _open_http(target: Target, threads: int) -> ModelAndProcessor:
-    from kdexport.bench.generator import Connection, body_of, check_answer
+def _open_http(target: Target, threads: int) -> Opened:
+    from kdexport.bench.generator import Connection, body_of
 
     connection = Connection(target.model)
-    return ModelAndProcessor(
-        lambda rows: body_of(target.model, rows), connection.post, lambda body, _: check_answer(body)
-    )
+    return Opened(lambda rows: body_of(target.model, rows), connection.post, lambda body, _: msgspec.json.decode(body))
 
 
 RUNTIMES = {

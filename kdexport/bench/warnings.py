@@ -8,18 +8,18 @@ import numpy as np
 
 from kdexport import spec
 from kdexport.bench.machine import BUSY_PERCENT
-from kdexport.bench.stats import half_width
+from kdexport.bench.stats import ENOUGH_ROUNDS, half_width
 
 
 def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[str, Any]) -> list[str]:
-    """One sentence a doubt, most weighty first; none when all is well."""
+    """One sentence a warning, the gravest first; none when all is well."""
     lines = []
     rounds = max(map(len, found.values()))
-    if rounds < min(3, settings.rounds):
-        few = "too few for any interval" if rounds < 2 else "too few for narrow intervals"
-        lines.append(
-            f"the time limit of {settings.time_limit_s:g} s allowed {rounds} round(s): {few}; raise --time-limit"
-        )
+    if rounds < ENOUGH_ROUNDS:
+        why, mend = f"{rounds} round(s) were asked for", "take --rounds 3"
+        if rounds < settings.rounds:
+            why, mend = f"the time limit of {settings.time_limit_s:g} s allowed {rounds} round(s)", "raise --time-limit"
+        lines.append(f"{why}: too few for any interval; {mend}")
     control = measured.conditions.control
     if control and control.ratio.verdict in ("faster", "slower"):
         low, high = control.ratio.ci95

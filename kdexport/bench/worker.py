@@ -1,8 +1,12 @@
-"""One round of one variant, in a process of its own: `python -m kdexport.bench.worker`, JSON in and out."""
+"""A variant in a process of its own: one round of it, or all rows through it for its accuracy.
+
+`python -m kdexport.bench.worker`, a JSON job in; samples as JSON, or logits as a .npy file, out.
+"""
 
 from __future__ import annotations
 
 import gc
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -10,17 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import psutil
 
-from kdexport.bench.subjects import ModelAndProcessor, Target, open_target
+from kdexport.bench.process import call
+from kdexport.bench.subjects import Opened, Target, open_target
+from kdexport.runtime.predictor import allowed_cores
+from kdexport.tasks import load_task
+from kdexport.tasks.batches import in_batches
+from kdexport.tasks.metrics import Array
 
 _now = time.perf_counter_ns
 # Every cell gets as much time as this, and as many runs, before it counts.
 _CELL_SECONDS, _CELL_RUNS, _WARM_RUNS = 0.1, 3, 10
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure; `rows` is a JSON file of rows that are answered in turn, beginning with `start`.
+class Round(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A round to measure; `rows` is a JSON file of rows that are answered in turn, beginning with `start`.
 
     `batch_sizes` and `lengths` (in tokens) are measured after the single stream; `spawned_ns` is the
     monotonic clock when this process was asked for.
@@ -36,6 +46,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     batch_sizes: list[int]
     lengths: list[int]
     spawned_ns: int
+
+
+class Answers(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """All rows of a JSON file, to be answered."""
+
+    target: Target
+    rows: str
 
 
 class Samples(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +76,17 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True):
     first_ms: list[float] = []
 
 
-def measure(job: Job) -> Samples:
+def logits_of(target: Target, rows: Path, deadline_s: float) -> Array:
+    """Logits [N, C] of every row, in a process of its own, so that a model that falls takes nothing along.
+
+    Raises:
+        Crashed: it fell, or took longer than the deadline.
+    """
+    job = msgspec.json.encode(Answers(target=target, rows=str(rows)))
+    return np.asarray(np.load(io.BytesIO(call("kdexport.bench.worker", job, allowed_cores(), deadline_s))))
+
+
+def measure(job: Round) -> Samples:
     """Open the target, warm up, answer rows one at a time, then in batches, then at fixed lengths."""
     rows = msgspec.json.decode(Path(job.rows).read_bytes())
     opened = open_target(job.target, job.threads)
@@ -69,6 +96,7 @@ def measure(job: Job) -> Samples:
     opened.decode(opened.run(opened.encode(first)), first)
     cold_ms = (time.monotonic_ns() - job.spawned_ns) / 1e6
     process = psutil.Process()
+    one_by_one = job.target.runtime == "http" and "text" not in rows[0]  # a request has one picture or recording
     warm = min(0.3, job.seconds)
     _stream(opened, rows, job.start, seconds=warm, min_samples=_WARM_RUNS, max_seconds=job.max_seconds)
     opened.device_ms()
@@ -79,29 +107,17 @@ def measure(job: Job) -> Samples:
     tokenize, model, total = _stream(opened, rows, job.start, job.seconds, job.min_samples, job.max_seconds)
     cores_used = (time.process_time() - cpu) / (time.perf_counter() - wall)
     return Samples(
-        tokenize_us=tokenize,
-        model_us=model,
-        total_us=total,
-        device_ms=opened.device_ms()[-len(total) :],
-        first_ms=opened.first_ms()[-len(total) :],
-        cold_ms=cold_ms,
-        cores_used=cores_used,
-        rss_mb=process.memory_info().rss / 1e6,
-        peak_rss_mb=_peak_rss_mb(process),
-        gpu_peak_mb=opened.gpu_peak_mb(),
+        tokenize_us=tokenize, model_us=model, total_us=total, device_ms=opened.device_ms()[-len(total) :],
+        first_ms=opened.first_ms()[-len(total) :], cold_ms=cold_ms, cores_used=cores_used,
+        rss_mb=process.memory_info().rss / 1e6, peak_rss_mb=_peak_rss_mb(process), gpu_peak_mb=opened.gpu_peak_mb(),
         os_threads=process.num_threads(),
-        batches={size: _batches(opened, rows, job.start, size) for size in job.batch_sizes},
+        batches={size: _batches(opened, rows, job.start, size) for size in job.batch_sizes if not one_by_one},
         runs={length: _runs(opened, job, rows, length) for length in job.lengths},
-    )
+    )  # fmt: skip
 
 
 def _stream(
-    opened: ModelAndProcessor,
-    rows: list[dict[str, Any]],
-    start: int,
-    seconds: float,
-    min_samples: int,
-    max_seconds: float,
+    opened: Opened, rows: list[dict[str, Any]], start: int, seconds: float, min_samples: int, max_seconds: float
 ) -> tuple[list[float], list[float], list[float]]:
     """Rows one at a time, the next as soon as the last was answered, until time and samples are reached."""
     encode, run, decode = opened.encode, opened.run, opened.decode
@@ -125,7 +141,7 @@ def _stream(
             return tokenize, model, total
 
 
-def _batches(opened: ModelAndProcessor, rows: list[dict[str, Any]], start: int, size: int) -> list[float]:
+def _batches(opened: Opened, rows: list[dict[str, Any]], start: int, size: int) -> list[float]:
     """Ms a batch of texts of similar length, as offline work takes them; text to answers."""
     ordered = sorted(rows, key=lambda row: len(str(row.get("text", ""))))
     places = max(1, len(ordered) - size)
@@ -139,10 +155,8 @@ def _batches(opened: ModelAndProcessor, rows: list[dict[str, Any]], start: int, 
     return _repeat(answer)
 
 
-def _runs(opened: ModelAndProcessor, job: Job, rows: list[dict[str, Any]], length: int) -> list[float]:
+def _runs(opened: Opened, job: Round, rows: list[dict[str, Any]], length: int) -> list[float]:
     """Ms a run of the model alone, on real texts that are joined and cut to one length."""
-    from kdexport.tasks import load_task
-
     task = load_task(Path(job.target.task))
     inputs = [task.sized(rows[(job.start + 7 * k) % len(rows) :] + rows, length) for k in range(8)]
     run = opened.read or opened.run
@@ -160,7 +174,7 @@ def _repeat(once: Callable[[int], Any]) -> list[float]:
     return found
 
 
-def _slowed(opened: ModelAndProcessor, share: float) -> ModelAndProcessor:
+def _slowed(opened: Opened, share: float) -> Opened:
     """The same target with every answer stretched by a share, busy as a slower model would be."""
     started = _now()
 
@@ -191,9 +205,14 @@ def _peak_rss_mb(process: psutil.Process) -> float:
 
 
 def main() -> None:
-    """Read a job from stdin, write its samples to stdout."""
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    sys.stdout.buffer.write(msgspec.json.encode(measure(job)))
+    """Read a job from stdin, write what it gives to stdout."""
+    match msgspec.json.decode(sys.stdin.buffer.read(), type=Round | Answers):
+        case Answers() as job:
+            rows, opened = msgspec.json.decode(Path(job.rows).read_bytes()), open_target(job.target, allowed_cores())
+            found = in_batches(load_task(Path(job.target.task)), rows, opened.answer or opened.run)
+            np.save(sys.stdout.buffer, found)
+        case Round() as job:
+            sys.stdout.buffer.write(msgspec.json.encode(measure(job)))
 
 
 if __name__ == "__main__":

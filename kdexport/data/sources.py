@@ -183,7 +183,7 @@ def choose_columns(
         texts = {ours: theirs for ours, theirs in (known or {}).items() if ours != "label"}
         if texts and set(texts.values()) <= set(there):
             named |= texts
-        elif task.name == "text-classification":
+        elif task.pairs:
             pair = next((p for p in _OBVIOUS_PAIRS if set(p) <= set(there)), (None, None))
             named["text"], named["text_pair"] = pair
     for wanted, names in task.columns.items():

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from kdexport.errors import ModelError
+from kdexport.models.inference import run_model
 from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
 
@@ -29,18 +29,12 @@ def noisy_logits(
     rates = [part.p for part in model.modules() if isinstance(part, nn.Dropout)]
     if not any(rates):
         raise ModelError("the teacher has no dropout that could tell its passes apart", "Take teacher.noise: augment")
-    encoded = task.tokenize(rows)
-    logits = np.empty((len(rows), *task.answer_shape), dtype=np.float32)
     model.train()
     for part in model.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):  # its statistics are learned in training, not noise
             part.eval()
-    with torch.inference_mode(), torch.random.fork_rng():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for start in range(0, len(rows), batch_size):
-            batch = task.collate(encoded[start : start + batch_size])
-            inputs = {n: torch.from_numpy(array).to(model.device) for n, array in task.graph_inputs(batch).items()}
-            logits[start : start + batch_size] = task.gather(model(**inputs).logits.float().cpu().numpy(), batch)
-            advance(len(next(iter(batch.values()))))
+        logits = run_model(model, task, rows, batch_size, advance)
     model.eval()
     return logits

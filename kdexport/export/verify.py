@@ -19,21 +19,31 @@ from kdexport.files import write_json
 from kdexport.progress import say, warn
 from kdexport.results import Metric, Quality
 from kdexport.runtime.predictor import Predictor
-from kdexport.tasks import load_task
+from kdexport.tasks import load_task, metrics
 from kdexport.tasks.base import Generates, Task, can_generate
-from kdexport.tasks.judging import mcnemar, metric_interval
+from kdexport.tasks.judging import mcnemar, metric, metric_interval
 from kdexport.tasks.metrics import Array, log_softmax
 
 FP32_TOLERANCE = 1e-4
+# What files are judged by where rows have no labels.
+AGREEMENT = metrics.Metric("agreement with the teacher", kind="fraction")
 _SMALL_SHAPE_ROWS = 64
+
+
+class Validation(msgspec.Struct, frozen=True):
+    """`validation.json`: what each file has on the validation split."""
+
+    metric: metrics.Metric
+    values: dict[str, float]
 
 
 def verify(data: Path, targets: Path, student: Path, baseline: Path | None, export: Path, out: Path) -> None:
     """Check parity, and take the metric of every model and file on the whole test split.
 
     Writes `quality.json` (name → `Quality`; `teacher`, `student-torch`, `baseline-torch` and
-    `student-<candidate>`), `logits.npz` with the logits behind it, and `members.npz` with those of the plain files
-    for some of the training rows, which the audit of leakage compares with them.
+    `student-<candidate>`), `logits.npz` and `stats.npz` with the logits and the statistics of each row behind it,
+    `validation.json` with the metric of the files on the validation split, by which one is chosen, and `members.npz`
+    with the logits of the plain files for some of the training rows, which the audit of leakage compares with them.
 
     Raises:
         VerificationError: the plain fp32 file differs from PyTorch by more than 1e-4 in some logit.
@@ -52,12 +62,22 @@ def verify(data: Path, targets: Path, student: Path, baseline: Path | None, expo
         name: judge(task, rows, found, logits["teacher"], differences.get(name)) for name, found in logits.items()
     }
     np.savez(out / "logits.npz", **{name: found.astype(np.float32) for name, found in logits.items()})
+    stats: dict[str, Any] = {name: task.stats(found, rows) for name, found in logits.items()}
+    np.savez_compressed(out / "stats.npz", **stats)
     write_json(out / "quality.json", quality)
-    train = read_rows(data, "train")
+    train, validation = read_rows(data, "train"), read_rows(data, "validation")
     members = [train[i] for i in sampled(len(train))]
-    plain = [c for c in read_candidates(export) if c.graph == "plain" and c.precision != "fp16"]
-    answers: dict[str, Any] = {f"student-{c.name}": Predictor(task, export / c.file).logits(members) for c in plain}
+    taught = np.load(targets / "validation.npy")
+    answers, values = dict[str, Any](), dict[str, float]()
+    for candidate in read_candidates(export):
+        if (name := f"student-{candidate.name}") not in differences:
+            continue
+        predictor = Predictor(task, export / candidate.file)
+        values[name] = on_validation(task, validation, predictor.logits(validation), taught)
+        if candidate.graph == "plain" and candidate.precision != "fp16":
+            answers[name] = predictor.logits(members)
     np.savez(out / "members.npz", **answers)
+    write_json(out / "validation.json", Validation(decisive(task, validation), values))
     say(
         f"verify: fp32 against PyTorch on {len(reference)} inputs: max |Δlogit| {differences['student-fp32']:.1e} "
         f"(allowed {FP32_TOLERANCE:.0e})"
@@ -99,9 +119,27 @@ def judge(task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array,
     )
 
 
+def decisive(task: Task | type[Task], validation: list[dict[str, Any]]) -> metrics.Metric:
+    """The metric that decides on the validation split: agreement where no row has a label."""
+    return task.metric if any(row["label"] is not None for row in validation) else AGREEMENT
+
+
+def on_validation(task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array) -> float:
+    """The decisive metric of logits [N, C] on the validation split, by the rows that have labels."""
+    labelled = [i for i, row in enumerate(rows) if row["label"] is not None]
+    if not labelled:
+        return float(task.agrees(logits, teacher).mean())
+    return metric(task, logits[labelled], [rows[i] for i in labelled])
+
+
 def read_quality(verify: Path) -> dict[str, Quality]:
     """`quality.json` of a finished verify stage."""
     return msgspec.json.decode((verify / "quality.json").read_bytes(), type=dict[str, Quality])
+
+
+def read_validation(verify: Path) -> Validation:
+    """`validation.json` of a finished verify stage."""
+    return msgspec.json.decode((verify / "validation.json").read_bytes(), type=Validation)
 
 
 def _small_shapes(predictor: Predictor, rows: list[dict[str, Any]], reference: Array) -> float:

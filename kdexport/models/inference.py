@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from kdexport.tasks.base import Task
+from kdexport.tasks.batches import in_batches
+from kdexport.tasks.config import Arrays
 from kdexport.tasks.metrics import Array
 
 
@@ -17,22 +18,28 @@ def logits_of(
     rows: Sequence[dict[str, Any]],
     *,
     batch_size: int | None = None,
-    advance: Callable[[int], None] | None = None,
+    advance: Callable[[int], object] = lambda done: None,
 ) -> Array:
-    """A model's logits float32 [N, *answer_shape] in the rows' order, computed in batches of similar length."""
-    encoded, batch_size = task.tokenize(rows), batch_size or task.at_once
-    lengths = task.sizes(encoded)
-    order = np.argsort(lengths, kind="stable")[::-1]  # the longest first: memory runs out at once or never
-    logits = np.empty((len(rows), *task.answer_shape), dtype=np.float32)
+    """A model's logits float32 [N, *answer_shape] in the rows' order, without dropout."""
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = task.collate([encoded[i] for i in chosen])
-            inputs = {n: torch.from_numpy(array).to(model.device) for n, array in task.graph_inputs(batch).items()}
-            logits[chosen] = task.gather(model(**inputs).logits.float().cpu().numpy(), batch)
-            if advance:
-                advance(len(chosen))
+    logits = run_model(model, task, rows, batch_size, advance)
     model.train(was_training)
     return logits
+
+
+def run_model(
+    model: PreTrainedModel,
+    task: Task,
+    rows: Sequence[dict[str, Any]],
+    batch_size: int | None,
+    advance: Callable[[int], object],
+) -> Array:
+    """A model's logits, in training mode or not, as it is."""
+
+    @torch.inference_mode()
+    def run(arrays: Arrays) -> Array:
+        inputs = {n: torch.from_numpy(array).to(model.device) for n, array in task.graph_inputs(arrays).items()}
+        return task.gather(model(**inputs).logits.float().cpu().numpy(), arrays)
+
+    return in_batches(task, rows, run, batch_size, advance)

@@ -16,28 +16,30 @@ from typing import Any
 import msgspec
 
 from kdexport import __version__, spec
-from kdexport.bench.answers import logits_of
-from kdexport.bench.engine import Measured, bench
+from kdexport.bench.engine import GRACE_S, Measured, bench
+from kdexport.bench.generator import body_of
 from kdexport.bench.loads import Loads
 from kdexport.bench.process import Crashed
 from kdexport.bench.subjects import Target, of_file, of_model
+from kdexport.bench.worker import logits_of
 from kdexport.data import read_rows
 from kdexport.data.sources import read_given
-from kdexport.errors import ArtifactError, SpecError
-from kdexport.files import hash_file
+from kdexport.errors import ArtifactError, DataError, SpecError
 from kdexport.output import Output
-from kdexport.pipeline.report import speed, weights
+from kdexport.pipeline.report import described, on_disk, speed, weights
 from kdexport.progress import bar, say, warn
 from kdexport.report import write_reports
 from kdexport.report.table import trimmed
 from kdexport.results import Metric, Report, Variant
 from kdexport.runtime import artifact
-from kdexport.tasks import DEFAULT, load_task
+from kdexport.tasks import DEFAULT, load_task, task_class
+from kdexport.tasks import names as task_names
+from kdexport.tasks.base import Task
 from kdexport.tasks.inputs.media import inline
 from kdexport.tasks.judging import mcnemar, metric_interval, wrong_rows
 from kdexport.tasks.metrics import Array
-from kdexport.tasks.text_classification import TextClassification
 
+_NAME = "Name a run, an artifact, a .onnx file, a model folder or an address"
 FILES = ("bench.json", "samples.npz", "report.json", "report.md", "report.html")
 
 
@@ -71,11 +73,14 @@ def measure(
     with Output(out, "bench", move_aside=move_aside) as folder, tempfile.TemporaryDirectory() as work:
         folder.check(*FILES)
         targets = [t for i, name in enumerate(names) for t in find_targets(name, settings, Path(work) / str(i))]
-        targets = [_told_apart(t, targets[:i]) for i, t in enumerate(targets)]
+        targets = [_numbered(t, targets[:i]) for i, t in enumerate(targets)]
         known = [t.name for t in targets]
         if reference and reference not in known:
             raise SpecError(f"--reference {reference!r} is not measured", f"It is one of: {', '.join(known)}")
         rows = read_texts(texts, names, next((t.task for t in targets if t.task), None))
+        for target in targets:
+            if target.runtime == "http":
+                body_of(target.model, rows[:1])  # refuses what the protocol can't send
         # One of them is measured twice, as the engine's check of itself.
         quick = ("onnxruntime", "openvino", "torch")  # a twin costs as much as its model: best a file
         control = next((t.name for kind in quick for t in targets if t.runtime == kind), None)
@@ -92,7 +97,22 @@ def measure(
     return report
 
 
-def _told_apart(target: Target, before: list[Target]) -> Target:
+def _read_for(texts: spec.Data, task: Path) -> list[dict[str, Any]]:
+    return read_given(texts, type(load_task(task)), "some", artifact.read_columns(task))[0]
+
+
+def _read_for_any(texts: spec.Data) -> list[dict[str, Any]]:
+    """Read the rows for a server, whose task is not known: by the first task that can read them."""
+    errors = []
+    for name in task_names():
+        try:
+            return read_given(texts, task_class(name), "some")[0]
+        except DataError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _numbered(target: Target, before: list[Target]) -> Target:
     """The same target, numbered where its name was taken already."""
     same = sum(other.name == target.name for other in before)
     return msgspec.structs.replace(target, name=f"{target.name} #{same + 1}") if same else target
@@ -115,10 +135,7 @@ def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
             raise ArtifactError(f"{path} does not exist", "Check the path")
         return of_file(path.stem, _task_beside(path), path, settings.runtimes, settings.devices)
     if path.is_dir() and not (path / "config.json").exists():
-        raise SpecError(
-            f"{path} is no artifact, run or model",
-            "Name a run, an artifact, a .onnx file, a model folder or an address",
-        )
+        raise SpecError(f"{path} is no artifact, run or model", _NAME)
     return _model_targets(name, settings, work)
 
 
@@ -137,7 +154,7 @@ def _artifact_targets(folder: Path, variant: str | None, settings: spec.Bench) -
 def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     """A Hugging Face model in PyTorch's runtimes; its task is made from its tokenizer and labels."""
     if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise SpecError(f"{name} does not exist", "Name a run, an artifact, a .onnx file, a model folder or an address")
+        raise SpecError(f"{name} does not exist", _NAME)
     from kdexport.models.loading import open_config, open_model, own_labels
     from kdexport.models.registry import task_of
     from kdexport.models.saving import save_task
@@ -178,9 +195,7 @@ def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None =
         SpecError: there is neither. DataError: a column or a row of the file is wrong.
     """
     if texts:
-        of_task = type(load_task(Path(task))) if task else TextClassification
-        known = artifact.read_columns(Path(task)) if task else {}
-        rows, _ = read_given(texts, of_task, "some", known)
+        rows = _read_for(texts, Path(task)) if task else _read_for_any(texts)
         return [row | {key: inline(value) for key, value in row.items() if isinstance(value, bytes)} for row in rows]
     for name in names:
         place = artifact.split_name(name)[0]
@@ -194,75 +209,69 @@ def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None =
 def _report(targets: list[Target], measured: Measured, rows: list[dict[str, Any]], first: str, command: str) -> Report:
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
     task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
-    strange = [row["label"] for row in rows if task and row.get("label") not in (None, "", *task.labels)]
-    if strange:
-        warn(f"bench: no accuracy is taken: label {strange[0]!r} of the texts is none of the model's")
-    logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows)
+    logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows, measured)
+    variants = [_variant(t, measured) for t in known]
+    quality = {t.name: _quality(t, logits, rows, first) for t in known if t.name in logits}
     return Report(
-        kdexport=__version__,
-        task=task.name if task else DEFAULT,
-        metric=task.metric.name if task else "accuracy",
+        kdexport=__version__, task=task.name if task else DEFAULT,
+        **described(task.metric if task else task_class(DEFAULT).metric), recommended=None,
         labels=task.labels if task else [],
-        recommended=None,
+        variants=[msgspec.structs.replace(v, **quality.get(v.name, {})) for v in variants],
         reason=_summary(measured, first),
-        variants=[_variant(t, measured, logits, rows, first) for t in known],
-        bench=measured.conditions,
-        environment=measured.environment,
-        command=command,
-    )
+        bench=measured.conditions, environment=measured.environment, command=command,
+    )  # fmt: skip
 
 
-def _variant(
-    target: Target, measured: Measured, logits: dict[str, Array], rows: list[dict[str, Any]], first: str
-) -> Variant:
-    is_file, file = target.model.endswith(".onnx"), Path(target.model)
-    precision = re.search(r"fp16|int8|quantized", f"{target.name} {file.name}") if is_file else None
-    size = {"size_bytes": None, "sha256": None} if target.runtime == "http" else weights(file)
-    if is_file:
-        size = {"size_bytes": file.stat().st_size, "sha256": hash_file(file)}
+def _variant(target: Target, measured: Measured) -> Variant:
+    http, is_file, file = target.runtime == "http", target.model.endswith(".onnx"), Path(target.model)
+    precision = re.search(r"fp16|int8|int4|quantized|q4", f"{target.name} {file.name}") if is_file else None
+    size = {"size_bytes": None, "sha256": None} if http else on_disk(file) if is_file else weights(file)
     return Variant(
-        name=target.name,
-        model=target.name,
-        runtime=target.runtime,
-        device=target.device,
-        precision=(precision[0].replace("quantized", "int8") if precision else "fp32"),
-        graph="server" if target.runtime == "http" else "file" if is_file else "model",
-        file=target.model,
-        **size,
+        name=target.name, model=target.name, runtime=target.runtime, device=target.device,
+        precision={"quantized": "int8", "q4": "int4"}.get(precision[0], precision[0]) if precision else "fp32",
+        graph="server" if http else "file" if is_file else "model", file=target.model, **size,
         **speed(target.name, measured),
-        **_quality(target, logits, rows, first),
-    )
+    )  # fmt: skip
+
+
+def labelled_rows(task: Task, rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return the rows; none where a row has no label, or one that the task does not know."""
+    for row in rows:
+        if row.get("label") is None or (task.one_label and not row["label"]):
+            return []
+        if unknown := task.labels_of(row) - set(task.labels):
+            warn(f"bench: the {task.metric.name} of {name} is not taken: it has no label {min(unknown)!r}")
+            return []
+    return rows
 
 
 def _quality(target: Target, logits: dict[str, Array], rows: list[dict[str, Any]], first: str) -> dict[str, Any]:
-    """The metric where rows have labels that the task knows, and agreement with the reference."""
-    own, theirs = logits.get(target.name), logits.get(first)
-    if own is None:
-        return {}
+    """Agreement with the reference, and the metric where rows have labels."""
+    own, theirs, task = logits[target.name], logits.get(first), load_task(Path(target.task))
     found: dict[str, Any] = {}
-    task = load_task(Path(target.task))
-    writes = task.generates  # texts are their own labels, and answers may hold more or fewer tokens
-    if theirs is not None and (theirs.shape == own.shape or (writes and theirs.shape[:2] == own.shape[:2])):
+    # Answers without labels, of language models, may hold more or fewer tokens in the last axis.
+    if theirs is not None and theirs.shape != own.shape and (task.labels or theirs.shape[:2] != own.shape[:2]):
+        theirs = None
+    if theirs is not None:
         found["agreement"] = float(task.agrees(own, theirs).mean())
-    if not writes and not all(row.get("label") and task.labels_of(row) <= set(task.labels) for row in rows):
-        return found
-    found["further"] = task.further(own, rows)
-    found["metric"] = Metric(*metric_interval(task, own, rows), len(rows))
-    found["wrong_rows"] = wrong_rows(task, own, rows)
-    if theirs is not None and "agreement" in found:
-        found["mcnemar_p"] = mcnemar(task, own, theirs, rows)
+    if labelled := labelled_rows(task, rows, target.name):
+        found["further"] = task.further(own, labelled)
+        found["metric"] = Metric(*metric_interval(task, own, labelled), len(labelled))
+        found["wrong_rows"] = wrong_rows(task, own, labelled)
+        found["mcnemar_p"] = None if theirs is None else mcnemar(task, own, theirs, labelled)
     return found
 
 
-def _answers(targets: list[Target], rows: list[dict[str, Any]]) -> dict[str, Array]:
+def _answers(targets: list[Target], rows: list[dict[str, Any]], measured: Measured) -> dict[str, Array]:
     """Every row through each runtime that was measured, by name."""
     found = {}
     with tempfile.TemporaryDirectory() as work, bar("answers for accuracy", len(targets)) as advance:
         file = Path(work) / "rows.json"
         file.write_bytes(msgspec.json.encode(rows))
         for target in targets:
+            expected = len(rows) * measured.latency[target.name].p50 / 1e3
             try:
-                found[target.name] = logits_of(target, file)
+                found[target.name] = logits_of(target, file, GRACE_S + 10 * expected)
             except Crashed as crash:
                 warn(f"bench: the accuracy of {target.name} is missing: it {crash}")
             advance(1)
@@ -274,10 +283,6 @@ def _summary(measured: Measured, first: str) -> str:
     if not others:
         only = measured.latency.get(first)
         return f"{first}: p50 {trimmed(only.p50, only.p50_ci95)} ms." if only else ""
-    told = [
-        f"{name} is {'as fast as' if ratio.verdict == 'same' else ratio.verdict + ' than'} {first}"
-        if ratio.verdict != "unsure"
-        else f"{name} against {first}: unsure"
-        for name, ratio in others.items()
-    ]
-    return "; ".join(told) + "."
+    says = {"same": "{} is as fast as {}", "unsure": "{} against {}: unsure"}
+    parts = [says.get(r.verdict, "{} is " + r.verdict + " than {}").format(name, first) for name, r in others.items()]
+    return "; ".join(parts) + "."

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from kdexport import spec
 from kdexport.bench.engine import Measured
 from kdexport.bench.stats import ratio
 from kdexport.export import Candidate
-from kdexport.results import Check, Interval, Latency, Quality, Ratio, Verdict
+from kdexport.export.verify import Validation
+from kdexport.results import Check, Interval, Latency, Ratio, Verdict
+from kdexport.tasks.metrics import Metric
 
 
 class Choice(NamedTuple):
@@ -20,44 +23,70 @@ class Choice(NamedTuple):
 
 
 def choose(
-    candidates: list[Candidate], quality: dict[str, Quality], measured: Measured, settings: spec.Export
+    candidates: list[Candidate],
+    validation: Validation,
+    measured: Measured,
+    settings: spec.Export,
+    sizes: dict[str, int],
+    limit_mb: float | None = None,
 ) -> Choice:
-    """Pick one file a precision, and recommend one of them.
+    """Pick one file a precision, and recommend one of them by the validation split; the test split has no say.
 
-    fp32 ships as the plain graph, which runs everywhere. int8 is the fused graph where it is faster than the plain
-    one beyond doubt (the whole 95 % interval of their ratio), for it has operators that only ONNX Runtime knows.
-    int8 is recommended unless its metric is more than `max_int8_loss` below fp32's or it is slower. fp16 is for
-    GPUs: it ships beside them.
+    fp32 ships as the plain graph, which runs everywhere. int8 is the fused graph where the whole 95 % interval of
+    their ratio says that it is faster than the plain one, for it has operators that only ONNX Runtime knows.
+    int8 is recommended unless its metric is more than `max_int8_loss` below fp32's, or it is slower. Where that file
+    is over the size limit, the quickest one is that is within it and loses as little. `sizes` are bytes by name.
     """
-    measurable = [c for c in candidates if f"student-{c.name}" in quality]
-    shipped = {c.precision: c for c in measurable if c.graph == "plain"}
-    int8 = [c for c in measurable if c.precision == "int8"]
-    if int8:
+    shipped = {c.precision: c for c in candidates if c.graph == "plain"}
+    if int8 := [c for c in candidates if c.precision == "int8"]:
         shipped["int8"] = _plain_or_fused(int8, measured)
-    fp32, best = shipped["fp32"], shipped.get("int8")
-    if best is None:
-        return Choice(shipped, fp32, "int8 was not asked for")
-    loss = quality[_name(fp32)].metric.value - quality[_name(best)].metric.value
-    if loss > settings.max_int8_loss:
-        allowed = f"{100 * settings.max_int8_loss:g} points are allowed"
-        return Choice(shipped, fp32, f"int8 loses {100 * loss:.1f} points against fp32; {allowed}")
-    kept = f"int8 loses {100 * loss:.1f} points" if loss > 0 else "int8 loses nothing"
-    gain = _gain(fp32, best, measured)
-    if gain is None:
-        return Choice(shipped, best, f"{kept} against fp32; how fast they are could not be measured")
-    if gain.verdict == "slower":
-        return Choice(shipped, fp32, f"int8 is {1 / gain.value:.2f}× slower than fp32 on this machine")
-    told = {"same": "is as fast", "unsure": "is about as fast"}.get(gain.verdict, f"is {gain.value:.1f}× faster")
-    return Choice(shipped, best, f"{kept} against fp32 and {told}")
+    metric, of_fp32 = validation.metric, validation.values[_name(shipped["fp32"])]
+    losses = {precision: lost(metric, of_fp32, validation.values[_name(c)]) for precision, c in shipped.items()}
+    unit = "%" if metric.kind == "number" else "points"
+
+    def loses(precision: str) -> str:
+        loss = losses[precision]
+        return f"{precision} loses {f'{100 * loss:.1f} {unit}' if loss else 'nothing'} against fp32 on validation"
+
+    best, reason = shipped["fp32"], "int8 was not asked for"
+    if "int8" in shipped:
+        gain = _gain(best, shipped["int8"], measured)
+        if losses["int8"] > settings.max_int8_loss:
+            reason = f"{loses('int8')}; {100 * settings.max_int8_loss:g} {unit} are allowed"
+        elif gain and gain.verdict == "slower":
+            reason = f"int8 is {1 / gain.value:.2f}× slower than fp32 on this machine"
+        else:
+            best, reason = shipped["int8"], f"{loses('int8')}{_speed(gain)}"
+    if limit_mb is None or sizes[best.name] <= limit_mb * 1e6:
+        return Choice(shipped, best, reason)
+    small = [c for c in shipped.values() if sizes[c.name] <= limit_mb * 1e6]
+    good = [c for c in small if losses[c.precision] <= settings.max_int8_loss]
+    if not good:
+        unfit = [f"; {loses(c.precision)}, though it is within {limit_mb:g} MB" for c in small]
+        return Choice(shipped, best, reason + "".join(unfit))
+    p50 = {name: latency.p50 for name, latency in measured.latency.items()}
+    chosen = min(good, key=lambda c: (p50.get(_name(c), math.inf), sizes[c.name]))
+    return Choice(shipped, chosen, f"{best.precision} is over {limit_mb:g} MB; {loses(chosen.precision)}")
+
+
+def lost(metric: Metric, reference: float, value: float) -> float:
+    """How much worse a value is than a reference, at least 0: in shares of one, of a number in shares of itself."""
+    loss = 1 - metric.retention(value, reference) if metric.kind == "number" else metric.gain(value, reference)
+    return max(0.0, loss)
 
 
 def judge_budget(
-    budget: spec.Budget, quality: Quality, teacher: Quality, lost: Interval, latency: Latency | None, size: int
+    budget: spec.Budget,
+    metric: Metric,
+    value: float,
+    teacher: float,
+    change: Interval,
+    latency: Latency | None,
+    size: int,
 ) -> Verdict:
     """Hold the recommended file against the budget; a limit that could not be measured is not met.
 
-    Args:
-        lost: interval of the student's metric less the teacher's, on the same rows.
+    `value` and `teacher` are of the test split, `change` is the interval of their difference on the same rows.
     """
     checks = []
     if budget.p99_ms is not None:
@@ -67,9 +96,8 @@ def judge_budget(
     if budget.size_mb is not None:
         checks.append(Check("size_mb", budget.size_mb, size / 1e6, size / 1e6 <= budget.size_mb))
     if budget.retention is not None:
-        whole = teacher.metric.value or 1.0
-        low, high = ((whole + bound) / whole for bound in lost)
-        retention = quality.metric.value / whole
+        low, high = sorted(metric.retention(teacher + bound, teacher) for bound in change)
+        retention = metric.retention(value, teacher)
         sure = low >= budget.retention or high < budget.retention
         checks.append(Check("retention", budget.retention, retention, retention >= budget.retention, sure))
     return Verdict(all(check.met for check in checks) if checks else None, checks)
@@ -91,6 +119,13 @@ def _gain(slower: Candidate, faster: Candidate, measured: Measured) -> Ratio | N
         return None
     n = min(a.rounds, b.rounds)
     return ratio(a.round_p50[:n], b.round_p50[:n])
+
+
+def _speed(gain: Ratio | None) -> str:
+    if gain is None:
+        return "; how fast they are could not be measured"
+    about = {"same": "as fast", "unsure": "about as fast"}
+    return f" and is {about.get(gain.verdict, f'{gain.value:.1f}× faster')}"
 
 
 def _name(candidate: Candidate) -> str:

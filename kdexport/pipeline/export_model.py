@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-import time
+import timeit
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,12 @@ from kdexport.integrations import kubernetes, triton
 from kdexport.output import check_place, making, publish
 from kdexport.progress import say
 from kdexport.report import write_export_card
-from kdexport.results import Exported, ExportedFile
+from kdexport.results import Exported, ExportedFile, Ratio
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_answers
 from kdexport.spec.flags import listed, rows_in
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.base import Task
-from kdexport.tasks.config import Arrays
 
 # int8 is recommended when it gives fp32's answer on this share of rows, of which there must be enough.
 AGREEMENT, ENOUGH_ROWS = 0.99, 100
@@ -143,8 +143,8 @@ def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data 
         known = ", ".join(task.menu.precisions)
         raise SpecError(f"--variants: {strange[0]} is none for {task.name}, the task of {model}", f"Take {known}")
     export_student(how, source, graphs, rows)
-    files, chosen = _verify(task, source, graphs, rows)
-    recommended, reason = recommend(files, len(rows))
+    files, chosen, gain = _verify(task, source, graphs, rows)
+    recommended, reason = recommend(files, len(rows), gain)
     found = Exported(
         model="/".join(Path(model).parts[-2:]),
         task=task.name,
@@ -165,8 +165,12 @@ def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data 
 
 def _verify(
     task: Task, source: Path, graphs: Path, rows: list[dict[str, Any]]
-) -> tuple[list[ExportedFile], dict[str, tuple[Path, str]]]:
-    """Compare every file with PyTorch; return the record of each that ships, and precision → (file, graph)."""
+) -> tuple[list[ExportedFile], dict[str, tuple[Path, str]], Ratio | None]:
+    """Hold every file against PyTorch.
+
+    Returns:
+        The record of each that ships, precision → (file, graph), and how many times faster int8 is than fp32.
+    """
     reference = np.load(source / "reference.npy")
     everything = [*rows, *task.probes(), *task.examples()]
     allowed = FP32_TOLERANCE
@@ -177,7 +181,8 @@ def _verify(
     compared = {c.name: (c, logits, diff) for c, logits, diff in compare(task, graphs, everything, reference, allowed)}
     fp32 = compared["fp32"][1][: len(rows)]
     files, chosen = [], {}
-    for name in _shipped(task, graphs, [c for c, _, _ in compared.values()], everything):
+    shipped, gain = _shipped(task, graphs, [c for c, _, _ in compared.values()], everything)
+    for name in shipped:
         candidate, logits, difference = compared[name]
         file = graphs / candidate.file
         chosen[candidate.precision] = (file, candidate.graph)
@@ -192,11 +197,15 @@ def _verify(
             )
         )
     say(f"verify: fp32 against PyTorch on {len(everything)} inputs: max |Δlogit| {files[0].max_abs_diff:.1e}")
-    return files, chosen
+    return files, chosen, gain
 
 
-def recommend(files: Sequence[ExportedFile], rows: int) -> tuple[str, str]:
-    """Return the precision to load by default, and why: int8 only where it kept the answers of enough real rows."""
+def recommend(files: Sequence[ExportedFile], rows: int, gain: Ratio | None = None) -> tuple[str, str]:
+    """The precision to load by default, and why.
+
+    int8 is smaller; whether it is faster (`gain`), and what it does to the answers, differs from model to model. It is
+    recommended where it gave fp32's answers on enough real rows, and was not slower.
+    """
     int8 = next((file for file in files if file.precision == "int8"), None)
     if int8 is None:
         return "fp32", "there is no int8 file"
@@ -205,34 +214,46 @@ def recommend(files: Sequence[ExportedFile], rows: int) -> tuple[str, str]:
     kept = f"int8 gives fp32's answer on {int8.agreement:.1%} of {rows:,} rows"
     if rows < ENOUGH_ROWS:
         return "fp32", f"{kept}, which are too few to tell; {ENOUGH_ROWS} are needed"
-    return ("int8" if int8.agreement >= AGREEMENT else "fp32"), f"{kept}; {AGREEMENT:.0%} are wanted"
+    if int8.agreement < AGREEMENT:
+        return "fp32", f"{kept}; {AGREEMENT:.0%} are wanted"
+    if gain is None:
+        return "int8", f"{kept}; how fast it is was not measured"
+    times = f"{gain.value:.2f}× as fast as fp32" if gain.value < 1 else f"{gain.value:.1f}× faster than fp32"
+    how = "in a short measurement here, a text of median length at a time on one thread"
+    return ("fp32" if gain.verdict == "slower" else "int8"), f"{kept}, and is {times} ({how})"
 
 
-def _shipped(task: Task, graphs: Path, candidates: list[Candidate], rows: list[dict[str, Any]]) -> list[str]:
-    """Name the files that ship: plain graphs, which run everywhere; int8 fused where that is faster."""
+def _shipped(
+    task: Task, graphs: Path, candidates: list[Candidate], rows: list[dict[str, Any]]
+) -> tuple[list[str], Ratio | None]:
+    """Names of the files that ship, and how many times faster int8 is than fp32.
+
+    Plain graphs ship, which run everywhere, but int8 fused where that is significantly faster.
+    """
     names = {c.precision: c.name for c in candidates if c.graph == "plain"}
-    if {"int8", "int8-fused"} <= {c.name for c in candidates}:
-        files = {c.name: graphs / c.file for c in candidates}
-        if _faster(task, files["int8"], files["int8-fused"], rows):
-            names["int8"] = "int8-fused"
-    return list(names.values())
+    files = {c.name: graphs / c.file for c in candidates if c.name in ("fp32", "int8", "int8-fused")}
+    if "int8" not in files:
+        return list(names.values()), None
+    times = _times(task, files, rows)
+    if "int8-fused" in files and ratio(times["int8"], times["int8-fused"]).verdict == "faster":
+        names["int8"] = "int8-fused"
+    return list(names.values()), ratio(times["fp32"], times[names["int8"]])
 
 
-def _faster(task: Task, plain: Path, fused: Path, rows: list[dict[str, Any]]) -> bool:
-    """Return whether the fused file is significantly faster at the rows' median length, one text at a time."""
-    lengths = task.sizes(task.tokenize(rows))
-    arrays = task.sized(rows, int(np.median(lengths)))
-    times: dict[Path, list[float]] = {plain: [], fused: []}
-    predictors = {file: Predictor(task, file, threads=1) for file in times}
-    for _ in range(_ROUNDS):
-        for file, predictor in predictors.items():
-            times[file].append(_seconds(predictor, arrays))
-    found = ratio(times[plain][1:], times[fused][1:])  # the first round also warms up
-    return found.verdict == "faster"
+def _times(task: Task, files: dict[str, Path], rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Seconds of each file in each round, in turns, one text of the rows' median length at a time."""
+    arrays = task.sized(rows, int(np.median(task.sizes(task.tokenize(rows)))))
+    predictors = {name: Predictor(task, file, threads=1) for name, file in files.items()}
+    rounds = [
+        {name: min(timeit.repeat(partial(p.run, arrays), number=1, repeat=_CALLS)) for name, p in predictors.items()}
+        for _ in range(_ROUNDS)
+    ]
+    return {name: [times[name] for times in rounds[1:]] for name in files}  # the first round warms up
 
 
-def _seconds(predictor: Predictor, arrays: Arrays) -> float:
-    started = time.perf_counter()
-    for _ in range(_CALLS):
-        predictor.run(arrays)
-    return time.perf_counter() - started
+def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most 2,000 rows, spread evenly."""
+    if len(rows) <= _MOST_ROWS:
+        return rows
+    say(f"verify: {_MOST_ROWS:,} of {len(rows):,} rows, spread evenly")
+    return [rows[i * len(rows) // _MOST_ROWS] for i in range(_MOST_ROWS)]

@@ -14,11 +14,12 @@ from kdexport.analysis import sampled
 from kdexport.analysis.evidence import look_closely
 from kdexport.analysis.membership import membership
 from kdexport.bench.engine import Measured, read_measured
+from kdexport.bench.machine import elsewhere
 from kdexport.bench.subjects import Target
 from kdexport.data import read_rows, read_summary
 from kdexport.distill.teachers import kind_of_first
 from kdexport.export import Candidate, read_candidates
-from kdexport.export.verify import read_quality
+from kdexport.export.verify import read_quality, read_validation
 from kdexport.files import hash_file
 from kdexport.pipeline.choose import Choice, choose, judge_budget
 from kdexport.results import Distillation, Quality, Report, Search, Spread, Variant
@@ -26,7 +27,7 @@ from kdexport.runtime.artifact import SHIPPED_AS
 from kdexport.stages import read_record
 from kdexport.tasks import judging, load_task
 from kdexport.tasks.base import Task
-from kdexport.tasks.metrics import Array
+from kdexport.tasks.metrics import Array, Metric
 
 
 class Stages(NamedTuple):
@@ -49,58 +50,42 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     """The report, and the choice of files that it recommends."""
     quality, measured = read_quality(stages.verify), read_measured(stages.bench)
     candidates = [c for c in read_candidates(stages.export) if f"student-{c.name}" in quality]
-    choice = choose(candidates, quality, measured, settings.export)
+    sizes = {c.name: (stages.export / c.file).stat().st_size for c in candidates}
+    validation = read_validation(stages.verify)
+    choice = choose(candidates, validation, measured, settings.export, sizes, settings.budget.size_mb)
     best = f"student-{choice.recommended.name}"
-    files = {c.file: c for c in candidates}
     task, rows = load_task(stages.student), read_rows(stages.data, "test")
-    logits = _logits(stages)
+    with np.load(stages.verify / "logits.npz") as stored:
+        logits = {name: stored[name] for name in stored.files}
     wrong = {name: judging.wrong_rows(task, found, rows) for name, found in logits.items()}
-    # Targets are matched by file name, not by path: a run folder may have been moved since.
-    variants = [
-        _file_variant(target, files[Path(target.model).name], choice, quality, measured, wrong, stages)
-        if Path(target.model).name in files and target.name.startswith("student")
-        else _model_variant(target, quality, measured, wrong, stages)
-        for target in measured.targets
-        if target.name not in measured.conditions.left_out
-    ]
-    if kind_of_first(stages.teacher) == "stored":
-        variants.insert(0, _stored_teacher(quality["teacher"], wrong["teacher"]))
-    summary = read_summary(stages.data)
+    verdict = judge_budget(
+        settings.budget, task.metric, quality[best].metric.value, quality["teacher"].metric.value,
+        judging.difference(task, logits["teacher"], logits[best], rows)[1],
+        measured.latency.get(best), sizes[choice.recommended.name],
+    )  # fmt: skip
+    summary, leaked = read_summary(stages.data), _membership(stages, task, rows, logits, choice)
+    conditions = msgspec.structs.replace(
+        measured.conditions, price_per_hour=settings.bench.price_per_hour,
+        warnings=[*elsewhere(measured.environment), *measured.conditions.warnings],
+    )  # fmt: skip
     report = Report(
-        kdexport=__version__,
-        task=settings.task,
-        metric=task.metric.name,
-        labels=task.labels,
-        recommended=best,
-        reason=choice.reason,
-        variants=variants,
-        budget=judge_budget(
-            settings.budget,
-            quality[best],
-            quality["teacher"],
-            judging.difference(task, logits["teacher"], logits[best], rows)[1],
-            measured.latency.get(best),
-            (stages.export / choice.recommended.file).stat().st_size,
-        ),
-        search=stages.search,
-        distillation=_distillation(settings, stages, quality, best, task, logits, rows),
+        kdexport=__version__, task=settings.task, **described(task.metric), labels=task.labels, recommended=best,
+        reason=choice.reason, variants=_variants(stages, candidates, choice, quality, measured, wrong), budget=verdict,
+        search=stages.search, distillation=_distillation(settings, stages, quality, best, task, logits, rows),
         evidence=look_closely(task, rows, logits["teacher"], logits[best]),
-        data={
-            "name": settings.data.train,
-            "rows": summary.rows,
-            "bad_rows": summary.bad_rows,
-            "split_by_us": summary.split_by_us,
-            "sha256": read_record(stages.data).outputs,
-        },
-        leakage=msgspec.to_builtins(summary.duplicates)
-        | {"membership": _membership(stages, task, rows, logits, choice)},
-        bench=msgspec.structs.replace(measured.conditions, price_per_hour=settings.bench.price_per_hour),
-        environment=measured.environment,
-        spec=msgspec.to_builtins(settings),
+        data={"name": settings.data.train, "rows": summary.rows, "bad_rows": summary.bad_rows,
+              "split_by_us": summary.split_by_us, "sha256": read_record(stages.data).outputs},
+        leakage=msgspec.to_builtins(summary.duplicates) | {"membership": leaked}, bench=conditions,
+        environment=measured.environment, spec=msgspec.to_builtins(settings),
         seconds={p.name: read_record(p).seconds for p in stages[1:] if isinstance(p, Path)},
         command=f"kdexport run {stages.run}/spec.yaml --out {stages.run}",
-    )
+    )  # fmt: skip
     return report, choice
+
+
+def described(metric: Metric) -> dict[str, Any]:
+    """A report's fields on the metric that counts."""
+    return {"metric": metric.name, "metric_higher_is_better": metric.higher_is_better, "metric_kind": metric.kind}
 
 
 def made_from(report: Report) -> dict[str, Any]:
@@ -121,71 +106,63 @@ def made_from(report: Report) -> dict[str, Any]:
     }
 
 
-def _file_variant(
-    target: Target,
-    candidate: Candidate,
+def _variants(
+    stages: Stages,
+    candidates: list[Candidate],
     choice: Choice,
     quality: dict[str, Quality],
     measured: Measured,
     wrong: dict[str, list[int] | None],
-    stages: Stages,
-) -> Variant:
-    shipped = candidate in choice.shipped.values()
-    return Variant(
-        name=target.name,
-        model="student",
-        runtime=target.runtime,
-        device=target.device,
-        precision=candidate.precision,
-        graph=candidate.graph,
-        file=SHIPPED_AS[candidate.precision] if shipped else None,
-        sha256=hash_file(stages.export / candidate.file),
-        size_bytes=(stages.export / candidate.file).stat().st_size,
-        parameters=_training(stages.student)["parameters"],
-        shipped=shipped and target.name == f"student-{candidate.name}",
-        **_found(target.name, quality, measured, wrong),
-    )
+) -> list[Variant]:
+    """Every file and model that was measured; before them a teacher of which only the logits are there."""
+    files = {c.file: c for c in candidates}
+    parameters = _training(stages.student)["parameters"]
+
+    def known(name: str) -> dict[str, Any]:
+        # Another runtime may answer otherwise, and its metric was not taken.
+        name = "teacher" if name in ("teacher-torch", "teacher-fp32", "teacher-stored") else name
+        return msgspec.structs.asdict(quality[name]) | {"wrong_rows": wrong[name]} if name in quality else {}
+
+    def variant(target: Target) -> Variant:
+        role = target.name.partition("-")[0]
+        # By its file's name, not its path: a run folder may have been moved since.
+        file = (stages.teacher if role == "teacher" else stages.export) / Path(target.model).name
+        of_torch = "eager" if target.runtime == "torch" else "compiled"
+        own: dict[str, Any] = {"precision": "fp32", "graph": of_torch, "file": None}
+        if role == "student" and (candidate := files.get(file.name)):
+            shipped = candidate in choice.shipped.values()
+            own = {
+                "precision": candidate.precision,
+                "graph": candidate.graph,
+                "file": SHIPPED_AS[candidate.precision] if shipped else None,
+                "parameters": parameters,
+                "shipped": shipped and target.name == f"student-{candidate.name}",
+                **on_disk(file),
+            }
+        elif target.runtime == "onnxruntime":
+            own |= {"graph": "plain", **on_disk(file)}
+        else:
+            own |= weights(stages.teacher if role == "teacher" else stages.student)
+        return Variant(
+            name=target.name, model=role, runtime=target.runtime, device=target.device, **own,
+            **speed(target.name, measured), **known(target.name),
+        )  # fmt: skip
+
+    left_out = measured.conditions.left_out
+    variants = [variant(target) for target in measured.targets if target.name not in left_out]
+    if kind_of_first(stages.teacher) == "stored":
+        stored = Variant(
+            name="teacher-stored", model="teacher", runtime="stored", device="none", precision="fp32", graph="none",
+            file=None, sha256=None, size_bytes=None, note="stored logits: there is no model to measure",
+            **known("teacher-stored"),
+        )  # fmt: skip
+        variants.insert(0, stored)
+    return variants
 
 
-def _model_variant(
-    target: Target, quality: dict[str, Quality], measured: Measured, wrong: dict[str, list[int] | None], stages: Stages
-) -> Variant:
-    """A model in PyTorch, teacher or student; or the teacher's ONNX file."""
-    role = target.name.partition("-")[0]
-    plain = target.runtime == "onnxruntime"
-    return Variant(
-        name=target.name,
-        model=role,
-        runtime=target.runtime,
-        device=target.device,
-        precision="fp32",
-        graph="plain" if plain else "eager" if target.runtime == "torch" else "compiled",
-        file=None,
-        **(
-            {"size_bytes": Path(target.model).stat().st_size, "sha256": hash_file(Path(target.model))}
-            if plain
-            else weights(stages.teacher if role == "teacher" else stages.student)
-        ),
-        **_found(target.name, quality, measured, wrong),
-    )
-
-
-def _stored_teacher(quality: Quality, wrong: list[int] | None) -> Variant:
-    """A teacher of which only the logits are there."""
-    return Variant(
-        name="teacher-stored",
-        model="teacher",
-        runtime="stored",
-        device="none",
-        precision="fp32",
-        graph="none",
-        file=None,
-        sha256=None,
-        size_bytes=None,
-        note="stored logits: there is no model to measure",
-        wrong_rows=wrong,
-        **msgspec.structs.asdict(quality),
-    )
+def on_disk(file: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
+    return {"size_bytes": file.stat().st_size, "sha256": hash_file(file)}
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -207,17 +184,6 @@ def speed(name: str, measured: Measured) -> dict[str, Any]:
     }
 
 
-def _found(
-    name: str, quality: dict[str, Quality], measured: Measured, wrong: dict[str, list[int] | None]
-) -> dict[str, Any]:
-    found = speed(name, measured)
-    name = "teacher" if name in ("teacher-torch", "teacher-fp32") else name
-    if name in quality:  # another runtime may answer otherwise; its accuracy was not taken
-        found |= msgspec.structs.asdict(quality[name])
-        found["wrong_rows"] = wrong[name]
-    return found
-
-
 def _distillation(
     settings: spec.Spec,
     stages: Stages,
@@ -234,34 +200,26 @@ def _distillation(
     if baseline:
         both = logits["baseline-torch"], logits["student-torch"]
         value, (low, high) = judging.difference(task, *both, rows)
-        gain, gain_ci = 100 * value, (100 * low, 100 * high)
-        room = teacher.value - baseline.value
-        ratio = (student.value - baseline.value) / room if room > 0 else None
-        p = judging.mcnemar(task, *both, rows)
+        scale = (1 if task.metric.higher_is_better else -1) * (1 if task.metric.kind == "number" else 100)
+        gain, (low, high) = scale * value, sorted((scale * low, scale * high))
+        gain_ci = low, high
+        room = task.metric.gain(baseline.value, teacher.value)
+        ratio = task.metric.gain(baseline.value, student.value) / room if room > 0 else None
+        if task.metric.kind == "fraction":
+            p = judging.mcnemar(task, *both, rows)
+    further = {name: found.further for name, found in quality.items() if found.further}
+    roles = ("teacher", "student-torch", "baseline-torch")
     return Distillation(
-        teacher=teacher,
-        student=student,
-        baseline=baseline,
-        retention=quality[best].metric.value / teacher.value if teacher.value else 0.0,
-        gain_points=gain,
-        gain_ci95=gain_ci,
-        gain_mcnemar_p=p,
-        ratio=ratio,
-        model=training["student"],
-        loss=_written(settings.distill.loss),
-        temperature=_written(settings.distill.temperature),
-        alpha=_written(settings.distill.alpha),
-        origin=training["origin"],
-        student_seeds=_spread(stages, stages.student, [pair[0] for pair in stages.other_seeds]),
-        baseline_seeds=_spread(stages, stages.baseline, [pair[1] for pair in stages.other_seeds]),
+        teacher=teacher, student=student, baseline=baseline, gain_points=gain, gain_ci95=gain_ci, gain_mcnemar_p=p,
+        ratio=ratio, retention=task.metric.retention(quality[best].metric.value, teacher.value),
+        model=training["student"], origin=training["origin"], loss=_written(settings.distill.loss),
+        temperature=_written(settings.distill.temperature), alpha=_written(settings.distill.alpha),
+        student_seeds=_spread(stages, [stages.student, *(pair[0] for pair in stages.other_seeds)]),
+        baseline_seeds=_spread(stages, [stages.baseline, *(pair[1] for pair in stages.other_seeds)]),
         student_curve=training["curve"],
         baseline_curve=_training(stages.baseline)["curve"] if stages.baseline else [],
-        further={
-            name.removesuffix("-torch"): quality[name].further
-            for name in ("teacher", "student-torch", "baseline-torch")
-            if name in quality and quality[name].further
-        },
-    )
+        further={name.removesuffix("-torch"): further[name] for name in roles if name in further},
+    )  # fmt: skip
 
 
 def _membership(
@@ -279,9 +237,9 @@ def _membership(
     return {"teacher": msgspec.to_builtins(teacher), "student": msgspec.to_builtins(student)}
 
 
-def _spread(stages: Stages, first: Path | None, others: list[Path | None]) -> Spread | None:
+def _spread(stages: Stages, stage_of_each: list[Path | None]) -> Spread | None:
     """The test metric in PyTorch over seeds; None where there is one."""
-    folders = [folder for folder in (first, *others) if folder]
+    folders = [folder for folder in stage_of_each if folder]
     if len(folders) < 2:
         return None
     rows, task = read_rows(stages.data, "test"), load_task(stages.student)
@@ -297,11 +255,6 @@ def _written(value: Any) -> Any:
         case dict():
             return " + ".join(f"{_written(weight)} · {name}" for name, weight in value.items())
     return value
-
-
-def _logits(stages: Stages) -> dict[str, Array]:
-    with np.load(stages.verify / "logits.npz") as logits:
-        return {name: logits[name] for name in logits.files}
 
 
 def _training(folder: Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
         # 6. Does each file do what the student does? How good is it?
         verified = folder.stage(
             "verify",
-            version=2,
+            version=3,
             settings=None,
             reads=[data, targets, student, export, *([baseline] if baseline else [])],
             build=lambda work: _verify(data, targets, student, baseline, export, work),

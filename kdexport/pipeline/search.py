@@ -1,6 +1,6 @@
 """The best student that fits a budget: measure all untrained, drop what can't fit, try the rest, train the best.
 
-A student's size and latency don't depend on its weights. So every rung of the ladder is built, exported and
+A student's size and latency don't depend on its weights. So every student of the ladder is built, exported and
 measured before anything is trained, and what is over budget costs no training. The rest is trained for a short
 while, which tells who is promising better than any rule; then the most promising is trained in full, and the next
 one only if the budget is still not met. All is decided on the validation split: the test split judges the winner.
@@ -8,6 +8,7 @@ one only if the budget is still not met. All is decided on the validation split:
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,12 +25,16 @@ from kdexport.data import read_rows
 from kdexport.distill.teachers import kind_of_first
 from kdexport.errors import ModelError
 from kdexport.export import Candidate, export_student, read_candidates
+from kdexport.export.verify import AGREEMENT, decisive, on_validation
 from kdexport.files import write_json
+from kdexport.pipeline.choose import lost
 from kdexport.progress import say, warn
-from kdexport.results import Rung, Search
+from kdexport.results import Search, SearchCandidate
 from kdexport.runtime.predictor import Predictor
 from kdexport.stages import read_record
-from kdexport.tasks import judging, load_task
+from kdexport.tasks import class_of, load_task
+from kdexport.tasks.config import read_config
+from kdexport.tasks.metrics import Metric
 
 # Of the examples that a transformer's whole training sees; all students are tried on as many.
 TRIAL_SHARE = 0.05
@@ -50,18 +55,12 @@ def slug(student: str) -> str:
 def measure_ladder(
     settings: spec.Spec, students: Sequence[str], build: Build, teacher: Path, rows: list[dict[str, Any]], out: Path
 ) -> None:
-    """Build every student with first weights, export and measure it; write `ladder.json`, a list of `Rung`.
+    """Build every student with first weights, export and measure it; write `ladder.json`, a candidate a precision.
 
-    Args:
-        settings: bench and export are read.
-        students: names as in the spec.
-        build: writes an untrained student into a folder.
-        teacher: a model folder; latencies are measured beside it.
-        rows: real rows to measure on.
-        out: an existing folder.
+    `build` writes an untrained student into a folder; `teacher` is a model folder, and measured beside them.
 
     Raises:
-        ModelError: none of them can be built; one that can't is left out, and said.
+        ModelError: none of them can be built; one that can't is left out with a warning.
     """
     targets = teacher_targets(teacher, ["torch", "onnxruntime"], ["cpu"])
     reference = targets[0].name if targets else None
@@ -78,10 +77,10 @@ def measure_ladder(
             shutil.rmtree(folder)
             continue
         export_student(settings.export, folder, folder / "export", rows)
-        found = [c for c in read_candidates(folder / "export") if c.precision == _shipped_precision(settings)]
+        found = [c for c in read_candidates(folder / "export") if c.precision in shippable(settings.export)]
         files[name] = [(f"{slug(name)}-{c.name}", c) for c in found]
-        for label, candidate in files[name]:
-            targets += of_file(label, folder, folder / "export" / candidate.file, ["onnxruntime"], ["cpu"])
+        for label, file in files[name]:
+            targets += of_file(label, folder, folder / "export" / file.file, ["onnxruntime"], ["cpu"])
     if refused and not files:
         raise refused
     how = msgspec.structs.replace(
@@ -89,26 +88,30 @@ def measure_ladder(
     )
     measured = bench(how, targets, rows, targets[0].name, settings.seed, out, sweep=False)
     teacher_latency = measured.latency.get(reference) if reference else None
-    rungs = []
+    candidates = []
     for name, labels in files.items():
         folder = out / slug(name)
-        alive = [one for one in labels if one[0] in measured.latency]
+        alive = [(measured.latency[label], file) for label, file in labels if label in measured.latency]
         if not alive:
-            warn(f"search: {name} is left out: its file could not be measured")
+            warn(f"search: {name} is left out: its files could not be measured")
             continue
-        label, candidate = min(alive, key=lambda one: measured.latency[one[0]].p50)
-        latency = measured.latency[label]
-        rung = Rung(
-            name=name,
-            parameters=msgspec.json.decode((folder / "untrained.json").read_bytes())["parameters"],
-            precision=candidate.precision,
-            size_bytes=(folder / "export" / candidate.file).stat().st_size,
-            p50_ms=latency.p50,
-            p99_ms=latency.p99 or latency.p99_at_most,
-        )
-        rungs.append(rung)
+        quickest = {file.precision: (latency, file) for latency, file in sorted(alive, key=lambda one: -one[0].p50)}
+        parameters = msgspec.json.decode((folder / "untrained.json").read_bytes())["parameters"]
+        for precision in (p for p in shippable(settings.export) if p in quickest):
+            latency, file = quickest[precision]
+            size = (folder / "export" / file.file).stat().st_size
+            one = SearchCandidate(
+                name=name, parameters=parameters, precision=precision, size_bytes=size, p50_ms=latency.p50,
+                p99_ms=latency.p99 or latency.p99_at_most,
+            )  # fmt: skip
+            candidates.append(one)
         shutil.rmtree(folder)
-    write_json(out / "ladder.json", _Ladder(rungs, teacher_latency.p50 if teacher_latency else None))
+    write_json(out / "ladder.json", _Ladder(candidates, teacher_latency.p50 if teacher_latency else None))
+
+
+def shippable(export: spec.Export) -> tuple[str, ...]:
+    """Precisions that may be recommended: int8, or else fp32, and others where that is over the size limit."""
+    return ("int8" if "int8" in export.variants else "fp32", *(p for p in ("fp16", "int4") if p in export.variants))
 
 
 def teacher_targets(teacher: Path, runtimes: Sequence[str], devices: Sequence[str]) -> list[Target]:
@@ -122,31 +125,39 @@ def teacher_targets(teacher: Path, runtimes: Sequence[str], devices: Sequence[st
             return []
 
 
-def over(rung: Rung, budget: spec.Budget) -> str:
-    """Which limits a rung breaks before it is trained, in words; empty if none."""
+def over(candidate: SearchCandidate, budget: spec.Budget) -> str:
+    """Which limits a student breaks before it is trained, in words; empty if none."""
     broken = []
-    if budget.size_mb is not None and rung.size_bytes / 1e6 > budget.size_mb:
-        broken.append(f"{rung.size_bytes / 1e6:.2f} MB of {budget.size_mb:g}")
-    if budget.p99_ms is not None and (rung.p99_ms is None or rung.p99_ms > budget.p99_ms):
-        broken.append(f"p99 {_ms(rung.p99_ms)} of {budget.p99_ms:g}")
+    if budget.size_mb is not None and candidate.size_bytes / 1e6 > budget.size_mb:
+        broken.append(f"{candidate.size_bytes / 1e6:.2f} MB of {budget.size_mb:g}")
+    if budget.p99_ms is not None and (candidate.p99_ms is None or candidate.p99_ms > budget.p99_ms):
+        broken.append(f"p99 {_ms(candidate.p99_ms)} of {budget.p99_ms:g}")
     return " and ".join(broken)
 
 
-def promising(rungs: Sequence[Rung], budget: spec.Budget) -> list[Rung]:
-    """The rungs that fit, in the order in which they are trained.
+def promising(
+    candidates: Sequence[SearchCandidate], budget: spec.Budget, metric: Metric = AGREEMENT
+) -> list[SearchCandidate]:
+    """The students that fit, in the order in which they are trained.
 
-    Where latency or size is limited, any rung that fits will do, so the one with the best trial comes first. Where
-    neither is, the budget asks for accuracy alone, and the quickest student that is near the best trial comes first.
+    Where latency or size is limited, any student that fits will do, so the one with the best trial comes first. Where
+    neither is, the budget asks for quality alone, and the quickest student that is near the best trial comes first.
     If none fits, the one that is least over the limits is trained, so that the report can show the closest.
     """
-    fitting = [rung for rung in rungs if not rung.over]
+    fitting = [one for one in candidates if not one.over]
     if not fitting:
-        return [min(rungs, key=lambda rung: _excess(rung, budget))]
-    by_trial = sorted(fitting, key=lambda rung: (-(rung.trial or 0.0), rung.p50_ms))
+        return [min(candidates, key=lambda one: _excess(one, budget))]
+    tried = [one.trial for one in fitting if one.trial is not None]
+    if not tried:
+        return sorted(fitting, key=lambda one: one.p50_ms)
+    best = max(tried, key=lambda trial: metric.gain(0.0, trial))
+
+    def loss(one: SearchCandidate) -> float:
+        return math.inf if one.trial is None else lost(metric, best, one.trial)
+
     if budget.p99_ms is not None or budget.size_mb is not None:
-        return by_trial
-    near = (by_trial[0].trial or 0.0) - _NEAR_THE_BEST
-    return sorted(fitting, key=lambda rung: ((rung.trial or 0.0) < near, rung.p50_ms))
+        return sorted(fitting, key=lambda one: (loss(one), one.p50_ms))
+    return sorted(fitting, key=lambda one: (loss(one) > _NEAR_THE_BEST, one.p50_ms))
 
 
 class Found(NamedTuple):
@@ -158,84 +169,77 @@ class Found(NamedTuple):
 
 
 def climb(
-    settings: spec.Spec, rungs: list[Rung], train: Train, data: Path, targets: Path, teacher_p50_ms: float | None
+    settings: spec.Spec,
+    candidates: list[SearchCandidate],
+    train: Train,
+    data: Path,
+    teacher: Path,
+    targets: Path,
+    teacher_p50_ms: float | None,
 ) -> Found:
     """Train the promising students one after the other until the budget is met.
 
-    Args:
-        settings: budget and export are read.
-        rungs: the ladder, measured and tried.
-        train: trains and exports a student; gives both folders. Finished ones are there at once.
-        data, targets: finished stages.
-        teacher_p50_ms: for the report.
+    `train` trains and exports a student and gives both folders; finished ones are there at once.
     """
     budget, rows = settings.budget, read_rows(data, "validation")
-    teacher = np.load(targets / "validation.npy")
-    spent = sum(rung.trial_seconds or 0.0 for rung in rungs)
-    trained: dict[str, tuple[Rung, Path, Path]] = {}
+    taught = np.load(targets / "validation.npy")
+    config = read_config(teacher)
+    metric = decisive(class_of(config), rows)
+    spent = sum(one.trial_seconds or 0.0 for one in candidates)
+    trained: dict[str, tuple[SearchCandidate, Path, Path]] = {}
     of_teacher = 0.0
-    for rung in promising(rungs, budget):
-        expected = (rung.trial_seconds or 0.0) / TRIAL_SHARE
+    for one in promising(candidates, budget, metric):
+        expected = (one.trial_seconds or 0.0) / TRIAL_SHARE
         if trained and budget.time_limit_s is not None and spent + expected > budget.time_limit_s:
-            warn(f"search: {rung.name} would take {expected:.0f} s more, over the time limit; it is left out")
+            warn(f"search: {one.name} would take {expected:.0f} s more, over the time limit; it is left out")
             continue
-        say(f"search: {rung.name} is trained{' next' if trained else ' first'}")
-        student, export = train(rung.name)
+        say(f"search: {one.name} is trained{' next' if trained else ' first'}")
+        student, export = train(one.name)
         seconds = read_record(student).seconds
         spent += seconds
         task = load_task(student)
-        labelled = rows[0]["label"] is not None
-        of_teacher = judging.metric(task, teacher, rows) if labelled else 1.0
-        file = _best_file(settings, export)
-        logits = Predictor(task, file).logits(rows)
-        metric = judging.metric(task, logits, rows) if labelled else float(task.agrees(logits, teacher).mean())
-        kept = metric / of_teacher if of_teacher else 0.0
-        met = not rung.over and (budget.retention is None or kept >= budget.retention)
-        done = msgspec.structs.replace(rung, metric=metric, retention=kept, seconds=seconds, met=met)
-        trained[rung.name] = done, student, export
-        say(f"search: {rung.name} keeps {100 * kept:.1f} % of the teacher on validation{'' if met else ', not enough'}")
+        of_teacher = on_validation(task, rows, taught, taught)
+        file = next(c.file for c in read_candidates(export) if c.precision == one.precision and c.graph == "plain")
+        value = on_validation(task, rows, Predictor(task, export / file).logits(rows), taught)
+        retention = metric.retention(value, of_teacher)
+        met = not one.over and (budget.retention is None or retention >= budget.retention)
+        done = msgspec.structs.replace(one, metric=value, retention=retention, seconds=seconds, met=met)
+        trained[one.name] = done, student, export
+        say(f"search: {one.name} {_keeps(done)}{'' if met else ', not enough'}")
         if met:
             break
-    winner, student, export = max(trained.values(), key=lambda one: (bool(one[0].met), one[0].metric))
-    told = [trained[rung.name][0] if rung.name in trained else rung for rung in rungs]
-    reason = _reason(winner, told, budget)
+    winner, student, export = max(trained.values(), key=lambda one: (bool(one[0].met), one[0].retention))
+    every = [trained[one.name][0] if one.name in trained else one for one in candidates]
+    reason = _reason(winner, every, budget)
     say(f"search: {reason}")
     return Found(
         student,
         export,
-        Search(rungs=told, winner=winner.name, reason=reason, teacher=of_teacher, teacher_p50_ms=teacher_p50_ms),
+        Search(rungs=every, winner=winner.name, reason=reason, teacher=of_teacher, teacher_p50_ms=teacher_p50_ms),
     )
 
 
-def _reason(winner: Rung, rungs: list[Rung], budget: spec.Budget) -> str:
-    dropped = sum(bool(rung.over) for rung in rungs)
-    left = f"{dropped} of {len(rungs)} were over budget before any training" if dropped else "all fit the budget"
-    done = sum(rung.metric is not None for rung in rungs)
-    kept = f"keeps {100 * (winner.retention or 0):.1f} % of the teacher on validation"
+def _reason(winner: SearchCandidate, candidates: list[SearchCandidate], budget: spec.Budget) -> str:
+    dropped = sum(bool(one.over) for one in candidates)
+    left = f"{dropped} of {len(candidates)} were over budget before any training" if dropped else "all fit the budget"
+    left += f", {sum(one.metric is not None for one in candidates)} trained in full"
     if winner.met:
-        return f"{winner.name} {kept}: the budget is met; {left}, {done} trained in full"
+        return f"{winner.name} {_keeps(winner)}: the budget is met; {left}"
     if winner.over:
-        return f"no student fits the budget; {winner.name} is the closest ({winner.over}) and {kept}"
+        return f"no student fits the budget; {winner.name} is the closest ({winner.over}) and {_keeps(winner)}"
     wanted = f", {100 * budget.retention:g} % was asked for" if budget.retention else ""
-    return (
-        f"no student meets the budget; {winner.name} comes closest and {kept}{wanted}; {left}, {done} trained in full"
-    )
+    return f"no student meets the budget; {winner.name} comes closest and {_keeps(winner)}{wanted}; {left}"
 
 
-def _shipped_precision(settings: spec.Spec) -> str:
-    return "int8" if "int8" in settings.export.variants else "fp32"
+def _keeps(candidate: SearchCandidate) -> str:
+    return f"keeps {100 * (candidate.retention or 0):.1f} % of the teacher on validation"
 
 
-def _best_file(settings: spec.Spec, export: Path) -> Path:
-    wanted = _shipped_precision(settings)
-    return next(export / c.file for c in read_candidates(export) if c.precision == wanted and c.graph == "plain")
-
-
-def _excess(rung: Rung, budget: spec.Budget) -> float:
-    """How many times over its worst limit a rung is."""
-    found = [rung.size_bytes / 1e6 / budget.size_mb] if budget.size_mb else []
+def _excess(candidate: SearchCandidate, budget: spec.Budget) -> float:
+    """How many times over its worst limit a student is."""
+    found = [candidate.size_bytes / 1e6 / budget.size_mb] if budget.size_mb else []
     if budget.p99_ms:
-        found.append((rung.p99_ms or float("inf")) / budget.p99_ms)
+        found.append((candidate.p99_ms or math.inf) / budget.p99_ms)
     return max(found, default=0.0)
 
 
@@ -243,18 +247,31 @@ def _ms(value: float | None) -> str:
     return "not known" if value is None else f"{value:.3f} ms"
 
 
-def read_ladder(folder: Path, budget: spec.Budget) -> tuple[list[Rung], float | None]:
-    """A finished ladder stage held against a budget: the rungs, and the teacher's p50 in ms."""
+def read_ladder(folder: Path, budget: spec.Budget) -> tuple[list[SearchCandidate], float | None]:
+    """A finished ladder stage held against a budget: a candidate a student, and the teacher's p50 in ms."""
     found = msgspec.json.decode((folder / "ladder.json").read_bytes(), type=_Ladder)
-    rungs = [msgspec.structs.replace(rung, over=over(rung, budget)) for rung in found.rungs]
-    for rung in rungs:
-        size = f"{rung.size_bytes / 1e6:.2f} MB, p50 {rung.p50_ms:.3f} ms, p99 {_ms(rung.p99_ms)}"
-        say(f"  {rung.name}: {size}: {f'over budget, {rung.over}' if rung.over else 'fits'}")
-    return rungs, found.teacher_p50_ms
+    candidates = one_each(found.rungs, budget)
+    for one in candidates:
+        size = f"{one.size_bytes / 1e6:.2f} MB, p50 {one.p50_ms:.3f} ms, p99 {_ms(one.p99_ms)}"
+        say(f"  {one.name}: {one.precision}, {size}: {f'over budget, {one.over}' if one.over else 'fits'}")
+    return candidates, found.teacher_p50_ms
+
+
+def one_each(candidates: Sequence[SearchCandidate], budget: spec.Budget) -> list[SearchCandidate]:
+    """Of each student the precision that fits the budget: its first, else the quickest one, else the least over."""
+    found = []
+    for name in dict.fromkeys(one.name for one in candidates):
+        first, *others = [
+            msgspec.structs.replace(one, over=over(one, budget)) for one in candidates if one.name == name
+        ]
+        fitting = sorted((one for one in others if not one.over), key=lambda one: one.p50_ms)
+        closest = min((first, *others), key=lambda one: _excess(one, budget))
+        found.append(first if not first.over else fitting[0] if fitting else closest)
+    return found
 
 
 class _Ladder(msgspec.Struct, frozen=True):
-    """`ladder.json`."""
+    """`ladder.json`: of each student a candidate a precision, the preferred one first."""
 
-    rungs: list[Rung]
+    rungs: list[SearchCandidate]
     teacher_p50_ms: float | None

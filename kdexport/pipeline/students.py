@@ -12,7 +12,7 @@ from kdexport import spec
 from kdexport.data import read_rows
 from kdexport.pipeline import search
 from kdexport.progress import say
-from kdexport.results import Rung, Search
+from kdexport.results import Search, SearchCandidate
 from kdexport.spec import derive
 from kdexport.stages import Run, read_record
 
@@ -35,7 +35,7 @@ class Students(NamedTuple):
         """Return the best of several students, its files, and the search's record."""
         ladder = self.folder.stage(
             "ladder",
-            version=2,
+            version=3,
             settings=[
                 names,
                 msgspec.structs.replace(self.settings.student, model=names),
@@ -48,16 +48,16 @@ class Students(NamedTuple):
                 self.settings, names, self._build, self.teacher, read_rows(self.data, "test"), work
             ),
         )
-        rungs, teacher_p50_ms = search.read_ladder(ladder, self.settings.budget)
-        fitting = [rung for rung in rungs if not rung.over]
+        candidates, teacher_p50_ms = search.read_ladder(ladder, self.settings.budget)
+        fitting = [one for one in candidates if not one.over]
         if len(fitting) > 1:
-            say(f"search: {len(fitting)} of {len(rungs)} students fit; each is tried for a short while")
-            rungs = [self._try(rung) if rung in fitting else rung for rung in rungs]
+            say(f"search: {len(fitting)} of {len(candidates)} students fit; each is tried for a short while")
+            candidates = [self._try(one) if one in fitting else one for one in candidates]
 
         def train(name: str) -> tuple[Path, Path]:
             return self.whole(name, f"-{search.slug(name)}")[:2]
 
-        found = search.climb(self.settings, rungs, train, self.data, self.targets, teacher_p50_ms)
+        found = search.climb(self.settings, candidates, train, self.data, self.teacher, self.targets, teacher_p50_ms)
         return found.student, found.export, found.search
 
     def train(self, name: str, stage: str, *, hard: bool = False, seed: int | None = None, share: float = 1.0) -> Path:
@@ -72,18 +72,8 @@ class Students(NamedTuple):
         def build(work: Path) -> None:
             from kdexport.distill.student import train_student
 
-            train_student(
-                self.settings.student,
-                name,
-                distill,
-                data=self.data,
-                teacher=self.teacher,
-                targets=self.targets,
-                seed=seed,
-                out=work,
-                hard=hard,
-                share=share,
-            )
+            places = {"data": self.data, "teacher": self.teacher, "targets": self.targets, "out": work}
+            train_student(self.settings.student, name, distill, **places, seed=seed, hard=hard, share=share)
 
         return self.folder.stage(
             stage,
@@ -125,23 +115,16 @@ class Students(NamedTuple):
         pairs = [list(one(seed)) for seed in range(first + 1, first + self.settings.distill.seeds)]
         return [(student, hard) for student, hard in pairs if student]
 
-    def _try(self, rung: Rung) -> Rung:
-        stage = self.train(rung.name, f"trial-{search.slug(rung.name)}", share=search.TRIAL_SHARE)
+    def _try(self, one: SearchCandidate) -> SearchCandidate:
+        stage = self.train(one.name, f"trial-{search.slug(one.name)}", share=search.TRIAL_SHARE)
         curve = msgspec.json.decode((stage / "training.json").read_bytes())["curve"]
-        return msgspec.structs.replace(rung, trial=curve[-1]["validation"], trial_seconds=read_record(stage).seconds)
+        return msgspec.structs.replace(one, trial=curve[-1]["validation"], trial_seconds=read_record(stage).seconds)
 
     def _build(self, name: str, work: Path) -> None:
         from kdexport.distill.student import write_untrained
 
-        write_untrained(
-            self.settings.student,
-            name,
-            data=self.data,
-            teacher=self.teacher,
-            targets=self.targets,
-            seed=self.settings.seed,
-            out=work,
-        )
+        places = {"data": self.data, "teacher": self.teacher, "targets": self.targets, "out": work}
+        write_untrained(self.settings.student, name, **places, seed=self.settings.seed)
 
 
 def local(*models: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,7 @@ from kdexport.files import as_json, write_text
 from kdexport.output import Output
 from kdexport.report import page
 from kdexport.report.sections import SECTIONS
-from kdexport.report.table import (
-    BITS,
-    between,
-    further,
-    headers,
-    megabytes,
-    ms,
-    p99,
-    percent,
-    points,
-    table,
-    times,
-    trimmed,
-)
+from kdexport.report.table import between, headers, megabytes, metric_of, ms, p99, percent, score, table, trimmed
 from kdexport.results import Exported, Report, read_report
 from kdexport.tasks import task_class
 
@@ -62,23 +50,22 @@ def draw(report: Report, out: Output) -> None:
 def page_of(report: Report) -> page.Page:
     """The report's verdict, facts and sections."""
     sections = [section for make in SECTIONS if (section := make(report))]
-    doubts = [
+    warnings = [
         *report.bench.warnings,
         *(f"{name} {reason}" for name, reason in report.bench.failed.items()),
         *(f"{name} was left out: {reason}" for name, reason in report.bench.left_out.items()),
     ]
     title = f"{report.task}: which file to ship" if report.recommended else "Side by side"
-    return page.Page(title, _verdict(report), report.budget.met is not False, _facts(report), doubts, sections)
+    return page.Page(title, _verdict(report), report.budget.met is not False, _facts(report), warnings, sections)
 
 
 def write_card(report: Report, file: Path) -> None:
     """Write the model card, with the metrics as a model-index."""
     best, teacher = report.variant(report.recommended), next(v for v in report.variants if v.model == "teacher")
-    formats = {"percent": percent, "ms": ms, "times": times, "points": points}
     task = task_class(report.task)
-    values: dict[str, Any] = {"r": report, "reads": task.modality, "best": best, "teacher": teacher, "use": task.card}
-    values |= {"headers": headers(report), "rows": table(report)}
-    write_text(file, page.render("card.md.j2", **formats, **values))
+    values: dict[str, Any] = {"r": report, "best": best, "teacher": teacher, "use": task.card, "reads": task.modality}
+    values |= {"headers": headers(report), "rows": table(report), "score": partial(score, metric_of(report))}
+    write_text(file, page.render("card.md.j2", **values))
 
 
 def write_export_card(exported: Exported, file: Path) -> None:
@@ -108,13 +95,12 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.recommended is None:
         return []
     best, reference = report.variant(report.recommended), report.variants[0]
-    facts = []
-    if bits := best.further.get(BITS):
-        facts.append((further(BITS, bits), f"{BITS}; teacher {further(BITS, reference.further.get(BITS))}"))
+    facts, metric = [], metric_of(report)
     if best.metric and reference.metric:
-        facts.append((percent(best.metric.value), f"{report.metric}; teacher {percent(reference.metric.value)}"))
-    if report.distillation:
-        facts.append((percent(report.distillation.retention), f"of the teacher's {report.metric} kept"))
+        teacher = score(metric, reference.metric.value)
+        facts.append((score(metric, best.metric.value), f"{metric.name}; teacher {teacher}"))
+    if report.distillation and metric.kind != "number":
+        facts.append((percent(report.distillation.retention), f"of the teacher's {metric.name} kept"))
     if best.latency_ms:
         p50 = trimmed(best.latency_ms.p50, best.latency_ms.p50_ci95)
         facts.append((f"{p50} ms", f"p50 for one text; p99 {p99(best)} ms"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 _WIDTH, _LEFT, _RIGHT, _BOTTOM = 480, 56, 14, 44
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 4", "4 2", "1 4", "10 2 2 2")
@@ -24,6 +24,9 @@ _MARKERS = (
     "M-4.6,-2h9.2v4h-9.2z",
     "M-2,-4.6h4v9.2h-4z",
 )
+
+
+T = TypeVar("T")
 
 
 class Axis(NamedTuple):
@@ -106,8 +109,17 @@ class _Scale:
         return [round(i * step, 12) for i in range(first, math.floor(self._high / step + 1e-9) + 1)]
 
 
+def frontier(items: Sequence[T], cost: Callable[[T], float | None], value: Callable[[T], float]) -> list[T]:
+    """The items that no other beats in both cost and value, by rising cost; those without a cost are passed over."""
+    best: list[T] = []
+    for item in sorted((i for i in items if cost(i) is not None), key=lambda i: (cost(i) or 0.0, -value(i))):
+        if not best or value(item) > value(best[-1]):
+            best.append(item)
+    return best
+
+
 def plot(title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 280) -> str:
-    """An SVG of series in one frame; `title` is what a screen reader says of it."""
+    """An SVG of series in one frame; `title` is read by screen readers."""
     points = [p for one in series for p in one.points]
     # A series without points keeps its place, so that a variant looks alike in every chart, but has no legend.
     rows = _legend_rows([(i, one.name) for i, one in enumerate(series) if one.points]) if len(series) > 1 else []

@@ -29,9 +29,8 @@ def show_comparison(found: Comparison) -> None:
 def write_comparison(found: Comparison, out: Output) -> None:
     """Write compare.json, compare.md and compare.html into a folder."""
     drawn = page_of(found)
-    for name, content in zip(
-        FILES, (as_json(found), page.markdown(drawn).encode(), page.html(drawn).encode()), strict=True
-    ):
+    contents = (as_json(found), page.markdown(drawn).encode(), page.html(drawn).encode())
+    for name, content in zip(FILES, contents, strict=True):
         out.write(name, content)
 
 
@@ -39,23 +38,13 @@ def page_of(found: Comparison) -> Page:
     """Verdict by gates, the table, and a chart of the changes with their intervals."""
     failed = [gate for gate in found.gates if gate.status == "failed"]
     unsure = [gate for gate in found.gates if gate.status == "unsure"]
-    verdict = (
-        f"{len(failed)} of {len(found.gates)} gates failed: {', '.join(g.expression for g in failed)}."
-        if failed
-        else f"{len(unsure)} of {len(found.gates)} gates could not be decided."
-        if unsure
-        else f"All {len(found.gates)} gates passed."
-        if found.gates
-        else _in_short(found.changes)
-    )
-    sections = [
-        Section(
-            "Changes",
-            f"From A, {found.a}, to B, {found.b}.",
-            tables=[Table(HEADERS, [_row(c) for c in found.changes])],
-            brief=True,
-        )
-    ]
+    verdict = f"All {len(found.gates)} gates passed." if found.gates else _in_short(found.changes)
+    if failed:
+        verdict = f"{len(failed)} of {len(found.gates)} gates failed: {', '.join(g.expression for g in failed)}."
+    elif unsure:
+        verdict = f"{len(unsure)} of {len(found.gates)} gates could not be decided."
+    changes = Table(HEADERS, [_row(c) for c in found.changes])
+    sections = [Section("Changes", f"From A, {found.a}, to B, {found.b}.", tables=[changes], brief=True)]
     if found.gates:
         rows = [(gate.expression, gate.status, gate.why) for gate in found.gates]
         lead = "A gate fails, or passes, only where its whole 95 % interval does."
@@ -71,20 +60,22 @@ def _figure(changes: list[Change], unit: str) -> Figure:
     style = {"better": 2, "worse": 1}
     drawn = []
     for c in changes:
-        label, told = f"{c.metric} of {c.variant}", f"{_change(c)}, {c.verdict}"
-        drawn.append(Bar(label, c.change or 0.0, c.ci95, told, 0.0, style.get(c.verdict, 6)))
+        label, remark = f"{c.metric} of {c.variant}", f"{_change(c)}, {c.verdict}"
+        drawn.append(Bar(label, c.change or 0.0, c.ci95, remark, 0.0, style.get(c.verdict, 6)))
     chart = bars(f"Changes in {unit}", drawn, Axis(f"change, {unit}", signed, reach=(0.0,)))
     return Figure(f"Change in {unit}, with 95 % intervals", chart, Table(HEADERS, [_row(c) for c in changes]))
 
 
 def _row(c: Change) -> tuple[str, ...]:
-    return (c.variant, c.metric, _value(c.metric, c.a), _value(c.metric, c.b), _change(c), c.verdict, c.how)
+    return (c.variant, c.metric, _value(c, c.a), _value(c, c.b), _change(c), c.verdict, c.how)
 
 
-def _value(metric: str, value: float | None) -> str:
+def _value(c: Change, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{trimmed(value)} {_UNITS[metric]}" if metric in _UNITS else percent(value)
+    if c.metric in _UNITS:
+        return f"{trimmed(value)} {_UNITS[c.metric]}"
+    return percent(value) if c.unit == "points" else f"{value:.3f}"
 
 
 def _change(c: Change) -> str:
@@ -95,5 +86,5 @@ def _change(c: Change) -> str:
 
 
 def _in_short(changes: list[Change]) -> str:
-    told = [f"{c.metric} of {c.variant}: {c.verdict}" for c in changes if c.verdict in ("better", "worse")]
-    return f"{'; '.join(told)}." if told else "Nothing is better or worse beyond doubt."
+    found = [f"{c.metric} of {c.variant}: {c.verdict}" for c in changes if c.verdict in ("better", "worse")]
+    return f"{'; '.join(found)}." if found else "Nothing is better or worse beyond doubt."

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kdexport.errors import RunError, SpecError
+from kdexport.errors import RunError, SpecError, first_line
 from kdexport.files import write_json
 from kdexport.results import QUANTILES, Conditions, Latency, Report, Variant, read_report
 
@@ -68,14 +68,11 @@ def _variant(found: dict[str, Any]) -> Variant:
     rounds = found["stats"]["rounds"]
     half = math.hypot(1.57 * stats["iqr"] / max(1, rounds) ** 0.5, _PROCESSES_DIFFER * stats["median"])
     latency = Latency(
-        p50=stats["median"],
-        p50_ci95=(max(1e-9, stats["median"] - half), stats["median"] + half),
+        p50=stats["median"], p50_ci95=(max(1e-9, stats["median"] - half), stats["median"] + half),
         p90=float(np.quantile(data, 0.9, method="higher")) if len(data) >= 100 else None,
-        p99=float(np.quantile(data, 0.99, method="higher")) if len(data) >= 1000 else None,
-        samples=rounds,
-        rounds=1,
+        p99=float(np.quantile(data, 0.99, method="higher")) if len(data) >= 1000 else None, samples=rounds, rounds=1,
         quantiles=np.quantile(data, QUANTILES, method="higher").tolist() if len(data) else [],
-    )
+    )  # fmt: skip
     return Variant(
         name=found["fullname"], model=found["name"], runtime="python", device="cpu", precision="", graph="",
         file=None, sha256=None, size_bytes=None, latency_ms=latency,
@@ -92,24 +89,15 @@ def write_pytest_benchmark(report: Report, samples: Path, out: Path) -> None:
                 benchmarks.append(_benchmark(v, np.concatenate(data).astype(float) / 1e3))
     facts = report.environment
     cpu = {"brand_raw": facts.get("cpu"), "count": facts.get("cores_allowed")}
-    machine = {
+    machine = {"node": "", "processor": "", "machine": ""} | {
         "hardware": facts.get("hardware"),
-        "node": "",
-        "processor": "",
-        "machine": "",
         "python_version": facts.get("python"),
         "cpu": cpu,
     }
     commit = {"id": facts.get("git_commit") or "unversioned", "dirty": "dirty" in str(facts.get("git_commit"))}
     when = time.strftime("%Y-%m-%dT%H:%M:%S")
-    whole = {
-        "machine_info": machine,
-        "commit_info": commit,
-        "benchmarks": benchmarks,
-        "datetime": when,
-        "version": "5.1.0",
-    }
-    write_json(out, whole)
+    whole = {"machine_info": machine, "commit_info": commit, "benchmarks": benchmarks}
+    write_json(out, whole | {"datetime": when, "version": "5.1.0"})
 
 
 def _benchmark(v: Variant, seconds: Any) -> dict[str, Any]:
@@ -126,14 +114,8 @@ def _benchmark(v: Variant, seconds: Any) -> dict[str, Any]:
         "rounds": len(seconds), "iterations": 1,
     }  # fmt: skip
     extra = {"p90_ms": v.latency_ms and v.latency_ms.p90, "p99_ms": v.latency_ms and v.latency_ms.p99}
-    options = {
-        "disable_gc": True,
-        "timer": "perf_counter",
-        "min_rounds": 1,
-        "max_time": 0,
-        "min_time": 0,
-        "warmup": True,
-    }
+    options = {"disable_gc": True, "warmup": True, "timer": "perf_counter"}
+    options |= {"min_rounds": 1, "max_time": 0, "min_time": 0}
     return {
         "group": None, "name": v.name, "fullname": v.name, "params": None, "param": None, "extra_info": extra,
         "options": options, "stats": found,
@@ -155,9 +137,7 @@ def log_to(report: Report, to: str, folder: Path) -> None:
     except ModuleNotFoundError as error:
         raise SpecError(f"the package {error.name!r} is not installed", f"pip install {kind}") from None
     except Exception as error:  # MLflow raises a class of its own, with a story in it
-        raise SpecError(
-            f"{kind} refuses {where or 'its default place'}: {str(error).strip().splitlines()[0]}"
-        ) from None
+        raise SpecError(f"{kind} refuses {where or 'its default place'}: {first_line(error)}") from None
 
 
 def _log_to_mlflow(report: Report, where: str, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The section on leakage: test texts that training has seen or nearly seen, and what confidence gives away of it."""
+"""The section on leakage: test texts that stand, or nearly stand, in training, and membership inference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def leakage(r: Report) -> Section | None:
     rows = [(name, *one) for name, found in attacked.items() if found for one in _attacks(found)]
     lead = [_exact(r.leakage)] if "across" in r.leakage else []
     lead += [_near(near)] if near else []
-    lead += [_told(name, found.by_confidence) for name, found in attacked.items() if found]
+    lead += [_in_words(name, found.by_confidence) for name, found in attacked.items() if found]
     if not lead:
         return None
     tables = [_across(r.leakage["across"], near)] if "across" in r.leakage else []
@@ -38,7 +38,7 @@ def near_duplicates(r: Report) -> Section | None:
     near = r.leakage.get("near")
     if not near or not near["examples"]:
         return None
-    headers = ("row", "is nearly", "similarity", "labels", "its text", "the other's")
+    headers = ("row", "near-duplicate of", "similarity", "labels", "its text", "the other's")
     lead = (
         f"{near['how']}. They are kept, because many data sets have them by nature; a test that is full of them "
         "flatters. These are some, labels that differ first; all across splits are in data/near_duplicates.jsonl."
@@ -77,7 +77,7 @@ def _attacks(found: Membership) -> list[tuple[str, Attack]]:
     return [(name, attack) for name, attack in named if attack]
 
 
-def _told(name: str, attack: Attack) -> str:
+def _in_words(name: str, attack: Attack) -> str:
     """An AUC in plain words: how often an attacker is right who must choose between a row trained on and another."""
     low, high = attack.ci95
     meaning = (
@@ -97,24 +97,14 @@ def _figure(rows: list[tuple[str, str, Attack]]) -> Figure:
     drawn = [
         Bar(f"{name}, by {score}", a.auc, a.ci95, f"{a.auc:.2f}", 0.5, i % 8) for i, (name, score, a) in enumerate(rows)
     ]
-    chart = bars(
-        "How well confidence tells rows trained on from others, with 95 % intervals",
-        drawn,
-        Axis("AUC; 0.5 gives nothing away", "{:g}".format, reach=(0.5,)),
-    )
+    axis = Axis("AUC; 0.5 gives nothing away", "{:g}".format, reach=(0.5,))
+    chart = bars("How well confidence tells rows trained on from others, with 95 % intervals", drawn, axis)
     headers = (
         "model", "attacked by", "AUC [95 %]", "best TPR − FPR", "which chance makes up to", "rows trained on", "others",
     )  # fmt: skip
     cells = [
-        (
-            name,
-            score,
-            f"{a.auc:.3f} [{a.ci95[0]:.3f}–{a.ci95[1]:.3f}]",
-            f"{a.advantage:.3f}",
-            f"{a.by_chance:.3f}",
-            f"{a.members:,}",
-            f"{a.others:,}",
-        )
+        (name, score, f"{a.auc:.3f} [{a.ci95[0]:.3f}–{a.ci95[1]:.3f}]", f"{a.advantage:.3f}", f"{a.by_chance:.3f}",
+         f"{a.members:,}", f"{a.others:,}")
         for name, score, a in rows
-    ]
+    ]  # fmt: skip
     return Figure("Membership inference by a threshold", chart, Table(headers, cells))

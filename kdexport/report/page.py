@@ -43,13 +43,13 @@ class Section(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What is drawn: the verdict in a sentence (good, bad or open), facts as (value, what it is), doubts, sections."""
+    """The verdict in a sentence (good, bad or open), facts as (value, what it is), warnings, sections."""
 
     title: str
     verdict: str
     good: bool | None
     facts: Sequence[tuple[str, str]]
-    doubts: Sequence[str]
+    warnings: Sequence[str]
     sections: Sequence[Section]
 
 

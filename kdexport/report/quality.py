@@ -6,8 +6,9 @@ import math
 
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import further, percent, points
+from kdexport.report.table import deviation, further, gained, keeps, metric_of, percent, score, scored
 from kdexport.results import Bin, ClassScore, Distillation, Report
+from kdexport.tasks.metrics import Metric
 
 _WORST_CLASSES = 20
 
@@ -17,34 +18,44 @@ def quality(r: Report) -> Section | None:
     d = r.distillation
     if d is None:
         return None
+    metric = metric_of(r)
     named = [("teacher", d.teacher), ("student, PyTorch", d.student)]
     named += [("the same student on labels alone", d.baseline)] if d.baseline else []
     named += [(v.name, v.metric) for v in r.variants if v.model == "student" and v.file and v.metric]
-    drawn = [Bar(name, m.value, m.ci95, percent(m.value), m.value, i % 8) for i, (name, m) in enumerate(named)]
-    chart = bars(f"{r.metric} with 95 % intervals", drawn, Axis(r.metric, lambda v: percent(v, 0)))
-    rows = [(name, f"{percent(m.value)} [{100 * m.ci95[0]:.1f}–{100 * m.ci95[1]:.1f}]", str(m.n)) for name, m in named]
-    lead = f"Keeps {percent(d.retention)} of the teacher's {r.metric} on {d.teacher.n:,} test rows. "
+    drawn = [Bar(name, m.value, m.ci95, score(metric, m.value), m.value, i % 8) for i, (name, m) in enumerate(named)]
+    better = "" if metric.higher_is_better else " (lower is better)"
+    axis = Axis(f"{r.metric}{better}", lambda v: score(metric, v, 0))
+    chart = bars(f"{r.metric} with 95 % intervals", drawn, axis)
+    rows = [(name, scored(metric, m), str(m.n)) for name, m in named]
+    best = r.variant(r.recommended).metric if r.recommended else None
+    kept = keeps(metric, d.retention, best.value if best else d.student.value, d.teacher.value)
+    lead = f"It {kept} on {d.teacher.n:,} test rows. "
     if d.baseline and d.gain_points is not None:
-        ci = f", 95 % interval {d.gain_ci95[0]:+.1f} to {d.gain_ci95[1]:+.1f}" if d.gain_ci95 else ""
-        sure = d.gain_ci95 is not None and (d.gain_ci95[0] > 0 or d.gain_ci95[1] < 0)
-        if d.gain_mcnemar_p is not None:
-            sure, ci = d.gain_mcnemar_p < 0.05, f"{ci} (McNemar p = {d.gain_mcnemar_p:.2g})"
-        told = "beyond doubt" if sure else "which these rows can't tell from nothing"
-        lead += f"Distillation gave {points(d.gain_points)} over the same student trained on labels alone{ci}, {told}."
+        lead += f"Against the same student trained on labels alone, distillation gave {gained(metric, d.gain_points)}"
+        lead += f"{_certainty(metric, d)}."
     headers = ("model or file", f"{r.metric} [95 %]", "rows")
-    return Section(
-        f"How good: {r.metric}",
-        lead,
-        [Figure("With 95 % intervals", chart, Table(headers, rows))],
-        _further(r, d),
-        brief=True,
-    )
+    figure = Figure("With 95 % intervals", chart, Table(headers, rows))
+    return Section(f"How good: {r.metric}", lead, [figure], _further(r, d), brief=True)
+
+
+def _certainty(metric: Metric, d: Distillation) -> str:
+    """Whether a gain is significant: by McNemar's test where rows are right or wrong, else by the metric's interval."""
+    if d.gain_ci95 is None:
+        return ""
+    digits = 3 if metric.kind == "number" else 1
+    low, high = d.gain_ci95
+    interval = f", 95 % interval {low:+.{digits}f} to {high:+.{digits}f}"
+    significant = low > 0 or high < 0
+    if metric.kind == "fraction" and d.gain_mcnemar_p is not None:
+        significant = d.gain_mcnemar_p < 0.05
+        interval += f" (McNemar p = {d.gain_mcnemar_p:.2g})"
+    return f"{interval}, {'beyond doubt' if significant else 'which is not statistically significant'}"
 
 
 def _further(r: Report, d: Distillation) -> list[Table]:
     """The metrics beside the one that counts, of models in PyTorch and of files."""
-    told = {"student": "student, PyTorch", "baseline": "the same student on labels alone"}
-    found = [(told.get(name, name), metrics) for name, metrics in d.further.items()]
+    titles = {"student": "student, PyTorch", "baseline": "the same student on labels alone"}
+    found = [(titles.get(name, name), metrics) for name, metrics in d.further.items()]
     found += [(v.name, v.further) for v in r.variants if v.model == "student" and v.file and v.further]
     names = list(dict.fromkeys(name for _, metrics in found for name in metrics))
     rows = [(name, *(further(key, metrics.get(key)) for key in names)) for name, metrics in found]
@@ -57,11 +68,8 @@ def classes(r: Report) -> Section | None:
         return None
     worst = r.evidence.classes[:_WORST_CLASSES]
     drawn = [_recall(c) for c in worst]
-    chart = bars(
-        "Recall of teacher and student by class",
-        drawn,
-        Axis("recall, from teacher to student", lambda v: percent(v, 0)),
-    )
+    axis = Axis("recall, from teacher to student", lambda v: percent(v, 0))
+    chart = bars("Recall of teacher and student by class", drawn, axis)
     rows = [
         (c.label, str(c.rows), percent(c.teacher_recall), percent(c.student_recall), percent(c.agreement))
         for c in r.evidence.classes
@@ -73,7 +81,7 @@ def classes(r: Report) -> Section | None:
 
 
 def _worst(found: list[ClassScore]) -> str:
-    """The classes that lost the most recall, and the one with the least of it, by name."""
+    """The classes that lost the most recall, and the one with the lowest."""
     lost = [
         f"{c.label} ({percent(c.teacher_recall)} → {percent(c.student_recall)} of {c.rows} rows)"
         for c in found[:3]
@@ -87,8 +95,9 @@ def _worst(found: list[ClassScore]) -> str:
 
 
 def _recall(c: ClassScore) -> Bar:
-    told = f"teacher {percent(c.teacher_recall, 0)} → student {percent(c.student_recall, 0)}, {c.rows} rows"
-    return Bar(c.label, c.student_recall, None, told, c.teacher_recall, 1 if c.student_recall < c.teacher_recall else 2)
+    remark = f"teacher {percent(c.teacher_recall, 0)} → student {percent(c.student_recall, 0)}, {c.rows} rows"
+    style = 1 if c.student_recall < c.teacher_recall else 2
+    return Bar(c.label, c.student_recall, None, remark, c.teacher_recall, style)
 
 
 def calibration(r: Report) -> Section | None:
@@ -123,19 +132,12 @@ def differences(r: Report) -> Section | None:
     if not r.evidence or not r.evidence.examples:
         return None
     rows = [
-        (
-            e.id,
-            e.label,
-            f"{e.teacher.label} ({percent(e.teacher.score, 0)})",
-            f"{e.student.label} ({percent(e.student.score, 0)})",
-            e.text,
-        )
+        (e.id, e.label, *(f"{a.label} ({percent(a.score, 0)})" for a in (e.teacher, e.student)), e.text)
         for e in r.evidence.examples
     ]
-    lead = "The test rows on which both were surest, and said something else."
-    return Section(
-        "Where teacher and student differ", lead, tables=[Table(("row", "label", "teacher", "student", "text"), rows)]
-    )
+    lead = "The test rows on which both were surest, and disagree."
+    table = Table(("row", "label", "teacher", "student", "text"), rows)
+    return Section("Where teacher and student differ", lead, tables=[table])
 
 
 def training(r: Report) -> Section | None:
@@ -153,11 +155,10 @@ def training(r: Report) -> Section | None:
         epochs = max(len(row) for row in rows) - 1
         headers = ("student", *(f"epoch {i + 1}" for i in range(epochs)))
         chart = plot(f"{caption} by epoch", series, Axis("epoch", "{:.0f}".format), Axis(key, "{:.2f}".format))
-        figures.append(
-            Figure(caption, chart, Table(headers, [(*row, *[""] * (epochs + 1 - len(row))) for row in rows]))
-        )
+        table = Table(headers, [(*row, *[""] * (epochs + 1 - len(row))) for row in rows])
+        figures.append(Figure(caption, chart, table))
     lead = f"Loss {d.loss}, temperature {d.temperature}, alpha {d.alpha}; {d.origin}."
-    return Section("Training", lead, figures, [t for t in (_terms(d), _seeds(d)) if t])
+    return Section("Training", lead, figures, [t for t in (_terms(d), _seeds(metric_of(r), d)) if t])
 
 
 def _terms(d: Distillation) -> Table | None:
@@ -173,12 +174,12 @@ def _terms(d: Distillation) -> Table | None:
     return Table(("epoch", *(f"{name}: size (share of the gradient)" for name in names)), rows)
 
 
-def _seeds(d: Distillation) -> Table | None:
+def _seeds(metric: Metric, d: Distillation) -> Table | None:
     found = [(n, s) for n, s in (("distilled", d.student_seeds), ("labels alone", d.baseline_seeds)) if s]
     if not found:
         return None
     rows = [
-        (name, percent(s.mean, 2), f"{100 * s.deviation:.2f}", ", ".join(percent(v, 2) for v in s.values))
+        (name, score(metric, s.mean, 2), deviation(metric, s), ", ".join(score(metric, v, 2) for v in s.values))
         for name, s in found
     ]
-    return Table(("over seeds, in PyTorch", "mean", "deviation, points", "each"), rows)
+    return Table(("over seeds, in PyTorch", "mean", "deviation", "each"), rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from kdexport.report.charts import Axis, Point, Series, plot
+from kdexport.report.charts import Axis, Point, Series, frontier, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import megabytes, ms, percent, times
-from kdexport.results import Report, Rung, Search
+from kdexport.report.table import megabytes, metric_of, ms, percent, score, times
+from kdexport.results import Report, Search, SearchCandidate
+from kdexport.tasks.metrics import Metric
 
 _COLUMNS = (
     "student", "p50 ms", "p99 ms", "faster", "size MB", "short trial", "in full", "kept", "seconds", "verdict",
@@ -15,83 +16,82 @@ _COLUMNS = (
 
 
 def search(r: Report) -> Section | None:
-    """Every student of the ladder; accuracy against p99 and against size."""
-    found = r.search
+    """Every student of the ladder; the metric against p99 and against size."""
+    found, metric = r.search, metric_of(r)
     if found is None:
         return None
-    rows = [_row(rung, found) for rung in found.rungs]
-    best = next(i for i, rung in enumerate(found.rungs) if rung.name == found.winner)
+    rows = [_row(one, found, metric) for one in found.rungs]
+    best = next(i for i, one in enumerate(found.rungs) if one.name == found.winner)
     lead = (
         f"{found.reason}. Size and latency don't depend on the weights, so they were "
-        f"measured before any training; {r.metric} here is of the validation split, where the teacher has "
-        f"{percent(found.teacher)}. The test split, which judges the winner in the other sections, had no say."
+        f"measured before any training; {metric.name} here is of the validation split, where the teacher has "
+        f"{score(metric, found.teacher)}. The test split, which judges the winner in the other sections, had no say."
     )
     figures = [
-        _frontier(found, r.metric, "p99 latency, ms (log)", lambda rung: rung.p99_ms),
-        _frontier(found, r.metric, "file size, MB (log)", lambda rung: rung.size_bytes / 1e6),
+        _frontier(found, metric, "p99 latency, ms (log)", lambda one: one.p99_ms),
+        _frontier(found, metric, "file size, MB (log)", lambda one: one.size_bytes / 1e6),
     ]
     tables = [Table(_COLUMNS, rows, best)]
     return Section("Search for a student", lead, [f for f in figures if f], tables, brief=True)
 
 
-def frontier(rungs: list[Rung], cost: Callable[[Rung], float | None]) -> list[Rung]:
-    """The rungs trained in full that no other beats in both cost and metric, by rising cost."""
-    known = sorted(
-        (rung for rung in rungs if rung.metric is not None and cost(rung) is not None),
-        key=lambda rung: (cost(rung) or 0.0, -(rung.metric or 0.0)),
-    )
-    best: list[Rung] = []
-    for rung in known:
-        if not best or (rung.metric or 0.0) > (best[-1].metric or 0.0):
-            best.append(rung)
-    return best
+def best_trained(
+    candidates: Sequence[SearchCandidate], cost: Callable[[SearchCandidate], float | None], metric: Metric
+) -> list[SearchCandidate]:
+    """The students trained in full that no other beats in both cost and metric, by rising cost."""
+    trained = [one for one in candidates if one.metric is not None]
+    return frontier(trained, cost, lambda one: metric.gain(0.0, one.metric or 0.0))
 
 
-def _frontier(found: Search, metric: str, label: str, cost: Callable[[Rung], float | None]) -> Figure | None:
-    trained = [rung for rung in found.rungs if rung.metric is not None and cost(rung)]
-    tried = [rung for rung in found.rungs if rung.metric is None and rung.trial is not None and cost(rung)]
+def _frontier(
+    found: Search, metric: Metric, label: str, cost: Callable[[SearchCandidate], float | None]
+) -> Figure | None:
+    trained = [one for one in found.rungs if one.metric is not None and cost(one)]
+    tried = [one for one in found.rungs if one.metric is None and one.trial is not None and cost(one)]
     if not trained:
         return None
 
-    def point(rung: Rung) -> Point:
-        value = rung.metric if rung.metric is not None else rung.trial
-        told = "trained in full" if rung.metric is not None else "after a short trial"
-        return Point(cost(rung) or 0.0, value or 0.0, tip=f"{rung.name}: {percent(value)} {told}", radius=5)
+    def value(one: SearchCandidate) -> float:
+        return (one.trial if one.metric is None else one.metric) or 0.0
 
-    series = [Series(f"{rung.name}{'' if rung in trained else ', tried only'}", [point(rung)], "dots")
-              for rung in (*trained, *tried)]  # fmt: skip
-    front = frontier(found.rungs, cost)
+    def point(one: SearchCandidate) -> Point:
+        how = "after a short trial" if one.metric is None else "trained in full"
+        return Point(cost(one) or 0.0, value(one), tip=f"{one.name}: {score(metric, value(one))} {how}", radius=5)
+
+    series = [Series(f"{one.name}{'' if one in trained else ', tried only'}", [point(one)], "dots")
+              for one in (*trained, *tried)]  # fmt: skip
+    front = best_trained(found.rungs, cost, metric)
     chart = plot(
-        f"{metric} on validation against {label}",
-        [*series, Series("frontier", [point(rung) for rung in front], "step")],
+        f"{metric.name} on validation against {label}",
+        [*series, Series("frontier", [point(one) for one in front], "step")],
         Axis(label, log=True),
-        Axis(f"{metric}, validation", lambda value: percent(value, 0)),
+        Axis(f"{metric.name}, validation", lambda y: score(metric, y, 0)),
         height=320,
     )
     rows = [
-        (rung.name, f"{cost(rung):.3g}", percent(rung.metric if rung in trained else rung.trial),
-         "in full" if rung in trained else "short trial", "yes" if rung in front else "no")
-        for rung in (*trained, *tried)
+        (one.name, f"{cost(one):.3g}", score(metric, value(one)), "in full" if one in trained else "short trial",
+         "yes" if one in front else "no")
+        for one in (*trained, *tried)
     ]  # fmt: skip
-    columns = ("student", label.removesuffix(" (log)"), metric, "trained", "on the frontier")
-    return Figure(f"{metric} on validation against {label}", chart, Table(columns, rows))
+    columns = ("student", label.removesuffix(" (log)"), metric.name, "trained", "on the frontier")
+    return Figure(f"{metric.name} on validation against {label}", chart, Table(columns, rows))
 
 
-def _row(rung: Rung, found: Search) -> tuple[str, ...]:
-    faster = found.teacher_p50_ms / rung.p50_ms if found.teacher_p50_ms else None
-    seconds = [s for s in (rung.trial_seconds, rung.seconds) if s is not None]
+def _row(one: SearchCandidate, found: Search, metric: Metric) -> tuple[str, ...]:
+    faster = found.teacher_p50_ms / one.p50_ms if found.teacher_p50_ms else None
+    seconds = [s for s in (one.trial_seconds, one.seconds) if s is not None]
     return (
-        rung.name, ms(rung.p50_ms), ms(rung.p99_ms), times(faster) if faster else "–", megabytes(rung.size_bytes),
-        percent(rung.trial), percent(rung.metric), percent(rung.retention),
-        f"{sum(seconds):.0f}" if seconds else "–", _verdict(rung, found),
+        one.name, ms(one.p50_ms), ms(one.p99_ms), times(faster) if faster else "–", megabytes(one.size_bytes),
+        score(metric, one.trial), score(metric, one.metric), percent(one.retention),
+        f"{sum(seconds):.0f}" if seconds else "–", _verdict(one, found),
     )  # fmt: skip
 
 
-def _verdict(rung: Rung, found: Search) -> str:
-    if rung.name == found.winner:
-        return "chosen" if rung.met else "the closest"
-    if rung.over:
-        return f"over budget: {rung.over}"
-    if rung.metric is not None:
-        return "meets the budget" if rung.met else "keeps too little"
+def _verdict(one: SearchCandidate, found: Search) -> str:
+    if one.name == found.winner:
+        return "chosen" if one.met else "the closest"
+    if one.over:
+        return f"over budget: {one.over}"
+    if one.metric is not None:
+        return "meets the budget" if one.met else "keeps too little"
     return "not needed"

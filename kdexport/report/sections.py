@@ -30,21 +30,12 @@ def data(r: Report) -> Section | None:
         f"texts stood in two splits, {dropped:,} rows were dropped for it, so that no test text was seen in training."
     )
     rows = [
-        (
-            split,
-            f"{n:,}",
-            f"{audit['within'].get(split, 0):,}",
-            f"{audit['dropped'].get(split, 0):,}",
-            "yes" if split in r.data["split_by_us"] else "no",
-        )
+        (split, f"{n:,}", f"{audit['within'].get(split, 0):,}", f"{audit['dropped'].get(split, 0):,}",
+         "yes" if split in r.data["split_by_us"] else "no")
         for split, n in counts.items()
-    ]
-    return Section(
-        "Data",
-        lead,
-        tables=[Table(("split", "rows", "duplicates in it", "dropped", "split off here"), rows)],
-        brief=True,
-    )
+    ]  # fmt: skip
+    headers = ("split", "rows", "duplicates in it", "dropped", "split off here")
+    return Section("Data", lead, tables=[Table(headers, rows)], brief=True)
 
 
 def cost(r: Report) -> Section | None:
@@ -61,24 +52,17 @@ def cost(r: Report) -> Section | None:
         )
     if not rows:
         return None
-    told = (
-        f"at {price:g} an hour of one core or GPU"
-        if price
-        else "give a price an hour to see it: kdexport report RUN --price 0.04"
-    )
+    at = f"at {price:g} an hour of one core or GPU" if price else "give a price: kdexport report RUN --price 0.04"
     headers = ("variant", "core-hours, one by one", "in its best batch", "cost, one by one", "cost in its best batch")
-    lead = f"A million answers, by the time that they take here, with no idle time; {told}."
+    lead = f"A million answers, by the time that they take here, with no idle time; {at}."
     return Section("Cost", lead, tables=[Table(headers, rows)])
 
 
 def machine(r: Report) -> Section:
     """Where it was measured."""
     rows = [(key.replace("_", " "), text) for key, value in r.environment.items() if (text := written(value))]
-    return Section(
-        "Environment",
-        "All of it is part of the result: milliseconds hold for this machine.",
-        tables=[Table(("what", "found"), rows)],
-    )
+    lead = "All of it is part of the result: milliseconds hold for this machine."
+    return Section("Environment", lead, tables=[Table(("what", "found"), rows)])
 
 
 def reproduce(r: Report) -> Section:
@@ -86,11 +70,8 @@ def reproduce(r: Report) -> Section:
     sums = "".join(f"\n# sha256 {digest}  {name}" for name, digest in (r.data.get("sha256") or {}).items())
     files = "".join(f"\n# sha256 {v.sha256}  {v.name}" for v in r.variants if v.sha256)
     settings = f"\n\n{msgspec.yaml.encode(r.spec).decode().rstrip()}" if r.spec else ""
-    return Section(
-        "How to reproduce",
-        "The command, the hashes of data and files, and the whole spec.",
-        code=f"{r.command}{sums}{files}{settings}",
-    )
+    lead = "The command, the hashes of data and files, and the whole spec."
+    return Section("How to reproduce", lead, code=f"{r.command}{sums}{files}{settings}")
 
 
 def written(value: Any) -> str:
@@ -99,13 +80,9 @@ def written(value: Any) -> str:
         return ", ".join(f"{k} {written(v)}" for k, v in value.items())
     if isinstance(value, list):
         return "; ".join(map(written, value)) if value and isinstance(value[0], dict) else ", ".join(map(str, value))
-    return (
-        ""
-        if value is None
-        else {True: "yes", False: "no"}.get(value, str(value))
-        if isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)
 
 
 SECTIONS = (

@@ -5,11 +5,26 @@ from __future__ import annotations
 import math
 from statistics import median
 
-from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
+from kdexport.report.charts import Axis, Bar, Point, Series, bars, frontier, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import accuracy, between, headers, megabytes, ms, p99, percent, signed, table, times, trimmed
-from kdexport.results import QUANTILES, Interval, Report, Variant
+from kdexport.report.table import (
+    between,
+    headers,
+    megabytes,
+    metric_of,
+    ms,
+    p99,
+    percent,
+    score,
+    scored,
+    signed,
+    table,
+    times,
+    trimmed,
+)  # fmt: skip
+from kdexport.results import QUANTILES, Interval, Report, Variant, machine_name
 from kdexport.tasks import task_class
+from kdexport.tasks.metrics import Metric
 
 
 def variants(r: Report) -> Section:
@@ -24,14 +39,14 @@ def variants(r: Report) -> Section:
         f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {how.rows} real {_rows(r)} in "
         f"turn, in {how.rounds} shuffled rounds, each variant in a process of its own; waiting threads "
         f"{'spin' if how.spinning else 'sleep'}, garbage is not collected meanwhile. Intervals are over rounds, "
-        f"ratios to {how.reference} are paired by round. p99 stands from 1,000 samples on; before that a bound of it, "
-        "or nothing. Digits that the interval does not carry are left out."
+        f"ratios to {how.reference} are paired by round. p99 stands from 1,000 samples on; before that an upper "
+        "bound, or nothing. Digits that the interval does not carry are left out."
     )
     tables = [Table((*headers(r), "verdict"), rows, place)]
     if costs := [_costs(v) for v in r.variants if v.footprint]:
         columns = ("process of", "tokenise ms", "run ms", "p90 ms", "cold start ms", "RSS MB", "peak MB", "cores used")
         tables.append(Table(columns, costs))
-    lead = "All measured in one run, in turns; brackets are 95 % intervals. How is said below the tables."
+    lead = f"All measured in one run, in turns, on {machine_name(r.environment)}; brackets are 95 % intervals."
     return Section("Variants", lead, tables=tables, note=note + _control(r), brief=True)
 
 
@@ -69,7 +84,7 @@ def _control(r: Report) -> str:
 
 
 def budget(r: Report) -> Section | None:
-    """Each limit, what was found, and whether the interval leaves a doubt."""
+    """Each limit, the figure found, and whether its interval crosses the limit."""
     if not r.budget.checks:
         return None
     rows = [
@@ -86,25 +101,28 @@ def trade_off(r: Report) -> Section | None:
     known = [v for v in r.variants if v.metric and v.latency_ms and _tail(v)]
     if len(known) < 2:
         return None
-    largest = max(v.size_bytes or 0 for v in known) or 1
-    series = [
-        Series(v.name, [_spot(v, 26 * math.sqrt((v.size_bytes or 0) / largest))], "dots") for v in known
-    ]  # fmt: skip
-    front = [_spot(v, None) for v in _frontier(known)]
+    metric, largest = metric_of(r), max(v.size_bytes or 0 for v in known) or 1
+    best = frontier(known, _tail, lambda v: metric.gain(0.0, v.metric.value) if v.metric else -math.inf)
+    spots = {v.name: _spot(v, metric, 26 * math.sqrt((v.size_bytes or 0) / largest)) for v in known}
     chart = plot(
         f"{r.metric} against p99 latency",
-        [*series, Series("frontier", front, "step")],
+        [
+            *(Series(name, [spot], "dots") for name, spot in spots.items()),
+            Series("frontier", [spots[v.name]._replace(radius=None) for v in best], "step"),
+        ],
         Axis("p99 latency, ms (log)", log=True),
-        Axis(r.metric, lambda v: percent(v, 0)),
+        Axis(r.metric, lambda v: score(metric, v, 0)),
         height=320,
     )
-    best = {v.name for v in _frontier(known)}
     left_out = [v.name for v in r.variants if v not in known]
-    rows = [(v.name, accuracy(v), p99(v), megabytes(v.size_bytes), "yes" if v.name in best else "no") for v in known]
+    rows = [
+        (v.name, scored(metric, v.metric), p99(v), megabytes(v.size_bytes), "yes" if v in best else "no") for v in known
+    ]
     columns = ("variant", f"{r.metric} [95 %]", "p99 ms", "size MB", "on the frontier")
     lead = (
-        "Up is better, left is faster, the pale area is the file's size; lines are 95 % intervals. Nothing on the "
-        "frontier is beaten in both. Where a p99 could not be taken, its upper bound stands."
+        f"{'Up' if metric.higher_is_better else 'Down'} is better, left is faster, the pale area is the file's size; "
+        "lines are 95 % intervals. Nothing on the frontier is beaten in both. Where a p99 could not be taken, its "
+        "upper bound stands."
         + (f" Without a metric or a p99, so not drawn: {', '.join(left_out)}." if left_out else "")
     )
     return Section("Accuracy against latency", lead, [Figure("Accuracy, p99 and size", chart, Table(columns, rows))])
@@ -114,20 +132,12 @@ def _tail(v: Variant) -> float | None:
     return (v.latency_ms.p99 or v.latency_ms.p99_at_most) if v.latency_ms else None
 
 
-def _spot(v: Variant, radius: float | None) -> Point:
+def _spot(v: Variant, metric: Metric, radius: float) -> Point:
     assert v.metric
     assert v.latency_ms
     tail = _tail(v) or 0.0
-    tip = f"{v.name}: {percent(v.metric.value)}, p99 {p99(v)} ms, {megabytes(v.size_bytes)} MB"
-    return Point(tail, v.metric.value, v.latency_ms.p99_ci95, v.metric.ci95, tip, radius)
-
-
-def _frontier(known: list[Variant]) -> list[Variant]:
-    found: list[Variant] = []
-    for v in sorted(known, key=lambda v: (_tail(v) or 0, -(v.metric.value if v.metric else 0))):
-        if v.metric and (not found or v.metric.value > found[-1].metric.value):  # type: ignore[union-attr]
-            found.append(v)
-    return found
+    tip = f"{v.name}: {score(metric, v.metric.value)}, p99 {p99(v)} ms, {megabytes(v.size_bytes)} MB"
+    return Point(tail, v.metric.value, _narrow(v.latency_ms.p99_ci95), v.metric.ci95, tip, radius)
 
 
 def latency(r: Report) -> Section | None:
@@ -173,10 +183,17 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
     series = []
     for v in r.variants:
         cells = found.get(v.name, [])
-        spots = [Point(c.at, c.per_second or 0.0) if rate else _timed(c.at, c.p50_ms, c.p50_ci95) for c in cells]
+        spots = [
+            Point(c.at, c.per_second or 0.0) if rate else Point(c.at, c.p50_ms, None, _narrow(c.p50_ci95))
+            for c in cells
+        ]
         if scenario in ("batch", "threads") and v.latency_ms and spots:
             single = v.latency_ms
-            first = Point(1, 1e3 / single.p50) if rate else _timed(r.bench.threads, single.p50, single.p50_ci95)
+            first = (
+                Point(1, 1e3 / single.p50)
+                if rate
+                else Point(r.bench.threads, single.p50, None, _narrow(single.p50_ci95))
+            )
             spots.insert(0, first)
         series.append(Series(v.name, spots))
     chart = plot(caption, series, Axis(f"{at} (log)", log=True), Axis(f"{shown} (log)", log=True))
@@ -188,9 +205,9 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
     return [Figure(caption, chart, Table(("variant", at, "p50 ms [95 %]", "p99 ms", "a second", "errors"), rows))]
 
 
-def _timed(at: float, p50: float, ci: Interval | None) -> Point:
-    """A point with its interval, unless that says nothing and would only stretch the axis."""
-    return Point(at, p50, None, ci if ci and ci[1] < 4 * ci[0] else None)
+def _narrow(ci: Interval | None) -> Interval | None:
+    """An interval, unless it says nothing and would only stretch the axis."""
+    return ci if ci and ci[1] < 4 * ci[0] else None
 
 
 def _by_round(timed: list[Variant]) -> Figure:
@@ -237,12 +254,14 @@ def steps(r: Report) -> Section | None:
 def _bar(v: Variant, before: Variant | None, gain: str) -> Bar:
     assert v.latency_ms
     base = before.latency_ms.p50 if before and before.latency_ms else None
-    return Bar(v.name, v.latency_ms.p50, v.latency_ms.p50_ci95, f"{_p50(v)} ms, {gain}", base, 1 if before else 0)
+    return Bar(
+        v.name, v.latency_ms.p50, _narrow(v.latency_ms.p50_ci95), f"{_p50(v)} ms, {gain}", base, 1 if before else 0
+    )
 
 
 def _step(v: Variant, gain: str, r: Report) -> tuple[str, ...]:
     star = " ★" if v.name == r.recommended else ""
-    return (f"{v.name}{star}", _p50(v), gain, megabytes(v.size_bytes), accuracy(v))
+    return (f"{v.name}{star}", _p50(v), gain, megabytes(v.size_bytes), scored(metric_of(r), v.metric))
 
 
 def _speed(v: Variant) -> float:

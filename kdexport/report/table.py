@@ -4,19 +4,52 @@ from __future__ import annotations
 
 import math
 
-from kdexport.results import Interval, Report, Variant
-from kdexport.tasks import task_class
+from kdexport.results import Interval, Report, Spread, Variant
+from kdexport.results import Metric as Score
+from kdexport.tasks.metrics import Metric
 
-BITS = "bits per byte"
-HEADERS = (
-    "variant",
-    "accuracy [95 %]",
-    "agrees with teacher",
-    "p50 ms",
-    "p99 ms",
-    "faster [95 %]",
-    "size MB",
-)
+# Metrics beside the one that counts that are numbers; all others are shares.
+_NUMBERS = ("bits per byte", "perplexity")
+
+
+def metric_of(report: Report) -> Metric:
+    """The metric that a report counts by."""
+    return Metric(report.metric, report.metric_higher_is_better, report.metric_kind)
+
+
+def score(metric: Metric, value: float | None, digits: int = 1) -> str:
+    """A value of a metric: a share in percent, a number with two digits more than that."""
+    if value is None or metric.kind != "number":
+        return percent(value, digits)
+    return f"{value:.{digits + 2}f}"
+
+
+def scored(metric: Metric, found: Score | None) -> str:
+    """A metric's value with its interval."""
+    if found is None:
+        return "–"
+    if metric.kind == "number":
+        return f"{score(metric, found.value)} [{found.ci95[0]:.3f}–{found.ci95[1]:.3f}]"
+    return f"{percent(found.value)} [{100 * found.ci95[0]:.1f}–{100 * found.ci95[1]:.1f}]"
+
+
+def gained(metric: Metric, gain: float | None) -> str:
+    """A gain, positive where it is better: of shares in points, of numbers in their own unit."""
+    if gain is None or metric.kind != "number":
+        return points(gain)
+    return f"a {'loss' if gain < 0 else 'gain'} of {abs(gain):.3f} {metric.name}"
+
+
+def deviation(metric: Metric, spread: Spread) -> str:
+    """The standard deviation over seeds: of shares in points, of numbers in their own unit."""
+    return f"{spread.deviation:.3f}" if metric.kind == "number" else f"{100 * spread.deviation:.2f} points"
+
+
+def keeps(metric: Metric, retention: float, value: float | None, teacher: float | None) -> str:
+    """What is left of the teacher's quality, as a verb phrase."""
+    if metric.kind == "number":
+        return f"has {score(metric, value)} {metric.name}, the teacher {score(metric, teacher)}"
+    return f"keeps {percent(retention)} of the teacher's {metric.name}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -73,14 +106,6 @@ def megabytes(size: float | None) -> str:
     return "–" if size is None else f"{size / 1e6:.1f}"
 
 
-def accuracy(variant: Variant) -> str:
-    """The metric with its interval."""
-    if variant.metric is None:
-        return "–"
-    low, high = variant.metric.ci95
-    return f"{percent(variant.metric.value)} [{100 * low:.1f}–{100 * high:.1f}]"
-
-
 def p99(variant: Variant) -> str:
     """The p99, or a bound where there were too few samples for it."""
     found = variant.latency_ms
@@ -103,37 +128,40 @@ def speedup(variant: Variant) -> str:
 
 def headers(report: Report) -> tuple[str, ...]:
     """The table's headers; what variants agree with is the teacher, or what they were measured against."""
-    name, metric, agrees, *speed = HEADERS
-    if not report.distillation:
-        agrees = f"agrees with {report.bench.reference}"
-    if task_class(report.task).generates:
-        speed = ["first token ms", "tokens/s", *speed]
-        return (name, BITS, f"{report.metric} [95 %]", "agrees", *speed)
-    return (name, f"{report.metric} [95 %]" if report.metric else metric, agrees, *speed)
+    return (
+        "variant",
+        f"{report.metric or 'accuracy'} [95 %]",
+        f"agrees with {'teacher' if report.distillation else report.bench.reference}",
+        *(("first token ms", "tokens/s") if _writes(report) else ()),
+        "p50 ms",
+        "p99 ms",
+        "faster [95 %]",
+        "size MB",
+    )
 
 
 def table(report: Report) -> list[tuple[str, ...]]:
     """One tuple of cells a variant, in the order of `headers`; the recommended one has a star."""
-    writes = task_class(report.task).generates
-    return [_row(variant, variant.name == report.recommended, writes) for variant in report.variants]
+    return [_row(report, variant) for variant in report.variants]
 
 
 def further(name: str, value: float | None) -> str:
-    """A metric beside the one that counts: bits and perplexity as numbers, all others are shares."""
-    if value is None:
-        return "–"
-    return f"{value:.3f}" if name == BITS else f"{value:.2f}" if name == "perplexity" else percent(value)
+    """A metric beside the one that counts."""
+    return score(Metric(name, kind="number" if name in _NUMBERS else "ratio"), value)
 
 
-def _row(variant: Variant, recommended: bool, writes: bool) -> tuple[str, ...]:
+def _writes(report: Report) -> bool:
+    return any(v.latency_ms and v.latency_ms.tokens_per_second for v in report.variants)
+
+
+def _row(report: Report, variant: Variant) -> tuple[str, ...]:
     latency = variant.latency_ms
     first, rate = (latency.first_token_p50, latency.tokens_per_second) if latency else (None, None)
     return (
-        f"{variant.name}{' ★' if recommended else ''}",
-        *([further(BITS, variant.further.get(BITS))] if writes else []),
-        accuracy(variant),
+        f"{variant.name}{' ★' if variant.name == report.recommended else ''}",
+        scored(metric_of(report), variant.metric),
         percent(variant.agreement),
-        *([ms(first), "–" if rate is None else f"{rate:,.0f}"] if writes else []),
+        *((ms(first), "–" if rate is None else f"{rate:,.0f}") if _writes(report) else ()),
         trimmed(latency.p50, latency.p50_ci95) if latency else "–",
         p99(variant),
         speedup(variant),

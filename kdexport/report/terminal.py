@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdexport.report.table import BITS, headers, percent, points, table
-from kdexport.results import Report
+from kdexport.report.table import deviation, gained, headers, keeps, metric_of, percent, score, table
+from kdexport.results import Report, machine_name
 
 
 def show(report: Report, folder: Path) -> None:
@@ -42,28 +42,25 @@ def print_line(line: str) -> None:
 
 def summary(report: Report) -> list[str]:
     """The few sentences under the table."""
-    found, lines = report.distillation, []
+    found, lines, metric = report.distillation, [], metric_of(report)
     if report.search:
         lines.append(f"search: {report.search.reason}.")
     if found and report.recommended:
         best = report.variant(report.recommended)
-        lines.append(
-            f"★ {best.name}: {report.reason}; keeps {percent(found.retention)} of the teacher's {report.metric} "
-            f"({found.teacher.n} test rows)."
-        )
-        if BITS in best.further and "teacher" in found.further:
-            lines.append(_bits(best.further[BITS], {name: each[BITS] for name, each in found.further.items()}))
+        kept = keeps(metric, found.retention, best.metric.value if best.metric else None, found.teacher.value)
+        lines.append(f"★ {best.name}: {report.reason}; {kept} ({found.teacher.n} test rows).")
         if found.baseline and found.gain_points is not None:
-            p = "" if found.gain_mcnemar_p is None else f" (McNemar p = {found.gain_mcnemar_p:.2f})"
+            fraction = metric.kind == "fraction" and found.gain_mcnemar_p is not None
+            p = f" (McNemar p = {found.gain_mcnemar_p:.2f})" if fraction else ""
             way = "" if found.ratio is None else f", {percent(found.ratio, 0)} of the way to the teacher"
             lines.append(
-                f"The same student on labels alone: {percent(found.baseline.value)}; distillation: "
-                f"{points(found.gain_points)}{p}{way}."
+                f"The same student on labels alone: {score(metric, found.baseline.value)}; distillation: "
+                f"{gained(metric, found.gain_points)}{p}{way}."
             )
         for name, spread in (("student", found.student_seeds), ("labels alone", found.baseline_seeds)):
             if spread:
-                told = f"{percent(spread.mean, 2)} ± {100 * spread.deviation:.2f} points"
-                lines.append(f"{len(spread.values)} seeds, in PyTorch: {name} {told}.")
+                mean = f"{score(metric, spread.mean, 2)} ± {deviation(metric, spread)}"
+                lines.append(f"{len(spread.values)} seeds, in PyTorch: {name} {mean}.")
     elif report.reason:
         lines.append(report.reason)
     lines += [
@@ -71,13 +68,8 @@ def summary(report: Report) -> list[str]:
         f"{'not measurable' if check.found is None else f'{check.found:.3g}'} (limit {check.limit:g})"
         for check in report.budget.checks
     ]
-    return lines + [f"doubt: {line}" for line in report.bench.warnings]
-
-
-def _bits(best: float, others: dict[str, float]) -> str:
-    told = f"{best:.3f} {BITS}, {100 * (best / others['teacher'] - 1):+.1f} % on the teacher's {others['teacher']:.3f}"
-    baseline = others.get("baseline")
-    return f"{told}; on labels alone {baseline:.3f}." if baseline else f"{told}."
+    lines.append(f"measured on {machine_name(report.environment)}, {report.bench.threads} thread(s)")
+    return lines + [f"warning: {line}" for line in report.bench.warnings]
 
 
 def _console() -> Console:

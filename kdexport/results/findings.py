@@ -97,12 +97,11 @@ class Verdict(msgspec.Struct, frozen=True):
     checks: list[Check]
 
 
-class Rung(msgspec.Struct, frozen=True, kw_only=True):
-    """One student of a search: measured before it was trained, then tried, then trained; as far as it came.
+class SearchCandidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One student of a search: measured untrained, then tried, then trained, as far as it came.
 
-    Size and latency are those of its quickest file, with first weights: they don't depend on the weights.
-    `trial` and `metric` are of the validation split: after a short training in PyTorch, and of the exported file
-    after the whole one.
+    Size and latency are those of its file of `precision`; they don't depend on the weights. `trial` and `metric` are
+    of the validation split: after a short training in PyTorch, and of the exported file after the whole one.
     """
 
     name: str
@@ -123,7 +122,7 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True):
 class Search(msgspec.Struct, frozen=True, kw_only=True):
     """How a student was chosen to a budget; everything on the validation split, the teacher's metric too."""
 
-    rungs: list[Rung]
+    rungs: list[SearchCandidate]
     winner: str
     reason: str
     teacher: float
@@ -142,7 +141,9 @@ class Distillation(msgspec.Struct, frozen=True, kw_only=True):
     """What distillation gave: the same student on hard labels alone is the baseline.
 
     `model` is the student as the spec names it. `loss`, `temperature` and `alpha` are as in the spec; what moves
-    during training is written as text. `ratio` is (student − baseline) ÷ (teacher − baseline).
+    during training is written as text. `gain_points` is positive where the student is better than the baseline, in
+    percentage points, or in the metric's own unit where it is a number; `gain_mcnemar_p` is of fractions only. `ratio`
+    is (student − baseline) ÷ (teacher − baseline).
     `further` are the metrics beside the one that counts, of teacher, student and baseline in PyTorch.
     """
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 Interval = tuple[float, float]
+MetricKind = Literal["fraction", "ratio", "number"]
 VerdictOfRatio = Literal["faster", "slower", "same", "unsure"]
 
 
@@ -126,6 +127,11 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     wrong_rows: list[int] | None = None
     shipped: bool = False
     note: str = ""
+
+
+def machine_name(environment: dict[str, Any]) -> str:
+    """The machine that an environment's facts are of, in a few words."""
+    return f"{environment.get('cpu') or 'an unknown CPU'}, {environment.get('cores_allowed', '?')} core(s)"
 
 
 class Control(msgspec.Struct, frozen=True):

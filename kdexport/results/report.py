@@ -9,18 +9,23 @@ import msgspec
 
 from kdexport.errors import RunError
 from kdexport.results.findings import Distillation, Evidence, Search, Verdict
-from kdexport.results.measured import Conditions, Interval, Variant
+from kdexport.results.measured import Conditions, Interval, MetricKind, Variant
 
 SCHEMA = 2
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """`report.json`: of a run, or of `kdexport bench` (which leaves out what it does not know)."""
+    """`report.json`: of a run, or of `kdexport bench` (which leaves out what it does not know).
+
+    `metric_kind`: fraction (of rows that are right), ratio (between 0 and 1) or number (in a unit of its own).
+    """
 
     schema: int = SCHEMA
     kdexport: str
     task: str
     metric: str
+    metric_higher_is_better: bool = True
+    metric_kind: MetricKind = "ratio"
     labels: list[str]
     recommended: str | None
     reason: str
@@ -43,7 +48,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric of one variant in A and in B. `change` and its interval are in `unit`: % or points.
+    """One metric of one variant in A and in B. `change` and its interval are in `unit`: % or points (of shares).
 
     `verdict` is better, worse, same, unsure or not comparable; `how` says what it rests on.
     """
@@ -120,6 +125,8 @@ def read_report(path: Path) -> Report:
     version = raw.get("schema") if isinstance(raw, dict) else None
     if version == 1:  # 2 only added fields
         raw["schema"] = version = SCHEMA
+    if isinstance(raw, dict) and raw.get("metric") == "accuracy":  # older reports don't say of what kind it is
+        raw.setdefault("metric_kind", "fraction")
     if version != SCHEMA:
         raise RunError(f"{path} is of schema {version}, this kdexport reads 1 and {SCHEMA}", "Run kdexport run again")
     try:

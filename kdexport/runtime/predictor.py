@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdexport.errors import ArtifactError, DataError, MissingPackage
+from kdexport.errors import ArtifactError, DataError, MissingPackage, first_line
 from kdexport.runtime import artifact
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task
+from kdexport.tasks.batches import in_batches
 from kdexport.tasks.config import Arrays
 from kdexport.tasks.inputs.media import inline_bytes
 from kdexport.tasks.metrics import Array
@@ -62,8 +63,7 @@ class Predictor:
                 str(model), options, providers=[wanted_provider], enable_fallback=0
             )
         except Exception as error:  # onnxruntime raises a dozen classes; all mean that the file is no good
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise ArtifactError(f"{model} can't be loaded: {reason}", "Pack the artifact again") from None
+            raise ArtifactError(f"{model} can't be loaded: {first_line(error)}", "Pack the artifact again") from None
         if (got := self._session.get_providers()[0]) != wanted_provider:  # it falls back without a word
             raise ArtifactError(
                 f"{model} runs on {got}, not on {wanted_provider}", "kdexport doctor says what is there"
@@ -129,14 +129,7 @@ class Predictor:
 
     def logits(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> Array:
         """Logits float32 [N, *answer_shape] of many rows, in batches of similar length, in the rows' order."""
-        encoded, batch_size = self.task.tokenize(rows), batch_size or self.task.at_once
-        lengths = self.task.sizes(encoded)
-        order = np.argsort(lengths, kind="stable")
-        logits = np.empty((len(rows), *self.task.answer_shape), dtype=np.float32)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            logits[chosen] = self.run(self.task.collate([encoded[i] for i in chosen]))
-        return logits
+        return in_batches(self.task, rows, self.run, batch_size)
 
     def predict(self, texts: Sequence[Text] | Text, batch_size: int = 32) -> list[Any]:
         """Answer texts, pairs of texts, images or recordings, in their order.

@@ -45,6 +45,12 @@ def task_class(name: str, problem: str = "single-label") -> type[Task]:
     return found.kinds()[problem]  # type: ignore[no-any-return]
 
 
+def class_of(config: TaskConfig) -> type[Task]:
+    """Return the class of a model's task, for its kind of answer."""
+    kinds = task_class(config.task).kinds().values()
+    return next((kind for kind in kinds if kind.function == config.function), task_class(config.task))
+
+
 def load_task(folder: Path) -> Task:
     """Open the task that a model folder or an artifact was made for.
 
@@ -57,8 +63,7 @@ def load_task(folder: Path) -> Task:
     config = read_config(folder)
     if config.task not in names():
         raise ArtifactError(f"{folder} is for the task {config.task!r}, which is none of {', '.join(names())}")
-    kinds = task_class(config.task).kinds().values()
-    found: type[Task] = next((kind for kind in kinds if kind.function == config.function), task_class(config.task))
+    found = class_of(config)
     if wrong := _contradiction(config, found):
         raise ArtifactError(f"{folder}: the task {config.task} {wrong}", "Pack the artifact again")
     return found.load(folder)

@@ -47,7 +47,11 @@ def metric_interval(task: Judged, logits: Array, rows: Rows) -> tuple[float, Int
 
 def difference(task: Judged, first: Array, second: Array, rows: Rows) -> tuple[float, Interval]:
     """The metric of the second logits less that of the first on the same rows, with its 95 % interval."""
-    a, b = task.stats(first, rows), task.stats(second, rows)
+    return difference_of_stats(task, task.stats(first, rows), task.stats(second, rows))
+
+
+def difference_of_stats(task: Judged, a: Array, b: Array) -> tuple[float, Interval]:
+    """The metric by the statistics b [N, K] less that by a, which are of the same rows, with its 95 % interval."""
     if task.metric.kind == "fraction":
         return paired_difference(a[:, 0] > 0, b[:, 0] > 0)
     value = float(task.value(b.sum(axis=0)) - task.value(a.sum(axis=0)))

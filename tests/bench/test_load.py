@@ -1,13 +1,21 @@
 """Load on a real server: what is counted, and that waiting is not hidden."""
 
 import json
+import threading
+from base64 import b64decode
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import msgspec
 import numpy as np
 import pytest
 from server import serving
 
+from kdexport import spec
+from kdexport.bench.engine import bench
 from kdexport.bench.generator import Connection, LoadError, LoadJob, body_of, load
+from kdexport.bench.subjects import Target
+from kdexport.serve.protocols import huggingface, tei
+from kdexport.tasks.inputs.media import inline
 
 TEXTS = [{"text": f"Shares of the airline rose by {n} percent"} for n in range(40)]
 
@@ -33,6 +41,52 @@ def test_the_three_protocols_are_spoken(finished, path, chunked):
     assert len(one) == 1
     assert len(three) == 3
     assert one[0]["label"] == three[0]["label"]
+
+
+def test_pairs_pictures_and_sound_are_sent_as_our_server_reads_them(tmp_path):
+    pairs = [{"text": "a", "text_pair": "b"}, {"text": "c", "text_pair": "d"}]
+    for rows in (pairs[:1], pairs, TEXTS[:1], TEXTS[:2]):
+        plain = [{key: row[key] for key in ("text", "text_pair") if key in row} for row in rows]
+        assert tei.parse(body_of("http://x/predict", rows)).rows == plain
+        assert huggingface.parse_texts(body_of("http://x/", rows)).rows == plain
+        tensors = json.loads(body_of("http://x/v2/models/m/infer", rows))["inputs"]
+        assert {t["name"]: t["data"] for t in tensors} == {key: [row[key] for row in plain] for key in plain[0]}
+    (tmp_path / "sound.wav").write_bytes(b"RIFF, say")
+    for url in ("http://x/", "http://x/predict"):
+        body = body_of(url, [{"audio": str(tmp_path / "sound.wav")}])
+        assert huggingface.parse_file("audio", body).rows == [{"audio": b"RIFF, say"}]
+    with pytest.raises(LoadError, match=r"/v2/models/m/infer takes arrays, .*\. Name http://x/predict"):
+        body_of("http://x/v2/models/m/infer", [{"image": str(tmp_path / "sound.wav")}])
+
+
+def test_a_server_of_pictures_is_measured(tmp_path):
+    """One picture a request, in base64; batches are left out, since no request holds one."""
+    picture = b"a picture"
+    rows = [{"id": str(i), "image": inline(picture)} for i in range(5)]
+    seen = set()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version, wbufsize = "HTTP/1.1", -1
+
+        def do_POST(self):
+            seen.add(b64decode(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["inputs"]))
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"[]")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        target = Target("server", "http", "", f"http://127.0.0.1:{server.server_port}/predict")
+        how = spec.Bench(rounds=1, round_seconds=0.2, precision=None, batch_sizes=(8,))
+        found = bench(how, [target], rows, "server", 0, tmp_path)
+        server.shutdown()
+    assert found.latency["server"].samples > 5
+    assert found.cells["server"] == []
+    assert seen == {picture}
 
 
 def test_a_closed_loop_asks_as_fast_as_it_is_answered(finished, texts_file):

@@ -68,11 +68,16 @@ def test_there_are_four_verdicts(ci, verdict):
     assert stats.verdict(ci) == verdict
 
 
-def test_a_single_round_allows_no_interval():
-    found = stats.ratio([2.0], [1.0])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_fewer_than_three_rounds_allow_no_interval(rounds):
+    """Student's t of two rounds reaches from 1e-12 to 1e+12 ms where they differ."""
+    found = stats.ratio([2.0, 3.0][:rounds], [1.0, 1.5][:rounds])
     assert found.value == pytest.approx(2)
     assert found.ci95 is None
     assert found.verdict == "unsure"
+    assert stats.estimate([2.0, 3.0][:rounds])[1] is None
+    assert stats.pooled([np.linspace(1, 2, 1000), np.linspace(2, 3, 1000)][:rounds], 0.99)[1] is None
+    assert stats.ratio([2.0, 3.0, 4.0], [1.0, 1.5, 2.0]).ci95 is not None
 
 
 def test_p99_wants_a_thousand_samples():

@@ -3,12 +3,17 @@
 import json
 
 import msgspec
+import numpy as np
 import pytest
+from made_reports import BITS, F1, made, variant
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from kdexport.errors import RunError, SpecError
 from kdexport.files import hash_file, write_json
 from kdexport.pipeline.compare import compare, parse_gate
 from kdexport.results import read_report
+from kdexport.tasks.config import TaskConfig
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +22,15 @@ def report(finished):
     report, variants = read_report(finished / "report.json"), []
     for v in report.variants:
         near, ratio = v.latency_ms.p50, v.speedup_p50.value
-        latency = msgspec.structs.replace(v.latency_ms, p50_ci95=(near / 1.02, near * 1.02))
+        latency = msgspec.structs.replace(
+            v.latency_ms, p50_ci95=(near / 1.02, near * 1.02), p99=1.5 * near, p99_ci95=(1.4 * near, 1.6 * near)
+        )
+        memory, cold = v.footprint.rss_mb, v.footprint.cold_ms
+        footprint = msgspec.structs.replace(
+            v.footprint, rss_mb_ci95=(memory / 1.01, memory * 1.01), cold_ms_ci95=(cold / 1.1, cold * 1.1)
+        )
         speedup = msgspec.structs.replace(v.speedup_p50, ci95=(ratio / 1.02, ratio * 1.02))
-        variants.append(msgspec.structs.replace(v, latency_ms=latency, speedup_p50=speedup))
+        variants.append(msgspec.structs.replace(v, latency_ms=latency, speedup_p50=speedup, footprint=footprint))
     return msgspec.structs.replace(report, variants=variants)
 
 
@@ -240,3 +251,66 @@ def test_a_metric_that_no_report_has_is_refused(report, write):
     a = write(msgspec.structs.replace(report, variants=bare), "a.json")
     with pytest.raises(SpecError, match="neither report has memory"):
         compare(a, a, gates("memory>+10%"))
+
+
+def same_rows(value, ci95, metric, **changes):
+    """A report of which the test rows are known to be the same."""
+    best = variant("student-int8", value, ci95, **changes)
+    return made([variant("teacher-torch", 0.9, (0.85, 0.95)), best], metric, data={"sha256": {"test.jsonl": "x"}})
+
+
+def test_a_gate_on_f1_is_held_against_the_interval_of_f1(write):
+    """Whole rows that are right are another metric: no row of them changed here, and F1 fell by 10 points."""
+    a = write(same_rows(0.80, (0.78, 0.82), F1, wrong_rows=[1, 2]), "a.json")
+    b = write(same_rows(0.70, (0.68, 0.72), F1, wrong_rows=[1, 2]), "b.json")
+    found = compare(a, b, gates("accuracy<-0.5", "metric<-0.5", "accuracy<-20"), side_by_side=False)
+    assert statuses(found) == ["failed", "failed", "passed"]
+    change = by_metric(found)["entity F1"]
+    assert change.verdict == "worse"
+    assert change.ci95 == pytest.approx((-12.8, -7.2), abs=0.1)
+    assert change.how == "unpaired"
+
+
+def test_runs_that_still_have_each_rows_part_are_compared_row_by_row(tmp_path):
+    """B misses one more name in 20 of 1,000 rows: paired that is sure, by both intervals it is not."""
+    counts = np.tile([[4.0, 5.0, 5.0]], (1000, 1))
+    less = counts.copy()
+    less[::50, 0] = 3.0
+    for name, stats in (("a", counts), ("b", less)):
+        folder = tmp_path / name
+        (folder / "verify").mkdir(parents=True)
+        np.savez(folder / "verify" / "stats.npz", **{"student-int8": stats})
+        f1 = float(2 * stats[:, 0].sum() / stats[:, 1:].sum())
+        write_json(folder / "report.json", same_rows(f1, (f1 - 0.02, f1 + 0.02), F1))
+        config = TaskConfig(task="token-classification", labels=["O", "B-x"], inputs=["input_ids"], max_length=8)
+        write_json(folder / "task.json", config)
+        Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    found = compare(str(tmp_path / "a"), str(tmp_path / "b"), gates("accuracy<-0.1"), side_by_side=False)
+    change = by_metric(found)["entity F1"]
+    assert change.how == "the same test rows, paired"
+    assert change.change == pytest.approx(-0.4)
+    assert -0.7 < change.ci95[0] < change.ci95[1] < -0.2
+    assert statuses(found) == ["failed"]
+    (tmp_path / "b" / "verify" / "stats.npz").unlink()
+    found = compare(str(tmp_path / "a"), str(tmp_path / "b"), gates("accuracy<-0.1"), side_by_side=False)
+    assert statuses(found) == ["unsure"]
+
+
+def test_fewer_bits_per_byte_are_better_and_change_in_per_cent(write):
+    a, b = (write(same_rows(v, (v - 0.01, v + 0.01), BITS), f"{v}.json") for v in (2.0, 2.2))
+    worse = compare(a, b, gates("metric>+5%", "metric>+20%", "metric>2.1"), side_by_side=False)
+    assert statuses(worse) == ["failed", "passed", "failed"]
+    change = by_metric(worse)["bits per byte"]
+    assert (change.verdict, change.unit) == ("worse", "%")
+    assert change.change == pytest.approx(10)
+    assert by_metric(compare(b, a, [], side_by_side=False))["bits per byte"].verdict == "better"
+    for gate in ("accuracy<-0.5", "metric>+0.5"):
+        with pytest.raises(SpecError, match=r"bits per byte is a number: write 'metric>\+2%'"):
+            compare(a, b, gates(gate), side_by_side=False)
+
+
+def test_two_metrics_are_not_held_against_each_other(write):
+    a, b = write(same_rows(2.0, (1.9, 2.1), BITS), "a.json"), write(same_rows(0.5, (0.4, 0.6), F1), "b.json")
+    found = compare(a, b, [], side_by_side=False)
+    assert not {"bits per byte", "entity F1"} & set(by_metric(found))
+    assert "A is judged by bits per byte, B by entity F1, so these are not compared" in found.notes

@@ -10,7 +10,7 @@ from conftest import CLASSIFIERS
 import kdexport as package
 from kdexport.errors import KdexportError, VerificationError
 from kdexport.pipeline.export_model import export, recommend
-from kdexport.results import ExportedFile
+from kdexport.results import ExportedFile, Ratio
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import golden_difference
 from kdexport.tasks.config import TaskConfig
@@ -58,7 +58,8 @@ def test_the_command_writes_a_whole_artifact_and_says_what_it_saw(exported):
     assert told["rows"] == 120
     assert told["labels"] == ["good", "bad", "neither"]
     assert told["max_length"] == 64
-    assert told["recommended"] == ("int8" if files["int8"]["agreement"] >= 0.99 else "fp32")
+    assert told["recommended"] == "fp32" or files["int8"]["agreement"] >= 0.99
+    assert files["int8"]["agreement"] < 0.99 or "in a short measurement here" in told["reason"]
     manifest = artifact.read_manifest(out)
     assert manifest.made == {"by": "kdexport export"} | told
     assert manifest.columns == {"text": "words"}
@@ -164,7 +165,7 @@ def test_wrong_use_of_the_command_is_one_line_and_exit_code_2(kdexport, exported
     assert says in found.stderr
 
 
-def test_int8_is_recommended_where_enough_rows_say_that_it_keeps_the_answers():
+def test_int8_is_recommended_where_enough_rows_say_that_it_keeps_the_answers_and_it_is_not_slower():
     def files(agreement):
         same = {"file": "", "graph": "plain", "size_bytes": 1, "max_abs_diff": 0.0}
         return [ExportedFile(precision=p, agreement=agreement, **same) for p in ("fp32", "int8")]
@@ -172,6 +173,12 @@ def test_int8_is_recommended_where_enough_rows_say_that_it_keeps_the_answers():
     assert recommend(files(0.99), 100)[0] == "int8"
     assert recommend(files(0.98), 100) == ("fp32", "int8 gives fp32's answer on 98.0% of 100 rows; 99% are wanted")
     assert recommend(files(1.0), 99)[0] == "fp32"
+    assert recommend(files(1.0), 100)[1].endswith("how fast it is was not measured")
+    slower, faster = Ratio(0.6, (0.5, 0.7), "slower"), Ratio(2.0, (1.8, 2.2), "faster")
+    name, reason = recommend(files(1.0), 100, slower)
+    assert name == "fp32"
+    assert "is 0.60× as fast as fp32" in reason
+    assert recommend(files(1.0), 100, faster)[0] == "int8"
     assert recommend(files(None), 0) == ("fp32", "whether int8 keeps the answers is not known without texts (--data)")
     assert recommend(files(None)[:1], 0)[0] == "fp32"
 

@@ -52,8 +52,7 @@ def test_every_variant_is_measured_and_faster_than_the_teacher_in_pytorch(report
     for variant in report.variants:
         assert variant.latency_ms.p50 > 0
         assert variant.latency_ms.tokenize_p50 + variant.latency_ms.model_p50 <= 1.2 * variant.latency_ms.p50
-        low, high = variant.speedup_p50.ci95
-        assert low <= variant.speedup_p50.value <= high
+        assert variant.speedup_p50.ci95 is None  # two rounds allow no interval
     assert report.variant("teacher-torch").speedup_p50.value == 1
     assert all(v.speedup_p50.value > 2 for v in report.variants if v.model == "student")
 
@@ -167,15 +166,15 @@ def test_int8_that_loses_too_much_is_not_recommended(copied, settings, kdexport)
     from kdexport import spec
     from kdexport.pipeline.report import Stages, assemble
 
-    quality = json.loads((copied / "verify" / "quality.json").read_text())
+    found = json.loads((copied / "verify" / "validation.json").read_text())
     for name in ("student-int8", "student-int8-fused"):
-        if name in quality:
-            quality[name]["metric"]["value"] = quality["student-fp32"]["metric"]["value"] - 0.02
-    (copied / "verify" / "quality.json").write_text(json.dumps(quality))
+        if name in found["values"]:
+            found["values"][name] = found["values"]["student-fp32"] - 0.02
+    (copied / "verify" / "validation.json").write_text(json.dumps(found))
     folders = [copied / n for n in ("data", "teacher", "targets", "student", "baseline", "export", "verify", "bench")]
     report, _ = assemble(spec.load(None, settings), Stages(copied, *folders))
     assert report.recommended == "student-fp32"
-    assert report.reason == "int8 loses 2.0 points against fp32; 1 points are allowed"
+    assert report.reason == "int8 loses 2.0 points against fp32 on validation; 1 points are allowed"
 
 
 def test_an_artifact_that_was_changed_is_refused(copied):

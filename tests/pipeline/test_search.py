@@ -8,14 +8,15 @@ import pytest
 from kdexport import spec
 from kdexport.errors import SpecError
 from kdexport.pipeline import search
-from kdexport.report.search import frontier
-from kdexport.results import Rung, read_report
+from kdexport.report.search import best_trained
+from kdexport.results import SearchCandidate, read_report
 from kdexport.spec import derive
 from kdexport.tasks.menus import TEXTS
+from kdexport.tasks.metrics import Metric
 
 
 def rung(name, p99=1.0, size=1.0, trial=None, metric=None):
-    return Rung(
+    return SearchCandidate(
         name=name, parameters=1000, precision="int8", size_bytes=int(size * 1e6), p50_ms=(p99 or 1) / 2, p99_ms=p99,
         trial=trial, metric=metric,
     )  # fmt: skip
@@ -59,7 +60,7 @@ def test_where_nothing_fits_the_closest_is_trained():
 
 def test_the_frontier_holds_what_nothing_beats_in_both():
     rungs = [rung("a", 1, metric=0.8), rung("b", 2, metric=0.7), rung("c", 3, metric=0.9), rung("d", 4)]
-    assert names(frontier(rungs, lambda one: one.p99_ms)) == ["a", "c"]
+    assert names(best_trained(rungs, lambda one: one.p99_ms, Metric("accuracy"))) == ["a", "c"]
 
 
 @pytest.mark.parametrize(

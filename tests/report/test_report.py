@@ -94,7 +94,7 @@ def test_what_was_not_measured_leaves_no_empty_section(report):
     markdown(page_of(bare))
 
 
-def test_a_missed_budget_is_on_the_first_screen_with_its_doubt(report):
+def test_a_missed_budget_is_on_the_first_screen_with_its_interval(report):
     from kdexport.results import Check, Verdict
 
     missed = Verdict(False, [Check("p99_ms", 0.1, 0.105, False, sure=False)])
@@ -104,7 +104,7 @@ def test_a_missed_budget_is_on_the_first_screen_with_its_doubt(report):
     assert "not kept, but the interval reaches over the limit" in drawn
 
 
-def test_doubts_come_before_all_figures(report):
+def test_warnings_come_before_all_figures(report):
     how = msgspec.structs.replace(
         report.bench,
         warnings=["this machine was too noisy"],
@@ -115,7 +115,7 @@ def test_doubts_come_before_all_figures(report):
     assert drawn.index("this machine was too noisy") < drawn.index("<nav")
     assert "x-torch was killed" in drawn
     assert "y-cuda was left out: no GPU" in drawn
-    assert "> Doubt: this machine was too noisy" in markdown(page_of(replaced(report, bench=how)))
+    assert "> Warning: this machine was too noisy" in markdown(page_of(replaced(report, bench=how)))
 
 
 def test_labels_and_texts_are_only_ever_text(report):
@@ -156,7 +156,8 @@ def test_markdown_has_the_verdict_and_the_tables(report, finished):
 def test_the_card_carries_a_model_index_that_the_hub_reads(report, finished):
     from huggingface_hub import ModelCard
 
-    (result,) = ModelCard.load(finished / "artifact" / "README.md").data.eval_results
+    result, *others = ModelCard.load(finished / "artifact" / "README.md").data.eval_results
+    assert [other.metric_type for other in others] == ["macro F1"]
     assert result.metric_type == "accuracy"
     assert result.metric_value == pytest.approx(report.variant(report.recommended).metric.value, abs=1e-4)
 

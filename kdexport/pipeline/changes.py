@@ -1,0 +1,175 @@
+"""What changed from one report to another, figure by figure, each with the interval that it allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from kdexport.bench import stats
+from kdexport.report.table import metric_of
+from kdexport.results import Change, Interval, Latency, Metric, Ratio, Report, Variant
+from kdexport.runtime import artifact
+from kdexport.tasks import judging, load_task, metrics
+from kdexport.tasks.metrics import Array, paired_difference, wilson_interval
+
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+def both(one: Variant, other: Variant) -> str:
+    """The name of a pair of variants."""
+    return one.name if one.name == other.name else f"{one.name} → {other.name}"
+
+
+def changes_of(
+    a: Report, b: Report, one: Variant, other: Variant, apart: str, folders: Sequence[Path] = ()
+) -> list[Change]:
+    """Every figure of one variant of A and the one of B that it is compared with.
+
+    `apart` says why milliseconds can't be compared, if they can't; `folders` are where the reports stand.
+    """
+    name = both(one, other)
+    found = [change for metric in QUANTILES if (change := _time_change(metric, name, a, b, one, other, apart))]
+    if one.speedup_p50 and other.speedup_p50 and one.name != a.bench.reference:
+        sa, sb = one.speedup_p50, other.speedup_p50
+        how = "ratio in each run" + ("" if _same_teacher(a, b) else ", to teachers that differ")
+        change = ratio_change(name, "speedup", sa.value, sb.value, _quotient(sb, sa), True, how)
+        found.append(msgspec.structs.replace(change, b_ci95=sb.ci95))
+    if one.metric and other.metric and a.metric == b.metric:
+        found.append(_metric_change(a, b, one, other, folders))
+    if one.agreement is not None and other.agreement is not None and one.metric and other.metric:
+        x, y = _share(one.agreement, one.metric.n), _share(other.agreement, other.metric.n)
+        found.append(_points(name, metrics.Metric("agreement"), x, y, _unpaired(x, y), "unpaired"))
+    if one.size_bytes and other.size_bytes:
+        mb, new_mb = one.size_bytes / 1e6, other.size_bytes / 1e6
+        ratio = new_mb / mb
+        change = ratio_change(name, "size", mb, new_mb, Ratio(ratio, (ratio, ratio)), False, "exact")
+        found.append(msgspec.structs.replace(change, b_ci95=(new_mb, new_mb)))
+    if (f := one.footprint) and (g := other.footprint):
+        how = "fresh processes"
+        found.append(_pair(name, "memory", (f.rss_mb, f.rss_mb_ci95), (g.rss_mb, g.rss_mb_ci95), how))
+        if not apart:
+            found.append(_pair(name, "cold", (f.cold_ms, f.cold_ms_ci95), (g.cold_ms, g.cold_ms_ci95), how))
+    return found
+
+
+def _pair(
+    name: str, metric: str, a: tuple[float, Interval | None], b: tuple[float, Interval | None], how: str
+) -> Change:
+    """B against A of two figures that were measured apart."""
+    change = ratio_change(name, metric, a[0], b[0], _quotient(Ratio(*b), Ratio(*a)), False, how)
+    return msgspec.structs.replace(change, b_ci95=b[1])
+
+
+def _time_change(
+    metric: str, name: str, a: Report, b: Report, one: Variant, other: Variant, apart: str
+) -> Change | None:
+    (x, x_ci), (y, y_ci) = _time(one.latency_ms, metric), _time(other.latency_ms, metric)
+    if x is None and y is None:
+        return None
+    if apart or x is None or y is None:
+        how = apart or f"{'A' if x is None else 'B'} has no {metric}"
+        return Change(
+            variant=name, metric=metric, a=x, b=y, b_ci95=y_ci, change=None, ci95=None, unit="%",
+            verdict="not comparable", how=how,
+        )  # fmt: skip
+    ratios = {"p50": (one.speedup_p50, other.speedup_p50), "p99": (one.speedup_p99, other.speedup_p99)}
+    sa, sb = ratios.get(metric, (None, None))
+    if sa and sb and one.name != a.bench.reference and _same_teacher(a, b):
+        how = "by ratios to the same teacher in each run"
+        change = ratio_change(name, metric, x, y, _quotient(sa, sb), False, how)
+        return msgspec.structs.replace(change, b_ci95=y_ci)
+    return _pair(name, metric, (x, x_ci), (y, y_ci), "measured apart")
+
+
+def _same_teacher(a: Report, b: Report) -> bool:
+    sums = {v.sha256 for report in (a, b) for v in report.variants if v.name == report.bench.reference}
+    return len(sums) == 1 and None not in sums
+
+
+def _time(latency: Latency | None, metric: str) -> tuple[float | None, Interval | None]:
+    return (None, None) if latency is None else (getattr(latency, metric), getattr(latency, f"{metric}_ci95"))
+
+
+def _quotient(top: Ratio, bottom: Ratio) -> Ratio:
+    """top ÷ bottom of independent figures: the log half widths add as squares."""
+    value = top.value / bottom.value
+    if top.ci95 is None or bottom.ci95 is None:
+        return Ratio(value, None)
+    halves = (math.log(ci[1] / ci[0]) / 2 for ci in (top.ci95, bottom.ci95))
+    half = math.sqrt(sum(h * h for h in halves))
+    return Ratio(value, (value * math.exp(-half), value * math.exp(half)))
+
+
+def ratio_change(name: str, metric: str, x: float, y: float, ratio: Ratio, more_is_better: bool, how: str) -> Change:
+    """A change in %, from B ÷ A."""
+    ci = None if ratio.ci95 is None else (100 * (ratio.ci95[0] - 1), 100 * (ratio.ci95[1] - 1))
+    said = "unsure" if ratio.ci95 is None else stats.verdict(ratio.ci95)
+    up, down = ("better", "worse") if more_is_better else ("worse", "better")
+    # stats.verdict calls a ratio above 1 "faster"; here it only means that B is more than A
+    verdict = {"faster": up, "slower": down}.get(said, said)
+    if how == "exact":
+        verdict = "same" if ratio.value == 1 else up if ratio.value > 1 else down
+    change = 100 * (ratio.value - 1)
+    return Change(variant=name, metric=metric, a=x, b=y, change=change, ci95=ci, unit="%", verdict=verdict, how=how)
+
+
+def _metric_change(a: Report, b: Report, one: Variant, other: Variant, folders: Sequence[Path]) -> Change:
+    """The metric that counts, row by row where both answered the same test rows and each row's part is known."""
+    assert one.metric
+    assert other.metric
+    name, metric = both(one, other), metric_of(a)
+    data = [(r.data.get("sha256") or {}).get("test.jsonl") for r in (a, b)]
+    if data[0] is not None and data[0] == data[1] and one.metric.n == other.metric.n:
+        paired = "the same test rows, paired"
+        if metric.kind == "fraction" and one.wrong_rows is not None and other.wrong_rows is not None:
+            right = [_right(v.wrong_rows or [], one.metric.n) for v in (one, other)]
+            return _points(name, metric, one.metric, other.metric, paired_difference(*right)[1], paired)
+        parts = [s for place, v in zip(folders, (one, other), strict=False) if (s := _row_stats(place, v)) is not None]
+        if len(parts) == 2 and {len(part) for part in parts} == {one.metric.n}:
+            ci = judging.difference_of_stats(load_task(artifact.resolve(folders[0])), *parts)[1]
+            return _points(name, metric, one.metric, other.metric, ci, paired)
+    return _points(name, metric, one.metric, other.metric, _unpaired(one.metric, other.metric), "unpaired")
+
+
+def _row_stats(folder: Path, variant: Variant) -> Array | None:
+    """What each test row adds to the metric, where the run's folder still has it."""
+    try:
+        with np.load(folder / "verify" / "stats.npz") as stats:
+            name = "teacher" if variant.model == "teacher" else variant.name
+            return np.asarray(stats[name]) if name in stats.files else None
+    except (OSError, ValueError):
+        return None
+
+
+def _points(name: str, metric: metrics.Metric, x: Metric, y: Metric, ci: Interval, how: str) -> Change:
+    """B less A with its interval: in points, or, of a number, in % of A."""
+    scale, unit = (100 / x.value if x.value else math.nan, "%") if metric.kind == "number" else (100, "points")
+    low, high = sorted((scale * ci[0], scale * ci[1]))
+    up, down = ("better", "worse") if metric.higher_is_better else ("worse", "better")
+    verdict = up if low > 0 else down if high < 0 else "same" if max(-low, high) <= 1 else "unsure"
+    return Change(
+        variant=name, metric=metric.name, a=x.value, b=y.value, b_ci95=y.ci95, change=scale * (y.value - x.value),
+        ci95=(low, high), unit=unit, verdict=verdict, how=how,
+    )  # fmt: skip
+
+
+def _unpaired(one: Metric, other: Metric) -> Interval:
+    """The interval of a difference by the interval of each (Newcombe 1998, method 10; Zou and Donner 2008)."""
+    d = other.value - one.value
+    low = math.hypot(other.value - other.ci95[0], one.ci95[1] - one.value)
+    high = math.hypot(other.ci95[1] - other.value, one.value - one.ci95[0])
+    return d - low, d + high
+
+
+def _share(share: float, n: int) -> Metric:
+    return Metric(share, wilson_interval(round(share * n), n), n)
+
+
+def _right(wrong: list[int], n: int) -> Array:
+    right = np.ones(n, dtype=bool)
+    right[wrong] = False
+    return right
