@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from kdexport.distill.losses import objective, total
-from kdexport.distill.soft_targets import Store
-from kdexport.distill.train import ByLength, Recipe, fit
+from kdexport.distill.store import Store
+from kdexport.distill.train import ByLength, TrainConfig, fit
 from kdexport.models.inference import logits_of
 from kdexport.tasks import load_task
 
@@ -76,7 +76,7 @@ def bench_training_step(benchmark, student, rows, tmp_path):
     """
     task, some = load_task(student), rows[:1024]
     soft = np.random.default_rng(0).normal(size=(len(some), 5)).astype(np.float32)
-    recipe = Recipe(epochs=6, learning_rate=5e-4, batch_size=32, seed=0, temperature=2.0, alpha=0.9)
+    recipe = TrainConfig(epochs=6, learning_rate=5e-4, batch_size=32, seed=0, temperature=2.0, alpha=0.9)
 
     def ours(epochs):
         model = AutoModelForSequenceClassification.from_pretrained(student)

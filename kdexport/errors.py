@@ -76,5 +76,5 @@ class Interrupted(Exception):
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of another library's error, or its class where it has no message."""
+    """Return the last line of an error's message, or its class's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -1,13 +1,12 @@
 """Hash files, and write them so that each is the old one or the new one, whatever happens."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -41,7 +40,7 @@ def hash_files(folder: Path, *, without: frozenset[str] = frozenset()) -> dict[s
 
 
 def entries(place: Path) -> Iterator[Path]:
-    """Yield everything below a place that is no folder, links to folders included; or the place itself."""
+    """Yield all files and links below a folder, or the place itself if it is none."""
     if place.is_symlink() or not place.is_dir():
         yield place
         return
@@ -66,11 +65,9 @@ def as_json(value: object) -> bytes:
 
 
 def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
-    """Write a file atomically: into a neighbour of a name that nobody has, synced, then renamed.
+    """Write a file atomically: into a neighbour of a random name, synced, then renamed.
 
     Args:
-        path: the file.
-        content: its bytes.
         new: leave a file that is there already as it is.
 
     Raises:
@@ -94,27 +91,19 @@ def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
         neighbour.unlink(missing_ok=True)
 
 
-class disk_errors:
-    """Turn a full disk, however a library reports it, into one line for the user."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, KdexportError):
-            return
-        # safetensors, torch and onnxruntime each raise a class of their own for ENOSPC.
-        full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
-            "No space left" in str(error) or _is_full(self.folder)
-        )
-        if full:
-            raise RunError(
-                f"the disk is full: {self.folder}",
-                "Make room and run the same command again: finished stages are kept",
-            ) from error
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Raise one line for the user where the disk is full, however a library reports it."""
+    try:
+        yield
+    except KdexportError:
+        raise
+    except Exception as error:  # safetensors, torch and onnxruntime each raise a class of their own for ENOSPC
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (full or "No space left" in str(error) or _is_full(folder)):
+            raise
+        fix = "Make room and run the same command again: finished stages are kept"
+        raise RunError(f"the disk is full: {folder}", fix) from error
 
 
 def _is_full(folder: Path) -> bool:

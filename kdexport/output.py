@@ -1,12 +1,10 @@
-"""Output folders: a command replaces files that kdexport wrote and nobody changed since, and nothing else.
+"""Output folders: a command replaces only files that kdexport wrote and nobody changed since.
 
-A folder that kdexport wrote has a folder `.kdexport` in it, whose `record.json` lists every file that was written there
-with its sha256. A file or folder is replaced only if it holds exactly what the record lists. All else is the user's:
-the command refuses with one line, before its work begins where that can be known, or renames it to `NAME.old-1` when it
-was asked to. Names that begin with `.kdexport` are ours in such a folder: what is being written lies there.
+`.kdexport/record.json` in a folder lists every file that was written there with its sha256. A file or folder is
+replaced only if it holds exactly what the record lists. All else is the user's: the command refuses, before its work
+begins where possible, or renames it to `NAME.old-1` with --move-aside. Names that begin with `.kdexport` are work in
+progress.
 """
-
-from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -43,7 +41,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True):
     files: dict[str, list[str]]
 
     def stranger(self, folder: Path, place: Path) -> str | None:
-        """Return what stands at a place in the folder that is not as recorded, in words; None if there is nothing."""
+        """Return in words what differs from the record at a place in the folder, or None."""
         if not os.path.lexists(place):
             return None
         for path in entries(place):
@@ -56,7 +54,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_record(folder: Path) -> Record | None:
-    """Return the record of a folder that kdexport wrote; None of any other folder."""
+    """Return the record of a folder that kdexport wrote, or None."""
     file = folder / PRIVATE / _RECORD
     try:
         return msgspec.json.decode(file.read_bytes(), type=Record) if file.is_file() else None  # a pipe may have no end
@@ -68,8 +66,7 @@ class Output:
     """A folder that a command writes into, open to one process at a time.
 
     Args:
-        folder: made when it is absent.
-        by: the command. `run` and `bench` want a folder of their own, `report` and `compare` add files to any.
+        by: the command. `run` and `bench` need a folder of their own, `report` and `compare` add files to any.
         move_aside: rename files of others that are in the way, rather than refuse.
 
     Raises:
@@ -106,11 +103,11 @@ class Output:
         self._lock.close()
 
     def work(self, name: str) -> Path:
-        """Return where to make what will be called `name`: beside it, so that relative paths stay right."""
+        """Return the folder in which to make `name`: beside it, so that relative paths stay right."""
         return self.folder / f"{PRIVATE}-{name}"
 
     def begin(self, work: Path, name: str, content: str) -> None:
-        """Make a work folder anew with one file in it; a kill at any moment leaves none, the old or the new one."""
+        """Recreate a work folder with one file in it; a kill leaves none, the old or the new one."""
         new = self._private / "work"
         _remove(new)
         new.mkdir()
@@ -118,11 +115,7 @@ class Output:
         _swap(new, work, self._private / _OLD)
 
     def check(self, *names: str) -> None:
-        """See that what stands under these names may be replaced, or moved aside.
-
-        Raises:
-            RunError: something there is not as kdexport wrote it.
-        """
+        """Raise a RunError where something under these names is not as kdexport wrote it, unless it is moved aside."""
         for name in names:
             self._stands_in_the_way(name)
 
@@ -137,11 +130,7 @@ class Output:
         return found is not None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file, atomically.
-
-        Raises:
-            RunError: see `check`.
-        """
+        """Write a file, atomically; see `check`."""
         found, place = hashlib.sha256(content).hexdigest(), self.folder / name
         # What is there already, letter by letter, is as good as written.
         same = place.is_file() and not place.is_symlink() and hash_file(place) == found
@@ -152,11 +141,7 @@ class Output:
             (self._private / "new").replace(self.folder / name)
 
     def replace(self, made: Path, name: str) -> None:
-        """Put a file or folder that was made in this folder under its name; a kill at any moment loses nothing.
-
-        Raises:
-            RunError: see `check`.
-        """
+        """Move a file or folder that was made in this folder to its name; see `check`. A kill loses nothing."""
         if self._stands_in_the_way(name):
             move_aside(self.folder / name)
         below = hash_files(made) if made.is_dir() else {"": hash_file(made)}
@@ -177,11 +162,7 @@ class Output:
 
 
 def move_aside(place: Path) -> None:
-    """Rename what stands at a place to `NAME.old-1`, or the next number that is free.
-
-    Raises:
-        RunError: it is the current folder, or holds it.
-    """
+    """Rename a place to `NAME.old-1`, or the next free number; raise RunError if it holds the current folder."""
     if Path.cwd().is_relative_to(place.resolve()):
         raise RunError(f"{place} is the current folder, which can't be moved aside", "Name another folder")
     names = (f"{place.name}.old-{n}" for n in itertools.count(1))
@@ -195,7 +176,7 @@ def move_aside(place: Path) -> None:
 
 @contextlib.contextmanager
 def making(place: Path) -> Iterator[Path]:
-    """Yield a folder beside `place` to make it in, deleted afterwards; what killed calls left there is cleared."""
+    """Yield a temporary folder beside `place` to make it in; clear what killed calls left there."""
     place.parent.mkdir(parents=True, exist_ok=True)
     for left in place.parent.glob(f".{glob.escape(place.name)}{PRIVATE}-*"):
         with contextlib.suppress(OSError), (left / _LOCK).open("a") as lock:
@@ -211,12 +192,10 @@ def making(place: Path) -> Iterator[Path]:
 
 
 def check_place(place: Path, mine: Iterable[str] | None = None, *, may_move: bool = False) -> None:
-    """See that a folder that `publish` made may be replaced: it is absent, empty, or exactly as it was made.
+    """Check that a folder of `publish` may be replaced: it is absent, empty, or as it was made.
 
     Args:
-        place: the folder.
-        mine: top-level names that are replaced, where others may stand beside them; None for the whole.
-        may_move: files of others will be moved aside.
+        mine: top-level names to replace, where others may stand beside them; None for the whole.
 
     Raises:
         RunError: something there is not as kdexport wrote it.
@@ -226,9 +205,9 @@ def check_place(place: Path, mine: Iterable[str] | None = None, *, may_move: boo
 
 
 def publish(made: Path, place: Path, work: Path, mine: Iterable[str] | None = None, *, may_move: bool = False) -> None:
-    """Put a folder that was made in `work` into its place, with a record of its files; see `check_place`.
+    """Move a folder that was made in `work` into its place, with a record of its files; see `check_place`.
 
-    The old folder stands whole until the new one is; where others' files stay beside ours (`mine`), each top-level
+    The old folder stands whole until the new one does; where others' files stay beside ours (`mine`), each top-level
     name is replaced by itself.
     """
     check_place(place, mine, may_move=may_move)
@@ -275,7 +254,7 @@ def _stranger(place: Path, mine: Iterable[str] | None) -> str | None:
 
 
 def _is_fresh(folder: Path) -> bool:
-    """Return whether a folder is absent, empty, or was begun by a call that was killed before it wrote anything."""
+    """Whether a folder is absent, empty, or was begun by a call that was killed before it wrote anything."""
     if not folder.exists():
         return True
     private = folder / PRIVATE

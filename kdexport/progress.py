@@ -1,10 +1,7 @@
-"""The only painter: progress bars on a terminal, plain lines elsewhere; all of it on stderr.
+"""Progress bars on a terminal, plain lines elsewhere, all on stderr; results go to stdout.
 
-Results go to stdout (cli.py), so `kdexport … --json | jq` works while a person watches. A stderr that is closed, full
-or unread changes nothing else: `say` and `warn` never raise, and in a server they never wait.
+`say` and `warn` never raise, whatever stderr is, and in a server they never wait.
 """
-
-from __future__ import annotations
 
 import io
 import os
@@ -21,16 +18,14 @@ from typing import Any, cast
 from rich.console import Console
 
 _PLAIN_LINE_EVERY_S = 15.0
-# Bytes that may wait for a reader; what comes beyond is dropped.
-_MOST_WAITING = 4 * 1024 * 1024
+_MOST_WAITING = 4 * 1024 * 1024  # bytes; more are dropped
 
 
 class Outlet:
-    """A file descriptor that a thread writes to, so that a reader who stops reading holds up nobody.
+    """A file descriptor written by a thread, so that a slow reader blocks nobody.
 
     Args:
-        fd: the file descriptor.
-        note: renders a number of dropped lines as the line that is written in their place.
+        note: renders a number of dropped lines as the line that replaces them.
         on_dropped: called with the number of lines just dropped, on the caller's thread or the writer's.
     """
 
@@ -48,7 +43,7 @@ class Outlet:
         self._thread: threading.Thread | None = None
 
     def put(self, data: bytes) -> None:
-        """Have whole lines written soon, or drop them when too many wait."""
+        """Queue whole lines, or drop them when too many wait."""
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="outlet", daemon=True)
@@ -61,7 +56,7 @@ class Outlet:
             self._drop(data)
 
     def close(self, timeout: float = 1.0) -> None:
-        """Wait until everything is written, but not for ever."""
+        """Wait until everything is written, or for the timeout."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(timeout)
@@ -85,7 +80,7 @@ class Outlet:
         self._on_dropped(lines)
 
     def _write(self, data: bytes) -> bytes:
-        """Write as much as can be written; return the rest."""
+        """Write as much as possible; return the rest."""
         left = memoryview(b"\n" + data if self._torn else data)
         try:
             while left:
@@ -101,7 +96,7 @@ class Outlet:
 
 
 class _Stderr(io.TextIOBase):
-    """The stderr of the moment, where failing to write is no error; or, with an outlet, one that never waits."""
+    """The current stderr without errors; with an outlet, also without waiting."""
 
     def __init__(self, outlet: Outlet | None = None) -> None:
         self._outlet = outlet
@@ -121,7 +116,7 @@ class _Stderr(io.TextIOBase):
 
 @contextmanager
 def unwaiting_stderr() -> Iterator[None]:
-    """Let no line that Python writes to stderr wait for its reader: a server answers its clients meanwhile."""
+    """Let no line that Python writes to stderr wait for its reader: for a server."""
     before, outlet = sys.stderr, Outlet(2)
     sys.stderr = _Stderr(outlet)
     try:
@@ -138,18 +133,18 @@ def console() -> Console:
 
 
 def say(text: str, style: str = "") -> None:
-    """Tell the user one thing that happened."""
+    """Print one event."""
     console().print(text, style=style, markup=False)
 
 
 def warn(text: str) -> None:
-    """Tell the user one thing that needs a look."""
+    """Print one warning."""
     console().print(f"warning: {text}", style="yellow", markup=False)
 
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show the progress of `total` units of work; call what it yields with the units just done.
+    """Show the progress of `total` units of work; yield a callback for units just done.
 
     On a terminal this is a bar with the time left; elsewhere (logs, CI) a line every 15 s.
     """

@@ -1,12 +1,9 @@
 """A run is a folder of stages; a stage is a folder that is complete or absent.
 
-A stage is built in `.kdexport-<name>` beside its own folder. Its `stage.json`, written last, holds the key (the
-hash of all that went in) and the sha256 of every file that came out; then the folder is renamed into place.
-A stage whose key stands is skipped, so a run that was killed at any moment goes on where it was, and what
-one stage wrote is known to the next by content, never by time.
+A stage is built in `.kdexport-<name>` beside its own folder. Its `stage.json`, written last, holds the key (the hash of
+all inputs) and the sha256 of every file; then the folder is renamed into place. A stage with the same key is skipped,
+so a killed run resumes.
 """
-
-from __future__ import annotations
 
 import contextlib
 import re
@@ -30,7 +27,7 @@ _FILES = ("spec.yaml", "report.json", "report.md", "report.html")
 
 
 class StageRecord(msgspec.Struct, frozen=True):
-    """`stage.json`: what went in, what came out, and how long it took."""
+    """`stage.json`."""
 
     name: str
     key: str
@@ -40,7 +37,7 @@ class StageRecord(msgspec.Struct, frozen=True):
 
     @property
     def content(self) -> str:
-        """Hash of what came out; part of the key of every stage that reads it."""
+        """The hash of its files; part of the key of every stage that reads it."""
         return digest(self.outputs)
 
 
@@ -48,14 +45,12 @@ class Run(Output):
     """An open run folder. Only one process may have it open.
 
     Args:
-        folder: made when it is absent.
         sources: files and folders that the run reads.
         settings: of `spec.yaml`, which is written once a stage may be built.
         move_aside: rename files of others that are in the way, rather than refuse.
 
     Raises:
-        RunError: the folder is in use, can't be written or holds something that is not a run, or a source lies where
-            the run writes.
+        RunError: the folder is in use, can't be written, is not a run, or holds a source where the run writes.
     """
 
     def __init__(
@@ -71,23 +66,16 @@ class Run(Output):
         self._settings, self._looked_ahead, self._done = settings, False, set[str]()
 
     def stage(
-        self,
-        name: str,
-        *,
-        version: int,
-        settings: object,
-        reads: Iterable[Path],
-        build: Callable[[Path], None],
+        self, name: str, *, version: int, settings: object, reads: Iterable[Path], build: Callable[[Path], None]
     ) -> Path:
-        """Build a stage unless it stands, and return its folder.
+        """Build a stage unless it is finished, and return its folder.
 
         Args:
-            name: the stage's folder in the run.
             version: of the stage's code; raised when its result would differ.
-            settings: the part of the spec that it follows.
-            reads: finished stages, or plain files and folders, that it reads.
-            build: writes the stage's files into the folder that it is given. What an interrupted call left
-                there is still there at the next call with the same key, so long work may go on from it.
+            settings: the part of the spec that it depends on.
+            reads: finished stages, or plain files and folders.
+            build: writes the stage's files into a folder. Files of an interrupted call with the same key are still
+                there, so long work may resume.
         """
         inputs = {
             "version": version,
@@ -117,7 +105,7 @@ class Run(Output):
         return folder
 
     def _stranger(self, place: Path) -> str | None:
-        """As for any output; a stage of before there were such records is known by its own."""
+        """As for any output; a stage older than output records is known by its own record."""
         found = super()._stranger(place)
         if found and (place / _STAGE_FILE).is_file():
             with contextlib.suppress(RunError):
@@ -131,9 +119,9 @@ class Run(Output):
         self.replace(work, name)
 
     def _look_ahead(self, name: str) -> None:
-        """Refuse before the first hour's work what the last stage would have to refuse.
+        """Refuse before the first stage what the last one would have to refuse.
 
-        A stage that is built changes most of those behind it, so all that are still to come must be replaceable.
+        A stage that is built changes most of those after it, so all that are still to come must be replaceable.
         """
         there = () if self._looked_ahead else (path.name for path in self.folder.iterdir())
         self.check(name, *(one for one in there if _STAGES.fullmatch(one) and one not in self._done))
@@ -147,17 +135,14 @@ class Run(Output):
             self.write("spec.yaml", self._settings.encode())
 
     def _content(self, path: Path) -> tuple[str, str]:
-        """Name and hash: of one of this run's own stages from its record, of anything else from its bytes.
-
-        A stage of another run is the user's to edit, so its record says nothing of what it holds now.
-        """
+        """Return name and hash: of this run's stages from their records, of anything else from its bytes."""
         if path.parent == self.folder and (path / _STAGE_FILE).is_file():
             return path.name, read_record(path).content
         return path.name, hash_file(path) if path.is_file() else digest(_outputs(path))
 
 
 def read_record(folder: Path) -> StageRecord:
-    """The record of a finished stage."""
+    """Return the record of a finished stage."""
     try:
         return msgspec.json.decode((folder / _STAGE_FILE).read_bytes(), type=StageRecord)
     except (OSError, msgspec.DecodeError) as error:
@@ -165,7 +150,7 @@ def read_record(folder: Path) -> StageRecord:
 
 
 def _outputs(folder: Path) -> dict[str, str]:
-    """Relative path → sha256 of a stage's files; its own record, and ours of an exported folder, are left out."""
+    """Return relative path → sha256 of a stage's files, without records."""
     return hash_files(folder, without=frozenset({_STAGE_FILE, _KEY_FILE, PRIVATE}))
 
 

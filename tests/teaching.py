@@ -12,7 +12,7 @@ from kdexport import spec
 from kdexport.data import prepare, read_rows
 from kdexport.distill import teachers
 from kdexport.distill.soft_targets import write_targets
-from kdexport.models.loading import Opened
+from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_task
 from kdexport.stages import Run
 from kdexport.tasks import load_task
@@ -57,7 +57,7 @@ def classify(data, base_model, tmp_path_factory):
     task_folder = tmp_path_factory.mktemp("task")
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     encoder = AutoModel.from_pretrained(base_model).eval()
-    save_task(Opened(encoder, tokenizer), 32, LABELS, task_folder)
+    save_task(ModelAndProcessor(encoder, tokenizer), 32, LABELS, task_folder)
     task = load_task(task_folder)
     rows = [row for split in ("train", "validation", "test") for row in read_rows(data, split)]
     inputs = {k: torch.from_numpy(v) for k, v in task.encode(rows).items()}
@@ -102,7 +102,6 @@ def settings(news, model, **changes):
 
 def stage(run, data, given):
     """The teacher stage and the targets as the pipeline makes them."""
-    teachers.check(given)
     with Run(run) as folder:
         teacher = folder.stage(
             "teacher",

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from kdexport import spec
-from kdexport.distill import teachers
 from kdexport.results import read_report
 
 ROOT = Path(__file__).parent.parent
@@ -18,8 +17,7 @@ QUICK = ["bench.rounds=1", "bench.round_seconds=0.2", "bench.precision=null", "b
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_example_asks_for_what_there_is(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    settings = spec.load(path, {})
-    teachers.check(settings)
+    spec.load(path, {})
     assert f"kdexport run examples/{path.name}" in path.read_text()
 
 

@@ -4,6 +4,8 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,43 @@ def test_the_light_side_loads_no_torch(code):
     probe = f"{code}\nimport sys; print(sorted(set(sys.modules) & {{'torch', 'transformers', 'datasets'}}))"
     found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "[]"
+
+
+# Where a package may be imported that neither prediction nor the server needs, and so may be absent.
+TRAINING = {
+    "scipy",
+    "sklearn",
+    "pandas",
+    "pyarrow",
+    "datasets",
+    "datasketch",
+    "onnx",
+    "peft",
+    "skeletoken",
+    "safetensors",
+}
+TRAINING_ROOMS = {"distill", "models", "export", "data/sources.py", "data/read.py", "analysis/duplicates.py"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_package_that_is_imported_is_declared(path):
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {name(line) for lines in (project["dependencies"], *extras.values()) for line in lines}
+    distributions = packages_distributions() | {"google": ["protobuf"]}
+    relative = path.relative_to(PACKAGE).as_posix()
+    for module, *_ in imports(path):
+        if module in sys.stdlib_module_names or module in ("kdexport", "triton_python_backend_utils"):
+            continue
+        assert any(name(each) in declared for each in distributions.get(module, [module])), (
+            f"{relative} imports {module}"
+        )
+        light = room(path) not in TRAINING_ROOMS and relative not in TRAINING_ROOMS
+        assert not (light and module in TRAINING), f"{relative} imports {module}"
+
+
+def name(requirement):
+    return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
 
 
 def test_the_package_stays_small():

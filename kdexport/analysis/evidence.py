@@ -1,6 +1,4 @@
-"""Teacher and student looked at closely: by class, by confidence, and where they differ."""
-
-from __future__ import annotations
+"""Teacher and student compared by class, by confidence, and where they differ."""
 
 from typing import Any
 
@@ -15,7 +13,7 @@ _EXAMPLES, _CHARACTERS = 12, 240
 
 
 def look_closely(task: Task, rows: list[dict[str, Any]], teacher: Array, student: Array) -> Evidence:
-    """What the test split says of two models' logits [N, *answer_shape]."""
+    """Compare two models' logits [N, *answer_shape] on the test split."""
     items, of_teacher = task.items(rows, student), task.items(rows, teacher)
     classes = _classes(task.labels, items.labels, task.chosen(of_teacher), task.chosen(items))
     if task.config.function != "softmax":
@@ -30,7 +28,7 @@ def look_closely(task: Task, rows: list[dict[str, Any]], teacher: Array, student
 
 
 def _classes(names: list[str], labels: Array, teacher: Array, student: Array) -> list[ClassScore]:
-    """Recall by class, the largest loss first."""
+    """Return recall by class, the largest loss first."""
     found = []
     for i, name in enumerate(names):
         of_class = labels == i
@@ -47,7 +45,7 @@ def _calibration(probabilities: Array, labels: Array) -> Calibration:
 
 
 def _examples(task: Task, rows: list[dict[str, Any]], items: Items, teacher: Array, student: Array) -> list[Example]:
-    """Rows that are answered differently, the surest disagreements first."""
+    """Return rows with different answers, the most confident disagreements first."""
     names = task.labels
     theirs, ours = teacher.argmax(axis=1), student.argmax(axis=1)
     differ = np.flatnonzero(theirs != ours)

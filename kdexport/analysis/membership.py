@@ -1,6 +1,4 @@
-"""What a model's confidence gives away of the rows that it was trained on: membership inference by a threshold."""
-
-from __future__ import annotations
+"""Membership inference by a threshold on confidence."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,20 +15,19 @@ Rows = Sequence[dict[str, Any]]
 def membership(
     task: Task, train_rows: Rows, train_logits: Array, test_rows: Rows, test_logits: Array
 ) -> Membership | None:
-    """Attack a model by its confidence: is it surer of rows that it was trained on than of rows that it wasn't?
+    """Attack a model by its confidence: is it higher on training rows than on others?
 
-    The attacker takes a row for a member where the highest score (Salem et al. 2019, adversary 3) or the score of
-    the row's label (Yeom et al. 2018, whose membership advantage is TPR − FPR) is above a threshold. Where train
-    and test differ in kind, that shows as well, so a high figure is a reason to look, not a proof.
+    A row is taken for a member where the highest score (Salem et al. 2019, adversary 3) or the score of the row's label
+    (Yeom et al. 2018, whose membership advantage is TPR − FPR) is above a threshold. Where train and test differ in
+    kind, that shows as well, so a high figure is a reason to look, not a proof.
 
     Args:
-        task: of the model; it makes scores of logits.
-        train_rows, train_logits: members, and their logits [M, C]; `kdexport.analysis.sampled` takes some.
-        test_rows, test_logits: others, and their logits [N, C]; contents that are in train_rows too are left out.
-            A row whose label is None counts for the confidence only.
+        train_rows, train_logits: members, and their logits [M, C].
+        test_rows, test_logits: others, and their logits [N, C]; contents that are in train_rows too are skipped. A row
+            whose label is None counts for the confidence only.
 
     Returns:
-        None where there is nothing to compare: a side without rows, or a task whose logits are no scores.
+        None where a side has no rows, or the logits are no scores.
 
     Raises:
         ValueError: there is not one row of logits for each row.
@@ -50,7 +47,7 @@ def membership(
 
 
 def _scores_of_labels(task: Task, rows: Rows, logits: Array) -> Array:
-    """The score of what each labelled item (a row, or a word of one) is labelled with."""
+    """Return the score of each labelled item's label (a row, or a word of one)."""
     items = task.items(rows, logits)
     return np.asarray(task.scores(items.logits)[np.arange(len(items.labels)), items.labels])
 

@@ -1,7 +1,7 @@
-"""Changed copies of training texts. The teacher labels them anew, so a copy need not mean what the text means.
+"""Augmented texts, which the teacher labels anew, so an augmented text need not mean what the text means.
 
-After Tang et al. 2019 (arXiv 1903.12136, section 3.2: words masked or replaced, then with a chance of 0.25 a part
-of the text) and TinyBERT (Jiao et al. 2020, algorithm 1: a word of one token is replaced by a near one).
+Tang et al. 2019 (https://arxiv.org/abs/1903.12136, section 3.2): words masked or replaced, and with p = 0.25 a part of
+the text. TinyBERT (Jiao et al. 2020, algorithm 1): a word of one token is replaced by a near one.
 """
 
 from __future__ import annotations
@@ -28,24 +28,22 @@ Change = Callable[[Sequence[str]], list[list[str]]]
 # Letters and digits between blanks and signs; scripts that write no blanks give a word a character.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+(?:['’]\w+)*")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*|\s*\n\s*")
-# The chance of each change of the whole text where words are changed as well (Tang et al.: p_ng).
+# p_ng of Tang et al.
 _WHOLE_CHANCE = 0.25
 _NEAREST = 10
 _BLOCK = 1024
 
 
 def transfer_rows(train: Rows, unlabelled: Rows, change: Change | None, task: str, seen: Collection[str] = ()) -> Rows:
-    """The rows that the teacher alone labels: unlabelled texts, then changed copies of all texts.
+    """Return the rows that the teacher alone labels: unlabelled texts, then augmented ones of all texts.
 
     Args:
-        train, unlabelled: rows of the data stage.
-        change: as `changer` makes it; no copies when None.
-        task: its name, which says what of a row a model sees.
-        seen: contents that may not come in, of validation and test; those of `train` don't anyway.
+        change: see `changer`; None augments nothing.
+        seen: contents of validation and test, which are excluded, as those of `train` are.
 
     Returns:
-        Rows without a label, each content once. The third copy of a row has the id `<id>~3`; of a pair of texts
-        the first is changed.
+        Rows without a label, each content once. The third augmented text of a row has the id `<id>~3`; of a pair of
+        texts the first is changed.
     """
     content = task_class(task).content
     taken = {*seen, *(content(row) for row in train)}
@@ -68,11 +66,7 @@ def transfer_rows(train: Rows, unlabelled: Rows, change: Change | None, task: st
 
 
 def changer(teacher: Path, how: spec.Augment, seed: int) -> Change:
-    """The function from texts to the changed copies of each, for the teacher in a finished folder.
-
-    Raises:
-        ModelError: only neighbours are asked for, and the teacher has no embeddings that they could be found in.
-    """
+    """Return the augmentation of a teacher; raise ModelError if only neighbours are asked for, without embeddings."""
     nearest = None
     if "neighbours" in how.kinds:
         embeddings = _input_embeddings(teacher)
@@ -80,7 +74,7 @@ def changer(teacher: Path, how: spec.Augment, seed: int) -> Change:
         if embeddings is not None:
             nearest = Nearest(Tokenizer.from_file(str(teacher / "tokenizer.json")), embeddings)
         elif kinds:
-            say("augment: the teacher has no embeddings to find neighbours in; the other kinds are used")
+            say("augment: the teacher has no embeddings to find neighbours in; using the other kinds")
             how = msgspec.structs.replace(how, kinds=kinds)
         else:
             raise ModelError("the teacher has no embeddings to find neighbours in", "Ask for other kinds: mask")
@@ -91,22 +85,18 @@ def changer(teacher: Path, how: spec.Augment, seed: int) -> Change:
 def views(
     texts: Sequence[str], how: spec.Augment, seed: int, *, mask: str | None = None, nearest: Nearest | None = None
 ) -> list[list[str]]:
-    """Changed copies of each text: a function of text and seed alone, so that what a teacher said of them holds.
+    """Augment each text: a function of text and seed alone, so that cached soft targets stay valid.
 
-    A copy is made of the text by chance: `share` of its words are hidden or replaced, at least one; with a chance
-    of 0.25, or always where no words are changed, the text is cut to a part of at least half its words, or its
-    sentences are reordered.
+    About `share` of the words are masked or replaced, at least one. With p = 0.25, or always where no words are
+    changed, the text is cut to a part of at least half its words, or its sentences are shuffled.
 
     Args:
-        texts: in any order.
-        how: how many copies, of which kinds. The first ones stay the same when more are asked for.
-        seed: another seed gives other copies.
-        mask: the tokenizer's mask token; words are left out when None.
-        nearest: finds neighbours; needed for that kind.
+        how: the first augmented texts stay the same when more are asked for.
+        mask: the tokenizer's mask token; None drops words instead.
+        nearest: finds neighbours, where they are asked for.
 
     Returns:
-        For each text its copies, at most `how.views`: those that are equal to the text or to another copy, or that
-        have no word left, are left out.
+        For each text at most `how.views` different ones, none equal to the text or without a word.
     """
     near: dict[str, list[str]] = {}
     if "neighbours" in how.kinds:
@@ -122,12 +112,8 @@ def _views_of(
     words_too = "mask" in how.kinds or "neighbours" in how.kinds
     found: dict[str, None] = {}
     for _ in range(how.views):
-        if words_too:
-            applied = [change for change in whole if chance.random() < _WHOLE_CHANCE]
-        else:
-            applied = [chance.choice(whole)]
         view = text
-        for change in applied:
+        for change in [c for c in whole if chance.random() < _WHOLE_CHANCE] if words_too else [chance.choice(whole)]:
             view = change(view, chance)
         if words_too:
             view = _change_words(view, how, chance, mask, near)
@@ -139,7 +125,7 @@ def _views_of(
 def _change_words(
     text: str, how: spec.Augment, chance: random.Random, mask: str | None, near: dict[str, list[str]]
 ) -> str:
-    """Hide or replace about `share` of the words, at least one."""
+    """Mask or replace about `share` of the words, at least one."""
     masks = "mask" in how.kinds
     words = [match for match in _WORD.finditer(text) if masks or match[0] in near]
     if not words:
@@ -159,7 +145,7 @@ def _change_words(
 
 
 def _part(text: str, chance: random.Random) -> str:
-    """A contiguous part, of half the words at least."""
+    """Return a contiguous part of at least half the words."""
     words = list(_WORD.finditer(text))
     if len(words) < 2:
         return text
@@ -169,7 +155,6 @@ def _part(text: str, chance: random.Random) -> str:
 
 
 def _reorder(text: str, chance: random.Random) -> str:
-    """The sentences in another order; a single one stays."""
     sentences = [part for part in _SENTENCE_END.split(text) if part]
     if len(sentences) < 2:
         return text
@@ -181,12 +166,7 @@ _OF_THE_WHOLE = {"ngram": _part, "shuffle": _reorder}
 
 
 class Nearest:
-    """Words near a word, by the cosine of their embeddings. What was found is kept.
-
-    Args:
-        tokenizer: the teacher's.
-        embeddings: [V, H], by token id.
-    """
+    """Words near a word, by the cosine of their token embeddings [V, H]; cached."""
 
     def __init__(self, tokenizer: Tokenizer, embeddings: Array) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
@@ -199,10 +179,7 @@ class Nearest:
         self._found: dict[str, list[str]] = {}
 
     def of(self, words: Collection[str]) -> dict[str, list[str]]:
-        """The ten nearest words of each word that is one token; other words are left out.
-
-        Neighbours are whole words of letters, never a piece of one, a special token or the word itself.
-        """
+        """Return the ten nearest words of letters of each word that is one token, never the word itself."""
         new = sorted({*words} - self._found.keys())
         encoded = self._tokenizer.encode_batch_fast([f" {word}" for word in new], add_special_tokens=False)
         token = {
@@ -230,7 +207,7 @@ class Nearest:
 
 
 def _whole_words(tokenizer: Tokenizer, below: int) -> dict[int, str]:
-    """Token id → word, of the tokens that are what becomes of a word of letters in the middle of a text."""
+    """Return token id → word, of the tokens that a word of letters in the middle of a text becomes."""
     ids = [i for i in sorted(tokenizer.get_vocab().values()) if i < below]
     texts = [text.strip() for text in tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=True)]
     candidates = [(i, text) for i, text in zip(ids, texts, strict=True) if text.isalpha()]
@@ -239,7 +216,7 @@ def _whole_words(tokenizer: Tokenizer, below: int) -> dict[int, str]:
 
 
 def mask_token(folder: Path) -> str | None:
-    """The mask token of a tokenizer's folder, or None where it has none."""
+    """Return a tokenizer's mask token, or None."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             token = msgspec.json.decode((folder / name).read_bytes()).get("mask_token")
@@ -249,7 +226,7 @@ def mask_token(folder: Path) -> str | None:
 
 
 def _input_embeddings(teacher: Path) -> Array | None:
-    """The input embeddings [V, H] of a Hugging Face folder; None where there are no weights of PyTorch."""
+    """Return a folder's input embeddings [V, H]; None where there are no weights of PyTorch."""
     if not list(teacher.glob("*.safetensors")):
         return None
     import kdexport.models.textnet  # noqa: F401  # a teacher may be a student of ours

@@ -1,15 +1,12 @@
-"""Losses of layers: what happens inside the student, against what happens inside the teacher on the same tokens.
+"""Losses of layers: the student's hidden states, attention or relations against the teacher's, on the same tokens.
 
 hidden      the states after the embeddings and after each layer (TinyBERT, Jiao et al. 2020)
 attention   the attention probabilities of each layer (TinyBERT)
 relation    how queries, keys and values of the last layer relate among themselves (MiniLMv2, Wang et al. 2021)
 
-The teacher runs live, frozen and without dropout, so a step costs its pass as well. Padding takes no part. Each loss
-is a mean over tokens and, where a paper sums over layers, over layers: a weight means the same for a student of two
-layers as for one of six.
+The teacher runs live, frozen and without dropout. Padding is masked. Each loss is a mean over tokens and, where a paper
+sums over layers, over layers: a weight means the same for a student of two layers as for one of six.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +31,7 @@ LAYER_LOSSES = ("hidden", "attention", "relation")
 _MOST_RELATION_HEADS = 12
 _MASKED = -1e9  # stands for minus infinity, which would make 0 · ∞ of a padded token's part of the divergence
 
-# What the layers that give queries, keys and values are called in each family, the fused ones last.
+# Names of the query, key and value layers by family, the fused ones last.
 _TAPS = (
     ("query", "key", "value"),  # BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, ALBERT
     ("q_lin", "k_lin", "v_lin"),  # DistilBERT
@@ -44,8 +41,8 @@ _TAPS = (
 )
 
 
-class Inside(NamedTuple):
-    """What one pass leaves inside a model of L layers, W wide, with H heads; empty where it was not asked for."""
+class Activations(NamedTuple):
+    """Hidden tensors of one forward pass through L layers of width W with H heads; empty where not asked for."""
 
     states: tuple[Tensor, ...]  # 1 + L of [B, T, W]: the embeddings, then each layer's output
     attentions: tuple[Tensor, ...]  # L of [B, H, T, T]: probabilities, after dropout where the model has any
@@ -53,27 +50,25 @@ class Inside(NamedTuple):
 
 
 class Matching(nn.Module):
-    """The losses of layers of one student and its frozen teacher, and the projections that they need.
+    """The losses of layers of a student and its frozen teacher, with the projections that they need.
 
-    The projections are parameters, trained with the student; the teacher is none of its modules, so neither an
-    optimizer nor a state dict sees it.
+    The projections are trained with the student; the teacher is no submodule, so optimizer and state dict don't see it.
 
     Args:
-        student, teacher: sequence classifiers that read the same tokens.
         names: which of `LAYER_LOSSES`.
-        kept: int64 [V], the teacher's token id of each of the student's, where the student's vocabulary was trimmed.
+        token_ids: int64 [V], the teacher's of each of the student's, where its vocabulary was trimmed.
 
     Raises:
-        ModelError: one of the two has no layers, no attention probabilities or no queries, keys and values.
+        ModelError: a model has no layers, no attention probabilities, or no known queries, keys and values.
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, names: Iterable[str], kept: Array | None = None
+        self, student: PreTrainedModel, teacher: PreTrainedModel, names: Iterable[str], token_ids: Array | None = None
     ) -> None:
         super().__init__()
         self._names = [name for name in LAYER_LOSSES if name in set(names)]
-        self._kept: Tensor | None
-        self.register_buffer("_kept", None if kept is None else torch.from_numpy(kept), persistent=False)
+        self._token_ids: Tensor | None
+        self.register_buffer("_token_ids", None if token_ids is None else torch.from_numpy(token_ids), persistent=False)
         self._teacher = _Watched(teacher.requires_grad_(False).eval(), self._names, "teacher")
         self._student = _Watched(student, self._names, "student")
         self.flags = self._student.flags
@@ -89,17 +84,17 @@ class Matching(nn.Module):
         self.to(student.device)
 
     def forward(self, inputs: dict[str, Tensor], student_output: Any) -> dict[str, Tensor]:
-        """Each loss of one batch, a scalar.
+        """Return each loss of one batch, a scalar.
 
         Args:
             inputs: what the student read: `input_ids` int64 [B, T] and so on.
-            student_output: what it answered, called with `flags`; its vectors are taken by hooks.
+            student_output: its output, called with `flags`.
         """
         ids = inputs["input_ids"]
         given = inputs.get("attention_mask")
         mask = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
         with torch.no_grad():
-            theirs = self._teacher(inputs if self._kept is None else inputs | {"input_ids": self._kept[ids]})
+            theirs = self._teacher(inputs if self._token_ids is None else inputs | {"input_ids": self._token_ids[ids]})
         ours = self._student.inside(student_output)
         losses = {}
         if "hidden" in self._names:
@@ -113,7 +108,7 @@ class Matching(nn.Module):
         return losses
 
     def release(self) -> None:
-        """Take the hooks off both models."""
+        """Remove the hooks from both models."""
         self._student.release()
         self._teacher.release()
 
@@ -126,29 +121,27 @@ def matched(
     student: PreTrainedModel,
     folder: Path,
     names: Iterable[str],
-    kept: Array | None,
+    token_ids: Array | None,
     *,
     task: Task,
     rows: Sequence[dict[str, Any]],
 ) -> Iterator[Matching]:
-    """A student with its `Matching` as a module, for optimizer and checkpoints to see; afterwards without.
+    """Attach a `Matching` to the student as a module, for optimizer and checkpoints to see; detach it afterwards.
 
     Args:
-        student, names, kept: as in `Matching`.
-        folder: the teacher's, a finished stage.
-        task: encodes rows for the student.
-        rows: some texts, to see that both read the same tokens.
+        folder: the teacher's finished stage.
+        rows: some rows, to check that both models read the same tokens.
 
     Raises:
-        ModelError: see `Matching`; or teacher and student read different tokens.
+        ModelError: see `Matching`; or the tokens differ.
     """
     teacher = open_trained(folder)
-    _check_tokens(task.tokenize(rows), load_task(folder).tokenize(rows), kept)
+    _check_tokens(task.tokenize(rows), load_task(folder).tokenize(rows), token_ids)
     before = student.config._attn_implementation
     if "attention" in names:  # the quick implementations keep no probabilities
         _attend(student, "eager")
         _attend(teacher, "eager")
-    matching = Matching(student, teacher, names, kept)
+    matching = Matching(student, teacher, names, token_ids)
     student.matching = matching
     try:
         yield matching
@@ -169,7 +162,7 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
     Args:
         student: 1 + L states, each projected to [B, T, W of the teacher].
         teacher: the states that they are matched with, [B, T, W].
-        mask: bool [B, T], false where padding is.
+        mask: bool [B, T], false at padding.
     """
     layers = [_mean((ours - theirs).square().mean(dim=-1), mask) for ours, theirs in zip(student, teacher, strict=True)]
     return torch.stack(layers).mean()
@@ -178,13 +171,13 @@ def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Mean squared difference of attention probabilities, over heads and pairs of tokens, the mean over layers.
 
-    TinyBERT (equation 7), which takes the scores before the softmax and sums over layers: Transformers' models give
-    probabilities alone, and those are small numbers, so this loss wants a large weight. They come after dropout,
-    which is noise where the student has any. Where head counts differ, each side's mean over heads is compared.
+    TinyBERT (equation 7) takes the scores before the softmax and sums over layers; Transformers' models return
+    probabilities, which are small, so this loss needs a large weight. They come after dropout. Where head counts
+    differ, means over heads are compared.
 
     Args:
         student, teacher: one [B, H, T, T] a layer; H may differ between the two.
-        mask: bool [B, T], false where padding is.
+        mask: bool [B, T], false at padding.
     """
     pairs = mask.unsqueeze(-1) & mask.unsqueeze(-2)  # [B, T, T]
     layers = []
@@ -198,13 +191,12 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
 def relation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
     """Σ over queries, keys and values of KL(relation of the teacher ‖ of the student), the mean over heads and tokens.
 
-    A relation is softmax(X Xᵀ / √d) of vectors X that are cut into `heads` parts of d numbers, so widths and head
-    counts of the two models may differ. MiniLMv2 (https://arxiv.org/abs/2012.15828, equations 3 to 5) with its
-    relations Q-Q, K-K and V-V.
+    A relation is softmax(X Xᵀ / √d) of vectors X cut into `heads` parts of d numbers, so widths and head counts may
+    differ. MiniLMv2 (https://arxiv.org/abs/2012.15828, equations 3 to 5) with its relations Q-Q, K-K and V-V.
 
     Args:
         student, teacher: queries, keys and values, each [B, T, W]; W may differ between the two.
-        mask: bool [B, T], false where padding is.
+        mask: bool [B, T], false at padding.
         heads: divides both widths.
     """
     losses = []
@@ -216,10 +208,7 @@ def relation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Te
 
 
 def layer_pairs(student_layers: int, teacher_layers: int) -> list[int]:
-    """The teacher's layer, counted from 0, for each of the student's: evenly spread, the last for the last.
-
-    TinyBERT's uniform mapping g(m) = m · N / M, rounded where M does not divide N.
-    """
+    """Return the teacher's layer, from 0, for each of the student's: TinyBERT's g(m) = m · N / M, rounded."""
     return [
         max(1, (2 * m * teacher_layers + student_layers) // (2 * student_layers)) - 1
         for m in range(1, student_layers + 1)
@@ -227,7 +216,7 @@ def layer_pairs(student_layers: int, teacher_layers: int) -> list[int]:
 
 
 def relation_heads(student_width: int, teacher_width: int) -> int:
-    """The largest count up to 12 that divides both widths."""
+    """Return the largest head count up to 12 that divides both widths."""
     return max(n for n in range(1, _MOST_RELATION_HEADS + 1) if student_width % n == teacher_width % n == 0)
 
 
@@ -246,7 +235,7 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Watched:
-    """A model whose passes can be looked into."""
+    """A model whose hidden tensors are recorded."""
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str], who: str) -> None:
         self._model, self._who = model, who
@@ -259,27 +248,23 @@ class _Watched:
             self.flags["output_attentions"] = True
         self._wants_vectors = "relation" in names
 
-    def __call__(self, inputs: dict[str, Tensor]) -> Inside:
-        """Run the model, on its inputs' device; what it does not read is left out (token types, for DistilBERT)."""
+    def __call__(self, inputs: dict[str, Tensor]) -> Activations:
+        """Run the model on its inputs' device; drop what it doesn't take (token types, for DistilBERT)."""
         if self._model.device != inputs["input_ids"].device:
             self._model.to(inputs["input_ids"].device)
         read = {name: value for name, value in inputs.items() if name in self._reads}
         return self.inside(self._model(**read, **self.flags))
 
-    def inside(self, output: Any) -> Inside:
-        """What the pass that gave this output left; its vectors only once, so that they don't outlive the step."""
+    def inside(self, output: Any) -> Activations:
+        """Return the tensors of the pass with this output; vectors only once, so that they are freed after the step."""
         vectors = tuple(self._seen.pop(name) for name in self._tapped)
         if len(vectors) == 1:  # queries, keys and values side by side
             vectors = vectors[0].chunk(3, dim=-1)
-        return Inside(output.get("hidden_states") or (), output.get("attentions") or (), vectors)
+        return Activations(output.get("hidden_states") or (), output.get("attentions") or (), vectors)
 
     @torch.no_grad()
-    def look(self) -> Inside:
-        """A pass over two tokens, which shows the shapes; hooks are set on the way.
-
-        Raises:
-            ModelError: the model does not show what is wanted.
-        """
+    def look(self) -> Activations:
+        """Set the hooks and learn the shapes from two tokens; raise ModelError where the model lacks a tensor."""
         was_training = self._model.training
         self._model.eval()
         tokens = torch.ones(1, 2, dtype=torch.int64, device=self._model.device)
@@ -301,7 +286,6 @@ class _Watched:
             hook.remove()
 
     def _tap(self, kind: str) -> None:
-        """Hook the last layer's queries, keys and values."""
         by_leaf = {name.rpartition(".")[2]: part for name, part in self._model.named_modules()}
         self._tapped = next((names for names in _TAPS if set(names) <= set(by_leaf)), ())
         if not self._tapped:
@@ -327,9 +311,11 @@ def _attend(model: PreTrainedModel, implementation: str) -> None:
         model.set_attn_implementation(implementation)
 
 
-def _check_tokens(ours: Sequence[dict[str, Array]], theirs: Sequence[dict[str, Array]], kept: Array | None) -> None:
+def _check_tokens(
+    ours: Sequence[dict[str, Array]], theirs: Sequence[dict[str, Array]], token_ids: Array | None
+) -> None:
     for student, teacher in zip(ours, theirs, strict=True):
-        ids = student["input_ids"] if kept is None else kept[student["input_ids"]]
+        ids = student["input_ids"] if token_ids is None else token_ids[student["input_ids"]]
         same = min(len(ids), len(teacher["input_ids"])) - 1  # where one is cut earlier, its last token is an end
         if not np.array_equal(ids[:same], teacher["input_ids"][:same]):
             raise ModelError(

@@ -1,16 +1,11 @@
-"""Losses as pure functions of logits; torch only.
-
-What a student is trained on is a sum of terms, each with its weight:
+"""Losses as pure functions of logits. The objective is a sum of weighted terms:
 
     alpha · Σ wᵢ · Lᵢ(student, teacher)  +  (1 − alpha) · CE(student, labels)
 
-Hinton, Vinyals and Dean 2015 (https://arxiv.org/abs/1503.02531, section 2) with KL as the only L. `alpha` is λ in
-many textbooks: the share of the teacher's word against the labels'. Losses of probabilities softened by T have
-gradients that shrink like 1/T²; each of them is multiplied by T², so that T changes what is learned and alpha and
-the weights alone how much.
+Hinton, Vinyals and Dean 2015 (https://arxiv.org/abs/1503.02531, section 2), with KL as the only L. `alpha` weights the
+distillation loss against the label loss (λ in some papers). Gradients of probabilities softened by T shrink like 1/T²,
+so these losses are multiplied by T².
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +18,7 @@ from torch import Tensor
 from kdexport.spec import Schedule
 from kdexport.tasks.packed import drawn_of
 
-# The label of a row that has none; the teacher alone teaches it.
+# The label of a row that has none.
 UNLABELLED = -100
 
 # student logits [B, C], teacher logits [B, C], labels int64 [B] or None, temperature → a scalar, the mean over rows.
@@ -31,7 +26,7 @@ LogitLoss = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 class Term(NamedTuple):
-    """One part of the objective: it adds `weight · size` to what is optimised."""
+    """One part of the objective, weight · size."""
 
     name: str
     weight: float
@@ -49,17 +44,15 @@ def objective(
     hard: str = "ce",
     packed: bool = False,
 ) -> list[Term]:
-    """The terms above of one batch: the teacher's unless alpha is 0, the labels' unless it is 1.
+    """Return the terms of one batch: the teacher's unless alpha is 0, the labels' unless it is 1.
 
     Args:
         student_logits: float [B, C].
-        labels: int64 [B], `UNLABELLED` where a row has none.
-        teacher_logits: float [B, C]; None leaves the labels' term alone, with its full weight.
-        losses: weight of each of `LOGIT_LOSSES` that is wanted; other names are left to the caller.
-        temperature: T of the teacher's terms.
-        alpha: weight of the teacher's terms, from 0 to 1.
-        hard: the labels' term, one of `LABEL_LOSSES`; other than `ce` takes labels float [B, C].
-        packed: whether the teacher's are packed log probabilities of some classes, see `with_rest`.
+        labels: int64 [B], `UNLABELLED` where a row has none; float [B, C] for label losses other than `ce`.
+        teacher_logits: float [B, C]; None leaves the labels' term alone, with weight 1.
+        losses: weights; names that are not in `LOGIT_LOSSES` are left to the caller.
+        hard: one of `LABEL_LOSSES`.
+        packed: whether the teacher's are packed log probabilities, see `with_rest`.
     """
     label_loss = LABEL_LOSSES[hard]
     if teacher_logits is None:
@@ -78,32 +71,24 @@ def objective(
 
 
 def value_at(value: float | Schedule, progress: float) -> float:
-    """A setting at a point of training: itself, or where its straight line has come to.
-
-    Args:
-        value: a number or `{from, to}`.
-        progress: 0 at the first step, 1 at the last.
-    """
+    """Return a setting at a progress from 0 to 1 of the training."""
     if isinstance(value, Schedule):
         return value.start + (value.end - value.start) * progress
     return value
 
 
 def total(terms: Sequence[Term]) -> Tensor:
-    """What is optimised: the weighted sum, a scalar."""
-    loss = terms[0].weight * terms[0].size
-    for term in terms[1:]:
-        loss = loss + term.weight * term.size
-    return loss
+    """Return the weighted sum of the terms, a scalar."""
+    return torch.stack([term.weight * term.size for term in terms]).sum()
 
 
 # --- the labels' term
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the labelled rows, summed and divided by all B rows.
+    """Cross-entropy summed over the labelled rows and divided by all B rows.
 
-    So a labelled row weighs the same whatever stands beside it in the batch, and a batch without a label gives 0.
+    So a labelled row weighs the same in every batch, and a batch without labels gives 0.
 
     Args:
         student_logits: float [B, C].
@@ -130,45 +115,30 @@ def label_mse(student_logits: Tensor, labels: Tensor) -> Tensor:
     return (student_logits[known] - labels[known].float()).square().mean(dim=1).sum() / len(labels)
 
 
-LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": cross_entropy,
-    "bce": label_bce,
-    "mse": label_mse,
-}
+LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "bce": label_bce, "mse": label_mse}
 # A task's objective → its labels' term.
-OF_OBJECTIVE: dict[str, str] = {
-    "classes": "ce",
-    "tokens": "ce",
-    "next-token": "ce",
-    "several": "bce",
-    "number": "mse",
-}
+OF_OBJECTIVE: dict[str, str] = {"classes": "ce", "tokens": "ce", "next-token": "ce", "several": "bce", "number": "mse"}
 
 
 # --- the teacher's terms
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-    """T² · KL(teacher_T ‖ student_T): Hinton, Vinyals and Dean 2015, section 2.1.
-
-    At least 0, and 0 only where both give the same probabilities.
-    """
-    student = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    """T² · KL(teacher_T ‖ student_T): Hinton, Vinyals and Dean 2015, section 2.1."""
+    student, teacher = _softened(student_logits, teacher_logits, temperature)
     return temperature**2 * _divergence(teacher, student).mean()
 
 
 def soft_cross_entropy(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float
 ) -> Tensor:
-    """−T² · Σ teacher_T · log student_T: `kl` plus the teacher's entropy, so the same gradients at another size."""
-    student = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher = F.softmax(teacher_logits / temperature, dim=-1)
-    return -(temperature**2) * (teacher * student).sum(dim=-1).mean()
+    """−T² · Σ teacher_T · log student_T: `kl` plus the teacher's entropy, with the same gradients."""
+    student, teacher = _softened(student_logits, teacher_logits, temperature)
+    return -(temperature**2) * (teacher.exp() * student).sum(dim=-1).mean()
 
 
 def mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-    """Mean squared difference of the logits, over rows and classes; not centred, and T plays no part.
+    """Mean squared difference of the logits, over rows and classes; not centred, and independent of T.
 
     Ba and Caruana 2014 (https://arxiv.org/abs/1312.6184, equation 1), who sum over classes.
     """
@@ -176,10 +146,7 @@ def mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, t
 
 
 def bce(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-    """T² · binary cross-entropy of sigmoid(student / T) with sigmoid(teacher / T), the mean over rows and classes.
-
-    For several labels a row: each class is its own yes or no, and a softmax would let them compete.
-    """
+    """T² · binary cross-entropy of sigmoid(student / T) with sigmoid(teacher / T), the mean over rows and classes."""
     teacher = torch.sigmoid(teacher_logits / temperature)
     return temperature**2 * F.binary_cross_entropy_with_logits(student_logits / temperature, teacher)
 
@@ -195,12 +162,10 @@ def dkd(
 ) -> Tensor:
     """Decoupled distillation, T² · (alpha · TCKD + beta · NCKD): Zhao et al. 2022, https://arxiv.org/abs/2203.08679.
 
-    KL is the sum of one KL of the target class against all others, TCKD, and one among the others, NCKD, which it
-    weighs by 1 − the teacher's target probability: least where the teacher is sure and knows most. Here NCKD has a
-    weight of its own. Both weights are the defaults of the authors' repository (megvii-research/mdistiller,
-    `_C.DKD`: ALPHA 1, BETA 8). With two classes NCKD is 0.
-
-    The target of a row is its label; the teacher's first choice where it has none.
+    KL is the KL of the target class against all others, TCKD, plus the KL among the others, NCKD, times 1 − the
+    teacher's target probability. Here NCKD has a weight of its own; both are the defaults of the authors' repository
+    (megvii-research/mdistiller, `_C.DKD`: ALPHA 1, BETA 8). With two classes NCKD is 0. The target of a row without a
+    label is the teacher's first choice.
     """
     given = labels if labels is not None else torch.full_like(teacher_logits[:, 0], UNLABELLED, dtype=torch.int64)
     target = torch.where(given == UNLABELLED, teacher_logits.argmax(dim=-1), given).unsqueeze(-1)
@@ -221,15 +186,11 @@ def dist(
 ) -> Tensor:
     """T² · (beta · (1 − Pearson of rows) + gamma · (1 − Pearson of columns)) of the softened probabilities.
 
-    Huang et al. 2022 (https://arxiv.org/abs/2205.10536): a student far smaller than its teacher keeps how the
-    teacher's answers relate, in a row and in a class over the batch, not their size. Weights as in the authors'
-    repository (hunto/DIST_KD, `DIST`: 1 and 1).
-
-    A single row has no columns to compare, and only the rows' term is taken. With two classes a row's correlation
-    is 1 or −1 and teaches nothing: the columns do.
+    Huang et al. 2022 (https://arxiv.org/abs/2205.10536), with the weights of the authors' repository (hunto/DIST_KD,
+    `DIST`: 1 and 1). A single row has no columns' term. With two classes a row's correlation is ±1, and only the
+    columns teach.
     """
-    student = F.softmax(student_logits / temperature, dim=-1)
-    teacher = F.softmax(teacher_logits / temperature, dim=-1)
+    student, teacher = (logs.exp() for logs in _softened(student_logits, teacher_logits, temperature))
     loss = rows_weight * (1 - _pearson(student, teacher).mean())
     if len(student) > 1:
         loss = loss + columns_weight * (1 - _pearson(student.T, teacher.T).mean())
@@ -237,12 +198,11 @@ def dist(
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-    """T² · KL(student_T ‖ teacher_T): a student too small for all that the teacher says keeps to what is surely right.
+    """T² · KL(student_T ‖ teacher_T), which seeks modes where the student is too small for the whole distribution.
 
     Gu et al. 2024 (MiniLLM, https://arxiv.org/abs/2306.08543, section 2.1), here on the given texts.
     """
-    student = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    student, teacher = _softened(student_logits, teacher_logits, temperature)
     return temperature**2 * _divergence(student, teacher).mean()
 
 
@@ -251,8 +211,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, t
 
     Agarwal et al. 2024 (GKD, https://arxiv.org/abs/2306.13649, equation 1) with β = 1/2.
     """
-    student = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
+    student, teacher = _softened(student_logits, teacher_logits, temperature)
     mean = torch.logaddexp(student, teacher) - math.log(2)
     return temperature**2 * 0.5 * (_divergence(teacher, mean) + _divergence(student, mean)).mean()
 
@@ -273,19 +232,15 @@ LOGIT_LOSSES: dict[str, LogitLoss] = {
 
 
 def with_rest(student_logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's log probabilities of the same k outcomes, as if there were no others.
+    """Return the student's and the teacher's log probabilities of the same k outcomes, each float [M, k].
 
-    A teacher's answer to a token holds k of V probabilities: those of the highest ones, and of some that were drawn
-    from the rest by their probability. Each drawn one stands for an equal part of the rest's mass r: of m drawn, token
-    s has r / m under the teacher and q(s) / p(s) · r / m under the student. So a sum over outcomes is in the mean the
-    one over all V (importance sampling), and any loss of logits can be taken of the two.
+    A teacher's output for a token holds k of V probabilities: the highest ones, and m samples of the rest, whose mass
+    is r. A sampled token s has r / m under the teacher and q(s) / p(s) · r / m under the student, so a sum over the
+    outcomes is in expectation the one over all V (importance sampling).
 
     Args:
         student_logits: float [M, V].
-        packed: float [M, 1 + 2k] as `kdexport.tasks.packed` describes them.
-
-    Returns:
-        Twice float [M, k].
+        packed: float [M, 1 + 2k], see `kdexport.tasks.packed`.
     """
     ids, teacher = packed[:, 1::2].long(), packed[:, 2::2].float()
     student = F.log_softmax(student_logits.float(), dim=-1).gather(1, ids)
@@ -299,7 +254,9 @@ def with_rest(student_logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-# --- inside
+def _softened(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log probabilities [B, C] of both at a temperature."""
+    return F.log_softmax(student_logits / temperature, dim=-1), F.log_softmax(teacher_logits / temperature, dim=-1)
 
 
 def _divergence(log_teacher: Tensor, log_student: Tensor) -> Tensor:
@@ -308,12 +265,7 @@ def _divergence(log_teacher: Tensor, log_student: Tensor) -> Tensor:
 
 
 def _decoupled(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log probabilities of (target, not target) [B, 2], and of the others among themselves [B, C − 1].
-
-    Args:
-        logits: float [B, C].
-        target: int64 [B, 1].
-    """
+    """Log probabilities of (target [B, 1], not target) [B, 2], and of the others among themselves [B, C − 1]."""
     is_other = torch.ones_like(logits, dtype=torch.bool).scatter(-1, target, value=False)
     others = logits[is_other].view(len(logits), -1)
     two = torch.cat([logits.gather(-1, target), torch.logsumexp(others, dim=-1, keepdim=True)], dim=-1)

@@ -1,11 +1,10 @@
-"""What is seen of a training while it runs: the size and pull of each term, the metric, the best epoch."""
-
-from __future__ import annotations
+"""Monitor a training: the size and gradient of each term, the metric, the best epoch."""
 
 import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,11 @@ History = list[dict[str, Any]]
 
 _LOOK_EVERY = 50  # steps; a look at the losses waits for the device
 _ONE_SIDED = 0.99
+_CURVE_KEYS = ("loss", "validation", "terms/", "shares/")
 
 
 class Ledger:
-    """The terms of every step, left on their device and looked at every 50 steps.
-
-    Args:
-        learning_rate: of the training, for the error that says it was too high.
-    """
+    """The terms of every step, read from the device every 50 steps; the learning rate is for its error's advice."""
 
     def __init__(self, learning_rate: float) -> None:
         self._learning_rate = learning_rate
@@ -40,28 +36,18 @@ class Ledger:
         self._last_loss = math.nan
 
     def add(self, step: int, terms: Sequence[Term], loss: Tensor) -> None:
-        """Note one step, counted from 1: the terms without their weights, and the weighted sum.
-
-        Raises:
-            ModelError: the loss of one of the last 50 steps is not finite.
-        """
+        """Record step `step`, from 1: unweighted terms and their weighted sum; see `close_epoch` for errors."""
         for name, size in [("loss", loss), *((term.name, term.size) for term in terms)]:
             self._unread.setdefault(name, []).append(size.detach())
         if len(self._unread["loss"]) == _LOOK_EVERY:
             self._look(step)
 
     def add_shares(self, shares: dict[str, float]) -> None:
-        """Note what part of the gradient each term is, as measured on one batch of this epoch."""
+        """Record each term's fraction of the gradient, as measured on one batch of this epoch."""
         self._shares = shares
 
     def close_epoch(self, step: int) -> dict[str, float]:
-        """The epoch's record, and a new page: of each term `terms/NAME`, its mean size, and `shares/NAME`.
-
-        Empty where one term is all; shares stand in those epochs alone in which they were measured.
-
-        Raises:
-            ModelError: the loss of one of the last 50 steps is not finite.
-        """
+        """Return the epoch's `terms/NAME` (mean size) and `shares/NAME`; raise ModelError if a loss is not finite."""
         self._look(step)
         sizes = {f"terms/{name}": sum(read) / len(read) for name, read in self._read.items() if name != "loss"}
         shares = {f"shares/{name}": share for name, share in self._shares.items()}
@@ -69,7 +55,7 @@ class Ledger:
         return sizes | shares if len(sizes) > 1 else {}
 
     def diverged(self, found: str, step: int) -> ModelError:
-        """The error for a training that has left the numbers, with its likely cause."""
+        """Return the error for losses or outputs that are not finite, with its likely cause."""
         if step == 1:
             return ModelError(f"{found}: the weights that training starts from are not finite", "Look at the model")
         return ModelError(
@@ -89,93 +75,74 @@ class Ledger:
             self._read.setdefault(name, []).extend(sizes)
 
 
+@dataclass(eq=False, kw_only=True)
 class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no types
-    """Each step, advance the bar; each epoch, take the metric, keep the best weights, see if a checkpoint is due.
+    """Advance the bar; each epoch, take the metric, save the best weights, and ask for a checkpoint if one is due.
 
-    What decides (which epoch was best, whether to stop) is read off the history alone, which checkpoints hold; so a
-    training that was killed decides as one that was not.
-
-    Args:
-        higher_is_better: of the metric.
-        judge: a model's metric; NaN where its answers are not finite. None judges nothing.
-        ledger: gives each epoch's record of terms.
-        patience: epochs without a better metric after which training stops; None never stops, and keeps no weights.
-        folder: for the best weights.
-        checkpoint_every_s: seconds between checkpoints.
-        advance: moves the bar by so many steps.
+    Decisions follow from the history in the checkpoints alone, so a resumed training decides as one that ran through.
     """
 
-    def __init__(
-        self,
-        judge: Callable[[Any], float] | None,
-        ledger: Ledger,
-        *,
-        higher_is_better: bool,
-        patience: int | None,
-        folder: Path,
-        checkpoint_every_s: float,
-        advance: Callable[[int], None],
-    ) -> None:
-        self._judge, self._ledger, self._patience = judge, ledger, patience
-        self._higher = higher_is_better
-        self._folder, self._every_s, self._advance = folder, checkpoint_every_s, advance
-        self._saved_at = time.monotonic()
-        self._best_in_checkpoint: int | None = None
+    judge: Callable[[Any], float] | None  # a model's metric; NaN where its outputs are not finite
+    ledger: Ledger
+    higher_is_better: bool
+    patience: int | None  # epochs without a better metric; None never stops, and saves no weights
+    folder: Path  # for the best weights
+    checkpoint_every_s: float
+    advance: Callable[[int], None]
+    _saved_at: float = field(default_factory=time.monotonic)
+    _best_in_checkpoint: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
         if state.global_step:
-            self._advance(state.global_step)
-        self._best_in_checkpoint = best_epoch(state.log_history, self._higher)
+            self.advance(state.global_step)
+        self._best_in_checkpoint = best_epoch(state.log_history, self.higher_is_better)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
-        self._advance(1)
+        self.advance(1)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: D102
         epoch = round(state.epoch)
-        record = {"epoch": state.epoch} | self._ledger.close_epoch(state.global_step)
-        if self._judge:
-            record["validation"] = metric = self._judge(model)
+        record = {"epoch": state.epoch} | self.ledger.close_epoch(state.global_step)
+        if self.judge:
+            record["validation"] = metric = self.judge(model)
             if math.isnan(metric):
-                raise self._ledger.diverged(f"after epoch {epoch} the answers are not finite", state.global_step)
+                raise self.ledger.diverged(f"after epoch {epoch} the answers are not finite", state.global_step)
         state.log_history.append(record)
-        if self._patience is not None:
-            best = best_epoch(state.log_history, self._higher) or epoch
+        if self.patience is not None:
+            best = best_epoch(state.log_history, self.higher_is_better) or epoch
             if best == epoch and state.is_world_process_zero:
                 self._keep(model, epoch)
-            control.should_training_stop |= epoch - best >= self._patience
+            control.should_training_stop |= epoch - best >= self.patience
         # No checkpoint of the epoch that stops it: what goes on from there would not know that it has to stop.
-        if time.monotonic() - self._saved_at >= self._every_s and not control.should_training_stop:
+        if time.monotonic() - self._saved_at >= self.checkpoint_every_s and not control.should_training_stop:
             control.should_save = True
             self._saved_at = time.monotonic()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
-        self._best_in_checkpoint = best_epoch(state.log_history, self._higher)
+        self._best_in_checkpoint = best_epoch(state.log_history, self.higher_is_better)
 
     def restore(self, model: nn.Module, history: History) -> int:
-        """Give a model the weights of the best epoch, and say which that is."""
-        best = best_epoch(history, self._higher) or 0
-        load_model(model, self._folder / f"{best}.safetensors")
+        """Load the weights of the best epoch, and return its number."""
+        best = best_epoch(history, self.higher_is_better) or 0
+        load_model(model, self.folder / f"{best}.safetensors")
         return best
 
     def forget(self) -> None:
-        """Delete the weights that were kept."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Delete the saved weights."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _keep(self, model: nn.Module, epoch: int) -> None:
-        """Keep this epoch's weights, and those that a training would need that goes on from the last checkpoint."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(self._folder / "new"))
-        (self._folder / "new").replace(self._folder / f"{epoch}.safetensors")
-        for path in self._folder.glob("*.safetensors"):
+        """Save this epoch's weights, and retain those that a resume from the last checkpoint would need."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_model(model, str(self.folder / "new"))
+        (self.folder / "new").replace(self.folder / f"{epoch}.safetensors")
+        for path in self.folder.glob("*.safetensors"):
             if path.stem not in (str(epoch), str(self._best_in_checkpoint)):
                 path.unlink()
 
 
 def gradient_shares(terms: Sequence[Term], parameters: Sequence[nn.Parameter]) -> dict[str, float]:
-    """The norm of each weighted term's gradient, as a share of the norms' sum; the graph is kept.
-
-    Terms pull in different directions: a share says how strongly one pulls, not how far the sum goes its way.
-    """
+    """Return the norm of each weighted term's gradient as a fraction of the norms' sum; the graph is retained."""
     norms = {}
     for term in terms:
         found = torch.autograd.grad(term.weight * term.size, parameters, retain_graph=True, allow_unused=True)
@@ -185,42 +152,32 @@ def gradient_shares(terms: Sequence[Term], parameters: Sequence[nn.Parameter]) -
 
 
 def say_shares(curve: Curve, title: str) -> None:
-    """Say how strongly each term pulled when that was last measured; warn where one pulled as good as alone."""
-    measured = [shares for point in curve if (shares := _shares_in(point))]
+    """Print each term's last measured fraction of the gradient; warn where one dominates."""
+    measured = [found for point in curve if (found := {k[7:]: v for k, v in point.items() if k.startswith("shares/")})]
     if not measured:
         return
     ordered = sorted(measured[-1].items(), key=lambda item: -item[1])
     say(f"{title}: of the gradient, " + ", ".join(f"{name} is {share:.0%}" for name, share in ordered))
     name, share = ordered[0]
     if share > _ONE_SIDED:
-        warn(
-            f"{title}: {name} is {share:.1%} of the gradient, the other terms hardly count; weigh it less, or them more"
-        )
+        warn(f"{title}: {name} is {share:.1%} of the gradient, the other terms hardly count; lower its weight")
 
 
 def best_epoch(history: History, higher_is_better: bool = True) -> int | None:
-    """The first of the epochs with the best metric, counted from 1; None while there is none."""
+    """Return the first epoch with the best metric, from 1; None while there is none."""
     judged = [record for record in history if "validation" in record]
     best = max if higher_is_better else min
     return round(best(judged, key=lambda record: record["validation"])["epoch"]) if judged else None
 
 
 def curve_of(history: History) -> Curve:
-    """One record an epoch: `epoch`, `loss`, `validation`, and of each term `terms/NAME` and `shares/NAME`."""
+    """Return one record an epoch: `epoch`, `loss`, `validation`, and of each term `terms/NAME` and `shares/NAME`."""
     epochs: dict[int, dict[str, float]] = {}
     for record in history:
         epochs.setdefault(round(record["epoch"]), {}).update(record)
     return [
         {"epoch": epoch}
         # sorted, because a history that was read from a checkpoint has another order
-        | {key: round(float(record[key]), 6) for key in sorted(record) if _is_ours(key)}
+        | {key: round(float(record[key]), 6) for key in sorted(record) if key.startswith(_CURVE_KEYS)}
         for epoch, record in epochs.items()
     ]
-
-
-def _is_ours(key: str) -> bool:
-    return key in ("loss", "validation") or key.startswith(("terms/", "shares/"))
-
-
-def _shares_in(point: dict[str, float]) -> dict[str, float]:
-    return {key.removeprefix("shares/"): value for key, value in point.items() if key.startswith("shares/")}

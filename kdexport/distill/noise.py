@@ -1,6 +1,4 @@
-"""A teacher that answers otherwise each time: dropout left on (Gal and Ghahramani 2016, arXiv 1506.02142)."""
-
-from __future__ import annotations
+"""MC dropout: outputs with dropout left on (Gal and Ghahramani 2016, https://arxiv.org/abs/1506.02142)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

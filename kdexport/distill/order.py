@@ -1,20 +1,16 @@
-"""The order in which a training reads its rows."""
-
-from __future__ import annotations
+"""The order of training rows."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from kdexport.tasks.metrics import Array
-
 
 class ByLength(Sampler[int]):
-    """A new random order every epoch in which neighbours are of similar length, so that little is padding.
+    """A random order every epoch with batches of similar length, so that little is padding.
 
-    Rows are shuffled, cut into pools of 50 batches, sorted by length inside each pool, and the batches are
-    shuffled again. The order is a function of seed and epoch alone: a resumed training sees the same one.
+    Rows are shuffled, cut into pools of 50 batches, sorted by length inside each pool, and the batches are shuffled
+    again. The order is a function of seed and epoch alone: a resumed training sees the same one.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -29,21 +25,14 @@ class ByLength(Sampler[int]):
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng([self._seed, self._epoch])
+        random, size = np.random.default_rng([self._seed, self._epoch]), self._batch_size
         shuffled = random.permutation(len(self._lengths))
-        pool = 50 * self._batch_size
-        batches = [
-            sorted_pool[i : i + self._batch_size]
-            for start in range(0, len(shuffled), pool)
-            for sorted_pool in [_sorted_by(self._lengths, shuffled[start : start + pool])]
-            for i in range(0, len(sorted_pool), self._batch_size)
-        ]
-        full = [batch for batch in batches if len(batch) == self._batch_size]
-        random.shuffle(full)
-        rest = [batch for batch in batches if len(batch) < self._batch_size]  # at most one, so it comes last
-        for batch in full + rest:
-            yield from batch.tolist()
-
-
-def _sorted_by(lengths: Array, chosen: Array) -> Array:
-    return np.asarray(chosen[np.argsort(lengths[chosen], kind="stable")])
+        batches: list[list[int]] = []
+        for start in range(0, len(shuffled), 50 * size):
+            pool = shuffled[start : start + 50 * size]
+            pool = pool[np.argsort(self._lengths[pool], kind="stable")].tolist()
+            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+        rest = [batches.pop()] if batches and len(batches[-1]) < size else []
+        random.shuffle(batches)
+        for batch in batches + rest:
+            yield from batch

@@ -1,11 +1,8 @@
 """Soft targets: the teachers' logits for every row of a run, looked up by example and never by step.
 
-Each teacher reads each text once, ever (`answers.py`, `store.py`); what several teachers or passes said is combined
-here. A run's own `targets/` holds the logits of its own rows, and the rows that no label but the teachers' is known
-of: unlabelled texts and changed copies.
+Each teacher computes each text once, in a shared cache (`teacher_outputs`, `store`). A run's `targets/` holds the
+combined logits of its rows, and of the transfer rows, which the teachers alone label: unlabelled and augmented texts.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +18,6 @@ from kdexport.data.sources import SPLITS
 from kdexport.distill.augment import changer, transfer_rows
 from kdexport.distill.combine import columns_of, combine
 from kdexport.distill.samples import written_by
-from kdexport.distill.store import Store as Store
 from kdexport.distill.store import cache_folder
 from kdexport.distill.teacher_outputs import Run, Teacher
 from kdexport.distill.teachers import teachers_of
@@ -54,19 +50,16 @@ def write_targets(
     samples: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Write the teachers' combined logits for every row of every split, and check each teacher on the way.
+    """Write the teachers' combined logits for every row of every split, and check each teacher on labelled rows.
 
     Args:
-        data: finished data stage.
-        teacher: finished teacher stage.
+        data, teacher: finished stages.
         out: gets `train.npy`, `validation.npy`, `test.npy` (float32 [N, C], in the rows' order and that of the first
-            teacher's labels), where there are any `transfer.jsonl` with the rows that have no label, beyond those of
-            the splits, and `transfer.npy`; and `targets.json`.
-        run_teacher: rows → logits; what the teacher's kind does when absent.
-        how: passes and how answers are combined; one pass when absent.
-        augment: changed copies of the texts of train and of the unlabelled ones; none when absent.
-        samples: passages that a language model writes, to train on as well; none when absent.
-        seed: of copies, of dropout and of samples.
+            teacher's labels), where there are transfer rows `transfer.jsonl` and `transfer.npy`; and `targets.json`.
+        run_teacher: rows → logits, in place of the teacher's own.
+        how: passes and how outputs are combined; one pass when absent.
+        samples: passages that a language model generates, to train on as well.
+        seed: of augmented texts, dropout and samples.
 
     Raises:
         ModelError: a teacher is near chance on the labelled rows, or gives no finite logits.
@@ -118,7 +111,7 @@ def write_targets(
 def _read(
     teacher: Teacher, splits: dict[str, list[dict[str, Any]]], labelled: dict[str, list[int]], named: bool
 ) -> int:
-    """Let one teacher read what it has not read yet, and check it on labelled rows first; how many texts it read."""
+    """Compute what one teacher has not computed yet, after checking it on labelled rows; return how many texts."""
     everything = [row for rows in splits.values() for row in rows]
     trained_for = [splits[split][i] for split in ("validation", "train") for i in labelled[split]]
     asked = trained_for or splits["test"]
@@ -136,7 +129,7 @@ def _read(
 
 
 def _combine(answers: Sequence[Array], how: spec.Teacher) -> Array:
-    """In blocks of rows, which takes less memory."""
+    """Combine in blocks of rows, which saves memory."""
     starts = range(0, len(answers[0]), _BLOCK)
     return np.concatenate([combine([a[i : i + _BLOCK] for a in answers], how.weights, how.combine) for i in starts])
 

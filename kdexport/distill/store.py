@@ -1,19 +1,19 @@
 """Logits by content, on disk: what was computed once is never computed again.
 
-One folder a teacher (the hash of its weights, configuration, tokenizer and maximal length), in it shards of
-(hash of the text → logits) in a cache that all runs share. What is there holds for a second student, after a kill,
-and when rows are added. A shard is named after the hash of what it holds, so a damaged one is known, and left out.
+One folder a teacher (the hash of its weights, configuration, tokenizer and maximal length) in a cache that all runs
+share, in it shards of hash of the text → logits: they serve a second student, a run that was killed, and added rows.
+A shard is named after the hash of its content, which shows damage.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from kdexport.errors import first_line
 from kdexport.progress import warn
 from kdexport.tasks.metrics import Array
 
@@ -22,9 +22,12 @@ class Store:
     """Content → logits float32 [*shape], in a folder of shards that only ever grows.
 
     Args:
-        folder: made when it is absent.
-        shape: of one row's logits; shards of another shape are left out.
-        optional: go on in memory, with a warning, where the folder can't be written.
+        shape: of one row's logits; shards of another shape are skipped.
+        optional: it is a cache. Where it can't be written or read, go on in memory with a warning; rename shards that
+            are damaged to `NAME.npz.damaged`.
+
+    Raises:
+        OSError: it is not optional, and can't be written or read.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...] | None = None, *, optional: bool = False) -> None:
@@ -34,15 +37,10 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self._give_up(error)
-        left_out = []
-        for shard in sorted(folder.glob("*.npz")):
-            try:
-                with np.load(shard) as arrays:
-                    self._take(shard.stem, arrays["keys"], arrays["logits"])
-            except Exception as error:  # whatever a damaged file raises; its texts are computed again
-                left_out.append(f"{shard.name}: {error}")
-        if left_out:
-            warn(f"soft targets: {len(left_out)} files of {folder} are left out ({left_out[0]})")
+        skipped = [(shard, why) for shard in sorted(folder.glob("*.npz")) if (why := self._read(shard))]
+        if skipped:
+            shard, why = skipped[0]
+            warn(f"soft targets: {len(skipped)} files of {folder} are computed again ({shard.name}: {why})")
 
     def missing(self, contents: Iterable[str]) -> list[str]:
         """Return the distinct contents that have no logits yet, in order."""
@@ -59,25 +57,40 @@ class Store:
             neighbour.replace(self._folder / f"{name}.npz")
         except OSError as error:
             self._give_up(error)
-        self._take(name, keys, logits)
+        finally:
+            with suppress(OSError):
+                neighbour.unlink(missing_ok=True)
+        self._logits |= zip(map(bytes, keys), logits, strict=True)
 
     def look_up(self, contents: Iterable[str]) -> Array:
         """Return logits float32 [N, *shape] in the order of the contents."""
         return np.stack([self._logits[content_key(content)] for content in contents])
 
-    def _take(self, name: str, keys: Array, logits: Array) -> None:
-        if name != _name(keys, logits):
-            raise ValueError("its checksum differs")
-        if self._shape is not None and logits.shape[1:] != self._shape:
-            raise ValueError(f"its logits are of shape {logits.shape[1:]}, not {self._shape}")
+    def _read(self, shard: Path) -> str | None:
+        """Take a shard's logits; return why they can't be taken, or None."""
+        try:
+            with np.load(shard) as arrays:
+                keys, logits = arrays["keys"], arrays["logits"]
+            if shard.stem != _name(keys, logits):
+                raise ValueError("its checksum differs")
+        except (OSError, MemoryError) as error:  # too many open files, no memory: the shard may be as it should be
+            if not self._optional:
+                raise
+            return first_line(error)
+        except Exception as error:  # zipfile, zlib, struct and numpy each have their own for a damaged file
+            if self._optional:
+                with suppress(OSError):
+                    shard.rename(f"{shard}.damaged")
+            return first_line(error)
+        if self._shape not in (None, logits.shape[1:]):
+            return f"its logits are of shape {logits.shape[1:]}, not {self._shape}"
         self._logits |= zip(map(bytes, keys), logits, strict=True)
+        return None
 
     def _give_up(self, error: OSError) -> None:
         if not self._optional:
             raise error
-        warn(
-            f"soft targets: the cache {self._folder} can't be written ({error.strerror}); they are kept in memory only"
-        )
+        warn(f"soft targets: the cache {self._folder} can't be written ({error.strerror}); they stay in memory only")
 
 
 def _name(keys: Array, logits: Array) -> str:

@@ -1,6 +1,4 @@
-"""A teacher of which only its logits are there: a file of them → logits of the data's rows, each found and checked."""
-
-from __future__ import annotations
+"""A teacher that is a file of logits: find and check those of every row of the data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 from kdexport.data import read_rows, read_summary
 from kdexport.data.sources import SPLITS
 from kdexport.distill.store import Store
-from kdexport.errors import ModelError
+from kdexport.errors import ModelError, first_line
 from kdexport.progress import say
 from kdexport.tasks import task_class
 from kdexport.tasks.metrics import Array
@@ -23,7 +21,7 @@ _PARTS = (*SPLITS, "unlabelled")
 
 
 class Part(NamedTuple):
-    """The logits [N, C] of one file's rows: in its order, or each with the id or the content of its row in `names`."""
+    """The logits [N, C] of one file's rows, in its order, or with the id or content of each row in `names`."""
 
     logits: Array
     names: list[str] | None = None
@@ -31,7 +29,7 @@ class Part(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a file of logits holds; `labels` name the columns, if it says."""
+    """A file of logits; `labels` name the columns, if it has them."""
 
     labels: list[str] | None
     parts: dict[str, Part]
@@ -42,20 +40,17 @@ def take_stored(path: Path, data: Path, source_rows: Mapping[str, int], task: st
 
     Args:
         path: `.npz` with arrays `train`, `validation`, `test`, `unlabelled` (float [N, C], in the order of the data
-            file's rows; those that kdexport splits off are rows of train), optional `labels` (names of the columns)
-            and `ids_train`, … (our row ids, `<file>:<row>`, in any order). Or `.parquet`: a column a label, or one
-            column `logits` of lists; with a column `id`, or `text` (and `text_pair`), or in the order of one file.
+            file's rows; rows that kdexport splits off are rows of train), optional `labels` (names of the columns) and
+            `ids_train`, … (our row ids, `<file>:<row>`, in any order). Or `.parquet`: a column a label, or one column
+            `logits` of lists; with a column `id`, or `text` (and `text_pair`), or in the order of one file.
         data: finished data stage.
-        source_rows: how many rows the file of each split has.
-        task: its name.
-        out: the teacher's folder.
+        source_rows: the number of rows in each split's file.
 
     Returns:
-        The labels in the order of the logits that were written, as the data spells them.
+        The labels in the order of the written logits, as the data spells them.
 
     Raises:
-        ModelError: the file can't be read, or has another number of rows or classes, other names, no logits for some
-            row, or such that are not finite.
+        ModelError: the file can't be read, or its rows, classes or names don't match the data.
     """
     content = task_class(task).content
     stored = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path, content)
@@ -73,7 +68,7 @@ def take_stored(path: Path, data: Path, source_rows: Mapping[str, int], task: st
 
 
 def _find(path: Path, stored: Stored, source: str, rows: Rows, source_rows: int, content: Content) -> Array:
-    """Logits float32 [N, C] of the rows, which come from the file of the split `source`."""
+    """Return the logits float32 [N, C] of rows from the file of the split `source`."""
     part = stored.parts.get(source)
     if part is None:
         raise ModelError(f"{path} has no logits for {source}", f"It has: {', '.join(stored.parts)}")
@@ -128,7 +123,9 @@ def _read_npz(path: Path) -> Stored:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # numpy raises a handful of classes, and ValueError for objects, which it won't run
-        raise ModelError(f"{path} can't be read: {error}", "Write it with numpy.savez, without objects") from None
+        raise ModelError(
+            f"{path} can't be read: {first_line(error)}", "Write it with numpy.savez, no objects"
+        ) from None
     strange = sorted(set(arrays) - {"labels", *_PARTS, *(f"ids_{split}" for split in _PARTS)})
     if strange or not set(arrays) & set(_PARTS):
         raise ModelError(f"{path} holds {', '.join(arrays) or 'nothing'}", f"Name its arrays {', '.join(_PARTS)}")
@@ -154,7 +151,7 @@ def _read_parquet(path: Path, content: Content) -> Stored:
     try:
         table = pyarrow.parquet.read_table(path)
     except Exception as error:  # pyarrow's own classes, and OSError
-        raise ModelError(f"{path} can't be read: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{path} can't be read: {first_line(error)}") from None
     classes = [name for name in table.column_names if name not in ("id", "text", "text_pair") and name[:2] != "__"]
     if classes == ["logits"]:
         labels, lengths = None, pyarrow.compute.list_value_length(table["logits"]).to_pylist()

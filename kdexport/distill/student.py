@@ -1,6 +1,4 @@
-"""The student: its shape, its first weights from the teacher's, and its training."""
-
-from __future__ import annotations
+"""Build a student, with first weights from the teacher's, and train it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,23 +8,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.data import read_rows
 from kdexport.distill.soft_targets import TRANSFER
 from kdexport.distill.teacher import some_rows
-from kdexport.distill.train import Recipe, fit
+from kdexport.distill.train import TrainConfig, fit
 from kdexport.errors import ModelError
 from kdexport.files import write_json
 from kdexport.models.convolution import build_conv
 from kdexport.models.inference import logits_of
-from kdexport.models.loading import Opened, open_config, open_model, open_processor
+from kdexport.models.loading import ModelAndProcessor, open_config, open_model, open_processor
 from kdexport.models.registry import open_trained, task_name
 from kdexport.models.saving import save_model, save_task
 from kdexport.models.shrink import keep_layers, layers_of, narrow
@@ -37,19 +31,17 @@ from kdexport.spec import derive
 from kdexport.tasks import load_task, task_class
 from kdexport.tasks.config import read_config
 
-# Width of the features of students of ours, and of the layer before their logits. A bag with a head of 256 is 4 µs
-# quicker, and on clinc150 lost 0.5 points.
+# Width of a TextNet's features, and of the layer before its logits: docs/decisions.md.
 _NETWORK_WIDTH, _NETWORK_HEAD = 256, 512
-# Of a trial: fewer say nothing of students that start from different things.
-_LEAST_STEPS = 100
+_LEAST_STEPS = 100  # of a trial
 
 
-class Built(NamedTuple):
-    """A student with its first weights, in words where they come from, and the ids kept of the teacher's vocabulary."""
+class Untrained(NamedTuple):
+    """An untrained student, where its weights come from, and the teacher's ids of a trimmed vocabulary."""
 
-    opened: Opened
+    opened: ModelAndProcessor
     origin: str
-    kept: NDArray[np.int64] | None = None
+    token_ids: NDArray[np.int64] | None = None
 
 
 def train_student(
@@ -69,14 +61,13 @@ def train_student(
 
     Args:
         student, distill: the spec's parts.
-        name: which student, as `student.model` names it.
-        data, teacher: finished stages.
-        targets: the finished soft targets, with the rows that the teachers alone label.
+        name: as `student.model` names it.
+        data, teacher, targets: finished stages.
         seed: of weights and order of rows; the same for student and baseline.
-        out: gets the model, `task.json`, `training.json` and `reference.npy`, the trained student's logits in
-            PyTorch for the test rows and the task's probes (float32 [N, C]), for verification to compare with.
-        hard: whether to train on the labels alone: the baseline.
-        share: of the epochs to train; below 1 it is a trial, and the weights are not kept.
+        out: gets the model, `task.json`, `training.json` and `reference.npy`, the student's logits in PyTorch for the
+            test rows and the task's probes (float32 [N, C]), for verification.
+        hard: train on labels alone: the baseline.
+        share: fraction of the epochs; below 1 it is a trial, whose weights are not saved.
     """
     built = _start(student, name, data, teacher, targets, seed, out)
     title, model = ("baseline" if hard else "student"), built.opened.model
@@ -92,7 +83,7 @@ def train_student(
         places = sampled(len(rows), max(examples, distill.batch_size))
         rows, soft = [rows[i] for i in places], soft if soft is None else soft[places]
         epochs = max(1, examples // len(rows))
-    how = Recipe(
+    how = TrainConfig(
         epochs=int(epochs),
         learning_rate=derive.learning_rate(distill, student, name, getattr(model.config, "hidden_size", 0)).value,
         batch_size=distill.batch_size,
@@ -119,7 +110,7 @@ def train_student(
         validation=validation,
         validation_targets=np.load(targets / "validation.npy"),
         teacher=teacher,
-        kept=built.kept,
+        token_ids=built.token_ids,
         work=out,
         title=f"{'try' if share < 1 else 'train'} {title if share == 1 else name}",
     )
@@ -135,19 +126,21 @@ def train_student(
 def write_untrained(
     student: spec.Student, name: str, *, data: Path, teacher: Path, targets: Path, seed: int, out: Path
 ) -> None:
-    """Write a student with its first weights, to be measured: `untrained.json` tells its parameters."""
+    """Write an untrained student, to be measured, and its parameters as `untrained.json`."""
     built = _start(student, name, data, teacher, targets, seed, out)
     write_json(out / "untrained.json", {"parameters": built.opened.model.num_parameters(), "origin": built.origin})
     save_model(built.opened, out)
 
 
-def _start(student: spec.Student, name: str, data: Path, teacher: Path, targets: Path, seed: int, out: Path) -> Built:
+def _start(
+    student: spec.Student, name: str, data: Path, teacher: Path, targets: Path, seed: int, out: Path
+) -> Untrained:
     set_seed(seed)
     rows = [*read_rows(data, "train"), *transfer_rows(targets)]
     texts = (row[column] for row in rows for column in ("text", "text_pair") if row.get(column))
     some, config = some_rows(data), read_config(teacher)
     if derive.shape_of(name).kind == "conv":
-        built = Built(build_conv(derive.shape_of(name).width, config, some), "random weights")
+        built = Untrained(build_conv(derive.shape_of(name).width, config, some), "random weights")
     else:
         built = build_student(student, name, teacher, texts)
     task, function = config.task, config.function
@@ -156,21 +149,21 @@ def _start(student: spec.Student, name: str, data: Path, teacher: Path, targets:
 
 
 def transfer_rows(targets: Path) -> list[dict[str, Any]]:
-    """The rows of a finished targets stage that the teachers alone label."""
+    """Return the rows of a finished targets stage that the teachers alone label."""
     return read_rows(targets, TRANSFER) if (targets / f"{TRANSFER}.jsonl").exists() else []
 
 
-def build_student(student: spec.Student, name: str, teacher_folder: Path, texts: Iterable[str] = ()) -> Built:
-    """A student with its first weights.
+def build_student(student: spec.Student, name: str, teacher_folder: Path, texts: Iterable[str] = ()) -> Untrained:
+    """Build a student with its first weights.
 
     Args:
         student: vocabulary, embedding and start are read.
-        name: which student, as `student.model` names it.
+        name: as `student.model` names it.
         teacher_folder: a finished teacher stage.
-        texts: the training texts, which a vocabulary of the corpus is made of.
+        texts: the training texts, for a vocabulary of the corpus.
 
     Raises:
-        ModelError: the teacher has too few layers or no weights to take, or the named model can't be opened.
+        ModelError: the teacher has too few layers or no weights, or the named model can't be opened.
     """
     shape = derive.shape_of(name)
     if shape.kind == "model":
@@ -178,7 +171,7 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
         opened = open_model(name, open_config(name), config.task, config.labels, config.function)
         if derive.vocabulary(student, name, config.task) == "corpus":
             trim_vocabulary(opened.processor, opened.model, texts)
-        return Built(opened, f"its weights from {name}")
+        return Untrained(opened, f"its weights from {name}")
     teacher = open_trained(teacher_folder)
     task = task_name(teacher_folder)
     whole = derive.vocabulary(student, name, task) == "whole" or task_class(task).modality != "text"
@@ -186,44 +179,34 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
     kept = None if whole else trim_vocabulary(tokenizer, teacher, texts)
     size = "" if kept is None else f", a vocabulary of {len(kept):,}"
     if derive.pools(student, name):
-        model, told = _network(shape, student, teacher, tokenizer, task)
+        model, origin = _network(shape, student, teacher, tokenizer, task)
     elif shape.kind == "narrow":
-        model, told = _narrow(student, shape, teacher)
+        model, origin = _narrow(student, shape, teacher)
     else:
         wanted = list(shape.indices) or shape.layers
         indices = layers_of(teacher.config.num_hidden_layers, wanted, spread=shape.kind == "spread")
-        model, told = keep_layers(teacher, indices), f"the teacher's layers {', '.join(map(str, indices))}"
-    return Built(Opened(model, tokenizer), told + size, kept)
+        model, origin = keep_layers(teacher, indices), f"the teacher's layers {', '.join(map(str, indices))}"
+    return Untrained(ModelAndProcessor(model, tokenizer), origin + size, kept)
 
 
 def _narrow(student: spec.Student, shape: derive.Shape, teacher: PreTrainedModel) -> tuple[PreTrainedModel, str]:
-    made = narrow(
-        teacher,
-        shape.layers,
-        shape.width,
-        project_layers=student.start == "projections",
-    )
-    told = f"embeddings from the teacher's by PCA ({made.kept_variance:.0%} of their variance)"
+    made = narrow(teacher, shape.layers, shape.width, project_layers=student.start == "projections")
     if made.projected_layers:
-        told = f"embeddings and {made.projected_layers} layers from the teacher's by PCA ({made.kept_variance:.0%})"
-    return made.model, told
+        layers = f"embeddings and {made.projected_layers} layers"
+        return made.model, f"{layers} from the teacher's by PCA ({made.kept_variance:.0%})"
+    return made.model, f"embeddings from the teacher's by PCA ({made.kept_variance:.0%} of their variance)"
 
 
 @torch.no_grad()
 def _network(
-    shape: derive.Shape,
-    student: spec.Student,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    task: str,
+    shape: derive.Shape, student: spec.Student, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, task: str
 ) -> tuple[PreTrainedModel, str]:
-    """A student of ours; its table is the teacher's, whole or on its principal axes."""
+    """Build a `TextNet`; its table is the teacher's, whole or on its principal axes."""
     words = teacher.get_input_embeddings().weight
     width = student.embedding or words.shape[1]
     if width > words.shape[1]:
         raise ModelError(
-            f"student.embedding is {width}, the teacher's embeddings are {words.shape[1]} wide",
-            "Take no more than that",
+            f"student.embedding is {width}, the teacher's embeddings are {words.shape[1]} wide", "Lower it"
         )
     encoder = shape.kind == "narrow"
     network = (TextNetForTokens if task_class(task).has_words else TextNet)(
@@ -241,18 +224,18 @@ def _network(
             problem_type=teacher.config.problem_type,
         )
     )
-    onto, kept = _principal_axes(words, width)
+    onto, fraction = _principal_axes(words, width)
     network.embeddings.weight.copy_(words @ onto if encoder else (words - words.mean(dim=0)) @ onto)
     if encoder:
         start_as_mean(network)
         _start_stream(network, teacher, onto, shape.width)
     network.embeddings.weight[network.config.pad_token_id] = 0.0
-    part = "" if kept > 0.9999 else f" by PCA ({kept:.0%} of their variance)"
+    part = "" if fraction > 0.9999 else f" by PCA ({fraction:.0%} of their variance)"
     return network, f"the teacher's embeddings{part}"
 
 
 def _principal_axes(table: Tensor, width: int) -> tuple[Tensor, float]:
-    """The axes [H, width] on which a table [V, H] varies most, and their share of its variance."""
+    """Return the principal axes [H, width] of a table [V, H], and their fraction of its variance."""
     if width == table.shape[1]:
         return torch.eye(width, dtype=table.dtype), 1.0
     variances, axes = torch.linalg.eigh(torch.cov((table - table.mean(dim=0)).T.float()).double())
@@ -260,7 +243,7 @@ def _principal_axes(table: Tensor, width: int) -> tuple[Tensor, float]:
 
 
 def _start_stream(network: TextNet, teacher: PreTrainedModel, onto: Tensor, width: int) -> None:
-    """What an encoder's first layer reads: the teacher's positions too, where it has a table, and the main axes."""
+    """Initialise what an encoder's first layer reads: the teacher's positions, if it has a table, and the main axes."""
     block = network.encoder.embeddings
     theirs = getattr(teacher.base_model.embeddings, "position_embeddings", None)
     if isinstance(theirs, torch.nn.Embedding):

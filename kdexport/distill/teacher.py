@@ -1,17 +1,16 @@
-"""The teacher: opened, fine-tuned if asked, its labels and the data's brought together."""
-
-from __future__ import annotations
+"""Open a teacher, fine-tune it if asked, and match its labels with the data's."""
 
 import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from transformers import set_seed
 
 from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.data import read_rows, read_summary
-from kdexport.distill.train import Recipe, fit
+from kdexport.distill.train import TrainConfig, fit
 from kdexport.errors import ModelError
 from kdexport.files import write_json
 from kdexport.models.loading import open_config, open_model, own_labels
@@ -21,9 +20,7 @@ from kdexport.progress import say, warn
 from kdexport.tasks import load_task, task_class
 from kdexport.tasks.classes import function_of
 
-# Of a language model's vocabulary, as many tokens are kept with their probability: see `tasks/packed.py`, and
-# benchmarks/soft_targets.py for how near their loss is to the whole one.
-_SOFT_TARGETS = 64
+_TOP_K = 64  # tokens with a probability in a language model's soft targets: docs/decisions.md
 
 
 def prepare_teacher(
@@ -34,20 +31,18 @@ def prepare_teacher(
     Args:
         settings: of one teacher.
         data: finished data stage.
-        max_length: tokens kept of each text; see `save_task`.
+        max_length: tokens of each text; see `save_task`.
         seed: of a new head, and of the order of rows.
-        out: an existing folder.
-        folder: where the model is, if not at `settings.model`, which names it then.
+        folder: where the model is, if not at `settings.model`, its name in errors.
 
     Raises:
-        ModelError: no model, no tokenizer, no trained head, labels that don't fit the data's, or no labelled rows
-            to fine-tune on.
+        ModelError: no model, tokenizer or trained head, labels that don't fit the data's, or none to fine-tune on.
     """
     assert isinstance(settings.model, str)
     set_seed(seed)
-    known = read_summary(data).labels
     source = str(folder or settings.model)
     config, summary = open_config(source), read_summary(data)
+    known = summary.labels
     of_task, kind = summary.task, task_class(summary.task, summary.problem)
     function = kind.function
     if not kind.has_labels:
@@ -57,41 +52,26 @@ def prepare_teacher(
     elif settings.train is None:
         if (theirs := function_of(len(own_labels(config)), config.problem_type)) != function:
             raise ModelError(
-                f"teacher {settings.model} has scores by {theirs}, data.problem {summary.problem} wants {function}",
+                f"teacher {settings.model} scores by {theirs}, but data.problem {summary.problem} needs {function}",
                 "Set problem_type in its config.json, or fine-tune it: --teacher-epochs 3",
             )
-        if function == "none":
-            known = own_labels(config)
+        known = own_labels(config) if function == "none" else known
         labels = match_labels(own_labels(config), known, has_head(config, of_task), settings.model)
     else:
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
     opened = open_model(source, config, of_task, labels, function, to_train=settings.train is not None)
     some = some_rows(data)
-    save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some, kept=_SOFT_TARGETS)
+    save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some, top_k=_TOP_K)
     task = load_task(out)
     for remark in task.remarks(some):
         say(f"teacher: {remark}")
     if settings.train is not None:
-        recipe = Recipe(
-            epochs=settings.train.epochs,
-            learning_rate=settings.train.learning_rate,
-            batch_size=settings.train.batch_size,
-            seed=seed,
-            dtype=settings.train.dtype,
-        )
+        training = TrainConfig(seed=seed, **msgspec.structs.asdict(settings.train))
         train, validation = (_labelled(data, split) for split in ("train", "validation"))
-        say(f"teacher: fine-tuning on {len(train):,} rows, {recipe.epochs} epochs")
-        curve = fit(
-            opened.model,
-            task,
-            train,
-            None,
-            recipe,
-            validation=validation,
-            work=out,
-            title="fine-tune teacher",
-        )
-        write_json(out / "training.json", {"recipe": recipe, "curve": curve})
+        say(f"teacher: fine-tuning on {len(train):,} rows, {training.epochs} epochs")
+        title = "fine-tune teacher"
+        curve = fit(opened.model, task, train, None, training, validation=validation, work=out, title=title)
+        write_json(out / "training.json", {"recipe": training, "curve": curve})
     save_model(opened, out)
 
 
@@ -103,23 +83,23 @@ def _labelled(data: Path, split: str) -> list[dict[str, Any]]:
 
 
 def some_rows(data: Path) -> list[dict[str, Any]]:
-    """Up to 500 training rows, always the same ones."""
+    """Return up to 500 training rows, always the same ones."""
     rows = read_rows(data, "train")
     return [rows[i] for i in sampled(len(rows), 500)]
 
 
 def match_labels(own: list[str], known: list[str], head: bool, model: str, *, can_learn: bool = True) -> list[str]:
-    """The labels of a teacher that is used as it is, in the order of its logits, as the data spells them.
+    """Return the labels of a teacher that is not fine-tuned, in the order of its logits, as the data spells them.
 
     Args:
-        own: as the teacher names them.
+        own: the teacher's.
         known: the data's, sorted.
         head: whether it was trained for them.
-        model: what the teacher is called in errors.
-        can_learn: whether it could be fine-tuned instead.
+        model: the teacher's name in errors.
+        can_learn: whether errors suggest fine-tuning.
 
     Raises:
-        ModelError: it has no trained head, or the data has labels that it doesn't know.
+        ModelError: it has no trained head, or doesn't know a label of the data.
     """
     train_it = "Fine-tune it: --teacher-epochs 3" if can_learn else "Name one that knows them all"
     if not head:

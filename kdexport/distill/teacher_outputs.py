@@ -1,6 +1,4 @@
-"""What a teacher answers: each text is read once, ever, whoever asks, and as often as the spec wants passes."""
-
-from __future__ import annotations
+"""A teacher's outputs: each text is computed once, ever, and once for every pass."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +11,7 @@ from kdexport import spec
 from kdexport.distill.augment import Change, changer
 from kdexport.distill.combine import combine
 from kdexport.distill.store import Store, cache_folder, content_key
-from kdexport.distill.teachers import Named
+from kdexport.distill.teachers import TeacherFolder
 from kdexport.errors import ModelError
 from kdexport.files import digest
 from kdexport.progress import bar
@@ -22,15 +20,15 @@ from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
 
 Rows = Sequence[dict[str, Any]]
-# Rows, and whom to tell how many are done → logits float32 [N, C].
+# Rows, and a callback with the number done → logits float32 [N, C].
 Run = Callable[[Rows, Callable[[int], None]], Array]
 
 _SHARD_EVERY_S = 20.0
 _CHUNK = 1024
 
 
-class Reading(NamedTuple):
-    """One pass over some rows: what runs, and where its logits are kept."""
+class Pass(NamedTuple):
+    """One pass over some rows: the function to run, and the store of its logits."""
 
     store: Store
     run: Run
@@ -38,18 +36,18 @@ class Reading(NamedTuple):
 
 
 class Teacher:
-    """One teacher of a finished stage as a function of rows, through stores that keep what it said.
+    """One teacher of a finished stage as a function of rows, with its outputs in stores.
 
     Args:
         named: its folder, kind and name.
-        hashes: sha256 of the stage's files, by their path in it; what the answers are kept under.
-        how: passes, and what tells them apart.
-        seed: of dropout and changed words.
-        run: another way from rows to logits than the kind's own.
+        hashes: sha256 of the stage's files, by their path in it, which identify the outputs.
+        how: passes, and what distinguishes them.
+        seed: of dropout and augmentation.
+        run: rows → logits, in place of the kind's own.
     """
 
     def __init__(
-        self, named: Named, hashes: Mapping[str, str], how: spec.Teacher, seed: int, run: Run | None = None
+        self, named: TeacherFolder, hashes: Mapping[str, str], how: spec.Teacher, seed: int, run: Run | None = None
     ) -> None:
         self.named, self.task = named, load_task(named.folder)
         self._how, self._seed = how, seed
@@ -58,34 +56,30 @@ class Teacher:
         self._views: dict[str, list[str]] = {}
 
     def count(self, rows: Rows) -> tuple[int, int]:
-        """How many texts it has yet to read, and of how many; each pass counts."""
-        contents = [(r.store, {self.task.content(row) for row in r.rows}) for r in self._readings(rows)]
+        """Return the number of texts still to compute, and of all; each pass counts."""
+        contents = [(r.store, {self.task.content(row) for row in r.rows}) for r in self._passes(rows)]
         return sum(len(store.missing(some)) for store, some in contents), sum(len(some) for _, some in contents)
 
     def read(self, rows: Rows, title: str) -> None:
-        """Compute and keep what is missing.
-
-        Raises:
-            ModelError: some logits are not finite, or are stored ones and not there.
-        """
-        for reading in self._readings(rows):
+        """Compute what is missing; raise ModelError where logits are not finite, or not in a file of logits."""
+        for reading in self._passes(rows):
             _compute(reading, self.task, title)
 
     def answers(self, rows: Rows) -> Array:
-        """Logits float32 [N, C] of rows that were read, in the order of its own labels; of several passes combined."""
-        passes = [r.store.look_up(map(self.task.content, r.rows)) for r in self._readings(rows)]
+        """Return logits float32 [N, C] of computed rows, by its own labels; passes are combined."""
+        passes = [r.store.look_up(map(self.task.content, r.rows)) for r in self._passes(rows)]
         return combine(passes, None, self._how.combine)
 
-    def _readings(self, rows: Rows) -> Iterator[Reading]:
+    def _passes(self, rows: Rows) -> Iterator[Pass]:
         if self._how.passes == 1:
-            yield Reading(self._plain, self._run, rows)
+            yield Pass(self._plain, self._run, rows)
         elif self._how.noise == "dropout":
             for i, store in enumerate(self._noisy):
-                yield Reading(store, partial(self._dropout, i), rows)
+                yield Pass(store, partial(self._dropout, i), rows)
         else:
-            yield Reading(self._plain, self._run, rows)
+            yield Pass(self._plain, self._run, rows)
             for i in range(self._how.passes - 1):
-                yield Reading(self._plain, self._run, self._changed(rows, i))
+                yield Pass(self._plain, self._run, self._changed(rows, i))
 
     # --- stores
 
@@ -105,7 +99,7 @@ class Teacher:
     # --- passes
 
     def _changed(self, rows: Rows, i: int) -> Rows:
-        """The rows with their i-th changed copy; where a text has fewer, the text itself."""
+        """Return the rows with their i-th augmented text; the text itself where there are fewer."""
         texts = list(dict.fromkeys(row["text"] for row in rows if row["text"] not in self._views))
         if texts:
             self._views |= zip(texts, self._change(texts), strict=True)
@@ -154,20 +148,15 @@ class Teacher:
         raise ModelError(f"teacher {self.named.model} has no logits for {where}", "Store logits for every row")
 
 
-def _files(named: Named) -> list[str]:
-    """The files that decide what a teacher answers."""
-    match named.kind:
-        case "torch":
-            weights = sorted(path.name for path in named.folder.glob("*.safetensors"))
-            return [*weights, "config.json", "tokenizer.json", "task.json"]
-        case "onnx":
-            return [*sorted(path.name for path in named.folder.glob("model.onnx*")), "tokenizer.json", "task.json"]
-        case "stored":
-            return []
+def _files(named: TeacherFolder) -> list[str]:
+    """Return the files that decide a teacher's outputs."""
+    patterns = {"torch": ["*.safetensors", "config.json"], "onnx": ["model.onnx*"], "stored": []}[named.kind]
+    weights = [path.name for pattern in patterns for path in sorted(named.folder.glob(pattern))]
+    return [*weights, "tokenizer.json", "task.json"] if weights else []
 
 
-def _compute(reading: Reading, task: Task, title: str) -> None:
-    """Run over what is missing, the longest texts first, and write a shard every now and then."""
+def _compute(reading: Pass, task: Task, title: str) -> None:
+    """Run what is missing, the longest texts first, and write a shard every 20 s."""
     by_content = {task.content(row): row for row in reading.rows}
     missing = sorted(reading.store.missing(by_content), key=len, reverse=True)
     if not missing:

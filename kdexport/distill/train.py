@@ -1,10 +1,8 @@
-"""Training of a model, teacher or student, with the Transformers `Trainer` and our loss.
+"""Train a model, teacher or student, with the Transformers `Trainer` and our loss.
 
-Mixed precision, several processes (`torchrun`, `accelerate launch`), gradient clipping and checkpoints are
-the Trainer's. Ours are the loss, the order of rows, and that a killed training resumes to the same weights.
+Mixed precision, several processes (`torchrun`, `accelerate launch`), gradient clipping and checkpoints are the
+Trainer's. Ours are the loss, the order of rows, and that a resumed training ends with the same weights.
 """
-
-from __future__ import annotations
 
 import os
 import shutil
@@ -34,8 +32,7 @@ from kdexport.tasks.base import Task
 from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array
 
-# A checkpoint holds weights and optimizer: three times the model. Losing this much work is cheaper than more.
-CHECKPOINT_EVERY_S = 20.0
+CHECKPOINT_EVERY_S = 20.0  # one holds weights and optimizer, three times the model
 
 Rows = Sequence[dict[str, Any]]
 
@@ -44,17 +41,12 @@ _MIXED = "ACCELERATE_MIXED_PRECISION"
 _SHARES_EVERY = 200  # steps; measuring them costs one more backward pass a term
 
 
-class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model is trained.
+class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Hyper-parameters of a training; see `losses` for the objective.
 
-    What is optimised, with soft targets: alpha · Σ weight · loss + (1 − alpha) · cross-entropy with the labels.
-    `alpha` is λ in many textbooks: how much the teacher's word counts against the labels'. Losses of softened
-    probabilities are multiplied by T², which keeps their gradients at one size whatever T is; so `temperature`
-    changes what is learned from the teacher, `alpha` alone how much. Without soft targets it is the cross-entropy.
-
-    A `Schedule` moves linearly from the first step to the last of all that are planned. Without `patience` the last
-    epoch's weights stand; with it, training ends after so many epochs without a better validation metric, and the
-    best epoch's weights stand. With `dtype` bfloat16 products are taken in half precision, and weights stay float32.
+    A `Schedule` moves linearly from the first planned step to the last. Without `patience` the last epoch's weights are
+    used; with it, training stops after so many epochs without a better validation metric, and the best epoch's are.
+    With `dtype` bfloat16, matrix products are in half precision and weights stay float32.
     """
 
     epochs: int
@@ -73,43 +65,40 @@ def fit(
     task: Task,
     rows: Rows,
     soft_targets: Array | None,
-    recipe: Recipe,
+    config: TrainConfig,
     *,
     validation: Rows,
     work: Path,
     title: str,
     teacher: Path | None = None,
-    kept: Array | None = None,
+    token_ids: Array | None = None,
     validation_targets: Array | None = None,
 ) -> Curve:
-    """Train a model in place.
+    """Train a model in place; return one record an epoch.
 
     Args:
-        model: a sequence classifier; its logits are [B, C].
-        task: encodes the rows.
-        rows: training rows; those without a label (None) learn from the teacher alone.
-        soft_targets: the teacher's logits float [N, *answer_shape] for those rows, or None for the labels alone.
-        recipe: how to train.
-        validation: rows whose metric is taken after every epoch; it is recorded, not optimised.
-        work: a folder for checkpoints; a call with the same arguments goes on from the last one.
-        title: what the progress bar says.
+        model: its logits are [B, C].
+        rows: those without a label (None) learn from the teacher alone.
+        soft_targets: the teacher's logits float [N, *answer_shape] for `rows`; None trains on labels alone.
+        validation: rows whose metric is taken after every epoch; recorded, not optimised.
+        work: a folder for checkpoints; a call with the same arguments resumes from the last one.
+        title: of the progress bar.
         teacher: its folder, for losses of layers.
-        kept: int64 [V], the teacher's token id of each of the model's, where its vocabulary was trimmed.
+        token_ids: int64 [V], the teacher's token id of each of the model's, where its vocabulary was trimmed.
         validation_targets: the teacher's logits float [N, C] for `validation`, for the metric where it has no labels.
 
     Returns:
-        One record an epoch: `epoch`; `loss`, the mean over its steps; `validation`, the task's metric, or how often
-        the answer is the teacher's where no validation row has a label. Where there are several terms, of each
-        `terms/NAME`, its mean size without its weight, and, in the epochs in which it was measured on one batch,
-        `shares/NAME`, its part of the gradient.
+        `epoch`; `loss`, the mean over its steps; `validation`, the task's metric, or where no validation row has a
+        label the agreement with the teacher. Of each of several terms `terms/NAME`, its mean size without its weight,
+        and, in epochs in which it was measured on one batch, `shares/NAME`, its fraction of the gradient.
 
     Raises:
         SpecError: settings that can't teach, or patience without a metric.
         ModelError: training diverged; or student and teacher don't fit for losses of layers.
     """
-    layers = _layer_losses(recipe, soft_targets, teacher)
+    layers = _layer_losses(config, soft_targets, teacher)
     judge, higher_is_better = _judge(task, validation, validation_targets)
-    if recipe.patience is not None and judge is None:
+    if config.patience is not None and judge is None:
         raise SpecError(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
         )
@@ -124,28 +113,28 @@ def fit(
 
     # Half precision ends with this training: transformers leaves a variable, and the model's forward wrapped.
     launched = os.environ.get(_MIXED)
-    ledger = Ledger(recipe.learning_rate)
-    matching_or_none = (
-        matched(model, teacher, layers, kept, task=task, rows=rows[:100]) if layers and teacher else nullcontext()
-    )
-    with matching_or_none as matching, bar(title, recipe.epochs * -(-len(rows) // recipe.batch_size)) as advance:
+    ledger = Ledger(config.learning_rate)
+    attached = matched(model, teacher, layers, token_ids, task=task, rows=rows[:100]) if teacher and layers else None
+    with (
+        attached or nullcontext() as matching,
+        bar(title, config.epochs * -(-len(rows) // config.batch_size)) as advance,
+    ):
         trainer = _Trainer(
-            recipe,
+            config,
             lengths,
             matching,
             ledger,
-            label_loss=OF_OBJECTIVE[task.objective],
-            packed=task.objective == "next-token",
+            task.objective,
             model=model,
-            args=_arguments(recipe, work / "checkpoints", bool(layers)),
+            args=_arguments(config, work / "checkpoints", bool(layers)),
             train_dataset=range(len(rows)),
             data_collator=collate,
         )
         watch = Watch(
-            judge,
-            ledger,
+            judge=judge,
+            ledger=ledger,
             higher_is_better=higher_is_better,
-            patience=recipe.patience,
+            patience=config.patience,
             folder=work / "best",
             checkpoint_every_s=CHECKPOINT_EVERY_S,
             advance=advance,
@@ -154,10 +143,10 @@ def fit(
         trainer.add_callback(watch)
         trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
         curve = curve_of(trainer.state.log_history)
-        if recipe.patience is not None:
+        if config.patience is not None:
             trainer.accelerator.wait_for_everyone()
             best = watch.restore(model, trainer.state.log_history)
-            say(f"{title}: epoch {best} of {len(curve)} was the best; its weights are kept")
+            say(f"{title}: epoch {best} of {len(curve)} was the best; its weights are used")
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
     os.environ.pop(_MIXED, None) if launched is None else os.environ.update({_MIXED: launched})
     say_shares(curve, title)
@@ -169,44 +158,37 @@ def fit(
 class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
     def __init__(
         self,
-        recipe: Recipe,
+        config: TrainConfig,
         lengths: list[int],
         matching: Matching | None,
         ledger: Ledger,
-        label_loss: str,
-        packed: bool,
+        trained_for: str,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over rows: there is nothing to count beforehand
-        self._recipe, self._lengths, self._matching, self._ledger = recipe, lengths, matching, ledger
-        self._label_loss, self._packed = label_loss, packed
+        self._config, self._lengths, self._matching, self._ledger = config, lengths, matching, ledger
+        self._label_loss, self._packed = OF_OBJECTIVE[trained_for], trained_for == "next-token"
         named = self.model.named_parameters()
         self._of_student = [each for name, each in named if each.requires_grad and not name.startswith("matching.")]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        labels, teacher_logits = inputs.pop("labels"), inputs.pop("teacher_logits", None)
-        terms = self._terms(model, inputs, labels, teacher_logits, inputs.pop("places", None))
+        terms = self._terms(model, inputs)
         loss = total(terms)
         if len(terms) > 1 and self._is_measured(self.state.global_step):
             self._ledger.add_shares(gradient_shares(terms, self._of_student))
         self._ledger.add(self.state.global_step + 1, terms, loss)
         return loss
 
-    def _terms(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        labels: Tensor,
-        teacher_logits: Tensor | None,
-        places: Tensor | None,
-    ) -> list[Term]:
+    def _terms(self, model: Any, inputs: dict[str, Tensor]) -> list[Term]:
+        labels, teacher_logits = inputs.pop("labels"), inputs.pop("teacher_logits", None)
+        places = inputs.pop("places", None)
         progress = self.state.global_step / max(1, self.state.max_steps - 1)
-        alpha = value_at(self._recipe.alpha, progress)
-        losses = {name: value_at(weight, progress) for name, weight in self._recipe.losses.items()}
-        temperature = value_at(self._recipe.temperature, progress)
+        alpha = value_at(self._config.alpha, progress)
+        losses = {name: value_at(weight, progress) for name, weight in self._config.losses.items()}
+        temperature = value_at(self._config.temperature, progress)
         outputs = model(**inputs, **(self._matching.flags if self._matching else {}))
         logits = outputs.logits
         if places is not None:  # a text has several answers, at these tokens: take each as a row of its own
@@ -229,28 +211,25 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         return terms
 
     def _is_measured(self, step: int) -> bool:
-        """Whether shares of the gradient are taken: on the first batch of an epoch, of one batch in 200 at most.
-
-        The last epoch's always, for it is what the user is told.
-        """
-        a_pass: int = max(1, self.state.max_steps // self._recipe.epochs)
+        """Whether gradients are measured: on an epoch's first batch, at most once in 200 steps, and in the last one."""
+        a_pass: int = max(1, self.state.max_steps // self._config.epochs)
         epoch, place = divmod(step, a_pass)
-        return place == 0 and (epoch % -(-_SHARES_EVERY // a_pass) == 0 or epoch == self._recipe.epochs - 1)
+        return place == 0 and (epoch % -(-_SHARES_EVERY // a_pass) == 0 or epoch == self._config.epochs - 1)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return ByLength(self._lengths, self.args.train_batch_size, self._recipe.seed)
+        return ByLength(self._lengths, self.args.train_batch_size, self._config.seed)
 
 
-def _arguments(recipe: Recipe, folder: Path, looks_inside: bool) -> TrainingArguments:
+def _arguments(config: TrainConfig, folder: Path, looks_inside: bool) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=recipe.epochs,
-        learning_rate=recipe.learning_rate,
-        per_device_train_batch_size=recipe.batch_size,
+        num_train_epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=config.batch_size,
         warmup_ratio=0.1,
         weight_decay=0.01,
         lr_scheduler_type="linear",
-        seed=recipe.seed,
+        seed=config.seed,
         logging_strategy="epoch",
         save_strategy="no",  # Watch asks for checkpoints, by time
         save_total_limit=1,
@@ -259,7 +238,7 @@ def _arguments(recipe: Recipe, folder: Path, looks_inside: bool) -> TrainingArgu
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_nan_inf_filter=False,  # it waits for the device at every step; Ledger looks every 50
         report_to=[],
-        bf16=recipe.dtype == "bfloat16",
+        bf16=config.dtype == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
     )
     if looks_inside:  # projections are used outside the model's forward, where no search for unused ones finds them;
@@ -268,18 +247,14 @@ def _arguments(recipe: Recipe, folder: Path, looks_inside: bool) -> TrainingArgu
     return arguments
 
 
-def _layer_losses(recipe: Recipe, soft_targets: Array | None, teacher: Path | None) -> list[str]:
-    """The losses of layers that this training takes: none where it is on labels alone.
-
-    Raises:
-        SpecError: nothing would teach the head.
-    """
-    if soft_targets is None or recipe.alpha == 0:
+def _layer_losses(config: TrainConfig, soft_targets: Array | None, teacher: Path | None) -> list[str]:
+    """Return the losses of layers in use; raise SpecError if nothing would teach the head."""
+    if soft_targets is None or config.alpha == 0:
         return []
-    layers = [name for name in LAYER_LOSSES if name in recipe.losses]
+    layers = [name for name in LAYER_LOSSES if name in config.losses]
     if layers and teacher is None:
         raise ValueError(f"losses {', '.join(layers)} want the teacher's folder")
-    if len(layers) == len(recipe.losses) and recipe.alpha == 1:
+    if len(layers) == len(config.losses) and config.alpha == 1:
         raise SpecError(
             f"distill.loss: with alpha 1 and {', '.join(layers)} alone nothing teaches the student to answer",
             "Add kl, or lower alpha",
@@ -290,8 +265,10 @@ def _layer_losses(recipe: Recipe, soft_targets: Array | None, teacher: Path | No
 def _judge(
     task: Task, validation: Rows, targets: Array | None
 ) -> tuple[Callable[[PreTrainedModel], float] | None, bool]:
-    """How a model is judged: by the task's metric on the rows that have a label; where none has one, by how often it
-    answers as the teacher; where there are no targets either, not at all. And whether higher is better."""
+    """Return the validation metric of a model, and whether higher is better.
+
+    It is the task's metric on labelled rows; agreement with the targets where there are none; else None.
+    """
     labelled = [row for row in validation if row.get("label") is not None]
     read: Rows
     good: Callable[[Array], float]
@@ -310,7 +287,7 @@ def _judge(
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is complete: its state file is written last."""
+    """Return the newest complete checkpoint: its state file is written last."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in reversed(found):
         try:

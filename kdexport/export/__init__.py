@@ -1,6 +1,4 @@
-"""The export stage: a trained student → ONNX graphs, plain and fused, fp32, fp16 and int8."""
-
-from __future__ import annotations
+"""The export stage: a trained student → ONNX graphs, plain and fused, in several precisions."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,47 +23,46 @@ class Candidate(msgspec.Struct, frozen=True):
     graph: str
 
 
-# Rows whose activations are looked at for the ranges of int8.
 CALIBRATION_ROWS = 320
 
 
 def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequence[dict[str, Any]] = ()) -> None:
-    """Write every candidate file, and `candidates.json`.
+    """Write every candidate file `model*.onnx`, and `candidates.json`.
 
     Args:
-        settings: which precisions.
         student: a Hugging Face folder with `task.json`.
-        out: gets `model*.onnx`.
-        rows: of the training data, which int8 of convolutions is calibrated on; without any there is no such file.
+        rows: training rows for the calibration of int8 convolutions; without any there is no such file.
     """
     from kdexport.export.fuse import fuse, trim
     from kdexport.export.onnx import export_onnx
     from kdexport.export.quantize import convolves, halve, quantize_int4, quantize_int8, quantize_static_int8
 
-    export_onnx(student, out / "model.onnx")
-    found = [Candidate("fp32", "model.onnx", "fp32", "plain")]
-    fused = fuse(out / "model.onnx", student, out / "model_fused.onnx")
-    if fused:
-        found.append(Candidate("fp32-fused", "model_fused.onnx", "fp32", "fused"))
-    trim(out / "model.onnx")  # after fusion, which looks for whole layers
+    plain, fused = out / "model.onnx", out / "model_fused.onnx"
+    found: list[Candidate] = []
+
+    def made(precision: str, suffix: str = "", graph: str = "plain") -> Path:
+        """Add a candidate, and return its file."""
+        name, stem = (precision, "model") if graph == "plain" else (f"{precision}-fused", "model_fused")
+        found.append(Candidate(name, f"{stem}{suffix}.onnx", precision, graph))
+        return out / found[-1].file
+
+    export_onnx(student, made("fp32"))
+    if is_fused := fuse(plain, student, fused):
+        made("fp32", graph="fused")
+    trim(plain)  # after fusion, which looks for whole layers
     if "fp16" in settings.variants:
-        halve(out / "model.onnx", out / "model_fp16.onnx")
-        found.append(Candidate("fp16", "model_fp16.onnx", "fp16", "plain"))
+        halve(plain, made("fp16", "_fp16"))
     if "int8" in settings.variants:
-        if not convolves(out / "model.onnx"):
-            quantize_int8(out / "model.onnx", out / "model_quantized.onnx")
-            found.append(Candidate("int8", "model_quantized.onnx", "int8", "plain"))
+        if not convolves(plain):
+            quantize_int8(plain, made("int8", "_quantized"))
         elif rows:
-            quantize_static_int8(out / "model.onnx", out / "model_quantized.onnx", _batches(student, rows))
-            found.append(Candidate("int8", "model_quantized.onnx", "int8", "plain"))
+            quantize_static_int8(plain, made("int8", "_quantized"), _batches(student, rows))
         else:
-            say("export: int8 of convolutions is calibrated on rows (--data); there are none, so it is left out")
-        if fused:
-            quantize_int8(out / "model_fused.onnx", out / "model_fused_quantized.onnx")
-            found.append(Candidate("int8-fused", "model_fused_quantized.onnx", "int8", "fused"))
+            say("export: int8 of convolutions needs rows for calibration (--data), so there is no int8 file")
+        if is_fused:
+            quantize_int8(fused, made("int8", "_quantized", "fused"))
     if "int4" in settings.variants:
-        quantize_int4(out / "model.onnx", out / "model_q4.onnx")
-        found.append(Candidate("int4", "model_q4.onnx", "int4", "plain"))
+        quantize_int4(plain, made("int4", "_q4"))
     sizes = ", ".join(f"{c.name} {(out / c.file).stat().st_size / 1e6:.1f} MB" for c in found)
     say(f"export: {sizes}")
     write_json(out / "candidates.json", found)
@@ -77,5 +74,5 @@ def _batches(student: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Arrays]:
 
 
 def read_candidates(export: Path) -> list[Candidate]:
-    """`candidates.json` of a finished export stage."""
+    """Read `candidates.json` of a finished export stage."""
     return msgspec.json.decode((export / "candidates.json").read_bytes(), type=list[Candidate])

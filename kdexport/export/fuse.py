@@ -1,11 +1,8 @@
 """Offline graph fusion for ONNX Runtime; no torch.
 
-The fused graph replaces attention, layer norms and activations by ONNX Runtime's own operators. It is a
-candidate, not a replacement: newer runtimes fuse much of it when they load the plain graph, and the plain
-one runs elsewhere too. What measures faster ships.
+Attention, layer norms and activations become ONNX Runtime's own operators. The fused graph is a candidate beside the
+plain one, which newer runtimes fuse as they load it, and which runs elsewhere too: the faster one ships.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -16,6 +13,8 @@ import onnx
 
 from kdexport.export.trim import read_first_position_only
 from kdexport.progress import say
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Families whose graphs ONNX Runtime's `bert` fusions know.
 _BERT_LIKE = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "mpnet", "albert"}
@@ -30,31 +29,18 @@ def trim(plain: Path) -> None:
 
 
 def fuse(plain: Path, student: Path, fused: Path) -> bool:
-    """Write the fused graph.
+    """Write the fused graph, and return whether attention was fused in every layer; if not, nothing is written.
 
     Args:
-        plain: the exported fp32 file.
-        student: its Hugging Face folder; heads and width are read from config.json.
-        fused: the file to write.
-
-    Returns:
-        Whether attention was fused in every layer; if not, nothing is written.
+        student: its Hugging Face folder, whose config.json has heads and width.
     """
     config = msgspec.json.decode((student / "config.json").read_bytes())
     if config["model_type"] not in _BERT_LIKE and config.get("kind") != "encoder":  # ours has ELECTRA's layers
         return False
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from onnxruntime.transformers import optimizer
 
-    logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
-    for name in (
-        "fusion_utils",
-        "onnx_model",
-        "optimizer",
-        "onnx_model_bert",
-        "fusion_base",
-        "fusion_attention",
-    ):
+    modules = ("fusion_utils", "onnx_model", "optimizer", "onnx_model_bert", "fusion_base", "fusion_attention")
+    for name in ("onnxruntime.transformers", *modules):
         logging.getLogger(name).setLevel(logging.ERROR)
     layers = config.get("num_hidden_layers", config.get("n_layers"))
     model = optimizer.optimize_model(
@@ -66,7 +52,7 @@ def fuse(plain: Path, student: Path, fused: Path) -> bool:
     )
     attention = model.get_fused_operator_statistics().get("Attention", 0)
     if attention < layers:
-        say(f"export: ONNX Runtime fused {attention} of {layers} attention layers; the fused graph is left out")
+        say(f"export: ONNX Runtime fused {attention} of {layers} attention layers; there is no fused graph")
         return False
     _import_used_domains(model.model)
     read_first_position_only(model.model)
@@ -76,7 +62,7 @@ def fuse(plain: Path, student: Path, fused: Path) -> bool:
 
 
 def _import_used_domains(model: onnx.ModelProto) -> None:
-    """Import the operator sets in use, and no other: other runtimes refuse a file for one they don't know."""
+    """Import only the operator sets in use: other runtimes refuse a file for one they do not know."""
     used = {node.domain or "" for node in model.graph.node}
     versions = {opset.domain: opset.version for opset in model.opset_import}
     del model.opset_import[:]

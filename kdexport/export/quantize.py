@@ -1,6 +1,4 @@
-"""int8 quantization, dynamic or static, and half precision; no torch."""
-
-from __future__ import annotations
+"""Quantization to int8, dynamic or static, to int4, and half precision; no torch."""
 
 import logging
 import os
@@ -12,16 +10,15 @@ import onnx
 
 from kdexport.tasks.config import Arrays
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 
 def quantize_int8(fp32: Path, int8: Path) -> None:
     """Quantize weights to int8 per channel, activations to uint8 at run time.
 
-    Only products with constant weights are quantized (`MatMulConstBOnly`): the attention's own products gain
-    nothing. Weights keep to 7 bits (`reduce_range`): on x86 without VNNI the products of 8-bit weights are
-    summed in 16 bits and saturate, which changes answers silently (onnxruntime issues 6004 and 14642); with 7
-    bits 2 · 255 · 64 fits, so the file is right on every machine, at the same speed.
+    Only products with constant weights are quantized (`MatMulConstBOnly`): attention's own products gain nothing.
+    Weights have 7 bits (`reduce_range`), as 8-bit ones saturate on x86 without VNNI: docs/decisions.md.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _without_advice():
@@ -37,7 +34,7 @@ def quantize_int8(fp32: Path, int8: Path) -> None:
 
 
 def convolves(fp32: Path) -> bool:
-    """Whether most of a graph's weights are those of convolutions: dynamic quantization leaves them as they are."""
+    """Whether convolutions hold most of a graph's weights, which dynamic quantization skips."""
     graph = onnx.load(fp32).graph
     of_convolutions = {name for node in graph.node if node.op_type == "Conv" for name in node.input[1:2]}
     sizes = {tensor.name: len(tensor.raw_data) for tensor in graph.initializer}
@@ -45,17 +42,10 @@ def convolves(fp32: Path) -> bool:
 
 
 def quantize_static_int8(fp32: Path, int8: Path, batches: Iterable[Arrays]) -> None:
-    """Quantize weights to int8 per channel, and activations to uint8 by the ranges that real rows have.
+    """Quantize weights to 7 bits per channel, activations to uint8 by their ranges in some hundred training rows.
 
-    Ranges are the least and the largest value (`MinMax`): batch norms leave no outliers that would be worth cutting.
-    Weights keep to 7 bits, as in `quantize_int8`.
-
-    Args:
-        fp32: the graph.
-        int8: the file to write.
-        batches: the graph's inputs for some hundred training rows.
+    Ranges are the least and the largest value (`MinMax`): after batch norms there are no outliers worth clipping.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -80,12 +70,11 @@ def quantize_static_int8(fp32: Path, int8: Path, batches: Iterable[Arrays]) -> N
 
 
 def quantize_int4(fp32: Path, int4: Path) -> None:
-    """Weights of products and of the table of words in 4 bits, in blocks of 32 with a scale each; activations stay.
+    """Quantize weights of products and of token embeddings to 4 bits, in blocks of 32 with a scale each.
 
     Round to nearest, symmetric, as ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized` read it: for language
-    models, whose time goes into reading weights.
+    models, which are bound by reading weights.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from onnxruntime.quantization.onnx_model import ONNXModel
 
@@ -104,7 +93,7 @@ def quantize_int4(fp32: Path, int4: Path) -> None:
 
 
 def _computing_weights(fp32: Path) -> list[str]:
-    """Convolutions whose weights the graph computes, as Wav2Vec2 has one; they can't be quantized."""
+    """Return convolutions whose weights the graph computes, as in Wav2Vec2: they can't be quantized."""
     graph = onnx.load(fp32).graph
     known = {tensor.name for tensor in graph.initializer}
     return [node.name for node in graph.node if node.op_type == "Conv" and node.input[1] not in known]
@@ -112,7 +101,7 @@ def _computing_weights(fp32: Path) -> list[str]:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """ONNX Runtime recommends a preprocessing step that changes nothing here."""
+    """Silence ONNX Runtime's recommendation of a preprocessing step that changes nothing here."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
@@ -123,7 +112,7 @@ def _without_advice() -> Iterator[None]:
 
 
 def halve(fp32: Path, fp16: Path) -> None:
-    """Weights and arithmetic in half precision, inputs and outputs as they were: for GPUs; CPUs gain nothing."""
+    """Convert weights and arithmetic to half precision, not inputs and outputs: for GPUs, as CPUs gain nothing."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     onnx.save(convert_float_to_float16(onnx.load(fp32), keep_io_types=True), fp16)

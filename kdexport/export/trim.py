@@ -1,12 +1,9 @@
 """Compute the last layer only where it is read; no torch.
 
-A classifier of the BERT family reads the first position of the last layer and nothing else. All that comes
-after the last attention (its output projection, feed-forward block, residuals and layer norms) works on each
-position by itself, so it need not be computed for the others. In a student of two layers that is about 40 %
-of all multiplications, and the logits are the same.
+A classifier of the BERT family reads the first position of the last layer alone. All that follows the last attention
+(output projection, feed-forward block, residuals and layer norms) works on each position by itself, so the others need
+not be computed, and the logits are the same: docs/decisions.md.
 """
-
-from __future__ import annotations
 
 from collections import defaultdict
 
@@ -22,7 +19,7 @@ _START, _END, _AXIS = "first_position/start", "first_position/end", "first_posit
 
 
 def read_first_position_only(model: onnx.ModelProto) -> int:
-    """Move the choice of the first position up the graph, as far as it goes, in place.
+    """Move the slice of the first position up the graph as far as possible, in place.
 
     Args:
         model: a graph whose hidden states are [batch, position, width].

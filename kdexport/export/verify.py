@@ -4,8 +4,6 @@ The student's logits in PyTorch were written when it was trained (`reference.npy
 task's probes). Here every candidate answers the same rows through the predictor, in several shapes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,13 +1,10 @@
-"""The small convolutional network of ours, for images [B, C, H, W] and for mel bands of sound [B, T, M].
+"""A small convolutional network for images [B, C, H, W] and for mel bands of sound [B, T, M].
 
-3 × 3 convolutions, each with a batch norm and a ReLU, which the exporter folds into one: on small pictures that is
-quicker on a CPU than depthwise ones, whose time goes into memory. Like `networks.py` it is a `PreTrainedModel`, known
-to Transformers' Auto classes and Optimum's exporter once this module is imported.
+3 × 3 convolutions, each with a batch norm and a ReLU that the exporter folds into one, rather than depthwise ones,
+which are bound by memory on small pictures. Like `textnet` a `PreTrainedModel`, registered with Transformers' Auto
+classes and Optimum's exporter when this module is imported.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from optimum.exporters.onnx.config import OnnxConfig, VisionOnnxConfig
@@ -15,53 +12,34 @@ from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedConfig, NormalizedVisionConfig
 from optimum.utils.input_generators import ASTDummyAudioInputGenerator
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForAudioClassification,
-    AutoModelForImageClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForAudioClassification as ForAudio
+from transformers import AutoModelForImageClassification as ForImages
 from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
 MODEL_TYPE = "kdexport-image"
 
 
-class ConvNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ships no types
-    """Shape of a `ConvNet`.
+# `channels` of the stem, then of each stage of `depth` convolutions, which halves height and width; `stride` of the
+# stem, 2 for pictures of more than about 32 pixels.
+_SHAPE = {
+    **{"channels": [16, 32, 64], "depth": 2, "stride": 1, "dropout": 0.0},
+    **{"num_channels": 1, "image_size": [28, 28], "frames": 64, "num_mel_bins": 40},
+}
 
-    Args:
-        channels: of the stem, then of each stage, which halves height and width.
-        depth: convolutions of a stage.
-        stride: of the stem; 2 for pictures of more than about 32 pixels.
-        num_channels, image_size: of a picture; its height and width.
-        frames, num_mel_bins: of sound.
-        dropout: before the classifier.
-    """
+
+class ConvNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ships no types
+    """Shape of a `ConvNet`."""
 
     model_type = MODEL_TYPE
 
-    def __init__(
-        self,
-        channels: Sequence[int] = (16, 32, 64),
-        depth: int = 2,
-        stride: int = 1,
-        num_channels: int = 1,
-        image_size: Sequence[int] = (28, 28),
-        frames: int = 64,
-        num_mel_bins: int = 40,
-        dropout: float = 0.0,
-        **others: Any,
-    ) -> None:
-        super().__init__(**others)
-        self.channels, self.depth, self.stride = list(channels), depth, stride
-        self.num_channels, self.image_size = num_channels, list(image_size)
-        self.frames, self.num_mel_bins, self.dropout = frames, num_mel_bins, dropout
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**(_SHAPE | settings))
 
 
 class ConvNet(PreTrainedModel):  # type: ignore[misc]
-    """Stages of convolutions → the mean over all places → logits [B, C]."""
+    """Stages of convolutions → global average pooling → logits [B, C]."""
 
     config_class = ConvNetConfig
     base_model_prefix = "net"
@@ -94,23 +72,23 @@ class ConvNet(PreTrainedModel):  # type: ignore[misc]
 
 
 class ConvNetForImageClassification(ConvNet):
-    """Pictures → logits."""
+    """A `ConvNet` of images."""
 
     main_input_name = "pixel_values"
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ModelOutput:
-        """Logits float [B, C] of pixel values float [B, channels, H, W]."""
+        """Return logits float [B, C] of pixel values float [B, channels, H, W]."""
         return ImageClassifierOutput(logits=self._logits(pixel_values))
 
 
 class ConvNetForAudioClassification(ConvNet):
-    """Mel bands, as a picture of one channel → logits."""
+    """A `ConvNet` of mel bands, as images of one channel."""
 
     main_input_name = "input_values"
     _of_sound = True
 
     def forward(self, input_values: Tensor, labels: Tensor | None = None, **_: Any) -> ModelOutput:
-        """Logits float [B, C] of log-mel bands float [B, T, M]."""
+        """Return logits float [B, C] of log-mel bands float [B, T, M]."""
         return SequenceClassifierOutput(logits=self._logits(input_values.unsqueeze(1)))
 
 
@@ -140,8 +118,8 @@ class _OfSounds(OnnxConfig):  # type: ignore[misc]
 
 
 AutoConfig.register(MODEL_TYPE, ConvNetConfig, exist_ok=True)
-AutoModelForImageClassification.register(ConvNetConfig, ConvNetForImageClassification, exist_ok=True)
-AutoModelForAudioClassification.register(ConvNetConfig, ConvNetForAudioClassification, exist_ok=True)
+ForImages.register(ConvNetConfig, ConvNetForImageClassification, exist_ok=True)
+ForAudio.register(ConvNetConfig, ConvNetForAudioClassification, exist_ok=True)
 _register = TasksManager.create_register("onnx", overwrite_existing=True)
 _register(MODEL_TYPE, "image-classification", library_name="transformers")(_OfImages)
 _register(MODEL_TYPE, "audio-classification", library_name="transformers")(_OfSounds)

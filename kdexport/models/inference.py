@@ -1,7 +1,5 @@
 """What a PyTorch model computes for rows, in batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,6 +1,4 @@
-"""Which of Transformers' Auto classes a task's models are opened with."""
-
-from __future__ import annotations
+"""The Auto class that opens a task's models."""
 
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,10 @@ def task_of(config: Any) -> str | None:
 
 
 def task_name(folder: Path) -> str:
-    """What a model's folder is for, as its `task.json` says; without one, text classification."""
+    """Return the task of a model folder's `task.json`; without one, text classification."""
     return read_config(folder).task if (folder / "task.json").is_file() else DEFAULT
 
 
 def open_trained(folder: Path) -> PreTrainedModel:
-    """The model of a folder of ours."""
+    """Open the model of a model folder of ours."""
     return auto_class(task_name(folder)).from_pretrained(folder)

@@ -1,6 +1,4 @@
-"""A model as a folder of ours: config, weights, tokenizer or processor, and `task.json`."""
-
-from __future__ import annotations
+"""Write model folders: config, weights, tokenizer or processor, and `task.json`."""
 
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -12,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdexport.errors import ModelError
 from kdexport.files import write_json
-from kdexport.models.loading import Opened
+from kdexport.models.loading import ModelAndProcessor
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.config import Function, TaskConfig
 from kdexport.tasks.inputs import audio as sound
@@ -22,7 +20,7 @@ _DEFAULT_MAX_LENGTH = 128
 
 
 def save_task(
-    opened: Opened,
+    opened: ModelAndProcessor,
     max_length: int | None,
     labels: Sequence[str],
     out: Path,
@@ -31,20 +29,16 @@ def save_task(
     function: Function = "softmax",
     at_most: int = _DEFAULT_MAX_LENGTH,
     rows: Sequence[dict[str, Any]] = (),
-    kept: int = 1,
+    top_k: int = 1,
 ) -> None:
     """Write `task.json` and the files of the tokenizer or processor.
 
     Args:
-        opened: the model, which says how much it reads, and its tokenizer or processor.
-        max_length: tokens kept of each text; what the model reads, but `at_most` so many, when None.
+        max_length: tokens of each text; as many as the model reads, up to `at_most`, when None.
         labels: in the order of the logits.
-        out: an existing folder.
-        task: its name.
         function: from logits to scores.
-        at_most: see `max_length`.
-        rows: some of train, for what a processor of sound leaves open.
-        kept: of language models, how many of the most probable tokens an answer holds.
+        rows: some training rows, to complete the settings of a processor of sound.
+        top_k: tokens with a probability in a language model's output.
     """
     model, tokenizer = opened
     kind = task_class(task)
@@ -60,13 +54,12 @@ def save_task(
         write_json(out / "task.json", config)
         return
     accepted = set(tokenizer.model_input_names) & set(signature(model.forward).parameters)
-    if getattr(model.config, "type_vocab_size", None) == 0:  # DeBERTa-v2 and -v3 take token types and read none
-        accepted.discard("token_type_ids")
-    if kind.generates:  # GPT-2 takes token types, and its exported graph does not
+    # DeBERTa-v2 and -v3 take token types and ignore them; GPT-2 takes them, and its exported graph does not.
+    if getattr(model.config, "type_vocab_size", None) == 0 or kind.generates:
         accepted.discard("token_type_ids")
     reads = longest_input(model.config, tokenizer)
-    kept = kept if kind.generates else 0
-    write = partial(write_task, task=task, function=function, at_most=at_most, kept=kept)
+    top_k = top_k if kind.generates else 0
+    write = partial(write_task, task=task, function=function, at_most=at_most, top_k=top_k)
     write(tokenizer, accepted, reads, max_length, labels, out)
 
 
@@ -81,12 +74,9 @@ def write_task(
     task: str = DEFAULT,
     function: Function = "softmax",
     at_most: int = _DEFAULT_MAX_LENGTH,
-    kept: int = 0,
+    top_k: int = 0,
 ) -> None:
-    """Write tokenizer files and `task.json` for a model that takes the inputs `accepted` and `reads` so many tokens.
-
-    See `save_task` for the rest.
-    """
+    """Write `task.json` and tokenizer files for a model with the inputs `accepted` that reads `reads` tokens."""
     config = TaskConfig(
         task=task,
         labels=list(labels),
@@ -96,30 +86,26 @@ def write_task(
         pad_type_id=tokenizer.pad_token_type_id,
         padding_side=tokenizer.padding_side,
         function=function,
-        kept=min(kept, len(tokenizer)),
-        end_id=tokenizer.eos_token_id if kept else None,
+        kept=min(top_k, len(tokenizer)),
+        end_id=tokenizer.eos_token_id if top_k else None,
     )
     # A tokenizer.json may carry truncation and padding of its own, which other runtimes would follow.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = config.max_length
-    if kept:  # or it gives token types, which no graph takes
+    if top_k:  # or it gives token types, which no graph takes
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = config.inputs
     tokenizer.save_pretrained(out)
     write_json(out / "task.json", config)
 
 
-def save_model(opened: Opened, out: Path) -> None:
+def save_model(opened: ModelAndProcessor, out: Path) -> None:
     """Write config and weights as safetensors."""
     opened.model.save_pretrained(out, safe_serialization=True)
 
 
 def read_length(config: Any, tokenizer: PreTrainedTokenizerFast, asked: int | None) -> int:
-    """How many tokens are read of each text.
-
-    Raises:
-        ModelError: more are asked for than the model reads.
-    """
+    """Return the tokens to read of each text; raise ModelError if the model reads less than is asked for."""
     return _length(longest_input(config, tokenizer), asked, _DEFAULT_MAX_LENGTH)
 
 
@@ -130,7 +116,7 @@ def _length(reads: int, asked: int | None, at_most: int) -> int:
 
 
 def longest_input(config: Any, tokenizer: PreTrainedTokenizerFast) -> int:
-    """How many tokens a model of this configuration reads."""
+    """Return the number of tokens that a model of this configuration reads."""
     positions = getattr(config, "max_position_embeddings", None) or 512
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
         positions -= (config.pad_token_id or 0) + 1  # these count positions from pad_token_id + 1

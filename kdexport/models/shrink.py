@@ -1,10 +1,8 @@
-"""Students made from a teacher's weights: some of its layers, or narrower ones.
+"""Build students from a teacher's weights: some of its layers, or narrower ones.
 
-A narrow student sees the teacher's stream of hidden states, x [H], as Pᵀx, with P [H, width] the principal axes of
-the teacher's table of words. Whatever reads the stream reads through P, whatever writes into it writes through Pᵀ.
+A narrow student sees the teacher's hidden states x [H] as Pᵀx, with P [H, width] the principal axes of the teacher's
+token embeddings. What reads the hidden states reads through P, what writes into them writes through Pᵀ.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -18,20 +16,20 @@ from kdexport.errors import ModelError
 
 
 class Narrowed(NamedTuple):
-    """A narrow student, and what it has of its teacher."""
+    """A narrow student, and how much of its teacher it has."""
 
     model: PreTrainedModel
-    kept_variance: float  # the share of the variance of the teacher's word table that reaches the first layer
-    projected_layers: int  # so many start from the teacher's; others, and the classifier on top, are random
+    kept_variance: float  # fraction of the variance of the word embeddings that reaches the first layer
+    projected_layers: int  # layers that start from the teacher's
 
 
 # --- some of the layers
 
 
 def layers_of(total: int, wanted: int | Sequence[int], *, spread: bool = False) -> list[int]:
-    """Which of a teacher's layers to keep: the lowest so many, so many spread evenly over all, or those named.
+    """Return the teacher's layers to keep: the lowest `wanted`, as many spread evenly, or those named.
 
-    Spread ones hold the first and the last (Sanh et al. 2019 take every other one of BERT's).
+    Spread ones include the first and the last (Sanh et al. 2019 take every other one of BERT's).
 
     Raises:
         ModelError: more than there are, none, or names that aren't ascending layers of the teacher.
@@ -52,14 +50,10 @@ def layers_of(total: int, wanted: int | Sequence[int], *, spread: bool = False) 
 
 
 def keep_layers(teacher: PreTrainedModel, indices: Sequence[int]) -> PreTrainedModel:
-    """A student of the teacher's embeddings, these of its layers and its head, all with the teacher's weights.
-
-    Args:
-        teacher: a classifier; it is left as it is.
-        indices: the layers, ascending, from 0.
+    """Build a student of the teacher's embeddings, some of its layers (ascending, from 0) and its head.
 
     Raises:
-        ModelError: there are no such layers, or one would become another kind of layer at its new place.
+        ModelError: there are no such layers, or one would be another kind of layer at its new place.
     """
     indices = layers_of(teacher.config.num_hidden_layers, indices)
     _check_kinds(teacher.config, indices)
@@ -74,7 +68,7 @@ def keep_layers(teacher: PreTrainedModel, indices: Sequence[int]) -> PreTrainedM
 
 
 def _check_kinds(config: Any, indices: list[int]) -> None:
-    """ModernBERT's layers attend to all or to near tokens by their number, and its first has a norm less."""
+    """ModernBERT's layers attend globally or locally by their index, and its first has no first norm."""
     period = getattr(config, "global_attn_every_n_layers", None)
     for new, old in enumerate(indices):
         if period and (old == 0, old % period == 0) != (new == 0, new % period == 0):
@@ -86,7 +80,7 @@ def _check_kinds(config: Any, indices: list[int]) -> None:
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    """A model's layers; none where it runs a single one several times, as ALBERT."""
+    """Return a model's layers; none where one runs several times, as in ALBERT."""
     config = model.config
     if getattr(config, "num_hidden_groups", None) == 1:
         return nn.ModuleList()
@@ -116,31 +110,24 @@ _WIDENING = ("embeddings_project", "encoder.embedding_hidden_mapping_in", "embed
 
 
 @torch.no_grad()
-def narrow(
-    teacher: PreTrainedModel,
-    layers: int,
-    width: int,
-    *,
-    project_layers: bool = True,
-) -> Narrowed:
-    """A new model of the teacher's family, narrower, that starts from the teacher's weights by PCA.
+def narrow(teacher: PreTrainedModel, layers: int, width: int, *, project_layers: bool = True) -> Narrowed:
+    """Build a narrower model of the teacher's family from the teacher's weights by PCA.
 
     It has heads of the teacher's size where that divides the width (else of 64, else one), a feed-forward width of
-    4 × width (Turc et al. 2019), and no dropout: so small a student underfits, and soft targets hold it.
+    4 × width (Turc et al. 2019), and no dropout: a model this small underfits, and soft targets regularise it.
 
     Word, position and type embeddings are summed before the first layer, so one projection serves all three. Layers
-    follow by the same projection, from the lowest up, for BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA and DistilBERT
-    with heads of equal size; what stays of attention heads and feed-forward neurons are those of greatest norm, in
-    what they read times what they write. Other families' layers, and the classifier on top, are random.
+    follow by the same projection, from the lowest up, for BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA and DistilBERT with
+    heads of equal size; of attention heads and feed-forward neurons those of greatest norm stay, of what they read
+    times what they write. Other families' layers, and the classifier, are random.
 
     Args:
-        teacher: a classifier of hidden size H; it is left as it is.
         layers: of the student; those beyond the teacher's are random.
-        width: of the student's stream, at most H. At H all that is projected is the teacher's own, exactly.
-        project_layers: False leaves all layers random, and the words' mean out of their table.
+        width: of the student's hidden states, at most the teacher's. At full width the projection is the identity.
+        project_layers: False leaves all layers random, and centres the word embeddings.
 
     Raises:
-        ModelError: wider than the teacher, or a family whose embeddings are made in a way unknown here.
+        ModelError: wider than the teacher, or a family with unknown embeddings.
     """
     student = type(teacher)(_narrow_config(teacher.config, layers, width)).eval()
     if teacher.dtype != torch.float32:
@@ -202,8 +189,8 @@ def _project_embeddings(
     """Fill the student's tables.
 
     Returns:
-        The axes [H, width] of the stream; those [E, E'] of the table, None where it has to be turned into the
-        stream's own; the share of the word table's variance that is kept.
+        The axes [H, width] of the hidden states; those [E, E'] of the table, None where it has to be turned into the
+        hidden states' own; the retained fraction of the word table's variance.
     """
     words = teacher.get_input_embeddings().weight
     mean = words.mean(dim=0)
@@ -230,13 +217,13 @@ def _project_embeddings(
 
 
 def _widening(model: PreTrainedModel) -> nn.Linear | None:
-    """The linear layer from a model's table of words to its stream, if it has one."""
+    """Return the linear layer from the table of words to the hidden states, if there is one."""
     parts = dict(model.base_model.named_modules())
     return next((parts[name] for name in _WIDENING if isinstance(parts.get(name), nn.Linear)), None)
 
 
 def _tables(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tables that are summed into the first layer's input, by name."""
+    """Return the tables that are summed into the first layer's input, by name."""
     base = model.base_model
     if not hasattr(base, "embeddings"):  # GPT-2's and Llama's stand in the model itself
         return {name: part.weight for name, part in base.named_children() if isinstance(part, nn.Embedding)}
@@ -245,10 +232,9 @@ def _tables(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _axes(covariance: Tensor, width: int) -> Tensor:
-    """An orthonormal basis [H, width]: the principal axes after 1, the direction that norms take out.
+    """Return an orthonormal basis [H, width]: 1, the direction that layer norms remove, then the principal axes.
 
-    It is turned so that 1 of the wide stream is 1 of the narrow one: so one's norm takes out what the other's does.
-    At full width it is the identity.
+    It is turned so that 1 of the wide vectors is 1 of the narrow ones. At full width it is the identity.
     """
     size = len(covariance)
     if width == size:
@@ -264,18 +250,18 @@ def _axes(covariance: Tensor, width: int) -> Tensor:
 
 
 def _project_norm(ours: Any, theirs: Any, axes: Tensor) -> None:
-    """The bias is written into the stream; a gain can only be the average of those that an axis mixes.
+    """Project a layer norm: the bias exactly, the gain as the average of those that an axis mixes.
 
-    A norm makes vectors √H long, ours √width: so ours makes them longer, for readers that know the teacher's scale.
+    A norm makes vectors √H long, ours √width: the gain makes up for it.
     """
     ours.weight.copy_((axes**2).T @ theirs.weight * (len(axes) / axes.shape[1]) ** 0.5)
     ours.bias.copy_(axes.T @ theirs.bias)
 
 
 def _project_units(readers: list[_Pair], writer: _Pair, stream: Tensor, size: int) -> None:
-    """Attention heads, or neurons (of `size` 1): those stay whose last reader and writer are of greatest norm.
+    """Project attention heads, or neurons (`size` 1), of greatest norm in reading times writing.
 
-    Where ours has more of them, those beyond the teacher's write nothing at first.
+    Where the student has more of them, those beyond the teacher's write zeros at first.
     """
     read, write = readers[-1][1].weight @ stream, stream.T @ writer[1].weight
     strength = read.reshape(-1, size * read.shape[1]).norm(dim=1) * write.T.reshape(len(read) // size, -1).norm(dim=1)

@@ -1,14 +1,9 @@
-"""Students of our own: a wide table of token embeddings, something small that reads it, and what it says pooled.
+"""Small text students: a wide table of token embeddings, a small encoder, pooling, an MLP.
 
-Tokens by themselves (a bag), windows of them, a recurrent network, or a few narrow transformer layers. A wide table
-costs no time, for a text looks up few of its rows, and pooling over all tokens is learned from little data: on 150
-intents both are worth more than attention is (benchmarks/README.md).
-
-They are `PreTrainedModel`s like any other, so saving, loading, training and export are one path: importing this
-module makes Transformers' Auto classes and Optimum's exporter know them.
+The encoder is none (a bag), a convolution over windows, a recurrent network, or a few narrow transformer layers. A wide
+table costs little time, as a text looks up few rows, and pooling over all tokens is learned from little data
+(benchmarks/README.md). Importing this module registers them with Transformers' Auto classes and Optimum's exporter.
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -17,15 +12,9 @@ from optimum.exporters.onnx.config import TextEncoderOnnxConfig
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedTextConfig
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    ElectraConfig,
-    ElectraModel,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, ElectraConfig, ElectraModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification as ForTexts
+from transformers import AutoModelForTokenClassification as ForTokens
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
 from transformers.utils import ModelOutput
 
@@ -34,50 +23,34 @@ KINDS = ("bag", "cnn", "gru", "encoder")
 _FARTHEST = 1e4  # stands for minus infinity where padding must not be the maximum; fp16 holds it
 
 
+_SHAPE = {
+    **{"vocab_size": 30522, "embedding_size": 128, "pad_token_id": 0, "dropout": 0.0, "window": 3},  # tokens, of cnn
+    **{"hidden_size": 128, "head_size": 256},  # features of a position, except in a bag; width before the logits
+    **{"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 512},  # of an encoder
+}
+
+
 class TextNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ships no types
     """Shape of a `TextNet`.
 
     Args:
         kind: bag (each token by itself), cnn (windows of `window` tokens; Kim 2014), gru (both directions), encoder
             (`num_hidden_layers` transformer layers behind a projection, as ELECTRA has it; Clark et al. 2020).
-        embedding_size: width of the token table.
-        hidden_size: features that all but a bag make of each position; a bag takes the embeddings themselves.
-        head_size: width of the layer before the logits.
-        window: tokens that cnn sees at once.
-        num_attention_heads, max_position_embeddings: of an encoder; its feed-forward width is 4 × `hidden_size`.
     """
 
     model_type = MODEL_TYPE
 
-    def __init__(
-        self,
-        kind: str = "bag",
-        vocab_size: int = 30522,
-        embedding_size: int = 128,
-        hidden_size: int = 128,
-        head_size: int = 256,
-        window: int = 3,
-        dropout: float = 0.0,
-        num_hidden_layers: int = 1,
-        num_attention_heads: int = 2,
-        max_position_embeddings: int = 512,
-        pad_token_id: int = 0,
-        **others: Any,
-    ) -> None:
+    def __init__(self, kind: str = "bag", **settings: Any) -> None:
         if kind not in KINDS:
             raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
-        self.kind, self.vocab_size, self.embedding_size = kind, vocab_size, embedding_size
-        self.hidden_size, self.head_size, self.window, self.dropout = hidden_size, head_size, window, dropout
-        self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
-        self.max_position_embeddings = max_position_embeddings
-        super().__init__(pad_token_id=pad_token_id, **others)
+        super().__init__(kind=kind, **(_SHAPE | settings))
 
 
 class TextNet(PreTrainedModel):  # type: ignore[misc]
     """Token embeddings → features of each position → their weighted mean and maximum → a small MLP → logits [B, C].
 
-    Each token brings a learned weight for the mean (as SIF weighting does by frequency, Arora et al. 2017).
-    Padding takes no part, wherever it stands: a text's logits don't depend on its batch.
+    Each token has a learned weight in the mean (as SIF weighting by frequency, Arora et al. 2017). Padding is masked,
+    so a text's logits don't depend on its batch.
     """
 
     config_class = TextNetConfig
@@ -127,7 +100,7 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> ModelOutput:
-        """Logits float [B, C] of token ids int64 [B, T] and their mask [B, T]."""
+        """Return logits float [B, C] of token ids int64 [B, T] and their mask [B, T]."""
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         mask = attention_mask.unsqueeze(-1).to(self.embeddings.weight.dtype)
@@ -142,7 +115,7 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
         return self._output(logits=self.classifier(self.dropout(hidden)))
 
     def _features(self, embedded: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, T, E] → features of each position [B, T, F]; what they are at padding doesn't matter."""
+        """Embeddings [B, T, E] → features of each position [B, T, F], arbitrary at padding."""
         if self.config.kind == "cnn":
             embedded = embedded * attention_mask.unsqueeze(-1).to(embedded.dtype)  # windows reach over the end
             reach = self.config.window // 2
@@ -165,7 +138,7 @@ class TextNet(PreTrainedModel):  # type: ignore[misc]
 
 
 class TextNetForTokens(TextNet):
-    """The same without pooling: features of each position → a small MLP → logits [B, T, C]."""
+    """A `TextNet` without pooling: features of each position → a small MLP → logits [B, T, C]."""
 
     _output = TokenClassifierOutput
     _pooled = 1
@@ -177,7 +150,7 @@ class TextNetForTokens(TextNet):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> ModelOutput:
-        """Logits float [B, T, C] of token ids int64 [B, T] and their mask [B, T]."""
+        """Return logits float [B, T, C] of token ids int64 [B, T] and their mask [B, T]."""
         if attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         return self._answer(self._features(self.embeddings(input_ids), attention_mask))
@@ -200,10 +173,10 @@ def _encoder_config(config: TextNetConfig) -> ElectraConfig:
 
 @torch.no_grad()
 def start_as_mean(network: TextNet) -> None:
-    """Let each layer of an encoder start as the mean over the tokens, added to the token itself.
+    """Initialise each layer of an encoder as the mean over the tokens, added to the token itself.
 
-    Nearly equal scores, values passed through: at first the encoder is a bag of embeddings, and what order there is
-    to learn is learned from there. Random attention has to find that first, which takes data.
+    Nearly equal attention scores and values passed through make the encoder a bag of embeddings at first; random
+    attention would have to find that from data.
     """
     for layer in network.encoder.encoder.layer:
         attention = layer.attention
@@ -224,7 +197,7 @@ class _TextNetOnnxConfig(TextEncoderOnnxConfig):  # type: ignore[misc]
 
 
 AutoConfig.register(MODEL_TYPE, TextNetConfig, exist_ok=True)
-AutoModelForSequenceClassification.register(TextNetConfig, TextNet, exist_ok=True)
-AutoModelForTokenClassification.register(TextNetConfig, TextNetForTokens, exist_ok=True)
+ForTexts.register(TextNetConfig, TextNet, exist_ok=True)
+ForTokens.register(TextNetConfig, TextNetForTokens, exist_ok=True)
 _register = TasksManager.create_register("onnx", overwrite_existing=True)
 _register(MODEL_TYPE, "text-classification", "token-classification", library_name="transformers")(_TextNetOnnxConfig)

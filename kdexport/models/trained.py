@@ -1,7 +1,5 @@
 """A trained model, whoever trained it, as a model folder of ours."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,8 @@ from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.classes import function_of
 from kdexport.tasks.config import Function
 
-# Longer texts are the exception for classifiers, and every token costs; `--max-length` reads more.
-_AT_MOST = 512
-# An ONNX file is one protobuf message, which can't be larger.
-_LARGEST_BYTES = 2**31
+_AT_MOST = 512  # tokens, without --max-length
+_LARGEST_BYTES = 2**31  # of an ONNX file, which is one protobuf message
 
 
 def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, Any]], out: Path) -> None:
@@ -29,9 +25,8 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
 
     Args:
         model: Hugging Face folder or hub id of a classifier or a language model.
-        max_length: tokens kept of each text; what the model reads, but at most 512, when None.
-        rows: what the reference is computed for, before the task's own probes and examples.
-        out: an existing folder.
+        max_length: tokens of each text; what the model reads, but at most 512, when None.
+        rows: what the reference is computed for, before the task's probes and examples.
 
     Raises:
         ModelError: it is no trained model that can be exported.
@@ -56,7 +51,7 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     save_model(opened, out)
     task = load_task(out)
     everything = [*rows, *task.probes(), *task.examples()]
-    with bar("PyTorch answers", len(everything)) as advance:
+    with bar("PyTorch reference", len(everything)) as advance:
         reference = logits_of(opened.model, task, everything, advance=advance)
     if not np.isfinite(reference).all():
         raise ModelError(f"model {model!r} gives logits that are not finite")

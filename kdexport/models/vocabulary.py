@@ -1,11 +1,8 @@
-"""A smaller vocabulary: the tokens that a corpus needs, taken out of a tokenizer and its model.
+"""Trim a tokenizer and its model to the tokens that a corpus needs.
 
-A small student's table of tokens is most of its size. On every text of the corpus the tokens stay the same, so a
-teacher can still be fed; on other texts a word may fall into more and smaller pieces, but none becomes unknown that
-was known.
+A small student's token embeddings are most of its size. Texts of the corpus keep their tokens, so the teacher's can be
+mapped; a word of other texts may fall into more and smaller pieces, but none becomes unknown that was known.
 """
-
-from __future__ import annotations
 
 import json
 import logging
@@ -22,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdexport.errors import ModelError
 
-logging.getLogger("skeletoken").setLevel(logging.ERROR)  # what it adds for itself while it works is no news
+logging.getLogger("skeletoken").setLevel(logging.ERROR)
 
-_BATCH = 1000  # texts that are tokenised at once
+_BATCH = 1000  # texts
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # how a vocabulary writes a byte that stands for itself
 _UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
 _WORD_START = "▁"
@@ -33,22 +30,22 @@ _WORD_START = "▁"
 def trim_vocabulary(
     tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, texts: Iterable[str]
 ) -> NDArray[np.int64]:
-    """Reduce tokenizer and model, both in place, to the tokens that texts need.
+    """Trim tokenizer and model, both in place.
 
-    Kept are the tokens of the texts, at any length; those that a merge of theirs goes through; special and other
-    added tokens, but no `[unused7]`; and every single character or byte, in the middle of a word too.
+    What stays: the tokens of the texts, at any length; those that they are merged from; special and other added tokens,
+    but no `[unused7]`; and every single character or byte, in the middle of a word too.
 
     Args:
         tokenizer: WordPiece, BPE or Unigram.
-        model: reads that tokenizer's ids. Its table of tokens [V, E] shrinks to [K, E], an output layer over the
-            vocabulary with it; its config's `vocab_size` and ids of tokens follow.
+        model: its embeddings [V, E] shrink to [K, E], an output layer over the vocabulary with them; its config's
+            `vocab_size` and token ids follow.
         texts: the corpus; of a pair, both texts.
 
     Returns:
-        The ids that were kept, int64 [K], ascending: `kept[new_id]` is the id in the old vocabulary.
+        The old id of each new one, int64 [K], ascending.
 
     Raises:
-        ModelError: a tokenizer of another kind, or one that has more tokens than the model's table has rows.
+        ModelError: another kind of tokenizer, or one with more tokens than the model has embeddings.
     """
     backend = tokenizer.backend_tokenizer
     corpus = list(dict.fromkeys(texts))
@@ -69,7 +66,7 @@ def trim_vocabulary(
 
 
 def _needed(backend: Tokenizer, corpus: list[str]) -> set[int]:
-    """Ids of the tokens that give the corpus the same tokens again, and any other text some."""
+    """Return ids of the tokens that give the corpus the same tokens again, and any other text some."""
     spec = json.loads(backend.to_str())
     model, added = spec["model"], {token["content"] for token in spec["added_tokens"]}
     vocab: dict[str, int] = backend.get_vocab()
@@ -89,15 +86,15 @@ def _needed(backend: Tokenizer, corpus: list[str]) -> set[int]:
 
 
 def _is_character(token: str, model: dict[str, Any]) -> bool:
-    """Whether a token is one character or byte, with whatever marks its place in a word."""
+    """Whether a token is one character or byte, with any marks of its place in a word."""
     bare = token.removeprefix(model.get("continuing_subword_prefix") or "").removeprefix(_WORD_START)
     return len(bare.removesuffix(model.get("end_of_word_suffix") or "")) <= 1 or bool(_BYTE.fullmatch(token))
 
 
 def _merged_from(ids: set[int], vocab: dict[str, int], model: dict[str, Any]) -> set[int]:
-    """Ids of the tokens that tokens are merged from, and what those are merged from, down to characters.
+    """Return ids of all tokens that tokens are merged from, down to characters.
 
-    No merge inside a word crosses the borders of its final tokens, so theirs are all that happen.
+    No merge inside a word crosses the borders of its final tokens, so these are all that happen.
     """
     parts: dict[int, list[int]] = {}
     prefix = model.get("continuing_subword_prefix") or ""
@@ -115,10 +112,10 @@ def _merged_from(ids: set[int], vocab: dict[str, int], model: dict[str, Any]) ->
 def _pieces_of_unknown_words(
     text: Any, encoding: Encoding, unknown: int, backend: Tokenizer, vocab: dict[str, int], model: dict[str, Any]
 ) -> set[int]:
-    """Ids of all pieces of a text's unknown words.
+    """Return ids of all pieces of a text's unknown words.
 
-    A word is unknown where, after its longest pieces from the left, nothing fits. Without those pieces others would
-    be taken, after which something might fit.
+    A word is unknown where, after its longest pieces from the left, nothing fits. Without those pieces others would be
+    taken, after which something might fit.
     """
     found: set[int] = set()
     for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -133,7 +130,7 @@ def _pieces_of_unknown_words(
 
 
 def _ids_of_model(model: PreTrainedModel) -> set[int]:
-    """Ids that a model's config names; and where positions are counted from the padding's id, all up to that."""
+    """Return ids in a model's config; and where positions are counted from the padding's id, all up to it."""
     rows = model.get_input_embeddings().num_embeddings
     named = {id_ for ids in _token_ids(model.config).values() for id_ in np.atleast_1d(ids).tolist() if id_ < rows}
     positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
@@ -142,7 +139,6 @@ def _ids_of_model(model: PreTrainedModel) -> set[int]:
 
 
 def _token_ids(config: Any) -> dict[str, Any]:
-    """A config's fields that hold the id of a token, or several."""
     return {name: ids for name, ids in vars(config).items() if name.endswith("_token_id") and ids is not None}
 
 
@@ -150,7 +146,7 @@ def _token_ids(config: Any) -> dict[str, Any]:
 
 
 def _only(backend: Tokenizer, ids: set[int]) -> Tokenizer:
-    """A tokenizer with these tokens alone, renumbered in their order."""
+    """Return a tokenizer with these tokens alone, renumbered in their order."""
     try:
         model = TokenizerModel.from_tokenizer(backend)
         trimmed = model.remove_tokens_from_vocabulary(
@@ -164,7 +160,7 @@ def _only(backend: Tokenizer, ids: set[int]) -> Tokenizer:
 
 
 def _check(old: Tokenizer, new: Tokenizer, kept: NDArray[np.int64], corpus: list[str]) -> None:
-    """Hold the one against the other on the whole corpus: what a tokenizer may consist of is more than we know."""
+    """Compare both tokenizers on the whole corpus: tokenizers may hold components that we do not know."""
     for (text, before), (_, after) in zip(_encodings(old, corpus), _encodings(new, corpus), strict=True):
         if before.ids != kept[after.ids].tolist():
             raise ModelError(
@@ -173,7 +169,7 @@ def _check(old: Tokenizer, new: Tokenizer, kept: NDArray[np.int64], corpus: list
 
 
 def _encodings(tokenizer: Tokenizer, texts: list[Any]) -> Iterator[tuple[Any, Encoding]]:
-    """Texts and their encodings, none cut."""
+    """Yield texts and their encodings, untruncated."""
     whole = Tokenizer.from_str(tokenizer.to_str())
     whole.no_truncation()
     whole.no_padding()
@@ -184,7 +180,7 @@ def _encodings(tokenizer: Tokenizer, texts: list[Any]) -> Iterator[tuple[Any, En
 
 @torch.no_grad()
 def _keep_rows(model: PreTrainedModel, kept: NDArray[np.int64]) -> None:
-    """Shrink what is as long as the vocabulary, tied or not, and renumber the config's ids."""
+    """Shrink all weights over the vocabulary, tied or not, and renumber the config's ids."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     padding, rows = table.padding_idx, torch.from_numpy(kept)
     tensors = [table.weight, *(getattr(head, name, None) for name in ("weight", "bias"))]

@@ -39,7 +39,6 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     """Run the unfinished stages of the run folder `out`, and return the report."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = derive.students(settings)
-    teachers.check(settings)
     files = local_files(settings.data)
     sources = [*files, *teachers.files(settings), *local(*names)]
     with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):

@@ -1,6 +1,4 @@
-"""What is refused before any work: what the task doesn't offer, and settings without an effect beside the others."""
-
-from __future__ import annotations
+"""Refuse, before any work, what the task or the teachers don't offer, and settings without an effect."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +8,7 @@ import msgspec
 from kdexport.errors import SpecError
 from kdexport.spec import derive
 from kdexport.spec.sections import Distill, Spec, Weight
+from kdexport.spec.teachers import check_teachers
 from kdexport.tasks import names, task_class
 from kdexport.tasks.menus import OF_LAYERS, Menu
 
@@ -21,12 +20,11 @@ def checked(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
     """Return the spec with the defaults of its task.
 
     Args:
-        tree: what was given, to tell it from defaults.
-        spec: the same, with defaults that suit every task.
+        tree: what was given, without defaults.
         source: a file or flags, for errors.
 
     Raises:
-        SpecError: names the first key that asks for what its task doesn't offer, or has no effect.
+        SpecError: names the first key that the task or teachers don't offer, or that has no effect.
     """
     menu = _menu(spec, source)
     distill: dict[str, Any] = {}
@@ -39,6 +37,7 @@ def checked(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
     _check_menu(spec, menu, source)
     _check_students(spec, menu, source)
     _check_losses(spec, source)
+    check_teachers(spec, menu, losses_of(spec), source)
     for key, why, fix in _without_effect(spec, menu):
         section, _, name = key.partition(".")
         if name in (tree.get(section) or {}) and getattr(getattr(spec, section), name) != _default(spec, section, name):
@@ -47,13 +46,13 @@ def checked(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
 
 
 def weights_of(distill: Distill) -> dict[str, Weight]:
-    """The losses in use, with their weights."""
+    """Return the losses in use, with their weights."""
     loss = distill.loss
     return {loss: 1.0} if isinstance(loss, str) else {str(name): weight for name, weight in loss.items()}
 
 
 def losses_of(spec: Spec) -> set[str]:
-    """The names of the losses in use."""
+    """Return the names of the losses in use."""
     return set(weights_of(spec.distill))
 
 
@@ -107,7 +106,8 @@ def _check_students(spec: Spec, menu: Menu, source: str) -> None:
 
 def _check_losses(spec: Spec, source: str) -> None:
     weights = weights_of(spec.distill)
-    if not any(_moves_or_counts(weight) for weight in weights.values()):
+    sizes = (w if isinstance(w, (int, float)) else max(w.start, w.end) for w in weights.values())
+    if not any(sizes):
         raise SpecError(f"{source}: distill.loss: every weight is 0, so the teacher teaches nothing", "Raise one")
     if set(weights) <= {*OF_LAYERS} and spec.distill.alpha == 1:
         raise SpecError(
@@ -138,16 +138,10 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield "budget.time_limit_s", "with one student", "Name several, or none: --student tiny --student bag"
 
 
-def _moves_or_counts(weight: Weight) -> bool:
-    return weight > 0 if isinstance(weight, (int, float)) else max(weight.start, weight.end) > 0
-
-
 def _either(names: Any) -> str:
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else str(last)
 
 
 def _default(spec: Spec, section: str, name: str) -> Any:
-    kind = type(getattr(spec, section))
-    at = kind.__struct_fields__.index(name) - (len(kind.__struct_fields__) - len(kind.__struct_defaults__))
-    return kind.__struct_defaults__[at]
+    return next(field.default for field in msgspec.structs.fields(getattr(spec, section)) if field.name == name)

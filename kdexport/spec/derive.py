@@ -1,6 +1,4 @@
-"""Values that the spec leaves open, derived with a reason; no torch, so `--plan` costs nothing."""
-
-from __future__ import annotations
+"""Values that the spec leaves open, derived with a reason; no torch, so `--plan` is quick."""
 
 import re
 from typing import NamedTuple
@@ -12,22 +10,21 @@ from kdexport.tasks import task_class
 # name → (layers, width); the feed-forward width is 4 × width (Turc et al. 2019).
 PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512)}
 NETWORKS = ("bag", "cnn", "gru")
-# Channels of the first map of a convolutional student of images or sound.
 _CONV_WIDTH = 16
 _EXAMPLES_SEEN, _STEPS = 300_000, 500
-# Passes at least over rows that are mostly changed copies: they don't overfit, so patience pays (Beyer et al. 2022).
+# The fewest epochs over mostly augmented texts, which are not overfitted (Beyer et al. 2022).
 _PATIENT = 5
 
 
 class Derived(NamedTuple):
-    """A value and why it is that."""
+    """A value and its reason."""
 
     value: float
     reason: str
 
 
 class Shape(NamedTuple):
-    """What `student.model` names: `kind` is narrow, lowest, spread, named, network, conv or model (a folder)."""
+    """A student by its name: `kind` is narrow, lowest, spread, named, network, conv or model (a folder)."""
 
     kind: str
     layers: int = 0
@@ -37,11 +34,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(model: str) -> Shape:
-    """Read the name of a student.
-
-    Raises:
-        SpecError: what follows `layers:` or `spread:` is no positive number, and no list like 0+2+5.
-    """
+    """Parse the name of a student; raise SpecError where `layers:` or `spread:` has no positive number or list."""
     if model in PRESETS:
         return Shape("narrow", *PRESETS[model])
     if found := re.fullmatch(rf"({'|'.join(NETWORKS)})(?::([1-9]\d*))?", model):
@@ -67,7 +60,7 @@ def shape_of(model: str) -> Shape:
 
 
 def students(settings: Spec) -> tuple[str, ...]:
-    """The students to train: one, or the ladder that a search climbs."""
+    """Return the students to train: one, or the ladder of a search."""
     named = settings.student.model
     if named is None:
         menu = task_class(settings.task).menu
@@ -76,18 +69,14 @@ def students(settings: Spec) -> tuple[str, ...]:
 
 
 def vocabulary(student: Student, name: str, task: str) -> str:
-    """The tokens that a student keeps: `whole` or `corpus`.
-
-    Names are mostly words that no training text has: on WNUT 17 the teacher itself, with the training texts' tokens
-    alone, falls from 55.9 to 46.0 on validation.
-    """
+    """Return the tokens of a student: `whole` or `corpus`."""
     if student.vocabulary is not None:
         return student.vocabulary
     return "whole" if shape_of(name).kind == "model" else task_class(task).menu.vocabulary
 
 
 def why(settings: Spec) -> str:
-    """Why these students, when none is named."""
+    """Return the reason for the students, where none is named."""
     return "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"
 
 
@@ -98,35 +87,32 @@ def pools(student: Student, name: str) -> bool:
 
 
 def start_of(student: Student, name: str) -> str:
-    """What a student starts from: `pools` over the teacher's embeddings, `random` weights, or else `weights`."""
+    """Return a student's initialisation: `pools` (over the teacher's embeddings), `random`, or `weights`."""
     return "random" if shape_of(name).kind == "conv" else "pools" if pools(student, name) else "weights"
 
 
 def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weights") -> Derived:
-    """Passes over the training rows, and over the transfer rows, which the teacher alone labels.
-
-    Convolutions start from nothing, so they see twice as many examples, and few ones more often.
-    Students that pool start with all that the teacher's embeddings know and soon learn rows by heart, so they get
-    fewer passes: on clinc150 a convolution kept 97.2 % of the teacher on validation after 8, and 96.5 % after 15.
-    """
+    """Return the epochs over training rows and transfer rows, which the teacher alone labels: docs/decisions.md."""
     if settings.epochs is not None:
         return Derived(settings.epochs, "as given")
     every = rows + transfer
-    told = f"there are {rows:,} rows" + (f" and {transfer:,} that the teacher labels" if transfer else "")
+    found = f"there are {rows:,} rows" + (f" and {transfer:,} that the teacher labels" if transfer else "")
     if start == "random":
         value = max(8, min(60, 2 * _EXAMPLES_SEEN // every))
-        return Derived(value, f"about {2 * _EXAMPLES_SEEN:,} examples seen from random weights, 8 to 60 passes; {told}")
+        return Derived(
+            value, f"about {2 * _EXAMPLES_SEEN:,} examples seen from random weights, 8 to 60 epochs; {found}"
+        )
     if 15 * every < _STEPS * settings.batch_size:
         value = min(100, -(-_STEPS * settings.batch_size // every))
-        return Derived(value, f"about {_STEPS} steps, at most 100 passes; {told}")
+        return Derived(value, f"about {_STEPS} steps, at most 100 epochs; {found}")
     least = _PATIENT if transfer else 3
     most = 8 if start == "pools" else 15
     value = max(least, min(most, _EXAMPLES_SEEN // every))
-    return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, {least} to {most} passes; {told}")
+    return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, {least} to {most} epochs; {found}")
 
 
 def learning_rate(settings: Distill, student: Student, name: str, width: int) -> Derived:
-    """The highest learning rate: smaller for wider transformers, halved for weights that are trained already."""
+    """Return the highest learning rate: smaller for wider transformers, halved for trained weights."""
     if settings.learning_rate is not None:
         return Derived(settings.learning_rate, "as given")
     if pools(student, name):

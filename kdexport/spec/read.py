@@ -1,6 +1,4 @@
-"""A spec from a YAML file and flags; flags win. Whatever is wrong is an error that names the key."""
-
-from __future__ import annotations
+"""A spec from a YAML file and from flags, which win. Errors name the key."""
 
 import difflib
 import re
@@ -16,15 +14,14 @@ from kdexport.errors import SpecError
 from kdexport.spec.checks import checked
 from kdexport.spec.sections import Bench, Section, Spec
 
-# A spec is four deep and has about a hundred values; aliases of aliases multiply.
-_DEEPEST, _MOST_VALUES = 20, 10_000
+_DEEPEST, _MOST_VALUES = 20, 10_000  # aliases of aliases multiply
 _SHOWN = 40  # characters of a wrong value in an error
 
 
 class Loader(yaml.SafeLoader):
-    """YAML of texts, numbers, lists and sections; 2e-4 is a number, as everyone means it; YAML 1.1 reads a text.
+    """YAML of texts, numbers, lists and sections, with 2e-4 a number (a text in YAML 1.1).
 
-    Other tags, dates, merge keys and repeated keys are errors, and so is what would exhaust memory or the stack.
+    Other tags, dates, merge keys, repeated keys, and what would exhaust memory or the stack are errors.
     """
 
     def __init__(self, text: str) -> None:
@@ -42,7 +39,7 @@ class Loader(yaml.SafeLoader):
         return node
 
     def construct_document(self, node: yaml.Node) -> Any:
-        """Turn the nodes of a document into plain values."""
+        """Return the nodes of a document as plain values."""
         return self._value(node, "")
 
     def _value(self, node: yaml.Node, key: str) -> Any:
@@ -83,11 +80,7 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """Read a text of YAML as plain values; `source` is named in errors.
-
-    Raises:
-        SpecError: it is no YAML, or a value of it can't be read; the line and the key are named.
-    """
+    """Read YAML as plain values; raise a SpecError that names `source`, line and key."""
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -98,14 +91,14 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Spec:
-    """Read a spec file, lay the overrides over it, and check the whole.
+    """Read a spec file, apply the overrides, and check the whole.
 
     Args:
-        path: a YAML file, or None for a spec that is made of overrides alone.
-        overrides: dotted key → value, e.g. `{"student.model": "mini"}`; they win over the file.
+        path: a YAML file; None uses the overrides alone.
+        overrides: dotted key → value, e.g. `{"student.model": "mini"}`.
 
     Raises:
-        SpecError: the file can't be read, or a key or value is wrong; the line names it.
+        SpecError: the file can't be read, or a key or value is wrong.
     """
     tree = _read_yaml(path) if path else {}
     source = str(path) if path else "flags"
@@ -123,7 +116,7 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Spec:
 
 
 def parse(tree: Any, source: str) -> Spec:
-    """Check a tree of plain values and turn it into a `Spec`; `source` is named in errors."""
+    """Check a tree of plain values and return it as a `Spec`; `source` is named in errors."""
     _refuse_unreal(tree, source)
     try:
         spec = msgspec.convert(tree, Spec)
@@ -147,12 +140,12 @@ def parse_bench(values: Mapping[str, Any]) -> Bench:
 
 
 def dump(spec: Spec) -> str:
-    """The whole spec as YAML, with every default written out."""
+    """Return the whole spec as YAML, with every default."""
     return yaml.safe_dump(msgspec.to_builtins(spec), sort_keys=False, allow_unicode=True, width=100)
 
 
 def commented(spec: Spec) -> str:
-    """The whole spec as YAML with each setting's meaning above it, for a person to edit."""
+    """Return the whole spec as YAML with each setting's help above it."""
     lines, helps, path = ["# kdexport run takes this file; flags override it."], settings(), list[str]()
     for line in dump(spec).splitlines():
         depth = (len(line) - len(line.lstrip(" "))) // 2
@@ -166,7 +159,7 @@ def commented(spec: Spec) -> str:
 
 
 def settings() -> dict[str, str]:
-    """Every dotted key of the spec with its help text, in order."""
+    """Return every dotted key of the spec with its help text, in order."""
     return {key: text for key, text, _ in walk(Spec)}
 
 
@@ -213,7 +206,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unreal(value: Any, source: str, key: str = "") -> None:
-    """Refuse numbers that are infinite, NaN or of more than 64 bits, wherever they come from: a file or a flag."""
+    """Refuse infinite numbers, NaN, and those of more than 64 bits."""
     if isinstance(value, Mapping | list | tuple):
         named = value.items() if isinstance(value, Mapping) else enumerate(value)
         for name, one in named:
@@ -223,12 +216,12 @@ def _refuse_unreal(value: Any, source: str, key: str = "") -> None:
 
 
 def _is_real(value: Any) -> bool:
-    """Return whether a value is no number, or a finite one that fits 64 bits."""
+    """Whether a value is no number, or a finite one of 64 bits."""
     return not isinstance(value, int | float) or abs(value) < 2**63
 
 
 def _explain(message: str, source: str) -> SpecError:
-    """msgspec's message → what, where (dotted key) and, for an unknown key, the nearest known one."""
+    """Return msgspec's message as what, where (dotted key) and, for an unknown key, the nearest known one."""
     what, _, where = message.replace("at `key` in `$", "at `$").partition(" - at `$")
     where = where.rstrip("`").lstrip(".")
     unknown = re.search(r"unknown field `(.+)`", what)

@@ -1,7 +1,5 @@
 """Every setting of a spec, declared once with its type, default, unit and help."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import msgspec
@@ -10,9 +8,18 @@ from msgspec import Meta
 from kdexport.tasks import BUILT_IN, DEFAULT
 
 Text = Annotated[str, Meta(min_length=1)]
+Texts = Annotated[tuple[Text, ...], Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
-Share = Annotated[float, Meta(ge=0, le=1)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Length = Annotated[int, Meta(ge=8, le=8192)]
+Problem = Literal["single-label", "multi-label", "regression"]
+Dtype = Literal["float32", "bfloat16"]
+LossName = Literal["kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation"]
+Augmentation = Literal["mask", "neighbours", "ngram", "shuffle"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+Runtime = Literal["torch", "torch-compile", "torch-cudagraphs", "onnxruntime", "openvino"]
+Device = Literal["cpu", "cuda"]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -23,11 +30,18 @@ def _help(text: str) -> Meta:
     return Meta(description=text)
 
 
+def _some(text: str) -> Meta:
+    return Meta(description=text, min_length=1)
+
+
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A value that moves linearly from the first step of training to the last: `{from: 4, to: 1}`."""
 
     start: Annotated[float, Meta(ge=0)] = msgspec.field(name="from")
     end: Annotated[float, Meta(ge=0)] = msgspec.field(name="to")
+
+
+Weight = Annotated[float, Meta(ge=0)] | Schedule
 
 
 class Data(Section, frozen=True):
@@ -46,22 +60,17 @@ class Data(Section, frozen=True):
     text_pair: Annotated[Text | None, _help("the second text's column, for pairs of texts")] = None
     label: Annotated[Text | None, _help("the label's column; guessed when its name is obvious")] = None
     problem: Annotated[
-        Literal["single-label", "multi-label", "regression"],
-        _help("of text-classification: one label a text, several (lists, or with | between them), or a number"),
+        Problem, _help("of text-classification: one label a text, several (lists, or with | between), or a number")
     ] = "single-label"
     unlabelled: Annotated[
         Text | None, _help("more texts, which the teacher alone labels: CSV, TSV, JSONL or a text a line")
     ] = None
     max_length: Annotated[
-        Annotated[int, Meta(ge=8, le=8192)] | None,
-        _help("tokens kept of each text, special tokens included; 128 when absent, or what the teacher reads"),
+        Length | None, _help("tokens of each text, with special ones; 128 when absent, or what the teacher reads")
     ] = None
     max_chars: Annotated[Count, _help("a longer text is a bad row: most often a quote that was never closed")] = 100_000
-    skip_bad_rows: Annotated[bool, _help("leave bad rows out and count them, instead of stopping")] = False
-    drop_duplicates: Annotated[bool, _help("drop texts from train that stand in validation or test as well")] = True
-
-
-Dtype = Literal["float32", "bfloat16"]
+    skip_bad_rows: Annotated[bool, _help("skip and count bad rows, instead of stopping")] = False
+    drop_duplicates: Annotated[bool, _help("drop texts from train that are in validation or test as well")] = True
 
 
 class TeacherTraining(Section, frozen=True):
@@ -70,16 +79,14 @@ class TeacherTraining(Section, frozen=True):
     epochs: Annotated[Count, _help("passes over the training rows")] = 3
     learning_rate: Annotated[Positive, _help("the highest; warmed up over 10 %, then linear to zero")] = 5e-5
     batch_size: Annotated[Count, _help("rows a step")] = 16
-    dtype: Annotated[
-        Dtype, _help("of products; bfloat16 is quicker where the CPU or GPU has it, and weights stay float32")
-    ] = "float32"
+    dtype: Annotated[Dtype, _help("of products; bfloat16 is quicker where supported; weights stay float32")] = "float32"
 
 
 class Teacher(Section, frozen=True):
     """The model that is distilled."""
 
     model: Annotated[
-        Text | Annotated[tuple[Text, ...], Meta(min_length=1)],
+        Text | Texts,
         _help(
             "Hugging Face folder or hub id (sentence-transformers/all-MiniLM-L6-v2 comes with kdexport[demo]), PEFT "
             "adapter, ONNX artifact, stored logits; or a list of them"
@@ -90,20 +97,16 @@ class Teacher(Section, frozen=True):
         Literal["mean", "log-mean"],
         _help("of several teachers or passes: arithmetic or geometric mean of their probabilities"),
     ] = "log-mean"
-    passes: Annotated[Count, _help("times the teacher reads each text, as `noise` says; combined")] = 1
-    noise: Annotated[
-        Literal["dropout", "augment"], _help("what tells passes apart: dropout left on, or changed words")
-    ] = "dropout"
-    train: Annotated[
-        TeacherTraining | None, _help("fine-tune it on the data first; absent: the teacher is used as it is")
-    ] = None
+    passes: Annotated[Count, _help("stochastic passes over each text, combined; see `noise`")] = 1
+    noise: Annotated[Literal["dropout", "augment"], _help("of passes: MC dropout, or augmented texts")] = "dropout"
+    train: Annotated[TeacherTraining | None, _help("fine-tune it on the data first; absent: use it as it is")] = None
 
 
 class Student(Section, frozen=True):
     """The model that is trained."""
 
     model: Annotated[
-        Text | Annotated[tuple[Text, ...], Meta(min_length=1)] | None,
+        Text | Texts | None,
         _help(
             "tiny (2 layers × 128), mini (4 × 256), small (4 × 512), 3x192, layers:3 (the teacher's lowest), spread:3, "
             "layers:0+2+5, bag, cnn, gru, cnn:512 (features), conv, conv:32 (channels; of images and sound), or a "
@@ -127,29 +130,22 @@ class Student(Section, frozen=True):
     ] = None
     start: Annotated[
         Literal["projections", "embeddings"],
-        _help(
-            "first weights of a narrower student: the teacher's embeddings and layers, reduced, or the embeddings alone"
-        ),
+        _help("initial weights of a narrower student: the teacher's embeddings and layers by PCA, or embeddings alone"),
     ] = "projections"
 
 
-LossName = Literal["kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation"]
-Weight = Annotated[float, Meta(ge=0)] | Schedule
-
-
 class Augment(Section, frozen=True):
-    """Changed copies of the training texts, which the teacher labels anew."""
+    """Augmented training texts, which the teacher labels anew."""
 
-    views: Annotated[Count, _help("changed copies of each text")] = 8
+    views: Annotated[Count, _help("augmented texts of each text")] = 8
     kinds: Annotated[
-        tuple[Literal["mask", "neighbours", "ngram", "shuffle"], ...],
-        Meta(min_length=1),
-        _help(
-            "mask: words hidden; neighbours: words for others that the teacher's embeddings hold near; ngram: a part "
+        tuple[Augmentation, ...],
+        _some(
+            "mask: words masked; neighbours: words replaced by near ones in the teacher's embeddings; ngram: a part "
             "of the text; shuffle: its sentences in another order"
         ),
     ] = ("mask", "neighbours", "ngram")
-    share: Annotated[Share, _help("of the words that a view changes, about")] = 0.2
+    share: Annotated[Fraction, _help("fraction of the words to change, about")] = 0.2
 
 
 class Distill(Section, frozen=True):
@@ -166,89 +162,68 @@ class Distill(Section, frozen=True):
         Positive | Schedule, _help("T: softens the logits of both; 1 leaves them as they are; or {from: 4, to: 1}")
     ] = 2.0
     alpha: Annotated[
-        Share | Schedule, _help("weight of the teacher's terms, λ in texts; the labels' term has 1 − alpha")
+        Fraction | Schedule, _help("weight of the distillation loss against the label loss (λ in some papers)")
     ] = 0.9
-    epochs: Annotated[Count | None, _help("passes over the training rows; derived from their number when absent")] = (
-        None
-    )
+    epochs: Annotated[Count | None, _help("passes over the training rows; derived from their number if absent")] = None
     patience: Annotated[
-        Count | None, _help("stop after so many epochs without a better validation metric; the best epoch is kept")
+        Count | None, _help("stop after so many epochs without a better validation metric; the best epoch is used")
     ] = None
     learning_rate: Annotated[Positive | None, _help("the highest; derived from the student's width when absent")] = None
     batch_size: Annotated[Count, _help("rows a step")] = 32
-    augment: Annotated[Augment | None, _help("also train on changed copies of the texts; absent: none")] = None
+    augment: Annotated[Augment | None, _help("also train on augmented texts; absent: none")] = None
     samples: Annotated[
         Count | None, _help("of causal-lm: also train on so many passages that the teacher writes; absent: none")
     ] = None
     dtype: Annotated[Dtype, _help("of products in training; see teacher.train.dtype")] = "float32"
-    seeds: Annotated[Count, _help("train the student (and the baseline) so many times: mean and deviation")] = 1
-    baseline: Annotated[
-        bool, _help("also train the same student on the labels alone, to see what distillation gave")
-    ] = True
-
-
-Precision = Literal["fp32", "fp16", "int8", "int4"]
+    seeds: Annotated[Count, _help("train student and baseline so many times: mean and standard deviation")] = 1
+    baseline: Annotated[bool, _help("also train the same student on labels alone, for comparison")] = True
 
 
 class Export(Section, frozen=True):
-    """What is made of the student."""
+    """The precisions of the exported files."""
 
-    variants: Annotated[
-        tuple[Precision, ...],
-        Meta(min_length=1),
-        _help("precisions to export; fp32 always, int4 of causal-lm"),
-    ] = ("fp32", "int8")
+    variants: Annotated[tuple[Precision, ...], _some("precisions to export; fp32 always, int4 of causal-lm")] = (
+        "fp32",
+        "int8",
+    )
     max_int8_loss: Annotated[
-        Share, _help("int8 is recommended only if its metric is at most this far below fp32's")
+        Fraction, _help("int8 is recommended only if its metric is at most this far below fp32's")
     ] = 0.01
 
 
 class Budget(Section, frozen=True):
-    """What the recommended file must keep; what is left out does not bind."""
+    """Limits on the recommended file; absent ones do not bind."""
 
     p99_ms: Annotated[Positive | None, _help("99th percentile of the latency at batch 1, in ms")] = None
     size_mb: Annotated[Positive | None, _help("size of the ONNX file, in MB (10⁶ bytes)")] = None
-    retention: Annotated[Share | None, _help("share of the teacher's metric on the test split")] = None
-    time_limit_s: Annotated[
-        Positive | None, _help("a search of several students trains no new one after this, in s")
-    ] = None
+    retention: Annotated[Fraction | None, _help("fraction of the teacher's metric on the test split")] = None
+    time_limit_s: Annotated[Positive | None, _help("a search trains no new student after this, in s")] = None
 
     def binds(self) -> bool:
         """Whether any limit is set."""
         return any(limit is not None for limit in (self.p99_ms, self.size_mb, self.retention))
 
 
-Runtime = Literal["torch", "torch-compile", "torch-cudagraphs", "onnxruntime", "openvino"]
-Device = Literal["cpu", "cuda"]
-
-
 class Bench(Section, frozen=True):
     """How latency is measured."""
 
-    threads: Annotated[
-        tuple[Count, ...], Meta(min_length=1), _help("threads of the model's runtime; the first is the report's")
-    ] = (1,)
+    threads: Annotated[tuple[Count, ...], _some("threads of the model's runtime; the first is the report's")] = (1,)
     batch_sizes: Annotated[tuple[Count, ...], _help("batches that are measured beside single texts")] = (8, 32)
     runtimes: Annotated[
         tuple[Runtime, ...],
-        Meta(min_length=1),
-        _help(
-            "torch, torch-compile, torch-cudagraphs (models); onnxruntime, openvino (files); a run adds each first one"
-        ),
+        _some("torch, torch-compile, torch-cudagraphs (models); onnxruntime, openvino (files); a run adds each first"),
     ] = ("torch", "onnxruntime")
     devices: Annotated[
-        tuple[Device, ...],
-        Meta(min_length=1),
-        _help("cpu, cuda; what is not there is left out, and said; a run adds cpu"),
+        tuple[Device, ...], _some("cpu, cuda; unavailable ones are skipped with a warning; a run adds cpu")
     ] = ("cpu",)
-    rounds: Annotated[Annotated[int, Meta(ge=1, le=100)], _help("rounds at least; each is a new process a variant")] = 5
+    rounds: Annotated[int, Meta(ge=1, le=100, description="rounds at least; each is a new process a variant")] = 5
     round_seconds: Annotated[Positive, _help("time measured per round and variant, in s")] = 1.0
     precision: Annotated[
-        Positive | None, _help("rounds go on until every ratio is known to this share, or time is up; null: no more")
+        Positive | None, _help("add rounds until every ratio is known to this fraction, or time is up; null: no more")
     ] = 0.05
     time_limit_s: Annotated[Positive, _help("no round begins that would end after this, in s")] = 150.0
     price_per_hour: Annotated[
-        Positive | None, _help("of one core (or GPU), in any currency: the report tells what a million answers cost")
+        Positive | None, _help("of one core (or GPU), in any currency, for the cost of a million answers")
     ] = None
 
 

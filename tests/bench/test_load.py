@@ -51,8 +51,6 @@ def test_pairs_pictures_and_sound_are_sent_as_our_server_reads_them(tmp_path):
         assert tei.parse(body_of("http://x/predict", rows)).rows == plain
         parse = huggingface.protocol_of(task_class("text-classification")).parse
         assert parse(body_of("http://x/", rows)).rows == plain
-            huggingface.protocol_of(task_class("text-classification")).parse(body_of("http://x/", rows)).rows == plain
-        )
         tensors = json.loads(body_of("http://x/v2/models/m/infer", rows))["inputs"]
         assert {t["name"]: t["data"] for t in tensors} == {key: [row[key] for row in plain] for key in plain[0]}
     (tmp_path / "sound.wav").write_bytes(b"RIFF, say")

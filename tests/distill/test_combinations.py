@@ -31,7 +31,7 @@ from kdexport.distill.student import train_student
 from kdexport.errors import KdexportError, SpecError
 from kdexport.files import write_json
 from kdexport.models.inference import logits_of
-from kdexport.models.loading import Opened
+from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_model, save_task
 from kdexport.spec import derive
 from kdexport.spec.sections import LossName
@@ -71,17 +71,17 @@ def teacher_of(task, labels, problem):
     kind = {"multi-label": "multi_label_classification", "regression": "regression"}.get(problem)
     texts = {"vocab_size": len(WORDS), "max_position_embeddings": 16, "type_vocab_size": 1, **SIZES, **names}
     if task == "text-classification":
-        return Opened(BertForSequenceClassification(BertConfig(problem_type=kind, **texts)), tokenizer())
+        return ModelAndProcessor(BertForSequenceClassification(BertConfig(problem_type=kind, **texts)), tokenizer())
     if task == "token-classification":
-        return Opened(BertForTokenClassification(BertConfig(**texts)), tokenizer())
+        return ModelAndProcessor(BertForTokenClassification(BertConfig(**texts)), tokenizer())
     if task == "causal-lm":
         config = GPT2Config(vocab_size=len(WORDS), n_positions=16, n_embd=32, n_layer=2, n_head=2)
-        return Opened(GPT2LMHeadModel(config), tokenizer())
+        return ModelAndProcessor(GPT2LMHeadModel(config), tokenizer())
     if task == "image-classification":
         config = ViTConfig(image_size=32, patch_size=16, **SIZES, **names)
-        return Opened(ViTForImageClassification(config), ViTImageProcessor(size={"height": 32, "width": 32}))
+        return ModelAndProcessor(ViTForImageClassification(config), ViTImageProcessor(size={"height": 32, "width": 32}))
     config = ASTConfig(max_length=64, num_mel_bins=40, **SIZES, **names)
-    return Opened(ASTForAudioClassification(config), ASTFeatureExtractor(num_mel_bins=40, max_length=64))
+    return ModelAndProcessor(ASTForAudioClassification(config), ASTFeatureExtractor(num_mel_bins=40, max_length=64))
 
 
 def rows_of(task, problem, labels, folder, n=16):
@@ -125,7 +125,7 @@ def stages(request, tmp_path_factory):
     opened = teacher_of(task, labels, problem)
     function = task_class(task, problem).function
     kept = 8 if task == "causal-lm" else 1
-    save_task(opened, None, labels, teacher, task=task, function=function, rows=rows, kept=kept)
+    save_task(opened, None, labels, teacher, task=task, function=function, rows=rows, top_k=kept)
     save_model(opened, teacher)
     opened_task = load_task(teacher)
     for split in ("train", "validation", "test"):

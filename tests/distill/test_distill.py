@@ -1,5 +1,7 @@
 """Teacher, soft targets, student and training."""
 
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +10,11 @@ from transformers import AutoModelForSequenceClassification
 
 from kdexport import spec
 from kdexport.data import read_rows
-from kdexport.distill.soft_targets import Store, write_targets
+from kdexport.distill.soft_targets import write_targets
+from kdexport.distill.store import Store
 from kdexport.distill.student import build_student
 from kdexport.distill.teacher import match_labels, prepare_teacher
-from kdexport.distill.train import ByLength, Recipe, fit
+from kdexport.distill.train import ByLength, TrainConfig, fit
 from kdexport.errors import ModelError
 from kdexport.models.inference import logits_of
 from kdexport.spec import derive
@@ -103,7 +106,34 @@ def test_a_damaged_shard_is_left_out_and_computed_again(tmp_path):
     shard.write_bytes(shard.read_bytes()[:40])
     again = Store(tmp_path)
     assert 0 < len(again.missing(["a", "b", "c"])) < 3
-    assert shard.exists()  # it may be somebody's
+    assert shard.exists()  # the record of a stage lists it
+
+
+def test_a_cache_renames_damaged_shards_and_keeps_those_that_the_machine_could_not_open(tmp_path, monkeypatch, capfd):
+    store = Store(tmp_path, optional=True)
+    store.add(["a"], np.ones((1, 2), dtype=np.float32))
+    (good,) = tmp_path.glob("*.npz")
+    store.add(["b"], np.ones((1, 2), dtype=np.float32))
+    bad = next(path for path in tmp_path.glob("*.npz") if path != good)
+    bad.write_bytes(b"")
+    for error in (OSError(errno.EMFILE, "Too many open files"), MemoryError()):
+        with monkeypatch.context() as patched:
+            patched.setattr(np, "load", raises(error))
+            assert Store(tmp_path, optional=True).missing(["a", "b"]) == ["a", "b"]
+            with pytest.raises(type(error)):
+                Store(tmp_path)
+        assert good.exists()
+        assert bad.exists()
+    assert "MemoryError" in capfd.readouterr().err
+    assert Store(tmp_path, optional=True).missing(["a", "b"]) == ["b"]
+    assert [path.name for path in tmp_path.iterdir() if path != good] == [f"{bad.name}.damaged"]
+
+
+def raises(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def test_logits_that_were_changed_and_logits_of_another_shape_are_left_out(tmp_path):
@@ -215,7 +245,7 @@ def test_training_on_soft_targets_brings_the_student_to_the_teacher(finished, tm
     opened = build_student(WHOLE, "tiny", finished / "teacher").opened
     task, rows = load_task(finished / "teacher"), read_rows(finished / "data", "train")[:32]
     soft = np.load(finished / "targets/train.npy")[:32]
-    how = Recipe(epochs=40, learning_rate=1e-3, batch_size=8, seed=0, temperature=2.0, alpha=1.0)
+    how = TrainConfig(epochs=40, learning_rate=1e-3, batch_size=8, seed=0, temperature=2.0, alpha=1.0)
     curve = fit(opened.model, task, rows, soft, how, validation=rows, work=tmp_path, title="t")
     assert [point["epoch"] for point in curve] == list(range(1, 41))
     assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]

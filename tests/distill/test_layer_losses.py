@@ -82,10 +82,10 @@ def batch(lengths=(7, 4, 2)) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask.long()}
 
 
-def losses(student, teacher, inputs, names=LAYER_LOSSES, kept=None) -> dict[str, float]:
+def losses(student, teacher, inputs, names=LAYER_LOSSES, token_ids=None) -> dict[str, float]:
     for model in (student, teacher):
         _attend(model, "eager")
-    matching = Matching(student, teacher, names, kept)
+    matching = Matching(student, teacher, names, token_ids)
     found = matching(inputs, student(**inputs, **matching.flags))
     matching.release()
     return {name: loss.item() for name, loss in found.items()}
@@ -279,7 +279,7 @@ def test_a_trimmed_vocabulary_is_read_back_as_the_teachers():
     with torch.no_grad():
         student.get_input_embeddings().weight.copy_(teacher.get_input_embeddings().weight[torch.from_numpy(kept)])
     inputs = {"input_ids": torch.tensor([[1, 5, 2, 4, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
-    assert losses(student, teacher, inputs, kept=kept) == pytest.approx(dict.fromkeys(LAYER_LOSSES, 0.0), abs=1e-6)
+    assert losses(student, teacher, inputs, token_ids=kept) == pytest.approx(dict.fromkeys(LAYER_LOSSES, 0.0), abs=1e-6)
     assert losses(student, teacher, inputs)["hidden"] > 1e-2
 
 
@@ -316,12 +316,12 @@ def folder(base_model, tmp_path_factory):
     """The base model as a finished teacher stage."""
     from transformers import AutoTokenizer
 
-    from kdexport.models.loading import Opened
+    from kdexport.models.loading import ModelAndProcessor
     from kdexport.models.saving import save_model, save_task
 
     path = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
-    opened = Opened(
+    opened = ModelAndProcessor(
         AutoModelForSequenceClassification.from_pretrained(base_model, num_labels=2),
         AutoTokenizer.from_pretrained(base_model),
     )

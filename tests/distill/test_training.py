@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from kdexport.distill import monitor, train
 from kdexport.distill.losses import UNLABELLED, Term, objective
-from kdexport.distill.train import Recipe, fit
+from kdexport.distill.train import TrainConfig, fit
 from kdexport.errors import ModelError, SpecError
 from kdexport.files import write_json
 from kdexport.models.inference import logits_of
@@ -21,7 +21,7 @@ from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.text_classification import TextClassification
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "film", "was", "and", "a", "story"]
-HOW = Recipe(epochs=4, learning_rate=5e-3, batch_size=16, seed=0, temperature=2.0, alpha=0.5)
+HOW = TrainConfig(epochs=4, learning_rate=5e-3, batch_size=16, seed=0, temperature=2.0, alpha=0.5)
 
 
 # Checkpoints a moment apart, as these tests write them, look to Transformers like a file system without times.
@@ -79,7 +79,7 @@ def teacher(task, tmp_path_factory):
     return folder
 
 
-def change(**settings) -> Recipe:
+def change(**settings) -> TrainConfig:
     return msgspec.structs.replace(HOW, **settings)
 
 
@@ -385,7 +385,7 @@ def test_best_weights_are_kept_of_this_epoch_and_of_what_the_last_checkpoint_kno
 
     def noted(self, model, epoch):
         keep(self, model, epoch)
-        kept.append(sorted(int(path.stem) for path in self._folder.iterdir()))
+        kept.append(sorted(int(path.stem) for path in self.folder.iterdir()))
 
     def run(every_s, metrics):
         left = iter(metrics)

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from kdexport import spec
 from kdexport.data import demo
 from kdexport.export import export_student, read_candidates
-from kdexport.models.loading import Opened
+from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_model, save_task
 from kdexport.models.textnet import KINDS, TextNet, TextNetConfig
 from kdexport.runtime.predictor import Predictor
@@ -48,7 +48,7 @@ def test_who_reads_the_order_of_words(kind, reads_order):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_exported_file_answers_as_the_saved_model(kind, tmp_path):
-    opened = Opened(net(kind), AutoTokenizer.from_pretrained(demo.teacher()))
+    opened = ModelAndProcessor(net(kind), AutoTokenizer.from_pretrained(demo.teacher()))
     save_task(opened, 32, LABELS, tmp_path)
     save_model(opened, tmp_path)
     (tmp_path / "export").mkdir()

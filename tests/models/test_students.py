@@ -32,24 +32,24 @@ def test_a_network_reads_the_teachers_embeddings_of_the_corpus(teacher, words, n
     built = build_student(spec.Student(), name, teacher, TEXTS)
     model = built.opened.model
     assert isinstance(model, TextNet)
-    assert len(built.kept) == model.config.vocab_size < len(words)
+    assert len(built.token_ids) == model.config.vocab_size < len(words)
     table = model.embeddings.weight.detach()
-    differences = words[built.kept] - table
+    differences = words[built.token_ids] - table
     centre = differences[1]
     assert torch.allclose(differences[1:], centre.expand_as(differences[1:]), atol=1e-5)  # all but padding, less a mean
     assert not table[model.config.pad_token_id].any()
     assert model.config.id2label == {0: "good", 1: "bad", 2: "neither"}
     assert model(**encoded(built)).logits.shape == (3, 3)
     assert model.config.hidden_size == (64 if name == "cnn:64" else 256)
-    assert f"a vocabulary of {len(built.kept):,}" in built.origin
+    assert f"a vocabulary of {len(built.token_ids):,}" in built.origin
 
 
 def test_the_tokens_of_the_corpus_are_the_teachers(teacher, words):
     whole = build_student(spec.Student(vocabulary="whole"), "bag", teacher, TEXTS)
-    assert whole.kept is None
+    assert whole.token_ids is None
     assert whole.opened.model.config.vocab_size == len(words)
     trimmed = build_student(spec.Student(), "bag", teacher, TEXTS)
-    assert torch.equal(torch.from_numpy(trimmed.kept)[encoded(trimmed)["input_ids"]], encoded(whole)["input_ids"])
+    assert torch.equal(torch.from_numpy(trimmed.token_ids)[encoded(trimmed)["input_ids"]], encoded(whole)["input_ids"])
 
 
 def test_narrower_embeddings_are_the_main_axes_of_the_teachers(teacher, words):
@@ -70,7 +70,7 @@ def test_a_narrow_student_with_a_width_of_embeddings_is_an_encoder_that_starts_a
     built = build_student(spec.Student(embedding=384), "tiny", teacher, TEXTS)
     model = built.opened.model.eval()
     assert (model.config.kind, model.config.num_hidden_layers, model.config.hidden_size) == ("encoder", 2, 128)
-    assert torch.equal(model.embeddings.weight[1:], words[built.kept][1:])
+    assert torch.equal(model.embeddings.weight[1:], words[built.token_ids][1:])
     with torch.no_grad():
         attentions = model.encoder(
             inputs_embeds=model.embeddings(encoded(built)["input_ids"][:1]), output_attentions=True

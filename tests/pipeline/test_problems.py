@@ -61,6 +61,7 @@ def test_correlations_are_those_of_scipy_however_far_from_zero():
     exact = task.label_array(rows)[:, 0]
     assert judging.metric(task, logits, rows) == pytest.approx(pearsonr(exact, logits[:, 0]).statistic, abs=1e-6)
     assert task.further(logits, rows)["Spearman correlation"] == pytest.approx(spearmanr(exact, logits[:, 0]).statistic)
+    assert task.further(np.zeros((300, 1)), rows)["Spearman correlation"] == 0  # a constant has no ranks
     value, (low, high) = judging.metric_interval(task, logits, rows)
     assert low < value < high
     assert judging.wrong_rows(task, logits, rows) is None

@@ -20,7 +20,7 @@ from kdexport.data.sources import local_files, read_unlabelled, rows_of_sources,
 from kdexport.distill.teacher import prepare_teacher
 from kdexport.errors import DataError, ModelError
 from kdexport.models.inference import logits_of
-from kdexport.models.loading import Opened
+from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_task
 from kdexport.tasks import load_task
 from kdexport.tasks.text_classification import TextClassification
@@ -72,7 +72,9 @@ def test_there_is_no_fine_tuning_without_labels(tmp_path, unlabelled, base_model
 
 def test_rows_without_labels_have_the_target_that_losses_pass_over(first, tmp_path):
     save_task(
-        Opened(AutoModelForSequenceClassification.from_pretrained(first), AutoTokenizer.from_pretrained(first)),
+        ModelAndProcessor(
+            AutoModelForSequenceClassification.from_pretrained(first), AutoTokenizer.from_pretrained(first)
+        ),
         32,
         LABELS,
         tmp_path,

@@ -26,7 +26,10 @@ def test_flags_win_over_the_file(tmp_path):
         ({"distil": {}}, "unknown key 'distil'. Did you mean 'distill'?"),
         ({"teacher": {}}, "'teacher.model' is missing"),
         ({"distill": {"temperature": "hot"}}, "distill.temperature: expected float or a mapping, got str"),
-        ({"distill": {"alpha": 1.5}}, "distill.alpha: expected float <= 1.0. It means: weight of the teacher's term"),
+        (
+            {"distill": {"alpha": 1.5}},
+            "distill.alpha: expected float <= 1.0. It means: weight of the distillation",
+        ),
         ({"export": {"variants": ["fp33"]}}, "export.variants[0]: invalid enum value 'fp33'"),
         ({"distill": {"alpha": 0, "temperature": 4.0}}, "distill.temperature has no effect with alpha 0"),
         ({"distill": {"alpha": 0, "loss": "mse"}}, "distill.loss has no effect with alpha 0"),

@@ -345,7 +345,7 @@ MODELS = {
 def test_other_families_lose_layers_and_are_exported(family, tmp_path):
     from kdexport.export import export_student
     from kdexport.models.inference import logits_of
-    from kdexport.models.loading import Opened
+    from kdexport.models.loading import ModelAndProcessor
     from kdexport.models.registry import task_of
     from kdexport.models.saving import save_model, save_task
     from kdexport.models.shrink import keep_layers
@@ -357,8 +357,8 @@ def test_other_families_lose_layers_and_are_exported(family, tmp_path):
     name = "image-classification" if family in ("vit", "convnext") else "audio-classification"
     assert task_of(type(model.config)(architectures=[type(model).__name__])) == name
     rows = [{"audio": sound(0.5, 16_000, seed=seed)} for seed in range(3)] if name.startswith("audio") else []
-    save_task(Opened(model, processor), None, ["a", "b"], tmp_path, task=name, rows=rows)
-    save_model(Opened(model, processor), tmp_path)
+    save_task(ModelAndProcessor(model, processor), None, ["a", "b"], tmp_path, task=name, rows=rows)
+    save_model(ModelAndProcessor(model, processor), tmp_path)
     task = load_task(tmp_path)
     rows = [*rows, *task.probes(), *task.examples()]
     export_student(spec.Export(), tmp_path, tmp_path, rows)
