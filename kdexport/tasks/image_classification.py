@@ -1,4 +1,4 @@
-"""Image classification: one label for a picture."""
+"""Image classification: one label for an image."""
 
 from __future__ import annotations
 

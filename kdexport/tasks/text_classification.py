@@ -1,4 +1,4 @@
-"""Text classification: for a text or a pair of texts one label, several labels, or a number (regression)."""
+"""Text classification: one label, several labels, or a number (regression) for a text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class TextClassification(Texts, Classes):
 
 
 class MultiLabelTexts(SeveralLabels, TextClassification):
-    """Any number of labels, each by itself: those whose logit is above 0."""
+    """Any number of independent labels: those with a logit above 0."""
 
     menu: ClassVar = TEXTS._replace(losses=("bce", "mse", *OF_LAYERS))
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        missing = needs_label and row.get("label") is None  # none of the labels is an answer, but must be given
+        missing = needs_label and row.get("label") is None  # an empty set of labels must be stated
         return "label is missing" if missing else Texts.check(row, max_chars, needs_label=False)
 
 
