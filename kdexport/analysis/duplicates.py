@@ -85,8 +85,7 @@ def audit(
         for row in rows:
             labels[content(row)].add(row["label"])
     names, kept = list(splits), dict(splits)
-    across: dict[str, int] = {}
-    dropped: dict[str, int] = {}
+    across, dropped = dict[str, int](), dict[str, int]()
     for i, early in enumerate(names[:-1]):
         later = set().union(*(seen[late] for late in names[i + 1 :]))
         across |= {f"{early}–{late}": len(seen[early].keys() & seen[late].keys()) for late in names[i + 1 :]}
@@ -94,28 +93,21 @@ def audit(
             kept[early] = [row for row in splits[early] if content(row) not in later]
             dropped[early] = len(splits[early]) - len(kept[early])
     n = sum(len(rows) for rows in splits.values())
-    return kept, Audit(
-        rows=n,
-        duplicates=n - len(labels),
-        conflicting_labels=sum(len(found - {None}) > 1 for found in labels.values()),
-        within={split: counts.total() - len(counts) for split, counts in seen.items()},
-        across=across,
-        dropped=dropped,
-    )
+    conflicting = sum(len(found - {None}) > 1 for found in labels.values())
+    within = {split: counts.total() - len(counts) for split, counts in seen.items()}
+    return kept, Audit(n, n - len(labels), conflicting, within, across, dropped)
 
 
 def near_duplicates(
     splits: dict[str, Rows], content: Callable[[dict[str, Any]], str]
 ) -> tuple[NearDuplicates, list[NearPair]]:
-    """Find texts that are nearly like another, and pair each with its nearest in every other split.
+    """Count texts that are nearly like another, with examples; pair each with its nearest in every other split.
 
     Candidates come from MinHash (Broder 1997) with banding (Leskovec, Rajaraman and Ullman, Mining of Massive
     Datasets, ch. 3), and are verified exactly. Equal contents are not counted: `audit` does that.
-
-    Returns:
-        The counts with some examples, and all pairs across splits, at most one for each text and earlier split.
     """
-    distinct = {split: _distinct(rows, content) for split, rows in splits.items()}
+    # each content with its first row
+    distinct = {split: list({content(r): r for r in reversed(rows)}.items())[::-1] for split, rows in splits.items()}
     looked_at = [(split, *found[i]) for split, found in distinct.items() for i in sampled(len(found), _MOST)]
     pairs = []
     for i, j, similarity in _nearest([split for split, _, _ in looked_at], [text for _, text, _ in looked_at]):
@@ -152,11 +144,6 @@ def jaccard(a: Array, b: Array) -> float:
     """Return the Jaccard index (Jaccard 1901) of two sets, given as ascending arrays [S] and [T]."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
-
-
-def _distinct(rows: Rows, content: Callable[[dict[str, Any]], str]) -> list[tuple[str, dict[str, Any]]]:
-    """Return each content with its first row."""
-    return list({content(row): row for row in reversed(rows)}.items())[::-1]
 
 
 def _nearest(splits: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:

@@ -91,7 +91,7 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
     alone = [split for split, rows in splits.items() if not _has_labels(rows)]
     if alone or unlabelled:
         more = [f"{len(unlabelled):,} texts beyond the splits"] if unlabelled else []
-        say(f"data: without labels, so that the teacher alone labels them: {', '.join([*alone, *more])}")
+        say(f"data: without labels, so the teacher labels them: {', '.join([*alone, *more])}")
 
 
 def write_rows(folder: Path, name: str, rows: Rows) -> None:
@@ -138,7 +138,7 @@ def _new(rows: Rows, splits: dict[str, Rows], content: Callable[[dict[str, Any]]
     taken = {content(row) for split in splits.values() for row in split}
     kept = [row for row in {content(row): row for row in reversed(rows)}.values() if content(row) not in taken][::-1]
     if rows and not kept:
-        raise DataError("all unlabelled texts stand in train, validation or test as well", "Leave data.unlabelled out")
+        raise DataError("all unlabelled texts occur in train, validation or test as well", "Leave data.unlabelled out")
     return kept
 
 
@@ -161,7 +161,7 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
         for row in splits[split] if found[split] - labels else []:
             if strange := sorted(task.labels_of(row) - labels):
                 where = row["id"].replace(":", ", row ")
-                raise DataError(f"{where}: label {strange[0]!r} stands in no row of train", "Add rows to train")
+                raise DataError(f"{where}: label {strange[0]!r} occurs in no row of train", "Add rows to train")
     if len(labels) < 2 and task.has_names:
         raise DataError(f"the rows have one label only: {', '.join(labels)}", "Is --label the right column?")
     return task.ordered(labels)
@@ -173,13 +173,15 @@ def _tell(counts: dict[str, int], labels: list[str], missing: list[str], found: 
     if found.duplicates:
         across, dropped = (f"{sum(one.values()):,}" for one in (found.across, found.dropped))
         exact = f"{found.duplicates:,} of {found.rows:,} rows are exact duplicates"
-        say(f"data: {exact}; {across} stand in two splits, {dropped} dropped")
+        say(f"data: {exact}; {across} occur in two splits, {dropped} dropped")
     if found.near:
         near = [(*key.split("–"), n) for key, n in found.near.across.items() if n]
         if pairs := ", ".join(f"{n:,} texts of {late} in {early}" for early, late, n in near):
-            say(f"data: near duplicates: {pairs}; they are kept, and stand in near_duplicates.jsonl")
+            say(f"data: near duplicates: {pairs}; they are kept, and listed in near_duplicates.jsonl")
         for split, n in found.near.texts.items():
             if (some := found.near.compared.get(split, 0)) < n:
-                warn(f"data: near duplicates were looked for in {some:,} of {n:,} texts of {split}, drawn at random")
+                warn(
+                    f"data: the search for near duplicates covered a random sample of {split}: {some:,} of {n:,} texts"
+                )
     if found.conflicting_labels:
         warn(f"data: {found.conflicting_labels:,} texts occur with more than one label")

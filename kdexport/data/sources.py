@@ -95,10 +95,8 @@ def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = 
             known: Mapping[str, str] | None = None) -> Checked:  # fmt: skip
     """Select the columns and validate every row.
 
-    Args:
-        labels: which rows must have a label; the others have the label None.
-        cut: splits a text into passages, each a row with the id `<file>:<row>.<passage>`.
-        known: the columns of the model's training data.
+    Rows without a label, where `labels` allows it, have the label None. `cut` splits a text into passages, each a row
+    with the id `<file>:<row>.<passage>`; `known` are the columns of the model's training data.
     """
     columns = choose_columns(source, data, task, labels, known)
     needed = "label" in columns and labels != "some"

@@ -36,16 +36,12 @@ def check_classes(rows: Rows, name: str) -> None:
     """Refuse labels that can't be learned: a single class, or a class with a single row."""
     counts = Counter(row["label"] for row in rows)
     if len(counts) < 2:
-        raise DataError(
-            f"{name}: all {len(rows)} rows have the label {next(iter(counts))!r}",
-            "A classifier needs two classes or more: is --label the right column?",
-        )
+        fix = "A classifier needs two classes or more: is --label the right column?"
+        raise DataError(f"{name}: all {len(rows)} rows have the label {next(iter(counts))!r}", fix)
     lone = [label for label, count in counts.items() if count == 1]
     if lone:
         row = next(row for row in rows if row["label"] == lone[0])
         more = f" (and {len(lone) - 1} more such classes)" if len(lone) > 1 else ""
-        raise DataError(
-            f"{row['id'].replace(':', ', row ')}: class {lone[0]!r} has this row alone{more}, so it can't be both "
-            "learned and tested",
-            "Add rows, or leave it out: --skip-bad-rows",
-        )
+        what = f"class {lone[0]!r} has this row alone{more}, so it can't be both learned and tested"
+        fix = "Add rows, or leave it out: --skip-bad-rows"
+        raise DataError(f"{row['id'].replace(':', ', row ')}: {what}", fix)

@@ -106,13 +106,8 @@ def pack(
 ) -> None:
     """Write an artifact into the existing folder `out`.
 
-    Args:
-        student: its Hugging Face folder, with `task.json`.
-        models: precision → (ONNX file, graph).
-        recommended: the precision loaded by default.
-        made: how it was made; copied into the manifest.
-        golden: see `predictor.golden_answers`.
-        columns: our columns → the training file's.
+    `student` is a Hugging Face folder with `task.json`; `models` are precision → (ONNX file, graph), `recommended` is
+    the default precision, `made` is copied into the manifest, `columns` are our columns → the training file's.
     """
     from kdexport import __version__
 
@@ -253,7 +248,7 @@ def model_file(folder: Path, variant: str | None = None) -> Path:
         _check(folder / name, sha256)
     for name in ("tokenizer.json", GOLDEN):
         if name not in sums and (folder / name).exists():
-            raise ArtifactError(f"{folder / name} is not in the manifest, so nobody checked it", _AGAIN)
+            raise ArtifactError(f"{folder / name} is not in the manifest, so it has no checksum", _AGAIN)
     _check_labels(folder, manifest)
     file = folder / chosen.file
     try:
@@ -261,7 +256,7 @@ def model_file(folder: Path, variant: str | None = None) -> Path:
     except ValueError as error:
         raise ArtifactError(f"{file} can't be loaded: it is no ONNX model ({error})", _AGAIN) from None
     if external:
-        raise ArtifactError(f"{file} has weights in other files, which nobody checked", _AGAIN)
+        raise ArtifactError(f"{file} has weights in other files, which have no checksums", _AGAIN)
     if file.suffix != ".onnx":  # ONNX Runtime detects other formats by the suffix
         raise ArtifactError(f"{file} is not called .onnx", _AGAIN)
     return file

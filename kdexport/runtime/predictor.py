@@ -125,15 +125,13 @@ class Predictor:
     def predict(self, texts: Sequence[Text] | Text, batch_size: int = 32) -> list[Any]:
         """Predict for texts, pairs of texts, images or recordings, in their order.
 
-        Args:
-            texts: a list of strings, of tuples of two for pairs, or of lists of words for tokens; for images and sound,
-                paths or bytes. A single string, path or bytes is a list of one.
-            batch_size: inputs that run together.
+        `texts` are strings, tuples of two for pairs, or lists of words for tokens; for media, paths or bytes. A single
+        string, path or bytes is a list of one.
 
         Returns:
-            One record per input: a `Prediction` (`label`, its probability `score`, all `scores` by label); for tokens
-            `TaggedText` (`words`, `tags`, `scores`, `entities`); for language models `LanguageModelScores`, the text's
-            likelihood (`kdexport.write` continues a text).
+            One record per input: `Prediction` (`label`, its probability `score`, all `scores` by label); for tokens
+            `TaggedText` (`words`, `tags`, `scores`, `entities`); for language models `LanguageModelScores`, the
+            text's likelihood (`kdexport.write` continues a text).
 
         Raises:
             DataError: an input is no text, image or sound, or a bare tuple of texts; an empty text is valid.
@@ -149,12 +147,9 @@ class Predictor:
 
 
 def load(folder: str | Path, variant: str | None = None, threads: int | None = None) -> Predictor:
-    """Load an artifact for prediction, after checking its checksums.
+    """Load an artifact, or a run that holds one, after checking its checksums.
 
-    Args:
-        folder: an artifact, or a run that holds one; a variant may follow it: `runs/demo:int8`.
-        variant: fp32, int8, …; by default the recommended one.
-        threads: of ONNX Runtime; by default all allowed cores.
+    A variant may follow the folder, `runs/demo:int8`; by default it is the recommended one, on all allowed cores.
     """
     with artifact.only_artifact_errors(Path(folder)):
         place, named = artifact.split_name(folder)

@@ -61,7 +61,7 @@ def load_task(folder: Path) -> Task:
 
     config = read_config(folder)
     if config.task not in names():
-        raise ArtifactError(f"{folder} is for the task {config.task!r}, which is none of {', '.join(names())}")
+        raise ArtifactError(f"{folder} has the unknown task {config.task!r}; known are {', '.join(names())}")
     found = class_of(config)
     if wrong := _contradiction(config, found):
         raise ArtifactError(f"{folder}: the task {config.task} {wrong}", "Pack the artifact again")
@@ -75,13 +75,13 @@ def _contradiction(config: TaskConfig, kind: type[Task]) -> str:
         return "has no labels"
     if modality == "text":
         if "input_ids" not in inputs or inputs - {"input_ids", "attention_mask", "token_type_ids"}:
-            return f"can't be read from the inputs {config.inputs}"
-        return "" if config.max_length else "reads no token: max_length is 0"
+            return f"has inputs that no text task has: {config.inputs}"
+        return "" if config.max_length else "has max_length 0"
     if getattr(config, modality, None) is None:
-        return f"says nothing of how {modality} is read"
+        return f"lacks the settings for {modality} input"
     if len(inputs) != 1:
-        return f"has one input, not {config.inputs}"
-    return "reads too much" if config.audio and config.audio.length * max(1, config.audio.mels) > 2**25 else ""
+        return f"must have one input, not {config.inputs}"
+    return "has too large an input" if config.audio and config.audio.length * max(1, config.audio.mels) > 2**25 else ""
 
 
 @cache

@@ -79,8 +79,6 @@ class CausalLM(Texts, Generates):
     at_once: ClassVar = 8  # a row has T × V logits
     columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text", "content", "document", "body")}
 
-    # --- rows as they come
-
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
         """Language modelling has no label column."""
@@ -89,8 +87,6 @@ class CausalLM(Texts, Generates):
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
         return Texts.check(row, max_chars, needs_label=False)
-
-    # --- rows → arrays
 
     @property
     def answer_shape(self) -> tuple[int, ...]:
@@ -145,8 +141,6 @@ class CausalLM(Texts, Generates):
 
     def examples(self) -> list[dict[str, Any]]:
         return [row | {"label": ""} for row in super().examples()]
-
-    # --- answers
 
     def log_probs(self, packed: Array) -> Array:
         return packed[..., LOG_P]

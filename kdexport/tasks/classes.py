@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import msgspec
@@ -56,8 +55,6 @@ class Classes(Task):
     objective: ClassVar[Objective] = "classes"
     one_label: ClassVar[bool] = True
 
-    # --- rows as they come
-
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
         return row | {"label": None if row["label"] is None else str(row["label"]).strip()}
@@ -75,8 +72,6 @@ class Classes(Task):
     @staticmethod
     def stratum(row: Row) -> str:
         return str(row["label"])
-
-    # --- logits → answers
 
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
         """The highest score."""
@@ -100,7 +95,10 @@ class Classes(Task):
 
     def label_array(self, rows: Iterable[Row]) -> Array:
         """Indices int64 [N]; −100, the index that losses ignore, for an unlabelled row."""
-        return np.array([self._place(row["label"]) for row in rows], dtype=np.int64)
+        index: dict[str | None, int] = {label: i for i, label in enumerate(self.labels)} | {None: _NO_LABEL}
+        labels = (row["label"] for row in rows)
+        # A number that is no label name is an index.
+        return np.array([index[label] if label in index else int(label) for label in labels], dtype=np.int64)
 
     def correct(self, logits: Array, rows: Sequence[Row]) -> Array:
         """All rows must be labelled."""
@@ -125,15 +123,3 @@ class Classes(Task):
         targets = self.label_array(rows)
         of = (targets != _NO_LABEL).nonzero()[0]
         return Items(of, targets[of], logits[of])
-
-    # --- inside
-
-    @cached_property
-    def _index(self) -> dict[str, int]:
-        return {label: i for i, label in enumerate(self.labels)}
-
-    def _place(self, label: str | None) -> int:
-        if label is None:
-            return _NO_LABEL
-        # A number that is no label name is an index.
-        return self._index[label] if label in self._index else int(label)

@@ -8,12 +8,12 @@ fraction of correct rows, closed forms are used, which hold for few rows as well
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Protocol
 
 import numpy as np
 
+from kdexport.tasks.base import Task
 from kdexport.tasks.config import Row
-from kdexport.tasks.metrics import Array, Metric, mcnemar_p, paired_difference, wilson_interval
+from kdexport.tasks.metrics import Array, mcnemar_p, paired_difference, wilson_interval
 
 Rows = Sequence[Row]
 Interval = tuple[float, float]
@@ -21,22 +21,12 @@ Interval = tuple[float, float]
 _DRAWS, _BLOCK = 2000, 100
 
 
-class Judged(Protocol):
-    """The methods of a task used here."""
-
-    metric: ClassVar[Metric]
-
-    def stats(self, logits: Array, rows: Rows) -> Array: ...
-    def value(self, sums: Array) -> Array: ...
-    def correct(self, logits: Array, rows: Rows) -> Array | None: ...
-
-
-def metric(task: Judged, logits: Array, rows: Rows) -> float:
+def metric(task: Task, logits: Array, rows: Rows) -> float:
     """Return the task's metric on labelled rows."""
     return float(task.value(task.stats(logits, rows).sum(axis=0)))
 
 
-def metric_interval(task: Judged, logits: Array, rows: Rows) -> tuple[float, Interval]:
+def metric_interval(task: Task, logits: Array, rows: Rows) -> tuple[float, Interval]:
     """Return the metric, and its 95 % interval over rows."""
     counts = task.stats(logits, rows)
     value = float(task.value(counts.sum(axis=0)))
@@ -45,12 +35,12 @@ def metric_interval(task: Judged, logits: Array, rows: Rows) -> tuple[float, Int
     return value, _interval(task.value(sums) for (sums,) in _drawn(counts))
 
 
-def difference(task: Judged, first: Array, second: Array, rows: Rows) -> tuple[float, Interval]:
+def difference(task: Task, first: Array, second: Array, rows: Rows) -> tuple[float, Interval]:
     """Return the metric of the second logits minus that of the first on the same rows, with its 95 % interval."""
     return difference_of_stats(task, task.stats(first, rows), task.stats(second, rows))
 
 
-def difference_of_stats(task: Judged, a: Array, b: Array) -> tuple[float, Interval]:
+def difference_of_stats(task: Task, a: Array, b: Array) -> tuple[float, Interval]:
     """Return the metric for statistics b [N, K] minus that for a, of the same rows, with its 95 % interval."""
     if task.metric.kind == "fraction":
         return paired_difference(a[:, 0] > 0, b[:, 0] > 0)
@@ -58,13 +48,13 @@ def difference_of_stats(task: Judged, a: Array, b: Array) -> tuple[float, Interv
     return value, _interval(task.value(of_b) - task.value(of_a) for of_a, of_b in _drawn(a, b))
 
 
-def mcnemar(task: Judged, first: Array, second: Array, rows: Rows) -> float | None:
+def mcnemar(task: Task, first: Array, second: Array, rows: Rows) -> float | None:
     """Return the p-value of McNemar's exact test on correct rows; None where rows are not right or wrong."""
     a, b = task.correct(first, rows), task.correct(second, rows)
     return None if a is None or b is None else mcnemar_p(a, b)
 
 
-def wrong_rows(task: Judged, logits: Array, rows: Rows) -> list[int] | None:
+def wrong_rows(task: Task, logits: Array, rows: Rows) -> list[int] | None:
     """Return the indices of incorrect rows; None where rows are not right or wrong."""
     right = task.correct(logits, rows)
     return None if right is None else np.flatnonzero(~right).tolist()

@@ -63,10 +63,7 @@ def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, f
 
 
 def mcnemar_p(right_a: Array, right_b: Array) -> float:
-    """Return the p-value of the two-sided exact McNemar test of two classifiers on the same rows (McNemar 1947).
-
-    Both arrays are bool [N]: whether each row is correct.
-    """
+    """Return the p-value of McNemar's exact two-sided test (McNemar 1947) of correct rows, bool [N] each."""
     only_a = int(np.sum(right_a & ~right_b))
     only_b = int(np.sum(~right_a & right_b))
     n, k = only_a + only_b, min(only_a, only_b)
@@ -78,10 +75,7 @@ def mcnemar_p(right_a: Array, right_b: Array) -> float:
 
 
 def paired_difference(right_a: Array, right_b: Array) -> tuple[float, tuple[float, float]]:
-    """Return the accuracy of b minus that of a on the same rows, with a 95 % interval (Agresti and Min 2005).
-
-    Both arrays are bool [N]: whether each row is correct.
-    """
+    """Return the accuracy of b minus that of a, bool [N] each, with a 95 % interval (Agresti and Min 2005)."""
     n = len(right_a)
     gained, lost = int(np.sum(~right_a & right_b)), int(np.sum(right_a & ~right_b))
     # half a row more in each of the four cells: better coverage where few rows differ

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from kdexport.tasks.base import Card, Task
+from kdexport.tasks.base import PREDICT, Card, Task
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Row
 from kdexport.tasks.inputs.texts import Texts
@@ -18,9 +18,7 @@ class TextClassification(Texts, Classes):
     name: ClassVar = "text-classification"
     menu: ClassVar = TEXTS
     card: ClassVar = Card(
-        "text-classification",
-        "ORTModelForSequenceClassification",
-        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a text to classify"])',
+        "text-classification", "ORTModelForSequenceClassification", PREDICT.format("a text to classify")
     )
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("text", "sentence", "content", "utterance", "query", "review", "message", "body", "document"),

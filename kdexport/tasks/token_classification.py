@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Encoding
 
 from kdexport.errors import DataError
-from kdexport.tasks.base import Card, Objective
+from kdexport.tasks.base import PREDICT, Card, Objective
 from kdexport.tasks.config import Arrays, Items, Row
 from kdexport.tasks.inputs.texts import Texts
 from kdexport.tasks.menus import TEXTS
@@ -63,8 +63,8 @@ class TaggedText(msgspec.Struct, frozen=True):
         ]
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
-        names = [{**name, "score": round(name["score"], 6)} for name in self.entities]
-        found: dict[str, Any] = {"entities": names, "words": self.words, "tags": self.tags}
+        rounded = [{**entity, "score": round(entity["score"], 6)} for entity in self.entities]
+        found: dict[str, Any] = {"entities": rounded, "words": self.words, "tags": self.tags}
         return found | {"scores": [round(score, 6) for score in self.scores]} if scores else found
 
 
@@ -95,9 +95,7 @@ class TokenClassification(Texts):
     objective: ClassVar[Objective] = "tokens"
     menu: ClassVar = TEXTS._replace(vocabulary="whole")
     card: ClassVar = Card(
-        "token-classification",
-        "ORTModelForTokenClassification",
-        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a text to classify"])',
+        "token-classification", "ORTModelForTokenClassification", PREDICT.format("a text to classify")
     )
     auto_class: ClassVar = "AutoModelForTokenClassification"
     heads: ClassVar = ("ForTokenClassification",)
@@ -108,8 +106,6 @@ class TokenClassification(Texts):
         "text": ("tokens", "words", "text"),
         "label": ("tags", "ner_tags", "labels", "label"),
     }
-
-    # --- rows as they come
 
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
@@ -167,8 +163,6 @@ class TokenClassification(Texts):
         """The kinds of entities in a row."""
         return " ".join(sorted({tag[2:] for tag in (row["label"] or "").split()} - {""}))
 
-    # --- rows → arrays
-
     @property
     def answer_shape(self) -> tuple[int, ...]:
         return self.config.max_length, len(self.labels)
@@ -207,8 +201,6 @@ class TokenClassification(Texts):
     def examples(self) -> list[dict[str, Any]]:
         return [self.ready(row) for row in super().examples()]
 
-    # --- logits → answers
-
     def scores(self, logits: Array, function: str | None = None) -> Array:
         return softmax(logits.astype(np.float64))
 
@@ -218,10 +210,12 @@ class TokenClassification(Texts):
 
     def decode(self, logits: Array, rows: Sequence[Row]) -> list[TaggedText]:
         """The words that the model reads, each with its most probable tag."""
-        return [
-            self._tagged(row["text"].split(" ", n)[:n], of_row)
-            for row, of_row, n in zip(rows, logits, self.words_read(logits), strict=True)
-        ]
+        found = []
+        for row, of_row, n in zip(rows, logits, self.words_read(logits), strict=True):
+            words = row["text"].split(" ", n)[:n]
+            tags = [self.labels[i] for i in of_row[: len(words)].argmax(axis=-1)]
+            found.append(TaggedText(words, tags, self.scores(of_row[: len(words)]).max(axis=-1).tolist()))
+        return found
 
     @staticmethod
     def words_read(logits: Array) -> Array:
@@ -271,14 +265,6 @@ class TokenClassification(Texts):
         of, word = (targets != _NO_LABEL).nonzero()
         texts = [row["text"].split(" ", self.config.max_length) for row in rows]
         return Items(of, targets[of, word], logits[of, word], [texts[i][j] for i, j in zip(of, word, strict=True)])
-
-    # --- inside
-
-    def _tagged(self, words: list[str], logits: Array) -> TaggedText:
-        n = len(words)
-        best = logits[:n].argmax(axis=-1)
-        scores = self.scores(logits[:n])[np.arange(n), best]
-        return TaggedText(words, [self.labels[i] for i in best], scores.tolist())
 
     def _split(self, texts: list[str], offsets: bool) -> list[Encoding]:
         # A model reads at least one token: an empty text becomes a full stop, which has no tag.

@@ -109,9 +109,6 @@ class Sounds(Media):
         return [_recording(_noise(int(seconds_of(self._how) * rate), 1, seed), rate) for seed in range(2, 6)]
 
 
-# --- samples → what a model reads
-
-
 def resampled(recording: Recording, rate: int, needed: int) -> Array:
     """Resample to at most `needed` samples with soxr, as librosa does."""
     samples, own = recording
@@ -157,9 +154,6 @@ def _padded(values: Array, length: int) -> Array:
     found = np.zeros((length, *values.shape[1:]), np.float32)
     found[: len(values)] = values
     return found
-
-
-# --- settings
 
 
 def seconds_of(how: AudioConfig) -> float:
@@ -208,9 +202,6 @@ def fitted(rows: Sequence[Row], most_rate: int, mels: int) -> AudioConfig:
 def _usual_seconds(rows: Sequence[Row]) -> float:
     lengths = [read_header(bytes_of(row["audio"])).seconds for row in rows]
     return min(_USUAL_S, max(0.1, float(np.quantile(lengths, 0.99)))) if lengths else _USUAL_S
-
-
-# --- probes
 
 
 def _noise(frames: int, channels: int, seed: int) -> Array:

@@ -139,8 +139,9 @@ def array_of(image: Any, how: ImageConfig, scale: tuple[Array, Array]) -> Array:
             raise TooLarge(f"it has {image.width} × {image.height} pixels, too long and thin to be resized")
         if (width, height) != image.size:
             image = image.resize((width, height), how.resample)
-    if how.crop:
-        image = _middle(image, *how.crop)
+    if how.crop:  # the centre; a smaller image gets a black border
+        left, top = (image.width - how.crop[1]) // 2, (image.height - how.crop[0]) // 2
+        image = image.crop((left, top, left + how.crop[1], top + how.crop[0]))
     values = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, how.channels)
     gain, shift = scale
     return np.ascontiguousarray((values * gain + shift).transpose(2, 0, 1))
@@ -159,24 +160,19 @@ def _resized(height: int, width: int, to: list[int] | int) -> tuple[int, int]:
     return (to, long) if height <= width else (long, to)
 
 
-def _middle(image: Any, height: int, width: int) -> Any:
-    """Crop the centre; a smaller image gets a black border."""
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
 def output_size(how: ImageConfig) -> tuple[int, int]:
     """Return height and width after resizing and cropping."""
     size = how.crop or how.resize
     if not isinstance(size, list):
-        raise ModelError("the image processor lets pictures keep their shape", "Set do_center_crop or a fixed size")
+        raise ModelError("the image processor has no fixed output size", "Set do_center_crop or a fixed size")
     return size[0], size[1]
 
 
 def config_of(processor: Mapping[str, Any], channels: int) -> ImageConfig:
     """Convert a Hugging Face image processor's settings (`preprocessor_config.json`)."""
     if processor.get("do_pad") or processor.get("rescale_offset"):
-        raise ModelError(f"the image processor {processor.get('image_processor_type')} does more than is known here")
+        kind = processor.get("image_processor_type")
+        raise ModelError(f"the image processor {kind} has unsupported steps: do_pad or rescale_offset")
     resize, crop = processor.get("size"), processor.get("crop_size") if processor.get("do_center_crop") else None
     if (edge := (resize or {}).get("shortest_edge")) and "crop_pct" in processor:  # ConvNext's
         small = edge < 384
@@ -199,14 +195,9 @@ def config_of(processor: Mapping[str, Any], channels: int) -> ImageConfig:
 def processor_of(how: ImageConfig) -> dict[str, Any]:
     """Return the settings of the equivalent ViTImageProcessor."""
     height, width = output_size(how)
-    return {
-        "size": {"height": height, "width": width},
-        "resample": how.resample,
-        "rescale_factor": how.scale,
-        "image_mean": how.mean,
-        "image_std": how.std,
-        "do_convert_rgb": how.channels == 3 or None,
-    }
+    values = {"rescale_factor": how.scale, "image_mean": how.mean, "image_std": how.std}
+    size = {"size": {"height": height, "width": width}, "resample": how.resample}
+    return size | values | {"do_convert_rgb": how.channels == 3 or None}
 
 
 def fitted(rows: Sequence[Row], largest: tuple[int, int]) -> ImageConfig:
@@ -233,7 +224,7 @@ def _pair(size: Any) -> list[int]:
             return [size, size]
         case {"height": int() as height, "width": int() as width}:
             return [height, width]
-    raise ModelError(f"the image processor's size {size} is not known here", "Set height and width")
+    raise ModelError(f"the image processor's size {size} is not supported", "Set height and width")
 
 
 def _each(value: Any, channels: int) -> list[float]:

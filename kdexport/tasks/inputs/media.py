@@ -52,7 +52,7 @@ def bytes_of(value: object) -> bytes:
                     return file.read(size)
             except (OSError, ValueError, OverflowError) as error:
                 raise DataError(f"{value} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    raise DataError(f"it names no file and is no bytes but {type(value).__name__}")
+    raise DataError(f"it is neither a path nor bytes but {type(value).__name__}")
 
 
 def inline_bytes(value: object) -> bytes:
@@ -137,11 +137,8 @@ class Media(Task):
     def load(cls, folder: Path) -> Self:
         return cls(read_config(folder))
 
-    # --- rows as they come
-
     @classmethod
-    def taken(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        """Add the sha256 of a row's content, or return the reason why it can't be decoded."""
+    def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
         value = row.get(cls.modality)
         if value is None or value == "":
             return f"{cls.modality} is missing"
@@ -151,7 +148,7 @@ class Media(Task):
         except DataError as error:
             named = f" {value}" if isinstance(value, str) and value not in error.what else ""
             return f"its {cls.modality}{named} {error.what.removeprefix('it ')}"
-        return row | {"sha256": hashlib.sha256(content).hexdigest()}
+        return super().canonical(row | {"sha256": hashlib.sha256(content).hexdigest()})
 
     @classmethod
     def inspect(cls, content: bytes) -> object:
@@ -176,8 +173,6 @@ class Media(Task):
         value = str(given) if isinstance(given, Path) else given
         cls.inspect(bytes_of(value))
         return {cls.modality: value}
-
-    # --- rows → arrays
 
     def array(self, content: bytes) -> Array:
         """Return a row's input of the graph, float32, without the batch axis."""

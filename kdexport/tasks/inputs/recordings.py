@@ -105,7 +105,7 @@ def _header(file: Any, seconds: float) -> Header:
     if file.format not in ("WAV", "WAVEX"):
         kind = f"{file.format} {kind}"
     if kind not in _SECONDS:
-        raise DataError(f"it is sound of the kind {kind}, which is not read", _CONVERT)
+        raise DataError(f"it is sound of the kind {kind}, which is not supported", _CONVERT)
     if frames < 1:
         raise DataError("it holds no sound")
     if frames > _ENDLESS:
@@ -135,9 +135,6 @@ def _pieces(file: Any, header: Header) -> Iterator[Array]:
         yield samples
 
 
-# --- checks before libsndfile
-
-
 def format_of(content: bytes) -> str:
     """Detect which of `FORMATS` a file has, by its first bytes."""
     if not content:
@@ -160,7 +157,7 @@ def _check(content: bytes) -> None:
     if form == "OGG":
         _check_ogg(content)
     elif form == "WAV" and _MP3_IN_WAV.search(content):
-        raise DataError("it is a WAV file with MP3 in it, which is not read", _CONVERT)
+        raise DataError("it is a WAV file with MP3 in it, which is not supported", _CONVERT)
 
 
 def _check_ogg(content: bytes) -> None:

@@ -175,8 +175,8 @@ class Texts(Task):
 
     def probes(self) -> list[dict[str, Any]]:
         """Empty, one letter, too long, no letters."""
-        texts = ("", "a", "word " * 4 * self.config.max_length, "x" * 300, "\U0001f600 \u4f60\u597d \u200b", "\n\t ")
-        return [{"text": text} for text in texts]
+        long, foreign = "word " * 4 * self.config.max_length, "\U0001f600 \u4f60\u597d \u200b"
+        return [{"text": text} for text in ("", "a", long, "x" * 300, foreign, "\n\t ")]
 
     def examples(self) -> list[dict[str, Any]]:
         texts = (
@@ -186,8 +186,6 @@ class Texts(Task):
             "play something quiet in the kitchen",
         )
         return [{"text": text} for text in texts]
-
-    # --- inside
 
     def _encodings(self, rows: Sequence[Row], offsets: bool = False) -> Iterator[Encoding]:
         """Encode rows as the tokenizer does with truncation to `max_length`, but tokenise no more than necessary.
@@ -248,7 +246,7 @@ class Texts(Task):
         try:
             return {name: np.array(getattr(encoding, _GIVEN[name]), dtype=np.int64) for name in self.config.inputs}
         except KeyError as error:
-            raise ModelError(f"the model wants an input {error} that no tokenizer gives") from None
+            raise ModelError(f"the model has an input {error} that no tokenizer provides") from None
 
 
 def _end_near(text: str, end: int) -> tuple[int, int]:
