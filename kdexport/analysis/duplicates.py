@@ -1,6 +1,6 @@
-"""Exact and near duplicates, within and across splits: exact ones are kept out of training, near ones are reported.
+"""Exact and near duplicates, within and across splits: exact ones are removed from training, near ones are reported.
 
-A text that stands in train and in test makes the test's figure a figure of memory, and one that nearly does, almost.
+Test rows that occur in train, exactly or nearly, measure memorisation instead of generalisation.
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ from kdexport.tasks.metrics import Array
 
 Rows = list[dict[str, Any]]
 
-# Four characters: at 0.8 a sentence of eight words may differ in a letter, an ending or a short word, and a word more
-# is already another sentence. (Of clinc150's test texts, runs of five found half as many; runs of three take the same
-# words in another order for the same.)
+# 4-grams: at 0.8 a sentence of eight words may differ in a letter, an ending or a short word, but not in a word more.
+# (On clinc150's test texts, 5-grams found half as many; 3-grams match the same words in another order.)
 _RUN, _SIMILAR = 4, 0.8
-# 21 bands of 6: of two texts that are 0.8 alike 99.8 % are looked at, of two that are 0.4 alike 8 %; what is looked at
-# is then compared exactly, so that nothing is reported that is not so.
+# 21 bands of 6: of pairs with similarity 0.8, 99.8 % become candidates, with 0.4, 8 %; candidates are verified exactly.
 _BANDS, _BAND = 21, 6
-# Bounds on time and memory, for texts of one template and for data of millions: how many candidates are enough, how
-# many of them, the likeliest, are compared exactly, and how many texts of a split are looked at (10 kB and, of 20
-# words, 0.2 ms each).
+# Limits on time and memory, for template texts and millions of rows: candidates per text, the likeliest of them that
+# are verified, and sampled texts per split (10 kB and, for 20 words, 0.2 ms each).
 _CROWD, _EXACT, _MOST = 100, 10, 50_000
 _EXAMPLES, _CHARACTERS = 4, 160
 _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93], np.uint64)
 
 
 class NearPair(msgspec.Struct, frozen=True):
-    """Two rows of nearly the same text; the one of the earlier split, or of the earlier row, first."""
+    """Two rows of nearly the same text; the one of the earlier split, or the earlier row, comes first."""
 
     splits: tuple[str, str]
     ids: tuple[str, str]
@@ -46,11 +43,11 @@ class NearPair(msgspec.Struct, frozen=True):
 
 
 class NearDuplicates(msgspec.Struct, frozen=True):
-    """Distinct texts that have a near duplicate, as `how` defines it.
+    """Distinct texts that have a near duplicate, as defined in `how`.
 
-    `within` counts those nearly like an earlier one of their split; `across`, under `train–test`, those of test
-    nearly like one of train; `conflicting_labels`, of both, those whose nearest has another label. `compared` is how
-    many distinct texts of each split were looked at, of all its `texts`; `examples` are some pairs across splits.
+    `within` counts texts similar to an earlier one of their split; `across`, under `train–test`, texts of test similar
+    to one of train; `conflicting_labels`, in both, those whose nearest neighbour has another label. `compared` is the
+    sample size of each split, out of all its `texts`; `examples` are some pairs across splits.
     """
 
     how: str
@@ -63,11 +60,10 @@ class NearDuplicates(msgspec.Struct, frozen=True):
 
 
 class Audit(msgspec.Struct, frozen=True):
-    """What the audit found.
+    """Duplicates and label conflicts in the data.
 
-    `duplicates` and `within` count rows that repeat an earlier one; `across` counts distinct contents that
-    stand in both splits; `conflicting_labels` counts contents that occur with several labels. `near` is null in
-    what an older kdexport wrote.
+    `duplicates` and `within` count rows that repeat an earlier one; `across` counts distinct contents in both splits;
+    `conflicting_labels` counts contents with several labels. `near` is null in files of older versions.
     """
 
     rows: int
@@ -82,15 +78,14 @@ class Audit(msgspec.Struct, frozen=True):
 def audit(
     splits: dict[str, Rows], content: Callable[[dict[str, Any]], str], drop: bool
 ) -> tuple[dict[str, Rows], Audit]:
-    """Count duplicates by `content`; `drop` from train those of validation and test, from validation those of test."""
+    """Count duplicates by `content`; `drop` from each split the contents of later ones, so that test stays complete."""
     seen = {split: Counter(content(row) for row in rows) for split, rows in splits.items()}
     labels: dict[str, set[str | None]] = defaultdict(set)
     for rows in splits.values():
         for row in rows:
             labels[content(row)].add(row["label"])
     names, kept = list(splits), dict(splits)
-    across: dict[str, int] = {}
-    dropped: dict[str, int] = {}
+    across, dropped = dict[str, int](), dict[str, int]()
     for i, early in enumerate(names[:-1]):
         later = set().union(*(seen[late] for late in names[i + 1 :]))
         across |= {f"{early}–{late}": len(seen[early].keys() & seen[late].keys()) for late in names[i + 1 :]}
@@ -98,28 +93,21 @@ def audit(
             kept[early] = [row for row in splits[early] if content(row) not in later]
             dropped[early] = len(splits[early]) - len(kept[early])
     n = sum(len(rows) for rows in splits.values())
-    return kept, Audit(
-        rows=n,
-        duplicates=n - len(labels),
-        conflicting_labels=sum(len(found - {None}) > 1 for found in labels.values()),
-        within={split: counts.total() - len(counts) for split, counts in seen.items()},
-        across=across,
-        dropped=dropped,
-    )
+    conflicting = sum(len(found - {None}) > 1 for found in labels.values())
+    within = {split: counts.total() - len(counts) for split, counts in seen.items()}
+    return kept, Audit(n, n - len(labels), conflicting, within, across, dropped)
 
 
 def near_duplicates(
     splits: dict[str, Rows], content: Callable[[dict[str, Any]], str]
 ) -> tuple[NearDuplicates, list[NearPair]]:
-    """Count texts that are nearly like another, and pair each with its nearest in every other split.
+    """Count texts that are nearly like another, with examples; pair each with its nearest in every other split.
 
     Candidates come from MinHash (Broder 1997) with banding (Leskovec, Rajaraman and Ullman, Mining of Massive
-    Datasets, ch. 3) and are then compared exactly. Equal contents are not counted: `audit` does that.
-
-    Returns:
-        The counts with some examples, and all pairs across splits, at most one for each text and earlier split.
+    Datasets, ch. 3), and are verified exactly. Equal contents are not counted: `audit` does that.
     """
-    distinct = {split: _distinct(rows, content) for split, rows in splits.items()}
+    # each content with its first row
+    distinct = {split: list({content(r): r for r in reversed(rows)}.items())[::-1] for split, rows in splits.items()}
     looked_at = [(split, *found[i]) for split, found in distinct.items() for i in sampled(len(found), _MOST)]
     pairs = []
     for i, j, similarity in _nearest([split for split, _, _ in looked_at], [text for _, text, _ in looked_at]):
@@ -142,10 +130,10 @@ def near_duplicates(
 
 
 def shingles(text: str) -> Array:
-    """The distinct runs of four characters of a text as 64-bit hashes: uint64 [S], ascending, at least one.
+    """Return a text's distinct 4-grams of characters as 64-bit hashes: uint64 [S], ascending, at least one.
 
-    Case and kinds of white space make no difference; a blank is put at both ends, so that words at the edges count
-    like others. The hash is multilinear (Carter and Wegman 1979), modulo 2⁶⁴.
+    Case and kinds of white space are ignored; a blank is added at both ends, so that words at the edges count like
+    others. The hash is multilinear (Carter and Wegman 1979), modulo 2⁶⁴.
     """
     plain = f" {' '.join(text.casefold().split())} ".ljust(_RUN)
     points = np.frombuffer(plain.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
@@ -153,32 +141,27 @@ def shingles(text: str) -> Array:
 
 
 def jaccard(a: Array, b: Array) -> float:
-    """What two sets share, of all that they hold (Jaccard 1901); sets as ascending arrays [S] and [T]."""
+    """Return the Jaccard index (Jaccard 1901) of two sets, given as ascending arrays [S] and [T]."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
 
 
-def _distinct(rows: Rows, content: Callable[[dict[str, Any]], str]) -> list[tuple[str, dict[str, Any]]]:
-    """Each content with its first row."""
-    return list({content(row): row for row in reversed(rows)}.items())[::-1]
-
-
 def _nearest(splits: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:
-    """(text, the nearest one before it, how similar), for each text and each split, where that is similar enough."""
+    """Yield (text, the nearest earlier one, similarity) for each text and split, where it is similar enough."""
     try:
         from datasketch import MinHash, MinHashLSH
     except ModuleNotFoundError:
         raise MissingPackage("datasketch", "distill") from None
     size = _BANDS * _BAND
-    # the upper halves of the hashes: in a sum of products modulo 2⁶⁴ the lower bits are the weaker ones
+    # the upper halves of the hashes: the lower bits of a sum of products modulo 2⁶⁴ are weaker
     hashes = ((shingles(text) >> np.uint64(32)).tolist() for text in texts)
     sketches = MinHash.bulk(hashes, num_perm=size, hashfunc=int)
     indexes = {split: MinHashLSH(num_perm=size, params=(_BANDS, _BAND)) for split in dict.fromkeys(splits)}
     remembered = lru_cache(4096)(shingles)
     for i, (split, text, sketch) in enumerate(zip(splits, texts, sketches, strict=True)):
-        for index in indexes.values():  # those of later splits are empty as yet
+        for index in indexes.values():  # those of later splits are still empty
             candidates = sorted(j for j in index.query(sketch) if texts[j] != text)
-            if index is indexes[split] and len(candidates) < _CROWD:  # who has a crowd before them adds nothing to it
+            if index is indexes[split] and len(candidates) < _CROWD:  # stop indexing once a bucket is full
                 index.insert(i, sketch, check_duplication=False)
             if len(candidates) > _EXACT:
                 candidates.sort(key=lambda j: -sketch.jaccard(sketches[j]))
@@ -189,7 +172,7 @@ def _nearest(splits: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[int,
 
 
 def _examples(pairs: list[NearPair]) -> list[NearPair]:
-    """Some pairs of each two splits: labels that conflict first, then the most similar."""
+    """Return some pairs for each two splits: conflicting labels first, then the most similar."""
     by_splits: dict[tuple[str, str], list[NearPair]] = defaultdict(list)
     for pair in sorted(pairs, key=lambda pair: (not _conflict(pair), -pair.similarity)):
         by_splits[pair.splits].append(pair)

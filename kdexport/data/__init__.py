@@ -1,8 +1,8 @@
-"""Every source → rows with stable ids, three splits, label names, and an audit of duplicates.
+"""The data stage: any source → rows with stable ids, three splits, label names, and an audit of duplicates.
 
-The stage writes `train.jsonl`, `validation.jsonl`, `test.jsonl` and `data.json`, and `unlabelled.jsonl` where there are
-texts of that kind; all later stages read rows from there and from nowhere else. `near_duplicates.jsonl` is for the user
-to look at. Rows of train and validation may have the label None, which the teacher alone labels then.
+It writes `train.jsonl`, `validation.jsonl`, `test.jsonl`, `data.json`, and `unlabelled.jsonl` for unlabelled texts,
+if any; later stages read rows from these files only. `near_duplicates.jsonl` is for inspection. Rows of train and
+validation may have the label None: the teacher labels them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from kdexport.tasks.base import Task
 
 Rows = list[dict[str, Any]]
 
-_TEST_SHARE, _VALIDATION_SHARE = 0.2, 0.1
-# Columns that name files.
-_FILES = {"image", "audio"}
+_TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
+_FILES = {"image", "audio"}  # columns of paths
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """`data.json`: what the rows are, and what the audit found.
+    """`data.json`: sizes, labels and the audit.
 
-    `unlabelled` counts the texts beyond the splits, `columns` says what the columns of train were called.
+    `unlabelled` counts the texts beyond the splits, `columns` are the names of train's columns.
     """
 
     rows: dict[str, int]
@@ -51,13 +50,13 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | None = None) -> None:
-    """Read the sources, check every row, split, audit, and write the rows; texts that have to be are `cut`."""
+    """Read the sources, check every row, split, audit, and write the rows; `cut` splits long texts into passages."""
     of_task = task_class(task, settings.problem)
     content = of_task.content
     read: dict[str, Checked] = {}
     sources = read_splits(settings, whole=cut is not None)
     for split, source in sources.items():
-        # What is tested needs labels; where they are, the test may come of train.
+        # Test rows need labels; without a test split they are taken from train.
         labels: Labels = "all" if split == "test" or "test" not in sources else "if any"
         read[split] = to_rows(source, settings, of_task, labels, cut)
     beyond = read_unlabelled(settings, of_task, cut) if settings.unlabelled else Checked([], 0, {})
@@ -70,9 +69,9 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
     if _has_labels(splits["train"]) and of_task.one_label:
         check_classes(splits["train"], "train")
     missing = [split for split in SPLITS if split not in splits]
-    for split, share in (("test", _TEST_SHARE), ("validation", _VALIDATION_SHARE)):
+    for split, fraction in (("test", _TEST_FRACTION), ("validation", _VALIDATION_FRACTION)):
         if split in missing:
-            splits["train"], splits[split] = split_off(splits["train"], share, seed, of_task)
+            splits["train"], splits[split] = split_off(splits["train"], fraction, seed, of_task)
     splits, found = audit({split: splits[split] for split in SPLITS}, content, settings.drop_duplicates)
     for split, rows in splits.items():
         if not rows:
@@ -92,13 +91,13 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
     alone = [split for split, rows in splits.items() if not _has_labels(rows)]
     if alone or unlabelled:
         more = [f"{len(unlabelled):,} texts beyond the splits"] if unlabelled else []
-        say(f"data: without labels, so that the teacher alone labels them: {', '.join([*alone, *more])}")
+        say(f"data: without labels, so the teacher labels them: {', '.join([*alone, *more])}")
 
 
 def write_rows(folder: Path, name: str, rows: Rows) -> None:
-    """Write `<name>.jsonl`, and `<name>.blob` with what rows hold as bytes, which then is `<name>.blob#offset+length`.
+    """Write `<name>.jsonl`, and `<name>.blob` with the rows' bytes values, which become `<name>.blob#offset+length`.
 
-    Blobs of the run are named relative to `folder`, so that a run can be moved.
+    Paths to blobs of the run are relative to `folder`, so that a run can be moved.
     """
     with (folder / f"{name}.jsonl").open("wb") as lines, (folder / f"{name}.blob").open("wb") as blob:
         for row in rows:
@@ -116,23 +115,17 @@ def write_rows(folder: Path, name: str, rows: Rows) -> None:
 
 
 def read_rows(folder: Path, split: str) -> Rows:
-    """The rows of one split of a finished data stage; paths are absolute."""
-    here = folder.absolute()
-
-    def placed(row: dict[str, Any]) -> dict[str, Any]:
-        for column in _FILES & row.keys():
-            row[column] = str(here / row[column])
-        return row
-
+    """Read the rows of one split of a finished data stage, with absolute paths."""
     try:
-        lines = (folder / f"{split}.jsonl").read_bytes().splitlines()
-        return [placed(msgspec.json.decode(line)) for line in lines]
+        rows = [msgspec.json.decode(line) for line in (folder / f"{split}.jsonl").read_bytes().splitlines()]
     except (OSError, msgspec.DecodeError) as error:
         raise RunError(f"{folder}: its {split} rows can't be read ({error})", "Run kdexport run again") from None
+    here = folder.absolute()
+    return [row | {column: str(here / row[column]) for column in _FILES & row.keys()} for row in rows]
 
 
 def read_summary(folder: Path) -> Summary:
-    """`data.json` of a finished data stage."""
+    """Read `data.json` of a finished data stage."""
     return msgspec.json.decode((folder / "data.json").read_bytes(), type=Summary)
 
 
@@ -141,11 +134,11 @@ def _has_labels(rows: Rows) -> bool:
 
 
 def _new(rows: Rows, splits: dict[str, Rows], content: Callable[[dict[str, Any]], str]) -> Rows:
-    """Those whose content stands in no split, each once: a text of test must not be trained on, labelled or not."""
+    """Return distinct rows whose content is in no split: training must not see a text of test, labelled or not."""
     taken = {content(row) for split in splits.values() for row in split}
     kept = [row for row in {content(row): row for row in reversed(rows)}.values() if content(row) not in taken][::-1]
     if rows and not kept:
-        raise DataError("all unlabelled texts stand in train, validation or test as well", "Leave data.unlabelled out")
+        raise DataError("all unlabelled texts occur in train, validation or test as well", "Leave data.unlabelled out")
     return kept
 
 
@@ -158,9 +151,9 @@ def _without_lone_classes(rows: Rows) -> tuple[Rows, int]:
 
 
 def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
-    """Labels of train, in the order of logits; other splits may not have more.
+    """Return the labels of train, in the order of logits; other splits must not have more.
 
-    Where train has none, they are those of the other splits.
+    An unlabelled train split has the labels of the other splits.
     """
     found = {split: set().union(*map(task.labels_of, rows)) for split, rows in splits.items()}
     labels = found["train"] or found["validation"] | found["test"]
@@ -168,7 +161,7 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
         for row in splits[split] if found[split] - labels else []:
             if strange := sorted(task.labels_of(row) - labels):
                 where = row["id"].replace(":", ", row ")
-                raise DataError(f"{where}: label {strange[0]!r} stands in no row of train", "Add rows to train")
+                raise DataError(f"{where}: label {strange[0]!r} occurs in no row of train", "Add rows to train")
     if len(labels) < 2 and task.has_names:
         raise DataError(f"the rows have one label only: {', '.join(labels)}", "Is --label the right column?")
     return task.ordered(labels)
@@ -180,13 +173,15 @@ def _tell(counts: dict[str, int], labels: list[str], missing: list[str], found: 
     if found.duplicates:
         across, dropped = (f"{sum(one.values()):,}" for one in (found.across, found.dropped))
         exact = f"{found.duplicates:,} of {found.rows:,} rows are exact duplicates"
-        say(f"data: {exact}; {across} stand in two splits, {dropped} dropped")
+        say(f"data: {exact}; {across} occur in two splits, {dropped} dropped")
     if found.near:
         near = [(*key.split("–"), n) for key, n in found.near.across.items() if n]
-        if told := ", ".join(f"{n:,} texts of {late} in {early}" for early, late, n in near):
-            say(f"data: near duplicates: {told}; they are kept, and stand in near_duplicates.jsonl")
+        if pairs := ", ".join(f"{n:,} texts of {late} in {early}" for early, late, n in near):
+            say(f"data: near duplicates: {pairs}; they are kept, and listed in near_duplicates.jsonl")
         for split, n in found.near.texts.items():
             if (some := found.near.compared.get(split, 0)) < n:
-                warn(f"data: near duplicates were looked for in {some:,} of {n:,} texts of {split}, drawn at random")
+                warn(
+                    f"data: the search for near duplicates covered a random sample of {split}: {some:,} of {n:,} texts"
+                )
     if found.conflicting_labels:
         warn(f"data: {found.conflicting_labels:,} texts occur with more than one label")

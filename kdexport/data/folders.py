@@ -1,4 +1,4 @@
-"""Folders of images or recordings, as Hugging Face's imagefolder and audiofolder have them → tables of file names."""
+"""Folders of images or recordings, as in Hugging Face's imagefolder and audiofolder → tables of file names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "
 
 
 def splits_in(folder: Path) -> dict[str, str]:
-    """Split → its folder: those called train, validation and test; without them the folder itself is train."""
+    """Return split → folder; without a train folder, the folder itself is train."""
     found = {s: str(folder / n) for s, names in NAMES.items() for n in reversed(names) if (folder / n).is_dir()}
     if "train" in found:
         return found
@@ -20,12 +20,12 @@ def splits_in(folder: Path) -> dict[str, str]:
 
 
 def metadata_of(folder: Path) -> Path | None:
-    """The table of a folder's files, `file_name,label`, if it has one."""
+    """Return the folder's table of files, `file_name,label`, if there is one."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
 def labelled_files(folder: Path) -> list[dict[str, Any]]:
-    """Rows `{"file_name", "label"}` of all files below a folder; the label is the subfolder that a file is in."""
+    """Return a row `{"file_name", "label"}` for each file below a folder; the label is the first subfolder."""
     rows = []
     for path in _files(folder):
         parts = path.relative_to(folder).parts

@@ -1,6 +1,6 @@
-"""Texts of any length → passages that a language model reads whole; nothing is lost, and nothing is read twice.
+"""Split texts of any length into passages that fit a language model, without loss or overlap.
 
-A passage ends where a word does, best at the end of a line, so that its tokens are those that the whole text has there.
+A passage ends at a word boundary, preferably at the end of a line, so that its tokens are those of the whole text.
 """
 
 from __future__ import annotations
@@ -11,31 +11,28 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-# What is tokenised at once: whole lines, of about so many characters.
+# Characters tokenised together, extended to a whole line.
 _BLOCK = 100_000
-# A passage ends at the end of a line if this share of it, or more, is full by then.
+# A passage ends at the last line end after this fraction of it, if there is one.
 _FULL = 0.75
 
 Cut = Callable[[str], list[str]]
 
 
 def cutter(tokenizer: Tokenizer, most: int) -> Cut:
-    """The function from a text to its passages of at most so many tokens, special ones included."""
+    """Return a function from a text to its passages of at most `most` tokens, special ones included."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     room = most - tokenizer.num_special_tokens_to_add(False)
 
-    def tokens_of(text: str) -> list[tuple[int, int]]:
-        return list(tokenizer.encode(text, add_special_tokens=False).offsets)
-
     def cut(text: str) -> list[str]:
         found = []
         for block in _blocks(text):
-            ends = [end for _, end in tokens_of(block)]
+            ends = [end for _, end in tokenizer.encode(block, add_special_tokens=False).offsets]
             start = at = 0  # in characters, and in tokens
             while at < len(ends):
                 beyond = ends[at + room] if at + room < len(ends) else None
-                # A character may be several tokens: where not all of them have room, it is the next passage's.
+                # A character may be several tokens: if they don't all fit, it moves to the next passage.
                 some = [end for end in ends[at : at + room] if start < end != beyond] or ends[at : at + room]
                 stop = len(block) if beyond is None else _end_of_passage(block, start, some)
                 found.append(block[start:stop])
@@ -48,7 +45,7 @@ def cutter(tokenizer: Tokenizer, most: int) -> Cut:
 
 
 def _end_of_passage(text: str, start: int, ends: list[int]) -> int:
-    """Where a passage from `start` on ends, of the ends of the tokens that it has room for."""
+    """Return the end of a passage from `start`; `ends` are the ends of the tokens that fit."""
     last = ends[-1]
     line = text.rfind("\n", start + int(_FULL * (last - start)), last) + 1
     if line in ends:
@@ -58,7 +55,7 @@ def _end_of_passage(text: str, start: int, ends: list[int]) -> int:
 
 
 def _blocks(text: str) -> Iterator[str]:
-    """Parts of a text that end with a line, so that no token goes across."""
+    """Yield parts of a text that end with a line, so that no token crosses a boundary."""
     start = 0
     while start < len(text):
         stop = text.find("\n", start + _BLOCK) + 1 or len(text)
@@ -67,5 +64,5 @@ def _blocks(text: str) -> Iterator[str]:
 
 
 def read_text(path: Path) -> str:
-    """A text file as it is, whatever its ends of lines."""
+    """Read a text file as it is, whatever its line endings."""
     return path.read_bytes().decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""One file → its rows as they stand, each with every column, in order; what a file holds never depends on who asks."""
+"""Read a file's rows unchanged, with all columns, in order, independent of the command."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from kdexport.errors import DataError, MissingPackage
 
 _CONLL = {".conll", ".bio", ".iob2"}
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt"} | _CONLL
-# Rows of JSON whose keys are the columns; rows of Parquet that are made Python's at once.
+# JSON rows that determine the columns; Parquet rows converted together.
 _PEEKED, _AT_ONCE = 1000, 256
-csv.field_size_limit(2**31 - 1)  # a field that is too long is a bad row, which is named, and no end of the file
+csv.field_size_limit(2**31 - 1)  # a field that is too long is a bad row, not a csv.Error
 
 Raw = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows as they were read, once; one that can't be read is what is wrong with it.
+    """Rows as read, iterable once; an unreadable row is replaced by the reason.
 
-    `folder` is what names of images and recordings are relative to; a source of `lines` has the column `text` alone.
+    Paths of images and recordings are relative to `folder`; a source of plain `lines` has only the column `text`.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Source:
 
 
 def read_file(path: Path, *, whole: bool = False) -> Source:
-    """Open a CSV, TSV, JSON, JSONL, Parquet or CoNLL file; any other is a text a line, or one `whole` text."""
+    """Open a CSV, TSV, JSON, JSONL, Parquet or CoNLL file; any other has a text per line, or is one `whole` text."""
     if not path.is_file():
         raise DataError(f"{path} {'is a folder' if path.exists() else 'does not exist'}", "Check the path")
     if not path.stat().st_size:
@@ -59,7 +59,7 @@ def read_file(path: Path, *, whole: bool = False) -> Source:
 
 
 def read_stream(stream: BinaryIO) -> Source:
-    """Read a text a line from standard input, each when it comes."""
+    """Read a text per line from standard input, as it arrives."""
 
     def rows() -> Iterator[Raw]:
         for number, line in enumerate(stream, 1):
@@ -73,7 +73,7 @@ def read_stream(stream: BinaryIO) -> Source:
 
 
 def from_arrow(name: str, table: Any, folder: Path = Path()) -> Source:
-    """Read an Arrow table; where Hugging Face's schema names classes, their numbers become these names."""
+    """Read an Arrow table; class numbers become the names in Hugging Face's schema metadata."""
     info = msgspec.json.decode((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = (info.get("info") or {}).get("features") or {}
     names = {column: found for column, feature in features.items() if (found := _class_names(feature))}
@@ -92,7 +92,7 @@ def from_arrow(name: str, table: Any, folder: Path = Path()) -> Source:
 
 
 def _class_names(feature: Any) -> list[str] | None:
-    """The names of a ClassLabel, or of a list of them, which data sets have written in three ways."""
+    """Return the names of a ClassLabel, or of a list of them, in any of three historical formats."""
     if isinstance(feature, list):
         return _class_names(feature[0])
     if not isinstance(feature, dict):
@@ -113,7 +113,7 @@ def _read_parquet(path: Path) -> Source:
 
 
 def _read_csv(path: Path, encoding: str) -> Source:
-    """Columns without a name, such as the index that pandas writes, are no columns."""
+    """Read a CSV or TSV file, without unnamed columns, such as the index that pandas writes."""
     with path.open(encoding=encoding, newline="") as file:
         first = file.readline()
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",\t;", key=lambda mark: (mark in first, mark == ","))
@@ -140,9 +140,9 @@ def _records(path: Path, encoding: str, delimiter: str, quoting: Any, strict: bo
 
 
 def _is_quoted(path: Path, encoding: str) -> bool:
-    """Whether quotes in a file of tabs hold fields together, as pandas writes them, or are characters, as in GLUE.
+    """Whether quotes in a TSV file delimit fields, as pandas writes them, or are characters, as in GLUE.
 
-    Where all lines have the same number of tabs each is a row, and quotes must pair up within it.
+    Where all lines have the same number of tabs, each is a row, and its quotes must be balanced.
     """
     whole = len({line.count("\t") for line in _lines(path, encoding) if line}) == 1
     try:
@@ -154,7 +154,7 @@ def _is_quoted(path: Path, encoding: str) -> bool:
 
 
 def _read_json(path: Path, encoding: str) -> Source:
-    """An array of objects, over however many lines, or an object a line."""
+    """Read an array of objects, or an object per line."""
     with path.open(encoding=encoding) as file:
         array = next((line for line in file if line.strip()), "").lstrip().startswith("[")
     if array:
@@ -174,7 +174,7 @@ _NO_OBJECT = "it is no JSON object"
 
 
 def _decoded(text: str) -> Any:
-    """An object or an array; or, as a text, what is wrong with it."""
+    """Decode an object or an array, or return the reason why not."""
     try:
         found = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -183,9 +183,8 @@ def _decoded(text: str) -> Any:
 
 
 def _conll_rows(path: Path, lines: Iterable[str]) -> Iterator[Raw]:
-    """A word a line, its tag in the last column, a blank line between texts; as CoNLL's shared tasks have it."""
-    tokens: list[str] = []
-    tags: list[str] = []
+    """Read a word per line, its tag in the last column, a blank line between texts, as in CoNLL's shared tasks."""
+    tokens, tags = list[str](), list[str]()
     for number, line in enumerate(chain(lines, [""]), 1):
         word, *more = line.split() or [""]
         if word not in ("", "-DOCSTART-"):
@@ -199,14 +198,14 @@ def _conll_rows(path: Path, lines: Iterable[str]) -> Iterator[Raw]:
 
 
 def _lines(path: Path, encoding: str) -> Iterator[str]:
-    """Lines as editors number them; `str.splitlines` would end some within a text, at U+2028 and its kind."""
+    """Read lines as editors number them; `str.splitlines` would also split at U+2028 and others within a text."""
     with path.open(encoding=encoding) as file:
         for line in file:
             yield line.rstrip("\n")
 
 
 def _encoding(path: Path) -> str:
-    """UTF-16 where a byte-order mark says so, else UTF-8; every line is checked, before any work on the first."""
+    """Detect UTF-16 by its byte-order mark, else UTF-8; every line is validated before any other work."""
     with path.open("rb") as file:
         head = file.read(4)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

@@ -1,4 +1,4 @@
-"""Files, folders and hub ids → rows with the columns that the task wants; every bad row is named."""
+"""Files, folders and Hub ids → validated rows with the task's columns; errors name the bad row."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from kdexport.tasks.base import Task
 
 SPLITS = ("train", "validation", "test")
 
-# Pairs of columns that need no flag, in order of preference; single ones stand in the tasks.
+# Pairs of columns that are recognised by default, in order of preference; tasks have the single ones.
 _OBVIOUS_PAIRS = (
     ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"),
     ("text1", "text2"), ("text_a", "text_b"), ("question", "sentence"), ("query", "passage"),
 )  # fmt: skip
 
-# Whether rows have labels: all; all, if there is a column of them; some; or nobody asks.
+# Which rows must have labels: all; all if there is a label column; some; labels are not read.
 Labels = Literal["all", "if any", "some", "none"]
 # Our column → the file's.
 Columns = dict[str, str]
@@ -32,7 +32,7 @@ Rows = list[dict[str, Any]]
 
 
 class Checked(NamedTuple):
-    """Good rows with a stable id `<file>:<row>`, counted from 1; how many were bad; what the columns are called."""
+    """Valid rows with a stable id `<file>:<row>`, counted from 1; the number of bad rows; the source's columns."""
 
     rows: Rows
     bad: int
@@ -40,7 +40,7 @@ class Checked(NamedTuple):
 
 
 def find_splits(data: spec.Data) -> dict[str, str]:
-    """Split → file or hub id, from the spec; a folder or a hub data set brings its own splits."""
+    """Return split → file or Hub id; a folder or a Hub data set has splits of its own."""
     given = {split: path for split in SPLITS if (path := getattr(data, split))}
     folder = Path(data.train)
     if not folder.is_dir():
@@ -49,15 +49,13 @@ def find_splits(data: spec.Data) -> dict[str, str]:
     found = {split: str(path) for split in SPLITS for path in files if path.stem in folders.NAMES[split]}
     found = found if "train" in found else folders.splits_in(folder)
     if "train" not in found:
-        raise DataError(
-            f"{folder} holds no train.csv, .tsv, .jsonl, .parquet or .txt, nor images or WAV files",
-            "Name the file with --data",
-        )
+        known = "train.csv, .tsv, .jsonl, .parquet or .txt, nor images or WAV files"
+        raise DataError(f"{folder} holds no {known}", "Name the file with --data")
     return found | {split: path for split, path in given.items() if split != "train"}
 
 
 def local_files(data: spec.Data) -> list[Path]:
-    """Return the files whose content decides what the rows are; a missing or empty one is an error."""
+    """Return the files that determine the rows; a missing or empty one is an error."""
     paths = [Path(source) for source in find_splits(data).values() if _is_local(source)]
     paths += [Path(data.unlabelled)] if data.unlabelled else []
     for path in paths:
@@ -71,7 +69,7 @@ def local_files(data: spec.Data) -> list[Path]:
 
 
 def read_splits(data: spec.Data, *, whole: bool = False) -> dict[str, Source]:
-    """Open every split that the spec names, text files as `whole` texts or a text a line."""
+    """Open every split of the spec; text files are read as `whole` texts, or a text per line."""
     sources = find_splits(data)
     if not _is_local(sources["train"]):
         return _read_hub(sources)
@@ -79,7 +77,7 @@ def read_splits(data: spec.Data, *, whole: bool = False) -> dict[str, Source]:
 
 
 def read_test(data: spec.Data) -> Source:
-    """Open what `data.train` names: a file, or the test split of a folder or a hub data set, if that has one."""
+    """Open `data.train`: a file, or the test split of a folder or a Hub data set, if there is one."""
     splits = read_splits(data)
     split = "test" if "test" in splits else "train"
     if len(splits) > 1:
@@ -88,22 +86,17 @@ def read_test(data: spec.Data) -> Source:
 
 
 def rows_of_sources(data: spec.Data) -> dict[str, int]:
-    """How many rows, good and bad, the file of each split has, and that of the unlabelled texts (or lines)."""
+    """Count all rows, valid or not, of each split's file and of the unlabelled texts."""
     sources = read_splits(data) | ({"unlabelled": read_file(Path(data.unlabelled))} if data.unlabelled else {})
     return {split: sum(1 for _ in source.rows) for split, source in sources.items()}
 
 
 def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = "all", cut: Cut | None = None,
             known: Mapping[str, str] | None = None) -> Checked:  # fmt: skip
-    """Choose the columns and check every row.
+    """Select the columns and validate every row.
 
-    Args:
-        source: rows as they were read.
-        data: columns, and what is done with bad rows.
-        task: what the rows are for.
-        labels: which rows must have one; those without have the label None.
-        cut: how a text becomes passages, each a row of its own, with the id `<file>:<row>.<passage>`.
-        known: the columns of the rows that a model was trained on.
+    Rows without a label, where `labels` allows it, have the label None. `cut` splits a text into passages, each a row
+    with the id `<file>:<row>.<passage>`; `known` are the columns of the model's training data.
     """
     columns = choose_columns(source, data, task, labels, known)
     needed = "label" in columns and labels != "some"
@@ -135,7 +128,7 @@ def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = 
 def read_given(
     data: spec.Data, task: type[Task], labels: Labels, known: Mapping[str, str] | None = None
 ) -> tuple[Rows, Columns]:
-    """The rows of a file, folder or hub data set that a command is given beside a model, and their columns."""
+    """Read the rows and columns of the data that a command is given beside a model."""
     found = to_rows(read_test(data), data, task, labels, known=known)
     if found.bad:
         warn(f"data: {found.bad:,} bad rows left out")
@@ -143,9 +136,9 @@ def read_given(
 
 
 def to_answer(source: Source, data: spec.Data, task: Task, known: Mapping[str, str]) -> Iterator[Rows | None]:
-    """Each row, one by one: its `id`, what is `asked`, and the `row` that the task reads; None for a bad one.
+    """Yield each row's `id`, the input as `asked`, and the task's `row`; None for a bad row.
 
-    A text may be empty: it is answered like any other.
+    An empty text is valid.
     """
     columns = choose_columns(source, data, type(task), "none", known)
 
@@ -162,14 +155,14 @@ def to_answer(source: Source, data: spec.Data, task: Task, known: Mapping[str, s
 
 
 def read_unlabelled(data: spec.Data, task: type[Task], cut: Cut | None = None) -> Checked:
-    """The rows of `data.unlabelled`, with the label None. See `to_rows`."""
+    """Read `data.unlabelled`, with the label None. See `to_rows`."""
     return to_rows(read_file(Path(data.unlabelled or ""), whole=cut is not None), data, task, "none", cut)
 
 
 def choose_columns(
     source: Source, data: spec.Data, task: type[Task], labels: Labels = "all", known: Mapping[str, str] | None = None
 ) -> Columns:
-    """Our column → the file's: as named in the spec, else as `known`, else guessed where that is obvious."""
+    """Map our columns to the file's: as in the spec, else as `known`, else by common names."""
     reads, there = task.modality, source.columns
     if source.lines:
         if data.text_pair:
@@ -192,15 +185,13 @@ def choose_columns(
         candidates = (named[wanted], (known or {}).get(wanted), *names)
         named[wanted] = next((name for name in candidates if name in there), None)
         if named[wanted] is None and (wanted != "label" or labels == "all"):
-            raise DataError(
-                f"{source.name}: which column is the {wanted}?",
-                f"Name it with --{'text' if wanted == reads else wanted}. Its columns: {', '.join(there)}",
-            )
+            fix = f"Name it with --{'text' if wanted == reads else wanted}. Its columns: {', '.join(there)}"
+            raise DataError(f"{source.name}: which column is the {wanted}?", fix)
     return {ours: theirs for ours, theirs in named.items() if theirs}
 
 
 def _taken(source: Source, data: spec.Data, take: Callable[[str, Raw], Rows]) -> Iterator[Rows | None]:
-    """What `take` makes of each row; None for a bad one, which is an error unless `skip_bad_rows`."""
+    """Apply `take` to each row; a bad row is an error, or None with `skip_bad_rows`."""
     for number, raw in enumerate(source.rows, 1):
         try:
             if isinstance(raw, str):
@@ -214,10 +205,10 @@ def _taken(source: Source, data: spec.Data, take: Callable[[str, Raw], Rows]) ->
 
 
 def _placed(value: Any, task: Task | type[Task], source: Source) -> Any:
-    """What a column of images or recordings names: a path, absolute; or bytes. Texts are as they are."""
+    """Return the absolute path, or the bytes, in a column of images or recordings; texts are unchanged."""
     if task.modality == "text":
         return value
-    if isinstance(value, dict):  # as Hugging Face's data sets have it
+    if isinstance(value, dict):  # as in Hugging Face's data sets
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     return str(source.folder.absolute() / value) if isinstance(value, str) and value else value
 
@@ -227,7 +218,7 @@ def _is_local(source: str) -> bool:
 
 
 def _read_local(path: Path, whole: bool) -> Source:
-    """A file, or a folder of images or recordings, with the table that describes it or labels as subfolders."""
+    """Read a file, or a folder of images or recordings with a table, or with labels as subfolders."""
     if not path.is_dir():
         return read_file(path, whole=whole)
     if table := folders.metadata_of(path):
@@ -236,7 +227,7 @@ def _read_local(path: Path, whole: bool) -> Source:
 
 
 def _read_hub(sources: dict[str, str]) -> dict[str, Source]:
-    """Read a hub data set `name` or `name:config`; its own splits fill those that the spec does not name."""
+    """Read a Hub data set `name` or `name:config`; splits named in the spec override its own."""
     try:
         import datasets
     except ModuleNotFoundError:
@@ -246,7 +237,7 @@ def _read_hub(sources: dict[str, str]) -> dict[str, Source]:
     name, _, config = sources["train"].partition(":")
     try:
         splits = datasets.load_dataset(name, config or None)
-    except Exception as error:  # connection, missing id, missing config: many classes, one meaning
+    except Exception as error:  # connection, missing id, missing config: many classes
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"no file and no data set on the hub: {sources['train']!r} ({reason})") from None
     if "train" not in splits:

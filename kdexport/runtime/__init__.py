@@ -1,1 +1,1 @@
-"""An artifact loaded and answering: numpy, tokenizers and ONNX Runtime, no torch."""
+"""Artifacts at run time: numpy, tokenizers and ONNX Runtime, no torch."""

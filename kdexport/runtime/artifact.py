@@ -1,18 +1,18 @@
-"""The folder that ships: manifest, checksums, open and check.
+"""The artifact folder: manifest and checksums, packing and checking.
 
 config.json tokenizer.json …    as on the Hugging Face Hub
 onnx/model.onnx                 fp32, standard operators only
 onnx/model_quantized.onnx       int8
 onnx/model_fp16.onnx            fp16, for GPUs
 onnx/model_q4.onnx              int4 weights, of language models
-golden.json                     rows, and the logits that each file gave for them when it was packed
+golden.json                     rows, and each file's logits for them at packing
 kdexport.json                   the manifest
 README.md                       the model card
 
-The manifest holds the sha256 of every file that is read for answers, and of itself. Checksums show that a copy is
-incomplete, damaged or was edited by accident or in part. They say nothing of who made it: whoever can write into the
-folder can write the checksums too. So an artifact may come from anybody: no content of it may read another file,
-hang a program that loads it, or end it with anything but an `ArtifactError`.
+The manifest has the sha256 of every file that predictions depend on, and of itself. Checksums detect incomplete,
+damaged or accidentally edited copies. They do not authenticate the author: whoever can write into the folder can write
+the checksums too. So artifacts are untrusted: none may make a program read another file, hang it, or end it with
+anything but an `ArtifactError`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from kdexport.tasks.config import MOST_JSON, Name, TaskConfig, read_regular
 MANIFEST, GOLDEN, CARD = "kdexport.json", "golden.json", "README.md"
 SCHEMA = 1
 _AGAIN = "Pack the artifact again"
-# The largest files that are read, in bytes. Protobuf ends at 2 GiB; the largest tokenizers have about 40 MB.
+# File size limits in bytes. Protobuf's is 2 GiB; the largest tokenizers have about 40 MB.
 _MOST_MODEL, _MOST_OTHER, _MOST_CARD = 2**31, 2**27, 2**20
 
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
@@ -53,10 +53,10 @@ class ManifestVariant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """`kdexport.json`: all that a runtime needs to know, and how the files came to be.
+    """`kdexport.json`: the configuration for a runtime, and how the files were made.
 
-    `columns` are what the training file's columns were called (`text`, `text_pair`, `label`, … → name), `sha256` is
-    that of all else in it; older manifests have neither.
+    `columns` maps our columns (`text`, `text_pair`, `label`, …) to the training file's, `sha256` is that of all other
+    fields; older manifests have neither.
     """
 
     schema: int = SCHEMA
@@ -71,24 +71,24 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Golden(msgspec.Struct, frozen=True):
-    """`golden.json`: what the files answered when they were packed, to see that they still do elsewhere.
+    """`golden.json`: each file's logits at packing, to verify them elsewhere.
 
-    `logits` are [N, *answer_shape] for each variant, of `rows` one by one: int8 activations are scaled by the batch.
+    `logits` are [N, *answer_shape] for each variant, with `rows` run one by one, as int8 activations are scaled by the
+    batch.
     """
 
     rows: Annotated[list[dict[str, str]], Meta(min_length=1, max_length=64)]
     logits: dict[str, list[Any]]
 
 
-# Names that transformers.js, text-embeddings-inference and Optimum look for.
+# File names expected by transformers.js, text-embeddings-inference and Optimum.
 SHIPPED_AS = {
     "fp32": "onnx/model.onnx",
     "fp16": "onnx/model_fp16.onnx",
     "int8": "onnx/model_quantized.onnx",
     "int4": "onnx/model_q4.onnx",
 }
-
-# What of a student's folder other tools want beside the graph.
+# Files of a student's folder that other tools need beside the graph.
 _SHIPPED = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
     "preprocessor_config.json",
@@ -104,16 +104,10 @@ def pack(
     golden: Golden | None = None,
     columns: dict[str, str] | None = None,
 ) -> None:
-    """Write an artifact folder.
+    """Write an artifact into the existing folder `out`.
 
-    Args:
-        student: its Hugging Face folder, with `task.json`.
-        models: precision → (ONNX file, graph).
-        recommended: the precision that is loaded when none is named.
-        made: how it was made; goes into the manifest as it is.
-        out: an existing folder.
-        golden: what the files answer, as `predictor.golden_answers` finds it.
-        columns: what the training file's columns were called.
+    `student` is a Hugging Face folder with `task.json`; `models` are precision → (ONNX file, graph), `recommended` is
+    the default precision, `made` is copied into the manifest, `columns` are our columns → the training file's.
     """
     from kdexport import __version__
 
@@ -126,15 +120,12 @@ def pack(
     variants = {}
     for precision, (file, graph) in models.items():
         shutil.copyfile(file, out / SHIPPED_AS[precision])
+        name, sha256, size = SHIPPED_AS[precision], hash_file(file), file.stat().st_size
         variants[precision] = ManifestVariant(
-            precision=precision,
-            file=SHIPPED_AS[precision],
-            graph=graph,
-            sha256=hash_file(file),
-            size_bytes=file.stat().st_size,
+            precision=precision, file=name, graph=graph, sha256=sha256, size_bytes=size
         )
     answers = msgspec.json.encode(golden) if golden else b""
-    if 0 < len(answers) <= _MOST_OTHER:  # or it would not be read
+    if 0 < len(answers) <= _MOST_OTHER:  # larger ones could not be read back
         write_bytes(out / GOLDEN, answers)
     manifest = Manifest(
         kdexport=__version__,
@@ -155,11 +146,11 @@ def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_known_architecture(file: Path, task: str) -> None:
-    """Let other runtimes open an artifact whose student is an architecture of ours.
+    """Let other runtimes load an artifact whose student has an architecture of ours.
 
-    Optimum and transformers.js look in config.json for a family that they know, and take the labels; the model is
-    the ONNX file, whose inputs are those of a BERT without token types, of a ResNet, or of an Audio Spectrogram
-    Transformer. What the student is stands in `kdexport`.
+    Optimum and transformers.js need a known family in config.json, and its labels; the model itself is the ONNX file,
+    with the inputs of a BERT without token types, a ResNet, or an Audio Spectrogram Transformer. The actual
+    architecture is under `kdexport`.
     """
     config = msgspec.json.decode(file.read_bytes(), type=dict[str, Any]) if file.exists() else {}
     stands_for = task_class(task).stands_for
@@ -170,10 +161,10 @@ def _name_known_architecture(file: Path, task: str) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an artifact folder, or of the run that holds one.
+    """Read the manifest of an artifact folder, or of the run that holds one.
 
     Raises:
-        ArtifactError: there is none, it is of another schema, was changed, or has a value out of its bounds.
+        ArtifactError: it is missing, has another schema, was changed, or has a value out of bounds.
     """
     folder = resolve(folder)
     try:
@@ -190,15 +181,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_columns(folder: Path) -> dict[str, str]:
-    """What the training file's columns were called; nothing where no artifact, or an older one, says so."""
+    """Return our columns → the training file's; empty without an artifact, or for an older one."""
     return dict(read_manifest(folder).columns) if (resolve(folder) / MANIFEST).is_file() else {}
 
 
 def read_golden(folder: Path) -> Golden | None:
-    """The golden answers of an artifact folder; older ones have none.
+    """Read the golden logits of an artifact folder; None for older ones.
 
     Raises:
-        ArtifactError: they can't be read.
+        ArtifactError: they are unreadable.
     """
     try:
         return msgspec.json.decode(read_regular(folder / GOLDEN, _MOST_OTHER), type=Golden)
@@ -209,7 +200,7 @@ def read_golden(folder: Path) -> Golden | None:
 
 
 def read_card(folder: Path) -> str:
-    """Return the model card for display, cut at 1 MiB; empty where there is none or it can't be read."""
+    """Return the model card, cut at 1 MiB; empty if it is missing or unreadable."""
     try:
         if not (folder / CARD).is_file():
             return ""
@@ -220,7 +211,7 @@ def read_card(folder: Path) -> str:
 
 
 def split_name(name: str | Path) -> tuple[Path, str | None]:
-    """`FOLDER[:VARIANT]` → folder and variant; a folder that exists under the whole name wins."""
+    """Split `FOLDER[:VARIANT]`; an existing folder of the whole name takes precedence."""
     found = re.fullmatch(r"(.+):([^:/\\]*)", str(name), re.DOTALL)
     if found is None or Path(name).exists():
         return Path(name), None
@@ -228,24 +219,19 @@ def split_name(name: str | Path) -> tuple[Path, str | None]:
 
 
 def resolve(folder: Path) -> Path:
-    """The artifact folder itself, where the run that holds it was named."""
+    """Return the artifact folder of a run, or the folder itself."""
     inner = folder / "artifact"
     return inner if not (folder / MANIFEST).exists() and (inner / MANIFEST).exists() else folder
 
 
 def model_file(folder: Path, variant: str | None = None) -> Path:
-    """The file of a variant, after it and the tokenizer's files were checked against the manifest's sha256.
+    """Return the file of a variant (default: the recommended one), after checking all checksums.
 
-    Nothing that is read of an artifact may lie elsewhere: an artifact may come from anybody, and the server shows
-    its card to everybody.
-
-    Args:
-        folder: an artifact folder.
-        variant: `fp32`, `int8`, …; the recommended one when None.
+    All files must lie inside the folder: an artifact is untrusted, and the server publishes its card.
 
     Raises:
-        ArtifactError: a file is missing, was changed or lies outside of the folder, the model has weights in other
-            files, or there is no such variant.
+        ArtifactError: a file is missing, changed or outside the folder, the model has external weights, or there is no
+            such variant.
     """
     manifest = read_manifest(folder)
     name = variant or manifest.recommended
@@ -262,7 +248,7 @@ def model_file(folder: Path, variant: str | None = None) -> Path:
         _check(folder / name, sha256)
     for name in ("tokenizer.json", GOLDEN):
         if name not in sums and (folder / name).exists():
-            raise ArtifactError(f"{folder / name} is not in the manifest, so nobody checked it", _AGAIN)
+            raise ArtifactError(f"{folder / name} is not in the manifest, so it has no checksum", _AGAIN)
     _check_labels(folder, manifest)
     file = folder / chosen.file
     try:
@@ -270,19 +256,18 @@ def model_file(folder: Path, variant: str | None = None) -> Path:
     except ValueError as error:
         raise ArtifactError(f"{file} can't be loaded: it is no ONNX model ({error})", _AGAIN) from None
     if external:
-        raise ArtifactError(f"{file} has weights in other files, which nobody checked", _AGAIN)
-    if file.suffix != ".onnx":  # ONNX Runtime reads other formats by the name's end
+        raise ArtifactError(f"{file} has weights in other files, which have no checksums", _AGAIN)
+    if file.suffix != ".onnx":  # ONNX Runtime detects other formats by the suffix
         raise ArtifactError(f"{file} is not called .onnx", _AGAIN)
     return file
 
 
 @contextmanager
 def only_artifact_errors(folder: Path) -> Iterator[None]:
-    """Turn whatever goes wrong while an artifact is loaded into one `ArtifactError`.
+    """Convert any error while loading an artifact to an `ArtifactError`.
 
-    Its content decides what numpy, Pillow, the tokenizer and ONNX Runtime are asked to do, and each of them raises
-    classes of its own: MemoryError, RecursionError, onnxruntime's Fail, the PanicException of Rust, which is no
-    Exception.
+    Its content drives numpy, Pillow, the tokenizer and ONNX Runtime, which raise classes of their own: MemoryError,
+    RecursionError, onnxruntime's Fail, and Rust's PanicException, which is no Exception.
     """
     try:
         yield
@@ -301,13 +286,12 @@ def _check_inside(folder: Path, name: str) -> None:
     except (OSError, RuntimeError, ValueError):  # a loop of links; a NUL
         inside = False
     if not inside:
-        raise ArtifactError(
-            f"{folder} names {name!r}, which lies outside of it", "Copy the files themselves into the folder, not links"
-        )
+        fix = "Copy the files themselves into the folder, not links"
+        raise ArtifactError(f"{folder} names {name!r}, which lies outside of it", fix)
 
 
 def _check_regular(path: Path, most: int) -> None:
-    """Refuse what isn't a file, such as a pipe, which would be waited for, and files that are too large."""
+    """Refuse files that are too large, and others than regular files: a pipe would block."""
     if path.exists() and not path.is_file():
         raise ArtifactError(f"{path} is no file", _AGAIN)
     if path.exists() and path.stat().st_size > most:
@@ -324,7 +308,7 @@ def _check(path: Path, sha256: str) -> None:
 
 
 def _check_labels(folder: Path, manifest: Manifest) -> None:
-    """Hold the labels against those of config.json, which has a checksum also where the manifest has none."""
+    """Compare the labels with config.json, which has a checksum even where the manifest has none."""
     if "config.json" not in manifest.files or not manifest.task.labels:
         return
     try:
@@ -333,5 +317,5 @@ def _check_labels(folder: Path, manifest: Manifest) -> None:
     except (OSError, msgspec.MsgspecError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{folder}/config.json can't be read: {error}", _AGAIN) from None
     labels = dict(enumerate(manifest.task.labels))
-    if names not in ({}, labels, {i: f"LABEL_{i}" for i in names}):  # LABEL_0 … are Transformers' own, for want of any
+    if names not in ({}, labels, {i: f"LABEL_{i}" for i in names}):  # LABEL_0 … are Transformers' defaults
         raise ArtifactError(f"{folder}/{MANIFEST} has other labels than its config.json", _AGAIN)

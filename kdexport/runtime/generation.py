@@ -1,4 +1,4 @@
-"""Writing with a language model: the prompt at once, then a token at a time through the key-value cache. No torch."""
+"""Text generation: the prompt in one pass, then a token at a time through the key-value cache. No torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from kdexport.tasks.metrics import Array, log_softmax
 
 Finish = Literal["length", "stop", "end"]
 
-# A token whose bytes are not whole characters yet is decoded to this.
+# The decoder's replacement for an incomplete character.
 _PARTIAL = "\ufffd"
-# Below it nothing but the most probable token is left, and a quotient may be too large for a float.
+# Lower temperatures are greedy, and their quotients may overflow.
 _COLDEST = 1e-6
-
 
 Temperature = Annotated[float, Meta(ge=0, le=100)]
 Share = Annotated[float, Meta(gt=0, le=1)]
@@ -30,7 +29,7 @@ Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a token is chosen, and when it is enough. At temperature 0 it is the most probable one."""
+    """Sampling parameters and stopping criteria. Temperature 0 is greedy decoding."""
 
     max_new_tokens: Annotated[int, Meta(ge=1)] = 64
     temperature: Temperature = 0.0
@@ -41,10 +40,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Piece(NamedTuple):
-    """What one token adds: its text (none while a character or a stop text may not be whole), id, log probability.
+    """A generated token: its text (empty while a character or a stop sequence may be incomplete), id, log probability.
 
-    `finish` is why it is the last: length (all tokens that were asked for, or that the model reads), stop (one of the
-    texts that stop) or end (the model ended it).
+    `finish` is the stop reason: length (of the request or the model's context), stop (a stop sequence) or end (the end
+    token).
     """
 
     text: str
@@ -54,7 +53,7 @@ class Piece(NamedTuple):
 
 
 class Written(msgspec.Struct, frozen=True):
-    """What a model wrote after a prompt, and why it stopped."""
+    """A completion and its stop reason."""
 
     completion: str
     tokens: int
@@ -62,34 +61,28 @@ class Written(msgspec.Struct, frozen=True):
     finish: Finish
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
-        """Return what the command line prints."""
+        """Return the command line's output."""
         return {"completion": self.completion, "tokens": self.tokens, "finish": self.finish}
 
 
 class Steps(Protocol):
-    """A model that goes on from what it has read."""
+    """A model with a key-value cache."""
 
     task: Any
 
     def read(self, ids: Sequence[int], past: Any = None) -> tuple[Array, Any]:
-        """Tokens, and the cache of those before them → logits [V] of the next one, and the cache with them."""
+        """Read tokens after a cache of earlier ones: return the next token's logits [V] and the extended cache."""
 
 
 def stream(model: Steps, prompt: str, how: Sampling) -> Iterator[Piece]:
-    """Write after a prompt, a piece a token; the prompt's last tokens count where it is too long.
-
-    Args:
-        model: a `Predictor` of a language model.
-        prompt: may be empty.
-        how: what to take of the model's probabilities.
-    """
+    """Generate after a prompt, a piece per token; a prompt that is too long loses its beginning."""
     task: Generates = model.task
     room = min(how.max_new_tokens, task.config.max_length - 1)
     ids = task.prompt(prompt, room)
     draw = np.random.default_rng(how.seed)
     logits, past = model.read(ids)
     written: list[int] = []
-    told = 0  # characters
+    sent = 0  # characters
     while True:
         chosen, log_p = choose(logits, how, draw)
         finish: Finish | None = "end" if chosen == task.config.end_id else None
@@ -99,16 +92,16 @@ def stream(model: Steps, prompt: str, how: Sampling) -> Iterator[Piece]:
         text = task.text_of(written)
         if (stop := _first_stop(text, how.stop)) is not None:
             text, finish = text[:stop], "stop"
-        ready = len(text) if finish else max(told, _sure(text, how.stop))
-        yield Piece(text[told:ready], chosen, log_p, finish)
-        told = ready
+        ready = len(text) if finish else max(sent, _sure(text, how.stop))
+        yield Piece(text[sent:ready], chosen, log_p, finish)
+        sent = ready
         if finish:
             return
         logits, past = model.read([chosen], past)
 
 
 def write(model: Steps, prompt: str, how: Sampling) -> Written:
-    """All that `stream` gives, as one."""
+    """Generate a whole completion; see `stream`."""
     pieces = list(stream(model, prompt, how))
     room = min(how.max_new_tokens, model.task.config.max_length - 1)
     finish = pieces[-1].finish
@@ -117,27 +110,26 @@ def write(model: Steps, prompt: str, how: Sampling) -> Written:
 
 
 def choose(logits: Array, how: Sampling, draw: np.random.Generator) -> tuple[int, float]:
-    """A token of logits [V], and its log probability under the model.
+    """Sample a token from logits [V]; return it with its log probability under the model.
 
-    The `top_k` most probable ones stay (all for 0), of these the fewest whose probabilities sum to `top_p` (Holtzman et
-    al. 2020, https://arxiv.org/abs/1904.09751, section 3.1), after softening by the temperature.
+    First temperature, then the `top_k` most probable tokens (0: all), then of these the smallest set whose
+    probabilities sum to `top_p` (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751, section 3.1).
     """
     logs = log_softmax(logits.astype(np.float64))
     if how.temperature == 0:
         best = int(logs.argmax())
         return best, float(logs[best])
     order = np.argsort(-logs, kind="stable")[: how.top_k or None]
-    shares = np.exp(log_softmax(logs[order] / max(how.temperature, _COLDEST)))
-    kept = int(np.searchsorted(np.cumsum(shares), how.top_p * shares.sum())) + 1
-    shares = shares[:kept] / shares[:kept].sum()
-    chosen = int(order[draw.choice(len(shares), p=shares)])
+    p = np.exp(log_softmax(logs[order] / max(how.temperature, _COLDEST)))
+    p = p[: int(np.searchsorted(np.cumsum(p), how.top_p * p.sum())) + 1]
+    chosen = int(order[draw.choice(len(p), p=p / p.sum())])
     return chosen, float(logs[chosen])
 
 
 def timed(
     read: Callable[[Sequence[int], Any], tuple[Array, Any]], ids: Sequence[int], count: int
 ) -> tuple[list[int], float]:
-    """The most probable tokens after a prompt, so many whatever they are; and the seconds until the first was known."""
+    """Decode exactly `count` tokens greedily; return them with the seconds to the first."""
     started = time.perf_counter()
     logits, past = read(ids, None)
     written = [int(logits.argmax())]
@@ -149,12 +141,11 @@ def timed(
 
 
 def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found, default=None)
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
 def _sure(text: str, stops: Sequence[str]) -> int:
-    """How much of a text stays as it is, whatever comes: no half character, and no beginning of a text that stops."""
+    """Return the length of the text that is final: no partial character, and no beginning of a stop sequence."""
     end = len(text) - 1 if text.endswith(_PARTIAL) else len(text)
     for stop in stops:
         at = max(0, end - len(stop) + 1)

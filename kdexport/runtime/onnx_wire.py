@@ -1,10 +1,9 @@
-"""Find weights that an ONNX file keeps in other files, by reading protobuf's wire format. Needs no `onnx` package.
+"""Detect weights of an ONNX file in other files, by reading protobuf's wire format without the `onnx` package.
 
-ONNX Runtime opens any file beside a model that one of its tensors names, also files without a checksum. The reader
-follows every field that leads from a ModelProto to a TensorProto, and skips all others by their length, so a large
-model takes no longer than a small one. It is as lenient as protobuf's C++ parser where that is lenient (numbers longer
-than needed, bits beyond 32 of a tag, messages in several parts), and stricter elsewhere: groups, which no ONNX writer
-makes, are refused.
+ONNX Runtime opens any file beside a model that one of its tensors names, even without a checksum. The reader follows
+every field from a ModelProto to a TensorProto and skips the others by their length, so its time does not depend on the
+size of the weights. It is as lenient as protobuf's C++ parser (overlong numbers, bits beyond 32 of a tag, messages in
+several parts), except that groups, which no ONNX writer makes, are refused.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _MOST_FIELDS = 5_000_000
 
 
 def has_external_data(model: Path) -> bool:
-    """Return whether any tensor of an ONNX file names another file.
+    """Return whether any tensor of an ONNX file refers to another file.
 
     Raises:
         ValueError: it is no protobuf message, or has more fields than any ONNX model.
@@ -73,7 +72,7 @@ def _external(data: bytes | mmap.mmap) -> bool:
 
 
 def _varint(data: bytes | mmap.mmap, at: int, end: int, longest: int) -> tuple[int, int]:
-    """Read a number of at most `longest` bytes, and where the next begins."""
+    """Read a number of at most `longest` bytes; return it with the offset after it."""
     value = 0
     for i in range(min(longest, end - at)):
         byte = data[at + i]

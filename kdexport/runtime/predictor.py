@@ -1,7 +1,6 @@
 """An artifact as a function: encode → ONNX Runtime → decode. No torch, no transformers.
 
-Verification, benchmarks, `kdexport predict` and serving all run models through here: what is measured is
-what ships.
+Verification, benchmarks, `kdexport predict` and serving all run models through here: the measured code is what ships.
 """
 
 from __future__ import annotations
@@ -23,20 +22,18 @@ from kdexport.tasks.config import Arrays
 from kdexport.tasks.inputs.media import inline_bytes
 from kdexport.tasks.metrics import Array
 
-# A text, a pair of them, or (for tokens) its words; of images and sound a path or bytes.
+# A text, a pair, or words (for tokens); a path or bytes of an image or a recording.
 Text = str | tuple[str, str] | list[str] | bytes | Path
-
-
-# How Optimum calls the inputs and outputs of a graph with a key-value cache.
+# Optimum's names of the inputs and outputs of a graph with a key-value cache.
 _PAST, _PRESENT, _POSITIONS = "past_key_values.", "present.", "position_ids"
-# Logits of all variants in golden.json; an answer for each of 8,192 tokens is large.
+# The maximum of numbers in golden.json; logits for each of 8,192 tokens are large.
 _MOST_NUMBERS = 3_000_000
-# Tokens that were read, and their keys and values by the inputs that take them.
+# The number of tokens read, and their keys and values by input name.
 Past = tuple[int, dict[str, Any]]
 
 
 def allowed_cores() -> int:
-    """Cores that this process may use: by affinity, and by the container's quota where there is one."""
+    """Return the CPU cores available to this process: by affinity, and by the container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -54,20 +51,16 @@ class Predictor:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or allowed_cores()
         options.inter_op_num_threads = 1
-        # Spinning threads burn the cores that other work wants, and double latency on shared machines.
+        # Spinning threads waste cores, and double latency on shared machines.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4  # what fails is raised as well
+        options.log_severity_level = 4  # errors are raised anyway
         try:
-            wanted_provider = "CUDAExecutionProvider" if self._cuda else "CPUExecutionProvider"
-            self._session = onnxruntime.InferenceSession(
-                str(model), options, providers=[wanted_provider], enable_fallback=0
-            )
-        except Exception as error:  # onnxruntime raises a dozen classes; all mean that the file is no good
+            provider = "CUDAExecutionProvider" if self._cuda else "CPUExecutionProvider"
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=[provider], enable_fallback=0)
+        except Exception as error:  # onnxruntime raises a dozen classes
             raise ArtifactError(f"{model} can't be loaded: {first_line(error)}", "Pack the artifact again") from None
-        if (got := self._session.get_providers()[0]) != wanted_provider:  # it falls back without a word
-            raise ArtifactError(
-                f"{model} runs on {got}, not on {wanted_provider}", "kdexport doctor says what is there"
-            )
+        if (got := self._session.get_providers()[0]) != provider:  # it falls back silently
+            raise ArtifactError(f"{model} runs on {got}, not on {provider}", "See kdexport doctor for what is there")
         inputs = self._session.get_inputs()
         self._cache = {tensor.name: tensor for tensor in inputs if tensor.name.startswith(_PAST)}
         wanted = {tensor.name for tensor in inputs} - self._cache.keys() - {_POSITIONS}
@@ -76,11 +69,11 @@ class Predictor:
         self._positions = any(tensor.name == _POSITIONS for tensor in inputs)
 
     def run(self, arrays: Arrays) -> Array:
-        """Logits float32 [B, *answer_shape] of one encoded batch."""
+        """Return the logits of an encoded batch, float32 [B, *answer_shape]."""
         return self.task.gather(self._output(arrays), arrays)
 
     def prove(self) -> None:
-        """Run two short rows, so that a file that doesn't fit its task is found before the first request."""
+        """Run two short rows, to detect a file that doesn't fit its task before the first request."""
         rows = self.task.probes()[:2]
         arrays = self.task.encode(rows)
         output, labels = self._output(arrays), len(self.task.labels)
@@ -105,7 +98,7 @@ class Predictor:
         return np.asarray(binding.copy_outputs_to_cpu()[0])
 
     def read(self, ids: Sequence[int], past: Past | None = None) -> tuple[Array, Past]:
-        """Read tokens after those whose keys and values are `past`: logits [V] of the next one, and all of theirs."""
+        """Read tokens after a cache `past`: return the next token's logits [V] and the extended cache."""
         before, values = past or (0, {name: self._value(array) for name, array in self._nothing_before(1, 1).items()})
         length = before + len(ids)
         given = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, length), dtype=np.int64)}
@@ -117,35 +110,31 @@ class Predictor:
         return logits.numpy()[0, -1], (length, dict(zip(self._cache, present, strict=True)))
 
     def _nothing_before(self, rows: int, length: int) -> Arrays:
-        """Inputs of a graph with a cache where nothing was read yet."""
-        empty = {
-            name: np.zeros((rows, tensor.shape[1], 0, tensor.shape[3]), dtype=np.float32)
-            for name, tensor in self._cache.items()
-        }
+        """Return the inputs of an empty cache."""
+        shapes = {name: (rows, tensor.shape[1], 0, tensor.shape[3]) for name, tensor in self._cache.items()}
+        empty = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
         return empty | ({_POSITIONS: np.arange(length)[None].repeat(rows, 0)} if self._positions else {})
 
     def _value(self, array: Array) -> Any:
         return _onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
     def logits(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> Array:
-        """Logits float32 [N, *answer_shape] of many rows, in batches of similar length, in the rows' order."""
+        """Return the logits of many rows, float32 [N, *answer_shape], in their order."""
         return in_batches(self.task, rows, self.run, batch_size)
 
     def predict(self, texts: Sequence[Text] | Text, batch_size: int = 32) -> list[Any]:
-        """Answer texts, pairs of texts, images or recordings, in their order.
+        """Predict for texts, pairs of texts, images or recordings, in their order.
 
-        Args:
-            texts: a list of strings, or of tuples of two for pairs, or for tokens of lists of words; of images and
-                sound paths or bytes. A single string, path or bytes is answered as a list of one.
-            batch_size: inputs that run at once.
+        `texts` are strings, tuples of two for pairs, or lists of words for tokens; for media, paths or bytes. A single
+        string, path or bytes is a list of one.
 
         Returns:
-            One record an input: a `Prediction` (`label`, its probability `score`, all `scores` by label); for tokens
-            a `Tagged` (`words`, `tags`, `scores`, `entities`); for language models a `Foreseen`, the text's
-            likelihood (`kdexport.write` continues a text).
+            One record per input: `Prediction` (`label`, its probability `score`, all `scores` by label); for tokens
+            `TaggedText` (`words`, `tags`, `scores`, `entities`); for language models `LanguageModelScores`, the
+            text's likelihood (`kdexport.write` continues a text).
 
         Raises:
-            DataError: an input is no text, image or sound, or a bare tuple of texts; an empty text is answered.
+            DataError: an input is no text, image or sound, or a bare tuple of texts; an empty text is valid.
         """
         if isinstance(texts, tuple) and texts and all(isinstance(text, str) for text in texts):
             raise DataError("a tuple of texts may be one pair or several texts", 'Write [("a", "b")] or ["a", "b"]')
@@ -153,17 +142,14 @@ class Predictor:
         return self.answer([row_of(self.task, text, i) for i, text in enumerate(many)], batch_size)
 
     def answer(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> list[Any]:
-        """Answer rows as the task reads them; see `predict`."""
+        """Predict for rows in the task's format; see `predict`."""
         return list(self.task.decode(self.logits(rows, batch_size), rows)) if rows else []
 
 
 def load(folder: str | Path, variant: str | None = None, threads: int | None = None) -> Predictor:
-    """Open an artifact for prediction; its files are checked against the manifest's sha256 first.
+    """Load an artifact, or a run that holds one, after checking its checksums.
 
-    Args:
-        folder: an artifact, or a run that holds one; a variant may follow it: `runs/demo:int8`.
-        variant: fp32, int8, …; the recommended one when none is named.
-        threads: those of ONNX Runtime; all allowed cores when None.
+    A variant may follow the folder, `runs/demo:int8`; by default it is the recommended one, on all allowed cores.
     """
     with artifact.only_artifact_errors(Path(folder)):
         place, named = artifact.split_name(folder)
@@ -177,17 +163,15 @@ def load(folder: str | Path, variant: str | None = None, threads: int | None = N
 
 
 def golden_answers(task: Task, files: Mapping[str, Path]) -> artifact.Golden:
-    """Return what each file, by variant, answers on the task's probes and examples, to be packed with it."""
+    """Return each variant's logits on the task's probes and examples, to be packed with it."""
     rows = [*task.probes(), *task.examples()]
     rows = rows[: max(1, _MOST_NUMBERS // (math.prod(task.answer_shape) * len(files)))]
     answers = {variant: Predictor(task, file, threads=1).logits(rows, batch_size=1) for variant, file in files.items()}
-    return artifact.Golden(
-        rows, {variant: logits.astype(float).round(6).tolist() for variant, logits in answers.items()}
-    )
+    return artifact.Golden(rows, {name: logits.astype(float).round(6).tolist() for name, logits in answers.items()})
 
 
 def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float | None:
-    """Return max |Δlogit| of a loaded file from the golden answers of its artifact; None where it has none."""
+    """Return max |Δlogit| of a loaded file from its artifact's golden logits; None without those."""
     golden, task = artifact.read_golden(artifact.resolve(folder)), predictor.task
     if golden is None or variant not in golden.logits:
         return None
@@ -195,8 +179,7 @@ def golden_difference(predictor: Predictor, folder: Path, variant: str) -> float
         if not {task.modality} <= row.keys() <= {task.modality, "text_pair", "label"}:
             raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.modality}")
         if task.modality != "text":
-            # A path would have any file of this machine read, and the error would tell whether it exists.
-            try:
+            try:  # inline only: a path would read any file of this machine
                 inline_bytes(row[task.modality])
             except DataError:
                 raise ArtifactError(f"{folder}/{artifact.GOLDEN} has a row that holds no {task.modality}") from None
@@ -220,7 +203,7 @@ class Tensor(NamedTuple):
 
 
 def tensors_of(model: Path) -> tuple[list[Tensor], list[Tensor]]:
-    """The inputs and the outputs of an ONNX file, as ONNX Runtime sees them; types are `int64`, `float`, …"""
+    """Return an ONNX file's inputs and outputs; types are `int64`, `float`, …"""
     with artifact.only_artifact_errors(model):
         session = _onnxruntime().InferenceSession(str(model), providers=["CPUExecutionProvider"], enable_fallback=0)
 
@@ -232,12 +215,12 @@ def tensors_of(model: Path) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def providers() -> list[str]:
-    """ONNX Runtime's execution providers on this machine."""
+    """Return ONNX Runtime's execution providers on this machine."""
     return list(_onnxruntime().get_available_providers())
 
 
 def _onnxruntime() -> Any:
-    # ONNX Runtime's wheels send telemetry from 1.29 on, unless this is set before the import.
+    # From 1.29 on, ONNX Runtime's wheels send telemetry unless this is set before the import.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
@@ -247,10 +230,10 @@ def _onnxruntime() -> Any:
 
 
 def row_of(task: Task, given: object, i: int) -> dict[str, Any]:
-    """Return the row of the i-th text, image or recording that a caller gave; a `DataError` says which is wrong."""
+    """Convert the i-th input to a row; a `DataError` names the input."""
     try:
         return task.row(given)
     except DataError as error:
         named = given if isinstance(given, str | Path) and task.modality != "text" else f"input {i}"
-        said = error.what if error.what.startswith(str(given)) else f"{named} {error.what.removeprefix('it ')}"
-        raise DataError(said, error.fix) from None
+        what = error.what if error.what.startswith(str(given)) else f"{named} {error.what.removeprefix('it ')}"
+        raise DataError(what, error.fix) from None

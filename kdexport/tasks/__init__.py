@@ -1,8 +1,8 @@
-"""Tasks, a file each: rows → arrays, outputs → answers, metric, and what a spec may ask for.
+"""Tasks, a file each: encoding, decoding, metrics, and the settings that a spec may choose.
 
-Training, calibration, verification, benchmarks, prediction and serving all call the same `encode` and `decode`, so
-nothing can differ between training and serving. `base.Task` says what a task holds. Another package adds one by an
-entry point of the group `kdexport.tasks`: `numbers = "package.module:Numbers"`.
+Training, calibration, verification, benchmarks, prediction and serving share one `encode` and one `decode`. `base.Task`
+defines the interface. Another package registers a task by an entry point in the group `kdexport.tasks`:
+`numbers = "package.module:Numbers"`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdexport.tasks.config import TaskConfig
 
 DEFAULT = "text-classification"
-# Named and not imported: `kdexport --help` wants the names alone.
+# Names only, imported on demand: `kdexport --help` must stay fast.
 BUILT_IN = {
     "text-classification": "kdexport.tasks.text_classification:TextClassification",
     "token-classification": "kdexport.tasks.token_classification:TokenClassification",
@@ -30,39 +30,38 @@ BUILT_IN = {
 
 
 def names() -> list[str]:
-    """Return the names of all tasks, ours first."""
+    """Return the names of all tasks, built-in ones first."""
     return [*BUILT_IN, *_others()]
 
 
 @cache
 def task_class(name: str, problem: str = "single-label") -> type[Task]:
-    """Return the class of a task, for the kind of answer that `data.problem` names.
+    """Return the class of a task for a `data.problem`.
 
     Raises:
-        KeyError: there is no such task, or it has no such answers.
+        KeyError: no such task, or it does not support this problem.
     """
     found: Any = resolve_name(BUILT_IN[name]) if name in BUILT_IN else _others()[name].load()
     return found.kinds()[problem]  # type: ignore[no-any-return]
 
 
 def class_of(config: TaskConfig) -> type[Task]:
-    """Return the class of a model's task, for its kind of answer."""
+    """Return the task class of a model's configuration."""
     kinds = task_class(config.task).kinds().values()
     return next((kind for kind in kinds if kind.function == config.function), task_class(config.task))
 
 
 def load_task(folder: Path) -> Task:
-    """Open the task that a model folder or an artifact was made for.
+    """Load the task of a model folder or an artifact.
 
     Raises:
-        ArtifactError: the folder holds no task, or one that contradicts itself, or its tokenizer is missing or
-            unreadable.
+        ArtifactError: there is no task, it is inconsistent, or its tokenizer is missing or unreadable.
     """
     from kdexport.tasks.config import read_config
 
     config = read_config(folder)
     if config.task not in names():
-        raise ArtifactError(f"{folder} is for the task {config.task!r}, which is none of {', '.join(names())}")
+        raise ArtifactError(f"{folder} has the unknown task {config.task!r}; known are {', '.join(names())}")
     found = class_of(config)
     if wrong := _contradiction(config, found):
         raise ArtifactError(f"{folder}: the task {config.task} {wrong}", "Pack the artifact again")
@@ -70,20 +69,19 @@ def load_task(folder: Path) -> Task:
 
 
 def _contradiction(config: TaskConfig, kind: type[Task]) -> str:
-    """Return what a task's settings lack, which types can't say."""
+    """Return the inconsistency in a task's configuration, or an empty text."""
     inputs, modality = set(config.inputs), kind.modality
     if not config.labels and kind.has_labels:
         return "has no labels"
     if modality == "text":
         if "input_ids" not in inputs or inputs - {"input_ids", "attention_mask", "token_type_ids"}:
-            return f"can't be read from the inputs {config.inputs}"
-        return "" if config.max_length else "reads no token: max_length is 0"
-    how = getattr(config, modality, None)
-    if how is None:
-        return f"says nothing of how {modality} is read"
+            return f"has inputs that no text task has: {config.inputs}"
+        return "" if config.max_length else "has max_length 0"
+    if getattr(config, modality, None) is None:
+        return f"lacks the settings for {modality} input"
     if len(inputs) != 1:
-        return f"has one input, not {config.inputs}"
-    return "reads too much" if config.audio and config.audio.length * max(1, config.audio.mels) > 2**25 else ""
+        return f"must have one input, not {config.inputs}"
+    return "has too large an input" if config.audio and config.audio.length * max(1, config.audio.mels) > 2**25 else ""
 
 
 @cache

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from kdexport.tasks.base import Card
+from kdexport.tasks.base import PREDICT, Card
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.inputs.audio import Sounds
 from kdexport.tasks.menus import MEDIA
@@ -15,11 +15,7 @@ class AudioClassification(Sounds, Classes):
 
     name: ClassVar = "audio-classification"
     menu: ClassVar = MEDIA
-    card: ClassVar = Card(
-        "audio-classification",
-        "ORTModelForAudioClassification",
-        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a.wav"])',
-    )
+    card: ClassVar = Card("audio-classification", "ORTModelForAudioClassification", PREDICT.format("a.wav"))
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "audio": ("audio", "file_name", "file", "path", "audio_path", "wav"),
         "label": ("label", "labels", "category", "class", "target", "intent_class"),
@@ -28,8 +24,3 @@ class AudioClassification(Sounds, Classes):
     heads: ClassVar = ("ForAudioClassification", "ForSequenceClassification")  # Wav2Vec2 has the latter
     exporter: ClassVar = "audio-classification"
     stands_for: ClassVar = ("audio-spectrogram-transformer", "ASTForAudioClassification")
-
-    @classmethod
-    def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        taken = cls.taken(row)
-        return taken if isinstance(taken, str) else Classes.canonical(taken)

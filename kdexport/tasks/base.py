@@ -1,8 +1,8 @@
-"""The seam: everything that differs between text classification, tagging, language models, images and sound.
+"""The interface of a task: all differences between text classification, tagging, language models, images and sound.
 
-A task is a class in a file of its own. Its facts (class attributes) are read before there is any data; its methods turn
-rows into arrays and outputs into answers. No task imports torch or transformers, and nothing outside asks which task it
-is. What most tasks do alike stands here; what raises NotImplementedError every task says for itself.
+A task is a class in a file of its own. Its class attributes are known before any data; its methods turn rows into
+arrays and outputs into answers. No task imports torch or transformers, and no other code asks which task it is.
+Methods that raise NotImplementedError are abstract; the others are defaults.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from kdexport.tasks.inputs.texts import Texts
 
 Modality = Literal["text", "image", "audio"]
-# How outputs are trained: the key of the losses and of what they read, on the torch side.
+# How outputs are trained: the key of the losses in `distill`.
 Objective = Literal["classes", "several", "number", "tokens", "next-token"]
+# Python code for model cards, with an example of an input.
+PREDICT = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["{}"])'
 
 
 class Card(NamedTuple):
-    """How a model card says that the artifact is used: the hub's name of the task, Optimum's class, and Python."""
+    """The model card's metadata and usage: the Hub's name of the task, Optimum's class, Python code."""
 
     tag: str
     optimum: str
@@ -35,70 +37,55 @@ class Card(NamedTuple):
 
 
 class Answer(Protocol):
-    """The answer to one row."""
+    """The prediction for one row."""
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
-        """Return what the command line prints, with every score if asked for."""
+        """Return the command line's output for it, optionally with all scores."""
 
 
 class Task:
-    """One task, opened for a model: its facts, and the way from rows to arrays and from outputs to answers.
+    """A task, loaded for a model.
 
-    N rows have outputs [N, *answer_shape], here called logits, the same array as soft targets and on disk.
+    N rows have outputs [N, *answer_shape], called logits here; soft targets in memory and on disk have the same shape.
     """
 
     # --- facts
     name: ClassVar[str]
-    problem: ClassVar[str] = "single-label"
-    """What `data.problem` calls this kind of answer."""
+    problem: ClassVar[str] = "single-label"  # the value of `data.problem`
     modality: ClassVar[Modality]
     objective: ClassVar[Objective]
-    function: ClassVar[Function] = "softmax"
-    """From logits to scores."""
+    function: ClassVar[Function] = "softmax"  # logits → scores
     metric: ClassVar[Metric]
     menu: ClassVar[Menu]
     card: ClassVar[Card]
-    columns: ClassVar[Mapping[str, tuple[str, ...]]]
-    """A row's keys, each with the names of columns that are taken for it unasked."""
-    auto_class: ClassVar[str]
-    """The class of transformers that opens its models."""
-    heads: ClassVar[tuple[str, ...]]
-    """Parts of the names of architectures that were trained for it."""
-    exporter: ClassVar[str]
-    """What Optimum calls its export."""
+    columns: ClassVar[Mapping[str, tuple[str, ...]]]  # keys of a row → column names recognised by default
+    auto_class: ClassVar[str]  # the Auto class of transformers that loads its models
+    heads: ClassVar[tuple[str, ...]]  # parts of the names of architectures trained for this task
+    exporter: ClassVar[str]  # Optimum's name of the task
+    # Family and architecture that let other runtimes load a student with an architecture of ours.
     stands_for: ClassVar[tuple[str, str] | None] = None
-    """Family and architecture by which other runtimes open a student that is a network of ours."""
-    protocols: ClassVar[frozenset[str]] = frozenset()
-    """The server's protocols that only some tasks answer: tei, openai, tgi."""
-    generates: ClassVar[bool] = False
-    """Whether it writes text: see `runtime.generation`."""
-    one_label: ClassVar[bool] = False
-    """Whether each row has exactly one label out of a few."""
-    has_labels: ClassVar[bool] = True
-    """Whether the logits have names, in `config.labels`."""
-    has_names: ClassVar[bool] = True
-    """Whether these names are found in the data."""
-    has_words: ClassVar[bool] = False
-    """Whether rows are words, which `ready` separates."""
-    cuts: ClassVar[bool] = False
-    """Whether long texts are cut into passages, each a row."""
-    pairs: ClassVar[bool] = False
-    """Whether a row may be a pair of texts."""
+    protocols: ClassVar[frozenset[str]] = frozenset()  # task-specific server protocols: tei, openai, tgi
+    generates: ClassVar[bool] = False  # generates text: see `runtime.generation`
+    one_label: ClassVar[bool] = False  # each row has exactly one label of a fixed set
+    has_labels: ClassVar[bool] = True  # the logits have names, `config.labels`
+    has_names: ClassVar[bool] = True  # these names come from the data
+    has_words: ClassVar[bool] = False  # rows are lists of words, which `ready` splits
+    cuts: ClassVar[bool] = False  # long texts are split into passages, each a row
+    pairs: ClassVar[bool] = False  # a row may be a pair of texts
     output: ClassVar[str] = "logits"
-    at_once: ClassVar[int] = 32
-    """Rows of a batch where speed does not matter."""
+    at_once: ClassVar[int] = 32  # the default batch size where speed does not matter
 
     config: TaskConfig
     labels: list[str]
 
     @classmethod
     def kinds(cls) -> dict[str, type[Task]]:
-        """Return the class for each `data.problem` that the task knows."""
+        """Return the class for each supported `data.problem`."""
         return {cls.problem: cls}
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Open the task of a model folder (`task.json`) or an artifact (`kdexport.json`).
+        """Load the task of a model folder (`task.json`) or an artifact (`kdexport.json`).
 
         Raises:
             ArtifactError: a file is missing or unreadable.
@@ -109,22 +96,22 @@ class Task:
 
     @classmethod
     def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        """Return a row of a file as the task reads it, or what is wrong with it."""
+        """Convert a row of a file to the task's format, or return the reason why it is invalid."""
         raise NotImplementedError
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        """Return what is wrong with the content or the label of a canonical row, or None."""
+        """Return the reason why a canonical row's content or label is invalid, or None."""
         raise NotImplementedError
 
     @classmethod
     def content(cls, row: Row) -> str:
-        """Return what a model sees of a row: rows of equal content get equal logits."""
+        """Return the model-visible part of a row; rows of equal content get equal logits."""
         raise NotImplementedError
 
     @classmethod
     def title(cls, row: Row) -> str:
-        """Return what a row is called in reports."""
+        """Return the row's title in reports."""
         raise NotImplementedError
 
     @staticmethod
@@ -139,23 +126,23 @@ class Task:
 
     @staticmethod
     def stratum(row: Row) -> str:
-        """Return what is spread evenly over splits."""
+        """Return the key by which splits are stratified."""
         return ""
 
     def row(self, given: object) -> dict[str, Any]:
-        """Return the row of what a caller wants answered: a text, a pair, words, a path or bytes.
+        """Convert an input of `predict` to a row: a text, a pair, words, a path or bytes.
 
         Raises:
-            DataError: it is something else.
+            DataError: the input has another type, or can't be decoded.
         """
         raise NotImplementedError
 
     def ready(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row of plain text as the task reads it."""
+        """Convert a row of plain text to the task's format."""
         return row
 
     def probes(self) -> list[dict[str, Any]]:
-        """Return rows at the edges of what may come in."""
+        """Return edge-case rows."""
         raise NotImplementedError
 
     def examples(self) -> list[dict[str, Any]]:
@@ -165,31 +152,31 @@ class Task:
     # --- rows → arrays
 
     def tokenize(self, rows: Sequence[Row]) -> Sequence[Arrays]:
-        """Return the arrays of each row by itself, without the batch's axis."""
+        """Return the arrays of each row, without a batch axis."""
         raise NotImplementedError
 
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
-        """Return the batch of encoded rows, padded to the longest."""
+        """Batch encoded rows, padded to the longest."""
         return {name: np.stack([arrays[name] for arrays in encoded]) for name in self.config.inputs}
 
     def encode(self, rows: Sequence[Row]) -> Arrays:
-        """Return the batch of rows."""
+        """Encode and batch rows."""
         return self.collate(list(self.tokenize(rows)))
 
     def graph_inputs(self, arrays: Arrays) -> Arrays:
-        """Return the part of a batch that the graph reads."""
+        """Return a batch's inputs of the graph."""
         return {name: arrays[name] for name in self.config.inputs}
 
     def gather(self, output: Array, arrays: Arrays) -> Array:
-        """Return the logits [B, *answer_shape] of a batch from its graph's output."""
+        """Convert the graph's output for a batch to logits [B, *answer_shape]."""
         return output
 
     def sizes(self, encoded: Sequence[Arrays]) -> list[int]:
-        """Return the length of each encoded row, which batches are sorted by."""
+        """Return the length of each encoded row; batches are sorted by it."""
         return [1] * len(encoded)
 
     def lengths(self) -> list[int]:
-        """Return the lengths at which speed is measured; none where there is one only."""
+        """Return the lengths to benchmark; empty where all inputs have the same length."""
         return []
 
     def sized(self, rows: Sequence[Row], length: int) -> Arrays:
@@ -197,11 +184,11 @@ class Task:
         return self.encode(rows[:1])
 
     def axes(self) -> dict[str, dict[int, str]]:
-        """Return the names of the dynamic axes of every input and of the output."""
+        """Return the names of the dynamic axes of all inputs and of the output."""
         raise NotImplementedError
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
-        """Return what a user should know of how these rows are read."""
+        """Return remarks for the user on how these rows are read, such as truncation."""
         return []
 
     # --- outputs → answers
@@ -212,61 +199,59 @@ class Task:
         return (len(self.labels),)
 
     def decode(self, logits: Array, rows: Sequence[Row]) -> Sequence[Answer]:
-        """Return the answer to each row."""
+        """Return the answer for each row."""
         raise NotImplementedError
 
     def scores(self, logits: Array, function: str | None = None) -> Array:
-        """Return the scores float64 of logits.
+        """Return float64 scores of logits [..., C].
 
-        Args:
-            logits: [..., C].
-            function: softmax (they sum to 1), sigmoid (each by itself) or none (the logits); the model's when None.
+        `function` is softmax (scores sum to 1), sigmoid (independent scores) or none (logits); default: the model's.
         """
         return _FUNCTIONS[function or self.config.function](logits.astype(np.float64))
 
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Return how sure each row's answer is, float64 [N]."""
+        """Return each row's confidence, float64 [N]."""
         raise NotImplementedError
 
     def agrees(self, logits: Array, reference: Array) -> Array:
-        """Return whether, or how far, each row has the same answer in both: [N]."""
+        """Return for each row whether both have the same answer, or the fraction that is the same: [N]."""
         raise NotImplementedError
 
     def difference(self, logits: Array, reference: Array) -> float:
-        """Return the largest difference of two outputs: max |Δlogit|."""
+        """Return max |Δlogit|."""
         return float(np.abs(logits - reference).max())
 
     def label_array(self, rows: Iterable[Row]) -> Array:
-        """Return the rows' labels as the objective's label loss reads them, marked where there is none."""
+        """Return the labels in the format of the objective's label loss; missing ones are marked."""
         raise NotImplementedError
 
     def correct(self, logits: Array, rows: Sequence[Row]) -> Array | None:
-        """Return whether each row is answered rightly, bool [N]; None where an answer is not right or wrong."""
+        """Return whether each row's answer is correct, bool [N]; None where answers aren't right or wrong."""
         return None
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Return the sufficient statistics of the metric, float64 [N, K]: sums over rows give its value."""
+        """Return the metric's sufficient statistics, float64 [N, K]: their sums over rows determine its value."""
         raise NotImplementedError
 
     def value(self, sums: Array) -> Array:
-        """Return the metric of sums [..., K] of statistics."""
+        """Return the metric for summed statistics [..., K]."""
         raise NotImplementedError
 
     def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
-        """Whether a teacher with these logits of labelled rows knows next to nothing, where no label shows it."""
+        """Whether a teacher with these logits on labelled rows is no better than chance."""
         return False
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
-        """Return the metrics beside the one that counts."""
+        """Return secondary metrics."""
         return {}
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
-        """Return what is labelled, one by one: rows, labels of rows, or words; none by default."""
+        """Return the labelled items: rows, labels of rows, or words; none by default."""
         none = np.zeros(0, dtype=np.int64)
         return Items(none, none, np.zeros((0, 1)))
 
     def chosen(self, items: Items) -> Array:
-        """Return the label that each item is given: int64 [M]."""
+        """Return the predicted label of each item: int64 [M]."""
         return np.asarray(items.logits.argmax(axis=1))
 
 
@@ -274,25 +259,25 @@ _FUNCTIONS: dict[str, Callable[[Array], Array]] = {"softmax": softmax, "sigmoid"
 
 
 class Generates(Task):
-    """A task that writes text."""
+    """A task that generates text."""
 
     generates = True
 
     def prompt(self, text: str, room: int) -> list[int]:
-        """Return the last tokens of a text that leave room for so many more."""
+        """Return the last tokens of a text that leave room for this many new ones."""
         raise NotImplementedError
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Return tokens as text, without special ones."""
+        """Decode tokens, without special ones."""
         raise NotImplementedError
 
     def log_probs(self, packed: Array) -> Array:
-        """Return the log probabilities of a text's own tokens: logits [..., T, 1 + 2k] → [..., T]."""
+        """Return the log probabilities of a text's own tokens: packed logits [..., T, 1 + 2k] → [..., T]."""
         raise NotImplementedError
 
 
 def can_generate(task: Task) -> TypeGuard[Generates]:
-    """Whether a task writes text."""
+    """Whether a task generates text."""
     return task.generates
 
 

@@ -1,4 +1,4 @@
-"""Many rows through a model: the one loop that sorts rows by length, collates them, and puts outputs in order."""
+"""Run many rows through a model in batches of similar length."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def in_batches(
     batch_size: int | None = None,
     advance: Callable[[int], object] = lambda done: None,
 ) -> Array:
-    """Outputs float32 [N, *answer_shape] of `run`, which takes an encoded batch, in the rows' order.
+    """Return the outputs of `run` on encoded batches, float32 [N, *answer_shape], in the rows' order.
 
-    Batches hold rows of similar length. The longest come first: memory runs out at once or never.
+    The longest rows come first, so that memory runs out at once or never. `advance` gets each batch's size.
     """
     encoded, batch_size = task.tokenize(rows), batch_size or task.at_once
     order = np.argsort([-size for size in task.sizes(encoded)], kind="stable")

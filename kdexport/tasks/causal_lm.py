@@ -1,13 +1,12 @@
-"""Language modelling: for each token of a text the probabilities of the next one.
+"""Language modelling: the probabilities of each next token of a text.
 
-A row's answer is no [T, V] table, which would be gigabytes, but what is asked of it, packed: [max_length, 1 + 2k], for
-each token that was predicted
+A row's output is packed, [max_length, 1 + 2k], as full [T, V] logits would take gigabytes. For each predicted token:
 
-    log p of the token that is there · id and log p of the most probable · … · id and log p of the k-th
+    log p of the actual token · id and log p of the most probable · … · id and log p of the k-th
 
-Its first three columns are all that metrics read. A teacher's hold k = 64, and make soft targets: the 48 most probable
-tokens, and 16 drawn from the rest, which stand for its mass, 1 − Σ p. What the most probable ones alone can't say, how
-the rest is spread, drawn ones say in the mean (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870).
+Metrics read the first three columns only. A teacher's outputs have k = 64 and are soft targets: the 48 most probable
+tokens, and 16 samples of the rest, which make the estimate of its distribution unbiased (Anshumann et al. 2025,
+https://arxiv.org/abs/2503.16870).
 """
 
 from __future__ import annotations
@@ -26,24 +25,20 @@ from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, log_softmax
 from kdexport.tasks.packed import BEST, LOG_P, drawn, drawn_of, most_probable
 
-# A teacher that is right after fewer of the tokens knows nothing.
+# Below this token accuracy a teacher is no better than chance.
 _CHANCE = 0.02
 _NO_LABEL = -100
 
 
-class Foreseen(msgspec.Struct, frozen=True):
-    """How well a text was foreseen: tokens that were predicted, the share of them that was the most probable, bits."""
+class LanguageModelScores(msgspec.Struct, frozen=True):
+    """How likely a text is: number of predicted tokens, top-1 accuracy, bits per byte."""
 
     tokens: int
     accuracy: float
     bits_per_byte: float
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
-        return {
-            "tokens": self.tokens,
-            "accuracy": round(self.accuracy, 6),
-            "bits_per_byte": round(self.bits_per_byte, 6),
-        }
+        return {name: round(value, 6) for name, value in msgspec.structs.asdict(self).items()}
 
 
 class CausalLM(Texts, Generates):
@@ -57,8 +52,8 @@ class CausalLM(Texts, Generates):
         students=TEXTS.students - {"network"},
         instead="Take tiny, 4x192 or layers:2",
         ladder=("2x128", "2x256", "layers:1", "layers:2"),
-        losses=("kl", "reverse-kl", "jsd", "soft-ce", "mse"),  # those that hold of some of the outcomes
-        temperature=None,  # softening is for few classes, and the packed outcomes are not those of T = 1
+        losses=("kl", "reverse-kl", "jsd", "soft-ce", "mse"),  # defined on a subset of the tokens
+        temperature=None,  # packed outputs hold the probabilities at T = 1
         precisions=(*TEXTS.precisions, "int4"),
         augment=False,
         vocabulary="whole",
@@ -81,33 +76,29 @@ class CausalLM(Texts, Generates):
     cuts: ClassVar = True
     has_labels: ClassVar = False
     has_names: ClassVar = False
-    at_once: ClassVar = 8  # a table of logits is T × V a row
+    at_once: ClassVar = 8  # a row has T × V logits
     columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text", "content", "document", "body")}
-
-    # --- rows as they come
 
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
-        """Texts are their own labels: none is missing, and none has a name."""
+        """Language modelling has no label column."""
         return row | {"label": ""}
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
         return Texts.check(row, max_chars, needs_label=False)
 
-    # --- rows → arrays
-
     @property
     def answer_shape(self) -> tuple[int, ...]:
         return self.config.max_length, 1 + 2 * self.config.kept
 
     def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
-        """Of each row the graph's inputs int64 [T]; a text without tokens is the token that ends one."""
+        """An empty text becomes the end token."""
         nothing = {"input_ids": np.array([self.config.end_id or 0]), "attention_mask": np.array([1])}
         return [arrays if len(arrays["input_ids"]) else nothing for arrays in super().tokenize(rows)]
 
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
-        """Pad to the longest; `places` [B, T − 1] too: the tokens that predict one, −1 where there is none."""
+        """Add `places` [B, T − 1]: the positions that predict a token, −1 elsewhere."""
         batch = super().collate(encoded)
         sizes = np.array(self.sizes(encoded))[:, None]
         places = np.arange(max(1, sizes.max() - 1))[None]
@@ -115,7 +106,7 @@ class CausalLM(Texts, Generates):
         return batch
 
     def gather(self, output: Array, arrays: Arrays) -> Array:
-        """The graph's logits [B, T, V] → packed answers [B, *answer_shape]; zeros where nothing was predicted."""
+        """Pack the graph's logits [B, T, V]; zeros where no token was predicted."""
         ids, k = arrays["input_ids"], self.config.kept
         packed = np.zeros((len(output), *self.answer_shape), dtype=np.float32)
         for i, (tokens, mask) in enumerate(zip(ids, arrays["attention_mask"], strict=True)):
@@ -132,10 +123,7 @@ class CausalLM(Texts, Generates):
         return packed
 
     def prompt(self, text: str, room: int) -> list[int]:
-        """Return the last tokens of a text that leave room for so many more; an empty text begins as in training.
-
-        Only the end of a long text is tokenised: more of it until it gives enough tokens, as for beginnings of texts.
-        """
+        # Only the end of a long text is tokenised, doubled until it yields enough tokens.
         wanted = max(1, self.config.max_length - room)
         size = (wanted + SPARE) * CHARS_PER_TOKEN
         while True:
@@ -154,35 +142,32 @@ class CausalLM(Texts, Generates):
     def examples(self) -> list[dict[str, Any]]:
         return [row | {"label": ""} for row in super().examples()]
 
-    # --- answers
-
     def log_probs(self, packed: Array) -> Array:
-        """Return the log probabilities of a text's own tokens, from packed answers [..., T, 1 + 2k]: [..., T]."""
         return packed[..., LOG_P]
 
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """The mean log probability of each row's tokens, float64 [N]."""
+        """The mean log probability of each row's tokens."""
         counts = self.stats(logits, rows)
         return np.asarray(-counts[:, 2] / np.maximum(counts[:, 1], 1))
 
-    def decode(self, logits: Array, rows: Sequence[Row]) -> list[Foreseen]:
+    def decode(self, logits: Array, rows: Sequence[Row]) -> list[LanguageModelScores]:
         return [
-            Foreseen(int(tokens), right / max(tokens, 1), nats / math.log(2) / max(size, 1))
+            LanguageModelScores(int(tokens), right / max(tokens, 1), nats / math.log(2) / max(size, 1))
             for right, tokens, nats, size in self.stats(logits, rows).tolist()
         ]
 
     def agrees(self, logits: Array, reference: Array) -> Array:
-        """Of each row, the share of tokens after which both hold the same one most probable: float64 [N]."""
+        """The fraction of tokens with the same most probable token in both."""
         there = reference[..., LOG_P] < 0
         same = (logits[..., BEST] == reference[..., BEST]) & there
         return np.asarray(same.sum(axis=1) / np.maximum(there.sum(axis=1), 1))
 
     def difference(self, logits: Array, reference: Array) -> float:
-        """max |Δ log p|: of the tokens that are there, and of the most probable ones, whichever those are."""
+        """max |Δ log p| of the actual tokens and of the most probable ones."""
         return max(float(np.abs(logits[..., i] - reference[..., i]).max()) for i in (LOG_P, BEST + 1))
 
     def label_array(self, rows: Iterable[Row]) -> Array:
-        """The tokens that are predicted, int64 [N, max_length]; −100, which losses pass over, where there is none."""
+        """The predicted tokens, int64 [N, max_length]; −100, the index that losses ignore, elsewhere."""
         encoded = self.tokenize(list(rows))
         found = np.full((len(encoded), self.config.max_length), _NO_LABEL, dtype=np.int64)
         for i, arrays in enumerate(encoded):
@@ -190,7 +175,7 @@ class CausalLM(Texts, Generates):
         return found
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Of each row, tokens that were the most probable, tokens, nats, and bytes that these spell: float64 [N, 4]."""
+        """Top-1 correct tokens, tokens, nats, and the bytes of these tokens: float64 [N, 4]."""
         counts = np.zeros((len(rows), 4))
         for i, (row, encoding) in enumerate(zip(rows, self._encodings(rows, offsets=True), strict=True)):
             n = len(encoding.ids) - 1
@@ -198,23 +183,19 @@ class CausalLM(Texts, Generates):
                 continue
             ids = np.array(encoding.ids[1:])
             spelled = row["text"][encoding.offsets[1][0] : encoding.offsets[-1][1]]
-            counts[i] = (
-                (logits[i, :n, BEST] == ids).sum(),
-                n,
-                -logits[i, :n, LOG_P].astype(np.float64).sum(),
-                len(spelled.encode()),
-            )
+            nats = -logits[i, :n, LOG_P].astype(np.float64).sum()
+            counts[i] = (logits[i, :n, BEST] == ids).sum(), n, nats, len(spelled.encode())
         return counts
 
     def value(self, sums: Array) -> Array:
-        """Bits a byte, which hold whatever the tokenizer is, of sums [..., 4]."""
+        """Bits per byte, which are comparable across tokenizers."""
         return np.asarray(sums[..., 2] / math.log(2) / np.maximum(sums[..., 3], 1))
 
     def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
         return self.further(logits, rows)["token accuracy"] < _CHANCE
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
-        """Return the fraction of tokens that were the most probable ones, and perplexity; both are by token."""
+        """Top-1 accuracy and perplexity, both by token."""
         right, tokens, nats, _ = self.stats(logits, rows).sum(axis=0)
         return {"token accuracy": float(right / max(tokens, 1)), "perplexity": float(np.exp(nats / max(tokens, 1)))}
 

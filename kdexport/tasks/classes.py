@@ -1,9 +1,8 @@
-"""Answers that are labels: logits [N, C] → the label of each row, its scores, and how often it is right."""
+"""Single-label classification: logits [N, C] → one label for each row, its scores, accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import msgspec
@@ -13,15 +12,15 @@ from kdexport.tasks.base import Objective, Task
 from kdexport.tasks.config import Function, Items, Row
 from kdexport.tasks.metrics import Array, Metric, confusion_matrix
 
-# The index that PyTorch's cross-entropy passes over.
+# The index that PyTorch's cross-entropy ignores.
 _NO_LABEL = -100
 
 
 def function_of(labels: int, problem_type: str | None) -> Function:
-    """The function from logits to scores that transformers' pipeline takes for a model of so many labels.
+    """Return the function from logits to scores that transformers' pipeline uses for a model with so many labels.
 
-    As in transformers 4.57, `TextClassificationPipeline.postprocess`: regression is asked first, and one label
-    means sigmoid even where the problem type says single-label.
+    As in transformers 4.57, `TextClassificationPipeline.postprocess`: regression is checked first, and a single label
+    means sigmoid even where the problem type is single-label.
     """
     if problem_type == "regression":
         return "none"
@@ -29,7 +28,7 @@ def function_of(labels: int, problem_type: str | None) -> Function:
 
 
 class Prediction(msgspec.Struct, frozen=True):
-    """The answer for one row: the best label and its score; `values` are the scores of all `labels`, in order."""
+    """The best label and its score; `values` are the scores of all `labels`, in order."""
 
     label: str
     score: float
@@ -38,7 +37,7 @@ class Prediction(msgspec.Struct, frozen=True):
 
     @property
     def scores(self) -> dict[str, float]:
-        """Label → score. Made when asked for: of 150 labels it takes as long as a small model's layer."""
+        """Label → score, built on access: for 150 labels it takes as long as a layer of a small model."""
         return dict(zip(self.labels, self.values, strict=True))
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
@@ -50,17 +49,14 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 class Classes(Task):
-    """The side of a task that answers each row with one of `config.labels`; a row's `label` is its name."""
+    """The output side of tasks whose answer is one of `config.labels`; a row's `label` is its name."""
 
     metric: ClassVar = Metric("accuracy", kind="fraction")
     objective: ClassVar[Objective] = "classes"
     one_label: ClassVar[bool] = True
 
-    # --- rows as they come
-
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
-        """A row whose label is a text without spaces around it; or what is wrong with it."""
         return row | {"label": None if row["label"] is None else str(row["label"]).strip()}
 
     @staticmethod
@@ -69,7 +65,7 @@ class Classes(Task):
 
     @staticmethod
     def ordered(labels: Iterable[str]) -> list[str]:
-        """The order of logits: numbers by value, names by alphabet."""
+        """Numbers by value, names alphabetically."""
         numbers = all(label.isdecimal() for label in labels)
         return sorted(labels, key=(lambda label: (int(label), label)) if numbers else None)
 
@@ -77,23 +73,17 @@ class Classes(Task):
     def stratum(row: Row) -> str:
         return str(row["label"])
 
-    # --- logits → answers
-
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """The highest score of each row, float64 [N]."""
+        """The highest score."""
         return np.asarray(self.scores(logits).max(axis=1))
 
     def decode(self, logits: Array, rows: Sequence[Row] = ()) -> list[Prediction]:
-        """Logits [N, C] → the label with the highest score of each row, with the scores of all."""
         best, scores = logits.argmax(axis=1).tolist(), self.scores(logits).tolist()
-        pairs = zip(best, scores, strict=True)
-        return [Prediction(self.labels[i], values[i], values, self.labels) for i, values in pairs]
+        return [Prediction(self.labels[i], row[i], row, self.labels) for i, row in zip(best, scores, strict=True)]
 
     def agrees(self, logits: Array, reference: Array) -> Array:
-        """Whether each row has the same answer in both: bool [N].
-
-        The same answer is the same label (softmax), the same labels above one half (sigmoid), or numbers that are
-        no further apart than a tenth of the reference's own spread over the rows (none).
+        """bool [N]: the same label (softmax), the same labels above one half (sigmoid), or a difference of at most a
+        tenth of the reference's standard deviation over the rows (none).
         """
         match self.config.function:
             case "softmax":
@@ -104,24 +94,26 @@ class Classes(Task):
                 return np.asarray((np.abs(logits - reference) <= 0.1 * reference.std(axis=0)).all(axis=1))
 
     def label_array(self, rows: Iterable[Row]) -> Array:
-        """The rows' labels as indices int64 [N]; −100, which losses pass over, for a row without one."""
-        return np.array([self._place(row["label"]) for row in rows], dtype=np.int64)
+        """Indices int64 [N]; −100, the index that losses ignore, for an unlabelled row."""
+        index: dict[str | None, int] = {label: i for i, label in enumerate(self.labels)} | {None: _NO_LABEL}
+        labels = (row["label"] for row in rows)
+        # A number that is no label name is an index.
+        return np.array([index[label] if label in index else int(label) for label in labels], dtype=np.int64)
 
     def correct(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Whether each row, all of them labelled, is answered rightly: bool [N]; its mean is the metric, accuracy."""
+        """All rows must be labelled."""
         return np.asarray(logits.argmax(axis=-1) == self.label_array(rows))
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """What each row adds to the metric: (1 if it is right, 1), float64 [N, 2]."""
+        """(1 if correct, 1): float64 [N, 2]."""
         right = self.correct(logits, rows).astype(np.float64)
         return np.stack([right, np.ones_like(right)], axis=1)
 
     def value(self, sums: Array) -> Array:
-        """Accuracy, of sums [..., 2] of counts."""
         return np.asarray(sums[..., 0] / sums[..., 1])
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
-        """Metrics beside the one that counts: macro F1, the mean over the classes that the rows have."""
+        """Macro F1: the mean over the classes that occur in the rows."""
         counts = confusion_matrix(self.label_array(rows), logits.argmax(axis=1), len(self.labels))
         right, there = np.diag(counts), counts.sum(axis=1)
         f1 = 2 * right / np.maximum(there + counts.sum(axis=0), 1)
@@ -131,15 +123,3 @@ class Classes(Task):
         targets = self.label_array(rows)
         of = (targets != _NO_LABEL).nonzero()[0]
         return Items(of, targets[of], logits[of])
-
-    # --- inside
-
-    @cached_property
-    def _index(self) -> dict[str, int]:
-        return {label: i for i, label in enumerate(self.labels)}
-
-    def _place(self, label: str | None) -> int:
-        if label is None:
-            return _NO_LABEL
-        # A label that is a number and no name is a place in the model's order.
-        return self._index[label] if label in self._index else int(label)

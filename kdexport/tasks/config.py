@@ -1,4 +1,4 @@
-"""`task.json`: what encode and decode need, whatever the task; the types that tasks share."""
+"""`task.json`: the configuration of encode and decode for all tasks; types that tasks share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdexport.tasks.metrics import Array
 Row = Mapping[str, Any]
 Arrays = dict[str, Array]
 Function = Literal["softmax", "sigmoid", "none"]
-# Bounds of what a file may ask for, wide enough for every model there is.
+# Bounds of values from untrusted files, wide enough for every known model.
 Name = Annotated[str, Meta(max_length=255)]
 Length = Annotated[int, Meta(ge=0, le=2**20)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
@@ -25,27 +25,24 @@ Shift = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Scale = Annotated[float, Meta(ge=1e-9, le=1e6)]
 Each = Meta(min_length=1, max_length=3)
 Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
-# The largest manifest or configuration that is read, in bytes.
+# The size limit of manifests and configurations, in bytes.
 MOST_JSON = 2**24
 
 
 class Items(NamedTuple):
-    """What is labelled, one by one: rows, or the words of rows; for what looks at single answers."""
+    """Labelled items, rows or words of rows, for analyses of single predictions."""
 
-    of: Array
-    """int64 [M]: the row that each belongs to."""
-    labels: Array
-    """int64 [M]."""
-    logits: Array
-    """float [M, C]."""
+    of: Array  # int64 [M]: the row of each item
+    labels: Array  # int64 [M]
+    logits: Array  # float [M, C]
     words: Sequence[str] = ()
 
 
 class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How a picture becomes float32 [channels, height, width]: resized, cut, scaled, normalised.
+    """Preprocessing of images to float32 [channels, height, width]: resize, crop, rescale, normalise.
 
-    `resize` is [height, width], or one number for the shorter edge; `crop` is [height, width] of the middle, `resample`
-    Pillow's number of a filter. A value v of 0 … 255 becomes (v · scale − mean) / std.
+    `resize` is [height, width], or one number for the shorter edge; `crop` is [height, width] of the centre, `resample`
+    Pillow's filter number. A value v of 0 … 255 becomes (v · scale − mean) / std.
     """
 
     channels: Annotated[int, Meta(ge=1, le=3)] = 3
@@ -58,11 +55,10 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How sound becomes the model's input: mono at `rate` Hz, then a waveform or the logarithms of mel bands.
+    """Preprocessing of sound: mono at `rate` Hz, then a waveform or log-mel bands.
 
-    A waveform is `length` samples, cut or padded with zeros; with `normalise` what is sound of it has mean 0 and
-    deviation 1. With `mels` bands it is `length` frames of them, and `normalise` takes `mean` away and divides by
-    2 · `std`.
+    A waveform is `length` samples, cut or padded with zeros; `normalise` scales it to mean 0 and standard deviation 1
+    before padding. With `mels` bands it is `length` frames, and `normalise` subtracts `mean` and divides by 2 · `std`.
     """
 
     rate: Annotated[int, Meta(ge=1, le=384_000)]
@@ -74,10 +70,10 @@ class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """`task.json`, and the manifest's `task`: all that encode and decode need besides tokenizer.json.
+    """`task.json`, and `task` in the manifest: the configuration of encode and decode besides tokenizer.json.
 
-    `max_length`, `pad_id`, `pad_type_id` and `padding_side` are of texts, `image` of pictures, `audio` of sound.
-    Of language models, an answer holds the `kept` most probable tokens, and `end_id` ends a text.
+    `max_length`, `pad_id`, `pad_type_id` and `padding_side` are for texts, `image` for images, `audio` for sound. For
+    language models, `kept` is the number of top tokens in an output, and `end_id` the token that ends a text.
     """
 
     task: Name
@@ -95,10 +91,10 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_config(folder: Path) -> TaskConfig:
-    """The task of a model folder (`task.json`) or an artifact (`kdexport.json`).
+    """Read the task of a model folder (`task.json`) or an artifact (`kdexport.json`).
 
     Raises:
-        ArtifactError: it has none, or one that can't be read.
+        ArtifactError: it is missing or unreadable.
     """
     try:
         if (folder / "kdexport.json").exists():
@@ -110,7 +106,7 @@ def read_config(folder: Path) -> TaskConfig:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """Read a regular file; a pipe would be waited for, and a device such as /dev/zero never ends.
+    """Read a regular file: a pipe would block, and a device such as /dev/zero never ends.
 
     Raises:
         OSError: it is missing or unreadable.

@@ -1,10 +1,10 @@
-"""Image classification: one label for a picture."""
+"""Image classification: one label for an image."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from kdexport.tasks.base import Card
+from kdexport.tasks.base import PREDICT, Card
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.inputs.images import Images
 from kdexport.tasks.menus import MEDIA
@@ -15,11 +15,7 @@ class ImageClassification(Images, Classes):
 
     name: ClassVar = "image-classification"
     menu: ClassVar = MEDIA
-    card: ClassVar = Card(
-        "image-classification",
-        "ORTModelForImageClassification",
-        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a.png"])',
-    )
+    card: ClassVar = Card("image-classification", "ORTModelForImageClassification", PREDICT.format("a.png"))
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "image": ("image", "img", "file_name", "file", "path", "image_path"),
         "label": ("label", "labels", "category", "class", "target", "fine_label"),
@@ -28,8 +24,3 @@ class ImageClassification(Images, Classes):
     heads: ClassVar = ("ForImageClassification",)
     exporter: ClassVar = "image-classification"
     stands_for: ClassVar = ("resnet", "ResNetForImageClassification")
-
-    @classmethod
-    def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        taken = cls.taken(row)
-        return taken if isinstance(taken, str) else Classes.canonical(taken)

@@ -1,19 +1,19 @@
-"""How good answers are: the task's metric, how sure it is, and two models on the same rows.
+"""A task's metric with its uncertainty, and comparisons of two models on the same rows.
 
-A task says what each row adds to its metric, `counts` [N, K], and what the sums mean, `metric_of`. So whatever the
-metric is, rows can be drawn again (the bootstrap of Efron 1979, with Poisson weights as in Chamandy et al. 2012).
-Where the metric is the share of rows that are right, there are closed forms, which hold for few rows as well.
+A task provides each row's sufficient statistics, `stats` [N, K], and the metric for their sums, `value`. So any metric
+can be bootstrapped over rows (Efron 1979, with Poisson weights as in Chamandy et al. 2012). Where the metric is the
+fraction of correct rows, closed forms are used, which hold for few rows as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Protocol
 
 import numpy as np
 
+from kdexport.tasks.base import Task
 from kdexport.tasks.config import Row
-from kdexport.tasks.metrics import Array, Metric, mcnemar_p, paired_difference, wilson_interval
+from kdexport.tasks.metrics import Array, mcnemar_p, paired_difference, wilson_interval
 
 Rows = Sequence[Row]
 Interval = tuple[float, float]
@@ -21,23 +21,13 @@ Interval = tuple[float, float]
 _DRAWS, _BLOCK = 2000, 100
 
 
-class Judged(Protocol):
-    """The part of a task that is needed here."""
-
-    metric: ClassVar[Metric]
-
-    def stats(self, logits: Array, rows: Rows) -> Array: ...
-    def value(self, sums: Array) -> Array: ...
-    def correct(self, logits: Array, rows: Rows) -> Array | None: ...
-
-
-def metric(task: Judged, logits: Array, rows: Rows) -> float:
-    """The task's metric of logits on labelled rows."""
+def metric(task: Task, logits: Array, rows: Rows) -> float:
+    """Return the task's metric on labelled rows."""
     return float(task.value(task.stats(logits, rows).sum(axis=0)))
 
 
-def metric_interval(task: Judged, logits: Array, rows: Rows) -> tuple[float, Interval]:
-    """The metric, and its 95 % interval over rows."""
+def metric_interval(task: Task, logits: Array, rows: Rows) -> tuple[float, Interval]:
+    """Return the metric, and its 95 % interval over rows."""
     counts = task.stats(logits, rows)
     value = float(task.value(counts.sum(axis=0)))
     if task.metric.kind == "fraction":
@@ -45,33 +35,33 @@ def metric_interval(task: Judged, logits: Array, rows: Rows) -> tuple[float, Int
     return value, _interval(task.value(sums) for (sums,) in _drawn(counts))
 
 
-def difference(task: Judged, first: Array, second: Array, rows: Rows) -> tuple[float, Interval]:
-    """The metric of the second logits less that of the first on the same rows, with its 95 % interval."""
+def difference(task: Task, first: Array, second: Array, rows: Rows) -> tuple[float, Interval]:
+    """Return the metric of the second logits minus that of the first on the same rows, with its 95 % interval."""
     return difference_of_stats(task, task.stats(first, rows), task.stats(second, rows))
 
 
-def difference_of_stats(task: Judged, a: Array, b: Array) -> tuple[float, Interval]:
-    """The metric by the statistics b [N, K] less that by a, which are of the same rows, with its 95 % interval."""
+def difference_of_stats(task: Task, a: Array, b: Array) -> tuple[float, Interval]:
+    """Return the metric for statistics b [N, K] minus that for a, of the same rows, with its 95 % interval."""
     if task.metric.kind == "fraction":
         return paired_difference(a[:, 0] > 0, b[:, 0] > 0)
     value = float(task.value(b.sum(axis=0)) - task.value(a.sum(axis=0)))
     return value, _interval(task.value(of_b) - task.value(of_a) for of_a, of_b in _drawn(a, b))
 
 
-def mcnemar(task: Judged, first: Array, second: Array, rows: Rows) -> float | None:
-    """Exact McNemar test on whole rows being right; None where a row is not right or wrong."""
+def mcnemar(task: Task, first: Array, second: Array, rows: Rows) -> float | None:
+    """Return the p-value of McNemar's exact test on correct rows; None where rows are not right or wrong."""
     a, b = task.correct(first, rows), task.correct(second, rows)
     return None if a is None or b is None else mcnemar_p(a, b)
 
 
-def wrong_rows(task: Judged, logits: Array, rows: Rows) -> list[int] | None:
-    """Places of the rows that are not wholly right; None where a row is not right or wrong."""
+def wrong_rows(task: Task, logits: Array, rows: Rows) -> list[int] | None:
+    """Return the indices of incorrect rows; None where rows are not right or wrong."""
     right = task.correct(logits, rows)
     return None if right is None else np.flatnonzero(~right).tolist()
 
 
 def _drawn(*counts: Array) -> Iterator[list[Array]]:
-    """Sums [B, K] over rows that are drawn again, the same ones for each of the counts."""
+    """Yield bootstrapped sums [B, K], with the same resampled rows for each of the counts."""
     draw = np.random.default_rng(0)
     for _ in range(_DRAWS // _BLOCK):
         weights = draw.poisson(1.0, (_BLOCK, len(counts[0]))).astype(np.float64)

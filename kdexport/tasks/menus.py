@@ -1,4 +1,4 @@
-"""What specs may ask for, by the kind of input; each task takes one of these and changes what differs."""
+"""The settings that a spec may choose, by modality; each task takes one menu and overrides the differences."""
 
 from __future__ import annotations
 
@@ -7,34 +7,25 @@ from typing import Literal, NamedTuple
 
 
 class Menu(NamedTuple):
-    """What a spec may ask of a task, and what it gets where it asks for nothing."""
+    """The allowed values and defaults of a task's settings."""
 
-    students: frozenset[str]
-    """Kinds of students, as `spec.derive.Shape.kind` names them."""
-    instead: str
-    """What to suggest in place of another kind."""
-    default: str
-    """The student without a budget."""
-    ladder: tuple[str, ...]
-    """The students that a search tries, from the smallest on."""
-    losses: tuple[str, ...]
-    """Losses of outputs and of layers; the first is the default."""
-    temperature: float | None = 2.0
-    """The default; None where softened probabilities make no sense, and only 1 is allowed."""
+    students: frozenset[str]  # kinds of students: `spec.derive.Shape.kind`
+    instead: str  # the suggestion for an unsupported kind
+    default: str  # the student without a budget
+    ladder: tuple[str, ...]  # the students in a search, smallest first
+    losses: tuple[str, ...]  # of outputs and of layers; the first is the default
+    temperature: float | None = 2.0  # the default; None allows 1 only
     precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
     augment: bool = True
-    vocabulary: Literal["corpus", "whole"] = "corpus"
-    """The tokens of a student made from the teacher, by default."""
+    vocabulary: Literal["corpus", "whole"] = "corpus"  # the default tokens of a student made from the teacher
     teachers: frozenset[str] = frozenset({"torch", "adapter", "onnx", "stored"})
-    ensemble: bool = True
-    """Whether several teachers, or several passes of one, can be combined."""
-    unused: Mapping[str, str] = {}
-    """Keys of the spec without an effect, and what to do about each."""
+    ensemble: bool = True  # several teachers, or several passes of one, can be combined
+    unused: Mapping[str, str] = {}  # keys of the spec without effect → the fix
 
 
 OF_OUTPUTS = ("kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist")
 OF_LAYERS = ("hidden", "attention", "relation")
-# Students made of a teacher: some of its layers, or another model of the same kind.
+# Students made from a teacher: some of its layers, or another model of the same kind.
 _LAYERS = frozenset({"lowest", "spread", "named", "model"})
 
 TEXTS = Menu(
@@ -57,8 +48,7 @@ MEDIA = Menu(
         "distill.samples": "Remove it",
         **dict.fromkeys(("data.text_pair", "data.max_length", "data.max_chars"), "Remove it: it is of texts"),
         **dict.fromkeys(
-            ("student.vocabulary", "student.embedding", "student.start"),
-            "Remove it: it is of students that read texts",
+            ("student.vocabulary", "student.embedding", "student.start"), "Remove it: it is of students that read texts"
         ),
     },
 )

@@ -12,10 +12,10 @@ Array = NDArray[Any]
 
 
 class Metric(NamedTuple):
-    """What a task is judged by.
+    """A task's primary metric.
 
-    `kind` is fraction (of rows that are right, which has closed-form intervals), ratio (between 0 and 1, shown in
-    percent) or number (in a unit of its own).
+    `kind` is fraction (of correct rows, which has closed-form intervals), ratio (between 0 and 1, shown in percent) or
+    number (in a unit of its own).
     """
 
     name: str
@@ -23,88 +23,71 @@ class Metric(NamedTuple):
     kind: Literal["fraction", "ratio", "number"] = "ratio"
 
     def gain(self, before: float, after: float) -> float:
-        """Return by how much `after` is better than `before`; negative where it is worse."""
+        """The improvement from `before` to `after`; negative where it is worse."""
         return after - before if self.higher_is_better else before - after
 
     def text(self, value: float) -> str:
-        """Return a value as people write it."""
         return f"{value:.3f}" if self.kind == "number" else f"{value:.2%}"
 
     def retention(self, value: float, reference: float) -> float:
-        """Return the share of a reference's quality that is retained; 1 is as good, 0 where it is undefined."""
+        """The fraction of a reference's quality: 1 is as good, 0 where it is undefined."""
         above, below = (value, reference) if self.higher_is_better else (reference, value)
         return above / below if below else 0.0
 
 
 def softmax(logits: Array) -> Array:
-    """Probabilities along the last axis, computed without overflow."""
+    """Return probabilities along the last axis, without overflow."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
 
 
 def log_softmax(logits: Array) -> Array:
-    """Log probabilities along the last axis, float32, computed without overflow."""
+    """Return log probabilities along the last axis, float32, without overflow."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def sigmoid(logits: Array) -> Array:
-    """The probability of each logit by itself, computed without overflow."""
+    """Return the probability of each logit, without overflow."""
     return np.asarray(np.exp(-np.logaddexp(0.0, -logits)))
 
 
-def wilson_interval(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share by Wilson's score method (Wilson 1927), which holds near 0 and 1 too."""
+def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the 95 % interval of a fraction by Wilson's score method (Wilson 1927), which holds near 0 and 1 too."""
     if n == 0:
         return 0.0, 1.0
-    share = hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    p = correct / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mcnemar_p(right_a: Array, right_b: Array) -> float:
-    """Two-sided exact McNemar test of two classifiers on the same rows (McNemar 1947).
-
-    Args:
-        right_a, right_b: boolean arrays [N], whether each row was answered rightly.
-
-    Returns:
-        The probability of a difference at least this large if both were equally good.
-    """
+    """Return the p-value of McNemar's exact two-sided test (McNemar 1947) of correct rows, bool [N] each."""
     only_a = int(np.sum(right_a & ~right_b))
     only_b = int(np.sum(~right_a & right_b))
     n, k = only_a + only_b, min(only_a, only_b)
     if n == 0:
         return 1.0
-    # log-space, because comb(n, i) / 2**n overflows floats from a thousand discordant rows on
+    # in log space, as comb(n, i) overflows floats from a thousand discordant rows
     logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
     return min(1.0, 2 * math.fsum(math.exp(x) for x in logs))
 
 
 def paired_difference(right_a: Array, right_b: Array) -> tuple[float, tuple[float, float]]:
-    """Accuracy of b less that of a on the same rows, with a 95 % interval (Agresti and Min 2005).
-
-    Args:
-        right_a, right_b: boolean arrays [N], whether each row was answered rightly.
-    """
+    """Return the accuracy of b minus that of a, bool [N] each, with a 95 % interval (Agresti and Min 2005)."""
     n = len(right_a)
     gained, lost = int(np.sum(~right_a & right_b)), int(np.sum(right_a & ~right_b))
-    # half a row in each of the four cells keeps the interval honest where few rows differ
+    # half a row more in each of the four cells: better coverage where few rows differ
     b, c, m = gained + 0.5, lost + 0.5, n + 2
     centre, half = (b - c) / m, 1.959964 * math.sqrt(b + c - (b - c) ** 2 / m) / m
     return (gained - lost) / n, (max(-1.0, centre - half), min(1.0, centre + half))
 
 
 def reliability(probabilities: Array, labels: Array, bins: int = 10) -> tuple[float, list[tuple[float, float, int]]]:
-    """Expected calibration error over bins of equal width (Guo et al. 2017, eq. 3).
+    """Return the expected calibration error over bins of equal width (Guo et al. 2017, eq. 3), and its table.
 
-    Args:
-        probabilities: [N, C], rows sum to 1.
-        labels: int [N].
-
-    Returns:
-        The error, and (mean confidence, accuracy, rows) of every bin that holds rows.
+    `probabilities` are [N, C], `labels` int [N]; the table has (mean confidence, accuracy, rows) of each non-empty bin.
     """
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     place = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -114,11 +97,7 @@ def reliability(probabilities: Array, labels: Array, bins: int = 10) -> tuple[fl
 
 
 def cohen_kappa(confusion: Array) -> float:
-    """Agreement beyond chance of predictions and labels (Cohen 1960): 0 is chance, 1 is perfect.
-
-    Args:
-        confusion: counts [C, C], rows are labels, columns are predictions.
-    """
+    """Return Cohen's kappa (Cohen 1960) of counts [C, C] (rows are labels): 0 is chance, 1 is perfect."""
     n = confusion.sum()
     if n == 0:
         return 0.0
@@ -128,27 +107,24 @@ def cohen_kappa(confusion: Array) -> float:
 
 
 def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
-    """Counts [C, C]; rows are labels, columns are predictions."""
+    """Return counts [C, C]; rows are labels, columns are predictions."""
     counts = np.zeros((classes, classes), dtype=np.int64)
     np.add.at(counts, (labels, predictions), 1)
     return counts
 
 
 def f1_of(sums: Array) -> Array:
-    """F1 of counts [..., 3]: found rightly, found, there; 1 where nothing is there and nothing was found."""
+    """Return F1 for counts [..., 3], true positives, predicted, actual; 1 where nothing is predicted or actual."""
     both = sums[..., 1] + sums[..., 2]
     return np.asarray(np.where(both > 0, 2 * sums[..., 0] / np.maximum(both, 1), 1.0))
 
 
 def roc_auc(positives: Array, negatives: Array) -> tuple[float, tuple[float, float]]:
-    """Area under the ROC curve, with a 95 % interval (DeLong, DeLong and Clarke-Pearson 1988).
+    """Return the area under the ROC curve, with a 95 % interval (DeLong, DeLong and Clarke-Pearson 1988).
 
-    The area is the probability that a positive scores higher than a negative, ties counting half. Placements come
-    from mid-ranks (Sun and Xu 2014, eq. 5 to 8), in O(n log n). The interval is Wald's, cut at 0 and 1: it has no
-    width where the two don't overlap at all, and says nothing where a side has a single score.
-
-    Args:
-        positives, negatives: scores [M] and [N] of both sides, at least one each.
+    The area is the probability that a positive scores higher than a negative, ties counting half, computed from
+    mid-ranks (Sun and Xu 2014, eq. 5 to 8) in O(n log n). The interval is Wald's, clipped to 0 and 1: it has no width
+    for perfectly separated scores, and is 0 to 1 where a side has a single score.
 
     Raises:
         ValueError: a side is empty, or a score is not a number.
@@ -158,7 +134,7 @@ def roc_auc(positives: Array, negatives: Array) -> tuple[float, tuple[float, flo
     if not m or not n or np.isnan(scores).any():
         raise ValueError(f"an ROC curve wants scores on both sides: {m} and {n}, {np.isnan(scores).sum()} of them NaN")
     ranks = _mid_ranks(scores)
-    below = (ranks[:m] - _mid_ranks(scores[:m])) / n  # of each positive, the share of negatives that score less
+    below = (ranks[:m] - _mid_ranks(scores[:m])) / n  # for each positive, the fraction of negatives below
     above = 1 - (ranks[m:] - _mid_ranks(scores[m:])) / m
     area = float(below.mean())
     if m < 2 or n < 2:
@@ -168,14 +144,10 @@ def roc_auc(positives: Array, negatives: Array) -> tuple[float, tuple[float, flo
 
 
 def best_threshold(positives: Array, negatives: Array) -> tuple[float, float]:
-    """The largest TPR − FPR that any threshold on the scores has (Youden's J), and how large chance makes it.
+    """Return the maximum of TPR − FPR over all thresholds (Youden's J), and its 95 % bound under chance.
 
-    Returns:
-        It, and what it stays below in 95 % of cases when both sides score alike: the threshold is chosen with
-        hindsight, so it is never below 0 (Smirnov 1944: P(J > d) → exp(−2 d² m n / (m + n))).
-
-    Args:
-        positives, negatives: scores [M] and [N] of both sides, at least one each.
+    The threshold is chosen with hindsight, so J is never below 0; the bound holds when both sides have the same
+    distribution (Smirnov 1944: P(J > d) → exp(−2 d² m n / (m + n))). Each side has at least one score.
     """
     m, n = len(positives), len(negatives)
     thresholds = np.unique(np.concatenate([positives, negatives]))
@@ -185,6 +157,6 @@ def best_threshold(positives: Array, negatives: Array) -> tuple[float, float]:
 
 
 def _mid_ranks(scores: Array) -> Array:
-    """Ranks from 1 on, [N]; equal scores share the mean of theirs."""
+    """Return ranks [N] from 1; ties share their mean."""
     _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])

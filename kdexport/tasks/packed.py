@@ -1,7 +1,7 @@
-"""Packed answers of language models: the columns of [T, 1 + 2k], and the outcomes that they hold.
+"""Packed outputs of language models: the columns of [T, 1 + 2k], and the selection of their tokens.
 
-For each token, log p of the token that is there, then id and log p of k outcomes: the most probable ones, and some that
-are drawn from the rest, which stand for its mass (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870).
+The columns are log p of the actual token, then id and log p of k tokens: the most probable ones, and samples of the
+rest (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ LOG_P, BEST = 0, 1
 
 
 def drawn_of(k: int, vocabulary: int) -> int:
-    """How many of k tokens are drawn from what the others leave; none where k are all."""
+    """Return how many of k tokens are sampled; none where k covers the vocabulary."""
     return k // 4 if k < vocabulary else 0
 
 
 def drawn(logs: Array, best: Array, count: int, tokens: Array) -> Array:
-    """Tokens for each row of log probabilities [N, V], drawn from all but the best: int64 [N, count].
+    """Sample tokens for each row of log probabilities [N, V] from all but the best: int64 [N, count].
 
-    A text's are always the same, and one may come twice.
+    The text's `tokens` are the seed; a token may be drawn twice.
     """
     draw = np.random.default_rng(tokens.tolist())
     rest = np.exp(logs.astype(np.float64))
@@ -33,7 +33,7 @@ def drawn(logs: Array, best: Array, count: int, tokens: Array) -> Array:
 
 
 def most_probable(logs: Array, k: int) -> Array:
-    """The k most probable tokens of each row [N, V], the first one first: int64 [N, k]."""
+    """Return the k most probable tokens of each row [N, V], in order: int64 [N, k]."""
     if k == 1:
         return np.asarray(logs.argmax(axis=1)[:, None])
     some = np.argpartition(logs, -k, axis=1)[:, -k:] if k < logs.shape[1] else np.arange(k)[None].repeat(len(logs), 0)

@@ -1,4 +1,4 @@
-"""Answers that are several labels, or a number: what differs from one label of several."""
+"""Multi-label classification and regression, as differences from single-label classification."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from kdexport.tasks.config import Function, Items, Row
 from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array, Metric, f1_of
 
-# A teacher whose F1 or correlation is lower knows nothing.
+# Below this F1 or correlation a teacher is no better than chance.
 _CHANCE = 0.1
-# Between the labels of a row, where rows are kept.
+# The separator of a row's labels.
 BETWEEN = "\x1f"
 
 
 class SeveralLabels(Classes):
-    """A row's `label` is all its labels, with `BETWEEN` between them; in a file a list, or a text with | between."""
+    """A row's `label` is all its labels, joined by `BETWEEN`; in a file a list, or a text separated by |."""
 
     metric: ClassVar = Metric("micro F1")
     problem: ClassVar[str] = "multi-label"
@@ -31,7 +31,6 @@ class SeveralLabels(Classes):
 
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
-        """A row with its labels joined, in order; or what is wrong with them."""
         labels = row["label"]
         if labels is None:
             return row
@@ -45,7 +44,7 @@ class SeveralLabels(Classes):
         return set((row["label"] or "").split(BETWEEN)) - {""}
 
     def label_array(self, rows: Iterable[Row]) -> Array:
-        """1 for a label that a row has, 0 for others: float32 [N, C]; NaN for a row of which it is not known."""
+        """float32 [N, C]: 1 for a row's labels, 0 for others; NaN for an unlabelled row."""
         index = {label: i for i, label in enumerate(self.labels)}
         rows = list(rows)
         found = np.zeros((len(rows), len(self.labels)), dtype=np.float32)
@@ -57,40 +56,40 @@ class SeveralLabels(Classes):
         return found
 
     def correct(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Whether each row has all its labels and no other: bool [N]."""
+        """bool [N]: a row has exactly its labels."""
         return np.asarray(((logits > 0) == (self.label_array(rows) > 0)).all(axis=1))
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Of each row, labels found rightly, labels found, and labels that there are: float64 [N, 3]."""
+        """True positives, predicted labels, actual labels: float64 [N, 3]."""
         ours, theirs = logits > 0, self.label_array(rows) > 0
         return np.stack([(ours & theirs).sum(1), ours.sum(1), theirs.sum(1)], axis=1).astype(np.float64)
 
     def value(self, sums: Array) -> Array:
-        """F1 over all labels of all rows, of sums [..., 3] of counts."""
+        """Micro F1."""
         return f1_of(sums)
 
     def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
         return metric(self, logits, rows) < _CHANCE
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
-        """Macro F1: the mean over labels that the rows have."""
+        """Macro F1: the mean over labels that occur in the rows."""
         ours, theirs = logits > 0, self.label_array(rows) > 0
         there = theirs.any(axis=0)
         f1 = 2 * (ours & theirs).sum(0) / np.maximum(ours.sum(0) + theirs.sum(0), 1)
         return {"macro F1": float(f1[there].mean())}
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
-        """Each label that a row has."""
+        """Each label of each row."""
         of, labels = np.nonzero(self.label_array(rows) > 0)
         return Items(of, labels, logits[of])
 
     def chosen(self, items: Items) -> Array:
-        """The label of each item where it is found, else −1: int64 [M]."""
+        """The label where it is predicted, else −1."""
         return np.where(items.logits[np.arange(len(items.labels)), items.labels] > 0, items.labels, -1)
 
 
 class Number(Classes):
-    """A row's `label` is a number, and so is the answer: the one logit."""
+    """Regression: a row's `label` is a number, and the prediction is the one logit."""
 
     metric: ClassVar = Metric("Pearson correlation")
     problem: ClassVar[str] = "regression"
@@ -101,7 +100,6 @@ class Number(Classes):
 
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
-        """A row whose label is written as a number; or what is wrong with it."""
         try:
             number = None if row["label"] is None else float(row["label"])
         except (TypeError, ValueError):
@@ -116,11 +114,10 @@ class Number(Classes):
 
     @staticmethod
     def ordered(labels: Iterable[str]) -> list[str]:
-        """What the one logit is called."""
         return ["value"]
 
     def label_array(self, rows: Iterable[Row]) -> Array:
-        """The rows' numbers float32 [N, 1]; NaN for a row without one."""
+        """float32 [N, 1]; NaN for a row without one."""
         values = [row.get("label") for row in rows]
         return np.array([[np.nan if value is None else float(value)] for value in values], dtype=np.float32)
 
@@ -128,7 +125,7 @@ class Number(Classes):
         return _products(logits[:, 0], self.label_array(rows)[:, 0])
 
     def value(self, sums: Array) -> Array:
-        """Pearson's correlation, of sums [..., 6] of counts; 0 where one side does not vary."""
+        """Pearson's correlation; 0 where one side does not vary."""
         n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums), -1, 0)
         spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
         return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))

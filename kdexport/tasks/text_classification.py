@@ -1,10 +1,10 @@
-"""Text classification: for a text or a pair of texts one label, several labels, or a number (regression)."""
+"""Text classification: one label, several labels, or a number (regression) for a text or a pair of texts."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from kdexport.tasks.base import Card, Task
+from kdexport.tasks.base import PREDICT, Card, Task
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Row
 from kdexport.tasks.inputs.texts import Texts
@@ -18,9 +18,7 @@ class TextClassification(Texts, Classes):
     name: ClassVar = "text-classification"
     menu: ClassVar = TEXTS
     card: ClassVar = Card(
-        "text-classification",
-        "ORTModelForSequenceClassification",
-        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a text to classify"])',
+        "text-classification", "ORTModelForSequenceClassification", PREDICT.format("a text to classify")
     )
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": ("text", "sentence", "content", "utterance", "query", "review", "message", "body", "document"),
@@ -39,13 +37,13 @@ class TextClassification(Texts, Classes):
 
 
 class MultiLabelTexts(SeveralLabels, TextClassification):
-    """Any number of labels, each by itself: those whose logit is above 0."""
+    """Any number of independent labels: those with a logit above 0."""
 
     menu: ClassVar = TEXTS._replace(losses=("bce", "mse", *OF_LAYERS))
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        missing = needs_label and row.get("label") is None  # none of the labels is an answer, but must be given
+        missing = needs_label and row.get("label") is None  # an empty set of labels must be stated
         return "label is missing" if missing else Texts.check(row, max_chars, needs_label=False)
 
 

@@ -1,9 +1,8 @@
-"""Token classification: a tag for each word of a text, such as the names in it (BIO).
+"""Token classification: a tag for each word of a text, such as named entities (BIO).
 
-A row's `text` is its words with single spaces between them, its `label` their tags in the same way. Logits are those of
-each word's first token, [N, max_length, C]: so models whose tokenizers differ answer the same words, and a teacher's
-logits can be held against a student's. Answers end with the last word that the model reads; metrics count the names
-behind it as missed.
+A row's `text` is its words joined by single spaces, its `label` their tags, joined likewise. Logits are those of each
+word's first token, [N, max_length, C]: so models with different tokenizers are comparable word by word. Predictions end
+with the last word within the model's max_length; metrics count later entities as missed.
 """
 
 from __future__ import annotations
@@ -18,32 +17,32 @@ import numpy as np
 from tokenizers import Encoding
 
 from kdexport.errors import DataError
-from kdexport.tasks.base import Card, Objective
+from kdexport.tasks.base import PREDICT, Card, Objective
 from kdexport.tasks.config import Arrays, Items, Row
 from kdexport.tasks.inputs.texts import Texts
 from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, f1_of, softmax
 
 OUTSIDE = "O"
-# The logit of O for a word that the model did not read; the others are 0, and no trained model's are.
+# Marks a word that the model did not read: the logit of O is this, the others are exactly 0.
 _UNREAD = 10.0
 _NO_LABEL = -100
-# The place of a word that was cut off; −1 is where there is no word.
+# The place of a truncated word; −1 is padding.
 _CUT_OFF = -2
-# Letters and digits together, with an apostrophe or dots between them; anything else by itself.
+# Letters and digits, with apostrophes, dots or hyphens between them; any other character by itself.
 _WORD = re.compile(r"\w+(?:[.’'-]\w+)*|[^\w\s]")
 
 
 class Entity(NamedTuple):
-    """Words `start` to `end` (which is not of it) are one name of this kind."""
+    """Words `start` up to, but not including, `end` are an entity of this kind."""
 
     kind: str
     start: int
     end: int
 
 
-class Tagged(msgspec.Struct, frozen=True):
-    """The answer for one row: each word's tag and its probability."""
+class TaggedText(msgspec.Struct, frozen=True):
+    """The prediction for one row: each word's tag and its probability."""
 
     words: list[str]
     tags: list[str]
@@ -51,7 +50,7 @@ class Tagged(msgspec.Struct, frozen=True):
 
     @property
     def entities(self) -> list[dict[str, Any]]:
-        """The names: kind, mean score of its words, and the words themselves."""
+        """The entities: kind, mean score of the words, and the words."""
         return [
             {
                 "entity_group": kind,
@@ -64,13 +63,13 @@ class Tagged(msgspec.Struct, frozen=True):
         ]
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
-        names = [{**name, "score": round(name["score"], 6)} for name in self.entities]
-        found: dict[str, Any] = {"entities": names, "words": self.words, "tags": self.tags}
+        rounded = [{**entity, "score": round(entity["score"], 6)} for entity in self.entities]
+        found: dict[str, Any] = {"entities": rounded, "words": self.words, "tags": self.tags}
         return found | {"scores": [round(score, 6) for score in self.scores]} if scores else found
 
 
 def entities(tags: Sequence[str]) -> list[Entity]:
-    """The names in a row of tags, as conlleval and seqeval find them: a stray I- begins one as well."""
+    """Extract the entities of a tag sequence, as conlleval and seqeval do: a stray I- begins one as well."""
     found: list[Entity] = []
     kind, start = "", 0
     for i, tag in enumerate([*tags, OUTSIDE]):
@@ -84,7 +83,7 @@ def entities(tags: Sequence[str]) -> list[Entity]:
 
 
 def words_in(text: str, most: int | None = None) -> list[str]:
-    """Return a text's words, or the first ones; punctuation marks are words of their own."""
+    """Split a text into words, or its first `most`; punctuation marks are words of their own."""
     return [found[0] for found in islice(_WORD.finditer(text), most)]
 
 
@@ -96,9 +95,7 @@ class TokenClassification(Texts):
     objective: ClassVar[Objective] = "tokens"
     menu: ClassVar = TEXTS._replace(vocabulary="whole")
     card: ClassVar = Card(
-        "token-classification",
-        "ORTModelForTokenClassification",
-        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a text to classify"])',
+        "token-classification", "ORTModelForTokenClassification", PREDICT.format("a text to classify")
     )
     auto_class: ClassVar = "AutoModelForTokenClassification"
     heads: ClassVar = ("ForTokenClassification",)
@@ -110,11 +107,9 @@ class TokenClassification(Texts):
         "label": ("tags", "ner_tags", "labels", "label"),
     }
 
-    # --- rows as they come
-
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
-        """Lists of words and of tags as texts; or what is wrong with them. A text without tags is split into words."""
+        """Lists of words and tags become texts; a text without tags is split into words."""
         words, tags = row.get("text"), row.get("label")
         if isinstance(words, str) and tags is None:
             words = words_in(words)
@@ -144,11 +139,6 @@ class TokenClassification(Texts):
         return None
 
     def row(self, given: object) -> dict[str, Any]:
-        """The row of a text, or of a list of its words.
-
-        Raises:
-            DataError: it is something else, or a word is empty or has a space in it.
-        """
         if not isinstance(given, list):
             return self.ready(super().row(given))
         row = TokenClassification.canonical({"text": given})
@@ -157,7 +147,6 @@ class TokenClassification(Texts):
         return row
 
     def ready(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Separate the words of a plain text that may be read by single spaces; there may be none."""
         return row | {"text": " ".join(words_in(row["text"], self.config.max_length))}
 
     @staticmethod
@@ -166,25 +155,22 @@ class TokenClassification(Texts):
 
     @staticmethod
     def ordered(labels: Iterable[str]) -> list[str]:
-        """The order of logits: O first, then by alphabet."""
+        """O first, then alphabetically."""
         return [OUTSIDE, *sorted(set(labels) - {OUTSIDE})]
 
     @staticmethod
     def stratum(row: Row) -> str:
-        """What must be spread evenly over splits: the kinds of names in a row."""
+        """The kinds of entities in a row."""
         return " ".join(sorted({tag[2:] for tag in (row["label"] or "").split()} - {""}))
-
-    # --- rows → arrays
 
     @property
     def answer_shape(self) -> tuple[int, ...]:
-        """Of one row's logits: [max_length, C]."""
         return self.config.max_length, len(self.labels)
 
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
-        """Pad to the longest; `places` [B, W] too, −1 where there is no word."""
+        """Add `places` [B, W], padded with −1."""
         batch = super().collate(encoded)
-        if "places" not in encoded[0]:  # encoded elsewhere: each token is answered by itself
+        if "places" not in encoded[0]:  # encoded elsewhere: each token is a word
             encoded = [{"places": np.arange(len(arrays["input_ids"]))} for arrays in encoded]
         longest = max(len(arrays["places"]) for arrays in encoded)
         batch["places"] = np.full((len(encoded), longest), -1, dtype=np.int64)
@@ -193,7 +179,7 @@ class TokenClassification(Texts):
         return batch
 
     def gather(self, output: Array, arrays: Arrays) -> Array:
-        """The graph's output [B, T, C] → logits by word [B, max_length, C]; zeros beyond a row's words."""
+        """[B, T, C] by token → [B, max_length, C] by word; zeros after a row's words."""
         places = arrays["places"]
         logits = np.zeros((len(output), *self.answer_shape), dtype=np.float32)
         read = logits[:, : places.shape[1]]
@@ -203,12 +189,11 @@ class TokenClassification(Texts):
         return logits
 
     def sized(self, rows: Sequence[Row], length: int) -> Arrays:
-        """The graph's inputs [1, length] from real texts, with a word at each token."""
+        """Each token is a word."""
         return super().sized(rows, length) | {"places": np.arange(length)[None]}
 
     def axes(self) -> dict[str, dict[int, str]]:
-        both = {0: "batch_size", 1: "sequence_length"}
-        return dict.fromkeys((*self.config.inputs, self.output), both)
+        return {name: {0: "batch_size", 1: "sequence_length"} for name in (*self.config.inputs, self.output)}
 
     def probes(self) -> list[dict[str, Any]]:
         return [self.ready(row) for row in super().probes()]
@@ -216,22 +201,21 @@ class TokenClassification(Texts):
     def examples(self) -> list[dict[str, Any]]:
         return [self.ready(row) for row in super().examples()]
 
-    # --- logits → answers
-
     def scores(self, logits: Array, function: str | None = None) -> Array:
-        """Logits [..., C] → probabilities float64 [..., C]."""
         return softmax(logits.astype(np.float64))
 
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """The lowest of the highest scores of a row's words, float64 [N]; 1 where no word is read."""
+        """The lowest of the words' scores; 1 where no word is read."""
         return np.array([min(answer.scores, default=1.0) for answer in self.decode(logits, rows)])
 
-    def decode(self, logits: Array, rows: Sequence[Row]) -> list[Tagged]:
-        """Return of each row the words that the model reads, each with its most probable tag."""
-        return [
-            self._tagged(row["text"].split(" ", n)[:n], of_row)
-            for row, of_row, n in zip(rows, logits, self.words_read(logits), strict=True)
-        ]
+    def decode(self, logits: Array, rows: Sequence[Row]) -> list[TaggedText]:
+        """The words that the model reads, each with its most probable tag."""
+        found = []
+        for row, of_row, n in zip(rows, logits, self.words_read(logits), strict=True):
+            words = row["text"].split(" ", n)[:n]
+            tags = [self.labels[i] for i in of_row[: len(words)].argmax(axis=-1)]
+            found.append(TaggedText(words, tags, self.scores(of_row[: len(words)]).max(axis=-1).tolist()))
+        return found
 
     @staticmethod
     def words_read(logits: Array) -> Array:
@@ -240,11 +224,11 @@ class TokenClassification(Texts):
         return np.asarray((read * np.arange(1, read.shape[1] + 1)).max(axis=1))
 
     def agrees(self, logits: Array, reference: Array) -> Array:
-        """Whether all words of a row have the same tags in both: bool [N]."""
+        """bool [N]: all words have the same tags in both."""
         return np.asarray((logits.argmax(axis=-1) == reference.argmax(axis=-1)).all(axis=1))
 
     def label_array(self, rows: Iterable[Row]) -> Array:
-        """The words' tags as indices int64 [N, max_length]; −100, which losses pass over, where there is none."""
+        """int64 [N, max_length]; −100, the index that losses ignore, where there is no tag."""
         rows = list(rows)
         index = {label: i for i, label in enumerate(self.labels)}
         found = np.full((len(rows), self.config.max_length), _NO_LABEL, dtype=np.int64)
@@ -254,12 +238,12 @@ class TokenClassification(Texts):
         return found
 
     def correct(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Whether all words of a row are tagged rightly: bool [N]."""
+        """bool [N]: all words have the correct tag."""
         targets = self.label_array(rows)
         return np.asarray(((logits.argmax(axis=-1) == targets) | (targets == _NO_LABEL)).all(axis=1))
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Of each row, names found rightly, names found, and names that there are: float64 [N, 3]."""
+        """Correct, predicted and actual entities: float64 [N, 3]."""
         counts = np.zeros((len(rows), 3))
         for i, (row, answer) in enumerate(zip(rows, self.decode(logits, rows), strict=True)):
             ours, theirs = set(entities(answer.tags)), set(entities(row["label"].split()))
@@ -267,36 +251,28 @@ class TokenClassification(Texts):
         return counts
 
     def value(self, sums: Array) -> Array:
-        """F1 over names, of sums [..., 3] of counts; 1 where there is none, and none was found."""
+        """Entity F1; 1 where no entity is predicted or actual."""
         return f1_of(sums)
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
-        """Metrics beside the one that counts: precision and recall of names."""
+        """Precision and recall of entities."""
         right, found, there = self.stats(logits, rows).sum(axis=0)
         return {"precision": float(right / max(found, 1)), "recall": float(right / max(there, 1))}
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
-        """Each labelled word as a row of its own."""
+        """Each labelled word."""
         targets = self.label_array(rows)
         of, word = (targets != _NO_LABEL).nonzero()
         texts = [row["text"].split(" ", self.config.max_length) for row in rows]
         return Items(of, targets[of, word], logits[of, word], [texts[i][j] for i, j in zip(of, word, strict=True)])
 
-    # --- inside
-
-    def _tagged(self, words: list[str], logits: Array) -> Tagged:
-        n = len(words)
-        best = logits[:n].argmax(axis=-1)
-        scores = self.scores(logits[:n])[np.arange(n), best]
-        return Tagged(words, [self.labels[i] for i in best], scores.tolist())
-
     def _split(self, texts: list[str], offsets: bool) -> list[Encoding]:
-        # A model reads at least one token: where there is no word, a full stop that nobody is told of.
+        # A model reads at least one token: an empty text becomes a full stop, which has no tag.
         words = [(text or ".").split(" ") for text in texts]
         return list(self._tokenizer.encode_batch(words, is_pretokenized=True, add_special_tokens=False))
 
     def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
-        """Of each row the graph's inputs int64 [T], and `places` [W]: where each word's first token stands."""
+        """Add `places` [W]: the index of each word's first token."""
         encoded = []
         for row, encoding in zip(rows, self._encodings(rows), strict=True):
             words = min(row["text"].count(" ") + 1, self.config.max_length) if row["text"] else 0

@@ -147,7 +147,7 @@ def test_of_more_texts_than_can_be_looked_at_some_are_and_it_is_said(monkeypatch
     settings = spec.load(None, {"data.train": str(tmp_path / "t.csv"), "teacher.model": "t"}).data
     prepare(settings, "text-classification", 0, tmp_path)
     said = " ".join(capfd.readouterr().err.split())
-    assert f"looked for in 10 of {read_summary(tmp_path).rows['train']} texts of train, drawn at random" in said
+    assert f"random sample of train: 10 of {read_summary(tmp_path).rows['train']} texts" in said
     assert read_summary(tmp_path).duplicates.near.texts["train"] > 10
 
 

@@ -109,7 +109,7 @@ def test_a_missing_file_and_a_missing_column_are_named(tmp_path):
 
 def test_a_label_that_train_does_not_have_is_refused(tmp_path):
     (tmp_path / "test.csv").write_text("text,label\nnew,z\n")
-    with pytest.raises(DataError, match=r"test\.csv, row 1: label 'z' stands in no row of train"):
+    with pytest.raises(DataError, match=r"test\.csv, row 1: label 'z' occurs in no row of train"):
         go(tmp_path, "text,label\n" + GOOD, **{"data.test": str(tmp_path / "test.csv")})
 
 

@@ -173,5 +173,5 @@ def test_unlabelled_texts_of_the_splits_are_dropped_and_the_others_kept_once(tmp
     assert read_summary(folder).unlabelled == 2
     assert sum(read_summary(folder).rows.values()) == 40
     (tmp_path / "more.txt").write_text("some text 3\n")
-    with pytest.raises(DataError, match="all unlabelled texts stand in train"):
+    with pytest.raises(DataError, match="all unlabelled texts occur in train"):
         data_stage(tmp_path / "again", given)

@@ -110,7 +110,7 @@ def test_other_formats_are_no_sound(content):
 def test_other_kinds_of_wav_are_refused():
     file = io.BytesIO()
     soundfile.write(file, tone(), 16_000, "IMA_ADPCM", format="WAV")
-    with pytest.raises(DataError, match="of the kind IMA_ADPCM, which is not read"):
+    with pytest.raises(DataError, match="of the kind IMA_ADPCM, which is not supported"):
         decoded(file.getvalue())
 
 

@@ -1,1 +1,1 @@
-"""How texts, pictures and sound become arrays."""
+"""Texts, images and sound → arrays."""

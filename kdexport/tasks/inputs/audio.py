@@ -1,8 +1,8 @@
-"""Sound as a model reads it: a file's bytes → mono at the model's rate → a waveform, or logarithms of mel bands.
+"""Audio input: a file's bytes → mono at the model's rate → a waveform, or log-mel bands.
 
 The arithmetic is that of Hugging Face's feature extractors: Wav2Vec2's for waveforms, and for mel bands that of the
 Audio Spectrogram Transformer (Gong et al. 2021) as transformers 4.57 does it without torchaudio: Kaldi's filter banks
-over frames of 400 samples, 160 apart, whatever the rate.
+over frames of 400 samples with a hop of 160, at any rate.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from kdexport.tasks.metrics import Array
 
 FRAME, HOP = 400, 160
 _FFT, _PREEMPHASIS, _FLOOR, _LOWEST_HZ = 512, 0.97, 1.192092955078125e-07, 20
-# What models read of a recording at most, where nothing else says how much.
+# The maximum input length where the model has none.
 _USUAL_S = 10.0
-# What resampling a sample takes on one core, and the copies of a sample that there are meanwhile.
+# The cost of resampling a sample on one core, copies included.
 _SECONDS_PER_SAMPLE, _BYTES_PER_SAMPLE = 3e-8, 32
 
 
@@ -44,7 +44,6 @@ class Sounds(Media):
 
     @classmethod
     def inspect(cls, content: bytes) -> object:
-        """Decode the recording, to check that it can be."""
         with opened(content) as (header, pieces):
             for _ in pieces:
                 pass
@@ -52,11 +51,11 @@ class Sounds(Media):
 
     @property
     def _read(self) -> float:
-        """Seconds that are decoded: one more than the model reads, for the filter that resamples."""
+        """Seconds to decode: one more than the model reads, for the resampling filter."""
         return seconds_of(self._how) + 1
 
     def array(self, content: bytes) -> Array:
-        """Return float32 [length] of one recording, or [length, mels]."""
+        """float32 [length], or [length, mels]."""
         how = self._how
         with opened(content, self._read) as (header, pieces), DECODING.room(header.frames * _BYTES_PER_SAMPLE):
             recording = Recording(np.concatenate(list(pieces)), header.rate)
@@ -68,35 +67,35 @@ class Sounds(Media):
             return ((bands - how.mean) / (how.std * 2) if how.normalise else bands).astype(np.float32)
 
     def seconds(self, row: Row) -> float:
-        """Estimate the CPU seconds that decoding and resampling a row of a request take, from its header."""
         content = bytes_of(row[self.modality])
-        if format_of(content) == "MP3":  # libmpg123 writes each fault of a file to stderr, and waits for its reader
+        if format_of(content) == "MP3":  # libmpg123 logs each fault to stderr and may block on it
             raise DataError("it is MP3, which is read from files only", "Send WAV, FLAC or OGG")
         header = read_header(content, self._read)
         return header.decoding_seconds + header.frames * _SECONDS_PER_SAMPLE
 
     def shapes(self) -> dict[str, list[int]]:
-        """Return the shape of the graph's input."""
         bands = [self._how.mels] if self._how.mels else []
         return {self.config.inputs[0]: [-1, self._how.length, *bands]}
 
     def axes(self) -> dict[str, dict[int, str]]:
-        """Return the names of the dynamic axes; the number of mel frames is fixed."""
+        """The number of mel frames is fixed."""
         length = {} if self._how.mels else {1: "sequence_length"}
         return {self.config.inputs[0]: {0: "batch_size"} | length, self.output: {0: "batch_size"}}
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
         recordings = [read_header(bytes_of(row[self.modality])) for row in rows]
-        reads, said = seconds_of(self._how), []
+        reads, remarks = seconds_of(self._how), []
         if others := sorted({r.rate for r in recordings} - {self._how.rate}):
-            said.append(f"sound of {', '.join(f'{rate:,}' for rate in others)} Hz is resampled to {self._how.rate:,}")
+            remarks.append(
+                f"sound of {', '.join(f'{rate:,}' for rate in others)} Hz is resampled to {self._how.rate:,}"
+            )
         if cut := sum(r.seconds > reads + 0.02 for r in recordings):
-            share = cut / len(recordings)
-            said.append(f"{share:.1%} of the recordings are longer than {reads:.2g} s, and cut there")
-        return said
+            fraction = cut / len(recordings)
+            remarks.append(f"{fraction:.1%} of the recordings are longer than {reads:.2g} s, and cut there")
+        return remarks
 
     def probes(self) -> list[dict[str, Any]]:
-        """Return edge cases: one sample, silence, too long and stereo at another rate, a constant."""
+        """One sample, silence, too long and stereo at another rate, a constant."""
         length = int(seconds_of(self._how) * 44_100)
         return [
             _recording(np.zeros((1, 1)), 8_000),
@@ -110,11 +109,8 @@ class Sounds(Media):
         return [_recording(_noise(int(seconds_of(self._how) * rate), 1, seed), rate) for seed in range(2, 6)]
 
 
-# --- samples → what a model reads
-
-
 def resampled(recording: Recording, rate: int, needed: int) -> Array:
-    """Return at most `needed` samples at another rate, by soxr, as librosa resamples."""
+    """Resample to at most `needed` samples with soxr, as librosa does."""
     samples, own = recording
     if own != rate:
         made = installed("soxr", "soxr").resample(samples, own, rate)
@@ -123,14 +119,12 @@ def resampled(recording: Recording, rate: int, needed: int) -> Array:
 
 
 def log_mels(samples: Array, filters: Array) -> Array:
-    """Return float32 [frames, mels]: log energy by band in frames of 400 samples, 160 apart."""
-    if len(samples) < FRAME:
-        samples = _padded(samples, FRAME)
-    frames = sliding_window_view(samples, FRAME)[::HOP]
+    """Return log energy by band, float32 [frames, mels], in frames of 400 samples with a hop of 160."""
+    frames = sliding_window_view(_padded(samples, max(FRAME, len(samples))), FRAME)[::HOP]
     sharper = np.empty_like(frames)
     sharper[:, 0] = (1 - _PREEMPHASIS) * frames[:, 0]
     sharper[:, 1:] = frames[:, 1:] - _PREEMPHASIS * frames[:, :-1]
-    # each frame's mean is taken away first; that does not change what was done after it but for this
+    # the frame's mean is subtracted before pre-emphasis; done after it, this is the difference
     sharper -= (1 - _PREEMPHASIS) * frames.mean(axis=1, keepdims=True)
     spectrum = np.fft.rfft(sharper * _WINDOW, _FFT)
     energy = spectrum.real**2 + spectrum.imag**2
@@ -141,7 +135,7 @@ _WINDOW = np.hanning(FRAME).astype(np.float32)
 
 
 def mel_filters(mels: int, rate: int) -> Array:
-    """Kaldi's triangles in mel space, float32 [257, mels], from 20 Hz to half the rate."""
+    """Return Kaldi's triangular filters, float32 [257, mels], from 20 Hz to half the rate."""
 
     def mel(hertz: Any) -> Any:
         return 1127.0 * np.log(1.0 + hertz / 700.0)
@@ -162,11 +156,8 @@ def _padded(values: Array, length: int) -> Array:
     return found
 
 
-# --- settings
-
-
 def seconds_of(how: AudioConfig) -> float:
-    """Return how many seconds of a recording the model reads."""
+    """Return the seconds of a recording that the model reads."""
     return _needed(how) / how.rate
 
 
@@ -175,52 +166,37 @@ def _needed(how: AudioConfig) -> int:
 
 
 def config_of(extractor: Mapping[str, Any], rows: Sequence[Row]) -> AudioConfig:
-    """Translate a Hugging Face feature extractor's settings (`preprocessor_config.json`).
+    """Convert a Hugging Face feature extractor's settings (`preprocessor_config.json`).
 
-    Waveforms are cut where 99 % of `rows`, some of the training rows, have ended, and at 10 s.
+    Waveforms are cut at the 99 % quantile of the lengths of `rows`, a sample of the training rows, and at 10 s.
     """
     kind, rate = extractor.get("feature_extractor_type"), extractor.get("sampling_rate", 16_000)
     normalise = extractor.get("do_normalize", True)
     if kind == "ASTFeatureExtractor":
-        return AudioConfig(
-            rate=rate,
-            length=extractor["max_length"],
-            mels=extractor["num_mel_bins"],
-            normalise=normalise,
-            mean=extractor["mean"],
-            std=extractor["std"],
-        )
+        length, mels = extractor["max_length"], extractor["num_mel_bins"]
+        mean, std = extractor["mean"], extractor["std"]
+        return AudioConfig(rate=rate, length=length, mels=mels, normalise=normalise, mean=mean, std=std)
     if kind == "Wav2Vec2FeatureExtractor":
         return AudioConfig(rate=rate, length=math.ceil(_usual_seconds(rows) * rate), normalise=normalise)
     raise ModelError(f"the feature extractor {kind} is none of Wav2Vec2FeatureExtractor and ASTFeatureExtractor")
 
 
 def extractor_of(how: AudioConfig) -> dict[str, Any]:
-    """Return the settings of the ASTFeatureExtractor that makes the same bands."""
-    return {
-        "sampling_rate": how.rate,
-        "num_mel_bins": how.mels,
-        "max_length": how.length,
-        "mean": how.mean,
-        "std": how.std,
-    }
+    """Return the settings of the equivalent ASTFeatureExtractor."""
+    shape = {"sampling_rate": how.rate, "num_mel_bins": how.mels, "max_length": how.length}
+    return shape | {"mean": how.mean, "std": how.std}
 
 
 def fitted(rows: Sequence[Row], most_rate: int, mels: int) -> AudioConfig:
-    """Fit a small student's input to some training rows: their median rate up to `most_rate`, their 99 % length."""
+    """Fit a small student's input to training rows: their median rate up to `most_rate`, their 99 % length."""
     recordings = [decoded(bytes_of(row["audio"]), _USUAL_S + 1) for row in rows]
     rate = min(most_rate, int(np.median([recording.rate for recording in recordings])))
     samples = int(_usual_seconds(rows) * rate)
     length = max(8, 1 + (samples - FRAME) // HOP)
     filters = mel_filters(mels, rate)
     bands = np.concatenate([log_mels(resampled(one, rate, samples), filters).ravel() for one in recordings])
-    return AudioConfig(
-        rate=rate,
-        length=length,
-        mels=mels,
-        mean=round(float(bands.mean()), 4),
-        std=round(max(1e-3, float(bands.std())), 4),
-    )
+    mean, std = round(float(bands.mean()), 4), round(max(1e-3, float(bands.std())), 4)
+    return AudioConfig(rate=rate, length=length, mels=mels, mean=mean, std=std)
 
 
 def _usual_seconds(rows: Sequence[Row]) -> float:
@@ -228,15 +204,12 @@ def _usual_seconds(rows: Sequence[Row]) -> float:
     return min(_USUAL_S, max(0.1, float(np.quantile(lengths, 0.99)))) if lengths else _USUAL_S
 
 
-# --- probes
-
-
 def _noise(frames: int, channels: int, seed: int) -> Array:
     return np.random.default_rng(seed).normal(0, 0.1, (frames, channels)).clip(-1, 1)
 
 
 def _recording(samples: Array, rate: int) -> dict[str, Any]:
-    """Return a row of samples [T, channels] as 16-bit PCM."""
+    """Return a row with samples [T, channels] as 16-bit PCM."""
     file = io.BytesIO()
     with wave.open(file, "wb") as sound:
         sound.setnchannels(samples.shape[1])

@@ -1,8 +1,8 @@
 """Read an image's header without Pillow: its size and the cost of decoding it, within microseconds.
 
-Pillow parses metadata while it opens a file, and the cost of that has no bound: with Pillow 13, a JPEG of 2 MB with
-100,000 empty EXIF segments takes 12 s, a PNG of 1,900 colour profiles 4 s. So the header is checked first, and Pillow
-gets only the parts that pixels depend on.
+Pillow parses metadata on opening a file, at unbounded cost: with Pillow 13, a JPEG of 2 MB with 100,000 empty EXIF
+segments takes 12 s, a PNG with 1,900 colour profiles 4 s. So the header is checked first, and Pillow gets only the
+parts that determine the pixels.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import NamedTuple
 from kdexport.errors import DataError, TooLarge
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# Bytes that decoding a picture may take, all copies together.
+# The memory limit for decoding an image, in bytes, all copies included.
 MOST_BYTES = 192_000_000
-# JPEGs above it are decoded at a smaller scale, as libjpeg can.
+# Larger JPEGs are decoded at a smaller scale, by libjpeg.
 _MOST_EXACT = 100_000_000
 # The filter weights of a resize grow with the side, whatever the number of pixels.
 _LONGEST_SIDE = 65_535
 _MOST_PARTS = 1_000
 _MOST_STRIPS = 10_000
-# Some decoders of Pillow are written in Python: about 1 µs a pixel, as long as C takes for so many bytes.
+# Pillow decoders in Python take about 1 µs a pixel, as long as C takes for this many bytes.
 _IN_PYTHON = 333.0
 _MARKER = re.compile(rb"\xff([^\x00\xff])(..)", re.DOTALL)
 _NO_LENGTH = {0x01, *range(0xD0, 0xDA)}
@@ -31,7 +31,7 @@ _TIFF_SIZES = dict(zip(range(1, 19), (1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 
 
 
 class Header(NamedTuple):
-    """Size in pixels, bytes a pixel takes (or as many as take that long), and the divisor by which a JPEG shrinks."""
+    """Size in pixels, bytes per pixel (or an equivalent in time), and the divisor by which a JPEG is scaled down."""
 
     width: int
     height: int
@@ -40,19 +40,19 @@ class Header(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """The most memory that decoding takes, all copies together."""
+        """The peak memory of decoding, all copies included."""
         return int(self.width * self.height * self.per_pixel)
 
 
 def read_header(content: bytes) -> Header:
-    """Return the size and the cost of an image; raise if its format is unknown or decoding would cost too much."""
+    """Return the size and decoding cost of an image; raise if its format is unknown or the cost too high."""
     if not content:
         raise DataError("it is empty")
     for start, read in _READERS.items():
         if content.startswith(start):
             try:
                 return check(read(content))
-            except (struct.error, LookupError, OverflowError, ValueError):  # sizes and places of any number
+            except (struct.error, LookupError, OverflowError, ValueError):  # sizes and offsets are arbitrary numbers
                 break
     raise DataError(f"it is no image; known are {', '.join(FORMATS)}")
 
@@ -62,21 +62,19 @@ def check(header: Header) -> Header:
     width, height = header.width, header.height
     if max(width, height) > _LONGEST_SIDE or header.bytes > MOST_BYTES:
         millions = MOST_BYTES / header.per_pixel / 1e6
-        raise TooLarge(
-            f"it has {width} × {height} pixels; at most {millions:.1f} million of such a file are read, "
-            f"and {_LONGEST_SIDE:,} a side"
-        )
+        limits = f"at most {millions:.1f} million of such a file are read, and {_LONGEST_SIDE:,} a side"
+        raise TooLarge(f"it has {width} × {height} pixels; {limits}")
     return header
 
 
 def trimmed(content: bytes) -> bytes:
-    """Drop from a JPEG, PNG or TIFF all that its first image does not depend on."""
+    """Reduce a JPEG, PNG or TIFF to the data of its first image."""
     if content.startswith(b"\xff\xd8"):
         kept, _, scan = _jpeg_parts(content)
         return content if sum(map(len, kept)) == scan else b"".join([*kept, content[scan:]])
     if content.startswith(b"\x89PNG"):
         return _png_parts(content)
-    if content[:2] in (b"II", b"MM"):  # Pillow follows the chain of all further pictures
+    if content[:2] in (b"II", b"MM"):  # Pillow follows the chain of all further images
         _, end, pointer = _tiff_tags(content)
         return content[:end] + bytes(pointer) + content[end + pointer :]
     return content
@@ -105,9 +103,9 @@ def _jpeg(content: bytes) -> Header:
     if kind > 0xC2:
         raise DataError("it is a JPEG that is neither baseline nor progressive", "Convert it")
     per_pixel = 4.2 if bands == 3 else 5.0 if bands == 1 else 8.0
-    if kind != 0xC2 and content[scan + 4] == bands:  # else all coefficients are held until the last scan
+    if kind != 0xC2 and content[scan + 4] == bands:  # otherwise all coefficients stay in memory until the last scan
         scale = next((s for s in (1, 2, 4) if width * height * per_pixel / s**2 <= _MOST_EXACT), 8)
-        return Header(width, height, 2.4 if scale > 1 else per_pixel, scale)  # 7 ns a pixel, in little memory
+        return Header(width, height, 2.4 if scale > 1 else per_pixel, scale)  # 7 ns a pixel, with little memory
     return Header(width, height, per_pixel + 2 * bands + 0.13 * content.count(b"\xff\xda", scan))
 
 

@@ -1,6 +1,6 @@
-"""Images as a model reads them: a file's bytes → resized, cropped, normalised float32 [channels, height, width].
+"""Image input: a file's bytes → resized, cropped, normalised float32 [channels, height, width].
 
-The arithmetic is that of Hugging Face's image processors on Pillow and numpy (transformers 4.57), by their
+The arithmetic is that of Hugging Face's image processors on Pillow and numpy (transformers 4.57), configured by their
 `preprocessor_config.json`.
 """
 
@@ -23,7 +23,7 @@ from kdexport.tasks.inputs.media import DECODING, Media, bytes_of, inline, insta
 from kdexport.tasks.metrics import Array
 
 _BICUBIC = 3
-# What decoding takes on one core; the slowest of the formats, measured.
+# The measured decoding time on one core, of the slowest format.
 _SECONDS_PER_BYTE = 3e-9
 
 
@@ -39,21 +39,17 @@ class Images(Media):
 
     @classmethod
     def inspect(cls, content: bytes) -> object:
-        """Decode the image, to check that it can be."""
         return decoded(content)
 
     def array(self, content: bytes) -> Array:
-        """Return float32 [channels, height, width] of one image."""
         image, size = opened(content)
         with DECODING.room(size):
             return array_of(_loaded(image), self._how, self._scaling)
 
     def seconds(self, row: Row) -> float:
-        """Estimate the CPU seconds that decoding a row takes, from its header."""
         return read_header(bytes_of(row[self.modality])).bytes * _SECONDS_PER_BYTE
 
     def shapes(self) -> dict[str, list[int]]:
-        """Return the shape of the graph's input."""
         height, width = self.size
         return {self.config.inputs[0]: [-1, self._how.channels, height, width]}
 
@@ -73,13 +69,9 @@ class Images(Media):
         return ["the model reads grey, so colours are lost"] if self._how.channels == 1 and grey < len(rows) else []
 
     def probes(self) -> list[dict[str, Any]]:
-        """Return edge cases: one pixel, wide, tall with transparency, black."""
-        return [
-            _picture(1, 1, "L", 0),
-            _picture(300, 7, "RGB", 1),
-            _picture(9, 200, "RGBA", 2),
-            _picture(64, 64, "L", None),
-        ]
+        """One pixel, wide, tall with transparency, black."""
+        edges = ((1, 1, "L", 0), (300, 7, "RGB", 1), (9, 200, "RGBA", 2), (64, 64, "L", None))
+        return [_picture(*edge) for edge in edges]
 
     def examples(self) -> list[dict[str, Any]]:
         height, width = self.size
@@ -87,14 +79,14 @@ class Images(Media):
 
 
 def decoded(content: bytes) -> Any:
-    """Return a decoded Pillow image; a JPEG that would take over 100 MB is decoded at a half, quarter or eighth."""
+    """Decode to a Pillow image; a JPEG of over 100 MB is decoded at a half, quarter or eighth of its size."""
     image, size = opened(content)
     with DECODING.room(size):
         return _loaded(image)
 
 
 def opened(content: bytes) -> tuple[Any, int]:
-    """Return a Pillow image before decoding, and the bytes of memory that decoding takes."""
+    """Return a Pillow image before decoding, and the memory for decoding in bytes."""
     header = read_header(content)
     try:
         image = _pillow().open(io.BytesIO(trimmed(content)), formats=FORMATS)
@@ -116,7 +108,7 @@ def _loaded(image: Any) -> Any:
 
 
 def _broken(error: Exception) -> DataError:
-    """Translate what Pillow's plugins raise, which are a dozen classes."""
+    """Convert the dozen exception classes of Pillow's plugins."""
     if isinstance(error, DataError):
         return error
     reason = "it is no image" if "cannot identify" in str(error) else f"it is a broken image ({error})"
@@ -126,7 +118,7 @@ def _broken(error: Exception) -> DataError:
 @cache
 def _pillow() -> Any:
     image = installed("PIL.Image", "pillow")
-    # For all threads and for good: `warnings.catch_warnings` in one thread would change them for the others.
+    # Process-wide, because `warnings.catch_warnings` is not thread-safe.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     return image
 
@@ -137,25 +129,26 @@ def array_of(image: Any, how: ImageConfig, scale: tuple[Array, Array]) -> Array:
     if image.mode != mode:
         if image.mode.startswith("I;16"):  # Pillow clips 16 bits to 8
             image = _pillow().fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode == "LAB":  # which becomes no other mode
+        if image.mode == "LAB":  # converts to RGB only
             image = image.convert("RGB")
         image = image.convert(mode)
     if how.resize is not None:
         height, width = _resized(image.height, image.width, how.resize)
-        # Pillow resizes the rows first, so there is a picture of the new width and the old height in between
+        # Pillow resizes rows first: the intermediate image has the new width and the old height
         if 4 * (image.width * image.height + width * (image.height + height)) > MOST_BYTES:
             raise TooLarge(f"it has {image.width} × {image.height} pixels, too long and thin to be resized")
         if (width, height) != image.size:
             image = image.resize((width, height), how.resample)
-    if how.crop:
-        image = _middle(image, *how.crop)
+    if how.crop:  # the centre; a smaller image gets a black border
+        left, top = (image.width - how.crop[1]) // 2, (image.height - how.crop[0]) // 2
+        image = image.crop((left, top, left + how.crop[1], top + how.crop[0]))
     values = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, how.channels)
     gain, shift = scale
     return np.ascontiguousarray((values * gain + shift).transpose(2, 0, 1))
 
 
 def scaling(how: ImageConfig) -> tuple[Array, Array]:
-    """Return (v · scale − mean) / std as one factor and one summand, [channels] each."""
+    """Return (v · scale − mean) / std as a factor and an offset, [channels] each."""
     mean, std = np.array(how.mean, np.float64), np.array(how.std, np.float64)
     return (how.scale / std).astype(np.float32), (-mean / std).astype(np.float32)
 
@@ -167,24 +160,19 @@ def _resized(height: int, width: int, to: list[int] | int) -> tuple[int, int]:
     return (to, long) if height <= width else (long, to)
 
 
-def _middle(image: Any, height: int, width: int) -> Any:
-    """Crop the middle, with black around a smaller image."""
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
 def output_size(how: ImageConfig) -> tuple[int, int]:
     """Return height and width after resizing and cropping."""
     size = how.crop or how.resize
     if not isinstance(size, list):
-        raise ModelError("the image processor lets pictures keep their shape", "Set do_center_crop or a fixed size")
+        raise ModelError("the image processor has no fixed output size", "Set do_center_crop or a fixed size")
     return size[0], size[1]
 
 
 def config_of(processor: Mapping[str, Any], channels: int) -> ImageConfig:
-    """Translate a Hugging Face image processor's settings (`preprocessor_config.json`)."""
+    """Convert a Hugging Face image processor's settings (`preprocessor_config.json`)."""
     if processor.get("do_pad") or processor.get("rescale_offset"):
-        raise ModelError(f"the image processor {processor.get('image_processor_type')} does more than is known here")
+        kind = processor.get("image_processor_type")
+        raise ModelError(f"the image processor {kind} has unsupported steps: do_pad or rescale_offset")
     resize, crop = processor.get("size"), processor.get("crop_size") if processor.get("do_center_crop") else None
     if (edge := (resize or {}).get("shortest_edge")) and "crop_pct" in processor:  # ConvNext's
         small = edge < 384
@@ -205,20 +193,15 @@ def config_of(processor: Mapping[str, Any], channels: int) -> ImageConfig:
 
 
 def processor_of(how: ImageConfig) -> dict[str, Any]:
-    """Return the settings of the ViTImageProcessor that does the same."""
+    """Return the settings of the equivalent ViTImageProcessor."""
     height, width = output_size(how)
-    return {
-        "size": {"height": height, "width": width},
-        "resample": how.resample,
-        "rescale_factor": how.scale,
-        "image_mean": how.mean,
-        "image_std": how.std,
-        "do_convert_rgb": how.channels == 3 or None,
-    }
+    values = {"rescale_factor": how.scale, "image_mean": how.mean, "image_std": how.std}
+    size = {"size": {"height": height, "width": width}, "resample": how.resample}
+    return size | values | {"do_convert_rgb": how.channels == 3 or None}
 
 
 def fitted(rows: Sequence[Row], largest: tuple[int, int]) -> ImageConfig:
-    """Fit a small student's input to some training rows: their median size up to `largest`, grey if all are."""
+    """Fit a small student's input to training rows: their median size up to `largest`, grey if all are."""
     images = [decoded(bytes_of(row["image"])) for row in rows]
     height, width = (int(np.median([getattr(image, side) for image in images])) for side in ("height", "width"))
     channels = 1 if all(image.mode in ("1", "L", "I;16", "LA") for image in images) else 3
@@ -241,24 +224,21 @@ def _pair(size: Any) -> list[int]:
             return [size, size]
         case {"height": int() as height, "width": int() as width}:
             return [height, width]
-    raise ModelError(f"the image processor's size {size} is not known here", "Set height and width")
+    raise ModelError(f"the image processor's size {size} is not supported", "Set height and width")
 
 
 def _each(value: Any, channels: int) -> list[float]:
-    """Return a number for each channel; the mean of three for a grey model."""
+    """Return a number for each channel; a grey model gets the mean of three."""
     values = [float(value)] if isinstance(value, int | float) else [float(one) for one in value]
-    if len(values) == channels:
-        return values
-    return [sum(values) / len(values)] * channels
+    return values if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 def _picture(width: int, height: int, mode: str, seed: int | None) -> dict[str, Any]:
     from PIL import Image
 
-    bands = len(mode)
-    draw = np.random.default_rng(seed)
-    values = np.zeros((height, width, bands)) if seed is None else draw.integers(0, 256, (height, width, bands))
-    image = Image.fromarray(values.astype(np.uint8).reshape((height, width) if bands == 1 else (height, width, bands)))
+    shape = (height, width) if mode == "L" else (height, width, len(mode))
+    values = np.zeros(shape) if seed is None else np.random.default_rng(seed).integers(0, 256, shape)
+    image = Image.fromarray(values.astype(np.uint8))
     file = io.BytesIO()
     image.save(file, "PNG")
     return {"image": inline(file.getvalue())}

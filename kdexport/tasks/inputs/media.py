@@ -1,6 +1,6 @@
 """Rows of images and recordings: a path, `PATH#OFFSET+LENGTH` for a part of a file, `data:;base64,…`, or bytes.
 
-Rows are decoded lazily, one by one: 60,000 images as float32 would fill the memory of most machines.
+Rows are decoded lazily: 60,000 images as float32 would exceed most machines' memory.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from kdexport.tasks.metrics import Array
 
 _PART = re.compile(r"(.+)#(\d+)\+(\d+)", re.DOTALL)
 _INLINE = "data:;base64,"
-# Bytes of one picture or recording, and of all that are decoded at once.
+# Size limits of one file, and of all that are decoded concurrently, in bytes.
 _MOST_BYTES, _MOST_DECODED = 100_000_000, 400_000_000
 _SMALL = 4_000_000
 
 
 def bytes_of(value: object) -> bytes:
-    """Return the bytes of a row's value, read from its file if it names one."""
+    """Return the bytes of a row's value, which may be a path."""
     match value:
         case bytes():
             return value
@@ -42,7 +42,7 @@ def bytes_of(value: object) -> bytes:
             path, offset, length = found.groups() if (found := _PART.fullmatch(value)) else (value, 0, None)
             try:
                 status = Path(path).stat()
-                if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end, or never begin
+                if not stat.S_ISREG(status.st_mode):  # a pipe or a device may block, or never end
                     raise DataError(f"{value} is no file")
                 size = status.st_size if length is None else int(length)
                 if size > _MOST_BYTES:
@@ -52,11 +52,11 @@ def bytes_of(value: object) -> bytes:
                     return file.read(size)
             except (OSError, ValueError, OverflowError) as error:
                 raise DataError(f"{value} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    raise DataError(f"it names no file and is no bytes but {type(value).__name__}")
+    raise DataError(f"it is neither a path nor bytes but {type(value).__name__}")
 
 
 def inline_bytes(value: object) -> bytes:
-    """Return the bytes of a `data:;base64,…` value, and never open a file: for rows of untrusted sources."""
+    """Decode a `data:;base64,…` value and never open a file: for untrusted rows."""
     if not isinstance(value, str) or not value.startswith(_INLINE):
         raise DataError(f"it does not begin with {_INLINE}")
     try:
@@ -66,13 +66,13 @@ def inline_bytes(value: object) -> bytes:
 
 
 def inline(content: bytes) -> str:
-    """Return bytes as a `data:;base64,…` value, which JSON can hold."""
+    """Encode bytes as a `data:;base64,…` value, for JSON."""
     return _INLINE + base64.b64encode(content).decode()
 
 
 @cache
 def installed(module: str, package: str) -> Any:
-    """Import a library that only images or sound need."""
+    """Import an optional library for images or sound."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
@@ -80,7 +80,7 @@ def installed(module: str, package: str) -> Any:
 
 
 class Decoding:
-    """A budget of memory for decoding, shared by all threads."""
+    """A memory budget for decoding, shared by all threads."""
 
     def __init__(self, most: int) -> None:
         self._most, self._used = most, 0
@@ -88,12 +88,12 @@ class Decoding:
 
     @contextmanager
     def room(self, size: int) -> Iterator[None]:
-        """Wait for `size` bytes and hold them; small sizes are free, as a thread decodes one row at a time."""
+        """Reserve `size` bytes, waiting if necessary; small sizes are free, as a thread decodes one row at a time."""
         if size < _SMALL:
             yield
             return
         size = min(size, self._most)
-        with self._turn, self._freed:  # one waits at a time, so that large ones get their turn
+        with self._turn, self._freed:  # one waits at a time, so that large ones don't starve
             self._freed.wait_for(lambda: self._used + size <= self._most)
             self._used += size
         try:
@@ -137,11 +137,8 @@ class Media(Task):
     def load(cls, folder: Path) -> Self:
         return cls(read_config(folder))
 
-    # --- rows as they come
-
     @classmethod
-    def taken(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        """Return the row with the sha256 of its content, or the reason why it can't be decoded."""
+    def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
         value = row.get(cls.modality)
         if value is None or value == "":
             return f"{cls.modality} is missing"
@@ -151,7 +148,7 @@ class Media(Task):
         except DataError as error:
             named = f" {value}" if isinstance(value, str) and value not in error.what else ""
             return f"its {cls.modality}{named} {error.what.removeprefix('it ')}"
-        return row | {"sha256": hashlib.sha256(content).hexdigest()}
+        return super().canonical(row | {"sha256": hashlib.sha256(content).hexdigest()})
 
     @classmethod
     def inspect(cls, content: bytes) -> object:
@@ -160,7 +157,6 @@ class Media(Task):
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        """Return the reason why a row is refused, or None."""
         return "label is empty" if needs_label and row.get("label") in (None, "") else None
 
     @classmethod
@@ -174,19 +170,15 @@ class Media(Task):
 
     @classmethod
     def row(cls, given: object) -> dict[str, Any]:
-        """Return the row of a path or bytes, checked."""
         value = str(given) if isinstance(given, Path) else given
         cls.inspect(bytes_of(value))
         return {cls.modality: value}
 
-    # --- rows → arrays
-
     def array(self, content: bytes) -> Array:
-        """Return the graph's input for one row, float32, without the batch axis."""
+        """Return a row's input of the graph, float32, without the batch axis."""
         raise NotImplementedError
 
     def tokenize(self, rows: Sequence[Row]) -> Sequence[Arrays]:
-        """Return the graph's input of each row, lazily."""
         name = self.config.inputs[0]
         return Encoded(rows, lambda row: {name: self._array(row)})
 
@@ -199,7 +191,7 @@ class Media(Task):
             raise DataError(f"{row['id']}: its {self.modality} {error.what.removeprefix('it ')}", error.fix) from None
 
     def encode(self, rows: Sequence[Row]) -> Arrays:
-        if len(rows) == 1:  # nothing to put side by side; a single row is what latency is measured by
+        if len(rows) == 1:  # a shortcut, for latency
             return {self.config.inputs[0]: self._array(rows[0])[np.newaxis]}
         return self.collate(list(self.tokenize(rows)))
 
@@ -208,5 +200,5 @@ class Media(Task):
         raise NotImplementedError
 
     def seconds(self, row: Row) -> float:
-        """Estimate the CPU seconds that decoding a row takes, from its header."""
+        """Estimate the CPU seconds for decoding a row, from its header."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
-"""Sound files: the header, and as much of the sound as is asked for, mono. libsndfile decodes them.
+"""Read sound files with libsndfile: the header, and the first seconds of sound, mono.
 
-libsndfile knows 25 formats and guesses which; only files that begin as one of ours get that far. Length, rate and
-channels are bounded by the header, before anything is decoded.
+libsndfile detects 25 formats; only files with the magic bytes of `FORMATS` get that far. Length, rate and channels are
+bounded by the header, before any decoding.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from kdexport.tasks.inputs.media import installed
 from kdexport.tasks.metrics import Array
 
 FORMATS = ("WAV", "FLAC", "OGG", "MP3")
-# Longer ones are most often whole recordings that were never cut.
+# Longer files are most likely unsegmented.
 _LONGEST_S = 120
 _MOST_HZ = 384_000
-# Of OGG, where a byte may stand for thousands of numbers; FLAC and MP3 have no more, and WAV holds every number.
+# For OGG, where a byte may expand to thousands of samples; FLAC and MP3 have no more channels, WAV is uncompressed.
 _MOST_CHANNELS = 8
-# More frames than any file holds: FLAC that was written to a pipe leaves their number open.
+# More frames than any file has: FLAC written to a pipe does not state their number.
 _ENDLESS = 1 << 40
-# Floats are within −1 … 1, or of any scale that integers have; squares of larger ones overflow.
+# Floats are within −1 … 1, or on an integer scale; squares of larger ones overflow.
 _LOUDEST = 2.0**32
-# Numbers that are converted at once: all of a large file as float32 would be several times its size.
+# Samples per piece: a whole large file as float32 would be several times its size.
 _AT_ONCE = 1 << 20
-# The encodings that are read, and what decoding a number takes on one core: the slowest file, measured.
+# Supported encodings → measured seconds per sample on one core, for the slowest file.
 _SECONDS = {
     **dict.fromkeys(("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"), 5e-9),
     **dict.fromkeys(("FLAC PCM_S8", "FLAC PCM_16", "FLAC PCM_24"), 1e-8),
     **dict.fromkeys(("OGG VORBIS", "OGG OPUS", "MP3 MPEG_LAYER_III"), 6e-8),
 }
-# libvorbis takes memory for each value of a codebook; encoders write up to 90,000.
+# libvorbis allocates memory for each value of a codebook; encoders write up to 90,000.
 _MOST_CODES, _MOST_SETUP = 500_000, 100_000
 _CODEBOOK = re.compile(rb"(?=(BCV)(..)(...))", re.DOTALL)
 _MP3_IN_WAV = re.compile(rb"fmt ....\x55\0", re.DOTALL)
@@ -47,16 +47,14 @@ _CONVERT = "Convert it: ffmpeg -i IN OUT.wav"
 
 
 class Recording(NamedTuple):
-    """Sound as it was recorded."""
+    """Samples float32 [T], mono, within −1 … 1, and their rate in Hz."""
 
     samples: Array
-    """float32 [T], mono, within −1 … 1."""
     rate: int
-    """Hz."""
 
 
 class Header(NamedTuple):
-    """The numbers of a sound file; `kind` is its encoding as libsndfile names it, `rate` is in Hz."""
+    """A sound file's header: `kind` is libsndfile's name of the encoding, `rate` is in Hz."""
 
     kind: str
     channels: int
@@ -65,12 +63,11 @@ class Header(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Its length in s."""
         return self.frames / self.rate
 
     @property
     def decoding_seconds(self) -> float:
-        """An estimate of the CPU time that decoding takes."""
+        """An estimate of the CPU time for decoding."""
         return self.frames * self.channels * _SECONDS[self.kind]
 
 
@@ -81,17 +78,17 @@ def read_header(content: bytes, seconds: float = math.inf) -> Header:
 
 
 def decoded(content: bytes, seconds: float = math.inf) -> Recording:
-    """Return the sound of a file, or of its first `seconds`."""
+    """Decode a file, or its first `seconds`."""
     with opened(content, seconds) as (header, pieces):
         return Recording(np.concatenate(list(pieces)), header.rate)
 
 
 @contextmanager
 def opened(content: bytes, seconds: float = math.inf) -> Iterator[tuple[Header, Iterator[Array]]]:
-    """Open a sound file: its header as `read_header` returns it, and its samples, mono, decoded piece by piece.
+    """Open a sound file: its header as in `read_header`, and its mono samples, decoded piece by piece.
 
     Raises:
-        DataError: it is no sound that is read, is broken, holds none, or more than 120 s.
+        DataError: it is in no supported format, broken, empty, or longer than 120 s.
     """
     _check(content)
     library = installed("soundfile", "soundfile")
@@ -108,7 +105,7 @@ def _header(file: Any, seconds: float) -> Header:
     if file.format not in ("WAV", "WAVEX"):
         kind = f"{file.format} {kind}"
     if kind not in _SECONDS:
-        raise DataError(f"it is sound of the kind {kind}, which is not read", _CONVERT)
+        raise DataError(f"it is sound of the kind {kind}, which is not supported", _CONVERT)
     if frames < 1:
         raise DataError("it holds no sound")
     if frames > _ENDLESS:
@@ -126,7 +123,7 @@ def _pieces(file: Any, header: Header) -> Iterator[Array]:
     left, step = header.frames, max(1, _AT_ONCE // header.channels)
     while left:
         samples = file.read(min(step, left), dtype="float32", always_2d=True)
-        if not len(samples):  # the header of compressed sound may promise more than there is
+        if not len(samples):  # the header of compressed sound may overstate the length
             if left == header.frames:
                 raise DataError("it holds no sound")
             return
@@ -138,11 +135,8 @@ def _pieces(file: Any, header: Header) -> Iterator[Array]:
         yield samples
 
 
-# --- what libsndfile must not see
-
-
 def format_of(content: bytes) -> str:
-    """Return the one of `FORMATS` that a file begins as."""
+    """Detect which of `FORMATS` a file has, by its first bytes."""
     if not content:
         raise DataError("it is empty")
     if content.startswith(b"RIFF") and content[8:12] == b"WAVE":
@@ -158,16 +152,16 @@ def format_of(content: bytes) -> str:
 
 
 def _check(content: bytes) -> None:
-    """Let only files of `FORMATS` pass, and of these none that harms the libraries below libsndfile."""
+    """Pass only `FORMATS`, and no file that can harm the libraries below libsndfile."""
     form = format_of(content)
     if form == "OGG":
         _check_ogg(content)
     elif form == "WAV" and _MP3_IN_WAV.search(content):
-        raise DataError("it is a WAV file with MP3 in it, which is not read", _CONVERT)
+        raise DataError("it is a WAV file with MP3 in it, which is not supported", _CONVERT)
 
 
 def _check_ogg(content: bytes) -> None:
-    """Bound the codebooks of Vorbis: libvorbis takes memory for as many values as 13 bytes claim there are."""
+    """Bound Vorbis codebooks: libvorbis allocates as many values as 13 bytes claim."""
     first, _, setup = _ogg_packets(content)
     if first.startswith(b"OpusHead"):
         return
@@ -182,7 +176,7 @@ def _check_ogg(content: bytes) -> None:
 
 
 def _ogg_packets(content: bytes) -> list[bytearray]:
-    """Return the first three packets; pages have no gaps and no faults, as libogg would skip faulty ones unseen."""
+    """Return the first three packets; gaps and faults are refused, as libogg would skip them silently."""
     packets, at = [bytearray()], 0
     stream, number = content[14:18], int.from_bytes(content[18:22], "little")  # which may begin anywhere, and wraps
     while len(head := content[at : at + 27]) == 27:
@@ -209,5 +203,5 @@ def _ogg_packets(content: bytes) -> list[bytearray]:
 
 
 def _ogg_checksum(page: bytes) -> bytes:
-    """CRC-32 as zlib has it, but from the highest bit to the lowest, and from 0."""
+    """CRC-32 with zlib's polynomial, but most significant bit first, and starting from 0."""
     return (zlib.crc32(page.translate(_MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF).to_bytes(4, "big").translate(_MIRRORED)

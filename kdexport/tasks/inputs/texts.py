@@ -1,4 +1,4 @@
-"""Texts and pairs of texts as a model reads them: rows → token ids → the arrays of a graph."""
+"""Text input: texts and pairs of texts → token ids → the arrays of a graph."""
 
 from __future__ import annotations
 
@@ -16,37 +16,35 @@ from kdexport.errors import ArtifactError, DataError, ModelError
 from kdexport.tasks.base import Modality, Task
 from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
 
-# Where a text is cut before it is tokenised, in characters per token that is kept. English has about 5.
+# Characters per token for cutting a text before tokenisation. English has about 5.
 CHARS_PER_TOKEN = 6
-# All tokenizers split at a single space between letters or digits; one is looked for in this many characters.
+# All tokenizers split at a single space between letters or digits; the search for one covers this many characters.
 _BREAK, _BREAK_WITHIN = re.compile(r"\w (?=\w)"), 256
-# Tokens that must follow the last one that is kept where a text is cut elsewhere: a word that was cut has fewer.
+# Spare tokens after the last one used, where a text is cut within a word: a word has fewer tokens.
 SPARE = 128
-# Characters of a pair's sides up to which their tokens are counted to know which has more.
+# The length in characters up to which a pair's sides are compared by tokens.
 _COUNTED = 10_000
-# Rows that are tokenised together: all cores have work, and memory is bounded however many rows there are.
+# Rows tokenised together: enough for all cores, with bounded memory.
 _AT_ONCE = 256
-# Of a text that has fewer words than this, the first `max_length` tokens may lie far apart.
+# With more characters per word, the first `max_length` tokens of a text may be far apart.
 _CHARS_PER_WORD = 9
-# What a token takes of a text, for estimates: of clinc150's and BBC's texts 99.7 % are within 40 % of the truth.
+# For estimates of tokens: for 99.7 % of clinc150's and BBC's texts they are within 40 % of the truth.
 _ASCII_PER_TOKEN, _BYTES_PER_FOREIGN_TOKEN = 4.7, 2.5
 # Input of a graph → attribute of an encoding.
 _GIVEN = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
 class Texts(Task):
-    """The side of a task that reads rows `{"text": …, "text_pair": …}`."""
+    """The input side of tasks with rows `{"text": …, "text_pair": …}`."""
 
     modality: ClassVar[Modality] = "text"
 
     def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
-        self.config = config
-        self.labels = config.labels
-        self._tokenizer = tokenizer
-        # A tokenizer.json may come with padding and truncation of its own; ours are stated in the config.
+        self.config, self.labels, self._tokenizer = config, config.labels, tokenizer
+        # Override padding and truncation in tokenizer.json: the config decides.
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        # It truncates and adds special tokens, and nothing else; a tokenizer can't do so to a part of a text.
+        # Only truncates and adds special tokens, which a tokenizer can't do to a part of a text.
         self._finisher = Tokenizer(BPE())
         self._finisher.post_processor = tokenizer.post_processor or TemplateProcessing(pair="$A $B:1")
         self._finisher.enable_truncation(config.max_length)
@@ -86,11 +84,6 @@ class Texts(Task):
         return " ‖ ".join(filter(None, (row["text"], row.get("text_pair"))))
 
     def row(self, given: object) -> dict[str, Any]:
-        """The row of what a caller wants answered: a text, or a pair of texts.
-
-        Raises:
-            DataError: it is something else.
-        """
         match given:
             case str():
                 first, second = given, None
@@ -98,16 +91,15 @@ class Texts(Task):
                 pass
             case _:
                 raise DataError(f"it is no text but {type(given).__name__}", "Give strings, or pairs of them")
-        # A lone surrogate can't be encoded as UTF-8, which the tokenizer works in.
+        # The tokenizer works in UTF-8, which can't encode a lone surrogate.
         clean = (part and part.encode("utf-8", "replace").decode("utf-8") for part in (first, second))
         return dict(zip(("text", "text_pair"), clean, strict=True))
 
     def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
-        """One dict of int64 arrays [T] a row, T ≤ max_length; keys are the graph's inputs."""
+        """int64 [T], T ≤ max_length."""
         return [self._arrays(encoding) for encoding in self._encodings(rows)]
 
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
-        """Pad to the longest: a dict of int64 arrays [B, T]."""
         longest = max(len(next(iter(arrays.values()))) for arrays in encoded)
         fill = {"input_ids": self.config.pad_id, "token_type_ids": self.config.pad_type_id}
         batch = {}
@@ -122,7 +114,7 @@ class Texts(Task):
 
     def encode(self, rows: Sequence[Row]) -> Arrays:
         encoded = self.tokenize(rows)
-        if len(encoded) == 1:  # nothing to pad; a single text is what latency is measured by
+        if len(encoded) == 1:  # a shortcut, for latency
             return {name: array[None] for name, array in encoded[0].items()}
         return self.collate(encoded)
 
@@ -131,18 +123,16 @@ class Texts(Task):
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
         limit = self.config.max_length
-        share = sum(size >= limit for size in self.sizes(self.tokenize(rows))) / len(rows)
-        if share <= 0.25:
+        fraction = sum(size >= limit for size in self.sizes(self.tokenize(rows))) / len(rows)
+        if fraction <= 0.25:
             return []
-        return [
-            f"{share:.0%} of the texts are longer than {limit} tokens and are cut there; "
-            "--max-length reads more, and takes longer"
-        ]
+        cut = f"{fraction:.0%} of the texts are longer than {limit} tokens and are cut there"
+        return [f"{cut}; --max-length reads more, and takes longer"]
 
     def cost(self, row: Row) -> int:
-        """Estimate the tokens that a row takes from its characters alone: for queues and limits.
+        """Estimate a row's tokens from its characters alone, for queues and limits.
 
-        There are at most max_length; of a long text with few words much more may have to be tokenised, which counts.
+        At most max_length, plus the extra tokenisation that a long text of few words may take.
         """
         limit = self.config.max_length
         text = row["text"] + row["text_pair"] if row.get("text_pair") else row["text"]
@@ -157,7 +147,7 @@ class Texts(Task):
         return max(1, min(limit, round(tokens)))
 
     def is_cut(self, row: Row) -> bool:
-        """Whether a row has more tokens than are read."""
+        """Whether a row has more tokens than the model reads."""
         return bool(next(self._encodings([row])).overflowing)
 
     @property
@@ -165,12 +155,12 @@ class Texts(Task):
         return int(self._tokenizer.get_vocab_size())
 
     def lengths(self) -> list[int]:
-        """Lengths in tokens at which speed is worth knowing: doubling from 8, up to what is read."""
+        """Lengths in tokens: powers of two from 8, up to max_length."""
         limit = self.config.max_length
         return [n for n in (8, 16, 32, 64, 128, 256, 512) if n < limit] + [limit]
 
     def sized(self, rows: Sequence[Row], length: int) -> Arrays:
-        """The graph's inputs [1, length] from real texts, joined until they are long enough, and cut."""
+        """From real texts, concatenated and cut."""
         text = ""
         for row in rows:
             text = f"{text} {row['text']}"
@@ -184,16 +174,9 @@ class Texts(Task):
         return inputs | {self.output: {0: "batch_size"}}
 
     def probes(self) -> list[dict[str, Any]]:
-        """Rows at the edges of what may come in: nothing, one letter, too long, no letters at all."""
-        texts = (
-            "",
-            "a",
-            "word " * 4 * self.config.max_length,
-            "x" * 300,
-            "\U0001f600 \u4f60\u597d \u200b",
-            "\n\t ",
-        )
-        return [{"text": text} for text in texts]
+        """Empty, one letter, too long, no letters."""
+        long, foreign = "word " * 4 * self.config.max_length, "\U0001f600 \u4f60\u597d \u200b"
+        return [{"text": text} for text in ("", "a", long, "x" * 300, foreign, "\n\t ")]
 
     def examples(self) -> list[dict[str, Any]]:
         texts = (
@@ -204,13 +187,11 @@ class Texts(Task):
         )
         return [{"text": text} for text in texts]
 
-    # --- inside
-
     def _encodings(self, rows: Sequence[Row], offsets: bool = False) -> Iterator[Encoding]:
-        """Encode rows as the tokenizer does with truncation to `max_length`, reading no more of a text than that takes.
+        """Encode rows as the tokenizer does with truncation to `max_length`, but tokenise no more than necessary.
 
-        A pair's sides are encoded apart: the tokenizer's own truncation keeps all that it cuts off, of pairs every
-        part of one side with every part of the other, which is gigabytes for two texts of 10,000 characters.
+        The sides of a pair are encoded separately: the tokenizer's own truncation stores every combination of
+        overflowing parts, which is gigabytes for two texts of 10,000 characters.
         """
         if len(rows) == 1 and not rows[0].get("text_pair") and len(rows[0]["text"]) <= self._short:
             yield self._finisher.post_process(self._split([rows[0]["text"]], offsets)[0])
@@ -221,15 +202,14 @@ class Texts(Task):
             sides = self._heads([row["text"] for row in some] + [row["text_pair"] for row in paired], offsets)
             others = iter(sides[len(some) :])
             for row, side in zip(some, sides, strict=False):
-                yield (
-                    self._joined(row, side, next(others)) if row.get("text_pair") else self._finisher.post_process(side)
-                )
+                pair = row.get("text_pair")
+                yield self._joined(row, side, next(others)) if pair else self._finisher.post_process(side)
 
     def _heads(self, texts: Sequence[str], offsets: bool) -> list[Encoding]:
-        """Encode the beginnings of texts that hold their first `max_length` tokens, without special tokens.
+        """Tokenise the beginnings of texts, long enough for `max_length` tokens, without special tokens.
 
-        A beginning that is too short is doubled until it gives enough tokens. They are those of the whole text,
-        except within a word of more than 128 tokens (or what the tokenizer takes for one word).
+        A beginning that is too short is doubled. The tokens equal those of the whole text, except within a word (as the
+        tokenizer splits words) of more than 128 tokens.
         """
         limit = self.config.max_length
         ends = [_end_near(text, limit * CHARS_PER_TOKEN) for text in texts]
@@ -242,22 +222,22 @@ class Texts(Task):
         return found
 
     def _split(self, texts: list[str], offsets: bool) -> list[Encoding]:
-        """Encode whole texts without special tokens; without `offsets` it is faster."""
+        """Encode whole texts without special tokens; it is faster without `offsets`."""
         encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
         return list(encode(texts, add_special_tokens=False))
 
     def _joined(self, row: Row, first: Encoding, second: Encoding) -> Encoding:
-        """Truncate a pair to `max_length` tokens, special ones included; where both sides are cut, to about the same.
+        """Truncate a pair to `max_length` tokens, special ones included; two long sides get about the same number.
 
-        The longer side gets an odd token. Beyond 10,000 characters that is the one of more characters, so that no
-        long text is tokenised as a whole for the sake of one token.
+        The longer side gets an odd token: above 10,000 characters the one of more characters, so that no long text is
+        tokenised completely for one token.
         """
         limit, texts = self.config.max_length, (row["text"], row["text_pair"])
         sizes = [len(first), len(second)]
         if min(sizes) > limit and (limit - self._finisher.num_special_tokens_to_add(True)) % 2:
             few = max(map(len, texts)) <= _COUNTED
             sizes = [len(side) for text in texts for side in self._split([text], False)] if few else [*map(len, texts)]
-        # The tokenizer's truncation finds little to cut off then.
+        # Leave little overflow to the tokenizer's truncation.
         first.truncate(limit + 1 + (sizes[0] > sizes[1]))
         second.truncate(limit + 1 + (sizes[1] > sizes[0]))
         return self._finisher.post_process(first, second)
@@ -266,11 +246,11 @@ class Texts(Task):
         try:
             return {name: np.array(getattr(encoding, _GIVEN[name]), dtype=np.int64) for name in self.config.inputs}
         except KeyError as error:
-            raise ModelError(f"the model wants an input {error} that no tokenizer gives") from None
+            raise ModelError(f"the model has an input {error} that no tokenizer provides") from None
 
 
 def _end_near(text: str, end: int) -> tuple[int, int]:
-    """Find where to cut a text at or after `end`, and how many more tokens than wanted its beginning must give."""
+    """Return where to cut a text at or after `end`, and how many spare tokens its beginning must have."""
     if end >= len(text):
         return len(text), 0
     found = _BREAK.search(text, end, end + _BREAK_WITHIN)
