@@ -125,7 +125,7 @@ WRONG = [
     (without("*.safetensors"), "can't be opened"),
     (
         config(architectures=["BertModel"]),
-        "has no head of a task of ours: it is BertModel",
+        "has no head of a known task: it is BertModel",
     ),
     (config(num_hidden_layers=3), "lacks trained weights: bert.encoder.layer.2"),
     (config(id2label={"0": "good", "1": "good", "2": "bad"}, label2id={}), "has labels of the same name"),

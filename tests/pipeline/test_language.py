@@ -26,6 +26,7 @@ from kdexport.runtime.generation import Sampling, choose, stream, write
 from kdexport.runtime.predictor import load
 from kdexport.tasks.causal_lm import CausalLM, log_softmax, most_probable
 from kdexport.tasks.config import TaskConfig
+from kdexport.tasks.judging import metric
 
 TEACHER = ROOT / "examples" / "teachers" / "shakespeare-gpt2"
 LINE = "What, art thou weary of the world, my lord, and of thyself?\n"
@@ -85,7 +86,7 @@ def test_perplexity_is_that_of_transformers_and_bits_are_of_the_bytes_that_were_
     assert metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     first = len(tokenizer().decode(ids[0, :1].tolist()))
     bits = loss * (ids.shape[1] - 1) / math.log(2) / (len(LINE) - first)
-    assert metrics["bits per byte"] == pytest.approx(bits, rel=1e-4)
+    assert metric(found, answers, [row]) == pytest.approx(bits, rel=1e-4)
 
 
 def test_answers_to_a_batch_are_those_to_its_rows(model):
@@ -173,9 +174,11 @@ def shakespeare(tmp_path_factory, cache):
 
 def test_the_report_has_bits_per_byte_and_tokens_a_second(shakespeare):
     report = read_report(shakespeare / "report.json")
+    assert (report.metric, report.metric_higher_is_better) == ("bits per byte", False)
     assert [v.name for v in report.variants if v.shipped] == ["student-fp32", "student-int8", "student-int4"]
     for variant in report.variants:
-        assert 1 < variant.further["bits per byte"] < 4
+        assert 1 < variant.metric.value < 4
+        assert 0 < variant.further["token accuracy"] < 1
         assert variant.latency_ms.tokens_per_second == pytest.approx(32e3 / variant.latency_ms.p50)
         assert 0 < variant.latency_ms.first_token_p50 < variant.latency_ms.p50
     assert {"teacher", "student", "baseline"} == set(report.distillation.further)
@@ -291,9 +294,9 @@ def test_a_llama_is_exported_with_its_cache(tmp_path):
     [
         ({"student.model": "bag"}, "none for causal-lm"),
         ({"teacher.model": ["a", "b"]}, "one teacher"),
-        ({"distill.loss": "hidden"}, "none for causal-lm yet"),
-        ({"distill.augment": {}}, "no effect on causal-lm"),
-        ({"task": "text-classification", "export.variants": ["int4"]}, "int4 is for causal-lm"),
+        ({"distill.loss": "hidden"}, "distill.loss: hidden is not for causal-lm"),
+        ({"distill.augment": {}}, "distill.augment changes texts, and not the rows of causal-lm"),
+        ({"task": "text-classification", "export.variants": ["int4"]}, "int4 is none for text-classification"),
         ({"task": "text-classification", "distill.samples": 5}, "no effect on text-classification"),
     ],
 )
