@@ -55,7 +55,7 @@ ENV PATH=/opt/kdexport/bin:$PATH
 # The base comes without bytecode, and a read-only image can't keep any: what a server loads is compiled here, once.
 # All there is would be five times as much.
 RUN kdexport serve --help \
-    && python -c 'import kdexport.serve.server, jinja2, markdown_it, onnxruntime, tokenizers, uvicorn.lifespan.off'
+    && python -c 'import kdexport.spec.flags, kdexport.serve.server, jinja2, markdown_it, onnxruntime, tokenizers, uvicorn.lifespan.off; from kdexport.tasks import names, task_class; [task_class(name) for name in names()]'
 # A batch takes one core, and OpenBLAS, which nothing here calls, would start a thread for every core of the host.
 # The linter takes TOKENIZERS for a secret.
 # hadolint ignore=DL3064
