@@ -214,9 +214,9 @@ def test_a_time_limit_that_is_too_short_for_any_interval_is_said(file, rows, tmp
 
 
 def test_rounds_go_on_for_ratios_that_are_not_known_well_enough(file, rows, tmp_path):
-    how = msgspec.structs.replace(QUICK, rounds=2, precision=1e-4, time_limit_s=6)
+    how = msgspec.structs.replace(QUICK, rounds=1, precision=1e-4, time_limit_s=15)
     found = bench(how, [file, named(file, "other")], rows, "int8", 0, tmp_path, sweep=False)
-    assert 2 < found.latency["other"].rounds < 100
+    assert 1 < found.latency["other"].rounds < 100
 
 
 def test_a_machine_too_noisy_to_tell_a_file_from_itself_is_said(finished):
