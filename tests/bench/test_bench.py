@@ -118,7 +118,8 @@ def test_a_process_that_hangs_is_killed_with_all_it_started(tmp_path, monkeypatc
         f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\n"
         "time.sleep(600)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    monkeypatch.setenv("PYTHONPATH", path)
     with pytest.raises(Crashed, match="hung: it was killed after 8 s without a result"):
         call("hangs", b"", 1, deadline_s=8)
     child = int((tmp_path / "child").read_text())
