@@ -72,9 +72,4 @@ def first_line(error: BaseException) -> str:
 
 
 class Interrupted(Exception):
-    """Ctrl-C in long work; says what is kept. Typer would end the program by itself, without a word."""
-
-
-def last_line(error: BaseException) -> str:
-    """Return the last line of an error's message, or its class's name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+    """Ctrl-C in long work, with what remains on disk. Typer would end the program by itself, without a message."""

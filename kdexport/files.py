@@ -17,7 +17,7 @@ TEMPORARY = ".kdexport-tmp"
 
 
 def is_place(name: str) -> bool:
-    """Whether a name means a file or folder here, there or not, rather than something on a hub."""
+    """Return whether a name is a local path, existing or not, rather than a hub id."""
     path = Path(name)
     return path.exists() or name.startswith((".", "/", "~")) or (len(path.parts) > 1 and path.parent.exists())
 

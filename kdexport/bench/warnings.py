@@ -50,7 +50,7 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
 
 
 def _drifts(rounds: dict[int, Any]) -> bool:
-    """Whether the first quarter's median differs by 10 % from the last's, in most rounds the same way."""
+    """Return whether latency drifts within rounds: first to last quarter, by 10 % in the median round."""
     ratios = []
     for one in rounds.values():
         quarter = len(one.total_us) // 4

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from kdexport.errors import DataError, MissingPackage
+from kdexport.errors import DataError, MissingPackage, first_line
 
 _CONLL = {".conll", ".bio", ".iob2"}
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt"} | _CONLL
@@ -108,7 +108,7 @@ def _read_parquet(path: Path) -> Source:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} can't be read: {str(error).strip().splitlines()[0]}") from None
+        raise DataError(f"{path} can't be read: {first_line(error)}") from None
     return from_arrow(path.name, table, path.parent)
 
 
@@ -140,7 +140,7 @@ def _records(path: Path, encoding: str, delimiter: str, quoting: Any, strict: bo
 
 
 def _is_quoted(path: Path, encoding: str) -> bool:
-    """Whether quotes in a TSV file delimit fields, as pandas writes them, or are characters, as in GLUE.
+    """Return whether a TSV file quotes its fields, as pandas does; in GLUE's files quotes are text.
 
     Where all lines have the same number of tabs, each is a row, and its quotes must be balanced.
     """

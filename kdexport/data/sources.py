@@ -11,7 +11,7 @@ from kdexport import spec
 from kdexport.data import folders
 from kdexport.data.passages import Cut
 from kdexport.data.read import SUFFIXES, Raw, Source, from_arrow, read_file
-from kdexport.errors import DataError, MissingPackage
+from kdexport.errors import DataError, MissingPackage, first_line
 from kdexport.files import is_place
 from kdexport.progress import say, warn
 from kdexport.tasks.base import Task
@@ -238,7 +238,7 @@ def _read_hub(sources: dict[str, str]) -> dict[str, Source]:
     try:
         splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # connection, missing id, missing config: many classes
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"no file and no data set on the hub: {sources['train']!r} ({reason})") from None
     if "train" not in splits:
         raise DataError(f"hub data set {name!r} has no train split", f"Its splits: {', '.join(splits)}")

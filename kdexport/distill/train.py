@@ -211,7 +211,7 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         return terms
 
     def _is_measured(self, step: int) -> bool:
-        """Whether gradients are measured: on an epoch's first batch, at most once in 200 steps, and in the last one."""
+        """Return whether to measure gradients: every 200 steps or more, at an epoch's start; always in the last."""
         a_pass: int = max(1, self.state.max_steps // self._config.epochs)
         epoch, place = divmod(step, a_pass)
         return place == 0 and (epoch % -(-_SHARES_EVERY // a_pass) == 0 or epoch == self._config.epochs - 1)

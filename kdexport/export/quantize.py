@@ -34,7 +34,7 @@ def quantize_int8(fp32: Path, int8: Path) -> None:
 
 
 def convolves(fp32: Path) -> bool:
-    """Whether convolutions hold most of a graph's weights, which dynamic quantization skips."""
+    """Return whether most weights belong to convolutions, which dynamic quantization skips."""
     graph = onnx.load(fp32).graph
     of_convolutions = {name for node in graph.node if node.op_type == "Conv" for name in node.input[1:2]}
     sizes = {tensor.name: len(tensor.raw_data) for tensor in graph.initializer}

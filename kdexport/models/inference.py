@@ -1,4 +1,4 @@
-"""What a PyTorch model computes for rows, in batches."""
+"""Batched inference of PyTorch models."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

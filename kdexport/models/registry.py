@@ -18,7 +18,7 @@ def auto_class(task: str) -> Any:
 
 
 def has_head(config: Any, task: str) -> bool:
-    """Whether a model of this configuration was trained for the task, by its architecture."""
+    """Return whether the configuration's architecture has a head for the task."""
     named = any(head in name for name in config.architectures or [] for head in task_class(task).heads)
     return named and type(config) in auto_class(task)._model_mapping
 

@@ -86,7 +86,7 @@ def _needed(backend: Tokenizer, corpus: list[str]) -> set[int]:
 
 
 def _is_character(token: str, model: dict[str, Any]) -> bool:
-    """Whether a token is one character or byte, with any marks of its place in a word."""
+    """Return whether a token is a single character or byte, apart from word-boundary marks."""
     bare = token.removeprefix(model.get("continuing_subword_prefix") or "").removeprefix(_WORD_START)
     return len(bare.removesuffix(model.get("end_of_word_suffix") or "")) <= 1 or bool(_BYTE.fullmatch(token))
 
