@@ -107,6 +107,7 @@ def _open_torch(target: Target, threads: int) -> Opened:
     """Open a model in PyTorch, eager or compiled. On a GPU, a run includes both copies."""
     import torch
 
+    from kdexport.models.caches import read_after
     from kdexport.models.registry import auto_class
 
     torch.set_num_threads(threads)
@@ -143,8 +144,8 @@ def _open_torch(target: Target, threads: int) -> Opened:
 
         @torch.inference_mode()
         def read(ids: Sequence[int], past: Any) -> Any:
-            found = model(input_ids=torch.tensor([ids]).to(target.device), past_key_values=past, use_cache=True)
-            return found.logits[0, -1].float().cpu().numpy(), found.past_key_values
+            logits, past = read_after(model, past, input_ids=torch.tensor([ids]).to(target.device))
+            return logits[0, -1].float().cpu().numpy(), past
 
         return writing(task, read, run)._replace(gpu_peak_mb=gpu_peak_mb)
     return Opened(task.encode, run, task.decode, gpu_peak_mb, device_ms)

@@ -220,13 +220,17 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         return ByLength(self._lengths, self.args.train_batch_size, self._config.seed)
 
 
+# transformers 5 takes a count or a fraction by one name; in 4.57 that name is a count.
+_WARMUP = "warmup_ratio" if "warmup_ratio" in TrainingArguments.__dataclass_fields__ else "warmup_steps"
+
+
 def _arguments(config: TrainConfig, folder: Path, looks_inside: bool) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
         per_device_train_batch_size=config.batch_size,
-        warmup_ratio=0.1,
+        **{_WARMUP: 0.1},  # a fraction of the steps
         weight_decay=0.01,
         lr_scheduler_type="linear",
         seed=config.seed,

@@ -1,6 +1,7 @@
 """The export stage: a trained student → ONNX graphs, plain and fused, in several precisions."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import msgspec
 
 from kdexport import spec
 from kdexport.analysis import sampled
+from kdexport.errors import ModelError
 from kdexport.files import write_json
 from kdexport.progress import say
 from kdexport.tasks import load_task
@@ -29,40 +31,50 @@ CALIBRATION_ROWS = 320
 def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequence[dict[str, Any]] = ()) -> None:
     """Write every candidate file `model*.onnx`, and `candidates.json`.
 
+    Beside the plain graph stands one that may be faster: fused, or where ONNX Runtime fuses no attention, dynamo's.
+
     Args:
         student: a Hugging Face folder with `task.json`.
         rows: training rows for the calibration of int8 convolutions; without any there is no such file.
     """
-    from kdexport.export.fuse import fuse, trim
+    from kdexport.export.fuse import attends, fuse, trim
     from kdexport.export.onnx import export_onnx
     from kdexport.export.quantize import convolves, halve, quantize_int4, quantize_int8, quantize_static_int8
 
-    plain, fused = out / "model.onnx", out / "model_fused.onnx"
+    plain, fused, dynamo = (out / f"{stem}.onnx" for stem in ("model", "model_fused", "model_dynamo"))
+    graphs = {"plain": plain}
+    exporter = export_onnx(student, plain)
+    if fuse(plain, student, fused):
+        graphs["fused"] = fused
+    elif exporter == "torchscript" and attends(plain):
+        with suppress(ModelError):
+            export_onnx(student, dynamo, ["dynamo"])
+            trim(dynamo)
+            graphs["dynamo"] = dynamo
+    trim(plain)  # after fusion, which looks for whole layers
     found: list[Candidate] = []
 
-    def made(precision: str, suffix: str = "", graph: str = "plain") -> Path:
+    def made(precision: str, graph: str, suffix: str = "") -> Path:
         """Add a candidate, and return its file."""
-        name, stem = (precision, "model") if graph == "plain" else (f"{precision}-fused", "model_fused")
-        found.append(Candidate(name, f"{stem}{suffix}.onnx", precision, graph))
+        name = precision if graph == "plain" else f"{precision}-{graph}"
+        found.append(Candidate(name, f"{graphs[graph].stem}{suffix}.onnx", precision, graph))
         return out / found[-1].file
 
-    export_onnx(student, made("fp32"))
-    if is_fused := fuse(plain, student, fused):
-        made("fp32", graph="fused")
-    trim(plain)  # after fusion, which looks for whole layers
+    for graph in graphs:
+        made("fp32", graph)
     if "fp16" in settings.variants:
-        halve(plain, made("fp16", "_fp16"))
+        halve(plain, made("fp16", "plain", "_fp16"))
     if "int8" in settings.variants:
         if not convolves(plain):
-            quantize_int8(plain, made("int8", "_quantized"))
+            for graph, file in graphs.items():
+                quantize_int8(file, made("int8", graph, "_quantized"))
         elif rows:
-            quantize_static_int8(plain, made("int8", "_quantized"), _batches(student, rows))
+            quantize_static_int8(plain, made("int8", "plain", "_quantized"), _batches(student, rows))
         else:
             say("export: int8 of convolutions needs rows for calibration (--data), so there is no int8 file")
-        if is_fused:
-            quantize_int8(fused, made("int8", "_quantized", "fused"))
     if "int4" in settings.variants:
-        quantize_int4(plain, made("int4", "_q4"))
+        for graph, file in graphs.items():
+            quantize_int4(file, made("int4", graph, "_q4"))
     sizes = ", ".join(f"{c.name} {(out / c.file).stat().st_size / 1e6:.1f} MB" for c in found)
     say(f"export: {sizes}")
     write_json(out / "candidates.json", found)

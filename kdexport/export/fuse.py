@@ -28,6 +28,11 @@ def trim(plain: Path) -> None:
         onnx.save(model, plain)
 
 
+def attends(plain: Path) -> bool:
+    """Return whether a graph has attention."""
+    return any(node.op_type == "Softmax" for node in onnx.load(plain).graph.node)
+
+
 def fuse(plain: Path, student: Path, fused: Path) -> bool:
     """Write the fused graph, and return whether attention was fused in every layer; if not, nothing is written.
 
@@ -43,8 +48,13 @@ def fuse(plain: Path, student: Path, fused: Path) -> bool:
     for name in ("onnxruntime.transformers", *modules):
         logging.getLogger(name).setLevel(logging.ERROR)
     layers = config.get("num_hidden_layers", config.get("n_layers"))
+    graph = onnx.load(plain)
+    # ONNX Runtime's shape inference stops at ReduceMax, and attention behind it is not fused; ReduceSum has its shapes.
+    maxima = {node.name for node in graph.graph.node if node.op_type == "ReduceMax"}
+    _rename(graph, maxima, "ReduceSum")
+    onnx.save(graph, fused)
     model = optimizer.optimize_model(
-        str(plain),
+        str(fused),
         model_type="bert",
         num_heads=config.get("num_attention_heads", config.get("n_heads")),
         hidden_size=config.get("hidden_size", config.get("dim")),
@@ -53,12 +63,20 @@ def fuse(plain: Path, student: Path, fused: Path) -> bool:
     attention = model.get_fused_operator_statistics().get("Attention", 0)
     if attention < layers:
         say(f"export: ONNX Runtime fused {attention} of {layers} attention layers; there is no fused graph")
+        fused.unlink()
         return False
+    _rename(model.model, maxima, "ReduceMax")
     _import_used_domains(model.model)
     read_first_position_only(model.model)
     onnx.helper.set_model_props(model.model, {p.key: p.value for p in model.model.metadata_props} | {"graph": "fused"})
     onnx.save(model.model, fused)
     return True
+
+
+def _rename(model: onnx.ModelProto, names: set[str], operator: str) -> None:
+    for node in model.graph.node:
+        if node.name in names:
+            node.op_type = operator
 
 
 def _import_used_domains(model: onnx.ModelProto) -> None:

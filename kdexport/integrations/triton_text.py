@@ -84,7 +84,7 @@ class TritonPythonModel:
             sizes = [len(self.tokenizer.encode(text, add_special_tokens=False)) if few else len(text) for text in row]
         for side, size in zip(sides, sizes, strict=True):
             side.truncate(limit + 1 + (size > min(sizes)))
-        return self.finisher.post_process(*sides)
+        return self.finisher.post_process(sides[0], sides[1])
 
     def head(self, text: str) -> Encoding:
         """Encode at least a text's first `max_length` tokens, without special tokens."""

@@ -2,15 +2,11 @@
 
 3 × 3 convolutions, each with a batch norm and a ReLU that the exporter folds into one, rather than depthwise ones,
 which are bound by memory on small pictures. Like `textnet` a `PreTrainedModel`, registered with Transformers' Auto
-classes and Optimum's exporter when this module is imported.
+classes when this module is imported.
 """
 
 from typing import Any, ClassVar
 
-from optimum.exporters.onnx.config import OnnxConfig, VisionOnnxConfig
-from optimum.exporters.tasks import TasksManager
-from optimum.utils import NormalizedConfig, NormalizedVisionConfig
-from optimum.utils.input_generators import ASTDummyAudioInputGenerator
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers import AutoModelForAudioClassification as ForAudio
@@ -98,28 +94,6 @@ def _convolution(before: int, width: int, stride: int) -> nn.Sequential:
     )
 
 
-class _OfImages(VisionOnnxConfig):  # type: ignore[misc]
-    NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig
-
-    @property
-    def inputs(self) -> dict[str, dict[int, str]]:
-        return {"pixel_values": {0: "batch_size", 1: "num_channels", 2: "height", 3: "width"}}
-
-
-class _OfSounds(OnnxConfig):  # type: ignore[misc]
-    NORMALIZED_CONFIG_CLASS = NormalizedConfig.with_args(
-        num_mel_bins="num_mel_bins", max_length="frames", allow_new=True
-    )
-    DUMMY_INPUT_GENERATOR_CLASSES = (ASTDummyAudioInputGenerator,)
-
-    @property
-    def inputs(self) -> dict[str, dict[int, str]]:
-        return {"input_values": {0: "batch_size"}}
-
-
 AutoConfig.register(MODEL_TYPE, ConvNetConfig, exist_ok=True)
 ForImages.register(ConvNetConfig, ConvNetForImageClassification, exist_ok=True)
 ForAudio.register(ConvNetConfig, ConvNetForAudioClassification, exist_ok=True)
-_register = TasksManager.create_register("onnx", overwrite_existing=True)
-_register(MODEL_TYPE, "image-classification", library_name="transformers")(_OfImages)
-_register(MODEL_TYPE, "audio-classification", library_name="transformers")(_OfSounds)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
@@ -13,17 +14,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file
 
 from kdexport.data import demo
 from kdexport.errors import ModelError, first_line
 from kdexport.files import is_place
+from kdexport.models import LINE_5
 from kdexport.models.registry import auto_class, has_head
 from kdexport.progress import say
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.config import Function
-
-logging.set_verbosity_error()  # we report new heads ourselves
 
 # As transformers' configurations name them; without one a pipeline takes softmax.
 _PROBLEM_TYPE = {"softmax": None, "sigmoid": "multi_label_classification", "none": "regression"}
@@ -118,10 +118,21 @@ def open_tokenizer(model: str, task: str = DEFAULT) -> PreTrainedTokenizerFast:
     words = {"add_prefix_space": True} if task_class(task).has_words else {}
     fix = "Save it beside the model: tokenizer.save_pretrained(folder)"
     with _opening(f"model {model!r} has no tokenizer that can", fix):
-        tokenizer = AutoTokenizer.from_pretrained(model, **words)
+        tokenizer = AutoTokenizer.from_pretrained(model, **words, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ModelError(f"model {model!r} has only a slow tokenizer, without tokenizer.json", "Convert it first")
+    if LINE_5 and (file := cached_file(model, "tokenizer.json", _raise_exceptions_for_missing_entries=False)):
+        _as_in_file(tokenizer, Tokenizer.from_file(file), add_prefix_space=bool(words))
     return tokenizer
+
+
+def _as_in_file(tokenizer: PreTrainedTokenizerFast, file: Tokenizer, *, add_prefix_space: bool) -> None:
+    """Put tokenizer.json's own normalizer and pre-tokenizer back: transformers 5 makes those of the family's class."""
+    missing = [t for t in tokenizer.added_tokens_decoder.values() if file.token_to_id(t.content) is None]
+    file.add_tokens(missing)
+    if add_prefix_space and hasattr(file.pre_tokenizer, "add_prefix_space"):
+        file.pre_tokenizer.add_prefix_space = True
+    tokenizer._tokenizer = file
 
 
 def own_labels(config: Any) -> list[str]:

@@ -59,6 +59,8 @@ def keep_layers(teacher: PreTrainedModel, indices: Sequence[int]) -> PreTrainedM
     _check_kinds(teacher.config, indices)
     config = deepcopy(teacher.config)
     config.num_hidden_layers = len(indices)
+    if kinds := getattr(config, "layer_types", None):
+        config.layer_types = [kinds[i] for i in indices]
     student = type(teacher)(config)
     student.load_state_dict(teacher.state_dict(), strict=False)  # all but the layers is the same in both
     theirs = _layers(teacher)
@@ -173,6 +175,8 @@ def _narrow_config(teacher: Any, layers: int, width: int) -> Any:
     }.items():
         if hasattr(config, name):
             setattr(config, name, value)
+    if kinds := getattr(teacher, "layer_types", None):
+        config.layer_types = [kinds[i % len(kinds)] for i in range(layers)]
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float | int):
             setattr(config, name, 0.0)

@@ -2,15 +2,12 @@
 
 The encoder is none (a bag), a convolution over windows, a recurrent network, or a few narrow transformer layers. A wide
 table costs little time, as a text looks up few rows, and pooling over all tokens is learned from little data
-(benchmarks/README.md). Importing this module registers them with Transformers' Auto classes and Optimum's exporter.
+(benchmarks/README.md). Importing this module registers them with Transformers' Auto classes.
 """
 
 from typing import Any
 
 import torch
-from optimum.exporters.onnx.config import TextEncoderOnnxConfig
-from optimum.exporters.tasks import TasksManager
-from optimum.utils import NormalizedTextConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, ElectraConfig, ElectraModel, PretrainedConfig, PreTrainedModel
 from transformers import AutoModelForSequenceClassification as ForTexts
@@ -187,17 +184,6 @@ def start_as_mean(network: TextNet) -> None:
         layer.output.dense.weight.mul_(0.1)
 
 
-class _TextNetOnnxConfig(TextEncoderOnnxConfig):  # type: ignore[misc]
-    NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
-
-    @property
-    def inputs(self) -> dict[str, dict[int, str]]:
-        axes = {0: "batch_size", 1: "sequence_length"}
-        return {"input_ids": axes, "attention_mask": axes}
-
-
 AutoConfig.register(MODEL_TYPE, TextNetConfig, exist_ok=True)
 ForTexts.register(TextNetConfig, TextNet, exist_ok=True)
 ForTokens.register(TextNetConfig, TextNetForTokens, exist_ok=True)
-_register = TasksManager.create_register("onnx", overwrite_existing=True)
-_register(MODEL_TYPE, "text-classification", "token-classification", library_name="transformers")(_TextNetOnnxConfig)

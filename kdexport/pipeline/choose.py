@@ -13,6 +13,8 @@ from kdexport.export.verify import Validation
 from kdexport.results import Check, Interval, Latency, Ratio, Verdict
 from kdexport.tasks.metrics import Metric
 
+_CLEARLY_SMALLER = 0.97
+
 
 class Choice(NamedTuple):
     """The candidates to ship, by precision; the recommended one, and the reason."""
@@ -28,14 +30,15 @@ def choose(
 ) -> Choice:  # fmt: skip
     """Pick one file a precision, and recommend one of them by the validation split, never the test split.
 
-    fp32 ships as the plain graph, which runs everywhere. int8 ships as the fused graph, with operators of ONNX Runtime
-    alone, only if it is significantly faster than the plain one. int8 is recommended unless it is slower than fp32 or
-    loses more than `max_int8_loss`. If that file is over the size limit, the quickest smaller one with as little loss
-    is recommended. `sizes` are bytes by candidate.
+    Of each precision the graph that measures best ships, see `better_graph`. int8 is recommended unless it is slower
+    than fp32 or loses more than `max_int8_loss`. If that file is over the size limit, the quickest smaller one with as
+    little loss is recommended. `sizes` are bytes by candidate.
     """
     shipped = {c.precision: c for c in candidates if c.graph == "plain"}
-    if int8 := [c for c in candidates if c.precision == "int8"]:
-        shipped["int8"] = _plain_or_fused(int8, measured)
+    for other in candidates:
+        plain = shipped[other.precision]
+        if better_graph(other, _gain(plain, other, measured), sizes[other.name] / sizes[plain.name]):
+            shipped[other.precision] = other
     metric, of_fp32 = validation.metric, validation.values[_name(shipped["fp32"])]
     losses = {precision: lost(metric, of_fp32, validation.values[_name(c)]) for precision, c in shipped.items()}
     unit = "%" if metric.kind == "number" else "points"
@@ -94,13 +97,19 @@ def judge_budget(
     return Verdict(all(check.met for check in checks) if checks else None, checks)
 
 
-def _plain_or_fused(candidates: list[Candidate], measured: Measured) -> Candidate:
-    plain, *others = sorted(candidates, key=lambda c: c.graph != "plain")
-    for other in others:
-        gain = _gain(plain, other, measured)
-        if gain and gain.ci95 and gain.ci95[0] > 1:
-            return other
-    return plain
+def better_graph(other: Candidate, gain: Ratio | None, size: float) -> bool:
+    """Return whether a precision ships as another graph than the plain one.
+
+    It must be significantly faster, or smaller and not slower; tied embeddings are stored once in dynamo's graph. fp32
+    is never the fused graph, which other runtimes than ONNX Runtime can't read.
+
+    Args:
+        gain: the speedup over the plain graph.
+        size: of the file, as a fraction of the plain graph's.
+    """
+    if gain is None or other.graph == "plain" or (other.precision, other.graph) == ("fp32", "fused"):
+        return False
+    return gain.verdict == "faster" or (gain.verdict != "slower" and size < _CLEARLY_SMALLER)
 
 
 def _gain(slower: Candidate, faster: Candidate, measured: Measured) -> Ratio | None:

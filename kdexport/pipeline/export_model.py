@@ -21,6 +21,7 @@ from kdexport.export.verify import FP32_TOLERANCE, compare
 from kdexport.files import disk_errors
 from kdexport.integrations import kubernetes, triton
 from kdexport.output import check_place, making, publish
+from kdexport.pipeline.choose import better_graph
 from kdexport.progress import say
 from kdexport.report import write_export_card
 from kdexport.results import Exported, ExportedFile, Ratio
@@ -197,16 +198,21 @@ def recommend(files: Sequence[ExportedFile], rows: int, gain: Ratio | None = Non
 def _shipped(task: Task, graphs: Path, candidates: list[Candidate], rows: Rows) -> tuple[list[str], Ratio | None]:
     """Return the names of the files to ship, and the speedup of int8 over fp32.
 
-    Plain graphs, which run everywhere, are shipped; int8 fused if that is significantly faster.
+    Of each precision the graph that measures best ships, see `choose.better_graph`.
     """
-    names = {c.precision: c.name for c in candidates if c.graph == "plain"}
-    files = {c.name: graphs / c.file for c in candidates if c.name in ("fp32", "int8", "int8-fused")}
-    if "int8" not in files:
-        return list(names.values()), None
+    shipped = {c.precision: c for c in candidates if c.graph == "plain"}
+    if len(candidates) == 1:
+        return ["fp32"], None
+    timed = [c for c in candidates if c.precision != "fp16"]  # CPUs only convert it
+    files = {c.name: graphs / c.file for c in timed}
     times = _times(task, files, rows)
-    if "int8-fused" in files and ratio(times["int8"], times["int8-fused"]).verdict == "faster":
-        names["int8"] = "int8-fused"
-    return list(names.values()), ratio(times["fp32"], times[names["int8"]])
+    for other in timed:
+        plain = shipped[other.precision]
+        size = files[other.name].stat().st_size / files[plain.name].stat().st_size
+        if better_graph(other, ratio(times[plain.name], times[other.name]), size):
+            shipped[other.precision] = other
+    names = {precision: c.name for precision, c in shipped.items()}
+    return list(names.values()), ratio(times[names["fp32"]], times[names["int8"]]) if "int8" in names else None
 
 
 def _times(task: Task, files: dict[str, Path], rows: Rows) -> dict[str, list[float]]:

@@ -25,7 +25,7 @@ from kdexport.tasks.metrics import Array
 # A text, a pair, or words (for tokens); a path or bytes of an image or a recording.
 Text = str | tuple[str, str] | list[str] | bytes | Path
 # Optimum's names of the inputs and outputs of a graph with a key-value cache.
-_PAST, _PRESENT, _POSITIONS = "past_key_values.", "present.", "position_ids"
+PAST, PRESENT, POSITIONS = "past_key_values.", "present.", "position_ids"
 # The maximum of numbers in golden.json; logits for each of 8,192 tokens are large.
 _MOST_NUMBERS = 3_000_000
 # The number of tokens read, and their keys and values by input name.
@@ -62,11 +62,11 @@ class Predictor:
         if (got := self._session.get_providers()[0]) != provider:  # it falls back silently
             raise ArtifactError(f"{model} runs on {got}, not on {provider}", "See kdexport doctor for what is there")
         inputs = self._session.get_inputs()
-        self._cache = {tensor.name: tensor for tensor in inputs if tensor.name.startswith(_PAST)}
-        wanted = {tensor.name for tensor in inputs} - self._cache.keys() - {_POSITIONS}
+        self._cache = {tensor.name: tensor for tensor in inputs if tensor.name.startswith(PAST)}
+        wanted = {tensor.name for tensor in inputs} - self._cache.keys() - {POSITIONS}
         if wanted != set(task.config.inputs):
             raise ArtifactError(f"{model} wants {sorted(wanted)}, the task gives {sorted(task.config.inputs)}")
-        self._positions = any(tensor.name == _POSITIONS for tensor in inputs)
+        self._positions = any(tensor.name == POSITIONS for tensor in inputs)
 
     def run(self, arrays: Arrays) -> Array:
         """Return the logits of an encoded batch, float32 [B, *answer_shape]."""
@@ -103,9 +103,9 @@ class Predictor:
         length = before + len(ids)
         given = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, length), dtype=np.int64)}
         if self._positions:
-            given[_POSITIONS] = np.arange(before, length)[None]
+            given[POSITIONS] = np.arange(before, length)[None]
         feed = values | {name: self._value(array) for name, array in given.items()}
-        names = [self.task.output, *(name.replace(_PAST, _PRESENT, 1) for name in self._cache)]
+        names = [self.task.output, *(name.replace(PAST, PRESENT, 1) for name in self._cache)]
         logits, *present = self._session.run_with_ort_values(names, feed)
         return logits.numpy()[0, -1], (length, dict(zip(self._cache, present, strict=True)))
 
@@ -113,7 +113,7 @@ class Predictor:
         """Return the inputs of an empty cache."""
         shapes = {name: (rows, tensor.shape[1], 0, tensor.shape[3]) for name, tensor in self._cache.items()}
         empty = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
-        return empty | ({_POSITIONS: np.arange(length)[None].repeat(rows, 0)} if self._positions else {})
+        return empty | ({POSITIONS: np.arange(length)[None].repeat(rows, 0)} if self._positions else {})
 
     def _value(self, array: Array) -> Any:
         return _onnxruntime().OrtValue.ortvalue_from_numpy(array)

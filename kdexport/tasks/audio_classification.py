@@ -22,5 +22,4 @@ class AudioClassification(Sounds, Classes):
     }
     auto_class: ClassVar = "AutoModelForAudioClassification"
     heads: ClassVar = ("ForAudioClassification", "ForSequenceClassification")  # Wav2Vec2 has the latter
-    exporter: ClassVar = "audio-classification"
     stands_for: ClassVar = ("audio-spectrogram-transformer", "ASTForAudioClassification")

@@ -61,7 +61,6 @@ class Task:
     columns: ClassVar[Mapping[str, tuple[str, ...]]]  # keys of a row → column names recognised by default
     auto_class: ClassVar[str]  # the Auto class of transformers that loads its models
     heads: ClassVar[tuple[str, ...]]  # parts of the names of architectures trained for this task
-    exporter: ClassVar[str]  # Optimum's name of the task
     # Family and architecture that let other runtimes load a student with an architecture of ours.
     stands_for: ClassVar[tuple[str, str] | None] = None
     protocols: ClassVar[frozenset[str]] = frozenset()  # task-specific server protocols: tei, openai, tgi

@@ -71,7 +71,6 @@ class CausalLM(Texts, Generates):
     )
     auto_class: ClassVar = "AutoModelForCausalLM"
     heads: ClassVar = ("LMHeadModel", "ForCausalLM")
-    exporter: ClassVar = "text-generation-with-past"
     protocols: ClassVar = frozenset({"openai", "tgi"})
     cuts: ClassVar = True
     has_labels: ClassVar = False

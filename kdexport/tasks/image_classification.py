@@ -22,5 +22,4 @@ class ImageClassification(Images, Classes):
     }
     auto_class: ClassVar = "AutoModelForImageClassification"
     heads: ClassVar = ("ForImageClassification",)
-    exporter: ClassVar = "image-classification"
     stands_for: ClassVar = ("resnet", "ResNetForImageClassification")

@@ -27,7 +27,6 @@ class TextClassification(Texts, Classes):
     pairs: ClassVar = True
     auto_class: ClassVar = "AutoModelForSequenceClassification"
     heads: ClassVar = ("ForSequenceClassification",)
-    exporter: ClassVar = "text-classification"
     stands_for: ClassVar = ("bert", "BertForSequenceClassification")
     protocols: ClassVar = frozenset({"tei"})
 

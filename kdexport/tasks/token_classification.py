@@ -99,7 +99,6 @@ class TokenClassification(Texts):
     )
     auto_class: ClassVar = "AutoModelForTokenClassification"
     heads: ClassVar = ("ForTokenClassification",)
-    exporter: ClassVar = "token-classification"
     stands_for: ClassVar = ("bert", "BertForTokenClassification")
     has_words: ClassVar = True
     columns: ClassVar[dict[str, tuple[str, ...]]] = {
