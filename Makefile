@@ -1,12 +1,14 @@
 # Everything runs in .venv/, made from the pins when it is missing or older than they are.
 PYTHON ?= python3.11
 VENV := .venv
+# The second supported line of transformers, with Optimum's ORTModel classes, which judge finished artifacts.
+SECOND := .venv-4.57
 FUZZ_SECONDS ?= 3600
 BIN := $(VENV)/bin
 # A worker takes whole files, so that what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all lint fuzz bench schemas proto clean
+.PHONY: demo test test-all test-4.57 lint fuzz bench schemas proto clean
 
 demo: $(VENV)/.made
 	$(BIN)/kdexport demo --student tiny --max-size 5MB --min-retention 0.97 --out runs/demo
@@ -14,8 +16,12 @@ demo: $(VENV)/.made
 test: $(VENV)/.made lint
 	$(PYTEST) -m "not slow"
 
-test-all: $(VENV)/.made lint
+test-all: $(VENV)/.made $(SECOND)/.made lint
 	$(PYTEST)
+
+# What depends on transformers, on its second supported line.
+test-4.57: $(SECOND)/.made
+	$(SECOND)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests/export tests/models tests/distill/test_training.py tests/pipeline/test_run.py tests/pipeline/test_export_model.py
 
 lint: $(VENV)/.made
 	$(BIN)/ruff check .
@@ -43,5 +49,12 @@ $(VENV)/.made: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,demo,grpc,otel,test]'
 	touch $@
 
+$(SECOND)/.made: pyproject.toml constraints.txt constraints-4.57.txt
+	test -x $(SECOND)/bin/python || $(shell command -v $(PYTHON) || command -v python3) -m venv $(SECOND)
+	grep -oE '^[a-z_-]+==' constraints-4.57.txt | grep -vFf - constraints.txt | cat - constraints-4.57.txt > $(SECOND)/constraints.txt
+	$(SECOND)/bin/python -m pip install --quiet -c $(SECOND)/constraints.txt torch
+	$(SECOND)/bin/python -m pip install --quiet -c $(SECOND)/constraints.txt -e '.[all,demo,optimum,test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(SECOND) runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -67,8 +67,9 @@ class MissingPackage(KdexportError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; its class's name where the message is empty."""
-    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    """Return the first line of an error's message, with the next where it ends in a colon; else its class's name."""
+    lines = [*filter(None, map(str.strip, str(error).splitlines())), ""]
+    return (" ".join(lines[:2]).strip() if lines[0].endswith(":") else lines[0]) or type(error).__name__
 
 
 class Interrupted(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -132,7 +131,3 @@ def silence() -> bytes:
         sound.setframerate(16000)
         sound.writeframes(bytes(range(256)) * 125)
     return file.getvalue()
-
-
-def every() -> Iterator[str]:
-    yield from EVERY

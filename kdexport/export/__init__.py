@@ -38,13 +38,13 @@ def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequen
         rows: training rows for the calibration of int8 convolutions; without any there is no such file.
     """
     from kdexport.export.fuse import attends, fuse, trim
-    from kdexport.export.onnx import export_onnx
+    from kdexport.export.onnx import export_onnx, fusable
     from kdexport.export.quantize import convolves, halve, quantize_int4, quantize_int8, quantize_static_int8
 
     plain, fused, dynamo = (out / f"{stem}.onnx" for stem in ("model", "model_fused", "model_dynamo"))
     graphs = {"plain": plain}
     exporter = export_onnx(student, plain)
-    if fuse(plain, student, fused):
+    if (size := fusable(student)) and fuse(plain, fused, *size):
         graphs["fused"] = fused
     elif exporter == "torchscript" and attends(plain):
         with suppress(ModelError):

@@ -8,16 +8,12 @@ import logging
 import os
 from pathlib import Path
 
-import msgspec
 import onnx
 
 from kdexport.export.trim import read_first_position_only
 from kdexport.progress import say
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-# Families whose graphs ONNX Runtime's `bert` fusions know.
-_BERT_LIKE = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "mpnet", "albert"}
 
 
 def trim(plain: Path) -> None:
@@ -33,21 +29,13 @@ def attends(plain: Path) -> bool:
     return any(node.op_type == "Softmax" for node in onnx.load(plain).graph.node)
 
 
-def fuse(plain: Path, student: Path, fused: Path) -> bool:
-    """Write the fused graph, and return whether attention was fused in every layer; if not, nothing is written.
-
-    Args:
-        student: its Hugging Face folder, whose config.json has heads and width.
-    """
-    config = msgspec.json.decode((student / "config.json").read_bytes())
-    if config["model_type"] not in _BERT_LIKE and config.get("kind") != "encoder":  # ours has ELECTRA's layers
-        return False
+def fuse(plain: Path, fused: Path, layers: int, heads: int, width: int) -> bool:
+    """Write the fused graph, and return whether attention was fused in every layer; if not, nothing is written."""
     from onnxruntime.transformers import optimizer
 
     modules = ("fusion_utils", "onnx_model", "optimizer", "onnx_model_bert", "fusion_base", "fusion_attention")
     for name in ("onnxruntime.transformers", *modules):
         logging.getLogger(name).setLevel(logging.ERROR)
-    layers = config.get("num_hidden_layers", config.get("n_layers"))
     graph = onnx.load(plain)
     # ONNX Runtime's shape inference stops at ReduceMax, and attention behind it is not fused; ReduceSum has its shapes.
     maxima = {node.name for node in graph.graph.node if node.op_type == "ReduceMax"}
@@ -56,8 +44,8 @@ def fuse(plain: Path, student: Path, fused: Path) -> bool:
     model = optimizer.optimize_model(
         str(fused),
         model_type="bert",
-        num_heads=config.get("num_attention_heads", config.get("n_heads")),
-        hidden_size=config.get("hidden_size", config.get("dim")),
+        num_heads=heads,
+        hidden_size=width,
         opt_level=0,
     )
     attention = model.get_fused_operator_statistics().get("Attention", 0)

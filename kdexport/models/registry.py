@@ -1,9 +1,12 @@
 """The Auto class that opens a task's models."""
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
+from optimum.exporters.tasks import TasksManager
+from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import PreTrainedModel
 
 import kdexport.models.convnet
@@ -26,6 +29,31 @@ def has_head(config: Any, task: str) -> bool:
 def task_of(config: Any) -> str | None:
     """Return the task that a Hugging Face model was trained for; None where it has no head that we know."""
     return next((task for task in names() if has_head(config, task)), None)
+
+
+def other_task(config: Any) -> str | None:
+    """Return the Hub's name of the task of an architecture whose task is none of ours."""
+    for name in config.architectures or []:
+        with suppress(ValueError, RuntimeError, AttributeError):
+            return str(TasksManager.infer_task_from_model(getattr(transformers, name)))
+    return None
+
+
+class Dimensions(NamedTuple):
+    """The size of a transformer."""
+
+    layers: int
+    heads: int
+    width: int
+
+
+def dimensions(config: Any) -> Dimensions:
+    """Return the size of a model of any family, whatever its configuration calls layers, heads and width."""
+    try:
+        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    except KeyError:  # ours, and families that Optimum does not know
+        normalized = NormalizedTextConfig(config)
+    return Dimensions(normalized.num_layers, normalized.num_attention_heads, normalized.hidden_size)
 
 
 def task_name(folder: Path) -> str:

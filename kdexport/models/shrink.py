@@ -57,16 +57,22 @@ def keep_layers(teacher: PreTrainedModel, indices: Sequence[int]) -> PreTrainedM
     """
     indices = layers_of(teacher.config.num_hidden_layers, indices)
     _check_kinds(teacher.config, indices)
-    config = deepcopy(teacher.config)
-    config.num_hidden_layers = len(indices)
-    if kinds := getattr(config, "layer_types", None):
-        config.layer_types = [kinds[i] for i in indices]
-    student = type(teacher)(config)
+    student = type(teacher)(with_layers(teacher.config, indices))
     student.load_state_dict(teacher.state_dict(), strict=False)  # all but the layers is the same in both
     theirs = _layers(teacher)
     for i, layer in zip(indices, _layers(student), strict=False):
         layer.load_state_dict(theirs[i].state_dict())
     return student.eval()
+
+
+def with_layers(config: Any, indices: Sequence[int]) -> Any:
+    """Return a configuration with some of its layers; where it lists their kinds, with those of these layers."""
+    config = deepcopy(config)
+    for name in ("layer_types", "mlp_layer_types"):
+        if kinds := getattr(config, name, None):
+            setattr(config, name, [kinds[i] for i in indices])
+    config.num_hidden_layers = len(indices)
+    return config
 
 
 def _check_kinds(config: Any, indices: list[int]) -> None:
@@ -159,11 +165,10 @@ def _narrow_config(teacher: Any, layers: int, width: int) -> Any:
     if width > teacher.hidden_size:
         raise ModelError(f"the student is {width} wide, the teacher {teacher.hidden_size}", "Take a smaller one")
     heads = next((width // size for size in (_head_size(teacher), 64) if width % size == 0), 1)
-    config = deepcopy(teacher)
+    config = with_layers(teacher, [i % teacher.num_hidden_layers for i in range(layers)])
     if hasattr(teacher, "embedding_size"):  # ELECTRA's and ALBERT's table of words may be narrower than their stream
         config.embedding_size = min(width, teacher.embedding_size)
     for name, value in {
-        "num_hidden_layers": layers,
         "hidden_size": width,
         "pooler_hidden_size": width,
         "num_attention_heads": heads,
@@ -175,8 +180,6 @@ def _narrow_config(teacher: Any, layers: int, width: int) -> Any:
     }.items():
         if hasattr(config, name):
             setattr(config, name, value)
-    if kinds := getattr(teacher, "layer_types", None):
-        config.layer_types = [kinds[i % len(kinds)] for i in range(layers)]
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float | int):
             setattr(config, name, 0.0)

@@ -22,6 +22,7 @@ from kdexport.export import read_candidates
 from kdexport.export.verify import verify
 from kdexport.files import disk_errors
 from kdexport.pipeline.choose import Choice
+from kdexport.pipeline.rehearse import rehearse
 from kdexport.pipeline.report import Stages, assemble, made_from
 from kdexport.pipeline.search import teacher_targets
 from kdexport.pipeline.students import Students, local
@@ -52,7 +53,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
         # 2. Prepare the teacher or teachers; fine-tune them if the spec asks for it.
         teacher = folder.stage(
             "teacher", version=2, settings=teachers.settings_of(settings), reads=[data, *teachers.files(settings)],
-            build=lambda work: teachers.prepare_teachers(settings, data, work),
+            build=lambda work: _teachers(settings, data, work),
         )  # fmt: skip
 
         # 3. Compute soft targets once for all students, also of unlabelled and augmented texts.
@@ -129,6 +130,11 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
         shown, reason = derived.get(key, ("–" if value is None else str(value), text))
         table.append((key, shown, reason))
     return table
+
+
+def _teachers(settings: spec.Spec, data: Path, work: Path) -> None:
+    rehearse(settings)
+    teachers.prepare_teachers(settings, data, work)
 
 
 def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None:
