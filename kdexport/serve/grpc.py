@@ -4,8 +4,6 @@ An infer call is converted to HTTP's JSON and raw tensors for `oip.parse`. Metad
 Bearer KEY` or `x-api-key: KEY`, and `retry-after`. Log and metrics have HTTP's status codes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 import traceback
@@ -18,7 +16,7 @@ from urllib.parse import unquote
 from kdexport import __version__
 from kdexport.errors import MissingPackage
 from kdexport.serve.app import App
-from kdexport.serve.http import CLIENT_GONE, FAILURE, RETRY, SMALL, Keys, Refused, Request, encode
+from kdexport.serve.http import CLIENT_GONE, FAILURE, RETRY, SMALL, Refused, Request, encode
 from kdexport.serve.large import Limiter, off_loop
 from kdexport.serve.protocols import oip
 from kdexport.serve.registry import Version
@@ -101,7 +99,6 @@ class _Service:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._keys = Keys(app.settings.api_keys)
 
     def handler(self, name: str, takes: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
         openly = {"ServerLive": self._live, "ServerReady": self._ready, "ServerMetadata": self._server_metadata}
@@ -120,8 +117,8 @@ class _Service:
             with app.tracer.span(request):
                 if app.closing:
                     raise Refused(503, "the server is going down", RETRY)
-                if keyed and self._keys:
-                    self._keys.check(request)
+                if keyed and app.keys:
+                    app.keys.check(request)
                 if len(data) > SMALL:
                     await request.take_slot(len(data), app.settings.timeout)
                 try:
@@ -149,14 +146,15 @@ class _Service:
         raise AssertionError("abort raises")
 
     async def _infer(self, request: Request, message: Any, context: Any) -> Any:
-        app, settings = self._app, self._app.settings
-        version = app.version(request, message.model_name, message.model_version or None)
+        app = self._app
+        request.wanted_model, request.wanted_version = message.model_name, message.model_version or None
+        version = app.version(request)
         raw = bool(message.raw_input_contents)
 
         def read() -> oip.Query:
             body, head = _as_http(message, raw)
             request.scope["headers"].insert(0, (oip.HEADER_LENGTH, b"%d" % head))
-            return oip.parse(request, body, version, settings.max_rows, settings.max_chars)
+            return oip.parse(request, body, version, app.settings)
 
         query = await off_loop(message.ByteSize(), read)
         size = oip.answer_size(version, query)
@@ -179,8 +177,8 @@ class _Service:
         return response
 
     async def _model_metadata(self, request: Request, message: Any, _: Any) -> Any:
-        version = self._app.version(request, message.name, message.version or None)
-        return _MESSAGES["ModelMetadataResponse"](**oip.metadata(version))
+        request.wanted_model, request.wanted_version = message.name, message.version or None
+        return _MESSAGES["ModelMetadataResponse"](**oip.metadata(self._app.version(request)))
 
     async def _model_ready(self, _: Request, message: Any, __: Any) -> Any:
         try:
