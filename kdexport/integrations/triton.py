@@ -5,8 +5,6 @@ model answers as kdexport does, in batches under load. As that build has no ONNX
 ONNX file.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

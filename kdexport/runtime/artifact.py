@@ -15,8 +15,6 @@ the checksums too. So artifacts are untrusted: none may make a program read anot
 anything but an `ArtifactError`.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterator
@@ -161,11 +159,7 @@ def _name_known_architecture(file: Path, task: str) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an artifact folder, or of the run that holds one.
-
-    Raises:
-        ArtifactError: it is missing, has another schema, was changed, or has a value out of bounds.
-    """
+    """Read the manifest of an artifact folder, or of the run that holds one, after checking its checksum."""
     folder = resolve(folder)
     try:
         raw = msgspec.json.decode(read_regular(folder / MANIFEST, MOST_JSON))
@@ -186,11 +180,7 @@ def read_columns(folder: Path) -> dict[str, str]:
 
 
 def read_golden(folder: Path) -> Golden | None:
-    """Read the golden logits of an artifact folder; None for older ones.
-
-    Raises:
-        ArtifactError: they are unreadable.
-    """
+    """Read the golden logits of an artifact folder; None for older ones."""
     try:
         return msgspec.json.decode(read_regular(folder / GOLDEN, _MOST_OTHER), type=Golden)
     except FileNotFoundError:
@@ -228,10 +218,6 @@ def model_file(folder: Path, variant: str | None = None) -> Path:
     """Return the file of a variant (default: the recommended one), after checking all checksums.
 
     All files must lie inside the folder: an artifact is untrusted, and the server publishes its card.
-
-    Raises:
-        ArtifactError: a file is missing, changed or outside the folder, the model has external weights, or there is no
-            such variant.
     """
     manifest = read_manifest(folder)
     name = variant or manifest.recommended

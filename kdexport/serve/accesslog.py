@@ -3,8 +3,6 @@
 Logging does not block: while the output is full, lines are dropped, counted, and reported in one line afterwards.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 import time

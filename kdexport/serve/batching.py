@@ -8,8 +8,6 @@ Large requests have their own queues and bound. Small ones go first between thei
 many, delay a small one by a batch and never starve it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import threading
@@ -75,29 +73,19 @@ class _Lane:
 
 
 class Batcher:
-    """Threads over shared queues, one batch at a time each.
-
-    Args:
-        max_batch_tokens: padded tokens of a batch; a longer row runs alone.
-        max_wait: seconds that a batch waits for more rows.
-        max_queue: longest expected wait in seconds; more work is refused with 429.
-        rate: first guess of the tokens/s of all threads.
-        on_batch: called with (rows, tokens, seconds) of every batch, on the loop.
-        on_death: called on the loop when a thread dies of an internal error; nothing runs any more.
-        lanes: whether large requests have their own queues.
-    """
+    """Threads over shared queues, one batch at a time each; callbacks are called on the loop."""
 
     def __init__(
         self,
         *,
         threads: int,
-        max_batch_tokens: int,
-        max_wait: float,
-        max_queue: float,
-        rate: float,
-        on_batch: Callable[[int, int, float], None] = lambda *_: None,
-        on_death: Callable[[BaseException], None] = lambda _: None,
-        lanes: bool = True,
+        max_batch_tokens: int,  # padded; a longer row runs alone
+        max_wait: float,  # seconds that a batch waits for more rows
+        max_queue: float,  # longest expected wait in seconds; more work is refused with 429
+        rate: float,  # first guess of the tokens/s of all threads
+        on_batch: Callable[[int, int, float], None] = lambda *_: None,  # rows, tokens and seconds of every batch
+        on_death: Callable[[BaseException], None] = lambda _: None,  # an internal error ended a thread, so all
+        lanes: bool = True,  # whether large requests have their own queues
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._threads, self._max_batch_tokens = threads, max_batch_tokens
@@ -121,12 +109,11 @@ class Batcher:
     async def run(
         self, model: Model, rows: Sequence[Any], costs: Sequence[int], timeout: float, gone: Callable[[], bool]
     ) -> Ticket:
-        """Run one request's rows, and return when all are done.
+        """Run one request's rows, and return when all are done; raise what `model.run` raised for one of them.
 
         Raises:
             Refused: the queue is full (429), the deadline passed (504), or the server is ending (503).
             ClientGone: the client disconnected while its rows waited.
-            Exception: raised by `model.run` for one of the rows.
         """
         ticket = self._submit(model, rows, costs, gone)
         if not rows:

@@ -1,7 +1,5 @@
 """uvicorn's HTTP connection with bounds on headers, in size and time, and JSON errors."""
 
-from __future__ import annotations
-
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Large requests take turns, as reading them takes memory and time."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

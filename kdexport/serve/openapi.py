@@ -1,7 +1,5 @@
 """The OpenAPI document, written by `make schemas` and filled in with settings and models."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Artifacts in service: loading, warming up, checking, hot swapping."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Sequence
@@ -85,11 +83,7 @@ class Version:
         return results
 
     def cost(self, row: dict[str, Any]) -> int:
-        """Return a text's tokens, or the cost of an image or recording in usual rows.
-
-        Raises:
-            Refused: its header can't be read (422), or it would cost too much (413).
-        """
+        """Return a text's tokens, or the cost of an image or recording in usual rows; refuse unreadable headers."""
         task = self.task
         if reads_texts(task):
             return task.cost(row)
@@ -117,8 +111,7 @@ class Version:
     def _warm_up(self, max_batch: int, max_batch_tokens: int) -> tuple[dict[int, int], float]:
         """Run every length, and double batches while they get faster per row.
 
-        Returns:
-            length → rows of a batch, and the tokens/s of the most common length.
+        Return length → rows of a batch, and the tokens/s of the most common length.
         """
         most, rate = {}, 1.0
         for length in self._lengths:
@@ -160,11 +153,7 @@ class Models:
         return version
 
     def read(self, name: str) -> Version:
-        """Load a model's folder without putting it into service.
-
-        Raises:
-            ArtifactError: it is incomplete, modified, can't run, or its golden outputs differ.
-        """
+        """Load a model's folder without putting it into service."""
         folder, variant = self._sources[name]
         with artifact.only_artifact_errors(folder):
             return Version(name, folder, variant, *self._batch)
@@ -182,12 +171,8 @@ class Models:
         return list(self._sources)
 
     def find(self, name: str | None = None, version: str | None = None) -> Version:
-        """Return the version in service, by default the first model's.
-
-        Raises:
-            Refused: no such model or version (404), or it is not in service (503).
-        """
-        name = next(iter(self._sources)) if name is None else name
+        """Return the version in service, by default the first model's, or refuse (404, 503)."""
+        name = self.names()[0] if name is None else name
         if name not in self._sources:
             raise Refused(404, "there is no such model here")
         found = self._current.get(name)
@@ -213,11 +198,7 @@ class Models:
 
 
 def named_sources(arguments: Sequence[str]) -> dict[str, tuple[Path, str | None]]:
-    """Parse `[NAME=]FOLDER[:VARIANT]` into name → (folder, variant); `runs/tickets/artifact` is named `tickets`.
-
-    Raises:
-        SpecError: a name is unfit for a URL, or a duplicate.
-    """
+    """Parse `[NAME=]FOLDER[:VARIANT]` into name → (folder, variant); `runs/tickets/artifact` is named `tickets`."""
     found: dict[str, tuple[Path, str | None]] = {}
     for argument in arguments:
         name, rest = argument.split("=", 1) if "=" in argument else ("", argument)

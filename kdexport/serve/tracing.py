@@ -3,8 +3,6 @@
 A span has the model, rows and times; never a text, a key or a traceback.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
