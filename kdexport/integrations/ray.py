@@ -66,7 +66,7 @@ class _Replicated:
     def __init__(self, artifacts: Sequence[str], settings: Settings) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         models = Models(named_sources(artifacts), settings.max_batch, settings.max_batch_tokens)
-        self._versions = [models.load(name) for name in models.names()]
+        self._versions = [models.load(name) for name in models.names]
         self._app = App(models, settings)
 
     def check(self) -> None:

@@ -63,11 +63,11 @@ class Admin:
         gone = {"version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
         return [
             {"name": name} | ({"version": ready[name], "state": "READY", "reason": ""} if name in ready else gone)
-            for name in self._app.models.names()
+            for name in self._app.models.names
         ]
 
     async def _change(self, name: str, what: str) -> Response:
-        if name not in self._app.models.names():
+        if name not in self._app.models.names:
             raise Refused(404, "there is no such model here; a new one needs a new start")
         if what == "unload":
             self._app.models.unload(name)

@@ -78,7 +78,7 @@ class App:
     @property
     def ready(self) -> bool:
         """Whether the server accepts requests."""
-        return self.loaded and not self.draining and self.models.ready
+        return self.loaded and not self.draining and bool(self.models.in_service())
 
     def full(self) -> int:
         """Return Retry-After in seconds while there is too much work, else 0."""
@@ -315,7 +315,7 @@ class App:
     async def _openapi(self, _: Request) -> Response:
         versions = self.models.in_service().values()
         generators = tuple((v.name, v.generator.room) for v in versions if v.generator)
-        served = openapi.Served(tuple(self.models.names()), tuple(v.version for v in versions), generators)
+        served = openapi.Served(tuple(self.models.names), tuple(v.version for v in versions), generators)
         return answer(openapi.document(served, self.settings))
 
     async def _page(self, _: Request) -> Response:

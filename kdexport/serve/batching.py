@@ -55,20 +55,21 @@ class Ticket:
 
 
 Item = tuple[Ticket, int, Any, int]  # ticket, index of the row, row, cost in tokens
+Key = tuple[Model, int]  # of a queue: model and padded length
 
 
 class _Lane:
     """Queues by model and length, bounded together."""
 
     def __init__(self) -> None:
-        self.queues: defaultdict[tuple[Model, int], deque[Item]] = defaultdict(deque)
+        self.queues: defaultdict[Key, deque[Item]] = defaultdict(deque)
         self.tokens = self.rows = 0
         self.served = 0.0  # when a batch was last taken
 
-    def since(self, key: tuple[Model, int]) -> float:
+    def since(self, key: Key) -> float:
         return self.queues[key][0][0].arrived
 
-    def oldest(self) -> tuple[Model, int]:
+    def oldest(self) -> Key:
         return min(self.queues, key=self.since)
 
 
@@ -204,9 +205,9 @@ class Batcher:
         while True:
             with self._lock:
                 lane = self._next()
-                wait = self._pause(lane)
-                if wait == 0:
-                    if batch := self._batch(lane):
+                key, wait = self._due(lane)
+                if key is not None:
+                    if batch := self._batch(lane, key):
                         return batch
                     continue
                 if self._closed and not lane.queues:
@@ -227,20 +228,20 @@ class Batcher:
         patient = time.monotonic() - max(large.since(large.oldest()), large.served) <= _PATIENCE_S
         return small if small.queues and patient else large
 
-    def _pause(self, lane: _Lane) -> float:
-        """Return the seconds until a batch is ready: 0 now, -1 until woken."""
+    def _due(self, lane: _Lane) -> tuple[Key | None, float]:
+        """Return the queue whose turn it is, or None and the seconds until there is one, -1: until woken."""
         if not lane.queues:
-            return -1
-        if not self._max_wait or self._closed or any(len(q) >= self._most(*key) for key, q in lane.queues.items()):
-            return 0
-        return max(0.0, lane.since(lane.oldest()) + self._max_wait - time.monotonic())
-
-    def _batch(self, lane: _Lane) -> tuple[Model, list[Item]] | None:
-        """Take the oldest row's batch out of its queue; None when all its requests are done."""
+            return None, -1
         key = lane.oldest()
-        if self._max_wait and not self._closed and lane.since(key) + self._max_wait > time.monotonic():
-            # The oldest may wait for more rows; full batches go.
-            key = min((k for k, queue in lane.queues.items() if len(queue) >= self._most(*k)), key=lane.since)
+        wait = lane.since(key) + self._max_wait - time.monotonic()
+        if wait <= 0 or self._closed:
+            return key, 0
+        # The oldest may wait for more rows; full batches go.
+        full = [key for key, queue in lane.queues.items() if len(queue) >= self._most(*key)]
+        return min(full, key=lane.since, default=None), wait
+
+    def _batch(self, lane: _Lane, key: Key) -> tuple[Model, list[Item]] | None:
+        """Take a batch out of a queue; None when all its requests are done."""
         model, queue, most = key[0], lane.queues[key], self._most(*key)
         batch: list[Item] = []
         while queue and len(batch) < most:

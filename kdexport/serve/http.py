@@ -142,16 +142,14 @@ class Request:
             raise _too_large(limit)
         ends = time.monotonic() + settings.read_timeout
         message = await self._read(ends)
-        body: bytes = message.get("body", b"")
-        total = len(body)
-        if message.get("more_body"):
-            parts = [body]
-            while message.get("more_body") and total <= limit:
-                self._hold(total)
-                message = await self._read(ends)
-                parts.append(message.get("body", b""))
-                total += len(parts[-1])
-            body = b"".join(parts)
+        parts: list[bytes] = [message.get("body", b"")]
+        total = len(parts[0])
+        while message.get("more_body") and total <= limit:
+            self._hold(total)
+            message = await self._read(ends)
+            parts.append(message.get("body", b""))
+            total += len(parts[-1])
+        body = b"".join(parts)
         if total > limit:
             raise _too_large(limit)
         if total > SMALL:
@@ -230,8 +228,7 @@ class Keys:
         """Refuse (401) a request without `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
         scheme, _, token = (request.header(b"authorization") or b"").partition(b" ")
         given = token.strip() if scheme.lower() == b"bearer" else request.header(b"x-api-key") or b""
-        digest, known = hashlib.sha256(given).digest(), False
-        for one in self._digests:
-            known |= hmac.compare_digest(one, digest)
-        if not known:
+        digest = hashlib.sha256(given).digest()
+        same = [hmac.compare_digest(one, digest) for one in self._digests]  # all of them, whichever is the right one
+        if not any(same):
             raise Refused(401, "an API key is needed: Authorization: Bearer KEY", [(b"www-authenticate", b"Bearer")])

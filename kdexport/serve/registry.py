@@ -143,6 +143,7 @@ class Models:
     """Versions in service by name; the first name is the default."""
 
     def __init__(self, named: dict[str, tuple[Path, str | None]], max_batch: int, max_batch_tokens: int) -> None:
+        self.names = list(named)  # in service or not
         self._sources, self._batch = named, (max_batch, max_batch_tokens)
         self._current: dict[str, Version] = {}
 
@@ -166,13 +167,9 @@ class Models:
         """Take a model out of service; `load` brings it back."""
         self._current.pop(name, None)
 
-    def names(self) -> list[str]:
-        """Return all names, in service or not."""
-        return list(self._sources)
-
     def find(self, name: str | None = None, version: str | None = None) -> Version:
         """Return the version in service, by default the first model's, or refuse (404, 503)."""
-        name = self.names()[0] if name is None else name
+        name = self.names[0] if name is None else name
         if name not in self._sources:
             raise Refused(404, "there is no such model here")
         found = self._current.get(name)
@@ -189,12 +186,7 @@ class Models:
 
     def in_service(self) -> dict[str, Version]:
         """Return the versions in service by name, in order."""
-        return {name: self._current[name] for name in self._sources if name in self._current}
-
-    @property
-    def ready(self) -> bool:
-        """Whether any model is in service."""
-        return bool(self._current)
+        return {name: self._current[name] for name in self.names if name in self._current}
 
 
 def named_sources(arguments: Sequence[str]) -> dict[str, tuple[Path, str | None]]:

@@ -102,7 +102,7 @@ class Server:
 
     async def reload_all(self) -> None:
         """Reload every model."""
-        for name in self.models.names():
+        for name in self.models.names:
             try:
                 await self.reload(name)
             except Exception as error:  # the version in service is intact
@@ -120,7 +120,7 @@ class Server:
 
         async def load() -> list[Version]:
             async with self._loading:
-                return [await self._load(name) for name in self.models.names()]
+                return [await self._load(name) for name in self.models.names]
 
         loading, stopping = asyncio.ensure_future(load()), asyncio.ensure_future(self._stop.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -67,9 +67,6 @@ class Query(NamedTuple):
     timeout: float | None
 
 
-_decode = msgspec.json.Decoder(InferRequest).decode
-
-
 def metadata(version: Version) -> dict[str, Any]:
     """`GET /v2/models/{name}`; -1 is any size."""
     task = version.task
@@ -92,7 +89,7 @@ def parse(request: Request, body: bytes, version: Version, settings: Settings) -
     """Parse a request."""
     head, raw = _split(request, body)
     try:
-        asked = _decode(head)
+        asked = msgspec.json.decode(head, type=InferRequest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Refused(400, f"the request can't be read: {error}") from None
     tensors: dict[str, Any] = {}  # arrays, and lists of str

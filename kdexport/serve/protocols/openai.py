@@ -127,13 +127,12 @@ class Query(NamedTuple):
         return Usage(read, written, read + written)
 
 
-_decode = msgspec.json.Decoder(CompletionRequest).decode
 NEUTRAL = unsupported(CompletionRequest("", ""))
 
 
 def decode(body: bytes) -> CompletionRequest:
     """Decode a body, without its model."""
-    asked: CompletionRequest = decoded(_decode, body)
+    asked = decoded(body, CompletionRequest)
     refuse_unsupported(asked, NEUTRAL)
     return asked
 

@@ -25,17 +25,14 @@ class PredictRequest(msgspec.Struct, frozen=True):
     raw_scores: bool = False
 
 
-_decode = msgspec.json.Decoder(PredictRequest).decode
-
-
 def parse(body: bytes) -> Query:
     """Parse a request."""
-    asked = decoded(_decode, body)
+    asked = decoded(body, PredictRequest)
     kinds = {str} if isinstance(asked.inputs, str) else set(map(type, asked.inputs))
     if len(kinds) > 1:  # is a lone text beside a pair half a pair, or a row?
         raise Refused(422, "a batch is a list of lists, each of one text or two")
     single = kinds <= {str}
-    batch = [asked.inputs] if single else asked.inputs
+    batch: Any = [asked.inputs] if single else asked.inputs
     return Query(
         [_row(one) for one in batch],
         function="none" if asked.raw_scores else None,

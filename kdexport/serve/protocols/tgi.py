@@ -156,14 +156,13 @@ def refuse_unsupported(asked: msgspec.Struct, neutral: dict[str, Any]) -> None:
         raise Refused(422, f"{name} is not supported; it may be absent{may}")
 
 
-_decode = msgspec.json.Decoder(WriteRequest).decode
 _DEFAULT = WriteParameters()
 NEUTRAL = unsupported(_DEFAULT)
 
 
 def parse(body: bytes, generator: Generator, max_chars: int) -> Query:
     """Parse a request."""
-    asked = decoded(_decode, body)
+    asked = decoded(body, WriteRequest)
     how = asked.parameters or _DEFAULT
     refuse_unsupported(how, NEUTRAL)
     given = {
