@@ -85,7 +85,7 @@ class Batcher:
         max_queue: float,  # longest expected wait in seconds; more work is refused with 429
         rate: float,  # first guess of the tokens/s of all threads
         on_batch: Callable[[int, int, float], None] = lambda *_: None,  # rows, tokens and seconds of every batch
-        on_death: Callable[[BaseException], None] = lambda _: None,  # an internal error ended a thread, so all
+        on_death: Callable[[BaseException], None] = lambda _: None,  # a thread died, and nothing runs any more
         lanes: bool = True,  # whether large requests have their own queues
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -117,8 +117,6 @@ class Batcher:
             ClientGone: the client disconnected while its rows waited.
         """
         ticket = self._submit(model, rows, costs, gone)
-        if not rows:
-            return ticket
         late = Refused(504, "the answer took longer than the request's deadline")
         timer = self._loop.call_later(timeout, ticket.fail, late)
         try:
@@ -144,7 +142,7 @@ class Batcher:
             # An empty lane accepts a request of any size.
             if lane.tokens and (lane.tokens + tokens) / rate > self._max_queue:
                 raise Refused(429, FULL, [(b"retry-after", b"%d" % self._retry_after(lane))])
-            if rows and not large:
+            if not large:
                 self._usual += _NEWEST * (tokens / len(rows) - self._usual)
             for key, item in items:
                 lane.queues[key].append(item)

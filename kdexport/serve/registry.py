@@ -2,6 +2,7 @@
 
 import re
 import time
+import timeit
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from kdexport.serve.generating import Generator
 from kdexport.serve.http import RETRY, Refused
 from kdexport.tasks import load_task
 from kdexport.tasks.base import reads_files, reads_texts
+from kdexport.tasks.config import Arrays
 from kdexport.tasks.metrics import Array
 
 # A name in a URL; names are looked up in a dict, never joined to a path.
@@ -61,7 +63,7 @@ class Version:
         if self.generator:
             return
         self._lengths = self.task.lengths() or [1]
-        self._most, self.rate = self._warm_up(max_batch, max_batch_tokens)
+        self._warm_up(max_batch, max_batch_tokens)
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
         """Return a `Result` for each row, an input or arrays that the client encoded."""
@@ -108,12 +110,10 @@ class Version:
         """Return the largest useful batch, by the warm-up."""
         return self._most.get(bucket, 1)
 
-    def _warm_up(self, max_batch: int, max_batch_tokens: int) -> tuple[dict[int, int], float]:
-        """Run every length, and double batches while they get faster per row.
-
-        Return length → rows of a batch, and the tokens/s of the most common length.
-        """
-        most, rate = {}, 1.0
+    def _warm_up(self, max_batch: int, max_batch_tokens: int) -> None:
+        """Run every length, and double batches while they get faster per row."""
+        self._most: dict[int, int] = {}  # length → rows of a batch
+        self.rate = 1.0  # tokens/s at the most common length
         for length in self._lengths:
             one = self.task.sized(self.task.examples(), length)
             rows, per_row = 1, self._seconds(one)
@@ -124,19 +124,13 @@ class Version:
                 if seconds / (2 * rows) > _WORTH_IT * per_row and seconds > _SHORT_S:
                     break
                 rows, per_row = 2 * rows, min(per_row, seconds / (2 * rows))
-            most[length] = rows
+            self._most[length] = rows
             if length <= 32:
-                rate, self._row_seconds = length / per_row, per_row
-        return most, rate
+                self.rate, self._row_seconds = length / per_row, per_row
 
-    def _seconds(self, arrays: Any) -> float:
+    def _seconds(self, arrays: Arrays) -> float:
         """Return the better of two runs; the first of a shape also allocates."""
-        times = []
-        for _ in range(2):
-            started = time.perf_counter()
-            self._predictor.run(arrays)
-            times.append(time.perf_counter() - started)
-        return min(times)
+        return min(timeit.repeat(lambda: self._predictor.run(arrays), number=1, repeat=2))
 
 
 class Models:

@@ -102,10 +102,8 @@ def _parse_file(reads: str, body: bytes) -> Query:
 
 
 def _query(rows: list[dict[str, Any]], parameters: Parameters | None, single: bool = False) -> Query:
-    if parameters is None:
-        return Query(rows, single=single)
-    top = parameters.top_k
-    return Query(rows, parameters.function_to_apply, None if top is None else int(top), single)
+    given = parameters or Parameters()
+    return Query(rows, given.function_to_apply, int(given.top_k) if given.top_k else None, single)
 
 
 class TagParameters(msgspec.Struct, frozen=True):
@@ -151,9 +149,9 @@ AnyQuery = Query | TagQuery
 def _parse_tags(body: bytes) -> TagQuery:
     asked = decoded(body, TagRequest)
     _no_writing(asked.stream)
-    single = isinstance(asked.inputs, str)
     texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-    return TagQuery([{"text": text} for text in texts], texts, asked.parameters or TagParameters(), single)
+    rows = [{"text": text} for text in texts]
+    return TagQuery(rows, texts, asked.parameters or TagParameters(), single=isinstance(asked.inputs, str))
 
 
 def _names(answer: Any, text: str, how: TagParameters) -> list[dict[str, Any]]:

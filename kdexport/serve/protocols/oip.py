@@ -33,6 +33,7 @@ _FLAT = ("label", "score", "text")
 _JSON_NUMBER, _RAW_NUMBER = 20, 4  # bytes
 # Parameters of the protocol and Triton; a language model's others are fields of `Sampling`.
 _OF_PROTOCOL = {"binary_data_output", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end"}
+Rows = tuple[list[Any], list[int]]  # with the estimated tokens of each
 
 
 class RequestedOutput(msgspec.Struct, frozen=True):
@@ -219,12 +220,7 @@ def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[Reque
     return outputs or [RequestedOutput(name) for name in there]
 
 
-# Each of the following returns the rows of named tensors, with the estimated tokens of each.
-
-
-def _jobs(
-    generator: Generator, tensors: dict[str, Any], parameters: dict[str, Any], settings: Settings
-) -> tuple[list[Any], list[int]]:
+def _jobs(generator: Generator, tensors: dict[str, Any], parameters: dict[str, Any], settings: Settings) -> Rows:
     texts = tensors.get("text")
     if set(tensors) != {"text"} or not isinstance(texts, list):
         raise Refused(400, "the input is `text`, of datatype BYTES")
@@ -238,9 +234,7 @@ def _jobs(
     return jobs, [one.how.max_new_tokens for one in jobs]
 
 
-def _encoded_files(
-    wanted: dict[str, list[int]], tensors: dict[str, Any], max_rows: int
-) -> tuple[list[dict[str, Any]], list[int]]:
+def _encoded_files(wanted: dict[str, list[int]], tensors: dict[str, Any], max_rows: int) -> Rows:
     if set(tensors) != set(wanted):
         raise Refused(400, f"the input is {', '.join(wanted)}; files go to POST /")
     for name, (_, *shape) in wanted.items():
@@ -253,7 +247,7 @@ def _encoded_files(
     return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [1] * rows
 
 
-def _encoded_texts(task: Any, tensors: dict[str, Any], max_rows: int) -> tuple[list[dict[str, Any]], list[int]]:
+def _encoded_texts(task: Any, tensors: dict[str, Any], max_rows: int) -> Rows:
     wanted, longest = task.config.inputs, task.config.max_length
     if set(tensors) != set(wanted):
         raise Refused(400, f"the inputs are `text` (and `text_pair`), or all of {', '.join(wanted)}")
@@ -272,7 +266,7 @@ def _encoded_texts(task: Any, tensors: dict[str, Any], max_rows: int) -> tuple[l
     return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [length] * rows
 
 
-def _texts(version: Version, tensors: dict[str, Any], settings: Settings) -> tuple[list[dict[str, Any]], list[int]]:
+def _texts(version: Version, tensors: dict[str, Any], settings: Settings) -> Rows:
     for name, texts in tensors.items():
         if name not in TEXTS or not isinstance(texts, list):
             raise Refused(400, "beside `text` there may be `text_pair`, both of datatype BYTES")
@@ -283,9 +277,7 @@ def _texts(version: Version, tensors: dict[str, Any], settings: Settings) -> tup
     return check_rows(version, rows, settings, 400)
 
 
-def check_rows(
-    version: Version, rows: list[dict[str, Any]], settings: Settings, status: int
-) -> tuple[list[dict[str, Any]], list[int]]:
+def check_rows(version: Version, rows: list[dict[str, Any]], settings: Settings, status: int) -> Rows:
     """Check the limits of rows of plain texts or files; `status` is for their number."""
     if not 1 <= len(rows) <= settings.max_rows:
         raise Refused(status, f"a request may have 1 to {settings.max_rows} texts; it has {len(rows)}")
