@@ -94,19 +94,15 @@ _SHIPPED = (
 
 
 def pack(
-    student: Path,
-    models: dict[str, tuple[Path, str]],
-    recommended: str,
-    made: dict[str, Any],
+    student: Path,  # a Hugging Face folder with `task.json`
+    models: dict[str, tuple[Path, str]],  # precision → (ONNX file, graph)
+    recommended: str,  # the default precision
+    made: dict[str, Any],  # copied into the manifest
     out: Path,
     golden: Golden | None = None,
-    columns: dict[str, str] | None = None,
+    columns: dict[str, str] | None = None,  # our columns → the training file's
 ) -> None:
-    """Write an artifact into the existing folder `out`.
-
-    `student` is a Hugging Face folder with `task.json`; `models` are precision → (ONNX file, graph), `recommended` is
-    the default precision, `made` is copied into the manifest, `columns` are our columns → the training file's.
-    """
+    """Write an artifact into the existing folder `out`."""
     from kdexport import __version__
 
     (out / "onnx").mkdir(exist_ok=True)
@@ -117,10 +113,10 @@ def pack(
     _name_known_architecture(out / "config.json", task.task)
     variants = {}
     for precision, (file, graph) in models.items():
-        shutil.copyfile(file, out / SHIPPED_AS[precision])
-        name, sha256, size = SHIPPED_AS[precision], hash_file(file), file.stat().st_size
+        name = SHIPPED_AS[precision]
+        shutil.copyfile(file, out / name)
         variants[precision] = ManifestVariant(
-            precision=precision, file=name, graph=graph, sha256=sha256, size_bytes=size
+            precision=precision, file=name, graph=graph, sha256=hash_file(file), size_bytes=file.stat().st_size
         )
     answers = msgspec.json.encode(golden) if golden else b""
     if 0 < len(answers) <= _MOST_OTHER:  # larger ones could not be read back

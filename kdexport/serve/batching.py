@@ -117,6 +117,8 @@ class Batcher:
             ClientGone: the client disconnected while its rows waited.
         """
         ticket = self._submit(model, rows, costs, gone)
+        if not rows:
+            return ticket
         late = Refused(504, "the answer took longer than the request's deadline")
         timer = self._loop.call_later(timeout, ticket.fail, late)
         try:
@@ -142,7 +144,7 @@ class Batcher:
             # An empty lane accepts a request of any size.
             if lane.tokens and (lane.tokens + tokens) / rate > self._max_queue:
                 raise Refused(429, FULL, [(b"retry-after", b"%d" % self._retry_after(lane))])
-            if not large:
+            if rows and not large:
                 self._usual += _NEWEST * (tokens / len(rows) - self._usual)
             for key, item in items:
                 lane.queues[key].append(item)
