@@ -2,7 +2,6 @@
 
 import re
 import time
-import timeit
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,7 +129,12 @@ class Version:
 
     def _seconds(self, arrays: Arrays) -> float:
         """Return the better of two runs; the first of a shape also allocates."""
-        return min(timeit.repeat(lambda: self._predictor.run(arrays), number=1, repeat=2))
+        times = []
+        for _ in range(2):  # not by timeit: it turns the collector off, for good if the graph hangs
+            started = time.perf_counter()
+            self._predictor.run(arrays)
+            times.append(time.perf_counter() - started)
+        return min(times)
 
 
 class Models:
