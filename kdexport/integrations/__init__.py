@@ -1,7 +1,5 @@
 """Artifacts for Triton, Kubernetes, KServe and Ray Serve. No torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 The files were checked against the types of Kubernetes' API; no cluster and no KServe ran them.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path
@@ -27,9 +25,6 @@ def write(folder: Path, variant: str | None, name: str, image: str | None, out: 
     """Write an artifact, a Dockerfile, and manifests for Kubernetes and KServe into a new folder.
 
     `variant` defaults to the recommended one, `image` to `name:version`.
-
-    Raises:
-        SpecError: the image's name is invalid.
     """
     _copy(folder, out / name)
     size = artifact.model_file(folder, variant).stat().st_size

@@ -10,8 +10,6 @@ serves on Ray's HTTP port. In a Serve config file it is `import_path: kdexport.i
 its own access log, metrics and gRPC.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -32,12 +30,9 @@ _LOG = "errors"  # Ray logs all requests, but not our internal errors
 
 
 def deployment(artifacts: Sequence[str], settings: Settings | None = None, **ray_options: Any) -> Any:
-    """Return an application for `ray.serve.run`.
+    """Return an application for `ray.serve.run` of artifacts, `[NAME=]FOLDER[:VARIANT]` with the default first.
 
-    Args:
-        artifacts: `[NAME=]FOLDER[:VARIANT]`; the first is the default.
-        settings: limits and keys; `threads` default to the replica's CPUs.
-        ray_options: of `ray.serve.deployment`: `num_replicas`, `ray_actor_options`, `autoscaling_config`, …
+    `settings` default their `threads` to the replica's CPUs; `ray_options` are those of `ray.serve.deployment`.
     """
     named_sources(artifacts)  # fail here, not in a replica's log
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # for a Ray that this process starts
@@ -65,23 +60,13 @@ def application(args: dict[str, Any]) -> Any:
     return deployment(**args | {"settings": settings})
 
 
-class _Replica:
-    """Health checks of a replica."""
-
-    app: _Replicated  # from Ray's ingress
-
-    def check_health(self) -> None:
-        # Ray replaces a replica that raises here.
-        self.app.check()
-
-
 class _Replicated:
     """A replica's ASGI application; it loads its models at once, so that Ray reports errors."""
 
     def __init__(self, artifacts: Sequence[str], settings: Settings) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         models = Models(named_sources(artifacts), settings.max_batch, settings.max_batch_tokens)
-        self._versions = [models.load(name) for name in models.names()]
+        self._versions = [models.load(name) for name in models.names]
         self._app = App(models, settings)
 
     def check(self) -> None:
@@ -112,3 +97,13 @@ class _Replicated:
     def _die(self, error: BaseException) -> None:
         warn(f"a batching thread died, Ray will replace the replica: {error!r}")
         self._app.loaded = False
+
+
+class _Replica:
+    """Health checks of a replica."""
+
+    app: _Replicated  # from Ray's ingress
+
+    def check_health(self) -> None:
+        # Ray replaces a replica that raises here.
+        self.app.check()

@@ -5,8 +5,6 @@ model answers as kdexport does, in batches under load. As that build has no ONNX
 ONNX file.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -43,9 +41,7 @@ def write(folder: Path, variant: str | None, name: str, out: Path) -> None:
     write_text(texts / "config.pbtxt", text_config)
 
 
-def _config(
-    name: str, inputs: list[Tensor], outputs: list[Tensor], warm_up: dict[str, tuple[str, int]] | None = None
-) -> str:
+def _config(name: str, inputs: list[Tensor], outputs: list[Tensor], warm_up: dict[str, tuple[str, int]]) -> str:
     filters: dict[str, Callable[..., str]] = {"quoted": _quoted, "dims": _dims}
     return render("tensors.pbtxt.j2", filters, name=name, inputs=inputs, outputs=outputs, types=_TYPES, warm_up=warm_up)
 

@@ -15,8 +15,6 @@ the checksums too. So artifacts are untrusted: none may make a program read anot
 anything but an `ArtifactError`.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterator
@@ -96,19 +94,15 @@ _SHIPPED = (
 
 
 def pack(
-    student: Path,
-    models: dict[str, tuple[Path, str]],
-    recommended: str,
-    made: dict[str, Any],
+    student: Path,  # a Hugging Face folder with `task.json`
+    models: dict[str, tuple[Path, str]],  # precision → (ONNX file, graph)
+    recommended: str,  # the default precision
+    made: dict[str, Any],  # copied into the manifest
     out: Path,
     golden: Golden | None = None,
-    columns: dict[str, str] | None = None,
+    columns: dict[str, str] | None = None,  # our columns → the training file's
 ) -> None:
-    """Write an artifact into the existing folder `out`.
-
-    `student` is a Hugging Face folder with `task.json`; `models` are precision → (ONNX file, graph), `recommended` is
-    the default precision, `made` is copied into the manifest, `columns` are our columns → the training file's.
-    """
+    """Write an artifact into the existing folder `out`."""
     from kdexport import __version__
 
     (out / "onnx").mkdir(exist_ok=True)
@@ -119,10 +113,10 @@ def pack(
     _name_known_architecture(out / "config.json", task.task)
     variants = {}
     for precision, (file, graph) in models.items():
-        shutil.copyfile(file, out / SHIPPED_AS[precision])
-        name, sha256, size = SHIPPED_AS[precision], hash_file(file), file.stat().st_size
+        name = SHIPPED_AS[precision]
+        shutil.copyfile(file, out / name)
         variants[precision] = ManifestVariant(
-            precision=precision, file=name, graph=graph, sha256=sha256, size_bytes=size
+            precision=precision, file=name, graph=graph, sha256=hash_file(file), size_bytes=file.stat().st_size
         )
     answers = msgspec.json.encode(golden) if golden else b""
     if 0 < len(answers) <= _MOST_OTHER:  # larger ones could not be read back
@@ -161,11 +155,7 @@ def _name_known_architecture(file: Path, task: str) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of an artifact folder, or of the run that holds one.
-
-    Raises:
-        ArtifactError: it is missing, has another schema, was changed, or has a value out of bounds.
-    """
+    """Read the manifest of an artifact folder, or of the run that holds one, after checking its checksum."""
     folder = resolve(folder)
     try:
         raw = msgspec.json.decode(read_regular(folder / MANIFEST, MOST_JSON))
@@ -186,11 +176,7 @@ def read_columns(folder: Path) -> dict[str, str]:
 
 
 def read_golden(folder: Path) -> Golden | None:
-    """Read the golden logits of an artifact folder; None for older ones.
-
-    Raises:
-        ArtifactError: they are unreadable.
-    """
+    """Read the golden logits of an artifact folder; None for older ones."""
     try:
         return msgspec.json.decode(read_regular(folder / GOLDEN, _MOST_OTHER), type=Golden)
     except FileNotFoundError:
@@ -228,10 +214,6 @@ def model_file(folder: Path, variant: str | None = None) -> Path:
     """Return the file of a variant (default: the recommended one), after checking all checksums.
 
     All files must lie inside the folder: an artifact is untrusted, and the server publishes its card.
-
-    Raises:
-        ArtifactError: a file is missing, changed or outside the folder, the model has external weights, or there is no
-            such variant.
     """
     manifest = read_manifest(folder)
     name = variant or manifest.recommended

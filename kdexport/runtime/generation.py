@@ -1,7 +1,5 @@
 """Text generation: the prompt in one pass, then a token at a time through the key-value cache. No torch."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
@@ -90,8 +88,9 @@ def stream(model: Steps, prompt: str, how: Sampling) -> Iterator[Piece]:
             written.append(chosen)
             finish = "length" if len(written) == room else None
         text = task.text_of(written)
-        if (stop := _first_stop(text, how.stop)) is not None:
-            text, finish = text[:stop], "stop"
+        stops = [at for stop in how.stop if (at := text.find(stop)) >= 0]
+        if stops:
+            text, finish = text[: min(stops)], "stop"
         ready = len(text) if finish else max(sent, _sure(text, how.stop))
         yield Piece(text[sent:ready], chosen, log_p, finish)
         sent = ready
@@ -138,10 +137,6 @@ def timed(
         logits, past = read(written[-1:], past)
         written.append(int(logits.argmax()))
     return written, first
-
-
-def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
 def _sure(text: str, stops: Sequence[str]) -> int:

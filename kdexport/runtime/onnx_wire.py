@@ -6,8 +6,6 @@ size of the weights. It is as lenient as protobuf's C++ parser (overlong numbers
 several parts), except that groups, which no ONNX writer makes, are refused.
 """
 
-from __future__ import annotations
-
 import mmap
 from pathlib import Path
 
@@ -32,11 +30,7 @@ _MOST_FIELDS = 5_000_000
 
 
 def has_external_data(model: Path) -> bool:
-    """Return whether any tensor of an ONNX file refers to another file.
-
-    Raises:
-        ValueError: it is no protobuf message, or has more fields than any ONNX model.
-    """
+    """Return whether any tensor of an ONNX file refers to another file; raise ValueError if it is no ONNX file."""
     if not model.stat().st_size:  # an empty file can't be mapped
         return False
     with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

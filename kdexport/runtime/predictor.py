@@ -3,8 +3,6 @@
 Verification, benchmarks, `kdexport predict` and serving all run models through here: the measured code is what ships.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -126,15 +124,11 @@ class Predictor:
         """Predict for texts, pairs of texts, images or recordings, in their order.
 
         `texts` are strings, tuples of two for pairs, or lists of words for tokens; for media, paths or bytes. A single
-        string, path or bytes is a list of one.
+        string, path or bytes is a list of one; an empty text is valid.
 
-        Returns:
-            One record per input: `Prediction` (`label`, its probability `score`, all `scores` by label); for tokens
-            `TaggedText` (`words`, `tags`, `scores`, `entities`); for language models `LanguageModelScores`, the
-            text's likelihood (`kdexport.write` continues a text).
-
-        Raises:
-            DataError: an input is no text, image or sound, or a bare tuple of texts; an empty text is valid.
+        Each input's record is a `Prediction` (`label`, its probability `score`, all `scores` by label); for tokens a
+        `TaggedText` (`words`, `tags`, `scores`, `entities`); for language models `LanguageModelScores`, the text's
+        likelihood (`kdexport.write` continues a text).
         """
         if isinstance(texts, tuple) and texts and all(isinstance(text, str) for text in texts):
             raise DataError("a tuple of texts may be one pair or several texts", 'Write [("a", "b")] or ["a", "b"]')

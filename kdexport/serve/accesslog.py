@@ -3,20 +3,15 @@
 Logging does not block: while the output is full, lines are dropped, counted, and reported in one line afterwards.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from kdexport.progress import Outlet
-from kdexport.serve.http import Request
+from kdexport.serve.http import Request, encode
 
 _EVERY_S = 0.1
-_encode = msgspec.json.Encoder().encode
 # DEL, and U+0080 to U+009F as UTF-8: JSON lets them stand as they are, and terminals obey them.
 _CONTROLS = re.compile(rb"\x7f|\xc2[\x80-\x9f]")
 
@@ -59,7 +54,7 @@ class AccessLog:
     def _append(self, line: dict[str, object]) -> None:
         if not self._lines:
             asyncio.get_running_loop().call_later(_EVERY_S, self.flush)
-        self._lines.append(_encode(line))
+        self._lines.append(encode(line))
 
     def flush(self) -> None:
         """Hand the pending lines to the writing thread."""
@@ -77,7 +72,7 @@ class AccessLog:
 
 
 def _dropped_line(lines: int) -> bytes:
-    return _encode({"time": round(time.time(), 3), "dropped": lines}) + b"\n"
+    return encode({"time": round(time.time(), 3), "dropped": lines}) + b"\n"
 
 
 def _escaped(control: re.Match[bytes]) -> bytes:

@@ -3,8 +3,6 @@
 Loading and unloading need a key; without keys they are allowed on loopback alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable
 
 from kdexport.errors import KdexportError
@@ -12,7 +10,7 @@ from kdexport.progress import warn
 from kdexport.serve.app import App
 from kdexport.serve.connection import respond
 from kdexport.serve.hosts import Hosts
-from kdexport.serve.http import Keys, Receive, Refused, Request, Response, Scope, Send, answer, refusal
+from kdexport.serve.http import Receive, Refused, Request, Response, Scope, Send, answer, refusal
 from kdexport.serve.registry import Version
 
 _METRICS = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
@@ -23,7 +21,6 @@ class Admin:
 
     def __init__(self, app: App, reload: Callable[[str], Awaitable[Version]]) -> None:
         self._app, self._reload = app, reload
-        self._keys = Keys(app.settings.api_keys)
         self.hosts: Hosts | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,14 +45,14 @@ class Admin:
             case "GET", ["metrics"]:
                 return Response(self._app.metrics.text(), headers=[_METRICS])
             case "GET", ["v2", "health", "live"]:
-                return await self._app.live()
+                return await self._app.live(request)
             case "GET", ["v2", "health", "ready"]:
-                return await self._app.health()
+                return await self._app.health(request)
             case "POST", ["v2", "repository", "index"]:
                 return answer(self._index())
             case "POST", ["v2", "repository", "models", name, ("load" | "unload") as what]:
-                if self._keys:
-                    self._keys.check(request)
+                if self._app.keys:
+                    self._app.keys.check(request)
                 elif not (self.hosts and self.hosts.loopback):
                     raise Refused(403, "models are loaded and unloaded with an API key, or on loopback")
                 return await self._change(name, what)
@@ -66,11 +63,11 @@ class Admin:
         gone = {"version": "", "state": "UNAVAILABLE", "reason": "unloaded"}
         return [
             {"name": name} | ({"version": ready[name], "state": "READY", "reason": ""} if name in ready else gone)
-            for name in self._app.models.names()
+            for name in self._app.models.names
         ]
 
     async def _change(self, name: str, what: str) -> Response:
-        if name not in self._app.models.names():
+        if name not in self._app.models.names:
             raise Refused(404, "there is no such model here; a new one needs a new start")
         if what == "unload":
             self._app.models.unload(name)

@@ -4,15 +4,12 @@ A request passes key → body within its limits → the protocol's `parse` → r
 Protocols are independent of each other and of batching.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 import time
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, nullcontext
-from types import ModuleType
 from typing import Any
 
 from kdexport import __version__
@@ -33,7 +30,9 @@ from kdexport.serve.settings import Settings
 from kdexport.serve.tracing import Tracer
 from kdexport.tasks.base import reads_texts
 
-Handler = Callable[[Request, str | None, str | None], Awaitable[Response | Stream]]
+Handler = Callable[[Request], Awaitable[Response | Stream]]
+Parser = Callable[[bytes], huggingface.AnyQuery]
+Prompt = tgi.Query | openai.Query
 _OF_MODEL = re.compile(r"(/v2)?/models/([^/]*)(?:/versions/([^/]*))?(/.*)?")
 # Paths that need no key; `POST /` does.
 OPEN = {"/", "/v2", "/v2/", "/v2/health/live", "/v2/health/ready", "/health", "/ping", "/openapi.json"}
@@ -44,7 +43,7 @@ class App:
 
     def __init__(self, models: Models, settings: Settings) -> None:
         self.models, self.settings = models, settings
-        self.metrics = Metrics()
+        self.metrics = Metrics(self)
         self.log = AccessLog(settings.access_log, on_dropped=self.metrics.log_dropped.inc)
         self.hosts: Hosts | None = None  # of our own port; None in another server
         self.tracer = Tracer(settings.tracing)
@@ -53,7 +52,7 @@ class App:
         self.prompts: Batcher | None = None
         self.loaded = self.draining = self.closing = False
         self.running = 0
-        self._keys = http.Keys(settings.api_keys)
+        self.keys = http.Keys(settings.api_keys)
         tensors: dict[str, dict[str, Handler]] = {
             "": {"GET": self._metadata}, "/ready": {"GET": self._model_ready}, "/infer": {"POST": self._infer_tensors}
         }  # fmt: skip
@@ -75,18 +74,11 @@ class App:
             **{f"/v2/models/{{name}}{rest}": route for rest, route in tensors.items()},
             **{f"/v2/models/{{name}}/versions/{{version}}{rest}": route for rest, route in tensors.items()},
         }
-        watch = self.metrics.watch
-        watch("kdexport_ready", "1 when ready", lambda: self.ready)
-        watch("kdexport_waiting_rows", "Rows that wait", lambda: getattr(self.batcher, "waiting_rows", 0))
-        watch("kdexport_waiting_tokens", "Tokens that wait", lambda: getattr(self.batcher, "waiting_tokens", 0))
-        watch("kdexport_tokens_per_second", "What the threads do", lambda: getattr(self.batcher, "rate", 0))
-        watch("kdexport_waiting_prompts", "Prompts that wait", lambda: getattr(self.prompts, "waiting_rows", 0))
-        self.metrics.watch_models(lambda: [(name, v.version, v.variant) for name, v in models.in_service().items()])
 
     @property
     def ready(self) -> bool:
         """Whether the server accepts requests."""
-        return self.loaded and not self.draining and self.models.ready
+        return self.loaded and not self.draining and bool(self.models.in_service())
 
     def full(self) -> int:
         """Return Retry-After in seconds while there is too much work, else 0."""
@@ -121,8 +113,7 @@ class App:
             response = refusal(http.FAILURE)
         finally:
             self.running -= 1
-            if request.large:
-                request.end()
+            request.end()
         seconds = time.monotonic() - began
         self.metrics.request(request, response.status, seconds)
         self.log.request(request, response.status, seconds, fault)
@@ -148,12 +139,13 @@ class App:
         request.read_head()
         if self.hosts:
             self.hosts.check(request)
-        path, prefix, name, version = request.path, None, None, None
+        path, prefix = request.path, None
         if (path not in self.routes or "{" in path) and (match := _OF_MODEL.fullmatch(path)):
-            prefix, name, version, rest = match.groups()
+            prefix, request.wanted_model, version, rest = match.groups()
+            request.wanted_version = version
             path = f"{prefix or ''}/models/{{name}}{'' if version is None else '/versions/{version}'}{rest or ''}"
-        if self._keys and (path not in OPEN or (path == "/" and request.method == "POST")):
-            self._keys.check(request)
+        if self.keys and (path not in OPEN or (path == "/" and request.method == "POST")):
+            self.keys.check(request)
         if prefix:
             request.protocol = "oip"
         if path not in self.routes:
@@ -163,40 +155,38 @@ class App:
         if handler is None:
             allowed = ", ".join(["HEAD", *methods] if "GET" in methods else methods)
             raise Refused(405, f"{request.method} is not for this path", [(b"allow", allowed.encode())])
-        return await handler(request, name, version)
+        return await handler(request)
 
     # --- predictions
 
-    async def _infer(self, request: Request, name: str | None, _: str | None) -> Response | Stream:
+    async def _infer(self, request: Request) -> Response | Stream:
         request.protocol = "huggingface"
-        body = await self._body(request, name)
-        return await self._by_task(request, self.version(request, name), body)
+        body = await self._body(request)
+        return await self._by_task(request, self.version(request), body)
 
     async def _by_task(self, request: Request, version: Version, body: bytes) -> Response | Stream:
         if not version.generator:
-            return await self._classify(request, version, body, huggingface.protocol_of(version.task))
+            return await self._classify(request, version, body, huggingface.parser(version.task))
         query = await off_loop(len(body), tgi.parse, body, version.generator, self.settings.max_chars)
-        return await self._generate(request, version, query, tgi)
+        return await self._generate(request, version, query)
 
-    async def _classify(
-        self, request: Request, version: Version, body: bytes, protocol: huggingface.TaskProtocol
-    ) -> Response:
+    async def _classify(self, request: Request, version: Version, body: bytes, parse: Parser) -> Response:
         if len(body) <= SMALL:  # most requests: without a coroutine
-            query, rows, costs = self._parsed(version, protocol.parse, body)
+            query, costs = self._parsed(version, parse, body)
         else:
-            query, rows, costs = await off_loop(len(body), self._parsed, version, protocol.parse, body)
-        size = protocol.entries(version, query) * version.entry_bytes
+            query, costs = await off_loop(len(body), self._parsed, version, parse, body)
+        size = query.entries(version) * version.entry_bytes
         if size > SMALL:
-            check_answer(size, protocol.less)
+            check_answer(size, query.advice)
         task: Any = version.task
-        if getattr(query, "uncut", False) and await asyncio.to_thread(lambda: any(map(task.is_cut, rows))):
+        if query.uncut and await asyncio.to_thread(lambda: any(map(task.is_cut, query.rows))):
             raise Refused(422, f"a text has more than {task.config.max_length} tokens, and truncate is false")
-        results = await self.run(request, version, rows, costs)
+        results = await self.run(request, version, query.rows, costs)
         if size <= SMALL:
-            return Response(protocol.render(version, query, results))
-        return Response(await off_loop(size, protocol.render, version, query, results))
+            return Response(query.render(version, results))
+        return Response(await off_loop(size, query.render, version, results))
 
-    async def _predict(self, request: Request, *_: str | None) -> Response | Stream:
+    async def _predict(self, request: Request) -> Response | Stream:
         # Images, sound, and at SageMaker's path language models, are handled as at `POST /`.
         request.protocol = "tei"
         body = await self._body(request)
@@ -206,39 +196,37 @@ class App:
             return await self._by_task(request, version, body)
         if "tei" not in task.protocols:
             raise Refused(404, f"{version.name} is for {task.name}; POST / answers for it")
-        return await self._classify(request, version, body, tei.PROTOCOL)
+        return await self._classify(request, version, body, tei.parse)
 
-    async def _infer_tensors(self, request: Request, name: str | None, wanted: str | None) -> Response:
-        body = await self._body(request, name)
-        version = self.version(request, name, wanted)
-        settings = self.settings
-        query = await off_loop(len(body), oip.parse, request, body, version, settings.max_rows, settings.max_chars)
+    async def _infer_tensors(self, request: Request) -> Response:
+        body = await self._body(request)
+        version = self.version(request)
+        query = await off_loop(len(body), oip.parse, request, body, version, self.settings)
         size = oip.answer_size(version, query)
         results = await self.run(request, version, query.rows, query.costs, query.timeout)
         return await off_loop(size, oip.render, version, query, results)
 
-    async def _complete(self, request: Request, *_: str | None) -> Response | Stream:
+    async def _complete(self, request: Request) -> Response | Stream:
         request.protocol = "openai"
         body = await request.body(self.settings, self.settings.body_limit("text"))
         asked = await off_loop(len(body), openai.decode, body)
-        version = self.version(request, asked.model)
+        request.wanted_model = asked.model
+        version = self.version(request)
         if not version.generator:
             raise Refused(404, f"{version.name} is for {version.task.name}, and writes nothing")
         query = openai.parse(asked, version.generator, self.settings.max_chars)
-        return await self._generate(request, version, query, openai)
+        return await self._generate(request, version, query)
 
-    async def _generate(self, request: Request, version: Version, query: Any, api: ModuleType) -> Response | Stream:
+    async def _generate(self, request: Request, version: Version, query: Prompt) -> Response | Stream:
         """Generate a text, at once or as a stream; an error before the first token has its own status."""
         request.end()  # generation takes long, and little memory
         if query.stream:
-            events = self._events(request, version, query, api)
+            events = self._events(request, version, query)
             return Stream(await anext(events), events)
         await self.run(request, version, [query.job], [query.job.how.max_new_tokens])
-        return Response(api.render(version, query))
+        return Response(query.render(version))
 
-    async def _events(
-        self, request: Request, version: Version, query: Any, api: ModuleType
-    ) -> AsyncGenerator[bytes, None]:
+    async def _events(self, request: Request, version: Version, query: Prompt) -> AsyncGenerator[bytes, None]:
         job, index, loop = query.job, 0, asyncio.get_running_loop()
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         job.tell = lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
@@ -246,31 +234,27 @@ class App:
         running.add_done_callback(lambda _: pieces.put_nowait(None))
         try:
             while (piece := await pieces.get()) is not None:
-                yield api.render_piece(version, query, index, piece)
+                yield query.render_piece(version, index, piece)
                 index += 1
             await running
         finally:
             running.cancel()
 
-    def version(self, request: Request, name: str | None = None, wanted: str | None = None) -> Version:
-        """Return the version that a request names, and record it for the log.
-
-        Raises:
-            Refused: it does not exist (404), or is not in service (503).
-        """
+    def version(self, request: Request) -> Version:
+        """Return the version that a request names (default: the first model's), and record it for the log."""
         if not self.loaded:
             raise Refused(503, "the models are being loaded", RETRY)
-        version = self.models.find(name, wanted)
+        version = self.models.find(request.wanted_model, request.wanted_version)
         request.model = version.name
         return version
 
-    async def _body(self, request: Request, name: str | None = None) -> bytes:
-        return await request.body(self.settings, self.settings.body_limit(self.models.reads(name)))
+    async def _body(self, request: Request) -> bytes:
+        return await request.body(self.settings, self.settings.body_limit(self.models.reads(request.wanted_model)))
 
-    def _parsed(self, version: Version, parse: Callable[[bytes], Any], body: bytes) -> tuple[Any, list[Any], list[int]]:
+    def _parsed(self, version: Version, parse: Parser, body: bytes) -> tuple[huggingface.AnyQuery, list[int]]:
         query = parse(body)
-        rows, costs = oip.check_rows(version, query.rows, self.settings.max_rows, self.settings.max_chars, 422)
-        return query if rows is query.rows else query._replace(rows=rows), rows, costs
+        rows, costs = oip.check_rows(version, query.rows, self.settings, 422)
+        return query if rows is query.rows else query._replace(rows=rows), costs
 
     async def run(
         self,
@@ -299,40 +283,40 @@ class App:
 
     # --- about the server
 
-    async def live(self, *_: Any) -> Response:
+    async def live(self, _: Request) -> Response:
         """Return true: a dead thread ends the process."""
         return answer({"live": True})
 
-    async def health(self, *_: Any) -> Response:
+    async def health(self, _: Request) -> Response:
         """Whether the server is ready."""
         return self._health({"live": True})
 
-    async def _model_ready(self, _: Request, name: str | None, wanted: str | None) -> Response:
-        return self._health({"name": self.models.find(name, wanted).name})
+    async def _model_ready(self, request: Request) -> Response:
+        return self._health({"name": self.models.find(request.wanted_model, request.wanted_version).name})
 
     def _health(self, content: dict[str, Any]) -> Response:
         response = answer(content | {"ready": self.ready}, 200 if self.ready else 503)
         response.headers += [] if self.ready else RETRY
         return response
 
-    async def _metadata(self, request: Request, name: str | None, wanted: str | None) -> Response:
-        return answer(oip.metadata(self.version(request, name, wanted)))
+    async def _metadata(self, request: Request) -> Response:
+        return answer(oip.metadata(self.version(request)))
 
-    async def _server_metadata(self, *_: Any) -> Response:
+    async def _server_metadata(self, _: Request) -> Response:
         return answer({"name": "kdexport", "version": __version__, "extensions": oip.EXTENSIONS})
 
-    async def _info(self, request: Request, *_: str | None) -> Response:
+    async def _info(self, request: Request) -> Response:
         version = self.version(request)
         return answer(tgi.info(version, version.generator) if version.generator else tei.info(version, self.settings))
 
-    async def _language_models(self, *_: Any) -> Response:
+    async def _language_models(self, _: Request) -> Response:
         return answer(openai.models(self.models.in_service().values()))
 
-    async def _openapi(self, *_: Any) -> Response:
+    async def _openapi(self, _: Request) -> Response:
         versions = self.models.in_service().values()
         generators = tuple((v.name, v.generator.room) for v in versions if v.generator)
-        served = openapi.Served(tuple(self.models.names()), tuple(v.version for v in versions), generators)
+        served = openapi.Served(tuple(self.models.names), tuple(v.version for v in versions), generators)
         return answer(openapi.document(served, self.settings))
 
-    async def _page(self, *_: Any) -> Response:
-        return page.render(list(self.models.in_service().values()), with_card=not self._keys)
+    async def _page(self, _: Request) -> Response:
+        return page.render(list(self.models.in_service().values()), with_card=not self.keys)

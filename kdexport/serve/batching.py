@@ -8,8 +8,6 @@ Large requests have their own queues and bound. Small ones go first between thei
 many, delay a small one by a batch and never starve it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import threading
@@ -57,47 +55,38 @@ class Ticket:
 
 
 Item = tuple[Ticket, int, Any, int]  # ticket, index of the row, row, cost in tokens
+Key = tuple[Model, int]  # of a queue: model and padded length
 
 
 class _Lane:
     """Queues by model and length, bounded together."""
 
     def __init__(self) -> None:
-        self.queues: defaultdict[tuple[Model, int], deque[Item]] = defaultdict(deque)
+        self.queues: defaultdict[Key, deque[Item]] = defaultdict(deque)
         self.tokens = self.rows = 0
         self.served = 0.0  # when a batch was last taken
 
-    def since(self, key: tuple[Model, int]) -> float:
+    def since(self, key: Key) -> float:
         return self.queues[key][0][0].arrived
 
-    def oldest(self) -> tuple[Model, int]:
+    def oldest(self) -> Key:
         return min(self.queues, key=self.since)
 
 
 class Batcher:
-    """Threads over shared queues, one batch at a time each.
-
-    Args:
-        max_batch_tokens: padded tokens of a batch; a longer row runs alone.
-        max_wait: seconds that a batch waits for more rows.
-        max_queue: longest expected wait in seconds; more work is refused with 429.
-        rate: first guess of the tokens/s of all threads.
-        on_batch: called with (rows, tokens, seconds) of every batch, on the loop.
-        on_death: called on the loop when a thread dies of an internal error; nothing runs any more.
-        lanes: whether large requests have their own queues.
-    """
+    """Threads over shared queues, one batch at a time each; callbacks are called on the loop."""
 
     def __init__(
         self,
         *,
         threads: int,
-        max_batch_tokens: int,
-        max_wait: float,
-        max_queue: float,
-        rate: float,
-        on_batch: Callable[[int, int, float], None] = lambda *_: None,
-        on_death: Callable[[BaseException], None] = lambda _: None,
-        lanes: bool = True,
+        max_batch_tokens: int,  # padded; a longer row runs alone
+        max_wait: float,  # seconds that a batch waits for more rows
+        max_queue: float,  # longest expected wait in seconds; more work is refused with 429
+        rate: float,  # first guess of the tokens/s of all threads
+        on_batch: Callable[[int, int, float], None] = lambda *_: None,  # rows, tokens and seconds of every batch
+        on_death: Callable[[BaseException], None] = lambda _: None,  # a thread died, and nothing runs any more
+        lanes: bool = True,  # whether large requests have their own queues
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._threads, self._max_batch_tokens = threads, max_batch_tokens
@@ -121,12 +110,11 @@ class Batcher:
     async def run(
         self, model: Model, rows: Sequence[Any], costs: Sequence[int], timeout: float, gone: Callable[[], bool]
     ) -> Ticket:
-        """Run one request's rows, and return when all are done.
+        """Run one request's rows, and return when all are done; raise what `model.run` raised for one of them.
 
         Raises:
             Refused: the queue is full (429), the deadline passed (504), or the server is ending (503).
             ClientGone: the client disconnected while its rows waited.
-            Exception: raised by `model.run` for one of the rows.
         """
         ticket = self._submit(model, rows, costs, gone)
         if not rows:
@@ -217,9 +205,9 @@ class Batcher:
         while True:
             with self._lock:
                 lane = self._next()
-                wait = self._pause(lane)
-                if wait == 0:
-                    if batch := self._batch(lane):
+                key, wait = self._due(lane)
+                if key is not None:
+                    if batch := self._batch(lane, key):
                         return batch
                     continue
                 if self._closed and not lane.queues:
@@ -240,20 +228,20 @@ class Batcher:
         patient = time.monotonic() - max(large.since(large.oldest()), large.served) <= _PATIENCE_S
         return small if small.queues and patient else large
 
-    def _pause(self, lane: _Lane) -> float:
-        """Return the seconds until a batch is ready: 0 now, -1 until woken."""
+    def _due(self, lane: _Lane) -> tuple[Key | None, float]:
+        """Return the queue whose turn it is, or None and the seconds until there is one, -1: until woken."""
         if not lane.queues:
-            return -1
-        if not self._max_wait or self._closed or any(len(q) >= self._most(*key) for key, q in lane.queues.items()):
-            return 0
-        return max(0.0, lane.since(lane.oldest()) + self._max_wait - time.monotonic())
-
-    def _batch(self, lane: _Lane) -> tuple[Model, list[Item]] | None:
-        """Take the oldest row's batch out of its queue; None when all its requests are done."""
+            return None, -1
         key = lane.oldest()
-        if self._max_wait and not self._closed and lane.since(key) + self._max_wait > time.monotonic():
-            # The oldest may wait for more rows; full batches go.
-            key = min((k for k, queue in lane.queues.items() if len(queue) >= self._most(*k)), key=lane.since)
+        wait = lane.since(key) + self._max_wait - time.monotonic()
+        if wait <= 0 or self._closed:
+            return key, 0
+        # The oldest may wait for more rows; full batches go.
+        full = [key for key, queue in lane.queues.items() if len(queue) >= self._most(*key)]
+        return min(full, key=lane.since, default=None), wait
+
+    def _batch(self, lane: _Lane, key: Key) -> tuple[Model, list[Item]] | None:
+        """Take a batch out of a queue; None when all its requests are done."""
         model, queue, most = key[0], lane.queues[key], self._most(*key)
         batch: list[Item] = []
         while queue and len(batch) < most:

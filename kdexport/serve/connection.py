@@ -1,7 +1,5 @@
 """uvicorn's HTTP connection with bounds on headers, in size and time, and JSON errors."""
 
-from __future__ import annotations
-
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable
 from typing import Any
@@ -128,7 +126,14 @@ class Connection(HttpToolsProtocol):
             return
         self._head_complete()
         self.on_refused()
-        self._refuse_full(self.parser.should_keep_alive())
+        retry = b"retry-after: %d\r\n" % self._refusing
+        if not self.parser.should_keep_alive():
+            self._refuse(429, FULL, retry)
+        elif not self.transport.is_closing():
+            self.transport.write(_error(429, FULL, retry))
+            self._await_next()
+            self.answered(429)
+        self._refusing = 0
 
     def pause_writing(self) -> None:
         """Stop reading from a client that does not read; close after the keep-alive time."""
@@ -182,18 +187,6 @@ class Connection(HttpToolsProtocol):
         self.parser = httptools.HttpRequestParser(self)
         return b"".join((method, b" ", self.url, b" HTTP/", version, b"\r\n", *lines, b"\r\n", rest))
 
-    def _refuse_full(self, keep_alive: bool) -> None:
-        seconds, self._refusing = self._refusing, 0
-        if self.transport.is_closing():
-            return
-        retry = b"retry-after: %d\r\n" % seconds
-        self.transport.write(_error(429, FULL, retry if keep_alive else retry + _CLOSE))
-        if keep_alive:
-            self._await_next()
-            self.answered(429)
-        else:
-            self.transport.close()
-
     def _too_slow(self) -> None:
         self._timer = None
         if self._begun and not self._is_idle():  # the request before is under way
@@ -211,12 +204,12 @@ class Connection(HttpToolsProtocol):
         else:
             self._refuse(status, message)
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(self, status: int, message: str, headers: bytes = b"") -> None:
         """Respond with an error, unless the request was answered already; then close."""
         if self.transport.is_closing():
             return
         if self._begun or self._refusing or self.cycle is None or not self.cycle.response_started:
-            self.transport.write(_error(status, message, _CLOSE))
+            self.transport.write(_error(status, message, headers + _CLOSE))
         self.transport.close()
 
 

@@ -1,7 +1,5 @@
 """Text generation in the server: prompts are rows of their own `Batcher`, in batches of one."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +25,7 @@ class Job:
         self.first_s = 0.0
         self.over = False  # the request has ended
         self.gone: Callable[[], bool] = lambda: False
-        self.tell: Callable[[Piece], None] = lambda _: None
+        self.tell: Callable[[Piece], object] = lambda _: None
         self._made = time.monotonic()
 
     def add(self, piece: Piece) -> None:
@@ -103,11 +101,7 @@ def awaited(request: Request, jobs: Sequence[Job]) -> Iterator[None]:
 
 
 def job_of(generator: Generator, prompt: str, given: dict[str, Any], max_chars: int, status: int = 422) -> Job:
-    """Return a job of a prompt and the parameters of `Sampling` (None: default).
-
-    Raises:
-        Refused: the prompt is too long (413), or a parameter is invalid (`status`).
-    """
+    """Return a job of a prompt and parameters of `Sampling` (None: default); refuse invalid ones with `status`."""
     if len(prompt) > max_chars:
         raise Refused(413, f"a text may have {max_chars:,} characters")
     try:

@@ -4,12 +4,9 @@ An infer call is converted to HTTP's JSON and raw tensors for `oip.parse`. Metad
 Bearer KEY` or `x-api-key: KEY`, and `retry-after`. Log and metrics have HTTP's status codes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 import traceback
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,10 +15,9 @@ from urllib.parse import unquote
 from kdexport import __version__
 from kdexport.errors import MissingPackage
 from kdexport.serve.app import App
-from kdexport.serve.http import CLIENT_GONE, FAILURE, RETRY, SMALL, Keys, Refused, Request, encode
+from kdexport.serve.http import CLIENT_GONE, FAILURE, RETRY, SMALL, Refused, Request, encode
 from kdexport.serve.large import Limiter, off_loop
 from kdexport.serve.protocols import oip
-from kdexport.serve.registry import Version
 from kdexport.serve.tensors import raw_array, raw_texts
 
 try:
@@ -55,9 +51,6 @@ _CONTENTS = {
 }  # fmt: skip
 
 
-_Method = Callable[[Request, Any, Any], Awaitable[Any]]
-
-
 class Listener:
     """A listening server."""
 
@@ -84,9 +77,8 @@ async def listen(app: App, host: str, port: int) -> Listener:
         ],
         maximum_concurrent_rpcs=settings.max_connections,
     )
-    service = _Service(app)
     handlers = {
-        method.name: grpc.unary_unary_rpc_method_handler(service.handler(method.name, method.input_type.split(".")[-1]))
+        method.name: grpc.unary_unary_rpc_method_handler(partial(_call, app, method.name))
         for method in _FILE.service[0].method
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
@@ -96,77 +88,82 @@ async def listen(app: App, host: str, port: int) -> Listener:
     return Listener(server, f"{host}:{bound}")
 
 
-class _Service:
-    """The protocol's methods, on bytes, so that unreadable messages are answered, counted and logged too."""
+async def _call(app: App, name: str, data: bytes, context: Any) -> bytes:
+    """Answer a call, on bytes: unreadable messages have tracing, metrics, log and error statuses, too."""
+    began = time.monotonic()
+    request = _request(f"/{_SERVICE}/{name}", context, app.limiter)
+    fault, code = "", 200
+    app.running += 1
+    try:
+        with app.tracer.span(request):
+            if app.closing:
+                raise Refused(503, "the server is going down", RETRY)
+            if app.keys and name.startswith("Model"):
+                app.keys.check(request)
+            if len(data) > SMALL:
+                await request.take_slot(len(data), app.settings.timeout)
+            try:
+                message = _MESSAGES[f"{name}Request"].FromString(data)
+            except DecodeError:
+                raise Refused(400, "the message can't be read") from None
+            return bytes((await _answer(app, name, request, message, context)).SerializeToString())
+    except Refused as error:
+        refused, code = error, error.status
+    except asyncio.CancelledError:  # by the client, or by gRPC at the call's deadline
+        left = context.time_remaining()
+        code = CLIENT_GONE if left is None or left > 0 else 504
+        raise
+    except Exception as error:
+        fault, code = "".join(traceback.format_exception(error)), 500
+        refused = FAILURE
+    finally:
+        app.running -= 1
+        request.end()
+        seconds = time.monotonic() - began
+        app.metrics.request(request, code, seconds)
+        app.log.request(request, code, seconds, fault)
+    metadata = tuple((name.decode(), value.decode()) for name, value in refused.headers)
+    await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message, metadata)
+    raise AssertionError("abort raises")
 
-    def __init__(self, app: App) -> None:
-        self._app = app
-        self._keys = Keys(app.settings.api_keys)
 
-    def handler(self, name: str, takes: str) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        openly = {"ServerLive": self._live, "ServerReady": self._ready, "ServerMetadata": self._server_metadata}
-        keyed = {"ModelReady": self._model_ready, "ModelMetadata": self._model_metadata, "ModelInfer": self._infer}
-        return partial(self._call, name, _MESSAGES[takes].FromString, (openly | keyed)[name], name in keyed)
+async def _answer(app: App, name: str, request: Request, message: Any, context: Any) -> Any:
+    response = _MESSAGES[f"{name}Response"]
+    match name:
+        case "ServerLive":
+            return response(live=True)
+        case "ServerReady":
+            return response(ready=app.ready)
+        case "ServerMetadata":
+            return response(name="kdexport", version=__version__, extensions=["classification"])
+        case "ModelReady":
+            try:
+                app.models.find(message.name, message.version or None)
+            except Refused as refused:
+                if refused.status != 503:
+                    raise
+                return response(ready=False)  # known, but not in service
+            return response(ready=app.ready)
+        case "ModelMetadata":
+            request.wanted_model, request.wanted_version = message.name, message.version or None
+            return response(**oip.metadata(app.version(request)))
+    return await _infer(app, request, message, context)
 
-    async def _call(
-        self, name: str, read: Callable[[bytes], Any], answer: _Method, keyed: bool, data: bytes, context: Any
-    ) -> bytes:
-        """Answer a call with tracing, metrics, log and error statuses."""
-        app, began = self._app, time.monotonic()
-        request = _request(f"/{_SERVICE}/{name}", context, app.limiter)
-        fault, code = "", 200
-        app.running += 1
-        try:
-            with app.tracer.span(request):
-                if app.closing:
-                    raise Refused(503, "the server is going down", RETRY)
-                if keyed and self._keys:
-                    self._keys.check(request)
-                if len(data) > SMALL:
-                    await request.take_slot(len(data), app.settings.timeout)
-                try:
-                    message = read(data)
-                except DecodeError:
-                    raise Refused(400, "the message can't be read") from None
-                return bytes((await answer(request, message, context)).SerializeToString())
-        except Refused as error:
-            refused, code = error, error.status
-        except asyncio.CancelledError:  # by the client, or by gRPC at the call's deadline
-            left = context.time_remaining()
-            code = CLIENT_GONE if left is None or left > 0 else 504
-            raise
-        except Exception as error:
-            fault, code = "".join(traceback.format_exception(error)), 500
-            refused = FAILURE
-        finally:
-            app.running -= 1
-            request.end()
-            seconds = time.monotonic() - began
-            app.metrics.request(request, code, seconds)
-            app.log.request(request, code, seconds, fault)
-        metadata = tuple((name.decode(), value.decode()) for name, value in refused.headers)
-        await context.abort(_STATUS.get(refused.status, grpc.StatusCode.INTERNAL), refused.message, metadata)
-        raise AssertionError("abort raises")
 
-    async def _infer(self, request: Request, message: Any, context: Any) -> Any:
-        app, settings = self._app, self._app.settings
-        version = app.version(request, message.model_name, message.model_version or None)
-        raw = bool(message.raw_input_contents)
+async def _infer(app: App, request: Request, message: Any, context: Any) -> Any:
+    request.wanted_model, request.wanted_version = message.model_name, message.model_version or None
+    version = app.version(request)
+    raw = bool(message.raw_input_contents)
 
-        def read() -> oip.Query:
-            body, head = _as_http(message, raw)
-            request.scope["headers"].insert(0, (oip.HEADER_LENGTH, b"%d" % head))
-            return oip.parse(request, body, version, settings.max_rows, settings.max_chars)
+    def read() -> oip.Query:
+        body, head = _as_http(message, raw)
+        request.scope["headers"].insert(0, (oip.HEADER_LENGTH, b"%d" % head))
+        return oip.parse(request, body, version, app.settings)
 
-        query = await off_loop(message.ByteSize(), read)
-        size = oip.answer_size(version, query)
-        timeout = min((t for t in (query.timeout, context.time_remaining()) if t is not None), default=None)
-        results = await app.run(request, version, query.rows, query.costs, timeout)
-        return await off_loop(size, self._response, version, message.id, query, results, raw)
-
-    @staticmethod
-    def _response(version: Version, id_: str, query: oip.Query, results: list[Any], raw: bool) -> Any:
-        response = _MESSAGES["ModelInferResponse"](model_name=version.name, model_version=version.version, id=id_)
+    def respond() -> Any:
+        response = _MESSAGES["ModelInferResponse"](
+            model_name=version.name, model_version=version.version, id=message.id
+        )
         values = oip.outputs_of(version, results, query.outputs)
         for wanted, (datatype, shape, value) in zip(query.outputs, values, strict=True):
             output = response.outputs.add(name=wanted.name, datatype=datatype, shape=shape)
@@ -178,27 +175,11 @@ class _Service:
                 output.contents.fp32_contents.extend(value.ravel().tolist())
         return response
 
-    async def _model_metadata(self, request: Request, message: Any, _: Any) -> Any:
-        version = self._app.version(request, message.name, message.version or None)
-        return _MESSAGES["ModelMetadataResponse"](**oip.metadata(version))
-
-    async def _model_ready(self, _: Request, message: Any, __: Any) -> Any:
-        try:
-            self._app.models.find(message.name, message.version or None)
-        except Refused as refused:
-            if refused.status != 503:  # known but not in service: ready is false
-                raise
-            return _MESSAGES["ModelReadyResponse"](ready=False)
-        return _MESSAGES["ModelReadyResponse"](ready=self._app.ready)
-
-    async def _live(self, *_: Any) -> Any:
-        return _MESSAGES["ServerLiveResponse"](live=True)
-
-    async def _ready(self, *_: Any) -> Any:
-        return _MESSAGES["ServerReadyResponse"](ready=self._app.ready)
-
-    async def _server_metadata(self, *_: Any) -> Any:
-        return _MESSAGES["ServerMetadataResponse"](name="kdexport", version=__version__, extensions=["classification"])
+    query = await off_loop(message.ByteSize(), read)
+    size = oip.answer_size(version, query)
+    timeout = min((t for t in (query.timeout, context.time_remaining()) if t is not None), default=None)
+    results = await app.run(request, version, query.rows, query.costs, timeout)
+    return await off_loop(size, respond)
 
 
 def _request(path: str, context: Any, limiter: Limiter) -> Request:

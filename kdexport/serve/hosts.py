@@ -4,8 +4,6 @@ Any page in a local browser can reach a server on loopback without keys: by cros
 `Origin`, or by DNS rebinding, with a foreign `Host`. Elsewhere any `Host` is accepted: a cluster has many names.
 """
 
-from __future__ import annotations
-
 import ipaddress
 from collections.abc import Iterable
 from functools import lru_cache
@@ -16,11 +14,8 @@ from kdexport.serve.http import Refused, Request
 class Hosts:
     """The `Host` and `Origin` headers that a port accepts.
 
-    Args:
-        address: the bound address.
-        name: the host as configured.
-        allowed: further names, of proxies on this machine; `*` for any.
-        open: whether requests need no key.
+    A port has its bound `address`, and the `name` in the configuration; `allowed` are further names, of proxies on this
+    machine, `*` for any. `open`: requests need no key.
     """
 
     def __init__(self, address: str, name: str, allowed: Iterable[str], open: bool) -> None:

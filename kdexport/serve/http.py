@@ -86,22 +86,22 @@ def refusal(refused: Refused) -> Response:
 class Request:
     """One HTTP request, with its handler's facts for log and metrics."""
 
-    __slots__ = (
-        "_encoding", "_held", "_length", "_limiter", "_receive", "_slot", "first_s", "host", "large", "method", "model",
-        "origin", "path", "protocol", "queued_s", "rows", "run_s", "scope", "tokens",
-    )  # fmt: skip
+    wanted_model: str | None = None  # None: the first one
+    wanted_version: str | None = None
+    model = protocol = ""
+    rows = 0
+    queued_s = run_s = 0.0
+    tokens, first_s = 0, 0.0  # generated, and the time to the first one
+    origin: bytes | None = None
+    _length, _encoding = 0, b""
+    _held, _slot = 0, False  # bytes and turn of a large request
 
     def __init__(self, scope: Scope, receive: Receive, limiter: Limiter | None = None) -> None:
         self.scope, self._receive, self._limiter = scope, receive, limiter
-        self._held, self._slot, self.large = 0, False, False
+        self._cycle = getattr(receive, "__self__", None)  # uvicorn's
         self.method: str = scope["method"]
         self.path: str = scope["path"]
-        self.model, self.protocol, self.rows = "", "", 0
-        self.queued_s = self.run_s = 0.0
-        self.tokens, self.first_s = 0, 0.0  # generated, and the time to the first one
-        self._length, self._encoding = 0, b""
         self.host: list[bytes] = []
-        self.origin: bytes | None = None
 
     def read_head(self) -> None:
         """Read the headers that are checked for every request, in one pass.
@@ -128,7 +128,7 @@ class Request:
 
     def gone(self) -> bool:
         """Whether the client has disconnected; known on uvicorn alone."""
-        return bool(getattr(getattr(self._receive, "__self__", None), "disconnected", False))
+        return bool(getattr(self._cycle, "disconnected", False))
 
     async def body(self, settings: Settings, limit: int) -> bytes:
         """Return the whole body, decompressed; call `read_head` first.
@@ -142,16 +142,14 @@ class Request:
             raise _too_large(limit)
         ends = time.monotonic() + settings.read_timeout
         message = await self._read(ends)
-        body: bytes = message.get("body", b"")
-        total = len(body)
-        if message.get("more_body"):
-            parts = [body]
-            while message.get("more_body") and total <= limit:
-                self._hold(total)
-                message = await self._read(ends)
-                parts.append(message.get("body", b""))
-                total += len(parts[-1])
-            body = b"".join(parts)
+        parts: list[bytes] = [message.get("body", b"")]
+        total = len(parts[0])
+        while message.get("more_body") and total <= limit:
+            self._hold(total)
+            message = await self._read(ends)
+            parts.append(message.get("body", b""))
+            total += len(parts[-1])
+        body = b"".join(parts)
         if total > limit:
             raise _too_large(limit)
         if total > SMALL:
@@ -183,22 +181,22 @@ class Request:
         self._hold(size)
         if self._limiter and not self._slot:
             await self._limiter.acquire(timeout)
-            self._slot = self.large = True
+            self._slot = True
 
     def end(self) -> None:
         """Release a large request's memory and turn, if any."""
         if self._limiter and (self._held or self._slot):
             self._limiter.release(self._held, self._slot)
-            self._held, self._slot, self.large = 0, False, False
+            self._held, self._slot = 0, False
 
     def _hold(self, size: int) -> None:
         if self._limiter and size > SMALL and size > self._held:
             self._limiter.reserve(size - self._held)
-            self._held, self.large = size, True
+            self._held = size
 
     async def _read(self, ends: float) -> MutableMapping[str, Any]:
         # Most bodies have arrived already and need no timer.
-        if getattr(getattr(self._receive, "__self__", None), "more_body", True):
+        if getattr(self._cycle, "more_body", True):
             try:
                 async with asyncio.timeout(ends - time.monotonic()):
                     message = await self._receive()
@@ -230,8 +228,7 @@ class Keys:
         """Refuse (401) a request without `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
         scheme, _, token = (request.header(b"authorization") or b"").partition(b" ")
         given = token.strip() if scheme.lower() == b"bearer" else request.header(b"x-api-key") or b""
-        digest, known = hashlib.sha256(given).digest(), False
-        for one in self._digests:
-            known |= hmac.compare_digest(one, digest)
-        if not known:
+        digest = hashlib.sha256(given).digest()
+        same = [hmac.compare_digest(one, digest) for one in self._digests]  # all of them, whichever is the right one
+        if not any(same):
             raise Refused(401, "an API key is needed: Authorization: Bearer KEY", [(b"www-authenticate", b"Bearer")])

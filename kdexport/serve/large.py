@@ -1,11 +1,8 @@
 """Large requests take turns, as reading them takes memory and time."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar
 
 from kdexport.serve.http import FULL, RETRY, SMALL, Refused
@@ -57,7 +54,7 @@ async def off_loop(size: int, work: Callable[..., Found], *arguments: Any) -> Fo
     """Call a function that processes this many bytes, on a thread if large, to keep the loop free."""
     if size <= SMALL:
         return work(*arguments)
-    return await asyncio.get_running_loop().run_in_executor(_THREAD, partial(work, *arguments))
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, work, *arguments)
 
 
 def check_answer(size: int, advice: str) -> int:

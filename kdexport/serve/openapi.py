@@ -1,7 +1,5 @@
 """The OpenAPI document, written by `make schemas` and filled in with settings and models."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +27,8 @@ def document(served: Served, settings: Settings) -> Any:
     """OpenAPI 3.1 of the public port, with the settings' limits and keys."""
     found = msgspec.json.decode(PATH.read_bytes())
     writers = [name for name, _ in served.generators]
-    kinds = {"writes" if name in writers else "classifies" for name in served.names}
-    first = "writes" if served.names and served.names[0] in writers else "classifies"
-    named = "both" if len(kinds) == 2 else first
+    kinds = ["writes" if name in writers else "classifies" for name in served.names] or ["classifies"]
+    first, named = kinds[0], kinds[0] if len(set(kinds)) == 1 else "both"
     values: dict[str, Any] = {
         **{"$version": __version__, "$names": served.names, "$versions": served.versions},
         **{"$max_chars": settings.max_chars, "$max_rows": settings.max_rows},

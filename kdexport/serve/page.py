@@ -4,8 +4,6 @@ The card is untrusted: its Markdown is rendered to text, tables and links to htt
 its own script and style.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

@@ -1,7 +1,5 @@
 """Artifacts in service: loading, warming up, checking, hot swapping."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from kdexport.serve.generating import Generator
 from kdexport.serve.http import RETRY, Refused
 from kdexport.tasks import load_task
 from kdexport.tasks.base import reads_files, reads_texts
+from kdexport.tasks.config import Arrays
 from kdexport.tasks.metrics import Array
 
 # A name in a URL; names are looked up in a dict, never joined to a path.
@@ -63,7 +62,7 @@ class Version:
         if self.generator:
             return
         self._lengths = self.task.lengths() or [1]
-        self._most, self.rate = self._warm_up(max_batch, max_batch_tokens)
+        self._warm_up(max_batch, max_batch_tokens)
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
         """Return a `Result` for each row, an input or arrays that the client encoded."""
@@ -85,11 +84,7 @@ class Version:
         return results
 
     def cost(self, row: dict[str, Any]) -> int:
-        """Return a text's tokens, or the cost of an image or recording in usual rows.
-
-        Raises:
-            Refused: its header can't be read (422), or it would cost too much (413).
-        """
+        """Return a text's tokens, or the cost of an image or recording in usual rows; refuse unreadable headers."""
         task = self.task
         if reads_texts(task):
             return task.cost(row)
@@ -114,13 +109,10 @@ class Version:
         """Return the largest useful batch, by the warm-up."""
         return self._most.get(bucket, 1)
 
-    def _warm_up(self, max_batch: int, max_batch_tokens: int) -> tuple[dict[int, int], float]:
-        """Run every length, and double batches while they get faster per row.
-
-        Returns:
-            length → rows of a batch, and the tokens/s of the most common length.
-        """
-        most, rate = {}, 1.0
+    def _warm_up(self, max_batch: int, max_batch_tokens: int) -> None:
+        """Run every length, and double batches while they get faster per row."""
+        self._most: dict[int, int] = {}  # length → rows of a batch
+        self.rate = 1.0  # tokens/s at the most common length
         for length in self._lengths:
             one = self.task.sized(self.task.examples(), length)
             rows, per_row = 1, self._seconds(one)
@@ -131,15 +123,14 @@ class Version:
                 if seconds / (2 * rows) > _WORTH_IT * per_row and seconds > _SHORT_S:
                     break
                 rows, per_row = 2 * rows, min(per_row, seconds / (2 * rows))
-            most[length] = rows
+            self._most[length] = rows
             if length <= 32:
-                rate, self._row_seconds = length / per_row, per_row
-        return most, rate
+                self.rate, self._row_seconds = length / per_row, per_row
 
-    def _seconds(self, arrays: Any) -> float:
+    def _seconds(self, arrays: Arrays) -> float:
         """Return the better of two runs; the first of a shape also allocates."""
         times = []
-        for _ in range(2):
+        for _ in range(2):  # not by timeit: it turns the collector off, for good if the graph hangs
             started = time.perf_counter()
             self._predictor.run(arrays)
             times.append(time.perf_counter() - started)
@@ -150,6 +141,7 @@ class Models:
     """Versions in service by name; the first name is the default."""
 
     def __init__(self, named: dict[str, tuple[Path, str | None]], max_batch: int, max_batch_tokens: int) -> None:
+        self.names = list(named)  # in service or not
         self._sources, self._batch = named, (max_batch, max_batch_tokens)
         self._current: dict[str, Version] = {}
 
@@ -160,11 +152,7 @@ class Models:
         return version
 
     def read(self, name: str) -> Version:
-        """Load a model's folder without putting it into service.
-
-        Raises:
-            ArtifactError: it is incomplete, modified, can't run, or its golden outputs differ.
-        """
+        """Load a model's folder without putting it into service."""
         folder, variant = self._sources[name]
         with artifact.only_artifact_errors(folder):
             return Version(name, folder, variant, *self._batch)
@@ -177,17 +165,9 @@ class Models:
         """Take a model out of service; `load` brings it back."""
         self._current.pop(name, None)
 
-    def names(self) -> list[str]:
-        """Return all names, in service or not."""
-        return list(self._sources)
-
     def find(self, name: str | None = None, version: str | None = None) -> Version:
-        """Return the version in service, by default the first model's.
-
-        Raises:
-            Refused: no such model or version (404), or it is not in service (503).
-        """
-        name = next(iter(self._sources)) if name is None else name
+        """Return the version in service, by default the first model's, or refuse (404, 503)."""
+        name = self.names[0] if name is None else name
         if name not in self._sources:
             raise Refused(404, "there is no such model here")
         found = self._current.get(name)
@@ -204,20 +184,11 @@ class Models:
 
     def in_service(self) -> dict[str, Version]:
         """Return the versions in service by name, in order."""
-        return {name: self._current[name] for name in self._sources if name in self._current}
-
-    @property
-    def ready(self) -> bool:
-        """Whether any model is in service."""
-        return bool(self._current)
+        return {name: self._current[name] for name in self.names if name in self._current}
 
 
 def named_sources(arguments: Sequence[str]) -> dict[str, tuple[Path, str | None]]:
-    """Parse `[NAME=]FOLDER[:VARIANT]` into name → (folder, variant); `runs/tickets/artifact` is named `tickets`.
-
-    Raises:
-        SpecError: a name is unfit for a URL, or a duplicate.
-    """
+    """Parse `[NAME=]FOLDER[:VARIANT]` into name → (folder, variant); `runs/tickets/artifact` is named `tickets`."""
     found: dict[str, tuple[Path, str | None]] = {}
     for argument in arguments:
         name, rest = argument.split("=", 1) if "=" in argument else ("", argument)

@@ -42,11 +42,7 @@ _THREADS_END_S = 1.0  # for the threads to end: a batch may hang
 
 
 def serve(artifacts: list[str], settings: Settings) -> int:
-    """Serve artifacts, `[NAME=]FOLDER[:VARIANT]` with the default first, until a signal ends it.
-
-    Returns:
-        The exit code: 0, or 1 when a thread of the batcher died.
-    """
+    """Serve artifacts, `[NAME=]FOLDER[:VARIANT]`, the default first, until a signal ends it; return the exit code."""
     # Batches run in parallel; threads within one would compete with the others.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     models = Models(named_sources(artifacts), settings.max_batch, settings.max_batch_tokens)
@@ -106,7 +102,7 @@ class Server:
 
     async def reload_all(self) -> None:
         """Reload every model."""
-        for name in self.models.names():
+        for name in self.models.names:
             try:
                 await self.reload(name)
             except Exception as error:  # the version in service is intact
@@ -124,7 +120,7 @@ class Server:
 
         async def load() -> list[Version]:
             async with self._loading:
-                return [await self._load(name) for name in self.models.names()]
+                return [await self._load(name) for name in self.models.names]
 
         loading, stopping = asyncio.ensure_future(load()), asyncio.ensure_future(self._stop.wait())
         await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,5 @@
 """The settings of `kdexport serve`, with its defaults."""
 
-from __future__ import annotations
-
 import msgspec
 
 # A photo of 12 megapixels has 6 MB, 8 in base64; a minute of sound at 16 kHz 2 MB, 2.6 in base64.

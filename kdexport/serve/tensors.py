@@ -1,7 +1,5 @@
 """Tensors of the Open Inference Protocol: JSON or raw bytes ↔ numpy."""
 
-from __future__ import annotations
-
 import math
 import struct
 from typing import Annotated, Any, Literal
@@ -41,11 +39,7 @@ class InputTensor(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def read_json(tensor: InputTensor) -> Any:
-    """Return JSON elements as an array of the tensor's shape, or as a list of str for BYTES.
-
-    Raises:
-        Refused: they are of another datatype, or not as many as the shape says (400).
-    """
+    """Return JSON elements as an array of the tensor's shape, or as a list of str for BYTES; refuse others (400)."""
     if isinstance(tensor.data, msgspec.UnsetType):
         raise Refused(400, f"input {tensor.name} has no data")
     try:

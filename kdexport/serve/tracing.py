@@ -3,8 +3,6 @@
 A span has the model, rows and times; never a text, a key or a traceback.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -70,17 +68,13 @@ class Tracer:
             finally:
                 if request.model or request.scope["type"] == "grpc":  # else the path may be anything
                     span.update_name(f"{request.method} {request.path}")
-                span.set_attributes(_attributes(request))
-
-
-def _attributes(request: Request) -> dict[str, str | int | float]:
-    found: dict[str, str | int | float] = {
-        "kdexport.protocol": request.protocol, "kdexport.model": request.model, "kdexport.rows": request.rows
-    }  # fmt: skip
-    if request.run_s:
-        found |= {"kdexport.queue_ms": 1e3 * request.queued_s, "kdexport.run_ms": 1e3 * request.run_s}
-    known = {key: value for key, value in found.items() if value}
-    return {"http.request.method": request.method, "url.path": request.path[:256]} | known
+                attributes = {
+                    "http.request.method": request.method, "url.path": request.path[:256],
+                    "kdexport.protocol": request.protocol, "kdexport.model": request.model,
+                    "kdexport.rows": request.rows, "kdexport.queue_ms": 1e3 * request.queued_s,
+                    "kdexport.run_ms": 1e3 * request.run_s,
+                }  # fmt: skip
+                span.set_attributes({key: value for key, value in attributes.items() if value})
 
 
 def _provider() -> Any:

@@ -49,14 +49,14 @@ def test_pairs_pictures_and_sound_are_sent_as_our_server_reads_them(tmp_path):
     for rows in (pairs[:1], pairs, TEXTS[:1], TEXTS[:2]):
         plain = [{key: row[key] for key in ("text", "text_pair") if key in row} for row in rows]
         assert tei.parse(body_of("http://x/predict", rows)).rows == plain
-        parse = huggingface.protocol_of(task_class("text-classification")).parse
+        parse = huggingface.parser(task_class("text-classification"))
         assert parse(body_of("http://x/", rows)).rows == plain
         tensors = json.loads(body_of("http://x/v2/models/m/infer", rows))["inputs"]
         assert {t["name"]: t["data"] for t in tensors} == {key: [row[key] for row in plain] for key in plain[0]}
     (tmp_path / "sound.wav").write_bytes(b"RIFF, say")
     for url in ("http://x/", "http://x/predict"):
         body = body_of(url, [{"audio": str(tmp_path / "sound.wav")}])
-        assert huggingface.protocol_of(task_class("audio-classification")).parse(body).rows == [{"audio": b"RIFF, say"}]
+        assert huggingface.parser(task_class("audio-classification"))(body).rows == [{"audio": b"RIFF, say"}]
     with pytest.raises(LoadError, match=r"/v2/models/m/infer takes arrays, .*\. Name http://x/predict"):
         body_of("http://x/v2/models/m/infer", [{"image": str(tmp_path / "sound.wav")}])
 

@@ -19,6 +19,7 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from kdexport.serve.http import Refused, Request
 from kdexport.serve.protocols import oip
+from kdexport.serve.settings import Settings
 from kdexport.serve.tensors import DATATYPES, InputTensor, raw_array, raw_texts, read_json, read_raw
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.text_classification import TextClassification
@@ -39,7 +40,7 @@ many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 def parse(body: bytes, length: bytes | None = None) -> oip.Query:
     headers = [] if length is None else [(oip.HEADER_LENGTH, length)]
     request = Request({"method": "POST", "path": "/", "headers": headers}, None)
-    return oip.parse(request, body, VERSION, MAX_ROWS, MAX_CHARS)
+    return oip.parse(request, body, VERSION, Settings(max_rows=MAX_ROWS, max_chars=MAX_CHARS))
 
 
 def answered(body: bytes, length: bytes | None = None) -> bool:

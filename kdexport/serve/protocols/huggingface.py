@@ -5,12 +5,9 @@ so the response to one text is a list in a list. text-embeddings-inference's fla
 reads one label, is served at `/predict`.
 """
 
-from __future__ import annotations
-
-from base64 import b64decode
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,6 +16,7 @@ from kdexport.serve.http import Refused, encode
 from kdexport.serve.registry import Result, Version
 from kdexport.tasks.base import Task
 
+Asked = TypeVar("Asked")
 Function = Literal["softmax", "sigmoid", "none"]
 # An integer; 2.0 is one, too, in JSON Schema and in languages with one number type.
 Count = Annotated[float, msgspec.Meta(ge=1, le=2**31, multiple_of=1)]
@@ -49,50 +47,63 @@ class ClassifyRequest(msgspec.Struct, frozen=True):
 class FileRequest(msgspec.Struct, frozen=True):
     """An image or a recording in base64."""
 
-    inputs: str
+    inputs: bytes
     parameters: Parameters | None = None
 
 
+_ADVICE = "give fewer rows, or top_k"
+
+
 class Query(NamedTuple):
-    """A parsed request."""
+    """A parsed request for labels and scores; the response to a `single` row is no list of rows."""
 
     rows: list[dict[str, Any]]
-    parameters: Parameters
+    function: Function | None = None  # None: the model's own
+    top: int | None = None  # labels of a row; None: all
+    single: bool = False
+    uncut: bool = False  # refuse texts that would be truncated
+    advice: str = _ADVICE  # on a response that would be too large
 
+    def entries(self, version: Version) -> int:
+        """Return the number of labels in the response."""
+        labels = len(version.task.labels)
+        return len(self.rows) * min(self.top or labels, labels)
 
-class TaskProtocol(NamedTuple):
-    """Request and response of a task."""
-
-    parse: Callable[[bytes], Any]
-    entries: Callable[[Version, Any], int]  # most labels or words of the response
-    render: Callable[[Version, Any, Sequence[Any]], bytes]
-    less: str = "give fewer rows, or top_k"  # advice on a too large response
-
-
-_decode = msgspec.json.Decoder(ClassifyRequest).decode
-_decode_file = msgspec.json.Decoder(FileRequest).decode
-_DEFAULT = Parameters()
+    def render(self, version: Version, results: Sequence[Result]) -> bytes:
+        """Return labels with scores of every row, best first."""
+        labels = version.task.labels
+        found = []
+        for logits, scores in results:
+            if self.function:
+                scores = version.task.scores(logits[np.newaxis], self.function)[0]
+            if self.top == 1:  # the most frequent request needs no sort
+                best = scores.argmax()
+                found.append([{"label": labels[best], "score": float(scores[best])}])
+                continue
+            order = np.argsort(-scores, kind="stable")[: self.top]
+            ordered = zip(order.tolist(), scores[order].tolist(), strict=True)
+            found.append([{"label": labels[i], "score": score} for i, score in ordered])
+        return encode(found[0] if self.single else found)
 
 
 def _parse_texts(body: bytes) -> Query:
-    asked = decoded(_decode, body)
+    asked = decoded(body, ClassifyRequest)
     _no_writing(asked.stream)
     inputs = asked.inputs if isinstance(asked.inputs, list) else [asked.inputs]
-    return Query([_row(one) for one in inputs], asked.parameters or _DEFAULT)
+    return _query([_row(one) for one in inputs], asked.parameters)
 
 
-def _count_labels(version: Version, query: Query) -> int:
-    labels = len(version.task.labels)
-    return len(query.rows) * min(int(query.parameters.top_k or labels), labels)
+def _parse_file(reads: str, body: bytes) -> Query:
+    """Parse an image or a recording: the body itself, or base64 in JSON."""
+    if body.lstrip()[:1] != b"{":
+        return Query([{reads: body}], single=True)
+    asked = decoded(body, FileRequest)
+    return _query([{reads: asked.inputs}], asked.parameters, single=True)
 
 
-def _count_words(version: Version, query: TagQuery) -> int:
-    return sum(min(row["text"].count(" ") + 1, version.task.config.max_length) for row in query.rows)
-
-
-def _classes(version: Version, query: Query, results: Sequence[Result]) -> list[list[dict[str, Any]]]:
-    top = query.parameters.top_k
-    return classes(version, results, query.parameters.function_to_apply, int(top) if top else None)
+def _query(rows: list[dict[str, Any]], parameters: Parameters | None, single: bool = False) -> Query:
+    given = parameters or Parameters()
+    return Query(rows, given.function_to_apply, int(given.top_k) if given.top_k else None, single)
 
 
 class TagParameters(msgspec.Struct, frozen=True):
@@ -118,24 +129,29 @@ class TagQuery(NamedTuple):
     texts: list[str]
     parameters: TagParameters
     single: bool
+    uncut: bool = False
+    advice: str = _ADVICE
+
+    def entries(self, version: Version) -> int:
+        """Return the most words of the response."""
+        return sum(min(text.count(" ") + 1, version.task.config.max_length) for text in self.texts)
+
+    def render(self, version: Version, results: Sequence[Result]) -> bytes:
+        """Return entities with group, score and character offsets; a list of such lists for a list of texts."""
+        answers = version.task.decode(np.stack([result.logits for result in results]), self.rows)
+        found = [_names(answer, text, self.parameters) for answer, text in zip(answers, self.texts, strict=True)]
+        return encode(found[0] if self.single else found)
 
 
-_decode_tags = msgspec.json.Decoder(TagRequest).decode
+AnyQuery = Query | TagQuery
 
 
 def _parse_tags(body: bytes) -> TagQuery:
-    asked = decoded(_decode_tags, body)
+    asked = decoded(body, TagRequest)
     _no_writing(asked.stream)
-    single = isinstance(asked.inputs, str)
-    texts = [asked.inputs] if single else asked.inputs
-    return TagQuery([{"text": text} for text in texts], texts, asked.parameters or TagParameters(), single)
-
-
-def _render_tags(version: Version, query: TagQuery, results: Sequence[Result]) -> bytes:
-    """Return entities with group, score and character offsets; a list of such lists for a list of texts."""
-    answers = version.task.decode(np.stack([result.logits for result in results]), query.rows)
-    found = [_names(answer, text, query.parameters) for answer, text in zip(answers, query.texts, strict=True)]
-    return encode(found[0] if query.single else found)
+    texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
+    rows = [{"text": text} for text in texts]
+    return TagQuery(rows, texts, asked.parameters or TagParameters(), single=isinstance(asked.inputs, str))
 
 
 def _names(answer: Any, text: str, how: TagParameters) -> list[dict[str, Any]]:
@@ -157,53 +173,17 @@ def _names(answer: Any, text: str, how: TagParameters) -> list[dict[str, Any]]:
     return [name for name in found if name["entity_group"] not in how.ignore_labels]
 
 
-def _parse_file(reads: str, body: bytes) -> Query:
-    """Parse an image or a recording: the body itself, or base64 in JSON."""
-    if body.lstrip()[:1] != b"{":
-        return Query([{reads: body}], _DEFAULT)
-    asked = decoded(_decode_file, body)
-    try:
-        return Query([{reads: b64decode(asked.inputs, validate=True)}], asked.parameters or _DEFAULT)
-    except ValueError:
-        raise Refused(422, f"inputs must be the {reads} in base64") from None
+def parser(task: Task | type[Task]) -> Callable[[bytes], AnyQuery]:
+    """Return the function that parses a request to a task that does not generate."""
+    if task.modality != "text":
+        return partial(_parse_file, task.modality)
+    return _parse_tags if task.has_words else _parse_texts
 
 
-_FILES = {
-    modality: TaskProtocol(partial(_parse_file, modality), _count_labels, lambda *found: encode(_classes(*found)[0]))
-    for modality in ("image", "audio")
-}
-_CLASSES = TaskProtocol(_parse_texts, _count_labels, lambda *found: encode(_classes(*found)))
-_TAGS = TaskProtocol(_parse_tags, _count_words, _render_tags)
-
-
-def protocol_of(task: Task | type[Task]) -> TaskProtocol:
-    """Return the protocol of a task that does not generate."""
-    return _FILES.get(task.modality) or (_TAGS if task.has_words else _CLASSES)
-
-
-def classes(
-    version: Version, results: Sequence[Result], function: Function | None, top: int | None
-) -> list[list[dict[str, Any]]]:
-    """Return labels with scores of every row, best first; the first `top`, or all."""
-    labels = version.task.labels
-    found = []
-    for logits, scores in results:
-        if function:
-            scores = version.task.scores(logits[np.newaxis], function)[0]
-        if top == 1:  # the most frequent request needs no sort
-            best = scores.argmax()
-            found.append([{"label": labels[best], "score": float(scores[best])}])
-            continue
-        order = np.argsort(-scores, kind="stable")[:top]
-        ordered = zip(order.tolist(), scores[order].tolist(), strict=True)
-        found.append([{"label": labels[i], "score": score} for i, score in ordered])
-    return found
-
-
-def decoded(decode: Callable[[bytes], Any], body: bytes) -> Any:
+def decoded(body: bytes, kind: type[Asked]) -> Asked:
     """Decode a body, or refuse invalid JSON (400) or another schema (422)."""
     try:
-        return decode(body)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise Refused(422, f"invalid request: {error}") from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

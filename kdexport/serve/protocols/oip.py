@@ -6,8 +6,6 @@ outputs are `label`, `score`, `scores` and `logits`. A language model continues 
 as parameters.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
@@ -20,8 +18,9 @@ from kdexport.serve.generating import Generator, job_of
 from kdexport.serve.http import Refused, Request, Response, answer, encode
 from kdexport.serve.large import check_answer
 from kdexport.serve.registry import Version
+from kdexport.serve.settings import Settings
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
-from kdexport.tasks.base import reads_files, reads_texts
+from kdexport.tasks.base import reads_files
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.token_classification import TokenClassification
 
@@ -34,6 +33,7 @@ _FLAT = ("label", "score", "text")
 _JSON_NUMBER, _RAW_NUMBER = 20, 4  # bytes
 # Parameters of the protocol and Triton; a language model's others are fields of `Sampling`.
 _OF_PROTOCOL = {"binary_data_output", "timeout", "priority", "sequence_id", "sequence_start", "sequence_end"}
+Rows = tuple[list[Any], list[int]]  # with the estimated tokens of each
 
 
 class RequestedOutput(msgspec.Struct, frozen=True):
@@ -68,19 +68,15 @@ class Query(NamedTuple):
     timeout: float | None
 
 
-_decode = msgspec.json.Decoder(InferRequest).decode
-
-
 def metadata(version: Version) -> dict[str, Any]:
     """`GET /v2/models/{name}`; -1 is any size."""
-    task, tensors = version.task, list[dict[str, Any]]()
-    if version.generator:
-        tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
-    elif reads_texts(task):
-        tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
-        tensors += [{"name": name, "datatype": "INT64", "shape": [-1, -1]} for name in task.config.inputs]
-    elif reads_files(task):
+    task = version.task
+    if reads_files(task):
         tensors = [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in task.shapes().items()]
+    else:
+        encoded = [] if version.generator else task.config.inputs
+        tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+        tensors += [{"name": name, "datatype": "INT64", "shape": [-1, -1]} for name in encoded]
     wide = [-1, len(version.task.labels)]
     outputs = [
         {"name": name, "datatype": datatype, "shape": [-1] if name in _FLAT else wide}
@@ -90,35 +86,36 @@ def metadata(version: Version) -> dict[str, Any]:
     return facts | {"inputs": tensors, "outputs": outputs}
 
 
-def parse(request: Request, body: bytes, version: Version, max_rows: int, max_chars: int) -> Query:
+def parse(request: Request, body: bytes, version: Version, settings: Settings) -> Query:
     """Parse a request."""
     head, raw = _split(request, body)
     try:
-        asked = _decode(head)
+        asked = msgspec.json.decode(head, type=InferRequest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise Refused(400, f"the request can't be read: {error}") from None
-    tensors: dict[str, Any] = {}
-    shapes: dict[str, Sequence[int]] = {}
-    at = 0
+    tensors: dict[str, Any] = {}  # arrays, and lists of str
     for tensor in asked.inputs:
         if tensor.name in tensors:
             raise Refused(400, "two inputs have the same name")
         size = (tensor.parameters or {}).get("binary_data_size")
         if size is None:
             tensors[tensor.name] = read_json(tensor)
-        else:
-            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(raw) - at:
-                raise Refused(400, f"binary_data_size of input {tensor.name} is not what the body holds")
-            tensors[tensor.name] = read_raw(tensor, raw[at : at + size])
-            at += size
-        shapes[tensor.name] = tensor.shape
-    if at != len(raw):
-        raise Refused(400, f"{len(raw) - at} bytes follow the last input")
+            continue
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(raw):
+            raise Refused(400, f"binary_data_size of input {tensor.name} is not what the body holds")
+        tensors[tensor.name] = read_raw(tensor, raw[:size])
+        raw = raw[size:]
+    if raw:
+        raise Refused(400, f"{len(raw)} bytes follow the last input")
     parameters = asked.parameters or {}
     if version.generator:
-        rows, costs = _jobs(version.generator, tensors, parameters, max_rows, max_chars)
+        rows, costs = _jobs(version.generator, tensors, parameters, settings)
+    elif reads_files(version.task):
+        rows, costs = _encoded_files(version.task.shapes(), tensors, settings.max_rows)
+    elif "text" in tensors:
+        rows, costs = _texts(version, tensors, settings)
     else:
-        rows, costs = rows_of(version, tensors, shapes, max_rows, max_chars)
+        rows, costs = _encoded_texts(version.task, tensors, settings.max_rows)
     timeout = parameters.get("timeout")
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
         timeout = 0
@@ -159,51 +156,6 @@ def answer_size(version: Version, query: Query) -> int:
         raw = wanted.asks("binary_data", query.binary) is True
         size += math.prod(rows) * most * (_RAW_NUMBER if raw else _JSON_NUMBER)
     return check_answer(size, "give fewer rows, or ask for fewer outputs, or for binary ones")
-
-
-def rows_of(
-    version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return named tensors as the model's rows, with the estimated tokens of each."""
-    task = version.task
-    if reads_files(task):
-        return _float_rows(task.shapes(), tensors, shapes, max_rows)
-    assert reads_texts(task)
-    if "text" in tensors:
-        return _text_rows(version, tensors, shapes, max_rows, max_chars)
-    wanted = task.config.inputs
-    if set(tensors) != set(wanted):
-        raise Refused(400, f"the inputs are `text` (and `text_pair`), or all of {', '.join(wanted)}")
-    shape = shapes[wanted[0]]
-    rows, longest = (shape[0], task.config.max_length)
-    if len(shape) != 2 or any(list(shapes[name]) != list(shape) for name in wanted):
-        raise Refused(400, f"{', '.join(wanted)} must have one shape: [rows, tokens]")
-    if not (1 <= rows <= max_rows and 1 <= shape[1] <= longest):
-        raise Refused(400, f"the shape must be within [1…{max_rows}, 1…{longest}]")
-    for name in wanted:
-        array = tensors[name]
-        if array is None or isinstance(array, list) or array.dtype != np.int64:
-            raise Refused(400, f"input {name} must be of datatype INT64")
-        most = task.vocabulary if name == "input_ids" else 2
-        if array.min() < 0 or array.max() >= most:
-            raise Refused(400, f"input {name} must be within 0…{most - 1}")
-    return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [shape[1]] * rows
-
-
-def _float_rows(
-    wanted: dict[str, list[int]], tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return images or audio as the client encoded them."""
-    if set(tensors) != set(wanted):
-        raise Refused(400, f"the input is {', '.join(wanted)}; files go to POST /")
-    for name, (_, *shape) in wanted.items():
-        rows, *found = shapes[name]
-        if found != shape or not 1 <= rows <= max_rows:
-            raise Refused(400, f"input {name} must have the shape [1…{max_rows}, {', '.join(map(str, shape))}]")
-        array = tensors[name]
-        if array is None or isinstance(array, list) or array.dtype != np.float32 or not np.isfinite(array).all():
-            raise Refused(400, f"input {name} must be of datatype FP32, and finite")
-    return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [1] * rows
 
 
 def outputs_of(
@@ -268,25 +220,53 @@ def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[Reque
     return outputs or [RequestedOutput(name) for name in there]
 
 
-def _jobs(
-    generator: Generator, tensors: dict[str, Any], parameters: dict[str, Any], max_rows: int, max_chars: int
-) -> tuple[list[Any], list[int]]:
+def _jobs(generator: Generator, tensors: dict[str, Any], parameters: dict[str, Any], settings: Settings) -> Rows:
     texts = tensors.get("text")
     if set(tensors) != {"text"} or not isinstance(texts, list):
         raise Refused(400, "the input is `text`, of datatype BYTES")
-    if len(texts) > max_rows:
-        raise Refused(400, f"a request may have 1 to {max_rows} texts; it has {len(texts)}")
+    if len(texts) > settings.max_rows:
+        raise Refused(400, f"a request may have 1 to {settings.max_rows} texts; it has {len(texts)}")
     how = {name: value for name, value in parameters.items() if name not in _OF_PROTOCOL}
     if isinstance(how.get("stop"), str):
         how["stop"] = [how["stop"]]
     how.setdefault("max_new_tokens", min(Sampling().max_new_tokens, generator.room))
-    jobs = [job_of(generator, text, how, max_chars, 400) for text in texts]
+    jobs = [job_of(generator, text, how, settings.max_chars, 400) for text in texts]
     return jobs, [one.how.max_new_tokens for one in jobs]
 
 
-def _text_rows(
-    version: Version, tensors: dict[str, Any], shapes: dict[str, Sequence[int]], max_rows: int, max_chars: int
-) -> tuple[list[dict[str, Any]], list[int]]:
+def _encoded_files(wanted: dict[str, list[int]], tensors: dict[str, Any], max_rows: int) -> Rows:
+    if set(tensors) != set(wanted):
+        raise Refused(400, f"the input is {', '.join(wanted)}; files go to POST /")
+    for name, (_, *shape) in wanted.items():
+        array = tensors[name]
+        if isinstance(array, list) or array.dtype != np.float32 or not np.isfinite(array).all():
+            raise Refused(400, f"input {name} must be of datatype FP32, and finite")
+        rows, *found = array.shape
+        if found != shape or rows > max_rows:
+            raise Refused(400, f"input {name} must have the shape [1…{max_rows}, {', '.join(map(str, shape))}]")
+    return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [1] * rows
+
+
+def _encoded_texts(task: Any, tensors: dict[str, Any], max_rows: int) -> Rows:
+    wanted, longest = task.config.inputs, task.config.max_length
+    if set(tensors) != set(wanted):
+        raise Refused(400, f"the inputs are `text` (and `text_pair`), or all of {', '.join(wanted)}")
+    for name, array in tensors.items():
+        if isinstance(array, list) or array.dtype != np.int64:
+            raise Refused(400, f"input {name} must be of datatype INT64")
+        most = task.vocabulary if name == "input_ids" else 2
+        if array.min() < 0 or array.max() >= most:
+            raise Refused(400, f"input {name} must be within 0…{most - 1}")
+    shape = tensors[wanted[0]].shape
+    if len(shape) != 2 or any(array.shape != shape for array in tensors.values()):
+        raise Refused(400, f"{', '.join(wanted)} must have one shape: [rows, tokens]")
+    rows, length = shape
+    if rows > max_rows or length > longest:
+        raise Refused(400, f"the shape must be within [1…{max_rows}, 1…{longest}]")
+    return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [length] * rows
+
+
+def _texts(version: Version, tensors: dict[str, Any], settings: Settings) -> Rows:
     for name, texts in tensors.items():
         if name not in TEXTS or not isinstance(texts, list):
             raise Refused(400, "beside `text` there may be `text_pair`, both of datatype BYTES")
@@ -294,18 +274,16 @@ def _text_rows(
     if pairs is not None and len(pairs) != len(texts):
         raise Refused(400, "text and text_pair must be equally many")
     rows = [{"text": text} if pairs is None else {"text": text, "text_pair": pairs[i]} for i, text in enumerate(texts)]
-    return check_rows(version, rows, max_rows, max_chars)
+    return check_rows(version, rows, settings, 400)
 
 
-def check_rows(
-    version: Version, rows: list[dict[str, Any]], max_rows: int, max_chars: int, status: int = 400
-) -> tuple[list[dict[str, Any]], list[int]]:
-    """Check the limits of rows; return them with the estimated tokens of each."""
-    if not 1 <= len(rows) <= max_rows:
-        raise Refused(status, f"a request may have 1 to {max_rows} texts; it has {len(rows)}")
+def check_rows(version: Version, rows: list[dict[str, Any]], settings: Settings, status: int) -> Rows:
+    """Check the limits of rows of plain texts or files; `status` is for their number."""
+    if not 1 <= len(rows) <= settings.max_rows:
+        raise Refused(status, f"a request may have 1 to {settings.max_rows} texts; it has {len(rows)}")
     for row in rows:
-        if any(isinstance(text, str) and len(text) > max_chars for text in row.values()):
-            raise Refused(413, f"a text may have {max_chars:,} characters")
+        if any(isinstance(text, str) and len(text) > settings.max_chars for text in row.values()):
+            raise Refused(413, f"a text may have {settings.max_chars:,} characters")
     if version.task.has_words:
         rows = [version.task.ready(row) for row in rows]
     return rows, [version.cost(row) for row in rows]

@@ -3,8 +3,6 @@
 Source: OpenAI's API reference. The default temperature is 1, as there; errors are this server's, `{"error": "…"}`.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
@@ -17,7 +15,7 @@ from kdexport.runtime.generation import Finish, Piece, Share, Stop, Stops, Tempe
 from kdexport.serve.generating import Generator, Job, job_of
 from kdexport.serve.http import encode, event
 from kdexport.serve.protocols.huggingface import Count, decoded
-from kdexport.serve.protocols.tgi import GivenSeed, Whole, refuse_unsupported
+from kdexport.serve.protocols.tgi import GivenSeed, Whole, refuse_unsupported, unsupported
 from kdexport.serve.registry import Version
 
 _NEW_TOKENS = 16  # by default
@@ -44,22 +42,15 @@ class CompletionRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    # Unsupported: refused unless absent or set to a value without effect.
-    best_of: Any = None
-    echo: Any = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
+    # Unsupported: refused unless absent, null or the default, which has no effect.
+    best_of: Any = 1
+    echo: Any = False
+    frequency_penalty: Any = 0
+    logit_bias: Any = {}
     logprobs: Any = None
-    n: Any = None
-    presence_penalty: Any = None
-    suffix: Any = None
-
-
-# Unsupported parameter → its no-op value.
-NEUTRAL: dict[str, Any] = {
-    "best_of": 1, "echo": False, "frequency_penalty": 0, "logit_bias": {}, "logprobs": None, "n": 1,
-    "presence_penalty": 0, "suffix": "",
-}  # fmt: skip
+    n: Any = 1
+    presence_penalty: Any = 0
+    suffix: Any = ""
 
 
 class Choice(msgspec.Struct):
@@ -115,13 +106,33 @@ class Query(NamedTuple):
     id: str
     created: int
 
+    def render(self, version: Version) -> bytes:
+        """Return the whole response."""
+        choice = Choice(self.job.completion, finish_reason=_FINISH[self.job.finish])
+        return encode(self._completion(version, [choice], self._usage()))
 
-_decode = msgspec.json.Decoder(CompletionRequest).decode
+    def render_piece(self, version: Version, _: int, piece: Piece) -> bytes:
+        """Return one token as an event, and after the last one the requested usage and `[DONE]`."""
+        choice = Choice(piece.text, finish_reason=_FINISH[piece.finish] if piece.finish else None)
+        found = event(self._completion(version, [choice]))
+        if piece.finish and self.usage:
+            found += event(self._completion(version, [], self._usage()))
+        return found + event(b"[DONE]") if piece.finish else found
+
+    def _completion(self, version: Version, choices: list[Choice], usage: Usage | UnsetType = UNSET) -> Completion:
+        return Completion(self.id, "text_completion", self.created, version.name, choices, usage)
+
+    def _usage(self) -> Usage:
+        read, written = self.job.prompt_tokens, len(self.job.pieces)
+        return Usage(read, written, read + written)
+
+
+NEUTRAL = unsupported(CompletionRequest("", ""))
 
 
 def decode(body: bytes) -> CompletionRequest:
     """Decode a body, without its model."""
-    asked: CompletionRequest = decoded(_decode, body)
+    asked = decoded(body, CompletionRequest)
     refuse_unsupported(asked, NEUTRAL)
     return asked
 
@@ -139,30 +150,6 @@ def parse(asked: CompletionRequest, generator: Generator, max_chars: int) -> Que
     return Query(job, bool(asked.stream), usage, f"cmpl-{uuid4().hex}", int(time.time()))
 
 
-def render(version: Version, query: Query) -> bytes:
-    """Return the whole response."""
-    choice = Choice(query.job.completion, finish_reason=_FINISH[query.job.finish])
-    return encode(_completion(version, query, [choice], _usage(query.job)))
-
-
-def render_piece(version: Version, query: Query, _: int, piece: Piece) -> bytes:
-    """Return one token as an event, and after the last one the requested usage and `[DONE]`."""
-    choice = Choice(piece.text, finish_reason=_FINISH[piece.finish] if piece.finish else None)
-    found = event(_completion(version, query, [choice]))
-    if piece.finish and query.usage:
-        found += event(_completion(version, query, [], _usage(query.job)))
-    return found + event(b"[DONE]") if piece.finish else found
-
-
 def models(versions: Iterable[Version]) -> ModelList:
     """`GET /v1/models`."""
     return ModelList([ModelEntry(version.name, version.generator.loaded) for version in versions if version.generator])
-
-
-def _completion(version: Version, query: Query, choices: list[Choice], usage: Usage | UnsetType = UNSET) -> Completion:
-    return Completion(query.id, "text_completion", query.created, version.name, choices, usage)
-
-
-def _usage(done: Job) -> Usage:
-    written = len(done.pieces)
-    return Usage(done.prompt_tokens, written, done.prompt_tokens + written)

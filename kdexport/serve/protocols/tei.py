@@ -3,17 +3,14 @@
 Source: its router/src/http/types.rs. A list of two texts is one pair; batches are lists of lists.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from kdexport import __version__
-from kdexport.serve.http import Refused, encode
-from kdexport.serve.protocols.huggingface import TaskProtocol, classes, decoded
-from kdexport.serve.registry import Result, Version
+from kdexport.serve.http import Refused
+from kdexport.serve.protocols.huggingface import Query, decoded
+from kdexport.serve.registry import Version
 from kdexport.serve.settings import Settings
 
 Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]
@@ -28,38 +25,21 @@ class PredictRequest(msgspec.Struct, frozen=True):
     raw_scores: bool = False
 
 
-class Query(NamedTuple):
-    """A parsed request."""
-
-    rows: list[dict[str, Any]]
-    single: bool
-    raw_scores: bool
-    uncut: bool
-
-
-_decode = msgspec.json.Decoder(PredictRequest).decode
-
-
 def parse(body: bytes) -> Query:
     """Parse a request."""
-    asked = decoded(_decode, body)
+    asked = decoded(body, PredictRequest)
     kinds = {str} if isinstance(asked.inputs, str) else set(map(type, asked.inputs))
     if len(kinds) > 1:  # is a lone text beside a pair half a pair, or a row?
         raise Refused(422, "a batch is a list of lists, each of one text or two")
     single = kinds <= {str}
-    batch = [asked.inputs] if single else asked.inputs
-    return Query([_row(one) for one in batch], single, asked.raw_scores, asked.truncate is False)
-
-
-def render(version: Version, query: Query, results: Sequence[Result]) -> bytes:
-    """Return all labels with scores, best first; a list of such lists for a batch."""
-    found = classes(version, results, "none" if query.raw_scores else None, None)
-    return encode(found[0] if query.single else found)
-
-
-PROTOCOL = TaskProtocol(
-    parse, lambda version, query: len(query.rows) * len(version.task.labels), render, "give fewer texts"
-)
+    batch: Any = [asked.inputs] if single else asked.inputs
+    return Query(
+        [_row(one) for one in batch],
+        function="none" if asked.raw_scores else None,
+        single=single,
+        uncut=asked.truncate is False,
+        advice="give fewer texts",
+    )
 
 
 def info(version: Version, settings: Settings) -> dict[str, Any]:
@@ -75,8 +55,7 @@ def info(version: Version, settings: Settings) -> dict[str, Any]:
 
 
 def _row(one: str | list[str]) -> dict[str, Any]:
-    if isinstance(one, str):
-        return {"text": one}
-    if not 1 <= len(one) <= 2:
+    texts = [one] if isinstance(one, str) else one
+    if not 1 <= len(texts) <= 2:
         raise Refused(422, "a list of texts is one text or a pair; a batch is a list of such lists")
-    return {"text": one[0]} if len(one) == 1 else {"text": one[0], "text_pair": one[1]}
+    return dict(zip(("text", "text_pair"), texts, strict=False))

@@ -4,12 +4,10 @@ Source: huggingface_hub's generated types and `InferenceClient.text_generation`,
 router. The response at `/` is a list of one. Unlike there, it excludes the stop sequence.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, Meta, UnsetType, structs
 
 from kdexport import __version__
 from kdexport.runtime.generation import MAX_STOPS, Finish, Piece, Seed, Share, Stops, Temperature
@@ -38,17 +36,17 @@ class WriteParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop: Stops | None = None
     return_full_text: bool | None = None
     details: bool | None = None
-    # Unsupported: refused unless absent or set to a value without effect.
+    # Unsupported: refused unless absent, null or the default, which has no effect.
     adapter_id: Any = None
-    best_of: Any = None
-    decoder_input_details: Any = None
-    frequency_penalty: Any = None
+    best_of: Any = 1
+    decoder_input_details: Any = False
+    frequency_penalty: Any = 0
     grammar: Any = None
-    repetition_penalty: Any = None
-    top_n_tokens: Any = None
+    repetition_penalty: Any = 1
+    top_n_tokens: Any = 0
     truncate: Any = None
-    typical_p: Any = None
-    watermark: Any = None
+    typical_p: Any = 1
+    watermark: Any = False
 
 
 class WriteRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,13 +55,6 @@ class WriteRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: str
     parameters: WriteParameters | None = None
     stream: bool | None = None
-
-
-# Unsupported parameter → its no-op value.
-NEUTRAL: dict[str, Any] = {
-    "adapter_id": None, "best_of": 1, "decoder_input_details": False, "frequency_penalty": 0, "grammar": None,
-    "repetition_penalty": 1, "top_n_tokens": 0, "truncate": None, "typical_p": 1, "watermark": False,
-}  # fmt: skip
 
 
 class Token(msgspec.Struct):
@@ -131,14 +122,47 @@ class Query(NamedTuple):
     details: bool
     before: str
 
+    def render(self, _: Version) -> bytes:
+        """Return the whole response."""
+        job = self.job
+        found = Generated(self.before + job.completion)
+        if self.details:
+            tokens = list(map(_token, job.pieces))
+            found.details = Details(_FINISH[job.finish], len(tokens), job.how.seed, [], tokens)
+        return encode([found])
 
-_decode = msgspec.json.Decoder(WriteRequest).decode
+    def render_piece(self, _: Version, index: int, piece: Piece) -> bytes:
+        """Return one token as an event."""
+        job = self.job
+        found = StreamToken(index, _token(piece))
+        if piece.finish:
+            found.generated_text = self.before + job.completion
+            found.details = StreamDetails(_FINISH[piece.finish], len(job.pieces), job.prompt_tokens, job.how.seed)
+        return event(found)
+
+
+def unsupported(default: msgspec.Struct) -> dict[str, Any]:
+    """Return the unsupported parameters of a request (their type is Any), with their no-op values."""
+    return {field.name: getattr(default, field.name) for field in structs.fields(default) if field.type is Any}
+
+
+def refuse_unsupported(asked: msgspec.Struct, neutral: dict[str, Any]) -> None:
+    """Refuse unsupported parameters (422) that are not set to a no-op value."""
+    for name, good in neutral.items():
+        value = getattr(asked, name)
+        if value is None or (value == good and isinstance(value, bool) == isinstance(good, bool)):
+            continue
+        may = "" if good is None else f" or {encode(good).decode()}"
+        raise Refused(422, f"{name} is not supported; it may be absent{may}")
+
+
 _DEFAULT = WriteParameters()
+NEUTRAL = unsupported(_DEFAULT)
 
 
 def parse(body: bytes, generator: Generator, max_chars: int) -> Query:
     """Parse a request."""
-    asked = decoded(_decode, body)
+    asked = decoded(body, WriteRequest)
     how = asked.parameters or _DEFAULT
     refuse_unsupported(how, NEUTRAL)
     given = {
@@ -151,42 +175,12 @@ def parse(body: bytes, generator: Generator, max_chars: int) -> Query:
     return Query(job_of(generator, asked.inputs, given, max_chars), bool(asked.stream), bool(how.details), before)
 
 
-def render(_: Version, query: Query) -> bytes:
-    """Return the whole response."""
-    job = query.job
-    found = Generated(query.before + job.completion)
-    if query.details:
-        tokens = list(map(_token, job.pieces))
-        found.details = Details(_FINISH[job.finish], len(tokens), job.how.seed, [], tokens)
-    return encode([found])
-
-
-def render_piece(_: Version, query: Query, index: int, piece: Piece) -> bytes:
-    """Return one token as an event."""
-    found = StreamToken(index, _token(piece))
-    if piece.finish:
-        found.generated_text = query.before + query.job.completion
-        job = query.job
-        found.details = StreamDetails(_FINISH[piece.finish], len(job.pieces), job.prompt_tokens, job.how.seed)
-    return event(found)
-
-
 def info(version: Version, generator: Generator) -> WriterInfo:
     """`GET /info`."""
     most = generator.room + 1
     return WriterInfo(
         version.name, version.version, version.variant, "text-generation", MAX_STOPS, generator.room, most, __version__
     )
-
-
-def refuse_unsupported(asked: Any, neutral: dict[str, Any]) -> None:
-    """Refuse unsupported parameters (422) that are not set to a no-op value."""
-    for name, good in neutral.items():
-        value = getattr(asked, name)
-        if value is None or (value == good and isinstance(value, bool) == isinstance(good, bool)):
-            continue
-        may = "" if good is None else f" or {encode(good).decode()}"
-        raise Refused(422, f"{name} is not supported; it may be absent{may}")
 
 
 def _token(piece: Piece) -> Token:
