@@ -1,7 +1,5 @@
 """Data and answers looked at: near duplicates, evidence for a difference, what confidence gives away."""
 
-from __future__ import annotations
-
 import random
 
 

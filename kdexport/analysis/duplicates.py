@@ -3,8 +3,6 @@
 Test rows that occur in train, exactly or nearly, measure memorisation instead of generalisation.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache

@@ -4,8 +4,6 @@ Rounds are added until every ratio is precise enough or the time is up. One targ
 ratio of that pair checks the engine itself.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import shutil

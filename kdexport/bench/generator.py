@@ -4,8 +4,6 @@ In an open loop, send times do not depend on the server and latency counts from 
 stalls can't hide its queue (no coordinated omission). `python -m kdexport.bench.generator` reads and writes JSON.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import re

@@ -1,7 +1,5 @@
 """Loads on a server, in shuffled rounds."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

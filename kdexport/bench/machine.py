@@ -1,7 +1,5 @@
 """The machine's facts, for every result and `kdexport doctor`."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

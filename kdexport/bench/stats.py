@@ -4,8 +4,6 @@ The unit of replication is the round, not the call: identical processes differ b
 of one process agree. Intervals are over rounds, on a log scale; ratios are paired by round, as drift hits both sides.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """Subjects of measurement: a model as three functions, opened in its own process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

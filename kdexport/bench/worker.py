@@ -3,8 +3,6 @@
 `python -m kdexport.bench.worker` reads a JSON job and writes samples as JSON, or logits as a .npy file.
 """
 
-from __future__ import annotations
-
 import gc
 import io
 import sys

@@ -1,7 +1,5 @@
 """Render results in the terminal, as Markdown, HTML and a model card; nothing is measured here."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ They need no script and no library, are deterministic, a few kB each, and readab
 its own marker and dash. Colours are classes `s0` to `s7`, which the page defines for light and dark.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from html import escape

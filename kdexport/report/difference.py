@@ -1,7 +1,5 @@
 """Render a comparison in the terminal, and as a page."""
 
-from __future__ import annotations
-
 from kdexport.files import as_json
 from kdexport.output import Output
 from kdexport.report import page

@@ -1,7 +1,5 @@
 """Reports from and to other tools: pytest-benchmark's JSON, MLflow, TensorBoard."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Sections on leakage: duplicates and near duplicates across splits, and membership inference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

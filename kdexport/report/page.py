@@ -1,7 +1,5 @@
 """Pages of a verdict and sections with text, figures and tables; rendered as HTML and Markdown."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Sections on quality: the metric, classes, calibration, differences, training."""
 
-from __future__ import annotations
-
 import math
 
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot

@@ -1,7 +1,5 @@
 """The section on a search: all students with reasons, and the frontier of those trained."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from kdexport.report.charts import Axis, Point, Series, frontier, plot

@@ -3,8 +3,6 @@
 To add one, write a function and add it to `SECTIONS`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

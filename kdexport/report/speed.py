@@ -1,7 +1,5 @@
 """Sections on speed: variants, budget, trade-off, latency, steps."""
 
-from __future__ import annotations
-
 import math
 from statistics import median
 

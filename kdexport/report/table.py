@@ -1,7 +1,5 @@
 """Formats of numbers, and the table of variants, for the terminal, Markdown and HTML."""
 
-from __future__ import annotations
-
 import math
 
 from kdexport.results import Interval, Report, Spread, Variant
