@@ -123,7 +123,7 @@ def _spot(v: Variant, metric: Metric, radius: float) -> Point:
     assert v.latency_ms
     tail = _tail(v) or 0.0
     tip = f"{v.name}: {score(metric, v.metric.value)}, p99 {p99(v)} ms, {megabytes(v.size_bytes)} MB"
-    return Point(tail, v.metric.value, _narrow(v.latency_ms.p99_ci95), v.metric.ci95, tip, radius)
+    return Point(tail, v.metric.value, v.latency_ms.p99_ci95, v.metric.ci95, tip, radius)
 
 
 def latency(r: Report) -> Section | None:
@@ -162,7 +162,7 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
         return []
 
     def point(at: float, p50: float, ci: Interval | None, per_second: float) -> Point:
-        return Point(at, per_second) if rate else Point(at, p50, None, _narrow(ci))
+        return Point(at, per_second) if rate else Point(at, p50, None, ci)
 
     series = []
     for v in r.variants:
@@ -177,11 +177,6 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
         for c in cells
     ]
     return [Figure(caption, chart, Table(("variant", at, "p50 ms [95 %]", "p99 ms", "a second", "errors"), rows))]
-
-
-def _narrow(ci: Interval | None) -> Interval | None:
-    """Return an interval, unless it is so wide that it would only stretch the axis."""
-    return ci if ci and ci[1] < 4 * ci[0] else None
 
 
 def _by_round(rounds: dict[str, list[float]]) -> Figure:
@@ -222,7 +217,7 @@ def _bar(v: Variant, before: Variant | None, gain: str) -> Bar:
     assert v.latency_ms
     base = before.latency_ms.p50 if before and before.latency_ms else None
     remark, style = f"{_p50(v)} ms, {gain}", 1 if before else 0
-    return Bar(v.name, v.latency_ms.p50, _narrow(v.latency_ms.p50_ci95), remark, base, style)
+    return Bar(v.name, v.latency_ms.p50, v.latency_ms.p50_ci95, remark, base, style)
 
 
 def _step(v: Variant, gain: str, r: Report) -> tuple[str, ...]:
