@@ -11,7 +11,7 @@ from kdexport.files import as_json, write_text
 from kdexport.output import Output
 from kdexport.report import page
 from kdexport.report.sections import SECTIONS
-from kdexport.report.table import between, headers, megabytes, metric_of, ms, p99, percent, score, table, trimmed
+from kdexport.report.table import between, headers, megabytes, metric_of, p50, p99, percent, score, table, trimmed
 from kdexport.results import Exported, Report, read_report
 from kdexport.tasks import task_class
 
@@ -92,10 +92,10 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.distillation and metric.kind != "number":
         facts.append((percent(report.distillation.retention), f"of the teacher's {metric.name} kept"))
     if best.latency_ms:
-        p50 = trimmed(best.latency_ms.p50, best.latency_ms.p50_ci95)
-        facts.append((f"{p50} ms", f"p50 for one text; p99 {p99(best)} ms"))
+        facts.append((f"{p50(best)} ms", f"p50 for one text; p99 {p99(best)} ms"))
         if rate := best.latency_ms.tokens_per_second:
-            facts.append((f"{rate:,.0f}", f"tokens a second; the first after {ms(best.latency_ms.first_token_p50)} ms"))
+            first = trimmed(best.latency_ms.first_token_p50)
+            facts.append((f"{rate:,.0f}", f"tokens a second; the first after {first} ms"))
     if best.speedup_p50:
         value, ci = best.speedup_p50.value, best.speedup_p50.ci95
         facts.append((f"{trimmed(value, ci)}×", f"faster than {report.bench.reference}{between(ci, value)}"))

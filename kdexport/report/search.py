@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from kdexport.report.charts import Axis, Point, Series, frontier, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import megabytes, metric_of, ms, percent, score, times
+from kdexport.report.table import megabytes, metric_of, percent, score, times, trimmed
 from kdexport.results import Report, Search, SearchCandidate
 from kdexport.tasks.metrics import Metric
 
@@ -75,7 +75,7 @@ def _row(one: SearchCandidate, found: Search, metric: Metric) -> tuple[str, ...]
     faster = found.teacher_p50_ms / one.p50_ms if found.teacher_p50_ms else None
     seconds = [s for s in (one.trial_seconds, one.seconds) if s is not None]
     return (
-        one.name, ms(one.p50_ms), ms(one.p99_ms), times(faster) if faster else "–", megabytes(one.size_bytes),
+        one.name, trimmed(one.p50_ms), trimmed(one.p99_ms), times(faster) if faster else "–", megabytes(one.size_bytes),
         score(metric, one.trial), score(metric, one.metric), percent(one.retention),
         f"{sum(seconds):.0f}" if seconds else "–", _verdict(one, found),
     )  # fmt: skip
