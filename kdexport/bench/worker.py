@@ -5,6 +5,7 @@
 
 import gc
 import io
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -189,13 +190,9 @@ def _slowed(opened: Opened, share: float) -> Opened:
 
 def _peak_rss_mb(process: psutil.Process) -> float:
     # /proc has the peak since exec; getrusage would inherit the parent's.
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
-    return float(process.memory_info().rss / 1e6)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 / 1e6 if found else float(process.memory_info().rss / 1e6)
 
 
 def main() -> None:
