@@ -29,7 +29,6 @@ from kdexport.tasks import load_task
 from kdexport.tasks.metrics import Array
 
 _MAX_ROWS, _MAX_ROUNDS = 256, 100
-_MIN_SAMPLES_A_ROUND = 200
 _SWEEP_ROUNDS = 3
 GRACE_S = 600.0  # for loading, compiling and sweeping, beside the measured time
 # Optional stopping at the first narrow interval stops too early too often, so the level is higher than 95 %.
@@ -199,8 +198,7 @@ def _round(
     task = load_task(Path(target.task)) if target.task else None
     batches = sweep and not (task and measured_tokens(task))  # language models write one text at a time
     job = Round(
-        target=target, rows=str(rows), threads=threads, seconds=settings.round_seconds,
-        min_samples=_MIN_SAMPLES_A_ROUND, max_seconds=3 * settings.round_seconds, spawned_ns=time.monotonic_ns(),
+        target=target, rows=str(rows), threads=threads, seconds=settings.round_seconds, spawned_ns=time.monotonic_ns(),
         start=number * 37,  # each round begins at another row, so that slow variants see all of them
         batch_sizes=[size for size in settings.batch_sizes if size > 1] if batches else [],
         lengths=task.lengths() if task and sweep and target.runtime != "http" else [],
