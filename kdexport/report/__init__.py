@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -59,18 +58,21 @@ def page_of(report: Report) -> page.Page:
 
 def write_card(report: Report, file: Path) -> None:
     """Write the model card, with the metrics as a model-index."""
-    best, teacher = report.variant(report.recommended), next(v for v in report.variants if v.model == "teacher")
     task = task_class(report.task)
-    values: dict[str, Any] = {"r": report, "best": best, "teacher": teacher, "use": task.card, "reads": task.modality}
-    values |= {"headers": headers(report), "rows": table(report), "score": partial(score, metric_of(report))}
-    write_text(file, page.render("card.md.j2", **values))
+    card = page.render(
+        "card.md.j2", r=report, best=report.variant(report.recommended), use=task.card, reads=task.modality,
+        headers=headers(report), rows=table(report), score=partial(score, metric_of(report)),
+    )  # fmt: skip
+    write_text(file, card)
 
 
 def write_export_card(exported: Exported, file: Path) -> None:
     """Write the model card of an export."""
     task = task_class(exported.task)
-    values: dict[str, Any] = {"reads": task.modality, "use": task.card, "version": __version__, "percent": percent}
-    write_text(file, page.render("exported.md.j2", e=exported, **values))
+    card = page.render(
+        "exported.md.j2", e=exported, reads=task.modality, use=task.card, version=__version__, percent=percent
+    )
+    write_text(file, card)
 
 
 def _verdict(report: Report) -> str:

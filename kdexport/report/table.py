@@ -71,14 +71,14 @@ def trimmed(value: float | None, ci: Interval | None = None) -> str:
     return f"{value:.{max(0, min(digits, 3))}f}"
 
 
-def between(ci: Interval | None, value: float, unit: str = "") -> str:
+def between(ci: Interval | None, value: float) -> str:
     """Format an interval in brackets, with as many digits as its value."""
     if ci is None:
         return ""
     if ci[1] > 10 * max(ci[0], 1e-12):
         return " [not known]"  # of two rounds, too wide to be of use
     digits = len(trimmed(value, ci).partition(".")[2])
-    return f" [{ci[0]:.{digits}f}–{ci[1]:.{digits}f}{unit}]"
+    return f" [{ci[0]:.{digits}f}–{ci[1]:.{digits}f}]"
 
 
 def times(value: float) -> str:
