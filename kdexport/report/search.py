@@ -18,7 +18,15 @@ def search(r: Report) -> Section | None:
     found, metric = r.search, metric_of(r)
     if found is None:
         return None
-    rows = [_row(one, found, metric) for one in found.rungs]
+    rows = []
+    for one in found.rungs:
+        faster = found.teacher_p50_ms / one.p50_ms if found.teacher_p50_ms else None
+        seconds = [s for s in (one.trial_seconds, one.seconds) if s is not None]
+        rows.append((
+            one.name, trimmed(one.p50_ms), trimmed(one.p99_ms), times(faster) if faster else "–",
+            megabytes(one.size_bytes), score(metric, one.trial), score(metric, one.metric), percent(one.retention),
+            f"{sum(seconds):.0f}" if seconds else "–", _verdict(one, found),
+        ))  # fmt: skip
     best = next(i for i, one in enumerate(found.rungs) if one.name == found.winner)
     lead = (
         f"{found.reason}. Size and latency don't depend on the weights, so they were "
@@ -63,16 +71,6 @@ def _frontier(
     chart = plot(caption, series, *axes, height=320)
     columns = ("student", label.removesuffix(" (log)"), metric.name, "trained", "on the frontier")
     return Figure(caption, chart, Table(columns, rows))
-
-
-def _row(one: SearchCandidate, found: Search, metric: Metric) -> tuple[str, ...]:
-    faster = found.teacher_p50_ms / one.p50_ms if found.teacher_p50_ms else None
-    seconds = [s for s in (one.trial_seconds, one.seconds) if s is not None]
-    return (
-        one.name, trimmed(one.p50_ms), trimmed(one.p99_ms), times(faster) if faster else "–", megabytes(one.size_bytes),
-        score(metric, one.trial), score(metric, one.metric), percent(one.retention),
-        f"{sum(seconds):.0f}" if seconds else "–", _verdict(one, found),
-    )  # fmt: skip
 
 
 def _verdict(one: SearchCandidate, found: Search) -> str:
