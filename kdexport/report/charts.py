@@ -66,8 +66,8 @@ class _Scale:
         self, axis: Axis, values: Iterable[float], intervals: Iterable[Interval | None], start: float, end: float
     ) -> None:
         self.axis, self._start, self._end = axis, start, end
-        ends = [] if axis.log else [end for ci in intervals if ci for end in ci]
-        known = [v for v in (*values, *ends, *axis.reach) if not axis.log or v > 0]
+        bounds = [] if axis.log else [bound for ci in intervals if ci for bound in ci]
+        known = [v for v in (*values, *bounds, *axis.reach) if not axis.log or v > 0]
         low, high = (min(known), max(known)) if known else (0.1, 1.0)
         if axis.log:
             self._low, self._high = math.log10(low) - 0.06, math.log10(high) + 0.06
