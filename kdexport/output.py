@@ -27,7 +27,6 @@ from kdexport.progress import say
 PRIVATE = ".kdexport"
 _RECORD = "record.json"
 _LOCK, _OLD = "lock", "old"
-_FIX = "Move it elsewhere, name another folder, or pass --move-aside"
 By = Literal["run", "bench", "export", "report", "compare"]
 
 
@@ -124,10 +123,7 @@ class Output:
 
     def _stands_in_the_way(self, name: str) -> bool:
         place = self.folder / name
-        found = self._stranger(place)
-        if found and not self._move_aside:
-            raise RunError(f"{found}, and {place} is to be replaced", _FIX)
-        return found is not None
+        return _in_the_way(self._stranger(place), place, self._move_aside)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file, atomically; see `check`."""
@@ -191,8 +187,8 @@ def making(place: Path) -> Iterator[Path]:
             yield Path(work)
 
 
-def check_place(place: Path, mine: Iterable[str] | None = None, *, may_move: bool = False) -> None:
-    """Check that a folder of `publish` may be replaced: it is absent, empty, or as it was made.
+def check_place(place: Path, mine: Iterable[str] | None = None, *, may_move: bool = False) -> bool:
+    """Check that a folder of `publish` may be replaced; return whether it is to be moved aside first.
 
     Args:
         mine: top-level names to replace, where others may stand beside them; None for the whole.
@@ -200,8 +196,7 @@ def check_place(place: Path, mine: Iterable[str] | None = None, *, may_move: boo
     Raises:
         RunError: something there is not as kdexport wrote it.
     """
-    if (found := _stranger(place, mine)) and not may_move:
-        raise RunError(f"{found}, and {place} is to be replaced", _FIX)
+    return _in_the_way(_stranger(place, mine), place, may_move)
 
 
 def publish(made: Path, place: Path, work: Path, mine: Iterable[str] | None = None, *, may_move: bool = False) -> None:
@@ -210,8 +205,7 @@ def publish(made: Path, place: Path, work: Path, mine: Iterable[str] | None = No
     The old folder stands whole until the new one does; where others' files stay beside ours (`mine`), each top-level
     name is replaced by itself.
     """
-    check_place(place, mine, may_move=may_move)
-    if _stranger(place, mine):
+    if check_place(place, mine, may_move=may_move):
         move_aside(place)
     made_now = {name: [found] for name, found in hash_files(made).items()}
     beside = mine is not None and _stranger(place, None) is not None
@@ -226,6 +220,13 @@ def publish(made: Path, place: Path, work: Path, mine: Iterable[str] | None = No
         _write_record(made, made_now)
         place.parent.mkdir(parents=True, exist_ok=True)
         _swap(made, place, work / _OLD)
+
+
+def _in_the_way(stranger: str | None, place: Path, may_move: bool) -> bool:
+    if stranger and not may_move:
+        mend = "Move it elsewhere, name another folder, or pass --move-aside"
+        raise RunError(f"{stranger}, and {place} is to be replaced", mend)
+    return stranger is not None
 
 
 def _write_record(folder: Path, files: dict[str, list[str]]) -> None:

@@ -1,7 +1,5 @@
 """Data and answers looked at: near duplicates, evidence for a difference, what confidence gives away."""
 
-from __future__ import annotations
-
 import random
 
 
@@ -11,3 +9,9 @@ def sampled(n: int, most: int = 5000) -> list[int]:
     Drawn, and not each k-th: files may have an order, such as classes that take turns.
     """
     return sorted(random.Random(0).sample(range(n), min(n, most)))
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text on one line, of about `most` characters at most."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most].rstrip()} …"

@@ -3,8 +3,6 @@
 Test rows that occur in train, exactly or nearly, measure memorisation instead of generalisation.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -14,7 +12,7 @@ import msgspec
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from kdexport.analysis import sampled
+from kdexport.analysis import sampled, shortened
 from kdexport.errors import MissingPackage
 from kdexport.tasks.metrics import Array
 
@@ -113,7 +111,8 @@ def near_duplicates(
     for i, j, similarity in _nearest([split for split, _, _ in looked_at], [text for _, text, _ in looked_at]):
         (late, text, row), (early, other, first) = looked_at[i], looked_at[j]
         ids, labels = (first["id"], row["id"]), (first["label"], row["label"])
-        pairs.append(NearPair((early, late), ids, labels, (_short(other), _short(text)), round(similarity, 3)))
+        shown = (_shown(other), _shown(text))
+        pairs.append(NearPair((early, late), ids, labels, shown, round(similarity, 3)))
     names = list(splits)
     counts = Counter(pair.splits for pair in pairs)
     beyond = [pair for pair in pairs if pair.splits[0] != pair.splits[1]]
@@ -183,6 +182,5 @@ def _conflict(pair: NearPair) -> bool:
     return None not in pair.labels and pair.labels[0] != pair.labels[1]
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.replace("\x1f", " ‖ ").split())
-    return line if len(line) <= _CHARACTERS else f"{line[:_CHARACTERS].rstrip()} …"
+def _shown(text: str) -> str:
+    return shortened(text.replace("\x1f", " ‖ "), _CHARACTERS)

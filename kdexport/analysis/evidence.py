@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from kdexport.analysis import shortened
 from kdexport.results import Answer, Bin, Calibration, ClassScore, Evidence, Example
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Items
@@ -18,13 +19,14 @@ def look_closely(task: Task, rows: list[dict[str, Any]], teacher: Array, student
     classes = _classes(task.labels, items.labels, task.chosen(of_teacher), task.chosen(items))
     if task.config.function != "softmax":
         return Evidence(classes=classes, calibration={}, examples=[])
-    theirs = of_teacher.logits
-    sure = {"teacher": softmax(theirs.astype(np.float64)), "student": softmax(items.logits.astype(np.float64))}
-    return Evidence(
-        classes=classes,
-        calibration={name: _calibration(probabilities, items.labels) for name, probabilities in sure.items()},
-        examples=_examples(task, rows, items, sure["teacher"], sure["student"]),
-    )
+    sides = {"teacher": of_teacher, "student": items}
+    sure = {name: softmax(side.logits.astype(np.float64)) for name, side in sides.items()}
+    calibration = {}
+    for name, probabilities in sure.items():
+        error, bins = reliability(probabilities, items.labels)
+        calibration[name] = Calibration(error, [Bin(*one) for one in bins])
+    examples = _examples(task, rows, items, sure["teacher"], sure["student"])
+    return Evidence(classes=classes, calibration=calibration, examples=examples)
 
 
 def _classes(names: list[str], labels: Array, teacher: Array, student: Array) -> list[ClassScore]:
@@ -39,11 +41,6 @@ def _classes(names: list[str], labels: Array, teacher: Array, student: Array) ->
     return sorted(found, key=lambda c: (c.student_recall - c.teacher_recall, c.student_recall, c.label))
 
 
-def _calibration(probabilities: Array, labels: Array) -> Calibration:
-    error, bins = reliability(probabilities, labels)
-    return Calibration(error, [Bin(*one) for one in bins])
-
-
 def _examples(task: Task, rows: list[dict[str, Any]], items: Items, teacher: Array, student: Array) -> list[Example]:
     """Return rows with different answers, the most confident disagreements first."""
     names = task.labels
@@ -54,15 +51,10 @@ def _examples(task: Task, rows: list[dict[str, Any]], items: Items, teacher: Arr
     return [
         Example(
             id=(row := rows[items.of[i]])["id"],
-            text=_short(" ‖ ".join(filter(None, (str(items.words[i]) if items.words else "", task.title(row))))),
+            text=shortened(f"{items.words[i]} ‖ {task.title(row)}" if items.words else task.title(row), _CHARACTERS),
             label=names[items.labels[i]],
             teacher=Answer(names[theirs[i]], float(teacher[i, theirs[i]])),
             student=Answer(names[ours[i]], float(student[i, ours[i]])),
         )
         for i in chosen.tolist()
     ]
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= _CHARACTERS else f"{line[:_CHARACTERS].rstrip()} …"

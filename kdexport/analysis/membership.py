@@ -21,10 +21,7 @@ def membership(
     (Yeom et al. 2018, whose membership advantage is TPR − FPR) is above a threshold. Where train and test differ in
     kind, that shows as well, so a high figure is a reason to look, not a proof.
 
-    Args:
-        train_rows, train_logits: members, and their logits [M, C].
-        test_rows, test_logits: others, and their logits [N, C]; contents that are in train_rows too are skipped. A row
-            whose label is None counts for the confidence only.
+    Test rows whose contents are in train, too, are skipped; a row without a label counts for the confidence only.
 
     Returns:
         None where a side has no rows, or the logits are no scores.

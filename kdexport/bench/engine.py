@@ -4,8 +4,6 @@ Rounds are added until every ratio is precise enough or the time is up. One targ
 ratio of that pair checks the engine itself.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import shutil
@@ -31,7 +29,6 @@ from kdexport.tasks import load_task
 from kdexport.tasks.metrics import Array
 
 _MAX_ROWS, _MAX_ROUNDS = 256, 100
-_MIN_SAMPLES_A_ROUND = 200
 _SWEEP_ROUNDS = 3
 GRACE_S = 600.0  # for loading, compiling and sweeping, beside the measured time
 # Optional stopping at the first narrow interval stops too early too often, so the level is higher than 95 %.
@@ -79,19 +76,21 @@ def bench(
     for name, reason in left_out.items():
         warn(f"bench: {name} is left out: {reason}")
     active = [target for target in targets if target.name not in left_out]
-    twins = [msgspec.structs.replace(t, name=t.name + AGAIN) for t in active if t.name == control]
+    twin = f"{control}{AGAIN}"
+    in_turns = active + [msgspec.structs.replace(t, name=twin) for t in active if t.name == control]
     facts, started = environment(), time.monotonic()
     write_bytes(out / "rows.json", msgspec.json.encode(chosen))
     # Complete rounds stay on disk until the end, named by a hash of the request, so that the same call resumes.
-    asked = digest(msgspec.to_builtins([settings, active + twins, reference, seed, chosen, sweep]))
+    asked = digest(msgspec.to_builtins([settings, in_turns, reference, seed, chosen, sweep]))
     saved = out / f"rounds-{asked[:12]}"
     saved.mkdir(exist_ok=True)
-    found, failed = _take_turns(settings, active + twins, reference, seed, out / "rows.json", saved, sweep)
-    cells = {name: _cells(rounds) for name, rounds in found.items()}
-    alive = [t for t in active if t.name not in failed]
+    found, failed = _take_turns(settings, in_turns, reference, seed, out / "rows.json", saved, sweep)
+    own = {name: rounds for name, rounds in found.items() if name != twin}
+    cells = {name: _cells(rounds) for name, rounds in own.items()}
+    alive = [t for t in active if t.name in own]
     _other_threads(settings, alive, out / "rows.json", cells, started + settings.time_limit_s)
-    for target in active:
-        if target.runtime == "http" and loads and target.name not in failed:
+    for target in alive:
+        if target.runtime == "http" and loads:
             put, trouble = put_loads(target, loads, seed, out / "rows.json")
             cells[target.name] += put
             if trouble:
@@ -99,11 +98,10 @@ def bench(
                 warn(f"bench: {target.name} {trouble}")
     (out / "rows.json").unlink()
     shutil.rmtree(saved)
-    own = {name: rounds for name, rounds in found.items() if name not in {twin.name for twin in twins}}
     if not own:
         reasons = "; ".join(f"{name} {why}" for name, why in (failed or left_out).items())
         raise RunError(f"nothing could be measured: {reasons}", "kdexport doctor says what this machine has")
-    base, again = own.get(reference, {}), found.get(f"{control}{AGAIN}")
+    base, again = own.get(reference, {}), found.get(twin)
     new_tokens = max((measured_tokens(load_task(Path(target.task))) for target in active if target.task), default=0)
     p99 = {name: stats.pooled_ratio(*_totals(base, rounds), 0.99) for name, rounds in own.items()} if base else {}
     clock = f"a prompt of at most {new_tokens} tokens to {new_tokens} more"
@@ -122,16 +120,14 @@ def bench(
         latency={name: _latency(rounds, new_tokens) for name, rounds in own.items()},
         speedup={name: _ratio(base, rounds) for name, rounds in own.items()} if base else {},
         speedup_p99={name: ratio for name, ratio in p99.items() if ratio},
-        footprint={t.name: _footprint(own[t.name]) for t in active if t.runtime != "http" and t.name in own},
-        cells={name: each for name, each in cells.items() if name in own},
+        footprint={t.name: _footprint(own[t.name]) for t in alive if t.runtime != "http"}, cells=cells,
     )  # fmt: skip
-    lines = warnings.of(settings, found, measured, facts)
-    measured = msgspec.structs.replace(measured, conditions=msgspec.structs.replace(conditions, warnings=lines))
+    conditions.warnings.extend(warnings.of(settings, found, measured, facts))
     samples = {f"{name}/{i}": _total(one).astype(np.float32) for name, r in found.items() for i, one in r.items()}
     np.savez_compressed(out / "samples.npz", **samples)  # type: ignore[arg-type] # numpy's stub wants no names
     write_json(out / "bench.json", measured)
-    say(f"bench: {measured.conditions.rounds} rounds, {settings.threads[0]} thread(s), {len(chosen)} real rows in turn")
-    for line in lines:
+    say(f"bench: {conditions.rounds} rounds, {settings.threads[0]} thread(s), {len(chosen)} real rows in turn")
+    for line in conditions.warnings:
         warn(f"bench: {line}")
     return measured
 
@@ -202,8 +198,7 @@ def _round(
     task = load_task(Path(target.task)) if target.task else None
     batches = sweep and not (task and measured_tokens(task))  # language models write one text at a time
     job = Round(
-        target=target, rows=str(rows), threads=threads, seconds=settings.round_seconds,
-        min_samples=_MIN_SAMPLES_A_ROUND, max_seconds=3 * settings.round_seconds, spawned_ns=time.monotonic_ns(),
+        target=target, rows=str(rows), threads=threads, seconds=settings.round_seconds, spawned_ns=time.monotonic_ns(),
         start=number * 37,  # each round begins at another row, so that slow variants see all of them
         batch_sizes=[size for size in settings.batch_sizes if size > 1] if batches else [],
         lengths=task.lengths() if task and sweep and target.runtime != "http" else [],
@@ -213,18 +208,19 @@ def _round(
 
 
 def _latency(rounds: Rounds, new_tokens: int) -> Latency:
-    totals = [_total(one) for one in rounds.values()]
+    every = list(rounds.values())
+    totals = [_total(one) for one in every]
     pooled = np.concatenate(totals)
-    medians = [float(np.median(total)) for total in totals]
+    medians = [_median(total) for total in totals]
     p50, p50_ci = stats.estimate(medians)
     (p90, p90_ci), (p99, p99_ci) = stats.pooled(totals, 0.90), stats.pooled(totals, 0.99)
     return Latency(
         p50=p50, p50_ci95=p50_ci, p90=p90, p90_ci95=p90_ci, p99=p99, p99_ci95=p99_ci,
         p99_at_most=stats.at_most(totals, 0.99) if p99 is None else None,
-        tokenize_p50=float(np.median([np.median(one.tokenize_us) for one in rounds.values()])) / 1e3,
-        model_p50=float(np.median([np.median(one.model_us) for one in rounds.values()])) / 1e3,
-        first_token_p50=_median(_median(one.first_ms) for one in rounds.values()) if new_tokens else None,
-        tokens_per_second=1e3 * new_tokens / p50 if new_tokens else None, samples=len(pooled), rounds=len(rounds),
+        tokenize_p50=_median(_median(one.tokenize_us) for one in every) / 1e3,
+        model_p50=_median(_median(one.model_us) for one in every) / 1e3,
+        first_token_p50=_median(_median(one.first_ms) for one in every) if new_tokens else None,
+        tokens_per_second=1e3 * new_tokens / p50 if new_tokens else None, samples=len(pooled), rounds=len(every),
         round_p50=medians, quantiles=np.quantile(pooled, QUANTILES, method="higher").tolist(),
     )  # fmt: skip
 
@@ -272,7 +268,7 @@ def _other_threads(
 
 
 def _ratio(reference: Rounds, other: Rounds, level: float = 0.95) -> Ratio:
-    ours, theirs = ([float(np.median(total)) for total in side] for side in _totals(reference, other))
+    ours, theirs = (list(map(_median, side)) for side in _totals(reference, other))
     return stats.ratio(ours, theirs, level)
 
 

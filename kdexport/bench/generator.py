@@ -4,8 +4,6 @@ In an open loop, send times do not depend on the server and latency counts from 
 stalls can't hide its queue (no coordinated omission). `python -m kdexport.bench.generator` reads and writes JSON.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import re
@@ -15,6 +13,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -120,10 +119,16 @@ def body_of(url: str, rows: list[dict[str, Any]]) -> bytes:
     Raises:
         LoadError: the protocol has no request for such rows.
     """
-    path = urlsplit(url).path
-    if "text" not in rows[0]:
-        return _media_body(url, rows)
-    pairs = rows[0].get("text_pair") is not None
+    path, first = urlsplit(url).path, rows[0]
+    if "text" not in first:
+        modality = next(name for name in ("image", "audio") if name in first)
+        if path.endswith("/infer"):
+            predict = f"{url.partition('/v2/')[0]}/predict"
+            raise LoadError(f"{url} takes arrays, and the rows are of {modality}", f"Name {predict}")
+        if len(rows) > 1:
+            raise LoadError(f"{url} takes one row of {modality} a request")
+        return msgspec.json.encode({"inputs": b64encode(bytes_of(first[modality])).decode()})
+    pairs = first.get("text_pair") is not None
     columns = ("text", "text_pair") if pairs else ("text",)
     if path.endswith("/infer"):
         values = {name: [row[name] for row in rows] for name in columns}
@@ -133,16 +138,6 @@ def body_of(url: str, rows: list[dict[str, Any]]) -> bytes:
     if path.endswith("/predict") and (pairs or len(rows) > 1):
         inputs = [[row[name] for name in columns] for row in rows]
     return msgspec.json.encode({"inputs": inputs if len(rows) > 1 else inputs[0]})
-
-
-def _media_body(url: str, rows: list[dict[str, Any]]) -> bytes:
-    modality = next(name for name in ("image", "audio") if name in rows[0])
-    if urlsplit(url).path.endswith("/infer"):
-        base = url.partition("/v2/")[0]
-        raise LoadError(f"{url} takes arrays, and the rows are of {modality}", f"Name {base}/predict")
-    if len(rows) > 1:
-        raise LoadError(f"{url} takes one row of {modality} a request")
-    return msgspec.json.encode({"inputs": b64encode(bytes_of(rows[0][modality])).decode()})
 
 
 def load(job: LoadJob) -> LoadSamples:
@@ -172,11 +167,9 @@ def load(job: LoadJob) -> LoadSamples:
             except (LoadError, msgspec.DecodeError):
                 failed.append(at)
 
-    clients = [threading.Thread(target=client) for _ in range(job.connections)]
-    for one in clients:
-        one.start()
-    for one in clients:
-        one.join()
+    with ThreadPoolExecutor(job.connections) as pool:
+        for done in [pool.submit(client) for _ in range(job.connections)]:
+            done.result()
     counted = begun + _WARM_S
     latency, errors = [ms for at, ms in found if at >= counted], sum(at >= counted for at in failed)
     return LoadSamples(latency_ms=latency, errors=errors, seconds=time.monotonic() - counted)

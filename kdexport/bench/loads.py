@@ -1,7 +1,5 @@
 """Loads on a server, in shuffled rounds."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 
@@ -35,15 +33,15 @@ def put_loads(target: Target, loads: Loads, seed: int, rows: Path) -> tuple[list
         The measured cells, and the error if the server is gone or answers with errors alone.
     """
     cells: list[Cell] = []
+
+    def put(kinds: list[tuple[int, float | None]]) -> None:
+        for (connections, rate), rounds in _load_rounds(target, loads, kinds, seed, rows).items():
+            cells.append(_load_cell(connections, rate, rounds))
+
     try:
-        closed = _load_rounds(target, loads, [(n, None) for n in loads.connections], seed, rows)
-        for (n, _), rounds in closed.items():
-            cells.append(_load_cell(n, None, rounds))
-        peak = max(_answered(rounds) for rounds in closed.values()) if loads.of_peak else 1.0
-        most = 4 * max(loads.connections)
-        opened = _load_rounds(target, loads, [(most, rate * peak) for rate in loads.rates], seed, rows)
-        for (n, rate), rounds in opened.items():
-            cells.append(_load_cell(n, rate, rounds))
+        put([(n, None) for n in loads.connections])
+        peak = max(cell.per_second or 0.0 for cell in cells) if loads.of_peak else 1.0
+        put([(4 * max(loads.connections), rate * peak) for rate in loads.rates])
     except Crashed as crash:
         return cells, str(crash)
     return cells, ""
@@ -71,10 +69,6 @@ def _load_cell(connections: int, rate: float | None, rounds: list[LoadSamples]) 
     errors, answered = sum(one.errors for one in rounds), [one.latency_ms for one in rounds if one.latency_ms]
     if not answered:
         raise Crashed(f"answered none of {errors} requests under a load ({scenario}, {at:g})")
+    per_second = float(np.median([len(one.latency_ms) / one.seconds for one in rounds]))
     found = stats.cell(scenario, at, answered, None)
-    return msgspec.structs.replace(found, per_second=_answered(rounds), errors=errors)
-
-
-def _answered(rounds: list[LoadSamples]) -> float:
-    """Requests answered a second."""
-    return float(np.median([len(one.latency_ms) / one.seconds for one in rounds]))
+    return msgspec.structs.replace(found, per_second=per_second, errors=errors)

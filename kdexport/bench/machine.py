@@ -1,7 +1,5 @@
 """The machine's facts, for every result and `kdexport doctor`."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform
@@ -38,9 +36,11 @@ def identity() -> dict[str, Any]:
 def elsewhere(facts: dict[str, Any]) -> list[str]:
     """Return a warning if these facts are another machine's."""
     here = identity()
+    if facts.get("hardware") in (None, here["hardware"]):
+        return []
     where = f"on another machine ({machine_name(facts)}), not on this one ({machine_name(here)})"
-    line = f"times, memory and speedups were measured {where}: to measure here, delete the folder bench/ and run again"
-    return [] if facts.get("hardware") in (None, here["hardware"]) else [line]
+    mend = "to measure here, delete the folder bench/ and run again"
+    return [f"times, memory and speedups were measured {where}: {mend}"]
 
 
 def environment() -> dict[str, Any]:
@@ -90,11 +90,10 @@ def advice(facts: dict[str, Any]) -> list[str]:
 
 
 def _cpu() -> tuple[str, set[str]]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    if (found := _read(Path("/proc/cpuinfo"))) is None:
         return platform.processor() or platform.machine(), set()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    lines = [line.partition(":") for line in reversed(found.splitlines())]  # of several CPUs, the first
+    facts = {key.strip(): value.strip() for key, _, value in lines}
     return facts.get("model name", platform.machine()), set(facts.get("flags", facts.get("Features", "")).split())
 
 

@@ -1,7 +1,5 @@
 """Subprocesses of our modules: JSON in and out, threads pinned; they end with their parent."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -4,10 +4,8 @@ The unit of replication is the round, not the call: identical processes differ b
 of one process agree. Intervals are over rounds, on a log scale; ratios are paired by round, as drift hits both sides.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from statistics import NormalDist
 
@@ -24,9 +22,8 @@ _P50_SAMPLES, _P90_SAMPLES, P99_SAMPLES, _A_ROUND = 5, 100, 1_000, 100
 
 def ratio(reference: Sequence[float], other: Sequence[float], level: float = 0.95) -> Ratio:
     """Speedup of `other`: reference ÷ other, by times of paired rounds."""
-    centre, bounds = _centre(np.log(reference) - np.log(other), level)
-    ci = _exp(bounds)
-    return Ratio(math.exp(centre), ci, "unsure" if ci is None else verdict(ci))
+    value, ci = _centre(np.log(reference) - np.log(other), level)
+    return Ratio(value, ci, "unsure" if ci is None else verdict(ci))
 
 
 def verdict(ci: Interval) -> VerdictOfRatio:
@@ -37,10 +34,9 @@ def verdict(ci: Interval) -> VerdictOfRatio:
     return "faster" if low > 1 else "slower" if high < 1 else "unsure"
 
 
-def estimate(times: Sequence[float], level: float = 0.95) -> tuple[float, Interval | None]:
+def estimate(times: Sequence[float]) -> tuple[float, Interval | None]:
     """Centre of one time per round, with its interval from three rounds on."""
-    centre, bounds = _centre(np.log(times), level)
-    return math.exp(centre), _exp(bounds)
+    return _centre(np.log(times), 0.95)
 
 
 def half_width(ci: Interval | None) -> float:
@@ -49,19 +45,13 @@ def half_width(ci: Interval | None) -> float:
 
 
 def pooled(rounds: Sequence[Array], q: float, level: float = 0.95) -> tuple[float | None, Interval | None]:
-    """Quantile of all samples with its interval; None for too few samples.
-
-    The interval is a delete-one-round jackknife (Shao and Wu 1989), which allows for correlation within a round.
-    """
-    if sum(map(len, rounds)) < enough_for(q):
-        return None, None
-    value, bounds = jackknife(len(rounds), lambda kept: math.log(_quantile([rounds[i] for i in kept], q)), level)
-    return math.exp(value), _exp(bounds)
+    """Quantile of all samples with its interval; None for too few samples."""
+    return (None, None) if sum(map(len, rounds)) < _enough_for(q) else _jackknife(rounds, q, level)
 
 
 def pooled_ratio(reference: Sequence[Array], other: Sequence[Array], q: float, level: float = 0.95) -> Ratio | None:
     """Reference ÷ other, by a quantile of each paired round; None for too few samples."""
-    enough = enough_for(q)
+    enough = _enough_for(q)
     a_round = min(_A_ROUND, enough)  # a slow model has few samples per round, enough for a median
     if any(sum(map(len, side)) < enough or min(map(len, side)) < a_round for side in (reference, other)):
         return None
@@ -78,43 +68,24 @@ def cell(scenario: str, at: float, rounds: Sequence[Sequence[float]], answers: i
     return Cell(scenario=scenario, at=at, p50_ms=p50, p50_ci95=ci, p99_ms=p99, per_second=rate, samples=samples)
 
 
-def enough_for(q: float) -> int:
-    """Fewest samples for a quantile."""
-    return P99_SAMPLES if q >= 0.99 else _P90_SAMPLES if q >= 0.9 else _P50_SAMPLES
-
-
 def at_most(rounds: Sequence[Array], q: float) -> float | None:
     """95 % upper bound of a quantile; None for too few samples (299 for p99).
 
     The larger of two bounds: by order statistics, distribution-free for independent samples, and by a jackknife over
     rounds, which allows for correlation within a round.
     """
-    samples = np.concatenate(rounds)
-    n, log_q, log_rest = len(samples), math.log(q), math.log1p(-q)
-    below, k = 0.0, 0
-    while below < 0.95:  # P(fewer than k samples lie below the quantile)
-        if k == n:
-            return None
-        choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-        below += math.exp(choose + k * log_q + (n - k) * log_rest)
-        k += 1
-    by_order = float(np.partition(samples, k - 1)[k - 1])
-    _, bounds = jackknife(len(rounds), lambda kept: math.log(_quantile([rounds[i] for i in kept], q)), 0.9)
-    return max(by_order, math.exp(bounds[1])) if bounds else by_order
-
-
-def jackknife(n: int, statistic: Callable[[list[int]], float], level: float = 0.95) -> tuple[float, Interval | None]:
-    """Statistic of n rounds with its delete-one-round interval, from three rounds on.
-
-    Student's t is taken at 98 % for a level of 95 %: at 95 %, the interval of a p99 covered the truth in 88 to 90 % of
-    simulations with 5 to 12 rounds whose centres differ by 5 % (tests/bench/test_stats.py).
-    """
-    value = statistic(list(range(n)))
-    if n < ENOUGH_ROUNDS:
-        return value, None
-    left_out = np.array([statistic([j for j in range(n) if j != i]) for i in range(n)])
-    half = t_quantile(1 - (1 - level) / 5, n - 1) * math.sqrt((n - 1) * float(np.var(left_out)))
-    return value, (value - half, value + half)
+    samples = np.sort(np.concatenate(rounds))
+    n, beyond, chance = len(samples), 0, q ** len(samples)
+    total = chance
+    while total <= 0.05:  # P(at most `beyond` samples lie beyond the quantile)
+        chance *= (n - beyond) / (beyond + 1) * (1 - q) / q
+        beyond += 1
+        total += chance
+    if beyond == 0:
+        return None
+    by_order = float(samples[-beyond])
+    _, ci = _jackknife(rounds, q, 0.9)
+    return max(by_order, ci[1]) if ci else by_order
 
 
 def t_quantile(p: float, freedom: int) -> float:
@@ -131,22 +102,40 @@ def t_quantile(p: float, freedom: int) -> float:
     return z + first / v + second / v**2 + third / v**3 + fourth / v**4
 
 
+def _enough_for(q: float) -> int:
+    return P99_SAMPLES if q >= 0.99 else _P90_SAMPLES if q >= 0.9 else _P50_SAMPLES
+
+
+def _jackknife(rounds: Sequence[Array], q: float, level: float) -> tuple[float, Interval | None]:
+    """Quantile of all samples with its delete-one-round interval (Shao and Wu 1989), from three rounds on.
+
+    Student's t is taken at 98 % for a level of 95 %: at 95 %, the interval of a p99 covered the truth in 88 to 90 % of
+    simulations with 5 to 12 rounds whose centres differ by 5 % (tests/bench/test_stats.py).
+    """
+    value, n = _quantile(rounds, q), len(rounds)
+    if n < ENOUGH_ROUNDS:
+        return value, None
+    left_out = np.log([_quantile([*rounds[:i], *rounds[i + 1 :]], q) for i in range(n)])
+    half = t_quantile(1 - (1 - level) / 5, n - 1) * math.sqrt((n - 1) * float(np.var(left_out)))
+    return value, (value / math.exp(half), value * math.exp(half))
+
+
 def _centre(logs: Array, level: float) -> tuple[float, Interval | None]:
-    """Mean with Student's t; from six numbers on, the median of pairwise means with Wilcoxon's signed-rank interval.
+    """Geometric mean with Student's t; from six on, the median of pairwise means with Wilcoxon's signed-rank interval.
 
     One disturbed round does not spoil the latter (Hodges and Lehmann 1963).
     """
     n = len(logs)
     cut = _signed_rank_cut(n, round(1 - level, 9)) if n >= _WILCOXON_FROM else -1
-    if cut < 0:
-        mean = float(np.mean(logs))
-        if n < ENOUGH_ROUNDS:
-            return mean, None
-        half = t_quantile(0.5 + level / 2, n - 1) * float(np.std(logs, ddof=1)) / math.sqrt(n)
-        return mean, (mean - half, mean + half)
-    i, j = np.triu_indices(n)
-    means = np.sort((logs[i] + logs[j]) / 2)
-    return float(np.median(means)), (float(means[cut]), float(means[-1 - cut]))
+    if cut >= 0:
+        i, j = np.triu_indices(n)
+        means = np.sort((logs[i] + logs[j]) / 2)
+        return math.exp(np.median(means)), (math.exp(means[cut]), math.exp(means[-1 - cut]))
+    mean = float(np.mean(logs))
+    if n < ENOUGH_ROUNDS:
+        return math.exp(mean), None
+    half = t_quantile(0.5 + level / 2, n - 1) * float(np.std(logs, ddof=1)) / math.sqrt(n)
+    return math.exp(mean), (math.exp(mean - half), math.exp(mean + half))
 
 
 @cache
@@ -158,10 +147,6 @@ def _signed_rank_cut(n: int, alpha: float) -> int:
         ways[rank:] = ways[rank:] + ways[: len(ways) - rank]
     tail = np.cumsum(ways) / 2.0**n
     return int(np.searchsorted(tail, alpha / 2, side="right")) - 1
-
-
-def _exp(bounds: Interval | None) -> Interval | None:
-    return None if bounds is None else (math.exp(bounds[0]), math.exp(bounds[1]))
 
 
 def _quantile(rounds: Sequence[Array], q: float) -> float:

@@ -1,8 +1,7 @@
 """Subjects of measurement: a model as three functions, opened in its own process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import msgspec
 
 from kdexport.errors import RunError
 from kdexport.runtime.generation import timed
+from kdexport.runtime.predictor import Predictor, providers
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Generates, Task, can_generate
 from kdexport.tasks.metrics import Array
@@ -77,25 +77,19 @@ def open_target(target: Target, threads: int) -> Opened:
 
 def why_not(target: Target) -> str | None:
     """Return why this machine can't measure a target, or None; open nothing."""
-    from importlib.util import find_spec
-
     package = target.runtime.partition("-")[0]
     if package != "http" and find_spec(package) is None:
         return f"the package {package!r} is not installed"
-    if target.device == "cuda":
-        if package == "onnxruntime":
-            from kdexport.runtime.predictor import providers
+    if target.device != "cuda":
+        return None
+    if package == "onnxruntime":
+        return None if "CUDAExecutionProvider" in providers() else "onnxruntime has no CUDAExecutionProvider"
+    import torch
 
-            return None if "CUDAExecutionProvider" in providers() else "onnxruntime has no CUDAExecutionProvider"
-        import torch
-
-        return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
-    return None
+    return None if torch.cuda.is_available() else "PyTorch sees no CUDA device"
 
 
 def _open_onnxruntime(target: Target, threads: int) -> Opened:
-    from kdexport.runtime.predictor import Predictor
-
     task = load_task(Path(target.task))
     predictor = Predictor(task, Path(target.model), threads, target.device)
     if can_generate(task):
@@ -183,10 +177,11 @@ def _open_openvino(target: Target, threads: int) -> Opened:
     task = load_task(Path(target.task))
     if can_generate(task):
         raise RunError("language models are not measured in OpenVINO yet")
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-    settings["INFERENCE_PRECISION_HINT"] = "f32"
-    compiled = openvino.Core().compile_model(target.model, "CPU", settings)
-    request = compiled.create_infer_request()
+    settings = {
+        "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }  # fmt: skip
+    request = openvino.Core().compile_model(target.model, "CPU", settings).create_infer_request()
 
     def run(arrays: Any) -> Any:
         return task.gather(request.infer(task.graph_inputs(arrays))[task.output], arrays)

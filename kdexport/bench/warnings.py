@@ -1,7 +1,5 @@
 """Warnings about a measurement: noise, drift, threads, too little time."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,10 +3,9 @@
 `python -m kdexport.bench.worker` reads a JSON job and writes samples as JSON, or logits as a .npy file.
 """
 
-from __future__ import annotations
-
 import gc
 import io
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import numpy as np
 import psutil
 
 from kdexport.bench.process import call
-from kdexport.bench.subjects import Opened, Target, open_target
+from kdexport.bench.subjects import Opened, Rows, Target, open_target
 from kdexport.runtime.predictor import allowed_cores
 from kdexport.tasks import load_task
 from kdexport.tasks.batches import in_batches
@@ -27,6 +26,8 @@ from kdexport.tasks.metrics import Array
 _now = time.perf_counter_ns
 # Least time and runs of a cell; runs of warm-up.
 _CELL_SECONDS, _CELL_RUNS, _WARM_RUNS = 0.1, 3, 10
+# Least samples of a round, and most time for them, as a multiple of what was asked for.
+_SAMPLES, _MOST_TIME = 200, 3
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -39,8 +40,6 @@ class Round(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     rows: str
     threads: int
     seconds: float
-    min_samples: int
-    max_seconds: float
     start: int
     batch_sizes: list[int]
     lengths: list[int]
@@ -93,32 +92,29 @@ def measure(job: Round) -> Samples:
     cold_ms = (time.monotonic_ns() - job.spawned_ns) / 1e6
     process = psutil.Process()
     one_by_one = job.target.runtime == "http" and "text" not in rows[0]  # a request has one image or recording
-    warm = min(0.3, job.seconds)
-    _stream(opened, rows, job.start, seconds=warm, min_samples=_WARM_RUNS, max_seconds=job.max_seconds)
+    _stream(opened, job, rows, min(0.3, job.seconds), _WARM_RUNS)
     opened.device_ms()
     gc.collect()
     gc.freeze()
     gc.disable()
     cpu, wall = time.process_time(), time.perf_counter()
-    tokenize, model, total = _stream(opened, rows, job.start, job.seconds, job.min_samples, job.max_seconds)
+    tokenize, model, total = _stream(opened, job, rows, job.seconds, _SAMPLES).tolist()
     cores_used = (time.process_time() - cpu) / (time.perf_counter() - wall)
     return Samples(
         tokenize_us=tokenize, model_us=model, total_us=total, device_ms=opened.device_ms()[-len(total) :],
         first_ms=opened.first_ms()[-len(total) :], cold_ms=cold_ms, cores_used=cores_used,
         rss_mb=process.memory_info().rss / 1e6, peak_rss_mb=_peak_rss_mb(process), gpu_peak_mb=opened.gpu_peak_mb(),
         os_threads=process.num_threads(),
-        batches={size: _batches(opened, rows, job.start, size) for size in job.batch_sizes if not one_by_one},
+        batches={size: _batches(opened, job, rows, size) for size in job.batch_sizes if not one_by_one},
         runs={length: _runs(opened, job, rows, length) for length in job.lengths},
     )  # fmt: skip
 
 
-def _stream(
-    opened: Opened, rows: list[dict[str, Any]], start: int, seconds: float, min_samples: int, max_seconds: float
-) -> tuple[list[float], list[float], list[float]]:
-    """Run rows one at a time until both time and samples are reached."""
+def _stream(opened: Opened, job: Round, rows: Rows, seconds: float, samples: int) -> Array:
+    """Run rows one at a time until both time and samples are reached; return µs [3, N]: tokenize, model, total."""
     encode, run, decode = opened.encode, opened.run, opened.decode
-    tokenize, model, total = [], [], []
-    begun, i = _now(), start
+    times: list[tuple[int, int, int]] = []
+    begun, i = _now(), job.start
     while True:
         row = [rows[i % len(rows)]]
         t0 = _now()
@@ -128,22 +124,20 @@ def _stream(
         t2 = _now()
         decode(logits, row)
         t3 = _now()
-        tokenize.append((t1 - t0) / 1e3)
-        model.append((t2 - t1) / 1e3)
-        total.append((t3 - t0) / 1e3)
+        times.append((t1 - t0, t2 - t1, t3 - t0))
         i += 1
         spent = (t3 - begun) / 1e9
-        if (spent >= seconds and len(total) >= min_samples) or spent >= max_seconds:
-            return tokenize, model, total
+        if (spent >= seconds and len(times) >= samples) or spent >= _MOST_TIME * job.seconds:
+            return np.array(times).T / 1e3
 
 
-def _batches(opened: Opened, rows: list[dict[str, Any]], start: int, size: int) -> list[float]:
+def _batches(opened: Opened, job: Round, rows: Rows, size: int) -> list[float]:
     """Ms per batch of texts of similar length, end to end."""
     ordered = sorted(rows, key=lambda row: len(str(row.get("text", ""))))
     places = max(1, len(ordered) - size)
 
     def answer(i: int) -> None:
-        at = (start + 61 * i) % places  # another part of the lengths each time
+        at = (job.start + 61 * i) % places  # another part of the lengths each time
         batch = ordered[at : at + size]
         batch = (batch * (size // len(batch) + 1))[:size]
         opened.decode(opened.run(opened.encode(batch)), batch)
@@ -151,7 +145,7 @@ def _batches(opened: Opened, rows: list[dict[str, Any]], start: int, size: int) 
     return _repeat(answer)
 
 
-def _runs(opened: Opened, job: Round, rows: list[dict[str, Any]], length: int) -> list[float]:
+def _runs(opened: Opened, job: Round, rows: Rows, length: int) -> list[float]:
     """Ms per run of the model alone, on real texts joined and cut to one length."""
     task = load_task(Path(job.target.task))
     inputs = [task.sized(rows[(job.start + 7 * k) % len(rows) :] + rows, length) for k in range(8)]
@@ -191,13 +185,9 @@ def _slowed(opened: Opened, share: float) -> Opened:
 
 def _peak_rss_mb(process: psutil.Process) -> float:
     # /proc has the peak since exec; getrusage would inherit the parent's.
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024 / 1e6
-    except OSError:
-        pass
-    return float(process.memory_info().rss / 1e6)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 / 1e6 if found else float(process.memory_info().rss / 1e6)
 
 
 def main() -> None:

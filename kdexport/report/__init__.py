@@ -1,10 +1,7 @@
 """Render results in the terminal, as Markdown, HTML and a model card; nothing is measured here."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -13,7 +10,7 @@ from kdexport.files import as_json, write_text
 from kdexport.output import Output
 from kdexport.report import page
 from kdexport.report.sections import SECTIONS
-from kdexport.report.table import between, headers, megabytes, metric_of, ms, p99, percent, score, table, trimmed
+from kdexport.report.table import between, headers, megabytes, metric_of, p50, p99, percent, score, table, trimmed
 from kdexport.results import Exported, Report, read_report
 from kdexport.tasks import task_class
 
@@ -61,18 +58,21 @@ def page_of(report: Report) -> page.Page:
 
 def write_card(report: Report, file: Path) -> None:
     """Write the model card, with the metrics as a model-index."""
-    best, teacher = report.variant(report.recommended), next(v for v in report.variants if v.model == "teacher")
     task = task_class(report.task)
-    values: dict[str, Any] = {"r": report, "best": best, "teacher": teacher, "use": task.card, "reads": task.modality}
-    values |= {"headers": headers(report), "rows": table(report), "score": partial(score, metric_of(report))}
-    write_text(file, page.render("card.md.j2", **values))
+    card = page.render(
+        "card.md.j2", r=report, best=report.variant(report.recommended), use=task.card, reads=task.modality,
+        headers=headers(report), rows=table(report), score=partial(score, metric_of(report)),
+    )  # fmt: skip
+    write_text(file, card)
 
 
 def write_export_card(exported: Exported, file: Path) -> None:
     """Write the model card of an export."""
     task = task_class(exported.task)
-    values: dict[str, Any] = {"reads": task.modality, "use": task.card, "version": __version__, "percent": percent}
-    write_text(file, page.render("exported.md.j2", e=exported, **values))
+    card = page.render(
+        "exported.md.j2", e=exported, reads=task.modality, use=task.card, version=__version__, percent=percent
+    )
+    write_text(file, card)
 
 
 def _verdict(report: Report) -> str:
@@ -94,10 +94,10 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.distillation and metric.kind != "number":
         facts.append((percent(report.distillation.retention), f"of the teacher's {metric.name} kept"))
     if best.latency_ms:
-        p50 = trimmed(best.latency_ms.p50, best.latency_ms.p50_ci95)
-        facts.append((f"{p50} ms", f"p50 for one text; p99 {p99(best)} ms"))
+        facts.append((f"{p50(best)} ms", f"p50 for one text; p99 {p99(best)} ms"))
         if rate := best.latency_ms.tokens_per_second:
-            facts.append((f"{rate:,.0f}", f"tokens a second; the first after {ms(best.latency_ms.first_token_p50)} ms"))
+            first = trimmed(best.latency_ms.first_token_p50)
+            facts.append((f"{rate:,.0f}", f"tokens a second; the first after {first} ms"))
     if best.speedup_p50:
         value, ci = best.speedup_p50.value, best.speedup_p50.ci95
         facts.append((f"{trimmed(value, ci)}×", f"faster than {report.bench.reference}{between(ci, value)}"))

@@ -1,7 +1,5 @@
 """Render a comparison in the terminal, and as a page."""
 
-from __future__ import annotations
-
 from kdexport.files import as_json
 from kdexport.output import Output
 from kdexport.report import page
@@ -36,13 +34,17 @@ def write_comparison(found: Comparison, out: Output) -> None:
 
 def page_of(found: Comparison) -> Page:
     """Return a page with the verdict of the gates, and tables and charts of the changes with their intervals."""
-    failed = [gate for gate in found.gates if gate.status == "failed"]
-    unsure = [gate for gate in found.gates if gate.status == "unsure"]
-    verdict = f"All {len(found.gates)} gates passed." if found.gates else _in_short(found.changes)
+    failed = [gate.expression for gate in found.gates if gate.status == "failed"]
+    unsure = sum(gate.status == "unsure" for gate in found.gates)
     if failed:
-        verdict = f"{len(failed)} of {len(found.gates)} gates failed: {', '.join(g.expression for g in failed)}."
+        verdict = f"{len(failed)} of {len(found.gates)} gates failed: {', '.join(failed)}."
     elif unsure:
-        verdict = f"{len(unsure)} of {len(found.gates)} gates could not be decided."
+        verdict = f"{unsure} of {len(found.gates)} gates could not be decided."
+    elif found.gates:
+        verdict = f"All {len(found.gates)} gates passed."
+    else:
+        known = [f"{c.metric} of {c.variant}: {c.verdict}" for c in found.changes if c.verdict in ("better", "worse")]
+        verdict = f"{'; '.join(known)}." if known else "Nothing is better or worse beyond doubt."
     changes = Table(HEADERS, [_row(c) for c in found.changes])
     sections = [Section("Changes", f"From A, {found.a}, to B, {found.b}.", tables=[changes], brief=True)]
     if found.gates:
@@ -58,10 +60,11 @@ def page_of(found: Comparison) -> Page:
 
 def _figure(changes: list[Change], unit: str) -> Figure:
     style = {"better": 2, "worse": 1}
-    drawn = []
-    for c in changes:
-        label, remark = f"{c.metric} of {c.variant}", f"{_change(c)}, {c.verdict}"
-        drawn.append(Bar(label, c.change or 0.0, c.ci95, remark, 0.0, style.get(c.verdict, 6)))
+    drawn = [
+        Bar(f"{c.metric} of {c.variant}", c.change or 0.0, c.ci95, f"{_change(c)}, {c.verdict}", 0.0,
+            style.get(c.verdict, 6))
+        for c in changes
+    ]  # fmt: skip
     chart = bars(f"Changes in {unit}", drawn, Axis(f"change, {unit}", signed, reach=(0.0,)))
     return Figure(f"Change in {unit}, with 95 % intervals", chart, Table(HEADERS, [_row(c) for c in changes]))
 
@@ -83,8 +86,3 @@ def _change(c: Change) -> str:
         return "–"
     ci = f" [{c.ci95[0]:+.1f}, {c.ci95[1]:+.1f}]" if c.ci95 and c.ci95[0] != c.ci95[1] else ""
     return f"{c.change:+.1f}{' %' if c.unit == '%' else ' points'}{ci}"
-
-
-def _in_short(changes: list[Change]) -> str:
-    found = [f"{c.metric} of {c.variant}: {c.verdict}" for c in changes if c.verdict in ("better", "worse")]
-    return f"{'; '.join(found)}." if found else "Nothing is better or worse beyond doubt."

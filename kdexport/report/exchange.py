@@ -1,7 +1,5 @@
 """Reports from and to other tools: pytest-benchmark's JSON, MLflow, TensorBoard."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator
@@ -82,13 +80,17 @@ def write_pytest_benchmark(report: Report, samples: Path, out: Path) -> None:
             if data:
                 benchmarks.append(_benchmark(v, np.concatenate(data).astype(float) / 1e3))
     facts = report.environment
-    cpu = {"brand_raw": facts.get("cpu"), "count": facts.get("cores_allowed")}
-    machine: dict[str, Any] = {"node": "", "processor": "", "machine": "", "cpu": cpu}
-    machine |= {"hardware": facts.get("hardware"), "python_version": facts.get("python")}
-    commit = {"id": facts.get("git_commit") or "unversioned", "dirty": "dirty" in str(facts.get("git_commit"))}
-    when = time.strftime("%Y-%m-%dT%H:%M:%S")
-    whole = {"machine_info": machine, "commit_info": commit, "benchmarks": benchmarks}
-    write_json(out, whole | {"datetime": when, "version": "5.1.0"})
+    commit = facts.get("git_commit") or "unversioned"
+    machine = {
+        "node": "", "processor": "", "machine": "", "hardware": facts.get("hardware"),
+        "cpu": {"brand_raw": facts.get("cpu"), "count": facts.get("cores_allowed")},
+        "python_version": facts.get("python"),
+    }  # fmt: skip
+    whole = {
+        "machine_info": machine, "commit_info": {"id": commit, "dirty": "dirty" in commit}, "benchmarks": benchmarks,
+        "datetime": time.strftime("%Y-%m-%dT%H:%M:%S"), "version": "5.1.0",
+    }  # fmt: skip
+    write_json(out, whole)
 
 
 def _benchmark(v: Variant, seconds: Any) -> dict[str, Any]:

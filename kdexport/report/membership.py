@@ -1,7 +1,5 @@
 """Sections on leakage: duplicates and near duplicates across splits, and membership inference."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec
@@ -22,7 +20,13 @@ def leakage(r: Report) -> Section | None:
     """Report duplicates across splits, and membership inference on teacher and student."""
     near = r.leakage.get("near")
     attacked = msgspec.convert(r.leakage.get("membership") or {}, dict[str, Membership | None])
-    rows = [(name, *one) for name, found in attacked.items() if found for one in _attacks(found)]
+    rows = [
+        (name, by, attack)
+        for name, found in attacked.items()
+        if found
+        for by, attack in (("confidence", found.by_confidence), ("probability of the label", found.by_label))
+        if attack
+    ]
     lead = [_exact(r.leakage)] if "across" in r.leakage else []
     lead += [_near(near)] if near else []
     lead += [_in_words(name, found.by_confidence) for name, found in attacked.items() if found]
@@ -38,12 +42,17 @@ def near_duplicates(r: Report) -> Section | None:
     near = r.leakage.get("near")
     if not near or not near["examples"]:
         return None
-    headers = ("row", "near-duplicate of", "similarity", "labels", "its text", "the other's")
+    headers, rows = ("row", "near-duplicate of", "similarity", "labels", "its text", "the other's"), []
+    for pair in near["examples"]:
+        (other_id, own_id), (other_text, own_text) = pair["ids"], pair["texts"]
+        other, own = (label or "none" for label in pair["labels"])
+        labels = own if own == other else f"{own} ≠ {other}"
+        rows.append((own_id, other_id, f"{pair['similarity']:.2f}", labels, own_text, other_text))
     lead = (
         f"{near['how']}. They are not removed, because many data sets have them by nature; but many make a test too "
         "easy. Some are shown, differing labels first; all across splits are in data/near_duplicates.jsonl."
     )
-    return Section("Near duplicates", lead, tables=[Table(headers, [_example(pair) for pair in near["examples"]])])
+    return Section("Near duplicates", lead, tables=[Table(headers, rows)])
 
 
 def _exact(audit: dict[str, Any]) -> str:
@@ -64,17 +73,6 @@ def _across(exact: dict[str, int], near: dict[str, Any] | None) -> Table:
     headers = ("splits", "exact duplicates", "near duplicates")
     found = near["across"] if near else {}
     return Table(headers, [(key, f"{n:,}", f"{found[key]:,}" if key in found else "–") for key, n in exact.items()])
-
-
-def _example(pair: dict[str, Any]) -> tuple[str, ...]:
-    other, own = (label or "none" for label in pair["labels"])
-    labels = own if own == other else f"{own} ≠ {other}"
-    return (pair["ids"][1], pair["ids"][0], f"{pair['similarity']:.2f}", labels, pair["texts"][1], pair["texts"][0])
-
-
-def _attacks(found: Membership) -> list[tuple[str, Attack]]:
-    named = [("confidence", found.by_confidence), ("probability of the label", found.by_label)]
-    return [(name, attack) for name, attack in named if attack]
 
 
 def _in_words(name: str, attack: Attack) -> str:

@@ -1,10 +1,9 @@
 """Pages of a verdict and sections with text, figures and tables; rendered as HTML and Markdown."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -66,9 +65,13 @@ def markdown(page: Page) -> str:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template; HTML is escaped."""
-    environment = Environment(
-        loader=PackageLoader("kdexport.report"), autoescape=select_autoescape(["html.j2"]), undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    """Fill a template; values in HTML and SVG are escaped."""
+    return _environment().get_template(template).render(values)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("kdexport.report"), autoescape=select_autoescape(["html.j2", "svg.j2"]),
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    return environment.get_template(template).render(values)

@@ -1,13 +1,11 @@
 """Sections on quality: the metric, classes, calibration, differences, training."""
 
-from __future__ import annotations
-
 import math
 
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import Figure, Section, Table
 from kdexport.report.table import deviation, further, gained, keeps, metric_of, percent, score, scored
-from kdexport.results import Bin, ClassScore, Distillation, Report
+from kdexport.results import ClassScore, Distillation, Report
 from kdexport.tasks.metrics import Metric
 
 _WORST_CLASSES = 20
@@ -27,9 +25,7 @@ def quality(r: Report) -> Section | None:
     axis = Axis(f"{r.metric}{better}", lambda v: score(metric, v, 0))
     chart = bars(f"{r.metric} with 95 % intervals", drawn, axis)
     rows = [(name, scored(metric, m), str(m.n)) for name, m in named]
-    best = r.variant(r.recommended).metric if r.recommended else None
-    kept = keeps(metric, d.retention, best.value if best else d.student.value, d.teacher.value)
-    lead = f"It {kept} on {d.teacher.n:,} test rows. "
+    lead = f"It {keeps(r, d)} on {d.teacher.n:,} test rows. "
     if d.baseline and d.gain_points is not None:
         lead += f"Against the same student trained on labels alone, distillation gave {gained(metric, d.gain_points)}"
         lead += f"{_certainty(metric, d)}."
@@ -67,8 +63,13 @@ def classes(r: Report) -> Section | None:
     if not r.evidence or not r.evidence.classes:
         return None
     worst = r.evidence.classes[:_WORST_CLASSES]
+    drawn = []
+    for c in worst:
+        remark = f"teacher {percent(c.teacher_recall, 0)} → student {percent(c.student_recall, 0)}, {c.rows} rows"
+        style = 1 if c.student_recall < c.teacher_recall else 2
+        drawn.append(Bar(c.label, c.student_recall, None, remark, c.teacher_recall, style))
     axis = Axis("recall, from teacher to student", lambda v: percent(v, 0))
-    chart = bars("Recall of teacher and student by class", [_recall(c) for c in worst], axis)
+    chart = bars("Recall of teacher and student by class", drawn, axis)
     rows = [
         (c.label, str(c.rows), percent(c.teacher_recall), percent(c.student_recall), percent(c.agreement))
         for c in r.evidence.classes
@@ -93,37 +94,27 @@ def _worst(found: list[ClassScore]) -> str:
     )
 
 
-def _recall(c: ClassScore) -> Bar:
-    remark = f"teacher {percent(c.teacher_recall, 0)} → student {percent(c.student_recall, 0)}, {c.rows} rows"
-    style = 1 if c.student_recall < c.teacher_recall else 2
-    return Bar(c.label, c.student_recall, None, remark, c.teacher_recall, style)
-
-
 def calibration(r: Report) -> Section | None:
     """Show accuracy by confidence."""
     if not r.evidence or not r.evidence.calibration:
         return None
     found = r.evidence.calibration
-    series = [Series(name, _bins(name, c.bins), "dots") for name, c in found.items()]
+    series, rows = [], []
+    for name, c in found.items():
+        points, total = [], sum(b.rows for b in c.bins)
+        for b in c.bins:
+            confidence, accuracy = percent(b.confidence), percent(b.accuracy)
+            tip = f"{name}: {confidence} confidence, {accuracy} accuracy, {b.rows} rows"
+            points.append(Point(b.confidence, b.accuracy, tip=tip, radius=20 * math.sqrt(b.rows / total)))
+            rows.append((name, confidence, accuracy, str(b.rows)))
+        series.append(Series(name, points, "dots"))
     series.append(Series("ideal", [Point(0.0, 0.0), Point(1.0, 1.0)]))
     axis = Axis("confidence", lambda v: percent(v, 0), reach=(0.0, 1.0))
     chart = plot("Accuracy by confidence", series, axis, axis._replace(label="accuracy"))
-    rows = [
-        (name, percent(b.confidence), percent(b.accuracy), str(b.rows)) for name, c in found.items() for b in c.bins
-    ]
     errors = ", ".join(f"{name} {percent(c.ece)}" for name, c in found.items())
     lead = f"Expected calibration error: {errors}. Pale areas are proportional to the rows; few rows are noisy."
     figure = Figure("Accuracy by confidence", chart, Table(("model", "confidence", "accuracy", "rows"), rows))
     return Section("Calibration", lead, [figure])
-
-
-def _bins(name: str, bins: list[Bin]) -> list[Point]:
-    def point(b: Bin) -> Point:
-        tip = f"{name}: {percent(b.confidence)} confidence, {percent(b.accuracy)} accuracy, {b.rows} rows"
-        return Point(b.confidence, b.accuracy, tip=tip, radius=20 * math.sqrt(b.rows / total))
-
-    total = sum(b.rows for b in bins)
-    return [point(b) for b in bins]
 
 
 def differences(r: Report) -> Section | None:

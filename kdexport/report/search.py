@@ -1,12 +1,10 @@
 """The section on a search: all students with reasons, and the frontier of those trained."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from kdexport.report.charts import Axis, Point, Series, frontier, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import megabytes, metric_of, ms, percent, score, times
+from kdexport.report.table import megabytes, metric_of, percent, score, times, trimmed
 from kdexport.results import Report, Search, SearchCandidate
 from kdexport.tasks.metrics import Metric
 
@@ -20,7 +18,15 @@ def search(r: Report) -> Section | None:
     found, metric = r.search, metric_of(r)
     if found is None:
         return None
-    rows = [_row(one, found, metric) for one in found.rungs]
+    rows = []
+    for one in found.rungs:
+        faster = found.teacher_p50_ms / one.p50_ms if found.teacher_p50_ms else None
+        seconds = [s for s in (one.trial_seconds, one.seconds) if s is not None]
+        rows.append((
+            one.name, trimmed(one.p50_ms), trimmed(one.p99_ms), times(faster) if faster else "–",
+            megabytes(one.size_bytes), score(metric, one.trial), score(metric, one.metric), percent(one.retention),
+            f"{sum(seconds):.0f}" if seconds else "–", _verdict(one, found),
+        ))  # fmt: skip
     best = next(i for i, one in enumerate(found.rungs) if one.name == found.winner)
     lead = (
         f"{found.reason}. Size and latency don't depend on the weights, so they were "
@@ -45,42 +51,26 @@ def best_trained(
 def _frontier(
     found: Search, metric: Metric, label: str, cost: Callable[[SearchCandidate], float | None]
 ) -> Figure | None:
-    trained = [one for one in found.rungs if one.metric is not None and cost(one)]
-    tried = [one for one in found.rungs if one.metric is None and one.trial is not None and cost(one)]
-    if not trained:
+    known = [one for one in found.rungs if cost(one) and (one.metric is not None or one.trial is not None)]
+    known.sort(key=lambda one: one.metric is None)
+    if not known or known[0].metric is None:
         return None
-
-    def value(one: SearchCandidate) -> float:
-        return (one.trial if one.metric is None else one.metric) or 0.0
-
-    def point(one: SearchCandidate) -> Point:
-        how = "after a short trial" if one.metric is None else "trained in full"
-        return Point(cost(one) or 0.0, value(one), tip=f"{one.name}: {score(metric, value(one))} {how}", radius=5)
-
-    series = [Series(f"{one.name}{'' if one in trained else ', tried only'}", [point(one)], "dots")
-              for one in (*trained, *tried)]  # fmt: skip
     front = best_trained(found.rungs, cost, metric)
-    series.append(Series("frontier", [point(one) for one in front], "step"))
+    spots, series, rows = {}, [], []
+    for one in known:
+        trained = one.metric is not None
+        value = (one.metric if trained else one.trial) or 0.0
+        tip = f"{one.name}: {score(metric, value)} {'trained in full' if trained else 'after a short trial'}"
+        spots[one.name] = Point(cost(one) or 0.0, value, tip=tip, radius=5)
+        series.append(Series(f"{one.name}{'' if trained else ', tried only'}", [spots[one.name]], "dots"))
+        how, on_it = "in full" if trained else "short trial", "yes" if one in front else "no"
+        rows.append((one.name, f"{cost(one):.3g}", score(metric, value), how, on_it))
+    series.append(Series("frontier", [spots[one.name] for one in front], "step"))
     caption = f"{metric.name} on validation against {label}"
     axes = Axis(label, log=True), Axis(f"{metric.name}, validation", lambda y: score(metric, y, 0))
     chart = plot(caption, series, *axes, height=320)
-    rows = [
-        (one.name, f"{cost(one):.3g}", score(metric, value(one)), "in full" if one in trained else "short trial",
-         "yes" if one in front else "no")
-        for one in (*trained, *tried)
-    ]  # fmt: skip
     columns = ("student", label.removesuffix(" (log)"), metric.name, "trained", "on the frontier")
     return Figure(caption, chart, Table(columns, rows))
-
-
-def _row(one: SearchCandidate, found: Search, metric: Metric) -> tuple[str, ...]:
-    faster = found.teacher_p50_ms / one.p50_ms if found.teacher_p50_ms else None
-    seconds = [s for s in (one.trial_seconds, one.seconds) if s is not None]
-    return (
-        one.name, ms(one.p50_ms), ms(one.p99_ms), times(faster) if faster else "–", megabytes(one.size_bytes),
-        score(metric, one.trial), score(metric, one.metric), percent(one.retention),
-        f"{sum(seconds):.0f}" if seconds else "–", _verdict(one, found),
-    )  # fmt: skip
 
 
 def _verdict(one: SearchCandidate, found: Search) -> str:

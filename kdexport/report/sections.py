@@ -3,8 +3,6 @@
 To add one, write a function and add it to `SECTIONS`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec
@@ -44,9 +42,9 @@ def cost(r: Report) -> Section | None:
     for v in r.variants:
         if v.latency_ms is None:
             continue
-        rates = [c.per_second for c in v.cells if c.scenario == "batch" and c.per_second]
-        single, best = 1e6 * v.latency_ms.p50 / 3.6e6, 1e6 / max(rates) / 3600 if rates else None
-        hours = [single * r.bench.threads, None if best is None else best * r.bench.threads]
+        single = v.latency_ms.p50 / 1e3
+        best = min((1 / c.per_second for c in v.cells if c.scenario == "batch" and c.per_second), default=None)
+        hours = [seconds and 1e6 * seconds / 3600 * r.bench.threads for seconds in (single, best)]
         costs = [h * price if h and price else None for h in hours]
         rows.append((v.name, *map(trimmed, (*hours, *costs))))
     if not rows:

@@ -1,7 +1,5 @@
 """Sections on speed: variants, budget, trade-off, latency, steps."""
 
-from __future__ import annotations
-
 import math
 from statistics import median
 
@@ -12,19 +10,19 @@ from kdexport.report.table import (
     headers,
     megabytes,
     metric_of,
-    ms,
+    p50,
     p99,
     percent,
     score,
     scored,
     signed,
+    starred,
     table,
     times,
     trimmed,
 )  # fmt: skip
-from kdexport.results import QUANTILES, Interval, Report, Variant, machine_name
+from kdexport.results import QUANTILES, Report, machine_name
 from kdexport.tasks import task_class
-from kdexport.tasks.metrics import Metric
 
 
 def variants(r: Report) -> Section:
@@ -43,7 +41,12 @@ def variants(r: Report) -> Section:
         "Digits below the precision of the interval are omitted."
     )
     tables = [Table((*headers(r), "verdict"), rows, place)]
-    if costs := [_costs(v) for v in r.variants if v.footprint]:
+    costs = [
+        (v.name, trimmed(time.tokenize_p50), trimmed(time.model_p50), trimmed(time.p90), f"{found.cold_ms:.0f}",
+         f"{found.rss_mb:.0f}", f"{found.peak_rss_mb:.0f}", f"{found.cores_used:.2f}")
+        for v in r.variants if (found := v.footprint) and (time := v.latency_ms)
+    ]  # fmt: skip
+    if costs:
         columns = ("process of", "tokenise ms", "run ms", "p90 ms", "cold start ms", "RSS MB", "peak MB", "cores used")
         tables.append(Table(columns, costs))
     lead = f"All measured in one run, in turns, on {machine_name(r.environment)}; brackets are 95 % intervals."
@@ -56,16 +59,6 @@ def _rows(r: Report) -> str:
         return name
     cut = f", {found['cut_percent']} % fill all {found['limit']} that are read" if found.get("cut_percent") else ""
     return f"{name} of {found['p5']} to {found['p95']} tokens (5th to 95th percentile{cut})"
-
-
-def _costs(v: Variant) -> tuple[str, ...]:
-    found, latency = v.footprint, v.latency_ms
-    assert found
-    assert latency
-    return (
-        v.name, ms(latency.tokenize_p50), ms(latency.model_p50), ms(latency.p90), f"{found.cold_ms:.0f}",
-        f"{found.rss_mb:.0f}", f"{found.peak_rss_mb:.0f}", f"{found.cores_used:.2f}",
-    )  # fmt: skip
 
 
 def _control(r: Report) -> str:
@@ -93,39 +86,34 @@ def budget(r: Report) -> Section | None:
 
 def trade_off(r: Report) -> Section | None:
     """Plot the metric against p99, with size as area."""
-    known = [v for v in r.variants if v.metric and v.latency_ms and _tail(v)]
+    known = [
+        (v, v.metric, time, tail)
+        for v in r.variants
+        if v.metric and (time := v.latency_ms) and (tail := time.p99 or time.p99_at_most)
+    ]
     if len(known) < 2:
         return None
-    metric, largest = metric_of(r), max(v.size_bytes or 0 for v in known) or 1
-    best = frontier(known, _tail, lambda v: metric.gain(0.0, v.metric.value) if v.metric else -math.inf)
-    spots = {v.name: _spot(v, metric, 26 * math.sqrt((v.size_bytes or 0) / largest)) for v in known}
+    metric, largest = metric_of(r), max(v.size_bytes or 0 for v, *_ in known) or 1
+    best = [v.name for v, *_ in frontier(known, lambda one: one[3], lambda one: metric.gain(0.0, one[1].value))]
+    spots, rows = {}, []
+    for v, found, time, tail in known:
+        tip = f"{v.name}: {score(metric, found.value)}, p99 {p99(v)} ms, {megabytes(v.size_bytes)} MB"
+        radius = 26 * math.sqrt((v.size_bytes or 0) / largest)
+        spots[v.name] = Point(tail, found.value, time.p99_ci95, found.ci95, tip, radius)
+        on_it = "yes" if v.name in best else "no"
+        rows.append((v.name, scored(metric, found), p99(v), megabytes(v.size_bytes), on_it))
     series = [Series(name, [spot], "dots") for name, spot in spots.items()]
-    series.append(Series("frontier", [spots[v.name]._replace(radius=None) for v in best], "step"))
+    series.append(Series("frontier", [spots[name] for name in best], "step"))
     axes = Axis("p99 latency, ms (log)", log=True), Axis(r.metric, lambda v: score(metric, v, 0))
     chart = plot(f"{r.metric} against p99 latency", series, *axes, height=320)
-    left_out = [v.name for v in r.variants if v not in known]
-    rows = [
-        (v.name, scored(metric, v.metric), p99(v), megabytes(v.size_bytes), "yes" if v in best else "no") for v in known
-    ]
     columns = ("variant", f"{r.metric} [95 %]", "p99 ms", "size MB", "on the frontier")
+    left_out = [v.name for v in r.variants if v.name not in spots]
     lead = (
         f"{'Up' if metric.higher_is_better else 'Down'} is better, left is faster, the pale area is the file's size, "
         "lines are 95 % intervals. No other variant beats one on the frontier in both. Where p99 is unknown, its upper "
         "bound is drawn." + (f" Without a metric or a p99, so not drawn: {', '.join(left_out)}." if left_out else "")
     )
     return Section("Accuracy against latency", lead, [Figure("Accuracy, p99 and size", chart, Table(columns, rows))])
-
-
-def _tail(v: Variant) -> float | None:
-    return (v.latency_ms.p99 or v.latency_ms.p99_at_most) if v.latency_ms else None
-
-
-def _spot(v: Variant, metric: Metric, radius: float) -> Point:
-    assert v.metric
-    assert v.latency_ms
-    tail = _tail(v) or 0.0
-    tip = f"{v.name}: {score(metric, v.metric.value)}, p99 {p99(v)} ms, {megabytes(v.size_bytes)} MB"
-    return Point(tail, v.metric.value, _narrow(v.latency_ms.p99_ci95), v.metric.ci95, tip, radius)
 
 
 def latency(r: Report) -> Section | None:
@@ -139,7 +127,7 @@ def latency(r: Report) -> Section | None:
     fraction = Axis("fraction of answers", lambda v: percent(v, 0), reach=(0.0, 1.0))
     chart = plot("Fraction of answers within a time, by variant", spread, time, fraction)
     shown = [QUANTILES.index(q) for q in (0.05, 0.5, 0.9, 0.99, 1.0)]
-    rows = [(name, *(ms(t.quantiles[i]) for i in shown), f"{t.samples:,}") for name, t in timed.items()]
+    rows = [(name, *(trimmed(t.quantiles[i]) for i in shown), f"{t.samples:,}") for name, t in timed.items()]
     columns = ("variant", "p5", "p50", "p90", "p99 seen", "slowest", "samples")
     figures = [Figure("How latency spreads", chart, Table(columns, rows))]
     figures += _by_cell(r, "length", "The model alone by length", "tokens", "ms a run")
@@ -162,28 +150,22 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
     found = {name: cells for name, cells in found.items() if cells and (not rate or cells[0].per_second)}
     if not found:
         return []
-
-    def point(at: float, p50: float, ci: Interval | None, per_second: float) -> Point:
-        return Point(at, per_second) if rate else Point(at, p50, None, _narrow(ci))
-
     series = []
     for v in r.variants:
-        points = [point(c.at, c.p50_ms, c.p50_ci95, c.per_second or 0.0) for c in found.get(v.name, [])]
-        if scenario in ("batch", "threads") and points and (one := v.latency_ms):
-            points.insert(0, point(1 if rate else r.bench.threads, one.p50, one.p50_ci95, 1e3 / one.p50))
+        cells, single = found.get(v.name, []), v.latency_ms
+        points = [Point(c.at, c.per_second or 0.0) if rate else Point(c.at, c.p50_ms, None, c.p50_ci95) for c in cells]
+        if points and single and scenario == "batch":
+            points.insert(0, Point(1, 1e3 / single.p50))
+        if points and single and scenario == "threads":
+            points.insert(0, Point(r.bench.threads, single.p50, None, single.p50_ci95))
         series.append(Series(v.name, points))
     chart = plot(caption, series, Axis(f"{at} (log)", log=True), Axis(f"{shown} (log)", log=True))
     rows = [
-        (name, f"{c.at:g}", ms(c.p50_ms) + between(c.p50_ci95, c.p50_ms), ms(c.p99_ms), ms(c.per_second), str(c.errors))
-        for name, cells in found.items()
-        for c in cells
-    ]
+        (name, f"{c.at:g}", trimmed(c.p50_ms) + between(c.p50_ci95, c.p50_ms), trimmed(c.p99_ms),
+         trimmed(c.per_second), str(c.errors))
+        for name, cells in found.items() for c in cells
+    ]  # fmt: skip
     return [Figure(caption, chart, Table(("variant", at, "p50 ms [95 %]", "p99 ms", "a second", "errors"), rows))]
-
-
-def _narrow(ci: Interval | None) -> Interval | None:
-    """Return an interval, unless it is so wide that it would only stretch the axis."""
-    return ci if ci and ci[1] < 4 * ci[0] else None
 
 
 def _by_round(rounds: dict[str, list[float]]) -> Figure:
@@ -191,7 +173,7 @@ def _by_round(rounds: dict[str, list[float]]) -> Figure:
               for name, p50 in rounds.items()]  # fmt: skip
     caption = "p50 of each round against the variant's median round"
     axes = Axis("round", "{:.0f}".format), Axis("difference, %", signed, reach=(-5.0, 5.0))
-    rows = [(name, ", ".join(map(ms, p50))) for name, p50 in rounds.items()]
+    rows = [(name, ", ".join(map(trimmed, p50))) for name, p50 in rounds.items()]
     return Figure(caption, plot(caption, series, *axes), Table(("variant", "p50 ms of each round"), rows))
 
 
@@ -204,40 +186,23 @@ _MADE_FROM = {
 
 def steps(r: Report) -> Section | None:
     """Show the gain of each step: teacher → student → ONNX → fused, int8."""
-    named = {v.name: v for v in r.variants if v.latency_ms and v.speedup_p50}
-    chain = [(named[made], named[source]) for made, source in _MADE_FROM.items() if made in named and source in named]
-    if len(chain) < 2 or chain[0][0].name != "student-torch":
+    known = {v.name: (v, v.latency_ms, v.speedup_p50) for v in r.variants if v.latency_ms and v.speedup_p50}
+    made = [name for name, source in _MADE_FROM.items() if name in known and source in known]
+    if len(made) < 2 or made[0] != "student-torch":
         return None
-    start = chain[0][1]
-    drawn, rows = [_bar(start, None, "the start")], [_step(start, "the start", r)]
-    for v, before in chain:
-        gain = f"{_faster(_speed(v) / _speed(before))} than {before.name}"
-        drawn.append(_bar(v, before, gain))
-        rows.append(_step(v, gain, r))
+    drawn, rows = [], []
+    for name in ("teacher-torch", *made):
+        v, latency, speedup = known[name]
+        gain, base, style = "the start", None, 0
+        if source := _MADE_FROM.get(name):
+            _, before, slower = known[source]
+            gain, base, style = f"{_faster(speedup.value / slower.value)} than {source}", before.p50, 1
+        drawn.append(Bar(name, latency.p50, latency.p50_ci95, f"{p50(v)} ms, {gain}", base, style))
+        rows.append((starred(r, v), p50(v), gain, megabytes(v.size_bytes), scored(metric_of(r), v.metric)))
     chart = bars("p50 latency after each step", drawn, Axis("p50 ms (log)", log=True))
     columns = ("step", "p50 ms", "gain", "size MB", f"{r.metric} [95 %]")
     lead = "Each bar is from the source of a model or file to itself; gains are paired by round."
     return Section("What each step gave", lead, [Figure("p50 latency, step by step", chart, Table(columns, rows))])
-
-
-def _bar(v: Variant, before: Variant | None, gain: str) -> Bar:
-    assert v.latency_ms
-    base = before.latency_ms.p50 if before and before.latency_ms else None
-    remark, style = f"{_p50(v)} ms, {gain}", 1 if before else 0
-    return Bar(v.name, v.latency_ms.p50, _narrow(v.latency_ms.p50_ci95), remark, base, style)
-
-
-def _step(v: Variant, gain: str, r: Report) -> tuple[str, ...]:
-    star = " ★" if v.name == r.recommended else ""
-    return (f"{v.name}{star}", _p50(v), gain, megabytes(v.size_bytes), scored(metric_of(r), v.metric))
-
-
-def _speed(v: Variant) -> float:
-    return v.speedup_p50.value if v.speedup_p50 else math.nan
-
-
-def _p50(v: Variant) -> str:
-    return trimmed(v.latency_ms.p50, v.latency_ms.p50_ci95) if v.latency_ms else "–"
 
 
 def _faster(ratio: float) -> str:

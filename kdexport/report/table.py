@@ -1,10 +1,8 @@
 """Formats of numbers, and the table of variants, for the terminal, Markdown and HTML."""
 
-from __future__ import annotations
-
 import math
 
-from kdexport.results import Interval, Report, Spread, Variant
+from kdexport.results import Distillation, Interval, Report, Spread, Variant
 from kdexport.results import Metric as Score
 from kdexport.tasks.metrics import Metric
 
@@ -33,11 +31,11 @@ def scored(metric: Metric, found: Score | None) -> str:
     return f"{percent(found.value)} [{100 * found.ci95[0]:.1f}–{100 * found.ci95[1]:.1f}]"
 
 
-def gained(metric: Metric, gain: float | None) -> str:
+def gained(metric: Metric, gain: float) -> str:
     """Format a gain, positive where better: in points, of a number in its own unit."""
-    if gain is None or metric.kind != "number":
-        return points(gain)
-    return f"a {'loss' if gain < 0 else 'gain'} of {abs(gain):.3f} {metric.name}"
+    if metric.kind == "number":
+        return f"a {'loss' if gain < 0 else 'gain'} of {abs(gain):.3f} {metric.name}"
+    return f"{gain:+.1f} points".replace("-", "−")
 
 
 def deviation(metric: Metric, spread: Spread) -> str:
@@ -45,11 +43,14 @@ def deviation(metric: Metric, spread: Spread) -> str:
     return f"{spread.deviation:.3f}" if metric.kind == "number" else f"{100 * spread.deviation:.2f} points"
 
 
-def keeps(metric: Metric, retention: float, value: float | None, teacher: float | None) -> str:
-    """Describe the retention of the teacher's quality, as a verb phrase."""
-    if metric.kind == "number":
-        return f"has {score(metric, value)} {metric.name}, the teacher {score(metric, teacher)}"
-    return f"keeps {percent(retention)} of the teacher's {metric.name}"
+def keeps(report: Report, found: Distillation) -> str:
+    """Describe how much of the teacher's quality the recommended file retains, as a verb phrase."""
+    metric = metric_of(report)
+    if metric.kind != "number":
+        return f"keeps {percent(found.retention)} of the teacher's {metric.name}"
+    best = report.variant(report.recommended).metric if report.recommended else None
+    value = score(metric, (best or found.student).value)
+    return f"has {value} {metric.name}, the teacher {score(metric, found.teacher.value)}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -70,29 +71,19 @@ def trimmed(value: float | None, ci: Interval | None = None) -> str:
     return f"{value:.{max(0, min(digits, 3))}f}"
 
 
-def ms(value: float | None) -> str:
-    """Format milliseconds with three significant digits."""
-    return trimmed(value)
-
-
-def between(ci: Interval | None, value: float, unit: str = "") -> str:
+def between(ci: Interval | None, value: float) -> str:
     """Format an interval in brackets, with as many digits as its value."""
     if ci is None:
         return ""
     if ci[1] > 10 * max(ci[0], 1e-12):
         return " [not known]"  # of two rounds, too wide to be of use
     digits = len(trimmed(value, ci).partition(".")[2])
-    return f" [{ci[0]:.{digits}f}–{ci[1]:.{digits}f}{unit}]"
+    return f" [{ci[0]:.{digits}f}–{ci[1]:.{digits}f}]"
 
 
 def times(value: float) -> str:
     """Format a ratio with two or three significant digits."""
     return f"{value:.0f}×" if value >= 100 else f"{value:.1f}×" if value >= 2 else f"{value:.2f}×"
-
-
-def points(value: float | None) -> str:
-    """Format a signed difference in percentage points."""
-    return "–" if value is None else f"{value:+.1f} points".replace("-", "−")
 
 
 def signed(value: float) -> str:
@@ -105,13 +96,24 @@ def megabytes(size: float | None) -> str:
     return "–" if size is None else f"{size / 1e6:.1f}"
 
 
+def starred(report: Report, variant: Variant) -> str:
+    """Return a variant's name, with a star if it is the recommended one."""
+    return f"{variant.name}{' ★' if variant.name == report.recommended else ''}"
+
+
+def p50(variant: Variant) -> str:
+    """Format the p50 to the precision of its interval."""
+    found = variant.latency_ms
+    return trimmed(found.p50, found.p50_ci95) if found else "–"
+
+
 def p99(variant: Variant) -> str:
     """Format the p99, or its upper bound where samples are too few."""
     found = variant.latency_ms
     if found is None:
         return "–"
     if found.p99 is None:
-        return f"≤ {ms(found.p99_at_most)}" if found.p99_at_most else "–"
+        return f"≤ {trimmed(found.p99_at_most)}" if found.p99_at_most else "–"
     return trimmed(found.p99, found.p99_ci95)
 
 
@@ -153,11 +155,9 @@ def _row(report: Report, variant: Variant) -> tuple[str, ...]:
     latency = variant.latency_ms
     first, rate = (latency.first_token_p50, latency.tokens_per_second) if latency else (None, None)
     return (
-        f"{variant.name}{' ★' if variant.name == report.recommended else ''}",
-        scored(metric_of(report), variant.metric), percent(variant.agreement),
-        *((ms(first), "–" if rate is None else f"{rate:,.0f}") if _generates(report) else ()),
-        trimmed(latency.p50, latency.p50_ci95) if latency else "–", p99(variant),
-        speedup(variant), megabytes(variant.size_bytes),
+        starred(report, variant), scored(metric_of(report), variant.metric), percent(variant.agreement),
+        *((trimmed(first), "–" if rate is None else f"{rate:,.0f}") if _generates(report) else ()),
+        p50(variant), p99(variant), speedup(variant), megabytes(variant.size_bytes),
     )  # fmt: skip
 
 

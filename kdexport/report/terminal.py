@@ -1,7 +1,5 @@
 """Print a report in the terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,8 +45,7 @@ def summary(report: Report) -> list[str]:
         lines.append(f"search: {report.search.reason}.")
     if found and report.recommended:
         best = report.variant(report.recommended)
-        kept = keeps(metric, found.retention, best.metric.value if best.metric else None, found.teacher.value)
-        lines.append(f"★ {best.name}: {report.reason}; {kept} ({found.teacher.n} test rows).")
+        lines.append(f"★ {best.name}: {report.reason}; {keeps(report, found)} ({found.teacher.n} test rows).")
         if found.baseline and found.gain_points is not None:
             fraction = metric.kind == "fraction" and found.gain_mcnemar_p is not None
             p = f" (McNemar p = {found.gain_mcnemar_p:.2f})" if fraction else ""

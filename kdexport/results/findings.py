@@ -1,7 +1,5 @@
 """Records of evidence, leakage, the budget, the search and the distillation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

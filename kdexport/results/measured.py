@@ -1,7 +1,5 @@
 """Records of measured files and models: metric, latency, memory, and the conditions."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import msgspec

@@ -1,7 +1,5 @@
 """The records of a report, of the comparison of two, and of an export; reading a report."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -233,6 +233,18 @@ def test_charts_put_points_where_the_axes_say():
     assert y1 > y3  # up is more
 
 
+def test_axes_of_times_come_from_the_points_and_clip_intervals():
+    def ticks(ci):
+        chart = plot("t", [Series("a", [Point(1, 2, ci, ci), Point(8, 5)])], Axis("x", log=True), Axis("y", log=True))
+        return re.findall(r'<path class="grid" d="[^"]+"', chart), re.findall(r'"whisker" d="([^"]+)"', chart)
+
+    (grid, drawn), (same, none) = ticks((1e-12, 1e12)), ticks(None)
+    assert grid == same
+    assert drawn[0].startswith("M56.0,")  # from the left edge of the frame
+    assert drawn[0].endswith("L466.0," + drawn[0].rpartition(",")[2])
+    assert none == []
+
+
 @pytest.mark.parametrize("points", [[], [Point(1, 1)], [Point(3, 2), Point(3, 2)], [Point(0, 1), Point(5, 1)]])
 @pytest.mark.parametrize("log", [False, True])
 def test_charts_of_few_or_equal_points_do_not_break(points, log):
