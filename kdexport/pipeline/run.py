@@ -4,8 +4,6 @@ Each stage reads finished folders, writes its own, and is skipped while its inpu
 inside the stages, so a finished run returns at once.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path
@@ -107,9 +105,10 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     starts = {derive.start_of(settings.student, name) for name in names}
     copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
     epochs = derive.epochs(settings.distill, rows, copies, starts.pop() if len(starts) == 1 else "weights")
+    unnamed = "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"
     derived = {
         "distill.epochs": (f"{epochs.value:g}", epochs.reason),
-        "student.model": (", ".join(names), "as given" if settings.student.model else derive.why(settings)),
+        "student.model": (", ".join(names), "as given" if settings.student.model else unnamed),
     }
     shape = derive.shape_of(names[0])
     if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):

@@ -1,7 +1,5 @@
 """Flags of the command line, which are keywords of the Python functions: their units, and the keys that they set."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

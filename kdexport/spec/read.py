@@ -4,11 +4,11 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import msgspec
 import yaml
-from msgspec import Meta
+from msgspec import inspect
 
 from kdexport.errors import SpecError
 from kdexport.spec.checks import checked
@@ -91,15 +91,7 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Spec:
-    """Read a spec file, apply the overrides, and check the whole.
-
-    Args:
-        path: a YAML file; None uses the overrides alone.
-        overrides: dotted key → value, e.g. `{"student.model": "mini"}`.
-
-    Raises:
-        SpecError: the file can't be read, or a key or value is wrong.
-    """
+    """Read a spec file, if any, apply the overrides, like `{"student.model": "mini"}`, and check the whole."""
     tree = _read_yaml(path) if path else {}
     source = str(path) if path else "flags"
     for key, value in overrides.items():
@@ -119,10 +111,11 @@ def parse(tree: Any, source: str) -> Spec:
     """Check a tree of plain values and return it as a `Spec`; `source` is named in errors."""
     _refuse_unreal(tree, source)
     try:
-        spec = msgspec.convert(tree, Spec)
+        return checked(tree, msgspec.convert(tree, Spec))
     except msgspec.ValidationError as error:
         raise _explain(str(error), source) from None
-    return checked(tree, spec, source)
+    except SpecError as error:
+        raise SpecError(f"{source}: {error.what}", error.fix) from None
 
 
 def parse_bench(values: Mapping[str, Any]) -> Bench:
@@ -160,36 +153,18 @@ def commented(spec: Spec) -> str:
 
 def settings() -> dict[str, str]:
     """Return every dotted key of the spec with its help text, in order."""
-    return {key: text for key, text, _ in walk(Spec)}
+    return dict(_settings(Spec, ""))
 
 
-def walk(section: type, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yield (dotted key, help text, default) for each setting below a section."""
-    hints = get_type_hints(section, include_extras=True)
-    for field in msgspec.structs.fields(section):
-        key = f"{prefix}{field.name}"
-        nested = [t for t in _types(hints[field.name]) if isinstance(t, type) and issubclass(t, Section)]
-        text = _description(hints[field.name])
-        if text or not nested:
-            yield key, text, None if field.default is msgspec.NODEFAULT else field.default
-        for inner in nested:
-            yield from walk(inner, f"{key}.")
-
-
-def _types(hint: Any) -> Iterator[Any]:
-    if get_origin(hint) is Annotated:
-        yield from _types(get_args(hint)[0])
-    elif get_origin(hint) is Union or type(hint).__name__ == "UnionType":
-        for part in get_args(hint):
-            yield from _types(part)
-    else:
-        yield hint
-
-
-def _description(hint: Any) -> str:
-    if get_origin(hint) is not Annotated:
-        return ""
-    return next((m.description for m in get_args(hint)[1:] if isinstance(m, Meta) and m.description), "")
+def _settings(section: type[msgspec.Struct], prefix: str) -> Iterator[tuple[str, str]]:
+    for field in inspect.type_info(section).fields:
+        key, kind = f"{prefix}{field.name}", field.type
+        if isinstance(kind, inspect.Metadata):
+            yield key, (kind.extra_json_schema or {})["description"]
+            kind = kind.type
+        for inner in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
+            if isinstance(inner, inspect.StructType) and issubclass(inner.cls, Section):
+                yield from _settings(inner.cls, f"{key}.")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
