@@ -1,7 +1,5 @@
 """Commands that make an artifact: run, demo, init, export."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """Flags and output that commands share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

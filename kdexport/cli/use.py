@@ -1,7 +1,5 @@
 """Commands that use an artifact: predict, serve."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterable, Iterator

@@ -5,8 +5,6 @@ if any; later stages read rows from these files only. `near_duplicates.jsonl` is
 validation may have the label None: the teacher labels them.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Folders of images or recordings, as in Hugging Face's imagefolder and audiofolder → tables of file names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 A passage ends at a word boundary, preferably at the end of a line, so that its tokens are those of the whole text.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path

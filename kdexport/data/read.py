@@ -1,7 +1,5 @@
 """Read a file's rows unchanged, with all columns, in order, independent of the command."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Split rows: stratified, seeded, and never the same text on both sides."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter, defaultdict
 from typing import Any

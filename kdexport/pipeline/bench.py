@@ -4,8 +4,6 @@ A name is a run, an artifact (`folder:int8` for one of its files), an ONNX file,
 the address of a server.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """Changes from one report to another, figure by figure, with intervals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

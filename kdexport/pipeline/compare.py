@@ -5,8 +5,6 @@ both runs measured it; otherwise directly, on equal hardware only. Measuring bot
 precise, and is done while a gate is unsure.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """Finished stages → one `Report`, assembled once, at the end; stages never write into it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

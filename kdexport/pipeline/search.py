@@ -5,8 +5,6 @@ budget cost no training. The others are trained for a short trial; then the most
 the next only while the budget is not met. The validation split decides; the test split only judges the winner.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The stages of students: a named one, or the winner of a search; baselines; other seeds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

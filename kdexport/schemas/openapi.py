@@ -1,7 +1,5 @@
 """The server's OpenAPI document, from `openapi.yaml` and the types of requests and responses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
