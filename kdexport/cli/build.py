@@ -189,9 +189,7 @@ def _print_plan(settings: Any, as_json: bool) -> None:
 
     rows = plan(settings)
     if as_json:
-        import msgspec
-
-        return typer.echo(msgspec.json.encode({k: {"value": value, "reason": why} for k, value, why in rows}).decode())
+        return print_json({key: {"value": value, "reason": why} for key, value, why in rows})
     width = max(len(key) for key, _, _ in rows)
     for key, value, why in rows:
         typer.echo(f"{key:<{width}}  {value:<24}  {why}")

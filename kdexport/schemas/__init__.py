@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 
+from kdexport.files import as_json
 from kdexport.results import Comparison, Report
 from kdexport.runtime.artifact import Manifest
 from kdexport.spec import Spec
@@ -18,5 +19,4 @@ def path(name: str) -> Path:
 
 def generate(name: str) -> bytes:
     """Return a schema as indented JSON."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | msgspec.json.schema(SCHEMAS[name])
-    return msgspec.json.format(msgspec.json.encode(schema), indent=2) + b"\n"
+    return as_json({"$schema": "https://json-schema.org/draft/2020-12/schema"} | msgspec.json.schema(SCHEMAS[name]))

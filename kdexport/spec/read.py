@@ -153,18 +153,18 @@ def commented(spec: Spec) -> str:
 
 def settings() -> dict[str, str]:
     """Return every dotted key of the spec with its help text, in order."""
-    return dict(_settings(Spec, ""))
+    return dict(_settings(inspect.type_info(Spec), ""))
 
 
-def _settings(section: type[msgspec.Struct], prefix: str) -> Iterator[tuple[str, str]]:
-    for field in inspect.type_info(section).fields:
-        key, kind = f"{prefix}{field.name}", field.type
-        if isinstance(kind, inspect.Metadata):
-            yield key, (kind.extra_json_schema or {})["description"]
-            kind = kind.type
-        for inner in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
-            if isinstance(inner, inspect.StructType) and issubclass(inner.cls, Section):
-                yield from _settings(inner.cls, f"{key}.")
+def _settings(kind: inspect.Type, prefix: str) -> Iterator[tuple[str, str]]:
+    for section in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
+        if isinstance(section, inspect.StructType) and issubclass(section.cls, Section):
+            for field in section.fields:
+                key, inner = f"{prefix}{field.name}", field.type
+                if isinstance(inner, inspect.Metadata):
+                    yield key, (inner.extra_json_schema or {})["description"]
+                    inner = inner.type
+                yield from _settings(inner, f"{key}.")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
