@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from kdexport import spec
 from kdexport.bench import stats
 from kdexport.bench.engine import bench, read_rounds
@@ -20,7 +18,7 @@ from kdexport.bench.subjects import Target
 from kdexport.errors import KdexportError, RunError, SpecError
 from kdexport.files import hash_file
 from kdexport.pipeline.bench import read_texts
-from kdexport.pipeline.changes import QUANTILES, both, changes_of, ratio_change
+from kdexport.pipeline.changes import QUANTILES, Figure, both, changes_of, ratio_change
 from kdexport.progress import say
 from kdexport.report.exchange import read_any
 from kdexport.results import Change, Comparison, Gate, Report, Variant, machine_name
@@ -191,11 +189,11 @@ def _turns_change(name: str, metric: str, rounds: dict[str, list[Array]]) -> Cha
     found = stats.pooled_ratio(rounds["B"], rounds["A"], q, _LOOK_LEVEL)
     if found is None:
         return None
-    (x, _), (y, y_ci) = (stats.pooled(rounds[side], q, _LOOK_LEVEL) for side in "AB")
+    (x, x_ci), (y, y_ci) = (stats.pooled(rounds[side], q, _LOOK_LEVEL) for side in "AB")
     assert x is not None
     assert y is not None
-    change = ratio_change(name, metric, x, y, found, False, f"in turns, {len(rounds['A'])} rounds")
-    return msgspec.structs.replace(change, b_ci95=y_ci)
+    how = f"in turns, {len(rounds['A'])} rounds"
+    return ratio_change(name, metric, Figure(x, x_ci), Figure(y, y_ci), how, found)
 
 
 def _file_of(place: Path, variant: Variant, name: str) -> Target:
