@@ -48,20 +48,12 @@ def measure(
 ) -> Report:  # fmt: skip
     """Measure the named targets, and write report.json, .md, .html, bench.json and samples.npz into `out`.
 
-    Args:
-        texts: a file and its columns (labels add the metric); by default the test split of the first run named.
-        reference: the variant that ratios are to; the first by default.
-        loads: the loads to put on servers.
-        command: the command line, for the report.
-        move_aside: rename files in the way that kdexport did not write, rather than refuse.
-
-    Raises:
-        SpecError: a name can't be measured, or there are no texts.
-        RunError: `out` holds other files than those of a bench.
+    `texts` are by default the test split of the first run named; ratios are to `reference`, by default the first
+    target; `loads` are put on servers.
     """
     with Output(out, "bench", move_aside=move_aside) as folder, tempfile.TemporaryDirectory() as work:
         folder.check(*FILES)
-        targets = [t for i, name in enumerate(names) for t in find_targets(name, settings, Path(work) / str(i))]
+        targets = [t for i, name in enumerate(names) for t in _find_targets(name, settings, Path(work) / str(i))]
         targets = [_numbered(t, targets[:i]) for i, t in enumerate(targets)]
         known = [t.name for t in targets]
         if reference and reference not in known:
@@ -103,12 +95,7 @@ def _numbered(target: Target, before: list[Target]) -> Target:
     return msgspec.structs.replace(target, name=f"{target.name} #{same + 1}") if same else target
 
 
-def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
-    """Resolve one name on the command line.
-
-    Raises:
-        SpecError, ArtifactError, ModelError: it can't be measured.
-    """
+def _find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     if re.match(r"https?://", name):
         return [Target(re.sub(r"^https?://", "", name), "http", "", name)]
     path, variant = artifact.split_name(name)
@@ -164,11 +151,7 @@ def _task_beside(file: Path) -> Path:
 def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None = None) -> Rows:
     """Read the rows of a file, else the test split of the first run among the names.
 
-    Args:
-        texts: the file and its columns, by default those of the training rows of the model in the folder `task`.
-
-    Raises:
-        SpecError: there is neither. DataError: a column or a row of the file is wrong.
+    Columns are by default those of the training rows of the model in the folder `task`.
     """
     if texts:
         if task:

@@ -54,9 +54,6 @@ def parse_gate(text: str) -> Condition:
     """Parse `p99>+10%` (change), `accuracy<-0.5` (points), `size>5MB`, `accuracy<95%` (B itself).
 
     `metric` is the main metric, whatever its name; changes of a number such as bits per byte are in per cent.
-
-    Raises:
-        SpecError: it can't be read.
     """
     found = re.fullmatch(r"\s*([a-z0-9_]+)\s*([<>])\s*([+-]?)(\d+(?:\.\d+)?)\s*(%|[a-z]*)\s*", text.lower())
     if not found or found[1] not in _METRICS:

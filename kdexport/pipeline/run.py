@@ -61,7 +61,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
 
         # 4. Train and export the student, or search for the best one: plain and fused ONNX files in each precision.
         make = Students(settings, folder, data, teacher, targets)
-        student, export, search = make.search(names) if len(names) > 1 else make.whole(names[0])
+        student, export, search = make.search(names) if len(names) > 1 else (*make.whole(names[0]), None)
 
         # 5. Train the same student on labels alone, as the baseline, and both with other seeds.
         name = search.winner if search else names[0]

@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -52,13 +51,11 @@ def measure_ladder(
 ) -> None:
     """Build, export and measure every student untrained; write `ladder.json`, a candidate a precision.
 
-    `build` writes an untrained student into a folder; the model in the folder `teacher` is measured, too.
-
-    Raises:
-        ModelError: no student can be built; single ones that can't are skipped with a warning.
+    `build` writes an untrained student into a folder. Students that can't be built are skipped with a warning, unless
+    none can. The teacher is measured, too.
     """
     targets = teacher_targets(teacher, ["torch", "onnxruntime"], ["cpu"])
-    reference = targets[0].name if targets else None
+    reference = targets[0].name if targets else ""
     files: dict[str, list[tuple[str, Candidate]]] = {}
     refused: ModelError | None = None
     for name in students:
@@ -81,7 +78,7 @@ def measure_ladder(
     short = {"rounds": 2, "round_seconds": 0.5, "precision": None, "batch_sizes": ()}
     how = msgspec.structs.replace(settings.bench, threads=settings.bench.threads[:1], **short)
     measured = bench(how, targets, rows, targets[0].name, settings.seed, out, sweep=False)
-    teacher_latency = measured.latency.get(reference) if reference else None
+    teacher_latency = measured.latency.get(reference)
     candidates = []
     for name, labels in files.items():
         folder = out / slug(name)
@@ -152,21 +149,14 @@ def promising(
     return sorted(fitting, key=lambda one: (loss(one) > _NEAR_THE_BEST, one.p50_ms))
 
 
-class Winner(NamedTuple):
-    """The winner's stages, and the record of the search."""
-
-    student: Path
-    export: Path
-    search: Search
-
-
 def climb(
     settings: spec.Spec, candidates: list[SearchCandidate], train: Train, data: Path, teacher: Path, targets: Path,
     teacher_p50_ms: float | None,
-) -> Winner:  # fmt: skip
+) -> tuple[Path, Path, Search]:  # fmt: skip
     """Train the promising students one after the other until the budget is met.
 
-    `train` trains and exports a student as stages, and returns both folders.
+    `train` trains and exports a student as stages, and returns both folders. Return those of the winner, and the record
+    of the search.
     """
     budget, rows = settings.budget, read_rows(data, "validation")
     taught = np.load(targets / "validation.npy")
@@ -199,7 +189,7 @@ def climb(
     reason = _reason(winner, every, budget)
     say(f"search: {reason}")
     record = Search(rungs=every, winner=winner.name, reason=reason, teacher=of_teacher, teacher_p50_ms=teacher_p50_ms)
-    return Winner(student, export, record)
+    return student, export, record
 
 
 def _reason(winner: SearchCandidate, candidates: list[SearchCandidate], budget: spec.Budget) -> str:

@@ -23,36 +23,32 @@ class Students(NamedTuple):
     teacher: Path
     targets: Path
 
-    def whole(self, name: str, suffix: str = "") -> tuple[Path, Path, None]:
+    def whole(self, name: str, suffix: str = "") -> tuple[Path, Path]:
         """Train and export a student."""
         student = self.train(name, f"student{suffix}")
-        return student, self.export(student, f"export{suffix}"), None
+        return student, self.export(student, f"export{suffix}")
 
     def search(self, names: tuple[str, ...]) -> tuple[Path, Path, Search]:
         """Return the folders of the best of several students, and the record of the search."""
         settings, built = self.settings, msgspec.structs.replace(self.settings.student, model=names)
-
-        def measure(work: Path) -> None:
-            rows = read_rows(self.data, "test")
-            search.measure_ladder(settings, names, self._build, self.teacher, rows, work)
-
         ladder = self.folder.stage(
             "ladder",
             version=3,
             settings=[names, built, settings.export.variants, settings.bench.threads[0], settings.seed],
             reads=[self.data, self.teacher, self.targets, *local(*names)],
-            build=measure,
+            build=lambda work: search.measure_ladder(
+                settings, names, self._build, self.teacher, read_rows(self.data, "test"), work
+            ),
         )
         candidates, teacher_p50_ms = search.read_ladder(ladder, settings.budget)
         fitting = [one for one in candidates if not one.over]
         if len(fitting) > 1:
             say(f"search: {len(fitting)} of {len(candidates)} students fit; each is tried for a short while")
             candidates = [self._try(one) if one in fitting else one for one in candidates]
-
-        def train(name: str) -> tuple[Path, Path]:
-            return self.whole(name, f"-{search.slug(name)}")[:2]
-
-        return search.climb(settings, candidates, train, self.data, self.teacher, self.targets, teacher_p50_ms)
+        return search.climb(
+            settings, candidates, lambda name: self.whole(name, f"-{search.slug(name)}"),
+            self.data, self.teacher, self.targets, teacher_p50_ms,
+        )  # fmt: skip
 
     def train(self, name: str, stage: str, *, hard: bool = False, seed: int | None = None, share: float = 1.0) -> Path:
         """Train a student as a stage: on labels alone if `hard`; for a trial, for a fraction of the epochs, `share`."""
@@ -99,13 +95,14 @@ class Students(NamedTuple):
 
     def other_seeds(self, name: str, baseline: bool) -> list[tuple[Path, Path | None]]:
         """Train student and baseline with each further seed."""
-
-        def pair(seed: int) -> tuple[Path, Path | None]:
-            student = self.train(name, f"student-seed{seed}", seed=seed)
-            return student, self.train(name, f"baseline-seed{seed}", hard=True, seed=seed) if baseline else None
-
         first = self.settings.seed
-        return [pair(seed) for seed in range(first + 1, first + self.settings.distill.seeds)]
+        return [
+            (
+                self.train(name, f"student-seed{seed}", seed=seed),
+                self.train(name, f"baseline-seed{seed}", hard=True, seed=seed) if baseline else None,
+            )
+            for seed in range(first + 1, first + self.settings.distill.seeds)
+        ]
 
     def _try(self, one: SearchCandidate) -> SearchCandidate:
         stage = self.train(one.name, f"trial-{search.slug(one.name)}", share=search.TRIAL_SHARE)
