@@ -101,7 +101,12 @@ def _find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     path, variant = artifact.split_name(name)
     folder = artifact.resolve(path)
     if (folder / artifact.MANIFEST).exists():
-        return _artifact_targets(folder, variant, settings)
+        label = (folder.resolve().parent if folder.name == "artifact" else folder.resolve()).name
+        targets = []
+        for precision in [variant] if variant else artifact.read_manifest(folder).variants:
+            file = artifact.model_file(folder, precision)
+            targets += of_file(f"{label}-{precision}", folder, file, settings.runtimes, settings.devices)
+        return targets
     if path.suffix == ".onnx":
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist", "Check the path")
@@ -109,16 +114,6 @@ def _find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     if path.is_dir() and not (path / "config.json").exists():
         raise SpecError(f"{path} is no artifact, run or model", _NAME)
     return _model_targets(name, settings, work)
-
-
-def _artifact_targets(folder: Path, variant: str | None, settings: spec.Bench) -> list[Target]:
-    manifest = artifact.read_manifest(folder)
-    label = folder.resolve().parent.name if folder.name == "artifact" else folder.resolve().name
-    targets = []
-    for precision in [variant] if variant else manifest.variants:
-        file = artifact.model_file(folder, precision)
-        targets += of_file(f"{label}-{precision}", folder, file, settings.runtimes, settings.devices)
-    return targets
 
 
 def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
@@ -172,26 +167,24 @@ def _report(targets: list[Target], measured: Measured, rows: Rows, first: str, c
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
     task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
     logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows, measured)
-    variants = [_variant(t, measured) for t in known]
-    quality = {t.name: _quality(t, logits, rows, first) for t in known if t.name in logits}
     return Report(
         kdexport=__version__, task=task.name if task else DEFAULT,
         **described(task.metric if task else task_class(DEFAULT).metric), recommended=None,
         labels=task.labels if task else [],
-        variants=[msgspec.structs.replace(v, **quality.get(v.name, {})) for v in variants],
+        variants=[_variant(t, measured, _quality(t, logits, rows, first) if t.name in logits else {}) for t in known],
         reason=_summary(measured, first),
         bench=measured.conditions, environment=measured.environment, command=command,
     )  # fmt: skip
 
 
-def _variant(target: Target, measured: Measured) -> Variant:
+def _variant(target: Target, measured: Measured, quality: dict[str, Any]) -> Variant:
     http, is_file, file = target.runtime == "http", target.model.endswith(".onnx"), Path(target.model)
     precision = re.search(r"fp16|int8|int4|quantized|q4", f"{target.name} {file.name}") if is_file else None
     size = {"size_bytes": None, "sha256": None} if http else on_disk(file) if is_file else weights(file)
     return Variant(
         name=target.name, model=target.name, runtime=target.runtime, device=target.device,
         precision={"quantized": "int8", "q4": "int4"}.get(precision[0], precision[0]) if precision else "fp32",
-        graph="server" if http else "file" if is_file else "model", file=target.model, **size,
+        graph="server" if http else "file" if is_file else "model", file=target.model, **size, **quality,
         **speed(target.name, measured),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ the next only while the budget is not met. The validation split decides; the tes
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -115,14 +115,19 @@ def teacher_targets(teacher: Path, runtimes: Sequence[str], devices: Sequence[st
             return []
 
 
+def _against(candidate: SearchCandidate, budget: spec.Budget) -> Iterator[tuple[float, str]]:
+    """Yield the untrained student's size and latency as ratios of their limits, if any, and in words."""
+    if budget.size_mb is not None:
+        size = candidate.size_bytes / 1e6
+        yield size / budget.size_mb, f"{size:.2f} MB of {budget.size_mb:g}"
+    if budget.p99_ms is not None:
+        p99 = candidate.p99_ms
+        yield (math.inf if p99 is None else p99) / budget.p99_ms, f"p99 {_ms(p99)} of {budget.p99_ms:g}"
+
+
 def over(candidate: SearchCandidate, budget: spec.Budget) -> str:
     """Describe the limits that a student exceeds untrained; empty if none."""
-    broken = []
-    if budget.size_mb is not None and candidate.size_bytes / 1e6 > budget.size_mb:
-        broken.append(f"{candidate.size_bytes / 1e6:.2f} MB of {budget.size_mb:g}")
-    if budget.p99_ms is not None and (candidate.p99_ms is None or candidate.p99_ms > budget.p99_ms):
-        broken.append(f"p99 {_ms(candidate.p99_ms)} of {budget.p99_ms:g}")
-    return " and ".join(broken)
+    return " and ".join(words for ratio, words in _against(candidate, budget) if ratio > 1)
 
 
 def promising(
@@ -209,11 +214,7 @@ def _keeps(candidate: SearchCandidate) -> str:
 
 
 def _excess(candidate: SearchCandidate, budget: spec.Budget) -> float:
-    """Return the largest ratio of a figure to its limit."""
-    found = [candidate.size_bytes / 1e6 / budget.size_mb] if budget.size_mb else []
-    if budget.p99_ms:
-        found.append((candidate.p99_ms or math.inf) / budget.p99_ms)
-    return max(found, default=0.0)
+    return max((ratio for ratio, _ in _against(candidate, budget)), default=0.0)
 
 
 def _ms(value: float | None) -> str:

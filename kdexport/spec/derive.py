@@ -89,10 +89,8 @@ def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weight
     every = rows + transfer
     found = f"there are {rows:,} rows" + (f" and {transfer:,} that the teacher labels" if transfer else "")
     if start == "random":
-        value = max(8, min(60, 2 * _EXAMPLES_SEEN // every))
-        return Derived(
-            value, f"about {2 * _EXAMPLES_SEEN:,} examples seen from random weights, 8 to 60 epochs; {found}"
-        )
+        value, seen = max(8, min(60, 2 * _EXAMPLES_SEEN // every)), f"{2 * _EXAMPLES_SEEN:,} examples seen"
+        return Derived(value, f"about {seen} from random weights, 8 to 60 epochs; {found}")
     if 15 * every < _STEPS * settings.batch_size:
         value = min(100, -(-_STEPS * settings.batch_size // every))
         return Derived(value, f"about {_STEPS} steps, at most 100 epochs; {found}")

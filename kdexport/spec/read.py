@@ -126,10 +126,9 @@ def parse_bench(values: Mapping[str, Any]) -> Bench:
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
         key = re.split(r"[\[.`]", where)[0]
-        flag = {"runtimes": "runtime", "devices": "device", "time_limit_s": "time-limit", "price_per_hour": "price"}
-        raise SpecError(
-            f"--{flag.get(key, key).replace('_', '-')}: {what}", f"It means: {settings().get(f'bench.{key}', '')}"
-        ) from None
+        flags = {"runtimes": "runtime", "devices": "device", "time_limit_s": "time-limit", "price_per_hour": "price"}
+        meaning = settings().get(f"bench.{key}", "")
+        raise SpecError(f"--{flags.get(key, key).replace('_', '-')}: {what}", f"It means: {meaning}") from None
 
 
 def dump(spec: Spec) -> str:
@@ -199,19 +198,17 @@ def _explain(message: str, source: str) -> SpecError:
     """Return msgspec's message as what, where (dotted key) and, for an unknown key, the nearest known one."""
     what, _, where = message.replace("at `key` in `$", "at `$").partition(" - at `$")
     where = where.rstrip("`").lstrip(".")
-    unknown = re.search(r"unknown field `(.+)`", what)
-    if unknown:
+    helps = settings()
+    if unknown := re.search(r"unknown field `(.+)`", what):
         key = ".".join(filter(None, [where, unknown[1]]))
-        known = [*settings(), *(field.name for field in msgspec.structs.fields(Spec))]
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        section = [k.removeprefix(f"{where}.") for k in settings() if k.startswith(f"{where}.")]
-        fix = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(section or settings())}"
+        close = difflib.get_close_matches(key, [*helps, *Spec.__struct_fields__], n=1, cutoff=0.6)
+        section = [k.removeprefix(f"{where}.") for k in helps if k.startswith(f"{where}.")]
+        fix = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(section or helps)}"
         return SpecError(f"{source}: unknown key {key!r}", fix)
-    missing = re.search(r"missing required field `(.+)`", what)
-    if missing:
+    if missing := re.search(r"missing required field `(.+)`", what):
         key = ".".join(filter(None, [where, missing[1]]))
         flag = {"data": "data.train", "teacher": "teacher.model"}.get(key, key)
         return SpecError(f"{source}: {flag!r} is missing", f"Set it in the spec, or pass --{flag.split('.')[0]}")
     what = what[:1].lower() + what[1:].replace("`", "").replace(" | object", " or a mapping")
-    meaning = settings().get(where.split("[")[0], "")
+    meaning = helps.get(where.split("[")[0], "")
     return SpecError(f"{source}: {where or 'spec'}: {what}", f"It means: {meaning}" if meaning else "")
