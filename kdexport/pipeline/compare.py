@@ -99,19 +99,18 @@ def compare(
         notes.append(f"A is judged by {reports[0].metric}, B by {reports[1].metric}, so these are not compared")
     folders = [path if path.is_dir() else path.parent for path in (left, right)]
     changes = [c for one, other in pairs for c in changes_of(*reports, one, other, apart, folders)]
-    found = [_judge(gate, changes) for gate in gates]
-    timed = [g for g in gates if g.metric in QUANTILES and g.relative]
-    undecided = any(g.status in ("unsure", "refused") for g, want in zip(found, gates, strict=True) if want in timed)
+    timed = [gate for gate in gates if gate.metric in QUANTILES and gate.relative]
+    undecided = any(_judge(gate, changes).status in ("unsure", "refused") for gate in timed)
     if side_by_side or (side_by_side is None and undecided):
         try:
             measured = _measure_in_turns(left, right, pairs, timed, reports[1].bench.threads, time_limit_s)
             again = {(m.variant, m.metric) for m in measured}
             changes = measured + [c for c in changes if (c.variant, c.metric) not in again]
-            found = [_judge(gate, changes) for gate in gates]
         except KdexportError as error:
             if side_by_side:
                 raise
             notes.append(f"both files could not be measured side by side: {error}")
+    found = [_judge(gate, changes) for gate in gates]
     for gate, want in zip(found, gates, strict=True):
         if gate.status == "refused":
             instead = "Compare ratios to the teacher: 'speedup<-10%'" if want.metric in QUANTILES else ""
