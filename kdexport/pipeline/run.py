@@ -21,7 +21,7 @@ from kdexport.export.verify import verify
 from kdexport.files import disk_errors
 from kdexport.pipeline.choose import Choice
 from kdexport.pipeline.report import Stages, assemble, made_from
-from kdexport.pipeline.search import teacher_targets
+from kdexport.pipeline.search import search, teacher_targets
 from kdexport.pipeline.students import Students, local
 from kdexport.progress import say
 from kdexport.report import write_card, write_reports
@@ -61,10 +61,10 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
 
         # 4. Train and export the student, or search for the best one: plain and fused ONNX files in each precision.
         make = Students(settings, folder, data, teacher, targets)
-        student, export, search = make.search(names) if len(names) > 1 else (*make.whole(names[0]), None)
+        student, export, searched = search(make, names) if len(names) > 1 else (*make.whole(names[0]), None)
 
         # 5. Train the same student on labels alone, as the baseline, and both with other seeds.
-        name = search.winner if search else names[0]
+        name = searched.winner if searched else names[0]
         baseline = make.baseline(name)
         other_seeds = make.other_seeds(name, baseline is not None)
 
@@ -83,7 +83,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
         )  # fmt: skip
 
         # 8. Choose the files to ship, pack them, and write the report.
-        stages = Stages(out, data, teacher, targets, student, baseline, export, verified, bench, search, other_seeds)
+        stages = Stages(out, data, teacher, targets, student, baseline, export, verified, bench, searched, other_seeds)
         report, choice = assemble(settings, stages)
         packed = folder.stage(
             "artifact", version=2, settings=settings, reads=[student, export, verified, bench],
