@@ -1,6 +1,7 @@
 """Refuse, before any work, what the task or the teachers don't offer, and settings without an effect."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -8,12 +9,13 @@ import msgspec
 from kdexport.errors import SpecError
 from kdexport.spec import derive
 from kdexport.spec.sections import Distill, Spec, Weight
-from kdexport.spec.teachers import check_teachers, named
+from kdexport.spec.teachers import is_adapter, kind_of, named
 from kdexport.tasks import names, task_class
 from kdexport.tasks.menus import OF_LAYERS, Menu
 
 # Losses that read probabilities softened by the temperature.
 _SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist"}
+_TEACHERS = {"torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits"}
 
 
 def checked(tree: dict[str, Any], spec: Spec) -> Spec:
@@ -25,7 +27,7 @@ def checked(tree: dict[str, Any], spec: Spec) -> Spec:
     _check_menu(spec, menu)
     _check_students(spec, menu)
     _check_losses(spec)
-    check_teachers(spec, menu, losses_of(spec))
+    _check_teachers(spec, menu)
     for key, why, fix in _without_effect(spec, menu):
         section, _, name = key.partition(".")
         if name in (tree.get(section) or {}) and getattr(getattr(spec, section), name) != _default(spec, section, name):
@@ -96,6 +98,43 @@ def _check_losses(spec: Spec) -> None:
             f"distill.loss: {', '.join(sorted(weights))} with alpha 1 leaves the student's head untaught",
             "Add kl, or lower alpha",
         )
+
+
+def _check_teachers(spec: Spec, menu: Menu) -> None:
+    teacher, models = spec.teacher, named(spec)
+    kinds = {model: kind_of(model) for model in models}
+    first = kinds[models[0]]
+    if len(models) > 1 and teacher.weights is not None and len(teacher.weights) != len(models):
+        raise SpecError(
+            f"teacher.weights: {len(teacher.weights)} numbers for {len(models)} teachers", "Give one for each"
+        )
+    if not menu.ensemble and (len(models) > 1 or teacher.passes > 1):
+        raise SpecError(f"teacher.model: {spec.task} takes one teacher, which reads each text once", "Name one")
+    if not menu.augment and teacher.passes > 1 and teacher.noise == "augment":
+        raise SpecError(f"teacher.noise: augment changes texts, not the rows of {spec.task}", "Take dropout")
+    for model, kind in kinds.items():
+        exact = "adapter" if kind == "torch" and is_adapter(Path(model)) else kind
+        what = f"{_TEACHERS[exact]} ({model})"
+        if exact not in menu.teachers:
+            raise SpecError(
+                f"teacher.model: for {spec.task} it can't be {what} yet", "Name a Hugging Face folder or id"
+            )
+        if kind != "torch" and teacher.train is not None:
+            raise SpecError(f"teacher.train: {what} can't be fine-tuned", "Leave teacher.train out")
+        if kind != "torch" and teacher.passes > 1 and (kind == "stored" or teacher.noise == "dropout"):
+            fix = "Leave teacher.passes out" if kind == "stored" else "Take teacher.noise: augment"
+            raise SpecError(f"teacher.passes: {what} has no dropout to read with", fix)
+        if kind == "stored" and spec.distill.augment is not None:
+            raise SpecError(f"distill.augment: {what} holds no answers to changed texts", "Leave it out")
+    if first == "torch":
+        return
+    what = f"{_TEACHERS[first]} ({models[0]})"
+    for student in derive.students(spec):
+        if derive.shape_of(student).kind != "model":
+            fix = "Name a Hugging Face folder or id for the student, or another teacher first"
+            raise SpecError(f"student.model: {student!r} is built from the teacher's weights, and {what} has none", fix)
+    if layers := sorted(losses_of(spec) & {*OF_LAYERS}):
+        raise SpecError(f"distill.loss: {layers[0]} reads the teacher's layers, and {what} shows none", "Take kl")
 
 
 def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
