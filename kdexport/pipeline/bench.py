@@ -165,7 +165,8 @@ def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None =
 
 def _report(targets: list[Target], measured: Measured, rows: Rows, first: str, command: str) -> Report:
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
-    task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
+    folder = next((t.task for t in known if t.task), None)
+    task = load_task(Path(folder)) if folder else None
     logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows, measured)
     return Report(
         kdexport=__version__, task=task.name if task else DEFAULT,

@@ -77,10 +77,9 @@ def _check_students(spec: Spec, menu: Menu) -> None:
             raise SpecError(f"student.model: {name!r} is none for {spec.task}", menu.instead)
     pooled = [name for name in chosen if derive.start_of(student, name) in ("pools", "random")]
     if pooled and (wants := sorted(losses_of(spec) & {*OF_LAYERS})) and spec.distill.alpha != 0:
-        raise SpecError(
-            f"distill.loss: {wants[0]} matches layers, and {pooled[0]} has none that are like the teacher's",
-            "Name other students, or take losses of logits: kl, mse, dkd, dist",
-        )
+        fix = "Name other students, or take losses of logits: kl, mse, dkd, dist"
+        what = f"{wants[0]} matches layers, and {pooled[0]} has none that are like the teacher's"
+        raise SpecError(f"distill.loss: {what}", fix)
     if student.embedding and not any(shape.kind in ("network", "narrow") for shape in shapes.values()):
         raise SpecError("student.embedding has no effect: these students have their own", "Remove it")
     narrow = any(shape.kind == "narrow" for shape in shapes.values()) and not student.embedding
@@ -94,10 +93,8 @@ def _check_losses(spec: Spec) -> None:
     if not any(sizes):
         raise SpecError("distill.loss: every weight is 0, so the teacher teaches nothing", "Raise one")
     if set(weights) <= {*OF_LAYERS} and spec.distill.alpha == 1:
-        raise SpecError(
-            f"distill.loss: {', '.join(sorted(weights))} with alpha 1 leaves the student's head untaught",
-            "Add kl, or lower alpha",
-        )
+        what = f"{', '.join(sorted(weights))} with alpha 1 leaves the student's head untaught"
+        raise SpecError(f"distill.loss: {what}", "Add kl, or lower alpha")
 
 
 def _check_teachers(spec: Spec, menu: Menu) -> None:

@@ -90,10 +90,8 @@ def numbers(values: str | int | Sequence[str | int], flag: str, least: int = 1) 
     except ValueError:
         found = []
     if not found or not least <= min(found) <= max(found) <= _MOST:
-        raise SpecError(
-            f"{flag} {','.join(listed(values))[:_SHOWN]!r} can't be read",
-            f"Write whole numbers from {least} on, like 1,4; at most {_MOST}",
-        )
+        fix = f"Write whole numbers from {least} on, like 1,4; at most {_MOST}"
+        raise SpecError(f"{flag} {','.join(listed(values))[:_SHOWN]!r} can't be read", fix)
     return found
 
 
