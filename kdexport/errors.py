@@ -1,14 +1,4 @@
-"""Everything that can go wrong because of what a user gave us.
-
-    KdexportError               one line for the user, exit code 2
-    ├── SpecError               a key, flag or value of the spec
-    ├── DataError               a file, row or label
-    │   └── TooLarge            a picture or recording that would cost too much
-    ├── ModelError              a teacher or student that cannot be used as it is
-    ├── VerificationError       an exported file that does not do what its source does
-    ├── ArtifactError           an artifact folder that is incomplete or was changed
-    ├── RunError                a run folder that cannot be used
-    └── MissingPackage          an extra that was not installed
+"""Everything that can go wrong because of what a user gave us: one line for the user, and exit code 2.
 
 Only `cli/` catches them. Our own mistakes stay ordinary exceptions with a traceback.
 """
@@ -61,9 +51,8 @@ class MissingPackage(KdexportError):
     """A package of an extra that was not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"the package {package!r} is not installed", f"Install it with: pip install 'kdexport[{extra}]'"
-        )
+        fix = f"Install it with: pip install 'kdexport[{extra}]'"
+        super().__init__(f"the package {package!r} is not installed", fix)
 
 
 def first_line(error: BaseException) -> str:

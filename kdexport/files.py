@@ -65,15 +65,7 @@ def as_json(value: object) -> bytes:
 
 
 def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
-    """Write a file atomically: into a neighbour of a random name, synced, then renamed.
-
-    Args:
-        new: leave a file that is there already as it is.
-
-    Raises:
-        FileExistsError: `new`, and there is one.
-        OSError: it can't be written; nothing is left behind.
-    """
+    """Write a file atomically: into a neighbour of a random name, synced, then renamed. `new`: replace none."""
     neighbour = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}{TEMPORARY}")
     try:
         with neighbour.open("xb") as file:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from queue import SimpleQueue
 from typing import Any, cast
@@ -24,9 +24,8 @@ _MOST_WAITING = 4 * 1024 * 1024  # bytes; more are dropped
 class Outlet:
     """A file descriptor written by a thread, so that a slow reader blocks nobody.
 
-    Args:
-        note: renders a number of dropped lines as the line that replaces them.
-        on_dropped: called with the number of lines just dropped, on the caller's thread or the writer's.
+    `note` renders the number of dropped lines as the line that replaces them; `on_dropped` is called with the number
+    just dropped, on the caller's thread or the writer's.
     """
 
     def __init__(
@@ -142,15 +141,12 @@ def warn(text: str) -> None:
     console().print(f"warning: {text}", style="yellow", markup=False)
 
 
-@contextmanager
-def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def bar(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Show the progress of `total` units of work; yield a callback for units just done.
 
     On a terminal this is a bar with the time left; elsewhere (logs, CI) a line every 15 s.
     """
-    painter = _live_bar if console().is_terminal else _plain_lines
-    with painter(title, total) as advance:
-        yield advance
+    return _live_bar(title, total) if console().is_terminal else _plain_lines(title, total)
 
 
 @contextmanager

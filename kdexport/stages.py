@@ -35,22 +35,12 @@ class StageRecord(msgspec.Struct, frozen=True):
     outputs: dict[str, str]
     seconds: float
 
-    @property
-    def content(self) -> str:
-        """The hash of its files; part of the key of every stage that reads it."""
-        return digest(self.outputs)
-
 
 class Run(Output):
     """An open run folder. Only one process may have it open.
 
-    Args:
-        sources: files and folders that the run reads.
-        settings: of `spec.yaml`, which is written once a stage may be built.
-        move_aside: rename files of others that are in the way, rather than refuse.
-
-    Raises:
-        RunError: the folder is in use, can't be written, is not a run, or holds a source where the run writes.
+    `sources` are what the run reads, none of which may lie where it writes; `settings` is the text of `spec.yaml`,
+    which is written once a stage may be built.
     """
 
     def __init__(
@@ -70,18 +60,12 @@ class Run(Output):
     ) -> Path:
         """Build a stage unless it is finished, and return its folder.
 
-        Args:
-            version: of the stage's code; raised when its result would differ.
-            settings: the part of the spec that it depends on.
-            reads: finished stages, or plain files and folders.
-            build: writes the stage's files into a folder. Files of an interrupted call with the same key are still
-                there, so long work may resume.
+        Its key is made of the `version` of its code, the part of the spec that it depends on, and the content of the
+        stages, files and folders that it reads. `build` writes its files into a folder, where those of an interrupted
+        call with the same key still are, so that long work may resume.
         """
-        inputs = {
-            "version": version,
-            "settings": msgspec.to_builtins(settings),
-            "reads": [self._content(path) for path in reads],
-        }
+        content = [self._content(path) for path in reads]
+        inputs = {"version": version, "settings": msgspec.to_builtins(settings), "reads": content}
         key = digest([name, inputs])
         folder, work = self.folder / name, self.work(name)
         self._done.add(name)
@@ -123,9 +107,10 @@ class Run(Output):
 
         A stage that is built changes most of those after it, so all that are still to come must be replaceable.
         """
-        there = () if self._looked_ahead else (path.name for path in self.folder.iterdir())
-        self.check(name, *(one for one in there if _STAGES.fullmatch(one) and one not in self._done))
+        self.check(name)
         if not self._looked_ahead:
+            there = {path.name for path in self.folder.iterdir() if _STAGES.fullmatch(path.name)}
+            self.check(*sorted(there - self._done))
             self._looked_ahead = True
             self.write_settings()
 
@@ -137,7 +122,7 @@ class Run(Output):
     def _content(self, path: Path) -> tuple[str, str]:
         """Return name and hash: of this run's stages from their records, of anything else from its bytes."""
         if path.parent == self.folder and (path / _STAGE_FILE).is_file():
-            return path.name, read_record(path).content
+            return path.name, digest(read_record(path).outputs)
         return path.name, hash_file(path) if path.is_file() else digest(_outputs(path))
 
 

@@ -1,7 +1,5 @@
 """The commands: parse, call the function of the same name, print. The one place that catches our errors."""
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Commands that measure and report: bench, compare, report, doctor."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from functools import partial

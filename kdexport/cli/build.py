@@ -1,7 +1,5 @@
 """Commands that make an artifact: run, demo, init, export."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,16 +94,16 @@ def demo(
       kdexport demo --max-size 10MB --min-retention 0.97
       kdexport demo --student tiny
     """
+    given = arguments(locals())
     from kdexport.data import demo as embedded
 
     data = out.with_name("bbc-news.jsonl")
     if not data.exists():
         data.parent.mkdir(parents=True, exist_ok=True)
         embedded.write_bbc_news(data)
-    recipe: dict[str, Any] = {"max_length": 96, "teacher_epochs": 2, "epochs": 10, "temperature": 4.0, "alpha": 1.0}
-    recipe |= {"data": data, "teacher": embedded.teacher(), "student": student, "out": out, "move_aside": move_aside}
-    budget = {"max_p99": max_p99, "max_size": max_size, "min_retention": min_retention}
-    _run(recipe | budget | {"set": {"teacher.train.learning_rate": 1e-4} | parse_sets(set)}, as_json)
+    recipe = {"max_length": 96, "teacher_epochs": 2, "epochs": 10, "temperature": 4.0, "alpha": 1.0}
+    sets = {"teacher.train.learning_rate": 1e-4} | parse_sets(set)
+    _run(given | recipe | {"data": data, "teacher": embedded.teacher(), "set": sets}, as_json)
 
 
 def init(
@@ -191,9 +189,7 @@ def _print_plan(settings: Any, as_json: bool) -> None:
 
     rows = plan(settings)
     if as_json:
-        import msgspec
-
-        return typer.echo(msgspec.json.encode({k: {"value": value, "reason": why} for k, value, why in rows}).decode())
+        return print_json({key: {"value": value, "reason": why} for key, value, why in rows})
     width = max(len(key) for key, _, _ in rows)
     for key, value, why in rows:
         typer.echo(f"{key:<{width}}  {value:<24}  {why}")

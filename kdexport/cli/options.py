@@ -1,7 +1,5 @@
 """Flags and output that commands share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,9 +67,9 @@ def interruptible(then: str) -> Iterator[None]:
 
 def print_json(found: Any) -> None:
     """Print a record on stdout."""
-    import msgspec
+    from kdexport.files import as_json
 
-    typer.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    typer.echo(as_json(found).decode(), nl=False)
 
 
 def show_report(found: Any, run_folder: Path, as_json: bool) -> None:

@@ -1,7 +1,5 @@
 """Commands that use an artifact: predict, serve."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,10 +18,6 @@ Batching = partial(Flag, rich_help_panel="Batching")
 Limits = partial(Flag, rich_help_panel="Limits")
 _BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6}
 _MILLISECONDS = {"ms": 1.0, "s": 1e3}
-_AS_GIVEN = (
-    "host", "port", "admin_host", "grpc_port", "threads", "max_batch", "max_batch_tokens", "max_rows", "max_chars",
-    "access_log", "tracing",
-)  # fmt: skip
 _IN_SECONDS = ("max_writing_queue", "timeout", "drain_delay", "grace", "load_timeout")
 
 
@@ -153,15 +147,15 @@ def serve(
     if access_log not in ("all", "errors", "off"):
         raise SpecError(f"--access-log {access_log!r} is none of all, errors, off")
     given |= {name: quantity(given[name], f"--{name.replace('_', '-')}", SECONDS) for name in _IN_SECONDS}
-    settings = Settings(
-        **{name: given[name] for name in (*_AS_GIVEN, *_IN_SECONDS)},
-        admin_port=None if admin_port < 0 else admin_port,
-        max_wait_ms=quantity(max_wait, "--max-wait", _MILLISECONDS),
-        max_queue_ms=quantity(max_queue, "--max-queue", _MILLISECONDS),
-        max_body=int(quantity(max_body, "--max-body", _BYTES)) if max_body else None,
-        api_keys=_keys(api_keys),
-        allow_host=tuple(allow_host or ()),
-    )
+    given |= {
+        "admin_port": None if admin_port < 0 else admin_port,
+        "max_wait_ms": quantity(max_wait, "--max-wait", _MILLISECONDS),
+        "max_queue_ms": quantity(max_queue, "--max-queue", _MILLISECONDS),
+        "max_body": int(quantity(max_body, "--max-body", _BYTES)) if max_body else None,
+        "api_keys": _keys(api_keys),
+        "allow_host": tuple(allow_host or ()),
+    }
+    settings = Settings(**{name: value for name, value in given.items() if name in Settings.__struct_fields__})
     raise typer.Exit(run_server(artifacts, settings))
 
 

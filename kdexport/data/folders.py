@@ -1,7 +1,5 @@
 """Folders of images or recordings, as in Hugging Face's imagefolder and audiofolder → tables of file names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,8 @@ def metadata_of(folder: Path) -> Path | None:
 
 def labelled_files(folder: Path) -> list[dict[str, Any]]:
     """Return a row `{"file_name", "label"}` for each file below a folder; the label is the first subfolder."""
-    rows = []
-    for path in _files(folder):
-        parts = path.relative_to(folder).parts
-        rows.append({"file_name": "/".join(parts), "label": parts[0] if len(parts) > 1 else None})
-    return rows
+    names = (path.relative_to(folder) for path in _files(folder))
+    return [{"file_name": name.as_posix(), "label": name.parts[0] if len(name.parts) > 1 else None} for name in names]
 
 
 def _files(folder: Path) -> list[Path]:

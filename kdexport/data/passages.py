@@ -3,11 +3,8 @@
 A passage ends at a word boundary, preferably at the end of a line, so that its tokens are those of the whole text.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -61,8 +58,3 @@ def _blocks(text: str) -> Iterator[str]:
         stop = text.find("\n", start + _BLOCK) + 1 or len(text)
         yield text[start:stop]
         start = stop
-
-
-def read_text(path: Path) -> str:
-    """Read a text file as it is, whatever its line endings."""
-    return path.read_bytes().decode("utf-8-sig")

@@ -1,7 +1,5 @@
 """Read a file's rows unchanged, with all columns, in order, independent of the command."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 from collections.abc import Iterable, Iterator
@@ -158,13 +156,13 @@ def _read_json(path: Path, encoding: str) -> Source:
     with path.open(encoding=encoding) as file:
         array = next((line for line in file if line.strip()), "").lstrip().startswith("[")
     if array:
-        found = _decoded(path.read_bytes().decode(encoding))
-        if isinstance(found, str):
-            raise DataError(f"{path} can't be read: {found}")
-        rows = iter([row if isinstance(row, dict) else _NO_OBJECT for row in found])
+        try:
+            values = msgspec.json.decode(path.read_bytes().decode(encoding), type=list[Any])
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise DataError(f"{path} can't be read: {error}") from None
+        rows = iter([row if isinstance(row, dict) else _NO_OBJECT for row in values])
     else:
-        objects = (_decoded(line) for line in _lines(path, encoding) if line.strip())
-        rows = iter(row if isinstance(row, dict | str) else _NO_OBJECT for row in objects)
+        rows = (_decoded(line) for line in _lines(path, encoding) if line.strip())
     some = list(islice(rows, _PEEKED))
     columns = dict.fromkeys(key for row in some if isinstance(row, dict) for key in row)
     return Source(path.name, list(columns), chain(some, rows), path.parent)
@@ -173,13 +171,14 @@ def _read_json(path: Path, encoding: str) -> Source:
 _NO_OBJECT = "it is no JSON object"
 
 
-def _decoded(text: str) -> Any:
-    """Decode an object or an array, or return the reason why not."""
+def _decoded(text: str) -> Raw | str:
+    """Decode an object, or return the reason why not."""
     try:
-        found = msgspec.json.decode(text)
+        return msgspec.json.decode(text, type=Raw)
+    except msgspec.ValidationError:
+        return _NO_OBJECT
     except (msgspec.DecodeError, RecursionError) as error:
         return str(error)
-    return found if isinstance(found, dict | list) else _NO_OBJECT
 
 
 def _conll_rows(path: Path, lines: Iterable[str]) -> Iterator[Raw]:

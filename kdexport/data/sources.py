@@ -1,7 +1,5 @@
 """Files, folders and Hub ids → validated rows with the task's columns; errors name the bad row."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path

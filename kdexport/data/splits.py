@@ -1,15 +1,11 @@
 """Split rows: stratified, seeded, and never the same text on both sides."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter, defaultdict
-from typing import Any
 
+from kdexport.data.sources import Rows
 from kdexport.errors import DataError
 from kdexport.tasks.base import Task
-
-Rows = list[dict[str, Any]]
 
 
 def split_off(rows: Rows, fraction: float, seed: int, task: type[Task]) -> tuple[Rows, Rows]:

@@ -4,8 +4,6 @@ A name is a run, an artifact (`folder:int8` for one of its files), an ONNX file,
 the address of a server.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import tempfile
@@ -50,20 +48,12 @@ def measure(
 ) -> Report:  # fmt: skip
     """Measure the named targets, and write report.json, .md, .html, bench.json and samples.npz into `out`.
 
-    Args:
-        texts: a file and its columns (labels add the metric); by default the test split of the first run named.
-        reference: the variant that ratios are to; the first by default.
-        loads: the loads to put on servers.
-        command: the command line, for the report.
-        move_aside: rename files in the way that kdexport did not write, rather than refuse.
-
-    Raises:
-        SpecError: a name can't be measured, or there are no texts.
-        RunError: `out` holds other files than those of a bench.
+    `texts` are by default the test split of the first run named; ratios are to `reference`, by default the first
+    target; `loads` are put on servers.
     """
     with Output(out, "bench", move_aside=move_aside) as folder, tempfile.TemporaryDirectory() as work:
         folder.check(*FILES)
-        targets = [t for i, name in enumerate(names) for t in find_targets(name, settings, Path(work) / str(i))]
+        targets = [t for i, name in enumerate(names) for t in _find_targets(name, settings, Path(work) / str(i))]
         targets = [_numbered(t, targets[:i]) for i, t in enumerate(targets)]
         known = [t.name for t in targets]
         if reference and reference not in known:
@@ -105,18 +95,18 @@ def _numbered(target: Target, before: list[Target]) -> Target:
     return msgspec.structs.replace(target, name=f"{target.name} #{same + 1}") if same else target
 
 
-def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
-    """Resolve one name on the command line.
-
-    Raises:
-        SpecError, ArtifactError, ModelError: it can't be measured.
-    """
+def _find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     if re.match(r"https?://", name):
         return [Target(re.sub(r"^https?://", "", name), "http", "", name)]
     path, variant = artifact.split_name(name)
     folder = artifact.resolve(path)
     if (folder / artifact.MANIFEST).exists():
-        return _artifact_targets(folder, variant, settings)
+        label = (folder.resolve().parent if folder.name == "artifact" else folder.resolve()).name
+        targets = []
+        for precision in [variant] if variant else artifact.read_manifest(folder).variants:
+            file = artifact.model_file(folder, precision)
+            targets += of_file(f"{label}-{precision}", folder, file, settings.runtimes, settings.devices)
+        return targets
     if path.suffix == ".onnx":
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist", "Check the path")
@@ -124,16 +114,6 @@ def find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     if path.is_dir() and not (path / "config.json").exists():
         raise SpecError(f"{path} is no artifact, run or model", _NAME)
     return _model_targets(name, settings, work)
-
-
-def _artifact_targets(folder: Path, variant: str | None, settings: spec.Bench) -> list[Target]:
-    manifest = artifact.read_manifest(folder)
-    label = folder.resolve().parent.name if folder.name == "artifact" else folder.resolve().name
-    targets = []
-    for precision in [variant] if variant else manifest.variants:
-        file = artifact.model_file(folder, precision)
-        targets += of_file(f"{label}-{precision}", folder, file, settings.runtimes, settings.devices)
-    return targets
 
 
 def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
@@ -166,11 +146,7 @@ def _task_beside(file: Path) -> Path:
 def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None = None) -> Rows:
     """Read the rows of a file, else the test split of the first run among the names.
 
-    Args:
-        texts: the file and its columns, by default those of the training rows of the model in the folder `task`.
-
-    Raises:
-        SpecError: there is neither. DataError: a column or a row of the file is wrong.
+    Columns are by default those of the training rows of the model in the folder `task`.
     """
     if texts:
         if task:
@@ -189,28 +165,27 @@ def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None =
 
 def _report(targets: list[Target], measured: Measured, rows: Rows, first: str, command: str) -> Report:
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
-    task = load_task(Path(next((t.task for t in known if t.task), ""))) if any(t.task for t in known) else None
+    folder = next((t.task for t in known if t.task), None)
+    task = load_task(Path(folder)) if folder else None
     logits = _answers([t for t in known if t.runtime != "http" and t.name in measured.latency], rows, measured)
-    variants = [_variant(t, measured) for t in known]
-    quality = {t.name: _quality(t, logits, rows, first) for t in known if t.name in logits}
     return Report(
         kdexport=__version__, task=task.name if task else DEFAULT,
         **described(task.metric if task else task_class(DEFAULT).metric), recommended=None,
         labels=task.labels if task else [],
-        variants=[msgspec.structs.replace(v, **quality.get(v.name, {})) for v in variants],
+        variants=[_variant(t, measured, _quality(t, logits, rows, first) if t.name in logits else {}) for t in known],
         reason=_summary(measured, first),
         bench=measured.conditions, environment=measured.environment, command=command,
     )  # fmt: skip
 
 
-def _variant(target: Target, measured: Measured) -> Variant:
+def _variant(target: Target, measured: Measured, quality: dict[str, Any]) -> Variant:
     http, is_file, file = target.runtime == "http", target.model.endswith(".onnx"), Path(target.model)
     precision = re.search(r"fp16|int8|int4|quantized|q4", f"{target.name} {file.name}") if is_file else None
     size = {"size_bytes": None, "sha256": None} if http else on_disk(file) if is_file else weights(file)
     return Variant(
         name=target.name, model=target.name, runtime=target.runtime, device=target.device,
         precision={"quantized": "int8", "q4": "int4"}.get(precision[0], precision[0]) if precision else "fp32",
-        graph="server" if http else "file" if is_file else "model", file=target.model, **size,
+        graph="server" if http else "file" if is_file else "model", file=target.model, **size, **quality,
         **speed(target.name, measured),
     )  # fmt: skip
 

@@ -1,22 +1,27 @@
 """Changes from one report to another, figure by figure, with intervals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 
 from kdexport.bench import stats
 from kdexport.report.table import metric_of
-from kdexport.results import Change, Interval, Latency, Metric, Ratio, Report, Variant
+from kdexport.results import Change, Footprint, Interval, Latency, Metric, Ratio, Report, Variant
 from kdexport.runtime import artifact
 from kdexport.tasks import judging, load_task, metrics
 from kdexport.tasks.metrics import Array, paired_difference, wilson_interval
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+
+
+class Figure(NamedTuple):
+    """A measured value, with its interval if there is one."""
+
+    value: float
+    ci95: Interval | None
 
 
 def both(one: Variant, other: Variant) -> str:
@@ -34,10 +39,8 @@ def changes_of(
     name = both(one, other)
     found = [change for metric in QUANTILES if (change := _time_change(metric, name, a, b, one, other, apart))]
     if one.speedup_p50 and other.speedup_p50 and one.name != a.bench.reference:
-        sa, sb = one.speedup_p50, other.speedup_p50
         how = "ratio in each run" + ("" if _same_teacher(a, b) else ", to teachers that differ")
-        change = ratio_change(name, "speedup", sa.value, sb.value, _quotient(sb, sa), True, how)
-        found.append(msgspec.structs.replace(change, b_ci95=sb.ci95))
+        found.append(ratio_change(name, "speedup", one.speedup_p50, other.speedup_p50, how, more_is_better=True))
     if one.metric and other.metric and a.metric == b.metric:
         found.append(_metric_change(a, b, one, other, folders))
     if one.agreement is not None and other.agreement is not None and one.metric and other.metric:
@@ -45,42 +48,30 @@ def changes_of(
         found.append(_points(name, metrics.Metric("agreement"), x, y, _unpaired(x, y), "unpaired"))
     if one.size_bytes and other.size_bytes:
         mb, new_mb = one.size_bytes / 1e6, other.size_bytes / 1e6
-        found.append(_pair(name, "size", (mb, (mb, mb)), (new_mb, (new_mb, new_mb)), "exact"))
-    if (f := one.footprint) and (g := other.footprint):
-        how = "fresh processes"
-        found.append(_pair(name, "memory", (f.rss_mb, f.rss_mb_ci95), (g.rss_mb, g.rss_mb_ci95), how))
-        if not apart:
-            found.append(_pair(name, "cold", (f.cold_ms, f.cold_ms_ci95), (g.cold_ms, g.cold_ms_ci95), how))
+        found.append(ratio_change(name, "size", Figure(mb, (mb, mb)), Figure(new_mb, (new_mb, new_mb)), "exact"))
+    for metric, field in (("memory", "rss_mb"), ("cold", "cold_ms")):
+        f, g = _figure(one.footprint, field), _figure(other.footprint, field)
+        if f and g and not (apart and metric == "cold"):
+            found.append(ratio_change(name, metric, f, g, "fresh processes"))
     return found
-
-
-def _pair(
-    name: str, metric: str, a: tuple[float, Interval | None], b: tuple[float, Interval | None], how: str
-) -> Change:
-    """Compare two independent figures, of which less is better."""
-    change = ratio_change(name, metric, a[0], b[0], _quotient(Ratio(*b), Ratio(*a)), False, how)
-    return msgspec.structs.replace(change, b_ci95=b[1])
 
 
 def _time_change(
     metric: str, name: str, a: Report, b: Report, one: Variant, other: Variant, apart: str
 ) -> Change | None:
-    (x, x_ci), (y, y_ci) = _time(one.latency_ms, metric), _time(other.latency_ms, metric)
+    x, y = _figure(one.latency_ms, metric), _figure(other.latency_ms, metric)
     if x is None and y is None:
         return None
     if apart or x is None or y is None:
-        how = apart or f"{'A' if x is None else 'B'} has no {metric}"
         return Change(
-            variant=name, metric=metric, a=x, b=y, b_ci95=y_ci, change=None, ci95=None, unit="%",
-            verdict="not comparable", how=how,
+            variant=name, metric=metric, a=x and x.value, b=y and y.value, b_ci95=y and y.ci95, change=None, ci95=None,
+            unit="%", verdict="not comparable", how=apart or f"{'A' if x is None else 'B'} has no {metric}",
         )  # fmt: skip
     ratios = {"p50": (one.speedup_p50, other.speedup_p50), "p99": (one.speedup_p99, other.speedup_p99)}
     sa, sb = ratios.get(metric, (None, None))
     if sa and sb and one.name != a.bench.reference and _same_teacher(a, b):
-        how = "by ratios to the same teacher in each run"
-        change = ratio_change(name, metric, x, y, _quotient(sa, sb), False, how)
-        return msgspec.structs.replace(change, b_ci95=y_ci)
-    return _pair(name, metric, (x, x_ci), (y, y_ci), "measured apart")
+        return ratio_change(name, metric, x, y, "by ratios to the same teacher in each run", _quotient(sa, sb))
+    return ratio_change(name, metric, x, y, "measured apart")
 
 
 def _same_teacher(a: Report, b: Report) -> bool:
@@ -88,22 +79,27 @@ def _same_teacher(a: Report, b: Report) -> bool:
     return len(sums) == 1 and None not in sums
 
 
-def _time(latency: Latency | None, metric: str) -> tuple[float | None, Interval | None]:
-    return (None, None) if latency is None else (getattr(latency, metric), getattr(latency, f"{metric}_ci95"))
+def _figure(record: Latency | Footprint | None, field: str) -> Figure | None:
+    value = getattr(record, field, None)
+    return None if value is None else Figure(value, getattr(record, f"{field}_ci95"))
 
 
-def _quotient(top: Ratio, bottom: Ratio) -> Ratio:
+def _quotient(top: Figure | Ratio, bottom: Figure | Ratio) -> Figure:
     """Divide independent figures: the log half widths add as squares."""
     value = top.value / bottom.value
     if top.ci95 is None or bottom.ci95 is None:
-        return Ratio(value, None)
+        return Figure(value, None)
     halves = (math.log(ci[1] / ci[0]) / 2 for ci in (top.ci95, bottom.ci95))
     half = math.sqrt(sum(h * h for h in halves))
-    return Ratio(value, (value * math.exp(-half), value * math.exp(half)))
+    return Figure(value, (value * math.exp(-half), value * math.exp(half)))
 
 
-def ratio_change(name: str, metric: str, x: float, y: float, ratio: Ratio, more_is_better: bool, how: str) -> Change:
-    """Return a change in %, from `ratio`, B ÷ A."""
+def ratio_change(
+    name: str, metric: str, a: Figure | Ratio, b: Figure | Ratio, how: str,
+    ratio: Figure | Ratio | None = None, *, more_is_better: bool = False,
+) -> Change:  # fmt: skip
+    """Return the change from A to B in %; `ratio` is B ÷ A where it is not that of independent figures."""
+    ratio = ratio or _quotient(b, a)
     ci = None if ratio.ci95 is None else (100 * (ratio.ci95[0] - 1), 100 * (ratio.ci95[1] - 1))
     above_or_below = "unsure" if ratio.ci95 is None else stats.verdict(ratio.ci95)
     up, down = ("better", "worse") if more_is_better else ("worse", "better")
@@ -111,8 +107,10 @@ def ratio_change(name: str, metric: str, x: float, y: float, ratio: Ratio, more_
     verdict = {"faster": up, "slower": down}.get(above_or_below, above_or_below)
     if how == "exact":
         verdict = "same" if ratio.value == 1 else up if ratio.value > 1 else down
-    change = 100 * (ratio.value - 1)
-    return Change(variant=name, metric=metric, a=x, b=y, change=change, ci95=ci, unit="%", verdict=verdict, how=how)
+    return Change(
+        variant=name, metric=metric, a=a.value, b=b.value, b_ci95=b.ci95, change=100 * (ratio.value - 1), ci95=ci,
+        unit="%", verdict=verdict, how=how,
+    )  # fmt: skip
 
 
 def _metric_change(a: Report, b: Report, one: Variant, other: Variant, folders: Sequence[Path]) -> Change:
@@ -124,7 +122,7 @@ def _metric_change(a: Report, b: Report, one: Variant, other: Variant, folders: 
     if data[0] is not None and data[0] == data[1] and one.metric.n == other.metric.n:
         paired = "the same test rows, paired"
         if metric.kind == "fraction" and one.wrong_rows is not None and other.wrong_rows is not None:
-            right = [_right(v.wrong_rows or [], one.metric.n) for v in (one, other)]
+            right = [~np.isin(np.arange(one.metric.n), v.wrong_rows or []) for v in (one, other)]
             return _points(name, metric, one.metric, other.metric, paired_difference(*right)[1], paired)
         parts = [s for place, v in zip(folders, (one, other), strict=False) if (s := _row_stats(place, v)) is not None]
         if len(parts) == 2 and {len(part) for part in parts} == {one.metric.n}:
@@ -165,9 +163,3 @@ def _unpaired(one: Metric, other: Metric) -> Interval:
 
 def _fraction(value: float, n: int) -> Metric:
     return Metric(value, wilson_interval(round(value * n), n), n)
-
-
-def _right(wrong: list[int], n: int) -> Array:
-    right = np.ones(n, dtype=bool)
-    right[wrong] = False
-    return right

@@ -1,7 +1,5 @@
 """Choose the files to ship and the one to recommend, and hold it against the budget, by measured figures."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

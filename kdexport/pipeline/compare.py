@@ -5,15 +5,11 @@ both runs measured it; otherwise directly, on equal hardware only. Measuring bot
 precise, and is done while a gate is unsure.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
-
-import msgspec
 
 from kdexport import spec
 from kdexport.bench import stats
@@ -22,7 +18,7 @@ from kdexport.bench.subjects import Target
 from kdexport.errors import KdexportError, RunError, SpecError
 from kdexport.files import hash_file
 from kdexport.pipeline.bench import read_texts
-from kdexport.pipeline.changes import QUANTILES, both, changes_of, ratio_change
+from kdexport.pipeline.changes import QUANTILES, Figure, both, changes_of, ratio_change
 from kdexport.progress import say
 from kdexport.report.exchange import read_any
 from kdexport.results import Change, Comparison, Gate, Report, Variant, machine_name
@@ -58,9 +54,6 @@ def parse_gate(text: str) -> Condition:
     """Parse `p99>+10%` (change), `accuracy<-0.5` (points), `size>5MB`, `accuracy<95%` (B itself).
 
     `metric` is the main metric, whatever its name; changes of a number such as bits per byte are in per cent.
-
-    Raises:
-        SpecError: it can't be read.
     """
     found = re.fullmatch(r"\s*([a-z0-9_]+)\s*([<>])\s*([+-]?)(\d+(?:\.\d+)?)\s*(%|[a-z]*)\s*", text.lower())
     if not found or found[1] not in _METRICS:
@@ -106,19 +99,18 @@ def compare(
         notes.append(f"A is judged by {reports[0].metric}, B by {reports[1].metric}, so these are not compared")
     folders = [path if path.is_dir() else path.parent for path in (left, right)]
     changes = [c for one, other in pairs for c in changes_of(*reports, one, other, apart, folders)]
-    found = [_judge(gate, changes) for gate in gates]
-    timed = [g for g in gates if g.metric in QUANTILES and g.relative]
-    undecided = any(g.status in ("unsure", "refused") for g, want in zip(found, gates, strict=True) if want in timed)
+    timed = [gate for gate in gates if gate.metric in QUANTILES and gate.relative]
+    undecided = any(_judge(gate, changes).status in ("unsure", "refused") for gate in timed)
     if side_by_side or (side_by_side is None and undecided):
         try:
             measured = _measure_in_turns(left, right, pairs, timed, reports[1].bench.threads, time_limit_s)
             again = {(m.variant, m.metric) for m in measured}
             changes = measured + [c for c in changes if (c.variant, c.metric) not in again]
-            found = [_judge(gate, changes) for gate in gates]
         except KdexportError as error:
             if side_by_side:
                 raise
             notes.append(f"both files could not be measured side by side: {error}")
+    found = [_judge(gate, changes) for gate in gates]
     for gate, want in zip(found, gates, strict=True):
         if gate.status == "refused":
             instead = "Compare ratios to the teacher: 'speedup<-10%'" if want.metric in QUANTILES else ""
@@ -193,11 +185,11 @@ def _turns_change(name: str, metric: str, rounds: dict[str, list[Array]]) -> Cha
     found = stats.pooled_ratio(rounds["B"], rounds["A"], q, _LOOK_LEVEL)
     if found is None:
         return None
-    (x, _), (y, y_ci) = (stats.pooled(rounds[side], q, _LOOK_LEVEL) for side in "AB")
+    (x, x_ci), (y, y_ci) = (stats.pooled(rounds[side], q, _LOOK_LEVEL) for side in "AB")
     assert x is not None
     assert y is not None
-    change = ratio_change(name, metric, x, y, found, False, f"in turns, {len(rounds['A'])} rounds")
-    return msgspec.structs.replace(change, b_ci95=y_ci)
+    how = f"in turns, {len(rounds['A'])} rounds"
+    return ratio_change(name, metric, Figure(x, x_ci), Figure(y, y_ci), how, found)
 
 
 def _file_of(place: Path, variant: Variant, name: str) -> Target:
@@ -218,10 +210,9 @@ def _judge(gate: Condition, changes: list[Change]) -> Gate:
     if not about:
         return Gate(expression=gate.expression, status="refused", why=f"neither report has {gate.metric}")
     verdicts = [_judge_one(gate, change) for change in about]
-    for status in ("refused", "failed", "unsure", "passed"):
-        if reasons := [why for found, why in verdicts if found == status]:
-            return Gate(expression=gate.expression, status=status, why="; ".join(reasons))
-    raise AssertionError(verdicts)
+    worst = min((status for status, _ in verdicts), key=("refused", "failed", "unsure", "passed").index)
+    why = "; ".join(why for status, why in verdicts if status == worst)
+    return Gate(expression=gate.expression, status=worst, why=why)
 
 
 def _is_main(metric: str) -> bool:

@@ -1,7 +1,5 @@
 """`kdexport export`: any trained model → a verified artifact; an artifact → a layout for Triton or KServe."""
 
-from __future__ import annotations
-
 import re
 import timeit
 from collections.abc import Sequence

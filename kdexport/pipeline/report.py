@@ -1,7 +1,5 @@
 """Finished stages → one `Report`, assembled once, at the end; stages never write into it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,11 +108,9 @@ def _variants(
     """Return all files and models measured; a teacher of stored logits, which can't be measured, comes first."""
     files = {c.file: c for c in candidates}
     parameters = _training(stages.student)["parameters"]
-
-    def known(name: str) -> dict[str, Any]:
-        # Other runtimes may give other logits; their metric was not measured.
-        name = "teacher" if name in ("teacher-torch", "teacher-fp32", "teacher-stored") else name
-        return msgspec.structs.asdict(quality[name]) | {"wrong_rows": wrong[name]} if name in quality else {}
+    # Other runtimes may give other logits; their metric was not measured.
+    known = {name: msgspec.structs.asdict(found) | {"wrong_rows": wrong[name]} for name, found in quality.items()}
+    known |= dict.fromkeys(("teacher-torch", "teacher-fp32", "teacher-stored"), known["teacher"])
 
     def variant(target: Target) -> Variant:
         role = target.name.partition("-")[0]
@@ -135,7 +131,7 @@ def _variants(
             own |= weights(stages.teacher if role == "teacher" else stages.student)
         return Variant(
             name=target.name, model=role, runtime=target.runtime, device=target.device, **own,
-            **speed(target.name, measured), **known(target.name),
+            **speed(target.name, measured), **known.get(target.name, {}),
         )  # fmt: skip
 
     left_out = measured.conditions.left_out
@@ -144,7 +140,7 @@ def _variants(
         stored = Variant(
             name="teacher-stored", model="teacher", runtime="stored", device="none", precision="fp32", graph="none",
             file=None, sha256=None, size_bytes=None, note="stored logits: there is no model to measure",
-            **known("teacher-stored"),
+            **known["teacher-stored"],
         )  # fmt: skip
         variants.insert(0, stored)
     return variants

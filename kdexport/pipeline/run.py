@@ -4,8 +4,6 @@ Each stage reads finished folders, writes its own, and is skipped while its inpu
 inside the stages, so a finished run returns at once.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path
@@ -24,7 +22,7 @@ from kdexport.files import disk_errors
 from kdexport.pipeline.choose import Choice
 from kdexport.pipeline.rehearse import rehearse
 from kdexport.pipeline.report import Stages, assemble, made_from
-from kdexport.pipeline.search import teacher_targets
+from kdexport.pipeline.search import search, teacher_targets
 from kdexport.pipeline.students import Students, local
 from kdexport.progress import say
 from kdexport.report import write_card, write_reports
@@ -64,10 +62,10 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
 
         # 4. Train and export the student, or search for the best one: plain and fused ONNX files in each precision.
         make = Students(settings, folder, data, teacher, targets)
-        student, export, search = make.search(names) if len(names) > 1 else make.whole(names[0])
+        student, export, searched = search(make, names) if len(names) > 1 else (*make.whole(names[0]), None)
 
         # 5. Train the same student on labels alone, as the baseline, and both with other seeds.
-        name = search.winner if search else names[0]
+        name = searched.winner if searched else names[0]
         baseline = make.baseline(name)
         other_seeds = make.other_seeds(name, baseline is not None)
 
@@ -86,7 +84,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
         )  # fmt: skip
 
         # 8. Choose the files to ship, pack them, and write the report.
-        stages = Stages(out, data, teacher, targets, student, baseline, export, verified, bench, search, other_seeds)
+        stages = Stages(out, data, teacher, targets, student, baseline, export, verified, bench, searched, other_seeds)
         report, choice = assemble(settings, stages)
         packed = folder.stage(
             "artifact", version=2, settings=settings, reads=[student, export, verified, bench],
@@ -108,9 +106,10 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     starts = {derive.start_of(settings.student, name) for name in names}
     copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
     epochs = derive.epochs(settings.distill, rows, copies, starts.pop() if len(starts) == 1 else "weights")
+    unnamed = "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"
     derived = {
         "distill.epochs": (f"{epochs.value:g}", epochs.reason),
-        "student.model": (", ".join(names), "as given" if settings.student.model else derive.why(settings)),
+        "student.model": (", ".join(names), "as given" if settings.student.model else unnamed),
     }
     shape = derive.shape_of(names[0])
     if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):

@@ -5,14 +5,11 @@ budget cost no training. The others are trained for a short trial; then the most
 the next only while the budget is not met. The validation split decides; the test split only judges the winner.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,13 +17,14 @@ import numpy as np
 from kdexport import spec
 from kdexport.bench.engine import bench
 from kdexport.bench.subjects import Target, of_file, of_model
-from kdexport.data import Rows, read_rows
+from kdexport.data import read_rows
 from kdexport.distill.teachers import kind_of_first
 from kdexport.errors import ModelError
 from kdexport.export import Candidate, export_student, read_candidates
 from kdexport.export.verify import AGREEMENT, decisive, on_validation
 from kdexport.files import write_json
 from kdexport.pipeline.choose import lost
+from kdexport.pipeline.students import Students, local
 from kdexport.progress import say, warn
 from kdexport.results import Search, SearchCandidate
 from kdexport.runtime.predictor import Predictor
@@ -35,13 +33,26 @@ from kdexport.tasks import class_of, load_task
 from kdexport.tasks.config import read_config
 from kdexport.tasks.metrics import Metric
 
-TRIAL_SHARE = 0.05  # of the examples in a transformer's full training; the same number for all students
-PATIENCE = 4  # epochs without a better validation metric, after which training in a search stops; the best is used
+_TRIAL_SHARE = 0.05  # of the examples in a transformer's full training; the same number for all students
 # Without limits on latency and size, the quickest student whose trial is this close to the best is trained first.
 _NEAR_THE_BEST = 0.05
 
-Build = Callable[[str, Path], None]
-Train = Callable[[str], tuple[Path, Path]]
+
+def search(make: Students, names: tuple[str, ...]) -> tuple[Path, Path, Search]:
+    """Return the student and export stages of the best of several students, and the record of the search."""
+    settings = make.settings
+    students = msgspec.structs.replace(settings.student, model=names)
+    ladder = make.folder.stage(
+        "ladder", version=3, reads=[make.data, make.teacher, make.targets, *local(*names)],
+        settings=[names, students, settings.export.variants, settings.bench.threads[0], settings.seed],
+        build=lambda work: _measure_ladder(make, names, work),
+    )  # fmt: skip
+    candidates, teacher_p50_ms = _read_ladder(ladder, settings.budget)
+    fitting = [one for one in candidates if not one.over]
+    if len(fitting) > 1:
+        say(f"search: {len(fitting)} of {len(candidates)} students fit; each is tried for a short while")
+        candidates = [_try(make, one) if one in fitting else one for one in candidates]
+    return _climb(make, candidates, teacher_p50_ms)
 
 
 def slug(student: str) -> str:
@@ -49,25 +60,24 @@ def slug(student: str) -> str:
     return re.sub(r"[^A-Za-z0-9+]+", "-", student).strip("-")
 
 
-def measure_ladder(
-    settings: spec.Spec, students: Sequence[str], build: Build, teacher: Path, rows: Rows, out: Path
-) -> None:
-    """Build, export and measure every student untrained; write `ladder.json`, a candidate a precision.
+def _measure_ladder(make: Students, names: Sequence[str], out: Path) -> None:
+    """Build, export and measure every student untrained, and the teacher; write `ladder.json`, a candidate a precision.
 
-    `build` writes an untrained student into a folder; the model in the folder `teacher` is measured, too.
-
-    Raises:
-        ModelError: no student can be built; single ones that can't are skipped with a warning.
+    Students that can't be built are skipped with a warning, unless none can.
     """
-    targets = teacher_targets(teacher, ["torch", "onnxruntime"], ["cpu"])
-    reference = targets[0].name if targets else None
+    from kdexport.distill.student import write_untrained
+
+    settings, rows = make.settings, read_rows(make.data, "test")
+    places = {"data": make.data, "teacher": make.teacher, "targets": make.targets}
+    targets = teacher_targets(make.teacher, ["torch", "onnxruntime"], ["cpu"])
+    reference = targets[0].name if targets else ""
     files: dict[str, list[tuple[str, Candidate]]] = {}
     refused: ModelError | None = None
-    for name in students:
+    for name in names:
         folder = out / slug(name)
         (folder / "export").mkdir(parents=True, exist_ok=True)
         try:
-            build(name, folder)
+            write_untrained(settings.student, name, **places, seed=settings.seed, out=folder)
         except ModelError as error:  # for example, more layers than the teacher has
             warn(f"search: {name} is left out: {error}")
             refused = error
@@ -83,7 +93,7 @@ def measure_ladder(
     short = {"rounds": 2, "round_seconds": 0.5, "precision": None, "batch_sizes": ()}
     how = msgspec.structs.replace(settings.bench, threads=settings.bench.threads[:1], **short)
     measured = bench(how, targets, rows, targets[0].name, settings.seed, out, sweep=False)
-    teacher_latency = measured.latency.get(reference) if reference else None
+    teacher_latency = measured.latency.get(reference)
     candidates = []
     for name, labels in files.items():
         folder = out / slug(name)
@@ -120,14 +130,19 @@ def teacher_targets(teacher: Path, runtimes: Sequence[str], devices: Sequence[st
             return []
 
 
+def _against(candidate: SearchCandidate, budget: spec.Budget) -> Iterator[tuple[float, str]]:
+    """Yield the untrained student's size and latency as ratios of their limits, if any, and in words."""
+    if budget.size_mb is not None:
+        size = candidate.size_bytes / 1e6
+        yield size / budget.size_mb, f"{size:.2f} MB of {budget.size_mb:g}"
+    if budget.p99_ms is not None:
+        p99 = candidate.p99_ms
+        yield (math.inf if p99 is None else p99) / budget.p99_ms, f"p99 {_ms(p99)} of {budget.p99_ms:g}"
+
+
 def over(candidate: SearchCandidate, budget: spec.Budget) -> str:
     """Describe the limits that a student exceeds untrained; empty if none."""
-    broken = []
-    if budget.size_mb is not None and candidate.size_bytes / 1e6 > budget.size_mb:
-        broken.append(f"{candidate.size_bytes / 1e6:.2f} MB of {budget.size_mb:g}")
-    if budget.p99_ms is not None and (candidate.p99_ms is None or candidate.p99_ms > budget.p99_ms):
-        broken.append(f"p99 {_ms(candidate.p99_ms)} of {budget.p99_ms:g}")
-    return " and ".join(broken)
+    return " and ".join(words for ratio, words in _against(candidate, budget) if ratio > 1)
 
 
 def promising(
@@ -154,35 +169,29 @@ def promising(
     return sorted(fitting, key=lambda one: (loss(one) > _NEAR_THE_BEST, one.p50_ms))
 
 
-class Winner(NamedTuple):
-    """The winner's stages, and the record of the search."""
-
-    student: Path
-    export: Path
-    search: Search
+def _try(make: Students, one: SearchCandidate) -> SearchCandidate:
+    stage = make.train(one.name, f"trial-{slug(one.name)}", share=_TRIAL_SHARE)
+    curve = msgspec.json.decode((stage / "training.json").read_bytes())["curve"]
+    return msgspec.structs.replace(one, trial=curve[-1]["validation"], trial_seconds=read_record(stage).seconds)
 
 
-def climb(
-    settings: spec.Spec, candidates: list[SearchCandidate], train: Train, data: Path, teacher: Path, targets: Path,
-    teacher_p50_ms: float | None,
-) -> Winner:  # fmt: skip
-    """Train the promising students one after the other until the budget is met.
-
-    `train` trains and exports a student as stages, and returns both folders.
-    """
-    budget, rows = settings.budget, read_rows(data, "validation")
-    taught = np.load(targets / "validation.npy")
-    metric = decisive(class_of(read_config(teacher)), rows)
+def _climb(
+    make: Students, candidates: list[SearchCandidate], teacher_p50_ms: float | None
+) -> tuple[Path, Path, Search]:
+    """Train the promising students one after the other until the budget is met."""
+    budget, rows = make.settings.budget, read_rows(make.data, "validation")
+    taught = np.load(make.targets / "validation.npy")
+    metric = decisive(class_of(read_config(make.teacher)), rows)
     spent = sum(one.trial_seconds or 0.0 for one in candidates)
     trained: dict[str, tuple[SearchCandidate, Path, Path]] = {}
     of_teacher = 0.0
     for one in promising(candidates, budget, metric):
-        expected = (one.trial_seconds or 0.0) / TRIAL_SHARE
+        expected = (one.trial_seconds or 0.0) / _TRIAL_SHARE
         if trained and budget.time_limit_s is not None and spent + expected > budget.time_limit_s:
             warn(f"search: {one.name} would take {expected:.0f} s more, over the time limit; it is left out")
             continue
         say(f"search: {one.name} is trained{' next' if trained else ' first'}")
-        student, export = train(one.name)
+        student, export = make.whole(one.name, f"-{slug(one.name)}")
         seconds = read_record(student).seconds
         spent += seconds
         task = load_task(student)
@@ -201,7 +210,7 @@ def climb(
     reason = _reason(winner, every, budget)
     say(f"search: {reason}")
     record = Search(rungs=every, winner=winner.name, reason=reason, teacher=of_teacher, teacher_p50_ms=teacher_p50_ms)
-    return Winner(student, export, record)
+    return student, export, record
 
 
 def _reason(winner: SearchCandidate, candidates: list[SearchCandidate], budget: spec.Budget) -> str:
@@ -221,18 +230,14 @@ def _keeps(candidate: SearchCandidate) -> str:
 
 
 def _excess(candidate: SearchCandidate, budget: spec.Budget) -> float:
-    """Return the largest ratio of a figure to its limit."""
-    found = [candidate.size_bytes / 1e6 / budget.size_mb] if budget.size_mb else []
-    if budget.p99_ms:
-        found.append((candidate.p99_ms or math.inf) / budget.p99_ms)
-    return max(found, default=0.0)
+    return max((ratio for ratio, _ in _against(candidate, budget)), default=0.0)
 
 
 def _ms(value: float | None) -> str:
     return "not known" if value is None else f"{value:.3f} ms"
 
 
-def read_ladder(folder: Path, budget: spec.Budget) -> tuple[list[SearchCandidate], float | None]:
+def _read_ladder(folder: Path, budget: spec.Budget) -> tuple[list[SearchCandidate], float | None]:
     """Read a finished ladder stage: a candidate a student, checked against the budget, and the teacher's p50 in ms."""
     found = msgspec.json.decode((folder / "ladder.json").read_bytes(), type=_Ladder)
     candidates = one_each(found.rungs, budget)

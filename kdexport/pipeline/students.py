@@ -1,6 +1,4 @@
-"""The stages of students: a named one, or the winner of a search; baselines; other seeds."""
-
-from __future__ import annotations
+"""The stages of students: training and export, baselines, other seeds."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,11 +7,11 @@ import msgspec
 
 from kdexport import spec
 from kdexport.data import read_rows
-from kdexport.pipeline import search
 from kdexport.progress import say
-from kdexport.results import Search, SearchCandidate
 from kdexport.spec import derive
-from kdexport.stages import Run, read_record
+from kdexport.stages import Run
+
+PATIENCE = 4  # epochs without a better validation metric, after which training in a search stops; the best is used
 
 
 class Students(NamedTuple):
@@ -25,42 +23,16 @@ class Students(NamedTuple):
     teacher: Path
     targets: Path
 
-    def whole(self, name: str, suffix: str = "") -> tuple[Path, Path, None]:
+    def whole(self, name: str, suffix: str = "") -> tuple[Path, Path]:
         """Train and export a student."""
         student = self.train(name, f"student{suffix}")
-        return student, self.export(student, f"export{suffix}"), None
-
-    def search(self, names: tuple[str, ...]) -> tuple[Path, Path, Search]:
-        """Return the folders of the best of several students, and the record of the search."""
-        settings, built = self.settings, msgspec.structs.replace(self.settings.student, model=names)
-
-        def measure(work: Path) -> None:
-            rows = read_rows(self.data, "test")
-            search.measure_ladder(settings, names, self._build, self.teacher, rows, work)
-
-        ladder = self.folder.stage(
-            "ladder",
-            version=3,
-            settings=[names, built, settings.export.variants, settings.bench.threads[0], settings.seed],
-            reads=[self.data, self.teacher, self.targets, *local(*names)],
-            build=measure,
-        )
-        candidates, teacher_p50_ms = search.read_ladder(ladder, settings.budget)
-        fitting = [one for one in candidates if not one.over]
-        if len(fitting) > 1:
-            say(f"search: {len(fitting)} of {len(candidates)} students fit; each is tried for a short while")
-            candidates = [self._try(one) if one in fitting else one for one in candidates]
-
-        def train(name: str) -> tuple[Path, Path]:
-            return self.whole(name, f"-{search.slug(name)}")[:2]
-
-        return search.climb(settings, candidates, train, self.data, self.teacher, self.targets, teacher_p50_ms)
+        return student, self.export(student, f"export{suffix}")
 
     def train(self, name: str, stage: str, *, hard: bool = False, seed: int | None = None, share: float = 1.0) -> Path:
         """Train a student as a stage: on labels alone if `hard`; for a trial, for a fraction of the epochs, `share`."""
         distill = msgspec.structs.replace(self.settings.distill, baseline=True, seeds=1)
         if len(derive.students(self.settings)) > 1 and distill.patience is None:
-            distill = msgspec.structs.replace(distill, patience=search.PATIENCE)
+            distill = msgspec.structs.replace(distill, patience=PATIENCE)
         if hard:
             distill = msgspec.structs.replace(distill, loss="kl", temperature=1.0, alpha=0.0, augment=None)
         seed = self.settings.seed if seed is None else seed
@@ -101,24 +73,14 @@ class Students(NamedTuple):
 
     def other_seeds(self, name: str, baseline: bool) -> list[tuple[Path, Path | None]]:
         """Train student and baseline with each further seed."""
-
-        def pair(seed: int) -> tuple[Path, Path | None]:
-            student = self.train(name, f"student-seed{seed}", seed=seed)
-            return student, self.train(name, f"baseline-seed{seed}", hard=True, seed=seed) if baseline else None
-
         first = self.settings.seed
-        return [pair(seed) for seed in range(first + 1, first + self.settings.distill.seeds)]
-
-    def _try(self, one: SearchCandidate) -> SearchCandidate:
-        stage = self.train(one.name, f"trial-{search.slug(one.name)}", share=search.TRIAL_SHARE)
-        curve = msgspec.json.decode((stage / "training.json").read_bytes())["curve"]
-        return msgspec.structs.replace(one, trial=curve[-1]["validation"], trial_seconds=read_record(stage).seconds)
-
-    def _build(self, name: str, work: Path) -> None:
-        from kdexport.distill.student import write_untrained
-
-        places = {"data": self.data, "teacher": self.teacher, "targets": self.targets, "out": work}
-        write_untrained(self.settings.student, name, **places, seed=self.settings.seed)
+        return [
+            (
+                self.train(name, f"student-seed{seed}", seed=seed),
+                self.train(name, f"baseline-seed{seed}", hard=True, seed=seed) if baseline else None,
+            )
+            for seed in range(first + 1, first + self.settings.distill.seeds)
+        ]
 
 
 def local(*models: str) -> list[Path]:

@@ -1,13 +1,12 @@
 """The server's OpenAPI document, from `openapi.yaml` and the types of requests and responses."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
 
+from kdexport.files import as_json
 from kdexport.serve.openapi import PATH as PATH
 from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
 
@@ -27,7 +26,7 @@ def generate() -> bytes:
             values = [None] if value is None else [value, None]
             schemas[name]["properties"][parameter] = {"enum": values, "default": None}
     found["components"]["schemas"] = _merged(schemas, found["components"]["schemas"])
-    return msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n"
+    return as_json(found)
 
 
 def _merged(schemas: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Refuse, before any work, what the task or the teachers don't offer, and settings without an effect."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -8,40 +9,29 @@ import msgspec
 from kdexport.errors import SpecError
 from kdexport.spec import derive
 from kdexport.spec.sections import Distill, Spec, Weight
-from kdexport.spec.teachers import check_teachers
+from kdexport.spec.teachers import is_adapter, kind_of, named
 from kdexport.tasks import names, task_class
 from kdexport.tasks.menus import OF_LAYERS, Menu
 
 # Losses that read probabilities softened by the temperature.
 _SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist"}
+_TEACHERS = {"torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits"}
 
 
-def checked(tree: dict[str, Any], spec: Spec, source: str) -> Spec:
-    """Return the spec with the defaults of its task.
-
-    Args:
-        tree: what was given, without defaults.
-        source: a file or flags, for errors.
-
-    Raises:
-        SpecError: names the first key that the task or teachers don't offer, or that has no effect.
-    """
-    menu = _menu(spec, source)
-    distill: dict[str, Any] = {}
-    given = tree.get("distill") or {}
-    if "loss" not in given:
-        distill["loss"] = menu.losses[0]
-    if "temperature" not in given:
-        distill["temperature"] = menu.temperature or 1.0
+def checked(tree: dict[str, Any], spec: Spec) -> Spec:
+    """Return the spec with the defaults of its task; `tree` is as given, without defaults."""
+    menu = _menu(spec)
+    defaults: dict[str, Any] = {"loss": menu.losses[0], "temperature": menu.temperature or 1.0}
+    distill = {name: value for name, value in defaults.items() if name not in (tree.get("distill") or {})}
     spec = msgspec.structs.replace(spec, distill=msgspec.structs.replace(spec.distill, **distill))
-    _check_menu(spec, menu, source)
-    _check_students(spec, menu, source)
-    _check_losses(spec, source)
-    check_teachers(spec, menu, losses_of(spec), source)
+    _check_menu(spec, menu)
+    _check_students(spec, menu)
+    _check_losses(spec)
+    _check_teachers(spec, menu)
     for key, why, fix in _without_effect(spec, menu):
         section, _, name = key.partition(".")
         if name in (tree.get(section) or {}) and getattr(getattr(spec, section), name) != _default(spec, section, name):
-            raise SpecError(f"{source}: {key} has no effect {why}", fix)
+            raise SpecError(f"{key} has no effect {why}", fix)
     return spec
 
 
@@ -56,64 +46,92 @@ def losses_of(spec: Spec) -> set[str]:
     return set(weights_of(spec.distill))
 
 
-def several_students(spec: Spec) -> bool:
-    """Whether a search chooses the student."""
-    named = spec.student.model
-    return spec.budget.binds() if named is None else not isinstance(named, str) and len(named) > 1
-
-
-def _menu(spec: Spec, source: str) -> Menu:
+def _menu(spec: Spec) -> Menu:
     if spec.task not in names():
-        raise SpecError(f"{source}: task: {spec.task!r} is none of {', '.join(names())}")
+        raise SpecError(f"task: {spec.task!r} is none of {', '.join(names())}")
     problems = task_class(spec.task).kinds()
     if spec.data.problem not in problems:
-        raise SpecError(f"{source}: data.problem has no effect on {spec.task}", "Remove it")
+        raise SpecError(f"data.problem has no effect on {spec.task}", "Remove it")
     return problems[spec.data.problem].menu
 
 
-def _check_menu(spec: Spec, menu: Menu, source: str) -> None:
+def _check_menu(spec: Spec, menu: Menu) -> None:
     single = spec.data.problem == "single-label"
     task = spec.task if single else f"data.problem {spec.data.problem}"
     if wrong := sorted(losses_of(spec) - {*menu.losses}):
-        named = [name for name in menu.losses if name not in OF_LAYERS]
-        raise SpecError(f"{source}: distill.loss: {wrong[0]} is not for {task}", f"Take {_either(named)}")
+        offered = [name for name in menu.losses if name not in OF_LAYERS]
+        raise SpecError(f"distill.loss: {wrong[0]} is not for {task}", f"Take {_either(offered)}")
     if menu.temperature is None and spec.distill.temperature != 1:
-        raise SpecError(f"{source}: distill.temperature: soft targets of {task} are those of 1", "Remove it")
+        raise SpecError(f"distill.temperature: soft targets of {task} are those of 1", "Remove it")
     if spec.distill.augment and not menu.augment:
-        raise SpecError(f"{source}: distill.augment changes texts, and not the rows of {task}", "Leave it out")
+        raise SpecError(f"distill.augment changes texts, and not the rows of {task}", "Leave it out")
     if wrong := [precision for precision in spec.export.variants if precision not in menu.precisions]:
-        raise SpecError(f"{source}: export.variants: {wrong[0]} is none for {task}", f"Take {_either(menu.precisions)}")
+        raise SpecError(f"export.variants: {wrong[0]} is none for {task}", f"Take {_either(menu.precisions)}")
 
 
-def _check_students(spec: Spec, menu: Menu, source: str) -> None:
+def _check_students(spec: Spec, menu: Menu) -> None:
     student, chosen = spec.student, derive.students(spec)
     shapes = {name: derive.shape_of(name) for name in chosen}
     for name, shape in shapes.items():
         if shape.kind not in menu.students:
-            raise SpecError(f"{source}: student.model: {name!r} is none for {spec.task}", menu.instead)
+            raise SpecError(f"student.model: {name!r} is none for {spec.task}", menu.instead)
     pooled = [name for name in chosen if derive.start_of(student, name) in ("pools", "random")]
     if pooled and (wants := sorted(losses_of(spec) & {*OF_LAYERS})) and spec.distill.alpha != 0:
-        raise SpecError(
-            f"{source}: distill.loss: {wants[0]} matches layers, and {pooled[0]} has none that are like the teacher's",
-            "Name other students, or take losses of logits: kl, mse, dkd, dist",
-        )
+        fix = "Name other students, or take losses of logits: kl, mse, dkd, dist"
+        what = f"{wants[0]} matches layers, and {pooled[0]} has none that are like the teacher's"
+        raise SpecError(f"distill.loss: {what}", fix)
     if student.embedding and not any(shape.kind in ("network", "narrow") for shape in shapes.values()):
-        raise SpecError(f"{source}: student.embedding has no effect: these students have their own", "Remove it")
+        raise SpecError("student.embedding has no effect: these students have their own", "Remove it")
     narrow = any(shape.kind == "narrow" for shape in shapes.values()) and not student.embedding
     if student.start == "embeddings" and not narrow:
-        raise SpecError(f"{source}: student.start has no effect: no student is a narrower teacher", "Remove it")
+        raise SpecError("student.start has no effect: no student is a narrower teacher", "Remove it")
 
 
-def _check_losses(spec: Spec, source: str) -> None:
+def _check_losses(spec: Spec) -> None:
     weights = weights_of(spec.distill)
     sizes = (w if isinstance(w, (int, float)) else max(w.start, w.end) for w in weights.values())
     if not any(sizes):
-        raise SpecError(f"{source}: distill.loss: every weight is 0, so the teacher teaches nothing", "Raise one")
+        raise SpecError("distill.loss: every weight is 0, so the teacher teaches nothing", "Raise one")
     if set(weights) <= {*OF_LAYERS} and spec.distill.alpha == 1:
+        what = f"{', '.join(sorted(weights))} with alpha 1 leaves the student's head untaught"
+        raise SpecError(f"distill.loss: {what}", "Add kl, or lower alpha")
+
+
+def _check_teachers(spec: Spec, menu: Menu) -> None:
+    teacher, models = spec.teacher, named(spec)
+    kinds = {model: kind_of(model) for model in models}
+    first = kinds[models[0]]
+    if len(models) > 1 and teacher.weights is not None and len(teacher.weights) != len(models):
         raise SpecError(
-            f"{source}: distill.loss: {', '.join(sorted(weights))} with alpha 1 leaves the student's head untaught",
-            "Add kl, or lower alpha",
+            f"teacher.weights: {len(teacher.weights)} numbers for {len(models)} teachers", "Give one for each"
         )
+    if not menu.ensemble and (len(models) > 1 or teacher.passes > 1):
+        raise SpecError(f"teacher.model: {spec.task} takes one teacher, which reads each text once", "Name one")
+    if not menu.augment and teacher.passes > 1 and teacher.noise == "augment":
+        raise SpecError(f"teacher.noise: augment changes texts, not the rows of {spec.task}", "Take dropout")
+    for model, kind in kinds.items():
+        exact = "adapter" if kind == "torch" and is_adapter(Path(model)) else kind
+        what = f"{_TEACHERS[exact]} ({model})"
+        if exact not in menu.teachers:
+            raise SpecError(
+                f"teacher.model: for {spec.task} it can't be {what} yet", "Name a Hugging Face folder or id"
+            )
+        if kind != "torch" and teacher.train is not None:
+            raise SpecError(f"teacher.train: {what} can't be fine-tuned", "Leave teacher.train out")
+        if kind != "torch" and teacher.passes > 1 and (kind == "stored" or teacher.noise == "dropout"):
+            fix = "Leave teacher.passes out" if kind == "stored" else "Take teacher.noise: augment"
+            raise SpecError(f"teacher.passes: {what} has no dropout to read with", fix)
+        if kind == "stored" and spec.distill.augment is not None:
+            raise SpecError(f"distill.augment: {what} holds no answers to changed texts", "Leave it out")
+    if first == "torch":
+        return
+    what = f"{_TEACHERS[first]} ({models[0]})"
+    for student in derive.students(spec):
+        if derive.shape_of(student).kind != "model":
+            fix = "Name a Hugging Face folder or id for the student, or another teacher first"
+            raise SpecError(f"student.model: {student!r} is built from the teacher's weights, and {what} has none", fix)
+    if layers := sorted(losses_of(spec) & {*OF_LAYERS}):
+        raise SpecError(f"distill.loss: {layers[0]} reads the teacher's layers, and {what} shows none", "Take kl")
 
 
 def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
@@ -125,16 +143,15 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield "distill.temperature", f"on the loss {', '.join(sorted(losses))}", "Remove it, or take kl"
     for key, fix in menu.unused.items():
         yield key, f"on {spec.task}", fix
-    several = not isinstance(spec.teacher.model, str) and len(spec.teacher.model) > 1
-    if not several:
+    if len(named(spec)) == 1:
         yield "teacher.weights", "with one teacher", "Remove it"
-    if not several and spec.teacher.passes == 1:
-        yield "teacher.combine", "with one teacher and one pass", "Name more teachers, or raise passes"
+        if spec.teacher.passes == 1:
+            yield "teacher.combine", "with one teacher and one pass", "Name more teachers, or raise passes"
     if spec.teacher.passes == 1:
         yield "teacher.noise", "with one pass", "Raise teacher.passes"
     if "int8" not in spec.export.variants:
         yield "export.max_int8_loss", "without int8", "Add int8 to the variants"
-    if not several_students(spec):
+    if len(derive.students(spec)) == 1:
         yield "budget.time_limit_s", "with one student", "Name several, or none: --student tiny --student bag"
 
 

@@ -45,18 +45,14 @@ def shape_of(model: str) -> Shape:
         return Shape("conv", 0, int(found[1] or _CONV_WIDTH))
     if found := re.fullmatch(r"([1-9]\d?)x([1-9]\d*)", model):
         return Shape("narrow", int(found[1]), int(found[2]))
-    kind, colon, rest = model.partition(":")
-    if not colon or kind not in ("layers", "spread"):
-        return Shape("model")
-    parts = rest.split("+")
-    if not all(part.isdecimal() for part in parts):
-        raise SpecError(f"student.model: {model!r} names no number of layers", "Write it like layers:3")
-    numbers = tuple(int(part) for part in parts)
-    if len(numbers) > 1 and kind == "layers":
-        return Shape("named", len(numbers), 0, numbers)
-    if numbers[0] == 0 or len(numbers) > 1:
-        raise SpecError(f"student.model: {model!r} names no number of layers", f"Write it like {kind}:3")
-    return Shape("lowest" if kind == "layers" else "spread", numbers[0])
+    if found := re.fullmatch(r"(layers|spread):(0*[1-9]\d*)", model):
+        return Shape("lowest" if found[1] == "layers" else "spread", int(found[2]))
+    if found := re.fullmatch(r"layers:(\d+(?:\+\d+)+)", model):
+        indices = tuple(int(index) for index in found[1].split("+"))
+        return Shape("named", len(indices), 0, indices)
+    if found := re.match(r"(layers|spread):", model):
+        raise SpecError(f"student.model: {model!r} names no number of layers", f"Write it like {found[1]}:3")
+    return Shape("model")
 
 
 def students(settings: Spec) -> tuple[str, ...]:
@@ -73,11 +69,6 @@ def vocabulary(student: Student, name: str, task: str) -> str:
     if student.vocabulary is not None:
         return student.vocabulary
     return "whole" if shape_of(name).kind == "model" else task_class(task).menu.vocabulary
-
-
-def why(settings: Spec) -> str:
-    """Return the reason for the students, where none is named."""
-    return "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"
 
 
 def pools(student: Student, name: str) -> bool:
@@ -98,10 +89,8 @@ def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weight
     every = rows + transfer
     found = f"there are {rows:,} rows" + (f" and {transfer:,} that the teacher labels" if transfer else "")
     if start == "random":
-        value = max(8, min(60, 2 * _EXAMPLES_SEEN // every))
-        return Derived(
-            value, f"about {2 * _EXAMPLES_SEEN:,} examples seen from random weights, 8 to 60 epochs; {found}"
-        )
+        value, seen = max(8, min(60, 2 * _EXAMPLES_SEEN // every)), f"{2 * _EXAMPLES_SEEN:,} examples seen"
+        return Derived(value, f"about {seen} from random weights, 8 to 60 epochs; {found}")
     if 15 * every < _STEPS * settings.batch_size:
         value = min(100, -(-_STEPS * settings.batch_size // every))
         return Derived(value, f"about {_STEPS} steps, at most 100 epochs; {found}")

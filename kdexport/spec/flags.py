@@ -1,7 +1,5 @@
 """Flags of the command line, which are keywords of the Python functions: their units, and the keys that they set."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -92,10 +90,8 @@ def numbers(values: str | int | Sequence[str | int], flag: str, least: int = 1) 
     except ValueError:
         found = []
     if not found or not least <= min(found) <= max(found) <= _MOST:
-        raise SpecError(
-            f"{flag} {','.join(listed(values))[:_SHOWN]!r} can't be read",
-            f"Write whole numbers from {least} on, like 1,4; at most {_MOST}",
-        )
+        fix = f"Write whole numbers from {least} on, like 1,4; at most {_MOST}"
+        raise SpecError(f"{flag} {','.join(listed(values))[:_SHOWN]!r} can't be read", fix)
     return found
 
 

@@ -4,11 +4,11 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import msgspec
 import yaml
-from msgspec import Meta
+from msgspec import inspect
 
 from kdexport.errors import SpecError
 from kdexport.spec.checks import checked
@@ -91,15 +91,7 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def load(path: Path | None, overrides: Mapping[str, Any]) -> Spec:
-    """Read a spec file, apply the overrides, and check the whole.
-
-    Args:
-        path: a YAML file; None uses the overrides alone.
-        overrides: dotted key → value, e.g. `{"student.model": "mini"}`.
-
-    Raises:
-        SpecError: the file can't be read, or a key or value is wrong.
-    """
+    """Read a spec file, if any, apply the overrides, like `{"student.model": "mini"}`, and check the whole."""
     tree = _read_yaml(path) if path else {}
     source = str(path) if path else "flags"
     for key, value in overrides.items():
@@ -119,10 +111,11 @@ def parse(tree: Any, source: str) -> Spec:
     """Check a tree of plain values and return it as a `Spec`; `source` is named in errors."""
     _refuse_unreal(tree, source)
     try:
-        spec = msgspec.convert(tree, Spec)
+        return checked(tree, msgspec.convert(tree, Spec))
     except msgspec.ValidationError as error:
         raise _explain(str(error), source) from None
-    return checked(tree, spec, source)
+    except SpecError as error:
+        raise SpecError(f"{source}: {error.what}", error.fix) from None
 
 
 def parse_bench(values: Mapping[str, Any]) -> Bench:
@@ -133,10 +126,9 @@ def parse_bench(values: Mapping[str, Any]) -> Bench:
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
         key = re.split(r"[\[.`]", where)[0]
-        flag = {"runtimes": "runtime", "devices": "device", "time_limit_s": "time-limit", "price_per_hour": "price"}
-        raise SpecError(
-            f"--{flag.get(key, key).replace('_', '-')}: {what}", f"It means: {settings().get(f'bench.{key}', '')}"
-        ) from None
+        flags = {"runtimes": "runtime", "devices": "device", "time_limit_s": "time-limit", "price_per_hour": "price"}
+        meaning = settings().get(f"bench.{key}", "")
+        raise SpecError(f"--{flags.get(key, key).replace('_', '-')}: {what}", f"It means: {meaning}") from None
 
 
 def dump(spec: Spec) -> str:
@@ -160,36 +152,18 @@ def commented(spec: Spec) -> str:
 
 def settings() -> dict[str, str]:
     """Return every dotted key of the spec with its help text, in order."""
-    return {key: text for key, text, _ in walk(Spec)}
+    return dict(_settings(inspect.type_info(Spec), ""))
 
 
-def walk(section: type, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yield (dotted key, help text, default) for each setting below a section."""
-    hints = get_type_hints(section, include_extras=True)
-    for field in msgspec.structs.fields(section):
-        key = f"{prefix}{field.name}"
-        nested = [t for t in _types(hints[field.name]) if isinstance(t, type) and issubclass(t, Section)]
-        text = _description(hints[field.name])
-        if text or not nested:
-            yield key, text, None if field.default is msgspec.NODEFAULT else field.default
-        for inner in nested:
-            yield from walk(inner, f"{key}.")
-
-
-def _types(hint: Any) -> Iterator[Any]:
-    if get_origin(hint) is Annotated:
-        yield from _types(get_args(hint)[0])
-    elif get_origin(hint) is Union or type(hint).__name__ == "UnionType":
-        for part in get_args(hint):
-            yield from _types(part)
-    else:
-        yield hint
-
-
-def _description(hint: Any) -> str:
-    if get_origin(hint) is not Annotated:
-        return ""
-    return next((m.description for m in get_args(hint)[1:] if isinstance(m, Meta) and m.description), "")
+def _settings(kind: inspect.Type, prefix: str) -> Iterator[tuple[str, str]]:
+    for section in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
+        if isinstance(section, inspect.StructType) and issubclass(section.cls, Section):
+            for field in section.fields:
+                key, inner = f"{prefix}{field.name}", field.type
+                if isinstance(inner, inspect.Metadata):
+                    yield key, (inner.extra_json_schema or {})["description"]
+                    inner = inner.type
+                yield from _settings(inner, f"{key}.")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -224,19 +198,17 @@ def _explain(message: str, source: str) -> SpecError:
     """Return msgspec's message as what, where (dotted key) and, for an unknown key, the nearest known one."""
     what, _, where = message.replace("at `key` in `$", "at `$").partition(" - at `$")
     where = where.rstrip("`").lstrip(".")
-    unknown = re.search(r"unknown field `(.+)`", what)
-    if unknown:
+    helps = settings()
+    if unknown := re.search(r"unknown field `(.+)`", what):
         key = ".".join(filter(None, [where, unknown[1]]))
-        known = [*settings(), *(field.name for field in msgspec.structs.fields(Spec))]
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        section = [k.removeprefix(f"{where}.") for k in settings() if k.startswith(f"{where}.")]
-        fix = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(section or settings())}"
+        close = difflib.get_close_matches(key, [*helps, *Spec.__struct_fields__], n=1, cutoff=0.6)
+        section = [k.removeprefix(f"{where}.") for k in helps if k.startswith(f"{where}.")]
+        fix = f"Did you mean {close[0]!r}?" if close else f"Known here: {', '.join(section or helps)}"
         return SpecError(f"{source}: unknown key {key!r}", fix)
-    missing = re.search(r"missing required field `(.+)`", what)
-    if missing:
+    if missing := re.search(r"missing required field `(.+)`", what):
         key = ".".join(filter(None, [where, missing[1]]))
         flag = {"data": "data.train", "teacher": "teacher.model"}.get(key, key)
         return SpecError(f"{source}: {flag!r} is missing", f"Set it in the spec, or pass --{flag.split('.')[0]}")
     what = what[:1].lower() + what[1:].replace("`", "").replace(" | object", " or a mapping")
-    meaning = settings().get(where.split("[")[0], "")
+    meaning = helps.get(where.split("[")[0], "")
     return SpecError(f"{source}: {where or 'spec'}: {what}", f"It means: {meaning}" if meaning else "")

@@ -1,18 +1,14 @@
-"""The kinds of teachers, by their names and files, and what each of them can't do."""
+"""The kinds of teachers, by their names and files."""
 
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from kdexport.errors import ModelError, SpecError
-from kdexport.spec import derive
+from kdexport.errors import ModelError
 from kdexport.spec.sections import Spec
-from kdexport.tasks.menus import OF_LAYERS, Menu
 
 Kind = Literal["torch", "onnx", "stored"]
-
-_NAMES = {"torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits"}
 
 
 def named(settings: Spec) -> tuple[str, ...]:
@@ -53,46 +49,3 @@ def base_of(adapter: Path) -> str:
         raise ModelError(f"adapter {adapter} names no base model", "Set base_model_name_or_path in adapter_config.json")
     beside = adapter / base
     return str(beside) if not Path(base).exists() and beside.is_dir() else base
-
-
-def check_teachers(spec: Spec, menu: Menu, losses: set[str], source: str) -> None:
-    """Raise a SpecError for the first setting that the teachers, or the task, don't offer."""
-    teacher, models = spec.teacher, named(spec)
-    kinds = {model: kind_of(model) for model in models}
-    first = kinds[models[0]]
-
-    def wrong(key: str, what: str, fix: str) -> SpecError:
-        return SpecError(f"{source}: {key}: {what}", fix)
-
-    if len(models) > 1 and teacher.weights is not None and len(teacher.weights) != len(models):
-        raise wrong(
-            "teacher.weights", f"{len(teacher.weights)} numbers for {len(models)} teachers", "Give one for each"
-        )
-    if not menu.ensemble and (len(models) > 1 or teacher.passes > 1):
-        raise wrong("teacher.model", f"{spec.task} takes one teacher, which reads each text once", "Name one")
-    if not menu.augment and teacher.passes > 1 and teacher.noise == "augment":
-        raise wrong("teacher.noise", f"augment changes texts, not the rows of {spec.task}", "Take dropout")
-    for model, kind in kinds.items():
-        exact = "adapter" if kind == "torch" and is_adapter(Path(model)) else kind
-        what = f"{_NAMES[exact]} ({model})"
-        if exact not in menu.teachers:
-            raise wrong("teacher.model", f"for {spec.task} it can't be {what} yet", "Name a Hugging Face folder or id")
-        if kind != "torch" and teacher.train is not None:
-            raise wrong("teacher.train", f"{what} can't be fine-tuned", "Leave teacher.train out")
-        if kind != "torch" and teacher.passes > 1 and (kind == "stored" or teacher.noise == "dropout"):
-            fix = "Leave teacher.passes out" if kind == "stored" else "Take teacher.noise: augment"
-            raise wrong("teacher.passes", f"{what} has no dropout to read with", fix)
-        if kind == "stored" and spec.distill.augment is not None:
-            raise wrong("distill.augment", f"{what} holds no answers to changed texts", "Leave it out")
-    if first == "torch":
-        return
-    what = f"{_NAMES[first]} ({models[0]})"
-    for student in derive.students(spec):
-        if derive.shape_of(student).kind != "model":
-            raise wrong(
-                "student.model",
-                f"{student!r} is built from the teacher's weights, and {what} has none",
-                "Name a Hugging Face folder or id for the student, or another teacher first",
-            )
-    if layers := sorted(losses & {*OF_LAYERS}):
-        raise wrong("distill.loss", f"{layers[0]} reads the teacher's layers, and {what} shows none", "Take kl")
