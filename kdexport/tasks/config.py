@@ -1,7 +1,5 @@
 """`task.json`: the configuration of encode and decode for all tasks; types that tasks share."""
 
-from __future__ import annotations
-
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,8 @@ Shift = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Scale = Annotated[float, Meta(ge=1e-9, le=1e6)]
 Each = Meta(min_length=1, max_length=3)
 Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
+# The label of an unlabelled row or token: the index that PyTorch's cross-entropy ignores.
+NO_LABEL = -100
 # The size limit of manifests and configurations, in bytes.
 MOST_JSON = 2**24
 
@@ -91,11 +91,7 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_config(folder: Path) -> TaskConfig:
-    """Read the task of a model folder (`task.json`) or an artifact (`kdexport.json`).
-
-    Raises:
-        ArtifactError: it is missing or unreadable.
-    """
+    """Read the task of a model folder (`task.json`) or an artifact (`kdexport.json`), or raise ArtifactError."""
     try:
         if (folder / "kdexport.json").exists():
             manifest = msgspec.json.decode(read_regular(folder / "kdexport.json", MOST_JSON))

@@ -4,8 +4,6 @@ The columns are log p of the actual token, then id and log p of k tokens: the mo
 rest (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from kdexport.tasks.metrics import Array

@@ -5,8 +5,6 @@ Audio Spectrogram Transformer (Gong et al. 2021) as transformers 4.57 does it wi
 over frames of 400 samples with a hop of 160, at any rate.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import wave
@@ -148,11 +146,8 @@ def mel_filters(mels: int, rate: int) -> Array:
 
 
 def _padded(values: Array, length: int) -> Array:
-    values = values[:length]
-    if len(values) == length:
-        return np.ascontiguousarray(values, dtype=np.float32)
     found = np.zeros((length, *values.shape[1:]), np.float32)
-    found[: len(values)] = values
+    found[: len(values)] = values[:length]
     return found
 
 

@@ -4,8 +4,6 @@ libsndfile detects 25 formats; only files with the magic bytes of `FORMATS` get 
 bounded by the header, before any decoding.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re
