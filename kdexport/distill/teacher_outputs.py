@@ -6,15 +6,21 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import nn
 
 from kdexport import spec
 from kdexport.distill.augment import Change, changer
 from kdexport.distill.combine import combine
 from kdexport.distill.store import Store, cache_folder, content_key
+from kdexport.distill.stored import place_of
 from kdexport.distill.teachers import TeacherFolder
 from kdexport.errors import ModelError
 from kdexport.files import digest
+from kdexport.models.inference import logits_of, run_model
+from kdexport.models.registry import open_trained
 from kdexport.progress import bar
+from kdexport.runtime.predictor import Predictor, providers
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
@@ -25,6 +31,7 @@ Run = Callable[[Rows, Callable[[int], None]], Array]
 
 _SHARD_EVERY_S = 20.0
 _CHUNK = 1024
+_DROPOUT_BATCH = 32  # which rows share a batch decides the noise of each
 
 
 class Pass(NamedTuple):
@@ -38,12 +45,7 @@ class Pass(NamedTuple):
 class Teacher:
     """One teacher of a finished stage as a function of rows, with its outputs in stores.
 
-    Args:
-        named: its folder, kind and name.
-        hashes: sha256 of the stage's files, by their path in it, which identify the outputs.
-        how: passes, and what distinguishes them.
-        seed: of dropout and augmentation.
-        run: rows → logits, in place of the kind's own.
+    `hashes`, sha256 of the stage's files by their path in it, identify them. `run` stands in for the kind's own.
     """
 
     def __init__(
@@ -110,42 +112,45 @@ class Teacher:
         return changer(self.named.folder, spec.Augment(views=self._how.passes - 1), self._seed)
 
     def _dropout(self, i: int, rows: Rows, advance: Callable[[int], None]) -> Array:
-        from kdexport.distill.noise import noisy_logits
-
-        first = f"{self._seed}:{i}:{self.task.content(rows[0])}"
-        return noisy_logits(self._model, self.task, rows, int.from_bytes(content_key(first)[:7], "big"), advance)
+        """MC dropout, which is left on (Gal and Ghahramani 2016, https://arxiv.org/abs/1506.02142)."""
+        model, first = self._model, f"{self._seed}:{i}:{self.task.content(rows[0])}"
+        if not any(part.p for part in model.modules() if isinstance(part, nn.Dropout)):
+            what = "the teacher has no dropout that could tell its passes apart"
+            raise ModelError(what, "Take teacher.noise: augment")
+        model.train()
+        for part in model.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):  # its statistics are learned in training, not noise
+                part.eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(int.from_bytes(content_key(first)[:7], "big"))
+            logits = run_model(model, self.task, rows, _DROPOUT_BATCH, advance)
+        model.eval()
+        return logits
 
     # --- kinds
 
     @cached_property
     def _model(self) -> Any:
-        import torch
-
-        from kdexport.models.registry import open_trained
-
         model: Any = open_trained(self.named.folder)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def _torch(self, rows: Rows, advance: Callable[[int], None]) -> Array:
-        from kdexport.models.inference import logits_of
-
         return logits_of(self._model, self.task, rows, advance=advance)
 
     @cached_property
-    def _predictor(self) -> Any:
-        from kdexport.runtime.predictor import Predictor, providers
-
+    def _predictor(self) -> Predictor:
         device = "cuda" if "CUDAExecutionProvider" in providers() else "cpu"
         return Predictor(self.task, self.named.folder / "model.onnx", device=device)
 
     def _onnx(self, rows: Rows, advance: Callable[[int], None]) -> Array:
-        logits: Array = self._predictor.logits(rows)
+        logits = self._predictor.logits(rows)
         advance(len(rows))
         return logits
 
     def _stored(self, rows: Rows, advance: Callable[[int], None]) -> Array:
-        where = str(rows[0]["id"]).replace(":", ", row ")
-        raise ModelError(f"teacher {self.named.model} has no logits for {where}", "Store logits for every row")
+        raise ModelError(
+            f"teacher {self.named.model} has no logits for {place_of(rows[0])}", "Store logits for every row"
+        )
 
 
 def _files(named: TeacherFolder) -> list[str]:
@@ -176,7 +181,7 @@ def _compute(reading: Pass, task: Task, title: str) -> None:
             logits = reading.run([by_content[content] for content in contents], advance)
             if not np.isfinite(logits).all():
                 bad = by_content[contents[int(np.isfinite(logits.reshape(len(logits), -1)).all(axis=1).argmin())]]
-                raise ModelError(f"the teacher's logits for {bad['id'].replace(':', ', row ')} are not finite")
+                raise ModelError(f"the teacher's logits for {place_of(bad)} are not finite")
             pending.append((contents, logits))
             if time.monotonic() - written > _SHARD_EVERY_S:
                 flush()
