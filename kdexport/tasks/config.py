@@ -102,12 +102,7 @@ def read_config(folder: Path) -> TaskConfig:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """Read a regular file: a pipe would block, and a device such as /dev/zero never ends.
-
-    Raises:
-        OSError: it is missing or unreadable.
-        ArtifactError: it is no regular file, or has more than `most` bytes.
-    """
+    """Read a regular file of at most `most` bytes: a pipe would block, and a device such as /dev/zero never ends."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ArtifactError(f"{path} is no file")
     with path.open("rb") as file:

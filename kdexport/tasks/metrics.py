@@ -106,9 +106,7 @@ def cohen_kappa(confusion: Array) -> float:
 
 def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
     """Return counts [C, C]; rows are labels, columns are predictions."""
-    counts = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(counts, (labels, predictions), 1)
-    return counts
+    return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
 
 
 def f1_of(sums: Array) -> Array:

@@ -103,6 +103,7 @@ class Number(Classes):
     labels_of = staticmethod(Task.labels_of)  # numbers have no names, strata or labels to look at
     stratum = staticmethod(Task.stratum)
     items = Task.items
+    correct = Task.correct  # type: ignore[assignment] # a number is not right or wrong
 
     @staticmethod
     def ordered(labels: Iterable[str]) -> list[str]:
@@ -121,9 +122,6 @@ class Number(Classes):
         n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums), -1, 0)
         spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
         return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))
-
-    def correct(self, logits: Array, rows: Sequence[Row]) -> None:  # type: ignore[override]
-        """None: a number is not right or wrong."""
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Spearman's correlation: Pearson's of the ranks."""

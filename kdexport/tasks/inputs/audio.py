@@ -41,11 +41,10 @@ class Sounds(Media):
         return mel_filters(self._how.mels, self._how.rate)
 
     @classmethod
-    def inspect(cls, content: bytes) -> object:
-        with opened(content) as (header, pieces):
+    def inspect(cls, content: bytes) -> None:
+        with opened(content) as (_, pieces):
             for _ in pieces:
                 pass
-        return header
 
     @property
     def _read(self) -> float:

@@ -36,8 +36,8 @@ class Images(Media):
         return scaling(self._how)
 
     @classmethod
-    def inspect(cls, content: bytes) -> object:
-        return decoded(content)
+    def inspect(cls, content: bytes) -> None:
+        decoded(content)
 
     def array(self, content: bytes) -> Array:
         image, size = opened(content)

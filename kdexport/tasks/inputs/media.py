@@ -143,7 +143,7 @@ class Media(Task):
         return super().canonical(row | {"sha256": hashlib.sha256(content).hexdigest()})
 
     @classmethod
-    def inspect(cls, content: bytes) -> object:
+    def inspect(cls, content: bytes) -> None:
         """Check that the content can be decoded."""
         raise NotImplementedError
 
