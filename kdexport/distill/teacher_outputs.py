@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,14 +34,6 @@ _CHUNK = 1024
 _DROPOUT_BATCH = 32  # which rows share a batch decides the noise of each
 
 
-class Pass(NamedTuple):
-    """One pass over some rows: the function to run, and the store of its logits."""
-
-    store: Store
-    run: Run
-    rows: Rows
-
-
 class Teacher:
     """One teacher of a finished stage as a function of rows, with its outputs in stores.
 
@@ -59,29 +51,28 @@ class Teacher:
 
     def count(self, rows: Rows) -> tuple[int, int]:
         """Return the number of texts still to compute, and of all; each pass counts."""
-        contents = [(r.store, {self.task.content(row) for row in r.rows}) for r in self._passes(rows)]
+        contents = [(store, {self.task.content(row) for row in asked}) for store, _, asked in self._passes(rows)]
         return sum(len(store.missing(some)) for store, some in contents), sum(len(some) for _, some in contents)
 
     def read(self, rows: Rows, title: str) -> None:
         """Compute what is missing; raise ModelError where logits are not finite, or not in a file of logits."""
-        for reading in self._passes(rows):
-            _compute(reading, self.task, title)
+        for store, run, asked in self._passes(rows):
+            _compute(store, run, asked, self.task, title)
 
     def answers(self, rows: Rows) -> Array:
         """Return logits float32 [N, C] of computed rows, by its own labels; passes are combined."""
-        passes = [r.store.look_up(map(self.task.content, r.rows)) for r in self._passes(rows)]
+        passes = [store.look_up(map(self.task.content, asked)) for store, _, asked in self._passes(rows)]
         return combine(passes, None, self._how.combine)
 
-    def _passes(self, rows: Rows) -> Iterator[Pass]:
-        if self._how.passes == 1:
-            yield Pass(self._plain, self._run, rows)
-        elif self._how.noise == "dropout":
+    def _passes(self, rows: Rows) -> Iterator[tuple[Store, Run, Rows]]:
+        """Yield each pass: the store of its logits, what computes them, and the rows that it reads."""
+        if self._how.passes > 1 and self._how.noise == "dropout":
             for i, store in enumerate(self._noisy):
-                yield Pass(store, partial(self._dropout, i), rows)
+                yield store, partial(self._dropout, i), rows
         else:
-            yield Pass(self._plain, self._run, rows)
+            yield self._plain, self._run, rows
             for i in range(self._how.passes - 1):
-                yield Pass(self._plain, self._run, self._changed(rows, i))
+                yield self._plain, self._run, self._changed(rows, i)
 
     # --- stores
 
@@ -160,30 +151,22 @@ def _files(named: TeacherFolder) -> list[str]:
     return [*weights, "tokenizer.json", "task.json"] if weights else []
 
 
-def _compute(reading: Pass, task: Task, title: str) -> None:
+def _compute(store: Store, run: Run, rows: Rows, task: Task, title: str) -> None:
     """Run what is missing, the longest texts first, and write a shard every 20 s."""
-    by_content = {task.content(row): row for row in reading.rows}
-    missing = sorted(reading.store.missing(by_content), key=len, reverse=True)
+    by_content = {task.content(row): row for row in rows}
+    missing = sorted(store.missing(by_content), key=len, reverse=True)
     if not missing:
         return
-    pending: list[tuple[list[str], Array]] = []
-    written = time.monotonic()
-
-    def flush() -> None:
-        if pending:
-            contents = [content for chunk, _ in pending for content in chunk]
-            reading.store.add(contents, np.concatenate([logits for _, logits in pending]))
-            pending.clear()
-
+    contents, outputs, written = list[str](), list[Array](), time.monotonic()
     with bar(title, len(missing)) as advance:
         for start in range(0, len(missing), _CHUNK):
-            contents = missing[start : start + _CHUNK]
-            logits = reading.run([by_content[content] for content in contents], advance)
+            chunk = missing[start : start + _CHUNK]
+            logits = run([by_content[content] for content in chunk], advance)
             if not np.isfinite(logits).all():
-                bad = by_content[contents[int(np.isfinite(logits.reshape(len(logits), -1)).all(axis=1).argmin())]]
+                bad = by_content[chunk[int(np.isfinite(logits.reshape(len(logits), -1)).all(axis=1).argmin())]]
                 raise ModelError(f"the teacher's logits for {place_of(bad)} are not finite")
-            pending.append((contents, logits))
-            if time.monotonic() - written > _SHARD_EVERY_S:
-                flush()
-                written = time.monotonic()
-        flush()
+            contents += chunk
+            outputs.append(logits)
+            if time.monotonic() - written > _SHARD_EVERY_S or start + _CHUNK >= len(missing):
+                store.add(contents, np.concatenate(outputs))
+                contents, outputs, written = [], [], time.monotonic()
