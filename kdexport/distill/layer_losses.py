@@ -8,7 +8,7 @@ The teacher runs live, frozen and without dropout. Padding is masked. Each loss 
 sums over layers, over layers: a weight means the same for a student of two layers as for one of six.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -25,8 +25,6 @@ from kdexport.models.registry import open_trained
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
-
-LAYER_LOSSES = ("hidden", "attention", "relation")
 
 _MOST_RELATION_HEADS = 12
 _MASKED = -1e9  # stands for minus infinity, which would make 0 · ∞ of a padded token's part of the divergence
@@ -63,7 +61,7 @@ class Matching(nn.Module):
         self, student: PreTrainedModel, teacher: PreTrainedModel, names: Iterable[str], token_ids: Array | None = None
     ) -> None:
         super().__init__()
-        self._names = [name for name in LAYER_LOSSES if name in set(names)]
+        self._names = set(names)
         self._token_ids: Tensor | None
         self.register_buffer("_token_ids", None if token_ids is None else torch.from_numpy(token_ids), persistent=False)
         self._teacher = _Watched(teacher.requires_grad_(False).eval(), self._names, "teacher")
@@ -212,7 +210,7 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 class _Watched:
     """A model whose hidden tensors are recorded."""
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str], who: str) -> None:
+    def __init__(self, model: PreTrainedModel, names: Collection[str], who: str) -> None:
         self._model, self._who = model, who
         self._reads = set(signature(model.forward).parameters)
         self._tapped: tuple[str, ...] = ()

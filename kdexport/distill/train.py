@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kdexport.distill.layer_losses import LAYER_LOSSES, Matching, matched
+from kdexport.distill.layer_losses import Matching, matched
 from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_at
 from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
 from kdexport.errors import SpecError
@@ -29,6 +29,7 @@ from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
 from kdexport.tasks.base import Task
 from kdexport.tasks.judging import metric
+from kdexport.tasks.menus import OF_LAYERS
 from kdexport.tasks.metrics import Array
 
 CHECKPOINT_EVERY_S = 20.0  # one holds weights and optimizer, three times the model
@@ -278,7 +279,7 @@ def _layer_losses(config: TrainConfig, soft_targets: Array | None) -> list[str]:
     """Return the losses of layers in use; raise SpecError if nothing would teach the head."""
     if soft_targets is None or config.alpha == 0:
         return []
-    layers = [name for name in LAYER_LOSSES if name in config.losses]
+    layers = [name for name in OF_LAYERS if name in config.losses]
     if len(layers) == len(config.losses) and config.alpha == 1:
         raise SpecError(
             f"distill.loss: with alpha 1 and {', '.join(layers)} alone nothing teaches the student to answer",

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdexport.distill.layer_losses import LAYER_LOSSES
 from kdexport.distill.losses import (
     LOGIT_LOSSES,
     bce,
@@ -25,6 +24,7 @@ from kdexport.distill.losses import (
 from kdexport.spec import Schedule
 from kdexport.spec.sections import LossName
 from kdexport.tasks.config import NO_LABEL
+from kdexport.tasks.menus import OF_LAYERS
 
 TEACHER = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
 STUDENT = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
@@ -164,7 +164,7 @@ def test_dist_is_one_less_the_correlation_of_rows_and_of_columns(temperature):
 
 
 def test_every_loss_of_the_spec_is_one_of_logits_or_of_layers():
-    assert set(get_args(LossName)) == set(LOGIT_LOSSES) | set(LAYER_LOSSES)
+    assert set(get_args(LossName)) == set(LOGIT_LOSSES) | set(OF_LAYERS)
 
 
 @pytest.mark.parametrize("name", LOGIT_LOSSES)

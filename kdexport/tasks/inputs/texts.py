@@ -10,7 +10,7 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from kdexport.errors import ArtifactError, DataError, ModelError
+from kdexport.errors import ArtifactError, DataError
 from kdexport.tasks.base import Modality, Task
 from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
 from kdexport.tasks.metrics import Array
@@ -228,10 +228,7 @@ class Texts(Task):
         return self._finisher.post_process(first, second)
 
     def _arrays(self, encoding: Encoding) -> Arrays:
-        try:
-            return {name: np.array(getattr(encoding, _GIVEN[name]), dtype=np.int64) for name in self.config.inputs}
-        except KeyError as error:
-            raise ModelError(f"the model has an input {error} that no tokenizer provides") from None
+        return {name: np.array(getattr(encoding, _GIVEN[name]), dtype=np.int64) for name in self.config.inputs}
 
 
 def padded(rows: Sequence[Sequence[int] | Array], length: int, fill: int, side: str = "right") -> Array:
