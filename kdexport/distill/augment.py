@@ -35,15 +35,10 @@ _BLOCK = 1024
 
 
 def transfer_rows(train: Rows, unlabelled: Rows, change: Change | None, task: str, seen: Collection[str] = ()) -> Rows:
-    """Return the rows that the teacher alone labels: unlabelled texts, then augmented ones of all texts.
+    """Return rows without a label, which the teacher alone labels: unlabelled texts, then augmented ones of all texts.
 
-    Args:
-        change: see `changer`; None augments nothing.
-        seen: contents of validation and test, which are excluded, as those of `train` are.
-
-    Returns:
-        Rows without a label, each content once. The third augmented text of a row has the id `<id>~3`; of a pair of
-        texts the first is changed.
+    Each content occurs once, and none of `train` and `seen` (validation and test). A row's third augmented text has the
+    id `<id>~3`; of a pair of texts the first is changed.
     """
     content = task_class(task).content
     taken = {*seen, *(content(row) for row in train)}
@@ -88,15 +83,11 @@ def views(
     """Augment each text: a function of text and seed alone, so that cached soft targets stay valid.
 
     About `share` of the words are masked or replaced, at least one. With p = 0.25, or always where no words are
-    changed, the text is cut to a part of at least half its words, or its sentences are shuffled.
+    changed, the text is cut to a part of at least half its words, or its sentences are shuffled. Without a `mask` token
+    words are dropped instead.
 
-    Args:
-        how: the first augmented texts stay the same when more are asked for.
-        mask: the tokenizer's mask token; None drops words instead.
-        nearest: finds neighbours, where they are asked for.
-
-    Returns:
-        For each text at most `how.views` different ones, none equal to the text or without a word.
+    Each text gets at most `how.views` different ones, none equal to it or without a word; the first ones stay the same
+    when more are asked for.
     """
     near: dict[str, list[str]] = {}
     if "neighbours" in how.kinds:

@@ -14,18 +14,11 @@ from kdexport.tasks.metrics import Array, log_softmax
 
 
 def combine(logits: Sequence[Array], weights: Sequence[float] | None, how: Literal["mean", "log-mean"]) -> Array:
-    """Return the combination of K outputs as logits: `softmax(result)` is the mean distribution.
+    """Return the mean of K distributions, of logits [N, C] with the same columns, as float32 log probabilities [N, C].
 
-    A temperature acts on the result. For `log-mean`, a weighted mean of logits, softening and averaging commute; for
-    `mean` they don't, and T = 1 gives exactly the mean of the probabilities.
-
-    Args:
-        logits: K arrays float [N, C], their columns in the same order.
-        weights: K positive numbers, of any sum; equal when None.
-        how: `mean`, Σ wᵢ · softmax(zᵢ); or `log-mean`, Π softmax(zᵢ)^wᵢ, renormalised.
-
-    Returns:
-        float32 [N, C]: log probabilities; a single output's logits unchanged.
+    It is Σ wᵢ · softmax(zᵢ) for `mean`, and Π softmax(zᵢ)^wᵢ, renormalised, for `log-mean`; a single output's logits
+    stay unchanged. A temperature acts on the result. For `log-mean`, a weighted mean of logits, softening and averaging
+    commute; for `mean` they don't, and T = 1 gives exactly the mean of the probabilities.
     """
     if len(logits) == 1:
         return logits[0].astype(np.float32)

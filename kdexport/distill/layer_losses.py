@@ -8,7 +8,7 @@ The teacher runs live, frozen and without dropout. Padding is masked. Each loss 
 sums over layers, over layers: a weight means the same for a student of two layers as for one of six.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -25,8 +25,6 @@ from kdexport.models.registry import open_trained
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
-
-LAYER_LOSSES = ("hidden", "attention", "relation")
 
 _MOST_RELATION_HEADS = 12
 _MASKED = -1e9  # stands for minus infinity, which would make 0 · ∞ of a padded token's part of the divergence
@@ -53,10 +51,7 @@ class Matching(nn.Module):
     """The losses of layers of a student and its frozen teacher, with the projections that they need.
 
     The projections are trained with the student; the teacher is no submodule, so optimizer and state dict don't see it.
-
-    Args:
-        names: which of `LAYER_LOSSES`.
-        token_ids: int64 [V], the teacher's of each of the student's, where its vocabulary was trimmed.
+    `token_ids` int64 [V] are the teacher's of each of the student's, where its vocabulary was trimmed.
 
     Raises:
         ModelError: a model has no layers, no attention probabilities, or no known queries, keys and values.
@@ -66,7 +61,7 @@ class Matching(nn.Module):
         self, student: PreTrainedModel, teacher: PreTrainedModel, names: Iterable[str], token_ids: Array | None = None
     ) -> None:
         super().__init__()
-        self._names = [name for name in LAYER_LOSSES if name in set(names)]
+        self._names = set(names)
         self._token_ids: Tensor | None
         self.register_buffer("_token_ids", None if token_ids is None else torch.from_numpy(token_ids), persistent=False)
         self._teacher = _Watched(teacher.requires_grad_(False).eval(), self._names, "teacher")
@@ -84,12 +79,7 @@ class Matching(nn.Module):
         self.to(student.device)
 
     def forward(self, inputs: dict[str, Tensor], student_output: Any) -> dict[str, Tensor]:
-        """Return each loss of one batch, a scalar.
-
-        Args:
-            inputs: what the student read: `input_ids` int64 [B, T] and so on.
-            student_output: its output, called with `flags`.
-        """
+        """Return each loss of one batch, a scalar, for the student's inputs and its output, called with `flags`."""
         ids = inputs["input_ids"]
         given = inputs.get("attention_mask")
         mask = torch.ones_like(ids, dtype=torch.bool) if given is None else given.bool()
@@ -128,12 +118,8 @@ def matched(
 ) -> Iterator[Matching]:
     """Attach a `Matching` to the student as a module, for optimizer and checkpoints to see; detach it afterwards.
 
-    Args:
-        folder: the teacher's finished stage.
-        rows: some rows, to check that both models read the same tokens.
-
     Raises:
-        ModelError: see `Matching`; or the tokens differ.
+        ModelError: see `Matching`; or student and teacher (of the stage `folder`) read other tokens in these rows.
     """
     teacher = open_trained(folder)
     _check_tokens(task.tokenize(rows), load_task(folder).tokenize(rows), token_ids)
@@ -151,18 +137,14 @@ def matched(
         _attend(student, before)
 
 
-# --- the losses
+# --- the losses, of lists of tensors of student and teacher; mask is bool [B, T], false at padding
 
 
 def hidden_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Mean squared difference of states, over features and tokens, the mean over layers.
 
-    TinyBERT (https://arxiv.org/abs/1909.10351, equations 8 and 9), which sums over layers.
-
-    Args:
-        student: 1 + L states, each projected to [B, T, W of the teacher].
-        teacher: the states that they are matched with, [B, T, W].
-        mask: bool [B, T], false at padding.
+    TinyBERT (https://arxiv.org/abs/1909.10351, equations 8 and 9), which sums over layers. Both have 1 + L states
+    [B, T, W]; the student's are projected to the teacher's width.
     """
     layers = [_mean((ours - theirs).square().mean(dim=-1), mask) for ours, theirs in zip(student, teacher, strict=True)]
     return torch.stack(layers).mean()
@@ -172,12 +154,8 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
     """Mean squared difference of attention probabilities, over heads and pairs of tokens, the mean over layers.
 
     TinyBERT (equation 7) takes the scores before the softmax and sums over layers; Transformers' models return
-    probabilities, which are small, so this loss needs a large weight. They come after dropout. Where head counts
-    differ, means over heads are compared.
-
-    Args:
-        student, teacher: one [B, H, T, T] a layer; H may differ between the two.
-        mask: bool [B, T], false at padding.
+    probabilities, which are small, so this loss needs a large weight. They come after dropout, [B, H, T, T] a layer.
+    Where head counts H differ, means over heads are compared.
     """
     pairs = mask.unsqueeze(-1) & mask.unsqueeze(-2)  # [B, T, T]
     layers = []
@@ -191,13 +169,8 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
 def relation_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
     """Σ over queries, keys and values of KL(relation of the teacher ‖ of the student), the mean over heads and tokens.
 
-    A relation is softmax(X Xᵀ / √d) of vectors X cut into `heads` parts of d numbers, so widths and head counts may
-    differ. MiniLMv2 (https://arxiv.org/abs/2012.15828, equations 3 to 5) with its relations Q-Q, K-K and V-V.
-
-    Args:
-        student, teacher: queries, keys and values, each [B, T, W]; W may differ between the two.
-        mask: bool [B, T], false at padding.
-        heads: divides both widths.
+    A relation is softmax(X Xᵀ / √d) of vectors X [B, T, W] cut into `heads` parts of d numbers, so widths W and head
+    counts may differ. MiniLMv2 (https://arxiv.org/abs/2012.15828, equations 3 to 5): its relations Q-Q, K-K and V-V.
     """
     losses = []
     for ours, theirs in zip(student, teacher, strict=True):
@@ -237,7 +210,7 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 class _Watched:
     """A model whose hidden tensors are recorded."""
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str], who: str) -> None:
+    def __init__(self, model: PreTrainedModel, names: Collection[str], who: str) -> None:
         self._model, self._who = model, who
         self._reads = set(signature(model.forward).parameters)
         self._tapped: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ so these losses are multiplied by T².
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdexport.spec import Schedule
+from kdexport.tasks.config import NO_LABEL
 from kdexport.tasks.packed import drawn_of
 
-# The label of a row that has none.
-UNLABELLED = -100
+# The weight in the repository of DKD's authors (megvii-research/mdistiller, `_C.DKD`: ALPHA 1, BETA 8).
+_NCKD_WEIGHT = 8.0
 
 # student logits [B, C], teacher logits [B, C], labels int64 [B] or None, temperature → a scalar, the mean over rows.
 LogitLoss = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
@@ -46,13 +48,8 @@ def objective(
 ) -> list[Term]:
     """Return the terms of one batch: the teacher's unless alpha is 0, the labels' unless it is 1.
 
-    Args:
-        student_logits: float [B, C].
-        labels: int64 [B], `UNLABELLED` where a row has none; float [B, C] for label losses other than `ce`.
-        teacher_logits: float [B, C]; None leaves the labels' term alone, with weight 1.
-        losses: weights; names that are not in `LOGIT_LOSSES` are left to the caller.
-        hard: one of `LABEL_LOSSES`.
-        packed: whether the teacher's are packed log probabilities, see `with_rest`.
+    Without the teacher's logits the labels' term, `hard`, stands alone with weight 1. Of `losses` (name → weight) those
+    of layers are left to the caller. `packed` teacher's logits are those of `with_rest`.
     """
     label_loss = LABEL_LOSSES[hard]
     if teacher_logits is None:
@@ -86,31 +83,22 @@ def total(terms: Sequence[Term]) -> Tensor:
 
 
 def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over the labelled rows and divided by all B rows.
+    """Cross-entropy with int64 [B], summed over the labelled rows and divided by all B rows.
 
     So a labelled row weighs the same in every batch, and a batch without labels gives 0.
-
-    Args:
-        student_logits: float [B, C].
-        labels: int64 [B], `UNLABELLED` where a row has none.
     """
-    return F.cross_entropy(student_logits, labels, ignore_index=UNLABELLED, reduction="sum") / len(labels)
+    return F.cross_entropy(student_logits, labels, ignore_index=NO_LABEL, reduction="sum") / len(labels)
 
 
 def label_bce(student_logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy, the mean over classes, summed over the labelled rows and divided by all B rows.
-
-    Args:
-        student_logits: float [B, C].
-        labels: 0 or 1, float [B, C]; NaN where a row has none.
-    """
+    """Binary cross-entropy with float [B, C], NaN where a row has no label; over rows as `cross_entropy`."""
     known = ~labels.isnan().any(dim=1)
     each = F.binary_cross_entropy_with_logits(student_logits[known], labels[known].float(), reduction="none")
     return each.mean(dim=1).sum() / len(labels)
 
 
 def label_mse(student_logits: Tensor, labels: Tensor) -> Tensor:
-    """Squared difference, summed over the labelled rows and divided by all B rows; see `label_bce`."""
+    """Squared difference from float [B, C], NaN where a row has no label; over rows as `cross_entropy`."""
     known = ~labels.isnan().any(dim=1)
     return (student_logits[known] - labels[known].float()).square().mean(dim=1).sum() / len(labels)
 
@@ -123,18 +111,61 @@ OF_OBJECTIVE: dict[str, str] = {"classes": "ce", "tokens": "ce", "next-token": "
 # --- the teacher's terms
 
 
-def kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-    """T² · KL(teacher_T ‖ student_T): Hinton, Vinyals and Dean 2015, section 2.1."""
-    student, teacher = _softened(student_logits, teacher_logits, temperature)
-    return temperature**2 * _divergence(teacher, student).mean()
+def _of_softened(loss: Callable[[Tensor, Tensor], Tensor]) -> LogitLoss:
+    """Return T² · the loss of the student's and the teacher's log probabilities [B, C] at temperature T."""
+
+    @wraps(loss)
+    def of_logits(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+        student, teacher = (F.log_softmax(z / temperature, dim=-1) for z in (student_logits, teacher_logits))
+        return temperature**2 * loss(student, teacher)
+
+    return of_logits
 
 
-def soft_cross_entropy(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float
-) -> Tensor:
-    """−T² · Σ teacher_T · log student_T: `kl` plus the teacher's entropy, with the same gradients."""
-    student, teacher = _softened(student_logits, teacher_logits, temperature)
-    return -(temperature**2) * (teacher.exp() * student).sum(dim=-1).mean()
+@_of_softened
+def kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student): Hinton, Vinyals and Dean 2015, section 2.1."""
+    return _divergence(teacher, student).mean()
+
+
+@_of_softened
+def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    """−Σ teacher · log student: `kl` plus the teacher's entropy, with the same gradients."""
+    return -(teacher.exp() * student).sum(dim=-1).mean()
+
+
+@_of_softened
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(student ‖ teacher), which seeks modes where the student is too small for the whole distribution.
+
+    Gu et al. 2024 (MiniLLM, https://arxiv.org/abs/2306.08543, section 2.1), here on the given texts.
+    """
+    return _divergence(student, teacher).mean()
+
+
+@_of_softened
+def jsd(student: Tensor, teacher: Tensor) -> Tensor:
+    """Jensen-Shannon divergence, half the KL of each to the mean of both: at most log 2.
+
+    Agarwal et al. 2024 (GKD, https://arxiv.org/abs/2306.13649, equation 1) with β = 1/2.
+    """
+    mean = torch.logaddexp(student, teacher) - math.log(2)
+    return 0.5 * (_divergence(teacher, mean) + _divergence(student, mean)).mean()
+
+
+@_of_softened
+def dist(student: Tensor, teacher: Tensor) -> Tensor:
+    """(1 − Pearson of rows) + (1 − Pearson of columns) of the probabilities.
+
+    Huang et al. 2022 (https://arxiv.org/abs/2205.10536), with the weights of the authors' repository (hunto/DIST_KD,
+    `DIST`: 1 and 1). A single row has no columns' term. With two classes a row's correlation is ±1, and only the
+    columns teach.
+    """
+    student, teacher = student.exp(), teacher.exp()
+    loss = 1 - _pearson(student, teacher).mean()
+    if len(student) > 1:
+        loss = loss + (1 - _pearson(student.T, teacher.T).mean())
+    return loss
 
 
 def mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
@@ -151,69 +182,19 @@ def bce(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, t
     return temperature**2 * F.binary_cross_entropy_with_logits(student_logits / temperature, teacher)
 
 
-def dkd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None,
-    temperature: float,
-    *,
-    target_weight: float = 1.0,
-    other_weight: float = 8.0,
-) -> Tensor:
-    """Decoupled distillation, T² · (alpha · TCKD + beta · NCKD): Zhao et al. 2022, https://arxiv.org/abs/2203.08679.
+def dkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+    """Decoupled distillation, T² · (TCKD + 8 · NCKD): Zhao et al. 2022, https://arxiv.org/abs/2203.08679.
 
     KL is the KL of the target class against all others, TCKD, plus the KL among the others, NCKD, times 1 − the
-    teacher's target probability. Here NCKD has a weight of its own; both are the defaults of the authors' repository
-    (megvii-research/mdistiller, `_C.DKD`: ALPHA 1, BETA 8). With two classes NCKD is 0. The target of a row without a
-    label is the teacher's first choice.
+    teacher's target probability. Here NCKD has a weight of its own. With two classes NCKD is 0. The target of a row
+    without a label is the teacher's first choice.
     """
-    given = labels if labels is not None else torch.full_like(teacher_logits[:, 0], UNLABELLED, dtype=torch.int64)
-    target = torch.where(given == UNLABELLED, teacher_logits.argmax(dim=-1), given).unsqueeze(-1)
+    choice = teacher_logits.argmax(dim=-1)
+    target = (choice if labels is None else torch.where(labels == NO_LABEL, choice, labels)).unsqueeze(-1)
     student, student_others = _decoupled(student_logits / temperature, target)
     teacher, teacher_others = _decoupled(teacher_logits / temperature, target)
     tckd, nckd = _divergence(teacher, student), _divergence(teacher_others, student_others)
-    return temperature**2 * (target_weight * tckd + other_weight * nckd).mean()
-
-
-def dist(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    labels: Tensor | None,
-    temperature: float,
-    *,
-    rows_weight: float = 1.0,
-    columns_weight: float = 1.0,
-) -> Tensor:
-    """T² · (beta · (1 − Pearson of rows) + gamma · (1 − Pearson of columns)) of the softened probabilities.
-
-    Huang et al. 2022 (https://arxiv.org/abs/2205.10536), with the weights of the authors' repository (hunto/DIST_KD,
-    `DIST`: 1 and 1). A single row has no columns' term. With two classes a row's correlation is ±1, and only the
-    columns teach.
-    """
-    student, teacher = (logs.exp() for logs in _softened(student_logits, teacher_logits, temperature))
-    loss = rows_weight * (1 - _pearson(student, teacher).mean())
-    if len(student) > 1:
-        loss = loss + columns_weight * (1 - _pearson(student.T, teacher.T).mean())
-    return temperature**2 * loss
-
-
-def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-    """T² · KL(student_T ‖ teacher_T), which seeks modes where the student is too small for the whole distribution.
-
-    Gu et al. 2024 (MiniLLM, https://arxiv.org/abs/2306.08543, section 2.1), here on the given texts.
-    """
-    student, teacher = _softened(student_logits, teacher_logits, temperature)
-    return temperature**2 * _divergence(student, teacher).mean()
-
-
-def jsd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-    """T² · Jensen-Shannon divergence, half the KL of each to the mean of both: bounded by T² · log 2.
-
-    Agarwal et al. 2024 (GKD, https://arxiv.org/abs/2306.13649, equation 1) with β = 1/2.
-    """
-    student, teacher = _softened(student_logits, teacher_logits, temperature)
-    mean = torch.logaddexp(student, teacher) - math.log(2)
-    return temperature**2 * 0.5 * (_divergence(teacher, mean) + _divergence(student, mean)).mean()
+    return temperature**2 * (tckd + _NCKD_WEIGHT * nckd).mean()
 
 
 LOGIT_LOSSES: dict[str, LogitLoss] = {
@@ -236,11 +217,7 @@ def with_rest(student_logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
 
     A teacher's output for a token holds k of V probabilities: the highest ones, and m samples of the rest, whose mass
     is r. A sampled token s has r / m under the teacher and q(s) / p(s) · r / m under the student, so a sum over the
-    outcomes is in expectation the one over all V (importance sampling).
-
-    Args:
-        student_logits: float [M, V].
-        packed: float [M, 1 + 2k], see `kdexport.tasks.packed`.
+    outcomes is in expectation the one over all V (importance sampling). `packed` [M, 1 + 2k]: see `tasks.packed`.
     """
     ids, teacher = packed[:, 1::2].long(), packed[:, 2::2].float()
     student = F.log_softmax(student_logits.float(), dim=-1).gather(1, ids)
@@ -249,14 +226,8 @@ def with_rest(student_logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
         return student, teacher
     top, drawn = teacher[:, :-m], teacher[:, -m:]
     rest = torch.log((1 - top.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-6)) - math.log(m)
-    return torch.cat([student[:, :-m], student[:, -m:] - drawn + rest], dim=-1), torch.cat(
-        [top, rest.expand(-1, m)], -1
-    )
-
-
-def _softened(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log probabilities [B, C] of both at a temperature."""
-    return F.log_softmax(student_logits / temperature, dim=-1), F.log_softmax(teacher_logits / temperature, dim=-1)
+    outcomes = torch.cat([student[:, :-m], student[:, -m:] - drawn + rest], dim=-1)
+    return outcomes, torch.cat([top, rest.expand(-1, m)], dim=-1)
 
 
 def _divergence(log_teacher: Tensor, log_student: Tensor) -> Tensor:

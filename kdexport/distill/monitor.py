@@ -1,7 +1,6 @@
 """Monitor a training: the size and gradient of each term, the metric, the best epoch."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -126,10 +125,6 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
         best = best_epoch(history, self.higher_is_better) or 0
         load_model(model, self.folder / f"{best}.safetensors")
         return best
-
-    def forget(self) -> None:
-        """Delete the saved weights."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _keep(self, model: nn.Module, epoch: int) -> None:
         """Save this epoch's weights, and retain those that a resume from the last checkpoint would need."""

@@ -4,9 +4,8 @@ Each teacher computes each text once, in a shared cache (`teacher_outputs`, `sto
 combined logits of its rows, and of the transfer rows, which the teachers alone label: unlabelled and augmented texts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -19,7 +18,7 @@ from kdexport.distill.augment import changer, transfer_rows
 from kdexport.distill.combine import columns_of, combine
 from kdexport.distill.samples import written_by
 from kdexport.distill.store import cache_folder
-from kdexport.distill.teacher_outputs import Run, Teacher
+from kdexport.distill.teacher_outputs import Rows, Run, Teacher
 from kdexport.distill.teachers import teachers_of
 from kdexport.errors import ModelError
 from kdexport.files import write_json
@@ -28,8 +27,6 @@ from kdexport.stages import read_record
 from kdexport.tasks import load_task
 from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix
-
-Rows = Sequence[dict[str, Any]]
 
 TRANSFER = "transfer"
 _PREFLIGHT_ROWS = 256
@@ -52,14 +49,12 @@ def write_targets(
 ) -> None:
     """Write the teachers' combined logits for every row of every split, and check each teacher on labelled rows.
 
+    `out` gets `train.npy`, `validation.npy`, `test.npy` (float32 [N, C], in the rows' order and that of the first
+    teacher's labels), where there are transfer rows `transfer.jsonl` and `transfer.npy`; and `targets.json`.
+
     Args:
-        data, teacher: finished stages.
-        out: gets `train.npy`, `validation.npy`, `test.npy` (float32 [N, C], in the rows' order and that of the first
-            teacher's labels), where there are transfer rows `transfer.jsonl` and `transfer.npy`; and `targets.json`.
         run_teacher: rows → logits, in place of the teacher's own.
-        how: passes and how outputs are combined; one pass when absent.
-        samples: passages that a language model generates, to train on as well.
-        seed: of augmented texts, dropout and samples.
+        samples: how many passages a language model generates, to train on as well.
 
     Raises:
         ModelError: a teacher is near chance on the labelled rows, or gives no finite logits.
@@ -108,9 +103,7 @@ def write_targets(
     write_json(out / "targets.json", record)
 
 
-def _read(
-    teacher: Teacher, splits: dict[str, list[dict[str, Any]]], labelled: dict[str, list[int]], named: bool
-) -> int:
+def _read(teacher: Teacher, splits: Mapping[str, Rows], labelled: dict[str, list[int]], named: bool) -> int:
     """Compute what one teacher has not computed yet, after checking it on labelled rows; return how many texts."""
     everything = [row for rows in splits.values() for row in rows]
     trained_for = [splits[split][i] for split in ("validation", "train") for i in labelled[split]]

@@ -21,13 +21,8 @@ from kdexport.tasks.metrics import Array
 class Store:
     """Content → logits float32 [*shape], in a folder of shards that only ever grows.
 
-    Args:
-        shape: of one row's logits; shards of another shape are skipped.
-        optional: it is a cache. Where it can't be written or read, go on in memory with a warning; rename shards that
-            are damaged to `NAME.npz.damaged`.
-
-    Raises:
-        OSError: it is not optional, and can't be written or read.
+    Shards of another shape are skipped. An `optional` store is a cache: where it can't be written or read, it goes on
+    in memory with a warning, and renames damaged shards to `NAME.npz.damaged`. Any other raises OSError.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, ...] | None = None, *, optional: bool = False) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from kdexport.data import read_rows, read_summary
 from kdexport.data.sources import SPLITS
 from kdexport.distill.store import Store
+from kdexport.distill.teacher import match_labels
 from kdexport.errors import ModelError, first_line
 from kdexport.progress import say
 from kdexport.tasks import task_class
@@ -36,18 +37,14 @@ class Stored(NamedTuple):
 
 
 def take_stored(path: Path, data: Path, source_rows: Mapping[str, int], task: str, out: Path) -> list[str]:
-    """Find the logits of every row of the data stage, and write them by content as `out/logits/`.
+    """Write the logits of every row of the data stage by content as `out/logits/`; return the labels in their order.
 
     Args:
         path: `.npz` with arrays `train`, `validation`, `test`, `unlabelled` (float [N, C], in the order of the data
             file's rows; rows that kdexport splits off are rows of train), optional `labels` (names of the columns) and
             `ids_train`, … (our row ids, `<file>:<row>`, in any order). Or `.parquet`: a column a label, or one column
             `logits` of lists; with a column `id`, or `text` (and `text_pair`), or in the order of one file.
-        data: finished data stage.
         source_rows: the number of rows in each split's file.
-
-    Returns:
-        The labels in the order of the written logits, as the data spells them.
 
     Raises:
         ModelError: the file can't be read, or its rows, classes or names don't match the data.
@@ -87,7 +84,7 @@ def _find(path: Path, stored: Stored, source: str, rows: Rows, source_rows: int,
             more = f" (nor {len(missing) - 1:,} others)" if len(missing) > 1 else ""
             ours, theirs = wanted[missing[0]][:40], part.names[0][:40]
             raise ModelError(
-                f"{path} has no logits for {_where(rows[missing[0]])}{more}: its {part.by}s are like {theirs!r}, "
+                f"{path} has no logits for {place_of(rows[missing[0]])}{more}: its {part.by}s are like {theirs!r}, "
                 f"this one is {ours!r}",
                 "Store logits for every row of the data",
             )
@@ -95,13 +92,11 @@ def _find(path: Path, stored: Stored, source: str, rows: Rows, source_rows: int,
     logits = part.logits[places].astype(np.float32)
     finite = np.isfinite(logits).all(axis=1)
     if not finite.all():
-        raise ModelError(f"{path}: the logits for {_where(rows[int(np.argmin(finite))])} are not finite")
+        raise ModelError(f"{path}: the logits for {place_of(rows[int(np.argmin(finite))])} are not finite")
     return logits
 
 
 def _labels(path: Path, stored: Stored, known: list[str]) -> list[str]:
-    from kdexport.distill.teacher import match_labels
-
     classes = {part.logits.shape[1] for part in stored.parts.values()}
     if len(classes) > 1:
         raise ModelError(f"{path} has arrays of different numbers of classes: {', '.join(map(str, sorted(classes)))}")
@@ -182,5 +177,6 @@ def _part(path: Path, name: str, logits: Array, names: list[str] | None, by: str
     return Part(logits, names, by)
 
 
-def _where(row: dict[str, Any]) -> str:
+def place_of(row: dict[str, Any]) -> str:
+    """Return a row's file and number for a message."""
     return str(row["id"]).replace(":", ", row ")

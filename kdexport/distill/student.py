@@ -57,15 +57,12 @@ def train_student(
     hard: bool = False,
     share: float = 1.0,
 ) -> None:
-    """Build and train a student; write it as a Hugging Face folder.
+    """Build the student that `student.model` calls `name`, train it, and write it as a Hugging Face folder.
+
+    `out` gets the model, `task.json`, `training.json` and `reference.npy`, the student's logits in PyTorch for the test
+    rows and the task's probes (float32 [N, C]), for verification.
 
     Args:
-        student, distill: the spec's parts.
-        name: as `student.model` names it.
-        data, teacher, targets: finished stages.
-        seed: of weights and order of rows; the same for student and baseline.
-        out: gets the model, `task.json`, `training.json` and `reference.npy`, the student's logits in PyTorch for the
-            test rows and the task's probes (float32 [N, C]), for verification.
         hard: train on labels alone: the baseline.
         share: fraction of the epochs; below 1 it is a trial, whose weights are not saved.
     """
@@ -154,13 +151,7 @@ def transfer_rows(targets: Path) -> list[dict[str, Any]]:
 
 
 def build_student(student: spec.Student, name: str, teacher_folder: Path, texts: Iterable[str] = ()) -> Untrained:
-    """Build a student with its first weights.
-
-    Args:
-        student: vocabulary, embedding and start are read.
-        name: as `student.model` names it.
-        teacher_folder: a finished teacher stage.
-        texts: the training texts, for a vocabulary of the corpus.
+    """Build the student that `student.model` calls `name` with its first weights; `texts` decide its vocabulary.
 
     Raises:
         ModelError: the teacher has too few layers or no weights, or the named model can't be opened.
@@ -181,20 +172,16 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
     if derive.pools(student, name):
         model, origin = _network(shape, student, teacher, tokenizer, task)
     elif shape.kind == "narrow":
-        model, origin = _narrow(student, shape, teacher)
+        made = narrow(teacher, shape.layers, shape.width, project_layers=student.start == "projections")
+        model, variance = made.model, f"{made.kept_variance:.0%}"
+        origin = f"embeddings from the teacher's by PCA ({variance} of their variance)"
+        if made.projected_layers:
+            origin = f"embeddings and {made.projected_layers} layers from the teacher's by PCA ({variance})"
     else:
         wanted = list(shape.indices) or shape.layers
         indices = layers_of(teacher.config.num_hidden_layers, wanted, spread=shape.kind == "spread")
         model, origin = keep_layers(teacher, indices), f"the teacher's layers {', '.join(map(str, indices))}"
     return Untrained(ModelAndProcessor(model, tokenizer), origin + size, kept)
-
-
-def _narrow(student: spec.Student, shape: derive.Shape, teacher: PreTrainedModel) -> tuple[PreTrainedModel, str]:
-    made = narrow(teacher, shape.layers, shape.width, project_layers=student.start == "projections")
-    if made.projected_layers:
-        layers = f"embeddings and {made.projected_layers} layers"
-        return made.model, f"{layers} from the teacher's by PCA ({made.kept_variance:.0%})"
-    return made.model, f"embeddings from the teacher's by PCA ({made.kept_variance:.0%} of their variance)"
 
 
 @torch.no_grad()

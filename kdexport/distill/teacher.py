@@ -28,12 +28,7 @@ def prepare_teacher(
 ) -> None:
     """Write the teacher as a Hugging Face folder with `task.json`; fine-tune it first if the spec says so.
 
-    Args:
-        settings: of one teacher.
-        data: finished data stage.
-        max_length: tokens of each text; see `save_task`.
-        seed: of a new head, and of the order of rows.
-        folder: where the model is, if not at `settings.model`, its name in errors.
+    The model is in `folder`, if not at `settings.model`, its name in errors.
 
     Raises:
         ModelError: no model, tokenizer or trained head, labels that don't fit the data's, or none to fine-tune on.
@@ -91,12 +86,7 @@ def some_rows(data: Path) -> list[dict[str, Any]]:
 def match_labels(own: list[str], known: list[str], head: bool, model: str, *, can_learn: bool = True) -> list[str]:
     """Return the labels of a teacher that is not fine-tuned, in the order of its logits, as the data spells them.
 
-    Args:
-        own: the teacher's.
-        known: the data's, sorted.
-        head: whether it was trained for them.
-        model: the teacher's name in errors.
-        can_learn: whether errors suggest fine-tuning.
+    `own` are the teacher's, `known` the data's, sorted; `can_learn`: whether errors suggest fine-tuning.
 
     Raises:
         ModelError: it has no trained head, or doesn't know a label of the data.

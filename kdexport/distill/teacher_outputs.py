@@ -3,18 +3,24 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from kdexport import spec
 from kdexport.distill.augment import Change, changer
 from kdexport.distill.combine import combine
 from kdexport.distill.store import Store, cache_folder, content_key
+from kdexport.distill.stored import place_of
 from kdexport.distill.teachers import TeacherFolder
 from kdexport.errors import ModelError
 from kdexport.files import digest
+from kdexport.models.inference import logits_of, run_model
+from kdexport.models.registry import open_trained
 from kdexport.progress import bar
+from kdexport.runtime.predictor import Predictor, providers
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
@@ -25,25 +31,13 @@ Run = Callable[[Rows, Callable[[int], None]], Array]
 
 _SHARD_EVERY_S = 20.0
 _CHUNK = 1024
-
-
-class Pass(NamedTuple):
-    """One pass over some rows: the function to run, and the store of its logits."""
-
-    store: Store
-    run: Run
-    rows: Rows
+_DROPOUT_BATCH = 32  # which rows share a batch decides the noise of each
 
 
 class Teacher:
     """One teacher of a finished stage as a function of rows, with its outputs in stores.
 
-    Args:
-        named: its folder, kind and name.
-        hashes: sha256 of the stage's files, by their path in it, which identify the outputs.
-        how: passes, and what distinguishes them.
-        seed: of dropout and augmentation.
-        run: rows → logits, in place of the kind's own.
+    `hashes`, sha256 of the stage's files by their path in it, identify them. `run` stands in for the kind's own.
     """
 
     def __init__(
@@ -57,29 +51,28 @@ class Teacher:
 
     def count(self, rows: Rows) -> tuple[int, int]:
         """Return the number of texts still to compute, and of all; each pass counts."""
-        contents = [(r.store, {self.task.content(row) for row in r.rows}) for r in self._passes(rows)]
+        contents = [(store, {self.task.content(row) for row in asked}) for store, _, asked in self._passes(rows)]
         return sum(len(store.missing(some)) for store, some in contents), sum(len(some) for _, some in contents)
 
     def read(self, rows: Rows, title: str) -> None:
         """Compute what is missing; raise ModelError where logits are not finite, or not in a file of logits."""
-        for reading in self._passes(rows):
-            _compute(reading, self.task, title)
+        for store, run, asked in self._passes(rows):
+            _compute(store, run, asked, self.task, title)
 
     def answers(self, rows: Rows) -> Array:
         """Return logits float32 [N, C] of computed rows, by its own labels; passes are combined."""
-        passes = [r.store.look_up(map(self.task.content, r.rows)) for r in self._passes(rows)]
+        passes = [store.look_up(map(self.task.content, asked)) for store, _, asked in self._passes(rows)]
         return combine(passes, None, self._how.combine)
 
-    def _passes(self, rows: Rows) -> Iterator[Pass]:
-        if self._how.passes == 1:
-            yield Pass(self._plain, self._run, rows)
-        elif self._how.noise == "dropout":
+    def _passes(self, rows: Rows) -> Iterator[tuple[Store, Run, Rows]]:
+        """Yield each pass: the store of its logits, what computes them, and the rows that it reads."""
+        if self._how.passes > 1 and self._how.noise == "dropout":
             for i, store in enumerate(self._noisy):
-                yield Pass(store, partial(self._dropout, i), rows)
+                yield store, partial(self._dropout, i), rows
         else:
-            yield Pass(self._plain, self._run, rows)
+            yield self._plain, self._run, rows
             for i in range(self._how.passes - 1):
-                yield Pass(self._plain, self._run, self._changed(rows, i))
+                yield self._plain, self._run, self._changed(rows, i)
 
     # --- stores
 
@@ -110,42 +103,45 @@ class Teacher:
         return changer(self.named.folder, spec.Augment(views=self._how.passes - 1), self._seed)
 
     def _dropout(self, i: int, rows: Rows, advance: Callable[[int], None]) -> Array:
-        from kdexport.distill.noise import noisy_logits
-
-        first = f"{self._seed}:{i}:{self.task.content(rows[0])}"
-        return noisy_logits(self._model, self.task, rows, int.from_bytes(content_key(first)[:7], "big"), advance)
+        """MC dropout, which is left on (Gal and Ghahramani 2016, https://arxiv.org/abs/1506.02142)."""
+        model, first = self._model, f"{self._seed}:{i}:{self.task.content(rows[0])}"
+        if not any(part.p for part in model.modules() if isinstance(part, nn.Dropout)):
+            what = "the teacher has no dropout that could tell its passes apart"
+            raise ModelError(what, "Take teacher.noise: augment")
+        model.train()
+        for part in model.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):  # its statistics are learned in training, not noise
+                part.eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(int.from_bytes(content_key(first)[:7], "big"))
+            logits = run_model(model, self.task, rows, _DROPOUT_BATCH, advance)
+        model.eval()
+        return logits
 
     # --- kinds
 
     @cached_property
     def _model(self) -> Any:
-        import torch
-
-        from kdexport.models.registry import open_trained
-
         model: Any = open_trained(self.named.folder)
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def _torch(self, rows: Rows, advance: Callable[[int], None]) -> Array:
-        from kdexport.models.inference import logits_of
-
         return logits_of(self._model, self.task, rows, advance=advance)
 
     @cached_property
-    def _predictor(self) -> Any:
-        from kdexport.runtime.predictor import Predictor, providers
-
+    def _predictor(self) -> Predictor:
         device = "cuda" if "CUDAExecutionProvider" in providers() else "cpu"
         return Predictor(self.task, self.named.folder / "model.onnx", device=device)
 
     def _onnx(self, rows: Rows, advance: Callable[[int], None]) -> Array:
-        logits: Array = self._predictor.logits(rows)
+        logits = self._predictor.logits(rows)
         advance(len(rows))
         return logits
 
     def _stored(self, rows: Rows, advance: Callable[[int], None]) -> Array:
-        where = str(rows[0]["id"]).replace(":", ", row ")
-        raise ModelError(f"teacher {self.named.model} has no logits for {where}", "Store logits for every row")
+        raise ModelError(
+            f"teacher {self.named.model} has no logits for {place_of(rows[0])}", "Store logits for every row"
+        )
 
 
 def _files(named: TeacherFolder) -> list[str]:
@@ -155,30 +151,22 @@ def _files(named: TeacherFolder) -> list[str]:
     return [*weights, "tokenizer.json", "task.json"] if weights else []
 
 
-def _compute(reading: Pass, task: Task, title: str) -> None:
+def _compute(store: Store, run: Run, rows: Rows, task: Task, title: str) -> None:
     """Run what is missing, the longest texts first, and write a shard every 20 s."""
-    by_content = {task.content(row): row for row in reading.rows}
-    missing = sorted(reading.store.missing(by_content), key=len, reverse=True)
+    by_content = {task.content(row): row for row in rows}
+    missing = sorted(store.missing(by_content), key=len, reverse=True)
     if not missing:
         return
-    pending: list[tuple[list[str], Array]] = []
-    written = time.monotonic()
-
-    def flush() -> None:
-        if pending:
-            contents = [content for chunk, _ in pending for content in chunk]
-            reading.store.add(contents, np.concatenate([logits for _, logits in pending]))
-            pending.clear()
-
+    contents, outputs, written = list[str](), list[Array](), time.monotonic()
     with bar(title, len(missing)) as advance:
         for start in range(0, len(missing), _CHUNK):
-            contents = missing[start : start + _CHUNK]
-            logits = reading.run([by_content[content] for content in contents], advance)
+            chunk = missing[start : start + _CHUNK]
+            logits = run([by_content[content] for content in chunk], advance)
             if not np.isfinite(logits).all():
-                bad = by_content[contents[int(np.isfinite(logits.reshape(len(logits), -1)).all(axis=1).argmin())]]
-                raise ModelError(f"the teacher's logits for {bad['id'].replace(':', ', row ')} are not finite")
-            pending.append((contents, logits))
-            if time.monotonic() - written > _SHARD_EVERY_S:
-                flush()
-                written = time.monotonic()
-        flush()
+                bad = by_content[chunk[int(np.isfinite(logits.reshape(len(logits), -1)).all(axis=1).argmin())]]
+                raise ModelError(f"the teacher's logits for {place_of(bad)} are not finite")
+            contents += chunk
+            outputs.append(logits)
+            if time.monotonic() - written > _SHARD_EVERY_S or start + _CHUNK >= len(missing):
+                store.add(contents, np.concatenate(outputs))
+                contents, outputs, written = [], [], time.monotonic()

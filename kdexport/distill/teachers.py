@@ -30,13 +30,6 @@ from kdexport.tasks import load_task, task_class
 _RECORD = "teacher.json"
 
 
-class _Record(msgspec.Struct, frozen=True):
-    """`teacher.json`."""
-
-    kind: Kind
-    model: str
-
-
 class TeacherFolder(NamedTuple):
     """One teacher of a finished stage: its folder, kind, and name in the spec."""
 
@@ -125,7 +118,7 @@ def prepare_teachers(settings: spec.Spec, data: Path, out: Path) -> None:
             _take_onnx(model, data, settings.data.max_length, folder)
         else:
             _take_stored(settings, model, data, folder, out if i else None)
-        write_json(folder / _RECORD, _Record(kind, model))
+        write_json(folder / _RECORD, {"kind": kind, "model": model})
     first, *others = teachers_of(out)
     labels = load_task(first.folder).labels
     for other in others:
@@ -137,10 +130,10 @@ def teachers_of(stage: Path) -> list[TeacherFolder]:
     inner = sorted((path.parent for path in stage.glob(f"*/{_RECORD}")), key=lambda folder: int(folder.name))
     found = []
     for folder in (stage, *inner):
-        path = folder / _RECORD
+        path, prefix = folder / _RECORD, "" if folder == stage else f"{folder.name}/"
         # Stages of before hold one Hugging Face teacher.
-        record = msgspec.json.decode(path.read_bytes(), type=_Record) if path.exists() else _Record("torch", str(stage))
-        found.append(TeacherFolder(folder, "" if folder == stage else f"{folder.name}/", record.kind, record.model))
+        record = msgspec.json.decode(path.read_bytes()) if path.exists() else {"kind": "torch", "model": str(stage)}
+        found.append(TeacherFolder(folder, prefix, **record))
     return found
 
 

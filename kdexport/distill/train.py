@@ -6,7 +6,7 @@ Trainer's. Ours are the loss, the order of rows, and that a resumed training end
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,16 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from kdexport.distill.layer_losses import LAYER_LOSSES, Matching, matched
+from kdexport.distill.layer_losses import Matching, matched
 from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_at
 from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
-from kdexport.distill.order import ByLength
 from kdexport.errors import SpecError
 from kdexport.models.inference import logits_of
 from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
 from kdexport.tasks.base import Task
 from kdexport.tasks.judging import metric
+from kdexport.tasks.menus import OF_LAYERS
 from kdexport.tasks.metrics import Array
 
 CHECKPOINT_EVERY_S = 20.0  # one holds weights and optimizer, three times the model
@@ -77,26 +77,22 @@ def fit(
     """Train a model in place; return one record an epoch.
 
     Args:
-        model: its logits are [B, C].
         rows: those without a label (None) learn from the teacher alone.
         soft_targets: the teacher's logits float [N, *answer_shape] for `rows`; None trains on labels alone.
-        validation: rows whose metric is taken after every epoch; recorded, not optimised.
         work: a folder for checkpoints; a call with the same arguments resumes from the last one.
-        title: of the progress bar.
         teacher: its folder, for losses of layers.
         token_ids: int64 [V], the teacher's token id of each of the model's, where its vocabulary was trimmed.
-        validation_targets: the teacher's logits float [N, C] for `validation`, for the metric where it has no labels.
 
     Returns:
         `epoch`; `loss`, the mean over its steps; `validation`, the task's metric, or where no validation row has a
-        label the agreement with the teacher. Of each of several terms `terms/NAME`, its mean size without its weight,
-        and, in epochs in which it was measured on one batch, `shares/NAME`, its fraction of the gradient.
+        label the agreement with `validation_targets`. Of each of several terms `terms/NAME`, its mean size without its
+        weight, and, in epochs in which it was measured on one batch, `shares/NAME`, its fraction of the gradient.
 
     Raises:
         SpecError: settings that can't teach, or patience without a metric.
         ModelError: training diverged; or student and teacher don't fit for losses of layers.
     """
-    layers = _layer_losses(config, soft_targets, teacher)
+    layers = _layer_losses(config, soft_targets)
     judge, higher_is_better = _judge(task, validation, validation_targets)
     if config.patience is not None and judge is None:
         raise SpecError(
@@ -150,8 +146,8 @@ def fit(
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
     os.environ.pop(_MIXED, None) if launched is None else os.environ.update({_MIXED: launched})
     say_shares(curve, title)
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)  # first: a checkpoint without the best weights is no use
-    watch.forget()
+    for name in ("checkpoints", "best"):  # in this order: a checkpoint without the best weights is no use
+        shutil.rmtree(work / name, ignore_errors=True)
     return curve
 
 
@@ -220,6 +216,38 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         return ByLength(self._lengths, self.args.train_batch_size, self._config.seed)
 
 
+class ByLength(Sampler[int]):
+    """A random order every epoch with batches of similar length, so that little is padding.
+
+    Rows are shuffled, cut into pools of 50 batches, sorted by length inside each pool, and the batches are shuffled
+    again. The order is a function of seed and epoch alone: a resumed training sees the same one.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = np.asarray(lengths)
+        self._batch_size, self._seed, self._epoch = batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        random, size = np.random.default_rng([self._seed, self._epoch]), self._batch_size
+        shuffled = random.permutation(len(self._lengths))
+        batches: list[list[int]] = []
+        for start in range(0, len(shuffled), 50 * size):
+            pool = shuffled[start : start + 50 * size]
+            pool = pool[np.argsort(self._lengths[pool], kind="stable")].tolist()
+            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+        rest = [batches.pop()] if batches and len(batches[-1]) < size else []
+        random.shuffle(batches)
+        for batch in batches + rest:
+            yield from batch
+
+
 # transformers 5 takes a count or a fraction by one name; in 4.57 that name is a count.
 _WARMUP = "warmup_ratio" if "warmup_ratio" in TrainingArguments.__dataclass_fields__ else "warmup_steps"
 
@@ -251,13 +279,11 @@ def _arguments(config: TrainConfig, folder: Path, looks_inside: bool) -> Trainin
     return arguments
 
 
-def _layer_losses(config: TrainConfig, soft_targets: Array | None, teacher: Path | None) -> list[str]:
+def _layer_losses(config: TrainConfig, soft_targets: Array | None) -> list[str]:
     """Return the losses of layers in use; raise SpecError if nothing would teach the head."""
     if soft_targets is None or config.alpha == 0:
         return []
-    layers = [name for name in LAYER_LOSSES if name in config.losses]
-    if layers and teacher is None:
-        raise ValueError(f"losses {', '.join(layers)} want the teacher's folder")
+    layers = [name for name in OF_LAYERS if name in config.losses]
     if len(layers) == len(config.losses) and config.alpha == 1:
         raise SpecError(
             f"distill.loss: with alpha 1 and {', '.join(layers)} alone nothing teaches the student to answer",

@@ -23,6 +23,7 @@ from kdexport.tasks import load_task, metrics
 from kdexport.tasks.base import Generates, Task, can_generate
 from kdexport.tasks.judging import mcnemar, metric, metric_interval
 from kdexport.tasks.metrics import Array, log_softmax
+from kdexport.tasks.packed import LOG_P
 
 FP32_TOLERANCE = 1e-4
 # What files are judged by where rows have no labels.
@@ -161,7 +162,7 @@ def _by_steps(predictor: Predictor, task: Generates, row: dict[str, Any], refere
     first, *rest = task.tokenize([row])[0]["input_ids"].tolist() or [0]
     logits, past = predictor.read([first])
     differences = [0.0]
-    for token, log_p in zip(rest, task.log_probs(reference), strict=False):
+    for token, log_p in zip(rest, reference[:, LOG_P], strict=False):
         differences.append(abs(float(log_softmax(logits)[token] - log_p)))
         logits, past = predictor.read([token], past)
     return max(differences)

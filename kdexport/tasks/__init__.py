@@ -36,11 +36,7 @@ def names() -> list[str]:
 
 @cache
 def task_class(name: str, problem: str = "single-label") -> type[Task]:
-    """Return the class of a task for a `data.problem`.
-
-    Raises:
-        KeyError: no such task, or it does not support this problem.
-    """
+    """Return the class of a task for a `data.problem`; raise KeyError if there is none."""
     found: Any = resolve_name(BUILT_IN[name]) if name in BUILT_IN else _others()[name].load()
     return found.kinds()[problem]  # type: ignore[no-any-return]
 
@@ -52,11 +48,7 @@ def class_of(config: TaskConfig) -> type[Task]:
 
 
 def load_task(folder: Path) -> Task:
-    """Load the task of a model folder or an artifact.
-
-    Raises:
-        ArtifactError: there is no task, it is inconsistent, or its tokenizer is missing or unreadable.
-    """
+    """Load the task of a model folder or an artifact; raise ArtifactError if it can't be used."""
     from kdexport.tasks.config import read_config
 
     config = read_config(folder)

@@ -1,7 +1,5 @@
 """Audio classification: one label for a recording."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from kdexport.tasks.base import PREDICT, Card

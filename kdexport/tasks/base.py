@@ -84,11 +84,7 @@ class Task:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Load the task of a model folder (`task.json`) or an artifact (`kdexport.json`).
-
-        Raises:
-            ArtifactError: a file is missing or unreadable.
-        """
+        """Load the task of a model folder or an artifact; raise ArtifactError if a file is missing or unreadable."""
         raise NotImplementedError
 
     # --- rows
@@ -129,11 +125,7 @@ class Task:
         return ""
 
     def row(self, given: object) -> dict[str, Any]:
-        """Convert an input of `predict` to a row: a text, a pair, words, a path or bytes.
-
-        Raises:
-            DataError: the input has another type, or can't be decoded.
-        """
+        """Convert an input of `predict` (text, pair, words, path or bytes) to a row; raise DataError for any other."""
         raise NotImplementedError
 
     def ready(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +152,10 @@ class Task:
 
     def encode(self, rows: Sequence[Row]) -> Arrays:
         """Encode and batch rows."""
-        return self.collate(list(self.tokenize(rows)))
+        encoded = list(self.tokenize(rows))
+        if len(encoded) == 1:  # a shortcut, for latency
+            return {name: array[np.newaxis] for name, array in encoded[0].items()}
+        return self.collate(encoded)
 
     def graph_inputs(self, arrays: Arrays) -> Arrays:
         """Return a batch's inputs of the graph."""
@@ -268,10 +263,6 @@ class Generates(Task):
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Decode tokens, without special ones."""
-        raise NotImplementedError
-
-    def log_probs(self, packed: Array) -> Array:
-        """Return the log probabilities of a text's own tokens: packed logits [..., T, 1 + 2k] → [..., T]."""
         raise NotImplementedError
 
 

@@ -1,7 +1,5 @@
 """Run many rows through a model in batches of similar length."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -9,8 +9,6 @@ tokens, and 16 samples of the rest, which make the estimate of its distribution 
 https://arxiv.org/abs/2503.16870).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
@@ -19,15 +17,14 @@ import msgspec
 import numpy as np
 
 from kdexport.tasks.base import Card, Generates, Objective
-from kdexport.tasks.config import Arrays, Function, Row
-from kdexport.tasks.inputs.texts import CHARS_PER_TOKEN, SPARE, Texts
+from kdexport.tasks.config import NO_LABEL, Arrays, Function, Row
+from kdexport.tasks.inputs.texts import CHARS_PER_TOKEN, SPARE, Texts, padded
 from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, log_softmax
 from kdexport.tasks.packed import BEST, LOG_P, drawn, drawn_of, most_probable
 
 # Below this token accuracy a teacher is no better than chance.
 _CHANCE = 0.02
-_NO_LABEL = -100
 
 
 class LanguageModelScores(msgspec.Struct, frozen=True):
@@ -83,6 +80,9 @@ class CausalLM(Texts, Generates):
         """Language modelling has no label column."""
         return row | {"label": ""}
 
+    def ready(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"label": ""}
+
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
         return Texts.check(row, max_chars, needs_label=False)
@@ -135,15 +135,6 @@ class CausalLM(Texts, Generates):
     def text_of(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def probes(self) -> list[dict[str, Any]]:
-        return [row | {"label": ""} for row in super().probes()]
-
-    def examples(self) -> list[dict[str, Any]]:
-        return [row | {"label": ""} for row in super().examples()]
-
-    def log_probs(self, packed: Array) -> Array:
-        return packed[..., LOG_P]
-
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
         """The mean log probability of each row's tokens."""
         counts = self.stats(logits, rows)
@@ -167,11 +158,8 @@ class CausalLM(Texts, Generates):
 
     def label_array(self, rows: Iterable[Row]) -> Array:
         """The predicted tokens, int64 [N, max_length]; −100, the index that losses ignore, elsewhere."""
-        encoded = self.tokenize(list(rows))
-        found = np.full((len(encoded), self.config.max_length), _NO_LABEL, dtype=np.int64)
-        for i, arrays in enumerate(encoded):
-            found[i, : len(arrays["input_ids"]) - 1] = arrays["input_ids"][1:]
-        return found
+        predicted = [arrays["input_ids"][1:] for arrays in self.tokenize(list(rows))]
+        return padded(predicted, self.config.max_length, NO_LABEL)
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Top-1 correct tokens, tokens, nats, and the bytes of these tokens: float64 [N, 4]."""

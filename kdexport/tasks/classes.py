@@ -1,7 +1,5 @@
 """Single-label classification: logits [N, C] → one label for each row, its scores, accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -9,11 +7,12 @@ import msgspec
 import numpy as np
 
 from kdexport.tasks.base import Objective, Task
-from kdexport.tasks.config import Function, Items, Row
+from kdexport.tasks.config import NO_LABEL, Function, Items, Row
+from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array, Metric, confusion_matrix
 
-# The index that PyTorch's cross-entropy ignores.
-_NO_LABEL = -100
+# Below this F1 or correlation a teacher is no better than chance.
+_CHANCE = 0.1
 
 
 def function_of(labels: int, problem_type: str | None) -> Function:
@@ -95,7 +94,7 @@ class Classes(Task):
 
     def label_array(self, rows: Iterable[Row]) -> Array:
         """Indices int64 [N]; −100, the index that losses ignore, for an unlabelled row."""
-        index: dict[str | None, int] = {label: i for i, label in enumerate(self.labels)} | {None: _NO_LABEL}
+        index: dict[str | None, int] = {label: i for i, label in enumerate(self.labels)} | {None: NO_LABEL}
         labels = (row["label"] for row in rows)
         # A number that is no label name is an index.
         return np.array([index[label] if label in index else int(label) for label in labels], dtype=np.int64)
@@ -112,6 +111,9 @@ class Classes(Task):
     def value(self, sums: Array) -> Array:
         return np.asarray(sums[..., 0] / sums[..., 1])
 
+    def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
+        return metric(self, logits, rows) < _CHANCE
+
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Macro F1: the mean over the classes that occur in the rows."""
         counts = confusion_matrix(self.label_array(rows), logits.argmax(axis=1), len(self.labels))
@@ -121,5 +123,5 @@ class Classes(Task):
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         targets = self.label_array(rows)
-        of = (targets != _NO_LABEL).nonzero()[0]
+        of = (targets != NO_LABEL).nonzero()[0]
         return Items(of, targets[of], logits[of])

@@ -1,7 +1,5 @@
 """`task.json`: the configuration of encode and decode for all tasks; types that tasks share."""
 
-from __future__ import annotations
-
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,8 @@ Shift = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Scale = Annotated[float, Meta(ge=1e-9, le=1e6)]
 Each = Meta(min_length=1, max_length=3)
 Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
+# The label of an unlabelled row or token: the index that PyTorch's cross-entropy ignores.
+NO_LABEL = -100
 # The size limit of manifests and configurations, in bytes.
 MOST_JSON = 2**24
 
@@ -91,11 +91,7 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_config(folder: Path) -> TaskConfig:
-    """Read the task of a model folder (`task.json`) or an artifact (`kdexport.json`).
-
-    Raises:
-        ArtifactError: it is missing or unreadable.
-    """
+    """Read the task of a model folder (`task.json`) or an artifact (`kdexport.json`), or raise ArtifactError."""
     try:
         if (folder / "kdexport.json").exists():
             manifest = msgspec.json.decode(read_regular(folder / "kdexport.json", MOST_JSON))
@@ -106,12 +102,7 @@ def read_config(folder: Path) -> TaskConfig:
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """Read a regular file: a pipe would block, and a device such as /dev/zero never ends.
-
-    Raises:
-        OSError: it is missing or unreadable.
-        ArtifactError: it is no regular file, or has more than `most` bytes.
-    """
+    """Read a regular file of at most `most` bytes: a pipe would block, and a device such as /dev/zero never ends."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ArtifactError(f"{path} is no file")
     with path.open("rb") as file:

@@ -1,7 +1,5 @@
 """Image classification: one label for an image."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from kdexport.tasks.base import PREDICT, Card

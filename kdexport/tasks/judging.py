@@ -5,8 +5,6 @@ can be bootstrapped over rows (Efron 1979, with Poisson weights as in Chamandy e
 fraction of correct rows, closed forms are used, which hold for few rows as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The settings that a spec may choose, by modality; each task takes one menu and overrides the differences."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Metrics of predictions, with their uncertainty; numpy only."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -108,9 +106,7 @@ def cohen_kappa(confusion: Array) -> float:
 
 def confusion_matrix(labels: Array, predictions: Array, classes: int) -> Array:
     """Return counts [C, C]; rows are labels, columns are predictions."""
-    counts = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(counts, (labels, predictions), 1)
-    return counts
+    return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
 
 
 def f1_of(sums: Array) -> Array:
@@ -133,9 +129,9 @@ def roc_auc(positives: Array, negatives: Array) -> tuple[float, tuple[float, flo
     scores = np.concatenate([positives, negatives]).astype(np.float64)
     if not m or not n or np.isnan(scores).any():
         raise ValueError(f"an ROC curve wants scores on both sides: {m} and {n}, {np.isnan(scores).sum()} of them NaN")
-    ranks = _mid_ranks(scores)
-    below = (ranks[:m] - _mid_ranks(scores[:m])) / n  # for each positive, the fraction of negatives below
-    above = 1 - (ranks[m:] - _mid_ranks(scores[m:])) / m
+    ranks = mid_ranks(scores)
+    below = (ranks[:m] - mid_ranks(scores[:m])) / n  # for each positive, the fraction of negatives below
+    above = 1 - (ranks[m:] - mid_ranks(scores[m:])) / m
     area = float(below.mean())
     if m < 2 or n < 2:
         return area, (0.0, 1.0)
@@ -156,7 +152,7 @@ def best_threshold(positives: Array, negatives: Array) -> tuple[float, float]:
     return max(0.0, float((missed[1] - missed[0]).max())), by_chance
 
 
-def _mid_ranks(scores: Array) -> Array:
+def mid_ranks(scores: Array) -> Array:
     """Return ranks [N] from 1; ties share their mean."""
     _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])

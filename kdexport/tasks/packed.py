@@ -1,10 +1,4 @@
-"""Packed outputs of language models: the columns of [T, 1 + 2k], and the selection of their tokens.
-
-The columns are log p of the actual token, then id and log p of k tokens: the most probable ones, and samples of the
-rest (Anshumann et al. 2025, https://arxiv.org/abs/2503.16870).
-"""
-
-from __future__ import annotations
+"""Packed outputs of language models, as `causal_lm` describes them: two of their columns, and the choice of tokens."""
 
 import numpy as np
 

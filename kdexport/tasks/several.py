@@ -1,7 +1,5 @@
 """Multi-label classification and regression, as differences from single-label classification."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
@@ -11,11 +9,8 @@ import numpy as np
 from kdexport.tasks.base import Objective, Task
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Function, Items, Row
-from kdexport.tasks.judging import metric
-from kdexport.tasks.metrics import Array, Metric, f1_of
+from kdexport.tasks.metrics import Array, Metric, f1_of, mid_ranks
 
-# Below this F1 or correlation a teacher is no better than chance.
-_CHANCE = 0.1
 # The separator of a row's labels.
 BETWEEN = "\x1f"
 
@@ -68,9 +63,6 @@ class SeveralLabels(Classes):
         """Micro F1."""
         return f1_of(sums)
 
-    def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
-        return metric(self, logits, rows) < _CHANCE
-
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Macro F1: the mean over labels that occur in the rows."""
         ours, theirs = logits > 0, self.label_array(rows) > 0
@@ -111,6 +103,7 @@ class Number(Classes):
     labels_of = staticmethod(Task.labels_of)  # numbers have no names, strata or labels to look at
     stratum = staticmethod(Task.stratum)
     items = Task.items
+    correct = Task.correct  # type: ignore[assignment] # a number is not right or wrong
 
     @staticmethod
     def ordered(labels: Iterable[str]) -> list[str]:
@@ -130,15 +123,9 @@ class Number(Classes):
         spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
         return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))
 
-    def correct(self, logits: Array, rows: Sequence[Row]) -> None:  # type: ignore[override]
-        """None: a number is not right or wrong."""
-
-    def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
-        return metric(self, logits, rows) < _CHANCE
-
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Spearman's correlation: Pearson's of the ranks."""
-        x, y = (_ranks(side[:, 0]) for side in (logits, self.label_array(rows)))
+        x, y = (mid_ranks(side[:, 0]) for side in (logits, self.label_array(rows)))
         return {"Spearman correlation": float(self.value(_products(x, y).sum(axis=0)))}
 
 
@@ -146,9 +133,3 @@ def _products(x: Array, y: Array) -> Array:
     """Return 1, x, y, x², y² and xy of each row, float64 [N, 6]; centred, which costs sums fewer digits."""
     x, y = (side.astype(np.float64) - side.mean(dtype=np.float64) for side in (x, y))
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
-
-
-def _ranks(values: Array) -> Array:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])

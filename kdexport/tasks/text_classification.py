@@ -1,7 +1,5 @@
 """Text classification: one label, several labels, or a number (regression) for a text or a pair of texts."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from kdexport.tasks.base import PREDICT, Card, Task

@@ -5,8 +5,6 @@ word's first token, [N, max_length, C]: so models with different tokenizers are 
 with the last word within the model's max_length; metrics count later entities as missed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -18,15 +16,14 @@ from tokenizers import Encoding
 
 from kdexport.errors import DataError
 from kdexport.tasks.base import PREDICT, Card, Objective
-from kdexport.tasks.config import Arrays, Items, Row
-from kdexport.tasks.inputs.texts import Texts
+from kdexport.tasks.config import NO_LABEL, Arrays, Items, Row
+from kdexport.tasks.inputs.texts import Texts, padded
 from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, f1_of, softmax
 
 OUTSIDE = "O"
 # Marks a word that the model did not read: the logit of O is this, the others are exactly 0.
 _UNREAD = 10.0
-_NO_LABEL = -100
 # The place of a truncated word; −1 is padding.
 _CUT_OFF = -2
 # Letters and digits, with apostrophes, dots or hyphens between them; any other character by itself.
@@ -171,11 +168,8 @@ class TokenClassification(Texts):
         batch = super().collate(encoded)
         if "places" not in encoded[0]:  # encoded elsewhere: each token is a word
             encoded = [{"places": np.arange(len(arrays["input_ids"]))} for arrays in encoded]
-        longest = max(len(arrays["places"]) for arrays in encoded)
-        batch["places"] = np.full((len(encoded), longest), -1, dtype=np.int64)
-        for i, arrays in enumerate(encoded):
-            batch["places"][i, : len(arrays["places"])] = arrays["places"]
-        return batch
+        places = [arrays["places"] for arrays in encoded]
+        return batch | {"places": padded(places, max(map(len, places)), -1)}
 
     def gather(self, output: Array, arrays: Arrays) -> Array:
         """[B, T, C] by token → [B, max_length, C] by word; zeros after a row's words."""
@@ -193,12 +187,6 @@ class TokenClassification(Texts):
 
     def axes(self) -> dict[str, dict[int, str]]:
         return {name: {0: "batch_size", 1: "sequence_length"} for name in (*self.config.inputs, self.output)}
-
-    def probes(self) -> list[dict[str, Any]]:
-        return [self.ready(row) for row in super().probes()]
-
-    def examples(self) -> list[dict[str, Any]]:
-        return [self.ready(row) for row in super().examples()]
 
     def scores(self, logits: Array, function: str | None = None) -> Array:
         return softmax(logits.astype(np.float64))
@@ -228,18 +216,14 @@ class TokenClassification(Texts):
 
     def label_array(self, rows: Iterable[Row]) -> Array:
         """int64 [N, max_length]; −100, the index that losses ignore, where there is no tag."""
-        rows = list(rows)
-        index = {label: i for i, label in enumerate(self.labels)}
-        found = np.full((len(rows), self.config.max_length), _NO_LABEL, dtype=np.int64)
-        for i, row in enumerate(rows):
-            tags = (row.get("label") or "").split()[: self.config.max_length]
-            found[i, : len(tags)] = [index[tag] for tag in tags]
-        return found
+        index, most = {label: i for i, label in enumerate(self.labels)}, self.config.max_length
+        tags = [(row.get("label") or "").split()[:most] for row in rows]
+        return padded([[index[tag] for tag in of_row] for of_row in tags], most, NO_LABEL)
 
     def correct(self, logits: Array, rows: Sequence[Row]) -> Array:
         """bool [N]: all words have the correct tag."""
         targets = self.label_array(rows)
-        return np.asarray(((logits.argmax(axis=-1) == targets) | (targets == _NO_LABEL)).all(axis=1))
+        return np.asarray(((logits.argmax(axis=-1) == targets) | (targets == NO_LABEL)).all(axis=1))
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Correct, predicted and actual entities: float64 [N, 3]."""
@@ -261,7 +245,7 @@ class TokenClassification(Texts):
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         """Each labelled word."""
         targets = self.label_array(rows)
-        of, word = (targets != _NO_LABEL).nonzero()
+        of, word = (targets != NO_LABEL).nonzero()
         texts = [row["text"].split(" ", self.config.max_length) for row in rows]
         return Items(of, targets[of, word], logits[of, word], [texts[i][j] for i, j in zip(of, word, strict=True)])
 

@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from kdexport.distill.layer_losses import (
-    LAYER_LOSSES,
     Matching,
     _attend,
     attention_loss,
@@ -33,6 +32,7 @@ from kdexport.distill.layer_losses import (
 )
 from kdexport.errors import ModelError
 from kdexport.models.textnet import TextNet, TextNetConfig
+from kdexport.tasks.menus import OF_LAYERS
 
 VOCABULARY = 40
 SIZES = {
@@ -82,7 +82,7 @@ def batch(lengths=(7, 4, 2)) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask.long()}
 
 
-def losses(student, teacher, inputs, names=LAYER_LOSSES, token_ids=None) -> dict[str, float]:
+def losses(student, teacher, inputs, names=OF_LAYERS, token_ids=None) -> dict[str, float]:
     for model in (student, teacher):
         _attend(model, "eager")
     matching = Matching(student, teacher, names, token_ids)
@@ -195,8 +195,8 @@ def test_a_model_is_its_own_perfect_student_and_another_is_none(family):
     config = FAMILIES[family]
     same = losses(build(config), build(config), batch())
     other = losses(build(config, seed=1), build(config), batch())
-    assert same == pytest.approx(dict.fromkeys(LAYER_LOSSES, 0.0), abs=1e-6)
-    assert all(other[name] > 1e-4 for name in LAYER_LOSSES), other
+    assert same == pytest.approx(dict.fromkeys(OF_LAYERS, 0.0), abs=1e-6)
+    assert all(other[name] > 1e-4 for name in OF_LAYERS), other
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -206,7 +206,7 @@ def test_losses_do_not_depend_on_how_sentences_are_padded(family):
     inputs = batch(lengths)
     single = [losses(student, teacher, {k: v[i : i + 1, :n] for k, v in inputs.items()}) for i, n in enumerate(lengths)]
     together = losses(student, teacher, inputs)
-    for name in LAYER_LOSSES:
+    for name in OF_LAYERS:
         weights = np.square(lengths) if name == "attention" else lengths
         expected = np.average([found[name] for found in single], weights=weights)
         assert together[name] == pytest.approx(expected, rel=1e-3), name
@@ -242,7 +242,7 @@ def test_a_narrower_student_of_another_family_learns_through_projections():
     teacher = build(BERT_LIKE["bert"])
     narrow = {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 32, "dropout": 0.0, "attention_dropout": 0.0}
     student = build(DistilBertConfig(vocab_size=VOCABULARY, **narrow)).train()
-    matching = Matching(student, teacher, LAYER_LOSSES)
+    matching = Matching(student, teacher, OF_LAYERS)
     student.matching = matching
     assert {tuple(p.shape) for p in matching.parameters()} == {(24, 16)}
     optimizer, inputs, first = torch.optim.Adam(student.parameters(), lr=5e-3), batch(), None
@@ -252,7 +252,7 @@ def test_a_narrower_student_of_another_family_learns_through_projections():
         (found["hidden"] + 300 * found["attention"] + found["relation"]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert all(found[name].item() < 0.7 * first[name] for name in LAYER_LOSSES), (first, found)
+    assert all(found[name].item() < 0.7 * first[name] for name in OF_LAYERS), (first, found)
 
 
 def test_the_teacher_stays_as_it_is_and_out_of_the_students_state():
@@ -279,7 +279,7 @@ def test_a_trimmed_vocabulary_is_read_back_as_the_teachers():
     with torch.no_grad():
         student.get_input_embeddings().weight.copy_(teacher.get_input_embeddings().weight[torch.from_numpy(kept)])
     inputs = {"input_ids": torch.tensor([[1, 5, 2, 4, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.int64)}
-    assert losses(student, teacher, inputs, token_ids=kept) == pytest.approx(dict.fromkeys(LAYER_LOSSES, 0.0), abs=1e-6)
+    assert losses(student, teacher, inputs, token_ids=kept) == pytest.approx(dict.fromkeys(OF_LAYERS, 0.0), abs=1e-6)
     assert losses(student, teacher, inputs)["hidden"] > 1e-2
 
 
@@ -294,7 +294,7 @@ def test_what_the_teacher_does_not_read_is_left_out():
 
 
 @pytest.mark.parametrize("kind", ["bag", "cnn", "gru"])
-@pytest.mark.parametrize("name", LAYER_LOSSES)
+@pytest.mark.parametrize("name", OF_LAYERS)
 def test_a_student_without_layers_is_refused(kind, name):
     student = TextNet(TextNetConfig(kind=kind, vocab_size=VOCABULARY))
     with pytest.raises(ModelError, match="the student has no layers to match: it is of the family 'kdexport-text'"):
@@ -335,7 +335,7 @@ def test_a_student_is_left_as_it_was_found(folder):
 
     student, task = AutoModelForSequenceClassification.from_pretrained(folder), load_task(folder)
     keys, attention = set(student.state_dict()), student.config._attn_implementation
-    with matched(student, folder, LAYER_LOSSES, None, task=task, rows=task.examples()) as matching:
+    with matched(student, folder, OF_LAYERS, None, task=task, rows=task.examples()) as matching:
         inputs = {name: torch.from_numpy(array) for name, array in task.encode(task.examples()).items()}
         found = matching(inputs, student.eval()(**inputs, **matching.flags))
         assert {name: loss.item() for name, loss in found.items()} == pytest.approx(dict.fromkeys(found, 0), abs=1e-6)

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from kdexport.distill import monitor, train
-from kdexport.distill.losses import UNLABELLED, Term, objective
+from kdexport.distill.losses import Term, objective
 from kdexport.distill.train import TrainConfig, fit
 from kdexport.errors import ModelError, SpecError
 from kdexport.files import write_json
 from kdexport.models.inference import logits_of
 from kdexport.spec import Schedule
-from kdexport.tasks.config import TaskConfig
+from kdexport.tasks.config import NO_LABEL, TaskConfig
 from kdexport.tasks.text_classification import TextClassification
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "film", "was", "and", "a", "story"]
@@ -92,7 +92,7 @@ def without_labels(rows) -> list[dict]:
 
 def test_a_student_learns_from_the_teacher_what_no_label_says(task, rows, soft, tmp_path):
     model, unlabelled = student(), without_labels(rows)
-    assert (task.label_array(unlabelled) == UNLABELLED).all()
+    assert (task.label_array(unlabelled) == NO_LABEL).all()
     curve = fit(model, task, unlabelled, soft, change(epochs=8), validation=rows[:32], work=tmp_path, title="t")
     assert task.correct(logits_of(model, task, rows), rows).mean() > 0.95
     assert all(point["terms/ce"] == 0 for point in curve)
@@ -101,7 +101,7 @@ def test_a_student_learns_from_the_teacher_what_no_label_says(task, rows, soft, 
 
 def test_labels_may_be_there_for_some_rows(task, rows):
     some = [row if i % 3 else row | {"label": None} for i, row in enumerate(rows)]
-    assert [row["label"] is None for row in some] == (task.label_array(some) == UNLABELLED).tolist()
+    assert [row["label"] is None for row in some] == (task.label_array(some) == NO_LABEL).tolist()
     assert (task.label_array(some) == task.label_array(rows))[1::3].all()
 
 

@@ -5,8 +5,6 @@ Audio Spectrogram Transformer (Gong et al. 2021) as transformers 4.57 does it wi
 over frames of 400 samples with a hop of 160, at any rate.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import wave
@@ -43,11 +41,10 @@ class Sounds(Media):
         return mel_filters(self._how.mels, self._how.rate)
 
     @classmethod
-    def inspect(cls, content: bytes) -> object:
-        with opened(content) as (header, pieces):
+    def inspect(cls, content: bytes) -> None:
+        with opened(content) as (_, pieces):
             for _ in pieces:
                 pass
-        return header
 
     @property
     def _read(self) -> float:
@@ -148,11 +145,8 @@ def mel_filters(mels: int, rate: int) -> Array:
 
 
 def _padded(values: Array, length: int) -> Array:
-    values = values[:length]
-    if len(values) == length:
-        return np.ascontiguousarray(values, dtype=np.float32)
     found = np.zeros((length, *values.shape[1:]), np.float32)
-    found[: len(values)] = values
+    found[: len(values)] = values[:length]
     return found
 
 

@@ -5,8 +5,6 @@ segments takes 12 s, a PNG with 1,900 colour profiles 4 s. So the header is chec
 parts that determine the pixels.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from typing import NamedTuple

@@ -4,8 +4,6 @@ The arithmetic is that of Hugging Face's image processors on Pillow and numpy (t
 `preprocessor_config.json`.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Mapping, Sequence
@@ -38,8 +36,8 @@ class Images(Media):
         return scaling(self._how)
 
     @classmethod
-    def inspect(cls, content: bytes) -> object:
-        return decoded(content)
+    def inspect(cls, content: bytes) -> None:
+        decoded(content)
 
     def array(self, content: bytes) -> Array:
         image, size = opened(content)
@@ -50,13 +48,8 @@ class Images(Media):
         return read_header(bytes_of(row[self.modality])).bytes * _SECONDS_PER_BYTE
 
     def shapes(self) -> dict[str, list[int]]:
-        height, width = self.size
+        height, width = output_size(self._how)
         return {self.config.inputs[0]: [-1, self._how.channels, height, width]}
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the model's input."""
-        return output_size(self._how)
 
     def axes(self) -> dict[str, dict[int, str]]:
         axes = {0: "batch_size", 1: "num_channels", 2: "height", 3: "width"}
@@ -74,7 +67,7 @@ class Images(Media):
         return [_picture(*edge) for edge in edges]
 
     def examples(self) -> list[dict[str, Any]]:
-        height, width = self.size
+        height, width = output_size(self._how)
         return [_picture(width, height, "RGB" if self._how.channels == 3 else "L", seed) for seed in range(3, 7)]
 
 

@@ -3,8 +3,6 @@
 Rows are decoded lazily: 60,000 images as float32 would exceed most machines' memory.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import importlib
@@ -15,9 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Self, overload
-
-import numpy as np
+from typing import Any, Self
 
 from kdexport.errors import DataError, MissingPackage
 from kdexport.tasks.base import Task
@@ -116,12 +112,8 @@ class Encoded(Sequence[Arrays]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, i: int) -> Arrays: ...
-    @overload
-    def __getitem__(self, i: slice) -> Encoded: ...
-    def __getitem__(self, i: int | slice) -> Arrays | Encoded:
-        return Encoded(self._rows[i], self._encode) if isinstance(i, slice) else self._encode(self._rows[i])
+    def __getitem__(self, i: int) -> Arrays:  # type: ignore[override] # no slices
+        return self._encode(self._rows[i])
 
 
 class Media(Task):
@@ -151,7 +143,7 @@ class Media(Task):
         return super().canonical(row | {"sha256": hashlib.sha256(content).hexdigest()})
 
     @classmethod
-    def inspect(cls, content: bytes) -> object:
+    def inspect(cls, content: bytes) -> None:
         """Check that the content can be decoded."""
         raise NotImplementedError
 
@@ -189,11 +181,6 @@ class Media(Task):
             if "id" not in row:
                 raise
             raise DataError(f"{row['id']}: its {self.modality} {error.what.removeprefix('it ')}", error.fix) from None
-
-    def encode(self, rows: Sequence[Row]) -> Arrays:
-        if len(rows) == 1:  # a shortcut, for latency
-            return {self.config.inputs[0]: self._array(rows[0])[np.newaxis]}
-        return self.collate(list(self.tokenize(rows)))
 
     def shapes(self) -> dict[str, list[int]]:
         """Return the shape of each input, float32; −1 is any size."""

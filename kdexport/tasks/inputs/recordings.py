@@ -4,8 +4,6 @@ libsndfile detects 25 formats; only files with the magic bytes of `FORMATS` get 
 bounded by the header, before any decoding.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -85,11 +83,7 @@ def decoded(content: bytes, seconds: float = math.inf) -> Recording:
 
 @contextmanager
 def opened(content: bytes, seconds: float = math.inf) -> Iterator[tuple[Header, Iterator[Array]]]:
-    """Open a sound file: its header as in `read_header`, and its mono samples, decoded piece by piece.
-
-    Raises:
-        DataError: it is in no supported format, broken, empty, or longer than 120 s.
-    """
+    """Open a sound file: its header as in `read_header`, and its mono samples, decoded piece by piece."""
     _check(content)
     library = installed("soundfile", "soundfile")
     try:

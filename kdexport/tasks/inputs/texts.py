@@ -1,7 +1,5 @@
 """Text input: texts and pairs of texts → token ids → the arrays of a graph."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,9 +10,10 @@ from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from kdexport.errors import ArtifactError, DataError, ModelError
+from kdexport.errors import ArtifactError, DataError
 from kdexport.tasks.base import Modality, Task
 from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
+from kdexport.tasks.metrics import Array
 
 # Characters per token for cutting a text before tokenisation. English has about 5.
 CHARS_PER_TOKEN = 6
@@ -61,19 +60,16 @@ class Texts(Task):
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        for column in ("text", "text_pair"):
+        columns = ("text",) if row.get("text_pair") is None else ("text", "text_pair")
+        for column in columns:
             value = row.get(column)
-            if value is None and column == "text_pair":
-                continue
             if not isinstance(value, str):
                 return f"{column} is {'missing' if value is None else f'no text but {type(value).__name__}'}"
             if not value.strip():
                 return f"{column} is empty"
             if len(value) > max_chars:
                 return f"{column} has {len(value):,} characters (a quote left open?)"
-        if needs_label and row.get("label") in (None, ""):
-            return "label is empty"
-        return None
+        return "label is empty" if needs_label and row.get("label") in (None, "") else None
 
     @staticmethod
     def content(row: Row) -> str:
@@ -102,21 +98,10 @@ class Texts(Task):
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
         longest = max(len(next(iter(arrays.values()))) for arrays in encoded)
         fill = {"input_ids": self.config.pad_id, "token_type_ids": self.config.pad_type_id}
-        batch = {}
-        for name in self.config.inputs:
-            padded = np.full((len(encoded), longest), fill.get(name, 0), dtype=np.int64)
-            for i, arrays in enumerate(encoded):
-                n = len(arrays[name])
-                start = 0 if self.config.padding_side == "right" else longest - n
-                padded[i, start : start + n] = arrays[name]
-            batch[name] = padded
-        return batch
-
-    def encode(self, rows: Sequence[Row]) -> Arrays:
-        encoded = self.tokenize(rows)
-        if len(encoded) == 1:  # a shortcut, for latency
-            return {name: array[None] for name, array in encoded[0].items()}
-        return self.collate(encoded)
+        return {
+            name: padded([arrays[name] for arrays in encoded], longest, fill.get(name, 0), self.config.padding_side)
+            for name in self.config.inputs
+        }
 
     def sizes(self, encoded: Sequence[Arrays]) -> list[int]:
         return [len(arrays[self.config.inputs[0]]) for arrays in encoded]
@@ -176,7 +161,7 @@ class Texts(Task):
     def probes(self) -> list[dict[str, Any]]:
         """Empty, one letter, too long, no letters."""
         long, foreign = "word " * 4 * self.config.max_length, "\U0001f600 \u4f60\u597d \u200b"
-        return [{"text": text} for text in ("", "a", long, "x" * 300, foreign, "\n\t ")]
+        return [self.ready({"text": text}) for text in ("", "a", long, "x" * 300, foreign, "\n\t ")]
 
     def examples(self) -> list[dict[str, Any]]:
         texts = (
@@ -185,7 +170,7 @@ class Texts(Task):
             "Shares in the airline rose after it beat profit forecasts for the third quarter in a row.",
             "play something quiet in the kitchen",
         )
-        return [{"text": text} for text in texts]
+        return [self.ready({"text": text}) for text in texts]
 
     def _encodings(self, rows: Sequence[Row], offsets: bool = False) -> Iterator[Encoding]:
         """Encode rows as the tokenizer does with truncation to `max_length`, but tokenise no more than necessary.
@@ -243,10 +228,16 @@ class Texts(Task):
         return self._finisher.post_process(first, second)
 
     def _arrays(self, encoding: Encoding) -> Arrays:
-        try:
-            return {name: np.array(getattr(encoding, _GIVEN[name]), dtype=np.int64) for name in self.config.inputs}
-        except KeyError as error:
-            raise ModelError(f"the model has an input {error} that no tokenizer provides") from None
+        return {name: np.array(getattr(encoding, _GIVEN[name]), dtype=np.int64) for name in self.config.inputs}
+
+
+def padded(rows: Sequence[Sequence[int] | Array], length: int, fill: int, side: str = "right") -> Array:
+    """Return rows of any lengths as int64 [N, length], filled up on one side."""
+    found = np.full((len(rows), length), fill, dtype=np.int64)
+    for i, row in enumerate(rows):
+        start = 0 if side == "right" else length - len(row)
+        found[i, start : start + len(row)] = row
+    return found
 
 
 def _end_near(text: str, end: int) -> tuple[int, int]:
