@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import random
 import shutil
@@ -120,6 +121,25 @@ def base_model(once) -> Path:
         AutoTokenizer.from_pretrained(demo.teacher()).save_pretrained(folder)
 
     return once("minilm-2", make)
+
+
+@pytest.fixture(scope="session")
+def optimum() -> Callable[[str, Path, str, list], list]:
+    """Ask Optimum's ORTModel classes: class, folder, file, inputs → answers. See optimum_reads.py."""
+    tests = Path(__file__).parent
+    python = tests.parent / ".venv-4.57" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("make test-4.57 makes the environment that Optimum's ORTModel classes need")
+
+    def ask(kind: str, folder: Path, file: str, inputs: list) -> list:
+        done = subprocess.run(
+            [python, tests / "optimum_reads.py", kind, folder, file], input=json.dumps(inputs), text=True,
+            capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return ask
 
 
 CLASSIFIERS = {

@@ -192,31 +192,12 @@ def tensors_are_answered(server, finished_run, kind, expected, paths):
             client.infer("small", [tensor])
 
 
-def test_optimum_and_hugging_faces_processors_give_the_same_scores(finished_run, kind, tmp_path):
-    import torch
-    from optimum.onnxruntime import ORTModelForAudioClassification, ORTModelForImageClassification
-    from PIL import Image
-    from transformers import AutoFeatureExtractor, AutoImageProcessor
-
-    from kdexport.tasks.inputs.audio import decoded
-
+def test_optimum_and_hugging_faces_processors_give_the_same_scores(finished_run, kind, tmp_path, optimum):
     (path,) = some_files(finished_run, kind, tmp_path, 1)
     expected = package.load(finished_run, "fp32").predict([path])[0]
-    folder = finished_run / "artifact"
-    if kind == "image":
-        model = ORTModelForImageClassification.from_pretrained(folder, subfolder="onnx", file_name="model.onnx")
-        pixels = np.asarray(Image.open(path))[..., None]
-        inputs = AutoImageProcessor.from_pretrained(folder)(
-            pixels, return_tensors="pt", input_data_format="channels_last"
-        )
-    else:
-        model = ORTModelForAudioClassification.from_pretrained(folder, subfolder="onnx", file_name="model.onnx")
-        recording = decoded(path.read_bytes())
-        extractor = AutoFeatureExtractor.from_pretrained(folder)
-        inputs = extractor(recording.samples, sampling_rate=recording.rate, return_tensors="pt")
-    scores = torch.softmax(model(**inputs).logits, dim=-1)[0]
-    assert model.config.id2label[int(scores.argmax())] == expected.label
-    np.testing.assert_allclose(scores.numpy(), expected.values, atol=1e-3)
+    name = f"ORTModelFor{'Image' if kind == 'image' else 'Audio'}Classification"
+    ((label, score),) = optimum(name, finished_run / "artifact", "model.onnx", [str(path)])
+    assert (label, score) == (expected.label, pytest.approx(expected.score, abs=1e-3))
 
 
 def test_a_moved_run_still_finds_its_rows(clothes, tmp_path):

@@ -226,19 +226,12 @@ def test_an_artifact_tags_texts_and_lists_of_words(tagged):
     assert json.loads(done.stdout)["tags"] == text.tags
 
 
-def test_optimum_loads_it_and_says_the_same(tagged):
-    from optimum.onnxruntime import ORTModelForTokenClassification
-    from transformers import AutoTokenizer
-
-    folder = tagged / "artifact"
-    theirs = ORTModelForTokenClassification.from_pretrained(folder, subfolder="onnx", file_name="model.onnx")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def test_optimum_loads_it_and_says_the_same(tagged, optimum):
     words = ["Empire", "State", "Building", ",", "New", "York"]
-    inputs = tokenizer(words, is_split_into_words=True, return_tensors="pt")
-    logits = theirs(**inputs).logits[0].detach().numpy()
-    first = {word: i for i, word in reversed(list(enumerate(inputs.word_ids()))) if word is not None}
-    (ours,) = kdexport.load(folder, "fp32").predict([words])
-    assert ours.tags == [theirs.config.id2label[int(logits[first[i]].argmax())] for i in range(6)]
+    (theirs,) = optimum("ORTModelForTokenClassification", tagged / "artifact", "model.onnx", [words])
+    (ours,) = kdexport.load(tagged / "artifact", "fp32").predict([words])
+    assert ours.tags == [tag for tag, _ in theirs]
+    assert ours.scores == pytest.approx([score for _, score in theirs], abs=1e-4)
 
 
 def test_the_server_speaks_to_hugging_faces_client(tagged, monkeypatch):

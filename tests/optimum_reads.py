@@ -1,0 +1,69 @@
+"""Answers of Optimum's ORTModel classes, with Hugging Face's own tokenizers and processors; no kdexport here.
+
+Run by the Python of an environment with optimum-onnx, which holds transformers at 4.57:
+
+    python optimum_reads.py CLASS FOLDER FILE < inputs.json > answers.json
+
+Answers are [label, score] for texts, words, images and sounds; of a language model the text that it writes.
+"""
+
+import json
+import sys
+import wave
+
+import numpy as np
+import optimum.onnxruntime
+import torch
+from PIL import Image
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+kind, folder, file = sys.argv[1:]
+model = getattr(optimum.onnxruntime, kind).from_pretrained(folder, subfolder="onnx", file_name=file)
+
+
+def labelled(logits):
+    best = torch.softmax(logits, dim=-1).max(dim=-1)
+    return [[model.config.id2label[int(i)], float(score)] for i, score in zip(best.indices, best.values, strict=True)]
+
+
+def text(given):
+    inputs = AutoTokenizer.from_pretrained(folder)(given, return_tensors="pt", truncation=True)
+    return labelled(model(**inputs).logits)[0]
+
+
+def words(given):
+    inputs = AutoTokenizer.from_pretrained(folder)(given, is_split_into_words=True, return_tensors="pt")
+    first = {word: i for i, word in reversed(list(enumerate(inputs.word_ids()))) if word is not None}
+    return labelled(model(**inputs).logits[0, [first[i] for i in range(len(given))]])
+
+
+def written(given):
+    tokens = AutoTokenizer.from_pretrained(folder)
+    inputs = tokens(given, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)[0]
+    return tokens.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def image(path):
+    pixels = np.asarray(Image.open(path))
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    processor = AutoImageProcessor.from_pretrained(folder)
+    return labelled(model(**processor(pixels, return_tensors="pt", input_data_format="channels_last")).logits)[0]
+
+
+def sound(path):
+    with wave.open(path) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2").astype(np.float32) / 32768
+        rate = file.getframerate()
+    processor = AutoFeatureExtractor.from_pretrained(folder)
+    return labelled(model(**processor(samples, sampling_rate=rate, return_tensors="pt")).logits)[0]
+
+
+READ = {
+    "ORTModelForSequenceClassification": text,
+    "ORTModelForTokenClassification": words,
+    "ORTModelForCausalLM": written,
+    "ORTModelForImageClassification": image,
+    "ORTModelForAudioClassification": sound,
+}
+json.dump([READ[kind](given) for given in json.load(sys.stdin)], sys.stdout)
