@@ -6,11 +6,13 @@ import shutil
 import families
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from kdexport.data import demo
 from kdexport.errors import ModelError
-from kdexport.models.loading import open_classifier, open_config, open_tokenizer
+from kdexport.models import LINE_5
+from kdexport.models.loading import open_classifier, open_config, open_model, open_tokenizer
+from kdexport.models.saving import save_model
 
 WORD_PIECES = {"bert": "Bert", "electra": "Electra", "distilbert": "DistilBert", "mpnet": "MPNet"}
 BYTE_PAIRS = {"roberta": "Roberta", "gpt2": "GPT2", "llama": "Llama", "modernbert": "PreTrained"}
@@ -56,6 +58,8 @@ def folder(tmp_path, articles):
 @pytest.mark.parametrize("task", ["text-classification", "token-classification"])
 @pytest.mark.parametrize("family", [*WORD_PIECES, *BYTE_PAIRS, *UNIGRAMS])
 def test_a_tokenizer_is_that_of_its_file(folder, family, task, articles, tmp_path_factory):
+    if (family, task, LINE_5) == ("llama", "token-classification", False):
+        pytest.skip("transformers 4.57 wants SentencePiece's file for Llama's words")
     made = folder(family)
     opened, file = open_tokenizer(str(made), task), Tokenizer.from_file(str(made / "tokenizer.json"))
     texts = [row["text"][:600] for row in articles[:200]]
@@ -71,9 +75,8 @@ def test_a_tokenizer_is_that_of_its_file(folder, family, task, articles, tmp_pat
     again = tmp_path_factory.mktemp("again")
     opened.save_pretrained(again)
     saved = Tokenizer.from_file(str(again / "tokenizer.json"))
-    assert [
-        saved.encode(t, is_pretokenized=isinstance(t, list), add_special_tokens=False).ids for t in texts
-    ] == expected
+    many = saved.encode_batch(texts, is_pretokenized=task == "token-classification", add_special_tokens=False)
+    assert [encoding.ids for encoding in many] == expected
 
 
 @pytest.fixture
@@ -95,6 +98,7 @@ def test_a_checkpoint_of_a_newer_transformers_names_the_version_to_install(chang
         open_config(str(folder))
 
 
+@pytest.mark.skipif(not LINE_5, reason="transformers 4.57 opens any values")
 def test_a_newer_checkpoint_whose_weights_do_not_fit_names_the_version_too(changed):
     folder = changed(transformers_version="5.99.0", hidden_size="wide")
     with pytest.raises(ModelError, match=r"can't be opened: .*saved by 5.99.0: pip install 'transformers>=5.99.0'"):
@@ -114,7 +118,7 @@ def test_layer_types_that_contradict_the_layers_are_named(tmp_path):
     config.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_bytes()) | {"layer_types": ["full_attention"] * 3}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ModelError, match=r"num_hidden_layers. \(4\).*layer_types. \(3\)"):
+    with pytest.raises(ModelError, match=r"num_hidden_layers` \(4\) .*layer.types`? \(3\)"):
         open_config(str(tmp_path))
 
 
@@ -133,11 +137,6 @@ def test_a_head_for_another_task_is_named_with_that_task(changed):
 
 
 def test_opening_shows_no_progress_of_others(base_model, tmp_path, capfd):
-    open_classifier_like = AutoTokenizer.from_pretrained(base_model)
-    open_classifier_like.save_pretrained(tmp_path)
-    from kdexport.models.loading import open_model
-
-    open_model(str(base_model), open_config(str(base_model)), "text-classification", ["a", "b"]).model.save_pretrained(
-        tmp_path
-    )
+    model, config = str(base_model), open_config(str(base_model))
+    save_model(open_model(model, config, "text-classification", ["a", "b"]), tmp_path)
     assert capfd.readouterr().err == ""
