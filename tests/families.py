@@ -47,6 +47,13 @@ SOUNDS = {
     "audio-spectrogram-transformer": {"max_length": 64, "num_mel_bins": 32},
     "wav2vec2": {"conv_dim": [32] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
 }
+# Families of 2026, which transformers 4.57 does not know.
+NEW_TEXTS = {name: {"num_key_value_heads": 2, "pad_token_id": 0} for name in ("eurobert", "nomic_bert", "gte", "olmo3")}
+NEW_TEXTS["jina_embeddings_v3"] = {"pad_token_id": 0}
+NEW_WRITERS = {
+    name: {"num_key_value_heads": 2, "max_position_embeddings": 128}
+    for name in ("ministral3", "cwm", "hyperclovax", "exaone", "nanochat")
+}
 OURS = [*KINDS, "conv", "conv-audio"]
 EVERY = ["minilm", "tiny", *TEXTS, *WRITERS, *IMAGES, *SOUNDS, *OURS]
 # Those whose attention ONNX Runtime fuses, with their layers.
@@ -70,10 +77,10 @@ def build(name: str) -> tuple[str, PreTrainedModel, object]:
     """Return the task, the model with random weights (real ones of `minilm`), and its tokenizer or processor."""
     torch.manual_seed(0)
     labels = {"num_labels": len(LABELS), "id2label": dict(enumerate(LABELS))}
-    if name in WRITERS:
+    if settings := (WRITERS | NEW_WRITERS).get(name):
         tokenizer = byte_pairs()
-        ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
-        config = AutoConfig.for_model(name, **SIZES, **WRITERS[name], **ids, vocab_size=len(tokenizer))
+        ids = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+        config = AutoConfig.for_model(name, **SIZES, **settings, **ids, vocab_size=len(tokenizer))
         return "causal-lm", transformers.AutoModelForCausalLM.from_config(config), tokenizer
     if name in IMAGES:
         config = AutoConfig.for_model(name, **SIZES, **IMAGES[name], **labels)
@@ -99,7 +106,7 @@ def build(name: str) -> tuple[str, PreTrainedModel, object]:
         kind = transformers.AutoModelForSequenceClassification
         model = kind.from_config(config) if name == "tiny" else kind.from_pretrained(demo.teacher(), config=config)
     else:
-        config = AutoConfig.for_model(name, **(SIZES | TEXTS[name]), **labels, vocab_size=len(tokenizer))
+        config = AutoConfig.for_model(name, **(SIZES | (TEXTS | NEW_TEXTS)[name]), **labels, vocab_size=len(tokenizer))
         model = transformers.AutoModelForSequenceClassification.from_config(config)
     return "text-classification", model, tokenizer
 

@@ -6,8 +6,8 @@ ONNX Runtime's fusions know the graphs of TorchScript with eager attention: docs
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
+import os
+import sys
 import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -200,7 +200,16 @@ def _masks_without_vmap() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # TorchScript's deprecation, and traced ifs on shapes
-        yield
+    """Silence exporters: warnings of traced ifs, and whole graphs that C++ prints where one fails."""
+    saved = {number: os.dup(number) for number in (1, 2)}
+    with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere:
+        warnings.simplefilter("ignore")
+        for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+            stream.flush()
+            os.dup2(nowhere.fileno(), number)
+        try:
+            yield
+        finally:
+            for number, before in saved.items():
+                os.dup2(before, number)
+                os.close(before)

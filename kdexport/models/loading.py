@@ -162,6 +162,8 @@ def open_tokenizer(model: str, task: str = DEFAULT) -> PreTrainedTokenizerFast:
             raise
     if not tokenizer.is_fast:
         raise slow
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # transformers 5 makes it out of nothing
+        raise ModelError(f"model {model!r} has no tokenizer that can be opened: it has no vocabulary", fix)
     if LINE_5 and (file := cached_file(model, "tokenizer.json", _raise_exceptions_for_missing_entries=False)):
         _as_in_file(tokenizer, Tokenizer.from_file(file), add_prefix_space=bool(words))
     return tokenizer

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport import spec
+from kdexport.data import demo
 from kdexport.errors import ModelError, first_line
 from kdexport.progress import say
 from kdexport.spec import derive
@@ -27,7 +28,7 @@ def rehearse(settings: spec.Spec) -> None:
     """
     from kdexport.models.loading import open_config
 
-    teacher = named(settings)[0]
+    teacher = demo.located(named(settings)[0])
     if task_class(settings.task).modality == "audio":  # its inputs follow from the data
         return
     for name in derive.students(settings):

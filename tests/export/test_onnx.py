@@ -1,5 +1,6 @@
 """Every family is exported by torch's own exporters: the same logits, known names, and attention that fuses."""
 
+import importlib
 import json
 
 import families
@@ -120,6 +121,7 @@ def test_what_can_not_be_traced_is_written_by_dynamo_and_what_neither_writes_is_
 @pytest.mark.parametrize("name", families.EVERY)
 def test_the_graph_is_optimums_operator_by_operator(family, name, tmp_path):
     exporters = pytest.importorskip("optimum.exporters.onnx")
+    importlib.import_module("optimum.exporters.onnx.model_configs")  # which registers families
     if name == "roberta":
         pytest.skip("Optimum knows that RoBERTa reads no token types; here a tokenizer gives them")
     if name in families.OURS:

@@ -9,6 +9,7 @@ from conftest import CLASSIFIERS
 
 import kdexport as package
 from kdexport.errors import KdexportError, VerificationError
+from kdexport.models import LINE_5
 from kdexport.pipeline.export_model import export, recommend
 from kdexport.results import ExportedFile, Ratio
 from kdexport.runtime import artifact
@@ -24,6 +25,10 @@ def test_scores_are_those_of_transformers_pipeline(classifier, kind, articles, t
     from transformers import pipeline
 
     folder = classifier(kind)
+    if kind == "one-label-said-single" and LINE_5:  # transformers 5 opens no such configuration
+        with pytest.raises(KdexportError, match="requires `num_labels > 1`"):
+            export(str(folder), tmp_path / "out")
+        return
     found = export(str(folder), tmp_path / "out", variants=("fp32",), max_length=64)
     assert found.files[0].max_abs_diff <= 1e-4
     texts = ["", "a", *(row["text"] for row in articles[:10])]
