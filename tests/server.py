@@ -67,3 +67,10 @@ def serving(
     finally:
         server.shutdown()
         server.server_close()
+
+
+def forget_sessions() -> None:
+    """Let huggingface_hub open new connections."""
+    from huggingface_hub import utils
+
+    (getattr(utils, "close_session", None) or utils.reset_sessions)()

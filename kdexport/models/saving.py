@@ -1,15 +1,17 @@
 """Write model folders: config, weights, tokenizer or processor, and `task.json`."""
 
+import json
 from collections.abc import Collection, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kdexport.errors import ModelError
 from kdexport.files import write_json
+from kdexport.models import LINE_5
 from kdexport.models.loading import ModelAndProcessor
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.config import Function, TaskConfig
@@ -95,8 +97,30 @@ def write_task(
     tokenizer.model_max_length = config.max_length
     if top_k:  # or it gives token types, which no graph takes
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = config.inputs
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     write_json(out / "task.json", config)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write a tokenizer so that both lines of transformers read the tokens of its tokenizer.json.
+
+    Where transformers 5 would make another normalizer of the family's class, and where it names a class that 4.57 does
+    not know, the plain class is named.
+    """
+    tokenizer.save_pretrained(out)
+    if not LINE_5:
+        return
+    file = out / "tokenizer_config.json"
+    config = json.loads(file.read_bytes())
+    opened = AutoTokenizer.from_pretrained(out)
+    if config["tokenizer_class"] == "TokenizersBackend" or _components(opened) != _components(tokenizer):
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": tokenizer.model_input_names}
+        write_json(file, config)
+
+
+def _components(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [backend[name] for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
 
 
 def save_model(opened: ModelAndProcessor, out: Path) -> None:

@@ -6,13 +6,13 @@ import shutil
 import families
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from kdexport.data import demo
 from kdexport.errors import ModelError
 from kdexport.models import LINE_5
 from kdexport.models.loading import open_classifier, open_config, open_model, open_tokenizer
-from kdexport.models.saving import save_model
+from kdexport.models.saving import save_model, save_tokenizer
 
 WORD_PIECES = {"bert": "Bert", "electra": "Electra", "distilbert": "DistilBert", "mpnet": "MPNet"}
 BYTE_PAIRS = {"roberta": "Roberta", "gpt2": "GPT2", "llama": "Llama", "modernbert": "PreTrained"}
@@ -73,10 +73,12 @@ def test_a_tokenizer_is_that_of_its_file(folder, family, task, articles, tmp_pat
     given = opened(texts, is_split_into_words=task == "token-classification", add_special_tokens=False)["input_ids"]
     assert given == expected
     again = tmp_path_factory.mktemp("again")
-    opened.save_pretrained(again)
+    save_tokenizer(opened, again)
     saved = Tokenizer.from_file(str(again / "tokenizer.json"))
     many = saved.encode_batch(texts, is_pretokenized=task == "token-classification", add_special_tokens=False)
     assert [encoding.ids for encoding in many] == expected
+    if task == "text-classification":
+        assert AutoTokenizer.from_pretrained(again)(texts, add_special_tokens=False)["input_ids"] == expected
 
 
 @pytest.fixture

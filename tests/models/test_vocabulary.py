@@ -24,6 +24,7 @@ from transformers import (
 
 from kdexport.data import demo
 from kdexport.errors import ModelError
+from kdexport.models.saving import save_tokenizer
 from kdexport.models.vocabulary import trim_vocabulary
 
 STRANGE = ["naïve café, 北京 😀 €5", "[MASK] <mask> [unused3] <unk>", "ΣΊΣΥΦΟΣ ǅ ﬁ", "", " \n\t ", "x" * 300]
@@ -164,9 +165,8 @@ def test_every_text_of_the_corpus_keeps_its_tokens(kind, tokenizer_of, sentences
     assert kept.dtype == np.int64
     assert (np.diff(kept) > 0).all()
     assert len(tokenizer) == len(kept) < 0.8 * size
-    tokenizer.save_pretrained(tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(again) is type(tokenizer)
     for trimmed in (
         tokenizer.backend_tokenizer,
         again.backend_tokenizer,

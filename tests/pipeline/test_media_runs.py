@@ -14,8 +14,8 @@ import pytest
 import tritonclient.http as triton
 from huggingface_hub import InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import reset_sessions
 from serve_process import served
+from server import forget_sessions
 
 import kdexport as package
 from kdexport import spec
@@ -149,9 +149,9 @@ def test_predict_reads_files_and_bytes(finished_run, kind, tmp_path, kdexport):
 def online(monkeypatch):
     """The library refuses to talk to anyone while HF_HUB_OFFLINE is set."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    reset_sessions()
+    forget_sessions()
     yield
-    reset_sessions()
+    forget_sessions()
 
 
 @pytest.mark.usefixtures("online")

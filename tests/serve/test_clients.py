@@ -213,12 +213,12 @@ def test_triton_aio(server, encoded, expected):
 @pytest.fixture
 def online(monkeypatch):
     """The library refuses to talk to anyone while HF_HUB_OFFLINE is set."""
-    from huggingface_hub.utils import reset_sessions
+    from server import forget_sessions
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    reset_sessions()
+    forget_sessions()
     yield
-    reset_sessions()
+    forget_sessions()
 
 
 @pytest.mark.usefixtures("online")

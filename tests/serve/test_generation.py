@@ -19,8 +19,8 @@ import pytest
 import tritonclient.http as triton
 from huggingface_hub import AsyncInferenceClient, InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import reset_sessions
 from serve_process import served
+from server import forget_sessions
 from test_openapi import schemathesis
 from wire import Wire, request
 
@@ -105,9 +105,9 @@ def model(language_model):
 def client(server, monkeypatch):
     """Hugging Face's own; it refuses to talk to anyone while HF_HUB_OFFLINE is set."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    reset_sessions()
+    forget_sessions()
     yield InferenceClient(server.url)
-    reset_sessions()
+    forget_sessions()
 
 
 def metric(server, name):

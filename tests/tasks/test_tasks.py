@@ -90,7 +90,8 @@ def test_scores_are_those_of_transformers_pipeline(labels, problem_type, functio
     pipeline = TextClassificationPipeline.__new__(TextClassificationPipeline)
     pipeline.framework = "pt"
     pipeline.model = type("Model", (), {})()
-    pipeline.model.config = BertConfig(id2label=dict(enumerate(names)), problem_type=problem_type)
+    pipeline.model.config = BertConfig(id2label=dict(enumerate(names)))
+    pipeline.model.config.problem_type = problem_type
     answers = make(labels=names, function=function).decode(logits)
     for row, answer in zip(logits, answers, strict=True):
         output = SequenceClassifierOutput(logits=torch.from_numpy(row[None]))
