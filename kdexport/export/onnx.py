@@ -37,8 +37,6 @@ _TOLERANCE = 1e-3
 _BERT_LIKE = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "mpnet", "albert"}
 # Lengths of the traced example: all differ, and none is 1, which the exporter would take for a constant.
 _ROWS, _READ, _BEFORE = 2, 6, 3
-
-
 # Axes that tracing leaves free and that a model reads at one size.
 _FIXED = {"num_channels", "height", "width"}
 
@@ -112,7 +110,7 @@ def _trace(model: PreTrainedModel, task: Task, file: Path) -> None:
             _Positional(model, list(graph.inputs)), tuple(graph.inputs.values()), file, dynamo=False,
             input_names=list(graph.inputs), output_names=graph.outputs, dynamic_axes=graph.axes, opset_version=OPSET,
         )  # fmt: skip
-    _save(onnx.load(file), task, file)
+    _save(onnx.load(file), task, file, "torchscript")
 
 
 def _export_by_dynamo(model: PreTrainedModel, task: Task, file: Path) -> None:
@@ -131,7 +129,7 @@ def _export_by_dynamo(model: PreTrainedModel, task: Task, file: Path) -> None:
         del node.metadata_props[:]
         node.doc_string = ""
     del written.graph.value_info[:], written.graph.metadata_props[:], written.metadata_props[:]
-    _save(written, task, file)
+    _save(written, task, file, "dynamo")
 
 
 _EXPORTERS: dict[str, Callable[[PreTrainedModel, Task, Path], None]] = {
@@ -140,8 +138,9 @@ _EXPORTERS: dict[str, Callable[[PreTrainedModel, Task, Path], None]] = {
 }
 
 
-def _save(graph: onnx.ModelProto, task: Task, file: Path) -> None:
-    onnx.helper.set_model_props(graph, {"made_by": "kdexport", "task": task.name, "graph": "plain"})
+def _save(graph: onnx.ModelProto, task: Task, file: Path, exporter: str) -> None:
+    about = {"made_by": "kdexport", "task": task.name, "graph": "plain", "exporter": exporter}
+    onnx.helper.set_model_props(graph, about)
     onnx.save(graph, file)
 
 
