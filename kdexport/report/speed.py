@@ -181,6 +181,7 @@ def _by_round(rounds: dict[str, list[float]]) -> Figure:
 _MADE_FROM = {
     "student-torch": "teacher-torch", "student-fp32": "student-torch", "student-fp32-fused": "student-fp32",
     "student-fp16": "student-fp32", "student-int8": "student-fp32", "student-int8-fused": "student-fp32-fused",
+    "student-fp32-dynamo": "student-fp32", "student-int8-dynamo": "student-fp32-dynamo",
 }  # fmt: skip
 
 

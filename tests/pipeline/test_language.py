@@ -175,7 +175,8 @@ def shakespeare(tmp_path_factory, cache):
 def test_the_report_has_bits_per_byte_and_tokens_a_second(shakespeare):
     report = read_report(shakespeare / "report.json")
     assert (report.metric, report.metric_higher_is_better) == ("bits per byte", False)
-    assert [v.name for v in report.variants if v.shipped] == ["student-fp32", "student-int8", "student-int4"]
+    shipped = [v.name.removesuffix("-dynamo") for v in report.variants if v.shipped]  # what measured faster here
+    assert sorted(shipped) == ["student-fp32", "student-int4", "student-int8"]
     for variant in report.variants:
         assert 1 < variant.metric.value < 4
         assert 0 < variant.further["token accuracy"] < 1
