@@ -392,6 +392,7 @@ def test_export_keeps_what_others_put_into_its_folder(kdexport, copied, tmp_path
     assert list(tmp_path.rglob("*.old-1"))
 
 
+@pytest.mark.slow
 def test_export_keeps_an_edited_card_and_manifest(kdexport, classifier, tmp_path):
     model, out = classifier("single-label"), tmp_path / "dep"
     assert kdexport("export", model, out, "--variants", "fp32").returncode == 0

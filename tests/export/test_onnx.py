@@ -92,6 +92,7 @@ def test_caches_have_the_names_that_other_runtimes_read(family, name):
     assert axes == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", families.WRITERS)
 def test_dynamo_stores_tied_embeddings_once(family, name, tmp_path):
     folder, file = family(name), tmp_path / "model.onnx"

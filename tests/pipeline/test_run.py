@@ -135,6 +135,7 @@ def test_a_finished_run_is_instant_and_loads_no_torch(copied, settings, kdexport
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.slow
 def test_a_second_student_reuses_the_soft_targets(copied, settings, kdexport):
     shutil.rmtree(copied / "targets")
     other = {"student.model": "layers:1", "distill.epochs": 1, "bench.rounds": 1, "export.variants": ["fp32"]}
@@ -231,6 +232,7 @@ def test_answers_do_not_depend_on_the_batch(finished, rows):
     assert [a.score for a in model.predict(texts, batch_size=7)] == pytest.approx(one_by_one, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="there is one")
 def test_a_gpu_that_is_asked_for_and_not_there_is_left_out_and_said(copied, settings, kdexport):
     more = settings | {"bench.devices": ["cuda"], "bench.runtimes": ["onnxruntime"], "bench.rounds": 1}

@@ -136,6 +136,7 @@ def searched(kdexport, finished, settings, tmp_path_factory):
     return out, spec_file, found
 
 
+@pytest.mark.slow
 def test_a_search_drops_untrained_what_cannot_fit_and_trains_the_best_of_the_rest(searched):
     out, _, found = searched
     report = read_report(out / "report.json")
@@ -161,6 +162,7 @@ def test_a_search_drops_untrained_what_cannot_fit_and_trains_the_best_of_the_res
     assert "over budget" in page
 
 
+@pytest.mark.slow
 def test_a_search_that_is_done_is_done_at_once(searched, kdexport):
     out, spec_file, before = searched
     again = kdexport("run", spec_file, "--out", out)
@@ -184,6 +186,7 @@ def test_a_budget_that_nothing_can_meet_shows_the_closest_and_exits_3(searched, 
     assert (tmp_path / "run" / "artifact" / "onnx" / "model.onnx").exists()
 
 
+@pytest.mark.slow
 def test_another_budget_measures_and_trains_nothing_twice(searched, kdexport):
     out, spec_file, _ = searched
     found = kdexport("run", spec_file, "--max-size", "7MB", "--out", out)
@@ -203,6 +206,7 @@ def test_a_time_limit_trains_no_second_student(searched, kdexport, tmp_path):
     assert sum(one["metric"] is not None for one in report["search"]["rungs"]) == 1
 
 
+@pytest.mark.slow
 def test_a_trial_is_a_small_part_of_a_training_and_keeps_no_weights(searched):
     out, _, _ = searched
     for name in ("bag", "cnn"):
