@@ -1,4 +1,4 @@
-"""The export stage: a trained student → ONNX graphs, plain and fused, in several precisions."""
+"""The export stage: a trained student → ONNX graphs, plain and fused or dynamo's, in several precisions."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

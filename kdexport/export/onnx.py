@@ -19,11 +19,11 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel, masking_utils
+from transformers import AutoConfig, DynamicCache, PreTrainedModel, masking_utils
 
 from kdexport.errors import ModelError, first_line
 from kdexport.models import LINE_5
-from kdexport.models.caches import cache_of, pairs_of, read_after
+from kdexport.models.caches import pairs_of, read_after
 from kdexport.models.inference import logits_of
 from kdexport.models.registry import Dimensions, dimensions, open_trained
 from kdexport.runtime.predictor import PAST, POSITIONS, PRESENT, Predictor
@@ -42,7 +42,7 @@ _FIXED = {"num_channels", "height", "width"}
 
 
 class Graph(NamedTuple):
-    """What a model's graph takes and gives: example inputs in order, names of outputs, dynamic axes by name."""
+    """A graph's example inputs, in order; the names of its outputs; and the dynamic axes of both."""
 
     inputs: dict[str, Tensor]
     outputs: list[str]
@@ -63,7 +63,7 @@ class _Positional(nn.Module):
         if not past:
             return self._model(**inputs).logits
         pairs = list(zip(past[::2], past[1::2], strict=True))
-        logits, cache = read_after(self._model, cache_of(pairs), **inputs)
+        logits, cache = read_after(self._model, DynamicCache(pairs), **inputs)
         return logits, *(tensor for pair in pairs_of(cache) for tensor in pair)
 
 
@@ -89,6 +89,7 @@ def export_onnx(student: Path, file: Path, exporters: Sequence[str] = ("torchscr
             problems.append(f"{name}'s graph differs from it by {difference:.1e}")
         except Exception as error:  # exporters raise whatever a model's code or torch raises
             problems.append(first_line(error))
+    file.unlink(missing_ok=True)
     raise ModelError(
         f"{model.config.model_type} models can't be exported to ONNX: {problems[0]}",
         "Take a student of another family, or bag, cnn, gru or encoder",

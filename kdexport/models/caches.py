@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, heads, T, size]
 
@@ -17,11 +17,6 @@ def read_after(model: PreTrainedModel, past: Any, **inputs: Tensor) -> tuple[Ten
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     found = model(**inputs, **{name: past}, use_cache=True)
     return found.logits, found["cache"] if "cache" in found else found["past_key_values"]
-
-
-def cache_of(pairs: Pairs) -> DynamicCache:
-    """Make a cache of the keys and values of each layer."""
-    return DynamicCache(pairs)
 
 
 def pairs_of(cache: Any) -> Pairs:

@@ -63,8 +63,8 @@ def _check_known(model: str, config: dict[str, Any]) -> None:
             f"model {model!r} is of type {family!r} and brings code of its own, which is never run",
             "Take a model of a family that transformers has",
         )
-    fix = f"It was saved by {saved_by}: pip install 'transformers>={saved_by}'" if saved_by else "Upgrade transformers"
-    raise ModelError(f"model {model!r} is of type {family!r}, unknown to transformers {transformers.__version__}", fix)
+    what = f"model {model!r} is of type {family!r}, unknown to transformers {transformers.__version__}"
+    raise ModelError(what, _install(saved_by) if saved_by else "Upgrade transformers")
 
 
 def open_model(
@@ -116,7 +116,11 @@ def _newer(model: str) -> str:
         newer = Version(saved_by) > Version(transformers.__version__)
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return f"It was saved by {saved_by}: pip install 'transformers>={saved_by}'" if newer else ""
+    return _install(saved_by) if newer else ""
+
+
+def _install(version: str) -> str:
+    return f"It was saved by {version}: pip install 'transformers>={version}'"
 
 
 def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
@@ -171,8 +175,7 @@ def open_tokenizer(model: str, task: str = DEFAULT) -> PreTrainedTokenizerFast:
 
 def _as_in_file(tokenizer: PreTrainedTokenizerFast, file: Tokenizer, *, add_prefix_space: bool) -> None:
     """Put tokenizer.json's own normalizer and pre-tokenizer back: transformers 5 makes those of the family's class."""
-    missing = [t for t in tokenizer.added_tokens_decoder.values() if file.token_to_id(t.content) is None]
-    file.add_tokens(missing)
+    file.add_tokens([t for t in tokenizer.added_tokens_decoder.values() if file.token_to_id(t.content) is None])
     if add_prefix_space and hasattr(file.pre_tokenizer, "add_prefix_space"):
         file.pre_tokenizer.add_prefix_space = True
     tokenizer._tokenizer = file

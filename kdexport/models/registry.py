@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import PreTrainedModel
 
@@ -33,6 +32,8 @@ def task_of(config: Any) -> str | None:
 
 def other_task(config: Any) -> str | None:
     """Return the Hub's name of the task of an architecture whose task is none of ours."""
+    from optimum.exporters.tasks import TasksManager  # a second to import, for an error alone
+
     for name in config.architectures or []:
         with suppress(ValueError, RuntimeError, AttributeError):
             return str(TasksManager.infer_task_from_model(getattr(transformers, name)))

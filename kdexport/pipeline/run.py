@@ -60,7 +60,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
             build=lambda work: _targets(settings, data, teacher, work),
         )  # fmt: skip
 
-        # 4. Train and export the student, or search for the best one: plain and fused ONNX files in each precision.
+        # 4. Train and export the student, or search for the best one: ONNX files of each graph and precision.
         make = Students(settings, folder, data, teacher, targets)
         student, export, searched = search(make, names) if len(names) > 1 else (*make.whole(names[0]), None)
 
