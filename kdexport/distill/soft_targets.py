@@ -4,7 +4,8 @@ Each teacher computes each text once, in a shared cache (`teacher_outputs`, `sto
 combined logits of its rows, and of the transfer rows, which the teachers alone label: unlabelled and augmented texts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from kdexport.data import read_rows, write_rows
 from kdexport.data.sources import SPLITS
 from kdexport.distill.augment import changer, transfer_rows
 from kdexport.distill.combine import columns_of, combine
+from kdexport.distill.fine_tune import cause_of_chance
 from kdexport.distill.samples import written_by
 from kdexport.distill.store import cache_folder
 from kdexport.distill.teacher_outputs import Rows, Run, Teacher
@@ -23,10 +25,12 @@ from kdexport.distill.teachers import teachers_of
 from kdexport.errors import ModelError
 from kdexport.files import write_json
 from kdexport.progress import say, warn
+from kdexport.spec import derive
 from kdexport.stages import read_record
 from kdexport.tasks import load_task
+from kdexport.tasks.base import Task
 from kdexport.tasks.judging import metric
-from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix
+from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix, softmax
 
 TRANSFER = "transfer"
 _PREFLIGHT_ROWS = 256
@@ -63,23 +67,35 @@ def write_targets(
     task = load_task(teacher)
     splits = {split: read_rows(data, split) for split in SPLITS}
     unlabelled = read_rows(data, "unlabelled") if (data / "unlabelled.jsonl").is_file() else []
-    change = changer(teacher, augment, seed) if augment else None
     seen = {task.content(row) for split in ("validation", "test") for row in splits[split]}
     if samples:
         unlabelled = [*unlabelled, *written_by(teacher, splits["train"], samples, seed)]
-    if transfer := transfer_rows(splits["train"], unlabelled, change, task.name, seen):
-        write_rows(out, TRANSFER, transfer)
-        splits[TRANSFER] = transfer
     labelled = {split: [i for i, row in enumerate(rows) if row["label"] is not None] for split, rows in splits.items()}
     outputs = read_record(teacher).outputs
     members = [Teacher(named, outputs, how, seed, run_teacher) for named in teachers_of(teacher)]
-    computed = sum(_read(member, splits, labelled, len(members) > 1) for member in members)
+    names = [f"teacher {member.named.model}" if len(members) > 1 else "the teacher" for member in members]
+    everything = [row for rows in splits.values() for row in rows]
+    computed = sum(
+        _read(member, everything, who, partial(_check, member, splits, labelled, who))
+        for member, who in zip(members, names, strict=True)
+    )
     places = [columns_of(task.labels, m.task.labels, members[0].named.model, m.named.model) for m in members]
+
+    def answers_to(rows: Rows) -> list[Array]:
+        answers = [member.answers(rows) for member in members]
+        return [a[..., columns] if columns else a for a, columns in zip(answers, places, strict=True)]
+
+    if augment is None and not unlabelled and all(member.named.kind != "stored" for member in members):
+        augment = _needed(task, _combine(answers_to(splits["train"]), how))
+    change = changer(teacher, augment, seed) if augment and augment.views else None
+    if transfer := transfer_rows(splits["train"], unlabelled, change, task.name, seen):
+        write_rows(out, TRANSFER, transfer)
+        splits[TRANSFER], labelled[TRANSFER] = transfer, []
+        computed += sum(_read(member, transfer, who) for member, who in zip(members, names, strict=True))
     accuracy: dict[str, float] = {}
     each: list[dict[str, float]] = [{} for _ in members]
     for split, rows in splits.items():
-        answers = [member.answers(rows) for member in members]
-        answers = [a[..., columns] if columns else a for a, columns in zip(answers, places, strict=True)]
+        answers = answers_to(rows)
         logits = _combine(answers, how)
         np.save(out / f"{split}.npy", logits)
         if chosen := labelled[split]:
@@ -103,22 +119,36 @@ def write_targets(
     write_json(out / "targets.json", record)
 
 
-def _read(teacher: Teacher, splits: Mapping[str, Rows], labelled: dict[str, list[int]], named: bool) -> int:
-    """Compute what one teacher has not computed yet, after checking it on labelled rows; return how many texts."""
-    everything = [row for rows in splits.values() for row in rows]
+def _check(teacher: Teacher, splits: Mapping[str, Rows], labelled: dict[str, list[int]], who: str) -> None:
+    """Refuse a teacher that is near chance on labelled rows."""
     trained_for = [splits[split][i] for split in ("validation", "train") for i in labelled[split]]
     asked = trained_for or splits["test"]
     sample = [asked[i] for i in sampled(len(asked), _PREFLIGHT_ROWS)]
-    who = f"teacher {teacher.named.model}" if named else "the teacher"
-    missing, texts = teacher.count(everything)
     teacher.read(sample, "soft targets (preflight)")
     _preflight(teacher, sample, who)
+
+
+def _read(teacher: Teacher, rows: Rows, who: str, check: Callable[[], None] = lambda: None) -> int:
+    """Compute what one teacher has not computed yet; return how many texts."""
+    missing, texts = teacher.count(rows)
+    check()
     if missing:
         say(f"soft targets: {who} reads {missing:,} texts")
-        teacher.read(everything, "soft targets")
+        teacher.read(rows, "soft targets")
     if missing < texts and teacher.named.kind != "stored":
         say(f"soft targets: {texts - missing:,} of {texts:,} reused from {cache_folder()}")
     return missing
+
+
+def _needed(task: Task, logits: Array) -> spec.Augment | None:
+    """Return augmented texts where teachers are so sure of the training rows that they say hardly more than labels."""
+    if task.objective != "classes" or not task.menu.augment:
+        return None
+    copies = derive.views(float(softmax(logits).max(axis=1).mean()), len(logits))
+    if not copies.value:
+        return None
+    say(f"soft targets: {copies.value:g} augmented copies of each text: {copies.reason}; --augment 0 makes none")
+    return spec.Augment(views=int(copies.value))
 
 
 def _combine(answers: Sequence[Array], how: spec.Teacher) -> Array:
@@ -133,7 +163,7 @@ def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     if task.config.function != "softmax":
         if task.is_chance(logits, rows):
             value = task.metric.text(metric(task, logits, rows))
-            raise ModelError(f"{who} has a {task.metric.name} of {value} on {len(rows)} labelled rows", "Train it")
+            raise _near_chance(teacher, f"{who} has a {task.metric.name} of {value} on {len(rows)} labelled rows")
         return
     items = task.items(rows, logits)
     counts = confusion_matrix(items.labels, items.logits.argmax(axis=1), len(task.labels))
@@ -155,11 +185,16 @@ def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     gained, lost = counts[truth, answer][moved].sum(), np.diag(counts)[moved].sum()
     if gained - lost > max(_SURE * np.sqrt(gained + lost), _WORTH * counts.sum()):
         warn(f"{found}; read as {order} it answers {reordered:.1%}. If that is its label order: {fix}")
-    if not near_chance:
-        return
+    if near_chance:
+        raise _near_chance(teacher, found)
+
+
+def _near_chance(teacher: Teacher, found: str) -> ModelError:
+    if cause := cause_of_chance(teacher.named.folder):
+        return ModelError(f"{found}: {cause[0]}", cause[1])
     fixes = {
         "torch": "Is it trained for these labels? To fine-tune it: --teacher-epochs 3",
         "onnx": "Is it trained for these labels?",
         "stored": "Are its rows in the order of the data's?",
     }
-    raise ModelError(found, fixes[teacher.named.kind])
+    return ModelError(found, fixes[teacher.named.kind])

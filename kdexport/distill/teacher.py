@@ -4,19 +4,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from transformers import set_seed
 
 from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.data import read_rows, read_summary
-from kdexport.distill.train import TrainConfig, fit
+from kdexport.distill.fine_tune import fine_tune
 from kdexport.errors import ModelError
-from kdexport.files import write_json
 from kdexport.models.loading import open_config, open_model, own_labels
 from kdexport.models.registry import has_head
 from kdexport.models.saving import save_model, save_task
 from kdexport.progress import say, warn
+from kdexport.spec.teachers import has_weights
 from kdexport.tasks import load_task, task_class
 from kdexport.tasks.classes import function_of
 
@@ -40,11 +39,18 @@ def prepare_teacher(
     known = summary.labels
     of_task, kind = summary.task, task_class(summary.task, summary.problem)
     function = kind.function
+    train = settings.train
+    if train is None and not has_weights(source):
+        say(f"teacher: {settings.model} holds no weights, so it is trained from random ones")
+        train = spec.TeacherTraining()
+    elif train is None and kind.has_labels and not has_head(config, of_task):
+        say(f"teacher: {settings.model} has no trained head, so it is fine-tuned first")
+        train = spec.TeacherTraining()
     if not kind.has_labels:
         labels = []
-        if settings.train is None and not has_head(config, of_task):
+        if train is None and not has_head(config, of_task):
             raise ModelError(f"teacher {settings.model} is no language model", "Name one, such as a GPT-2")
-    elif settings.train is None:
+    elif train is None:
         if (theirs := function_of(len(own_labels(config)), config.problem_type)) != function:
             raise ModelError(
                 f"teacher {settings.model} scores by {theirs}, but data.problem {summary.problem} needs {function}",
@@ -54,27 +60,15 @@ def prepare_teacher(
         labels = match_labels(own_labels(config), known, has_head(config, of_task), settings.model)
     else:
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
-    opened = open_model(source, config, of_task, labels, function, to_train=settings.train is not None)
+    opened = open_model(source, config, of_task, labels, function, to_train=train is not None)
     some = some_rows(data)
     save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some, top_k=_TOP_K)
     task = load_task(out)
     for remark in task.remarks(some):
         say(f"teacher: {remark}")
-    if settings.train is not None:
-        training = TrainConfig(seed=seed, **msgspec.structs.asdict(settings.train))
-        train, validation = (_labelled(data, split) for split in ("train", "validation"))
-        say(f"teacher: fine-tuning on {len(train):,} rows, {training.epochs} epochs")
-        title = "fine-tune teacher"
-        curve = fit(opened.model, task, train, None, training, validation=validation, work=out, title=title)
-        write_json(out / "training.json", {"recipe": training, "curve": curve})
+    if train is not None:
+        fine_tune(opened, task, train, data, seed, out, trained=has_weights(source))
     save_model(opened, out)
-
-
-def _labelled(data: Path, split: str) -> list[dict[str, Any]]:
-    rows = [row for row in read_rows(data, split) if row["label"] is not None]
-    if not rows:
-        raise ModelError(f"the {split} rows have no labels to fine-tune the teacher on", "Leave out teacher.train")
-    return rows
 
 
 def some_rows(data: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from kdexport.files import write_json
 from kdexport.progress import say
 from kdexport.runtime import artifact
 from kdexport.spec import derive
-from kdexport.spec.teachers import Kind, base_of, is_adapter, kind_of, named, optimum_file
+from kdexport.spec.teachers import Kind, base_of, config_of, has_weights, is_adapter, kind_of, named, optimum_file
 from kdexport.tasks import load_task, task_class
 
 _RECORD = "teacher.json"
@@ -92,6 +92,20 @@ def cut_of(settings: spec.Spec) -> Cut | None:
 def tokenizer_for_stored(settings: spec.Spec) -> str | None:
     """Return the student whose tokenizer is used where the first teacher is a file of logits, else None."""
     return derive.students(settings)[0] if kind_of(models_of(settings)[0]) == "stored" else None
+
+
+def training_of(settings: spec.Spec, rows: int, labels: int) -> derive.Training | None:
+    """Return how the first teacher will be trained, as far as its files tell; None where it is used as it is."""
+    model = models_of(settings)[0]
+    config, kind = config_of(model), task_class(settings.task, settings.data.problem)
+    headless = kind.has_labels and not any(
+        head in name for name in config.get("architectures") or [] for head in kind.heads
+    )
+    if settings.teacher.train is None and (not config or (has_weights(model) and not headless)):
+        return None
+    width = next((config[name] for name in ("hidden_size", "d_model", "n_embd", "dim") if name in config), 0)
+    given = settings.teacher.train or spec.TeacherTraining()
+    return derive.training(given, rows, labels, width, trained=has_weights(model))
 
 
 # --- the stage

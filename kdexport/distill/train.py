@@ -6,7 +6,7 @@ Trainer's. Ours are the loss, the order of rows, and that a resumed training end
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ CHECKPOINT_EVERY_S = 20.0  # one holds weights and optimizer, three times the mo
 Rows = Sequence[dict[str, Any]]
 
 _MIXED = "ACCELERATE_MIXED_PRECISION"
+
+# Weights that begin at random, most often a head, learn so many times as fast as trained ones: docs/decisions.md.
+_FRESH_RATE = 10.0
 
 _SHARES_EVERY = 200  # steps; measuring them costs one more backward pass a term
 
@@ -70,6 +73,7 @@ def fit(
     validation: Rows,
     work: Path,
     title: str,
+    fresh: Collection[str] = (),
     teacher: Path | None = None,
     token_ids: Array | None = None,
     validation_targets: Array | None = None,
@@ -80,6 +84,7 @@ def fit(
         rows: those without a label (None) learn from the teacher alone.
         soft_targets: the teacher's logits float [N, *answer_shape] for `rows`; None trains on labels alone.
         work: a folder for checkpoints; a call with the same arguments resumes from the last one.
+        fresh: names of parameters that begin at random in a trained model; they learn ten times as fast.
         teacher: its folder, for losses of layers.
         token_ids: int64 [V], the teacher's token id of each of the model's, where its vocabulary was trimmed.
 
@@ -121,6 +126,7 @@ def fit(
             matching,
             ledger,
             task.objective,
+            fresh,
             model=model,
             args=_arguments(config, work / "checkpoints", bool(layers)),
             train_dataset=range(len(rows)),
@@ -159,6 +165,7 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         matching: Matching | None,
         ledger: Ledger,
         trained_for: str,
+        fresh: Collection[str],
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
@@ -166,6 +173,7 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         self._config, self._lengths, self._matching, self._ledger = config, lengths, matching, ledger
         self._label_loss, self._packed = OF_OBJECTIVE[trained_for], trained_for == "next-token"
         named = self.model.named_parameters()
+        self._fresh = {id(each) for name, each in self.model.named_parameters() if name in fresh}
         self._of_student = [each for name, each in named if each.requires_grad and not name.startswith("matching.")]
 
     def compute_loss(
@@ -177,6 +185,14 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
             self._ledger.add_shares(gradient_shares(terms, self._of_student))
         self._ledger.add(self.state.global_step + 1, terms, loss)
         return loss
+
+    def create_optimizer(self, *models: Any) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*models)
+        for group in list(optimizer.param_groups):
+            if new := [each for each in group["params"] if id(each) in self._fresh]:
+                group["params"] = [each for each in group["params"] if id(each) not in self._fresh]
+                optimizer.add_param_group({**group, "params": new, "lr": group["lr"] * _FRESH_RATE})
+        return optimizer
 
     def _terms(self, model: Any, inputs: dict[str, Tensor]) -> list[Term]:
         labels, teacher_logits = inputs.pop("labels"), inputs.pop("teacher_logits", None)

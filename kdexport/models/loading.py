@@ -26,7 +26,7 @@ from kdexport.errors import ModelError, first_line
 from kdexport.files import is_place
 from kdexport.models import LINE_5
 from kdexport.models.registry import auto_class, has_head, other_task
-from kdexport.progress import say
+from kdexport.spec.teachers import has_weights
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.config import Function
 
@@ -35,10 +35,11 @@ _PROBLEM_TYPE = {"softmax": None, "sigmoid": "multi_label_classification", "none
 
 
 class ModelAndProcessor(NamedTuple):
-    """A model and its tokenizer, or its processor of images or of sound."""
+    """A model, its tokenizer or its processor of images or of sound, and the names of weights that no file has."""
 
     model: PreTrainedModel
     processor: Any
+    fresh: frozenset[str] = frozenset()
 
 
 def open_config(model: str) -> Any:
@@ -88,15 +89,16 @@ def open_model(
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
         config.problem_type = _PROBLEM_TYPE[function]
-    weights = (path for kind in ("*.safetensors", "pytorch_model*.bin") for path in Path(model).glob(kind))
-    if Path(model).is_dir() and not any(weights):
+    if not has_weights(model):
         if not to_train:
-            raise ModelError(f"model folder {model} holds no weights", "Train it from random ones: --teacher-epochs 3")
-        say(f"teacher: {model} holds no weights, so it starts from random ones")
+            raise ModelError(f"model folder {model} holds no weights", "Save the whole model")
         return ModelAndProcessor(auto_class(task).from_config(config), processor)
     with _opening(model):
-        opened = auto_class(task).from_pretrained(model, config=config, ignore_mismatched_sizes=True)
-    return ModelAndProcessor(opened, processor)
+        opened, found = auto_class(task).from_pretrained(
+            model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    others = (key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])  # in 5 with both shapes
+    return ModelAndProcessor(opened, processor, frozenset([*found["missing_keys"], *others]))
 
 
 @contextmanager

@@ -57,6 +57,15 @@ def dimensions(config: Any) -> Dimensions:
     return Dimensions(normalized.num_layers, normalized.num_attention_heads, normalized.hidden_size)
 
 
+def width_of(config: Any) -> int:
+    """Return the width of a model's hidden states; 0 where it has no one width."""
+    try:
+        width = dimensions(config).width
+    except AttributeError:
+        return 0
+    return width if isinstance(width, int) else 0
+
+
 def task_name(folder: Path) -> str:
     """Return the task of a model folder's `task.json`; without one, text classification."""
     return read_config(folder).task if (folder / "task.json").is_file() else DEFAULT

@@ -42,7 +42,7 @@ def save_task(
         rows: some training rows, to complete the settings of a processor of sound.
         top_k: tokens with a probability in a language model's output.
     """
-    model, tokenizer = opened
+    model, tokenizer = opened.model, opened.processor
     kind = task_class(task)
     if kind.modality != "text":
         image = audio = None

@@ -50,13 +50,13 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
 
         # 2. Prepare the teacher or teachers; fine-tune them if the spec asks for it.
         teacher = folder.stage(
-            "teacher", version=2, settings=teachers.settings_of(settings), reads=[data, *teachers.files(settings)],
+            "teacher", version=3, settings=teachers.settings_of(settings), reads=[data, *teachers.files(settings)],
             build=lambda work: _teachers(settings, data, work),
         )  # fmt: skip
 
         # 3. Compute soft targets once for all students, also of unlabelled and augmented texts.
         targets = folder.stage(
-            "targets", version=2, settings=teachers.asked_of(settings), reads=[data, teacher],
+            "targets", version=3, settings=teachers.asked_of(settings), reads=[data, teacher],
             build=lambda work: _targets(settings, data, teacher, work),
         )  # fmt: skip
 
@@ -101,7 +101,8 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     local_files(settings.data)
     with tempfile.TemporaryDirectory() as work:
         prepare(settings.data, settings.task, settings.seed, Path(work), teachers.cut_of(settings))
-        rows = len(read_rows(Path(work), "train"))
+        train, labels = read_rows(Path(work), "train"), len(read_summary(Path(work)).labels)
+    rows = len(train)
     names = derive.students(settings)
     starts = {derive.start_of(settings.student, name) for name in names}
     copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
@@ -115,6 +116,9 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):
         rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
+    if training := teachers.training_of(settings, sum(row["label"] is not None for row in train), labels):
+        of_teacher = {name: d for name, d in training._asdict().items() if d}
+        derived |= {f"teacher.train.{name}": (f"{d.value:g}", d.reason) for name, d in of_teacher.items()}
     if task_class(settings.task).modality == "text":
         why = "as given" if settings.data.max_length else "128, or the teacher's limit if that is less"
         derived["data.max_length"] = (str(settings.data.max_length or 128), why)
@@ -124,7 +128,7 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
         value = values
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        if value is None and key.startswith("teacher.train."):
+        if value is None and key.startswith("teacher.train.") and key not in derived:
             continue
         shown, reason = derived.get(key, ("–" if value is None else str(value), text))
         table.append((key, shown, reason))

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from kdexport.errors import SpecError
-from kdexport.spec.sections import Distill, Spec, Student
+from kdexport.spec.sections import Distill, Spec, Student, TeacherTraining
 from kdexport.tasks import task_class
 
 # name → (layers, width); the feed-forward width is 4 × width (Turc et al. 2019).
@@ -16,11 +16,26 @@ _EXAMPLES_SEEN, _STEPS = 300_000, 500
 _PATIENT = 5
 
 
+# A teacher this sure of the training rows says hardly more about them than their labels: it is asked about others.
+_SURE, _MOST_VIEWS = 0.95, 120_000
+# Fine-tuning sees a number of examples for the task and more for each label: docs/decisions.md.
+_TEACHER_EXAMPLES, _EXAMPLES_A_LABEL, _TEACHER_STEPS = 20_000, 200, 150
+
+
 class Derived(NamedTuple):
     """A value and its reason."""
 
     value: float
     reason: str
+
+
+class Training(NamedTuple):
+    """How a teacher is fine-tuned."""
+
+    epochs: Derived
+    learning_rate: Derived
+    batch_size: Derived
+    patience: Derived | None
 
 
 class Shape(NamedTuple):
@@ -100,6 +115,12 @@ def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weight
     return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, {least} to {most} epochs; {found}")
 
 
+def views(sure: float, rows: int) -> Derived:
+    """Return the augmented copies of each text for a teacher that is so sure of its answers to train, on average."""
+    reason = f"the teacher is {sure:.1%} sure of the training rows on average"
+    return Derived(max(1, min(8, _MOST_VIEWS // rows)) if sure >= _SURE and rows <= _MOST_VIEWS else 0, reason)
+
+
 def learning_rate(settings: Distill, student: Student, name: str, width: int) -> Derived:
     """Return the highest learning rate: smaller for wider transformers, halved for trained weights."""
     if settings.learning_rate is not None:
@@ -114,3 +135,31 @@ def learning_rate(settings: Distill, student: Student, name: str, width: int) ->
     value = 5e-4 * 128 / width * (0.5 if trained else 1.0)
     start = ", halved: its weights are trained already" if trained else ""
     return Derived(float(f"{value:.2g}"), f"5e-4 at width 128, less for wider: it is {width} wide{start}")
+
+
+def training(given: TeacherTraining, rows: int, labels: int, width: int, *, trained: bool) -> Training:
+    """Return how to train a teacher of this width on so many rows; `trained`: it has weights already."""
+    size = Derived(32 if rows >= 2_000 else 16, f"32 from 2,000 rows on, else 16: there are {rows:,}")
+    if not trained:
+        size = Derived(128 if rows >= 20_000 else 32, f"128 from 20,000 rows on, else 32: there are {rows:,}")
+    batch = _given(given.batch_size) or size
+    if not trained:
+        value = max(8, min(20, 2 * _EXAMPLES_SEEN // rows))
+        passes = Derived(value, f"about {2 * _EXAMPLES_SEEN:,} examples from random weights, 8 to 20 epochs")
+        rate = Derived(1e-3 * (batch.value / 32) ** 0.5, "1e-3 from random weights at 32 rows a step, more for more")
+    else:
+        seen = _TEACHER_EXAMPLES + _EXAMPLES_A_LABEL * labels
+        value = max(3, min(15, round(seen / rows)), min(40, -(-_TEACHER_STEPS * int(batch.value) // rows)))
+        passes = Derived(value, f"about {seen:,} examples for {labels} labels, at least {_TEACHER_STEPS} steps")
+        shown = f"{width} wide" if width else "of no one width"
+        highest = min(5e-4, 2e-4 * (384 / width) ** 2) if width else 1e-4
+        rate = Derived(float(f"{highest:.1g}"), f"2e-4 at width 384, less for wider teachers: it is {shown}")
+    epochs = _given(given.epochs) or passes
+    patience = _given(given.patience)
+    if patience is None and given.epochs is None:
+        patience = Derived(max(2, -(-int(epochs.value) // 4)), "a quarter of the epochs, at least 2")
+    return Training(epochs, _given(given.learning_rate) or rate, batch, patience)
+
+
+def _given(value: float | None) -> Derived | None:
+    return None if value is None else Derived(value, "as given")

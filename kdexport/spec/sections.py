@@ -76,9 +76,17 @@ class Data(Section, frozen=True):
 class TeacherTraining(Section, frozen=True):
     """Fine-tuning of the teacher."""
 
-    epochs: Annotated[Count, _help("passes over the training rows")] = 3
-    learning_rate: Annotated[Positive, _help("the highest; warmed up over 10 %, then linear to zero")] = 5e-5
-    batch_size: Annotated[Count, _help("rows a step")] = 16
+    epochs: Annotated[
+        Count | None, _help("passes over the training rows; derived from rows, labels and width when absent")
+    ] = None
+    learning_rate: Annotated[
+        Positive | None,
+        _help("the highest; warmed up over 10 %, then linear to zero; derived from the teacher's width when absent"),
+    ] = None
+    batch_size: Annotated[Count | None, _help("rows a step; 16 or 32, by the number of rows, when absent")] = None
+    patience: Annotated[
+        Count | None, _help("stop after so many epochs without a better validation metric; absent: never")
+    ] = None
     dtype: Annotated[Dtype, _help("of products; bfloat16 is quicker where supported; weights stay float32")] = "float32"
 
 
@@ -99,7 +107,10 @@ class Teacher(Section, frozen=True):
     ] = "log-mean"
     passes: Annotated[Count, _help("stochastic passes over each text, combined; see `noise`")] = 1
     noise: Annotated[Literal["dropout", "augment"], _help("of passes: MC dropout, or augmented texts")] = "dropout"
-    train: Annotated[TeacherTraining | None, _help("fine-tune it on the data first; absent: use it as it is")] = None
+    train: Annotated[
+        TeacherTraining | None,
+        _help("fine-tune it on the data first; absent: only where it has no trained head for the task"),
+    ] = None
 
 
 class Student(Section, frozen=True):
@@ -137,7 +148,7 @@ class Student(Section, frozen=True):
 class Augment(Section, frozen=True):
     """Augmented training texts, which the teacher labels anew."""
 
-    views: Annotated[Count, _help("augmented texts of each text")] = 8
+    views: Annotated[int, Meta(ge=0, description="augmented texts of each text; 0: none")] = 8
     kinds: Annotated[
         tuple[Augmentation, ...],
         _some(
@@ -170,7 +181,10 @@ class Distill(Section, frozen=True):
     ] = None
     learning_rate: Annotated[Positive | None, _help("the highest; derived from the student's width when absent")] = None
     batch_size: Annotated[Count, _help("rows a step")] = 32
-    augment: Annotated[Augment | None, _help("also train on augmented texts; absent: none")] = None
+    augment: Annotated[
+        Augment | None,
+        _help("also train on augmented texts; absent: where the teacher is sure of its answers to the training texts"),
+    ] = None
     samples: Annotated[
         Count | None, _help("of causal-lm: also train on so many passages that the teacher writes; absent: none")
     ] = None

@@ -1,7 +1,7 @@
 """The kinds of teachers, by their names and files."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -49,3 +49,18 @@ def base_of(adapter: Path) -> str:
         raise ModelError(f"adapter {adapter} names no base model", "Set base_model_name_or_path in adapter_config.json")
     beside = adapter / base
     return str(beside) if not Path(base).exists() and beside.is_dir() else base
+
+
+def has_weights(model: str) -> bool:
+    """Whether a model has weights; a hub id is taken to have them."""
+    kinds = ("*.safetensors", "pytorch_model*.bin")
+    return not Path(model).is_dir() or any(path for kind in kinds for path in Path(model).glob(kind))
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """Return the configuration of a model folder as it stands in its file; empty for a hub id."""
+    try:
+        found = msgspec.json.decode((Path(model) / "config.json").read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,107 @@
+"""Fine-tune a teacher on the labelled rows."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from kdexport import spec
+from kdexport.data import read_rows
+from kdexport.distill.train import TrainConfig, fit
+from kdexport.errors import ModelError
+from kdexport.files import write_json
+from kdexport.models.loading import ModelAndProcessor
+from kdexport.models.registry import width_of
+from kdexport.progress import say
+from kdexport.spec import derive
+from kdexport.tasks.base import Task
+from kdexport.tasks.metrics import Array
+
+_RECORD = "training.json"
+_FEW_ROWS = 8  # a label
+
+
+def fine_tune(
+    opened: ModelAndProcessor,
+    task: Task,
+    given: spec.TeacherTraining,
+    data: Path,
+    seed: int,
+    out: Path,
+    *,
+    trained: bool,
+) -> None:
+    """Train a teacher in place on a data stage's labels, and write `training.json`; `trained`: it has weights already.
+
+    Raises:
+        ModelError: a split has no labels, or training diverged.
+    """
+    model, (train, validation) = opened.model, (_labelled(data, split) for split in ("train", "validation"))
+    how = derive.training(given, len(train), len(task.labels), width_of(model.config), trained=trained)
+    for name, derived in how._asdict().items():
+        if derived and derived.reason != "as given":
+            say(f"teacher: {name.replace('_', ' ')} {derived.value:g}: {derived.reason}")
+    recipe = TrainConfig(
+        epochs=int(how.epochs.value),
+        learning_rate=how.learning_rate.value,
+        batch_size=int(how.batch_size.value),
+        patience=int(how.patience.value) if how.patience else None,
+        dtype=given.dtype,
+        seed=seed,
+    )
+    _start_at_base_rates(model, opened.fresh, task, task.label_array(train))
+    say(f"teacher: fine-tuning on {len(train):,} rows, {recipe.epochs} epochs")
+    title = "fine-tune teacher"
+    curve = fit(model, task, train, None, recipe, validation=validation, work=out, title=title, fresh=opened.fresh)
+    write_json(out / _RECORD, {"recipe": recipe, "curve": curve, "rows": len(train), "labels": len(task.labels)})
+
+
+def cause_of_chance(teacher: Path) -> tuple[str, str] | None:
+    """Return why a teacher that was fine-tuned here is near chance, most likely, and what to do; None if it was not."""
+    if not (teacher / _RECORD).is_file():
+        return None
+    record = msgspec.json.decode((teacher / _RECORD).read_bytes())
+    curve, rows, labels = record["curve"], record["rows"], record["labels"]
+    first, last, epochs = curve[0]["loss"], curve[-1]["loss"], len(curve)
+    if rows < _FEW_ROWS * labels:
+        return f"{rows:,} rows are few for {labels} labels", "Add rows, or take a teacher that is trained for them"
+    if len(curve) > 1 and last < first / 2:
+        learned = f"it learned the training rows (loss {first:.3g} → {last:.3g}), which say nothing about the others"
+        return learned, "Check the labels: are they in the right column, and do they follow from the text?"
+    slow = f"its loss hardly fell in {epochs} epochs ({first:.3g} → {last:.3g})"
+    return slow, f"Raise teacher.train.epochs or teacher.train.learning_rate ({record['recipe']['learning_rate']:g})"
+
+
+def _labelled(data: Path, split: str) -> list[dict[str, Any]]:
+    rows = [row for row in read_rows(data, split) if row["label"] is not None]
+    if not rows:
+        raise ModelError(
+            f"the {split} rows have no labels to fine-tune the teacher on",
+            "Add some, or take a teacher that is trained",
+        )
+    return rows
+
+
+@torch.no_grad()
+def _start_at_base_rates(model: PreTrainedModel, fresh: Collection[str], task: Task, labels: Array) -> None:
+    """Set the bias of a new head so that its first answers are the labels' frequencies, or their mean.
+
+    Rare labels are not unlearned first then (Lin et al. 2017, section 4.1).
+    """
+    if task.objective == "next-token":
+        return
+    if task.objective == "number":
+        rates = labels.mean(axis=0)
+    elif task.objective == "several":
+        p = (labels.sum(axis=0) + 1) / (len(labels) + 2)
+        rates = np.log(p / (1 - p))
+    else:
+        counts = np.bincount(labels[labels >= 0].ravel(), minlength=len(task.labels)) + 1
+        rates = np.log(counts / counts.sum())
+    for name, weights in model.named_parameters():
+        if name in fresh and name.endswith("bias") and weights.shape == rates.shape:
+            weights.copy_(torch.from_numpy(rates))
