@@ -31,11 +31,12 @@ def scored(metric: Metric, found: Score | None) -> str:
     return f"{percent(found.value)} [{100 * found.ci95[0]:.1f}–{100 * found.ci95[1]:.1f}]"
 
 
-def gained(metric: Metric, gain: float) -> str:
-    """Format a gain, positive where better: in points, of a number in its own unit."""
-    if metric.kind == "number":
-        return f"a {'loss' if gain < 0 else 'gain'} of {abs(gain):.3f} {metric.name}"
-    return f"{gain:+.1f} points".replace("-", "−")
+def gained(metric: Metric, gain: float, ci: Interval | None = None) -> str:
+    """Format a gain, positive where better, with its interval: in points, of a number in its own unit."""
+    digits = 3 if metric.kind == "number" else 1
+    found = f" [{ci[0]:+.{digits}f}, {ci[1]:+.{digits}f}]" if ci else ""
+    unit = metric.name if metric.kind == "number" else "points"
+    return f"{gain:+.{digits}f} {unit}{found}".replace("-", "−")
 
 
 def deviation(metric: Metric, spread: Spread) -> str:

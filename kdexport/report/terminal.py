@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdexport.report.table import deviation, gained, headers, keeps, metric_of, percent, score, table
+from kdexport.report.table import deviation, gained, headers, keeps, metric_of, percent, score, speedup, table, times
 from kdexport.results import Report, machine_name
 
 
@@ -20,6 +20,8 @@ def show(report: Report, folder: Path) -> None:
     if report.recommended:
         print_line(f"ship {folder}/artifact ({report.variant(report.recommended).file})")
     print_line(f"report {folder}/report.html")
+    if said := conclusion(report):
+        print_line(said)
 
 
 def show_table(headers: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None = None) -> None:
@@ -52,7 +54,7 @@ def summary(report: Report) -> list[str]:
             way = "" if found.ratio is None else f", {percent(found.ratio, 0)} of the way to the teacher"
             lines.append(
                 f"The same student on labels alone: {score(metric, found.baseline.value)}; distillation: "
-                f"{gained(metric, found.gain_points)}{p}{way}."
+                f"{gained(metric, found.gain_points, found.gain_ci95)}{p}{way}."
             )
         for name, spread in (("student", found.student_seeds), ("labels alone", found.baseline_seeds)):
             if spread:
@@ -67,6 +69,22 @@ def summary(report: Report) -> list[str]:
     ]
     lines.append(f"measured on {machine_name(report.environment)}, {report.bench.threads} thread(s)")
     return lines + [f"warning: {line}" for line in report.bench.warnings]
+
+
+def conclusion(report: Report) -> str | None:
+    """Say in one sentence what distillation gained and what it saves; None where no baseline was trained."""
+    found = report.distillation
+    if not found or not report.recommended or found.gain_points is None:
+        return None
+    best, teacher, metric = report.variant(report.recommended), report.variants[0], metric_of(report)
+    labelled, more = report.data["rows"]["train"] + report.data["rows"]["validation"], report.data.get("unlabelled", 0)
+    rows = f"{labelled:,} labels" + (f" and {more:,} texts without" if more else "")
+    saved = [f"{speedup(best)} as fast" if best.speedup_p50 else ""]
+    if best.size_bytes and teacher.size_bytes:
+        saved.append(f"{times(teacher.size_bytes / best.size_bytes)} smaller")
+    size = " and ".join(filter(None, saved))
+    gain = gained(metric, found.gain_points, found.gain_ci95)
+    return f"With {rows}, the student {keeps(report, found)}, {size}; distillation gives {gain} over the labels alone."
 
 
 def _console() -> Console:

@@ -21,7 +21,11 @@ _TEACHERS = {"torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file"
 def checked(tree: dict[str, Any], spec: Spec) -> Spec:
     """Return the spec with the defaults of its task; `tree` is as given, without defaults."""
     menu = _menu(spec)
-    defaults: dict[str, Any] = {"loss": menu.losses[0], "temperature": menu.temperature or 1.0}
+    defaults: dict[str, Any] = {
+        "loss": menu.losses[0], "temperature": menu.temperature or 1.0, "alpha": menu.alpha
+    }  # fmt: skip
+    if losses_of(spec) <= {*OF_LAYERS} and "loss" in (tree.get("distill") or {}):
+        defaults["alpha"] = 0.9  # nothing else teaches the head
     distill = {name: value for name, value in defaults.items() if name not in (tree.get("distill") or {})}
     spec = msgspec.structs.replace(spec, distill=msgspec.structs.replace(spec.distill, **distill))
     _check_menu(spec, menu)

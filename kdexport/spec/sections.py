@@ -171,10 +171,11 @@ class Distill(Section, frozen=True):
     ] = "kl"
     temperature: Annotated[
         Positive | Schedule, _help("T: softens the logits of both; 1 leaves them as they are; or {from: 4, to: 1}")
-    ] = 2.0
+    ] = 4.0
     alpha: Annotated[
-        Fraction | Schedule, _help("weight of the distillation loss against the label loss (λ in some papers)")
-    ] = 0.9
+        Fraction | Schedule,
+        _help("weight of the distillation loss against the label loss (λ in some papers); 0.9 of causal-lm"),
+    ] = 1.0
     epochs: Annotated[Count | None, _help("passes over the training rows; derived from their number if absent")] = None
     patience: Annotated[
         Count | None, _help("stop after so many epochs without a better validation metric; the best epoch is used")

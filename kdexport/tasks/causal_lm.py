@@ -50,6 +50,7 @@ class CausalLM(Texts, Generates):
         instead="Take tiny, 4x192 or layers:2",
         ladder=("2x128", "2x256", "layers:1", "layers:2"),
         losses=("kl", "reverse-kl", "jsd", "soft-ce", "mse"),  # defined on a subset of the tokens
+        alpha=0.9,
         temperature=None,  # packed outputs hold the probabilities at T = 1
         precisions=(*TEXTS.precisions, "int4"),
         augment=False,

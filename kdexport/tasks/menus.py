@@ -12,7 +12,8 @@ class Menu(NamedTuple):
     default: str  # the student without a budget
     ladder: tuple[str, ...]  # the students in a search, smallest first
     losses: tuple[str, ...]  # of outputs and of layers; the first is the default
-    temperature: float | None = 2.0  # the default; None allows 1 only
+    temperature: float | None = 4.0  # the default; None allows 1 only
+    alpha: float = 1.0  # the default
     precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
     augment: bool = True
     vocabulary: Literal["corpus", "whole"] = "corpus"  # the default tokens of a student made from the teacher
