@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A worker takes whole files, so that what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-4.57 test-lowest lint fuzz bench schemas proto clean
+.PHONY: demo test test-all test-4.57 test-lowest lint docs fuzz bench schemas proto clean
 
 demo: $(VENV)/.made
 	$(BIN)/kdexport demo --student tiny --max-size 5MB --min-retention 0.97 --out runs/demo
@@ -37,6 +37,10 @@ lint: $(VENV)/.made
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Links, anchors and pages that no menu names are errors.
+docs: $(VENV)/.made
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 fuzz: $(VENV)/.made
 	$(BIN)/python tests/fuzz --seconds $(FUZZ_SECONDS)
 
@@ -55,7 +59,7 @@ proto:
 $(VENV)/.made: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(shell command -v $(PYTHON) || command -v python3) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,demo,grpc,otel,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,demo,docs,grpc,otel,test]'
 	touch $@
 
 $(SECOND)/.made: pyproject.toml constraints.txt constraints-4.57.txt
@@ -66,4 +70,4 @@ $(SECOND)/.made: pyproject.toml constraints.txt constraints-4.57.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SECOND) $(LOWEST) runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(SECOND) $(LOWEST) runs site .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -34,7 +34,7 @@ def run(
         ),
     ] = None,
     loss: Annotated[
-        str | None, Flag(help="kl, soft-ce, mse, bce, dkd, dist, hidden, attention, relation.", show_default="kl")
+        str | None, Flag(help="kl, reverse-kl, jsd, soft-ce, mse, bce, dkd, dist, hidden, …", show_default="kl")
     ] = None,
     temperature: Annotated[float | None, Flag(help="T of the soft targets.", show_default="4")] = None,
     alpha: Annotated[float | None, Flag(help="Weight of the distillation loss.", show_default="1")] = None,
