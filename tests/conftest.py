@@ -182,6 +182,7 @@ def settings(articles_file, base_model) -> dict:
         "teacher.model": str(base_model),
         "teacher.train.epochs": 3,
         "teacher.train.learning_rate": 5e-4,
+        "distill.augment.views": 0,
         "distill.epochs": 12,
         "distill.batch_size": 16,
         "distill.learning_rate": 1e-3,

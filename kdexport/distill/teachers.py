@@ -94,7 +94,7 @@ def tokenizer_for_stored(settings: spec.Spec) -> str | None:
     return derive.students(settings)[0] if kind_of(models_of(settings)[0]) == "stored" else None
 
 
-def training_of(settings: spec.Spec, rows: int, labels: int) -> derive.Training | None:
+def training_of(settings: spec.Spec, rows: int, validation: int, labels: int) -> derive.Training | None:
     """Return how the first teacher will be trained, as far as its files tell; None where it is used as it is."""
     model = models_of(settings)[0]
     config, kind = config_of(model), task_class(settings.task, settings.data.problem)
@@ -105,7 +105,7 @@ def training_of(settings: spec.Spec, rows: int, labels: int) -> derive.Training 
         return None
     width = next((config[name] for name in ("hidden_size", "d_model", "n_embd", "dim") if name in config), 0)
     given = settings.teacher.train or spec.TeacherTraining()
-    return derive.training(given, rows, labels, width, trained=has_weights(model))
+    return derive.training(given, rows, validation, labels, width, trained=has_weights(model))
 
 
 # --- the stage

@@ -101,7 +101,8 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     local_files(settings.data)
     with tempfile.TemporaryDirectory() as work:
         prepare(settings.data, settings.task, settings.seed, Path(work), teachers.cut_of(settings))
-        train, labels = read_rows(Path(work), "train"), len(read_summary(Path(work)).labels)
+        train, validation = (read_rows(Path(work), split) for split in ("train", "validation"))
+        labels = len(read_summary(Path(work)).labels)
     rows = len(train)
     names = derive.students(settings)
     starts = {derive.start_of(settings.student, name) for name in names}
@@ -116,7 +117,8 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):
         rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
-    if training := teachers.training_of(settings, sum(row["label"] is not None for row in train), labels):
+    taught, judging = (sum(row["label"] is not None for row in split) for split in (train, validation))
+    if training := teachers.training_of(settings, taught, judging, labels):
         of_teacher = {name: d for name, d in training._asdict().items() if d}
         derived |= {f"teacher.train.{name}": (f"{d.value:g}", d.reason) for name, d in of_teacher.items()}
     if task_class(settings.task).modality == "text":

@@ -77,7 +77,9 @@ def conclusion(report: Report) -> str | None:
     if not found or not report.recommended or found.gain_points is None:
         return None
     best, teacher, metric = report.variant(report.recommended), report.variants[0], metric_of(report)
-    labelled, more = report.data["rows"]["train"] + report.data["rows"]["validation"], report.data.get("unlabelled", 0)
+    labelled, more = report.data.get("labelled"), report.data.get("unlabelled", 0)
+    if not labelled:  # reports of before, and language models
+        return None
     rows = f"{labelled:,} labels" + (f" and {more:,} texts without" if more else "")
     saved = [f"{speedup(best)} as fast" if best.speedup_p50 else ""]
     if best.size_bytes and teacher.size_bytes:

@@ -19,6 +19,8 @@ _PATIENT = 5
 # A teacher this sure of the training rows says hardly more about them than their labels: it is asked about others.
 _SURE, _MOST_VIEWS = 0.95, 120_000
 # Fine-tuning sees a number of examples for the task and more for each label: docs/decisions.md.
+# From so many validation rows on, training stops early: the best of a few epochs on fewer is luck.
+_ENOUGH = 200
 _TEACHER_EXAMPLES, _EXAMPLES_A_LABEL, _TEACHER_STEPS = 20_000, 200, 150
 
 
@@ -137,7 +139,7 @@ def learning_rate(settings: Distill, student: Student, name: str, width: int) ->
     return Derived(float(f"{value:.2g}"), f"5e-4 at width 128, less for wider: it is {width} wide{start}")
 
 
-def training(given: TeacherTraining, rows: int, labels: int, width: int, *, trained: bool) -> Training:
+def training(given: TeacherTraining, rows: int, validation: int, labels: int, width: int, *, trained: bool) -> Training:
     """Return how to train a teacher of this width on so many rows; `trained`: it has weights already."""
     size = Derived(32 if rows >= 2_000 else 16, f"32 from 2,000 rows on, else 16: there are {rows:,}")
     if not trained:
@@ -156,7 +158,7 @@ def training(given: TeacherTraining, rows: int, labels: int, width: int, *, trai
         rate = Derived(float(f"{highest:.1g}"), f"2e-4 at width 384, less for wider teachers: it is {shown}")
     epochs = _given(given.epochs) or passes
     patience = _given(given.patience)
-    if patience is None and given.epochs is None:
+    if patience is None and given.epochs is None and validation >= _ENOUGH:
         patience = Derived(max(2, -(-int(epochs.value) // 4)), "a quarter of the epochs, at least 2")
     return Training(epochs, _given(given.learning_rate) or rate, batch, patience)
 
