@@ -110,7 +110,7 @@ def _labels(path: Path, stored: Stored, known: list[str]) -> list[str]:
         return list(known)
     if len(stored.labels) != columns or len(set(stored.labels)) != columns:
         raise ModelError(f"{path} names {len(set(stored.labels))} labels for logits of {columns} classes")
-    return match_labels(stored.labels, known, True, str(path), can_learn=False)
+    return match_labels(stored.labels, known, str(path), can_learn=False)
 
 
 def _read_npz(path: Path) -> Stored:

@@ -57,7 +57,7 @@ def prepare_teacher(
                 "Set problem_type in its config.json, or fine-tune it: --teacher-epochs 3",
             )
         known = own_labels(config) if function == "none" else known
-        labels = match_labels(own_labels(config), known, has_head(config, of_task), settings.model)
+        labels = match_labels(own_labels(config), known, settings.model)
     else:
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
     opened = open_model(source, config, of_task, labels, function, to_train=train is not None)
@@ -77,17 +77,15 @@ def some_rows(data: Path) -> list[dict[str, Any]]:
     return [rows[i] for i in sampled(len(rows), 500)]
 
 
-def match_labels(own: list[str], known: list[str], head: bool, model: str, *, can_learn: bool = True) -> list[str]:
+def match_labels(own: list[str], known: list[str], model: str, *, can_learn: bool = True) -> list[str]:
     """Return the labels of a teacher that is not fine-tuned, in the order of its logits, as the data spells them.
 
     `own` are the teacher's, `known` the data's, sorted; `can_learn`: whether errors suggest fine-tuning.
 
     Raises:
-        ModelError: it has no trained head, or doesn't know a label of the data.
+        ModelError: it doesn't know a label of the data.
     """
     train_it = "Fine-tune it: --teacher-epochs 3" if can_learn else "Name one that knows them all"
-    if not head:
-        raise ModelError(f"teacher {model} has no trained classification head", train_it)
     if len(known) > len(own):
         raise ModelError(f"the data has {len(known)} labels, teacher {model} knows {len(own)}", train_it)
     spelled = {label.casefold(): label for label in known}

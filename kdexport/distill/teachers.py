@@ -195,7 +195,7 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
         function, reads, usual = function_of(len(own), config.problem_type), longest_input(config, tokenizer), 128
     if function != "softmax":
         raise ModelError(f"teacher {model} does not choose one label of several", "Name a single-label classifier")
-    labels = match_labels(own, read_summary(data).labels, True, model, can_learn=False)
+    labels = match_labels(own, read_summary(data).labels, model, can_learn=False)
     write_task(tokenizer, inputs, reads, max_length, labels, out, at_most=usual)
     for part in file.parent.glob(f"{file.name}*"):  # weights of more than 2 GB stand beside the graph
         shutil.copyfile(part, out / part.name)

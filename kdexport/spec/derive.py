@@ -21,7 +21,7 @@ _SURE, _MOST_VIEWS = 0.95, 120_000
 # Fine-tuning sees a number of examples for the task and more for each label: docs/decisions.md.
 # From so many validation rows on, training stops early: the best of a few epochs on fewer is luck.
 _ENOUGH = 200
-_TEACHER_EXAMPLES, _EXAMPLES_A_LABEL, _TEACHER_STEPS = 20_000, 200, 150
+_TEACHER_EXAMPLES, _EXAMPLES_A_LABEL, _TEACHER_STEPS = 20_000, 200, 100
 
 
 class Derived(NamedTuple):
@@ -151,7 +151,7 @@ def training(given: TeacherTraining, rows: int, validation: int, labels: int, wi
         rate = Derived(1e-3 * (batch.value / 32) ** 0.5, "1e-3 from random weights at 32 rows a step, more for more")
     else:
         seen = _TEACHER_EXAMPLES + _EXAMPLES_A_LABEL * labels
-        value = max(3, min(15, round(seen / rows)), min(40, -(-_TEACHER_STEPS * int(batch.value) // rows)))
+        value = max(3, min(8, round(seen / rows)), min(40, -(-_TEACHER_STEPS * int(batch.value) // rows)))
         passes = Derived(value, f"about {seen:,} examples for {labels} labels, at least {_TEACHER_STEPS} steps")
         shown = f"{width} wide" if width else "of no one width"
         highest = min(5e-4, 2e-4 * (384 / width) ** 2) if width else 1e-4

@@ -54,11 +54,14 @@ def test_bad_data_stops_before_anything_is_trained_and_keeps_what_was_done(kdexp
     )
 
 
-def test_a_teacher_without_head_is_refused_with_the_flag_that_helps(kdexport, tmp_path, base_model, articles_file):
-    found = kdexport("run", "--data", articles_file, "--teacher", base_model, "--out", tmp_path / "run")
-    assert found.returncode == 2
-    assert "has no trained classification head. Fine-tune it: --teacher-epochs 3" in found.stderr.splitlines()[-1]
-    assert (tmp_path / "run" / "data" / "stage.json").exists()
+def test_the_plan_says_how_a_teacher_without_head_will_be_trained_and_why(kdexport, finished, base_model):
+    data = json.loads((finished / "report.json").read_text())["spec"]["data"]["train"]
+    plan = kdexport("run", "--data", data, "--teacher", base_model, "--plan", "--json")
+    values = json.loads(plan.stdout)
+    assert values["teacher.train.learning_rate"]["value"] == "0.0002"
+    assert values["teacher.train.epochs"]["reason"].startswith("about 21,000 examples for 5 labels")
+    trained = kdexport("run", "--data", data, "--teacher", finished / "teacher", "--plan", "--json")
+    assert "teacher.train.epochs" not in json.loads(trained.stdout)
 
 
 def test_bytes_that_are_no_utf8_on_stdin_are_one_line(finished):

@@ -35,20 +35,19 @@ from kdexport.tasks import load_task
     ],
 )
 def test_labels_of_teacher_and_data_are_brought_together(own, known, found):
-    assert match_labels(own, known, True, "t") == found
+    assert match_labels(own, known, "t") == found
 
 
 @pytest.mark.parametrize(
-    ("own", "known", "head", "says"),
+    ("own", "known", "says"),
     [
-        (["a", "b"], ["a", "b"], False, "no trained classification head. Fine-tune it: --teacher-epochs 3"),
-        (["a", "b"], ["a", "b", "c"], True, "the data has 3 labels, teacher t knows 2"),
-        (["a", "b"], ["a", "x"], True, "does not know the data's label 'x'; it knows a, b"),
+        (["a", "b"], ["a", "b", "c"], "the data has 3 labels, teacher t knows 2"),
+        (["a", "b"], ["a", "x"], "does not know the data's label 'x'; it knows a, b"),
     ],
 )
-def test_a_teacher_that_does_not_fit_the_data_is_refused(own, known, head, says):
+def test_a_teacher_that_does_not_fit_the_data_is_refused(own, known, says):
     with pytest.raises(ModelError) as caught:
-        match_labels(own, known, head, "t")
+        match_labels(own, known, "t")
     assert says in str(caught.value)
 
 
