@@ -244,7 +244,7 @@ def test_training_on_soft_targets_brings_the_student_to_the_teacher(finished, tm
     opened = build_student(WHOLE, "tiny", finished / "teacher").opened
     task, rows = load_task(finished / "teacher"), read_rows(finished / "data", "train")[:32]
     soft = np.load(finished / "targets/train.npy")[:32]
-    how = TrainConfig(epochs=60, learning_rate=1e-3, batch_size=8, seed=0, temperature=2.0, alpha=1.0)
+    how = TrainConfig(epochs=60, learning_rate=2e-3, batch_size=8, seed=0, temperature=2.0, alpha=1.0)
     curve = fit(opened.model, task, rows, soft, how, validation=rows, work=tmp_path, title="t")
     assert [point["epoch"] for point in curve] == list(range(1, 61))
     assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]

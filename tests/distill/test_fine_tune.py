@@ -54,6 +54,7 @@ def test_weights_that_no_file_had_learn_ten_times_as_fast(finished, base_model, 
     assert rates == [{1e-4, 1e-3}, {1e-4}]
 
 
+@pytest.mark.slow
 def test_a_teacher_without_a_head_is_fine_tuned_unasked(finished, base_model, tmp_path):
     prepare_teacher(spec.Teacher(model=str(base_model)), finished / "data", 32, 0, tmp_path)
     record = json.loads((tmp_path / "training.json").read_text())
