@@ -6,7 +6,8 @@ import numpy as np
 
 from kdexport import spec
 from kdexport.bench.machine import BUSY_PERCENT
-from kdexport.bench.stats import ENOUGH_ROUNDS, half_width
+from kdexport.bench.stats import half_width
+from kdexport.results import ENOUGH_ROUNDS
 
 
 def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[str, Any]) -> list[str]:
@@ -32,12 +33,12 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
         )
     if max(settings.threads) > facts["cores_allowed"]:
         lines.append(f"{max(settings.threads)} threads were asked for on {facts['cores_allowed']} core(s)")
-    for name, footprint in measured.footprint.items():
-        threads = settings.threads[0]
-        if footprint.cores_used > threads + 0.2:
-            lines.append(f"{name} used {footprint.cores_used:.1f} cores, though {threads} thread(s) were asked for")
-        elif threads == 1 and footprint.device_p50_ms is None and footprint.cores_used < 0.85:
-            lines.append(f"{name} got only {100 * footprint.cores_used:.0f} % of a core: the machine was busy")
+    threads, costs = settings.threads[0], measured.footprint.items()
+    if greedy := [f"{name} {one.cores_used:.1f}" for name, one in costs if one.cores_used > threads + 0.2]:
+        lines.append(f"{threads} thread(s) were asked for, but some used more cores: {', '.join(greedy)}")
+    alone = [(name, one.cores_used) for name, one in costs if threads == 1 and one.device_p50_ms is None]
+    if starved := [f"{name} {100 * cores:.0f} %" for name, cores in alone if cores < 0.85]:
+        lines.append(f"the machine was busy: not all had a core to themselves: {', '.join(starved)}")
     drifting = [name for name, runs in found.items() if _drifts(runs)]
     if drifting:
         names = ", ".join(drifting)
