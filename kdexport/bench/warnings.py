@@ -26,11 +26,8 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
             f"this machine was too noisy: {control.name}, measured twice as if it were two files, came out "
             f"{low:.2f}–{high:.2f}× apart; don't trust smaller differences"
         )
-    elif control and control.ratio.ci95 and half_width(control.ratio.ci95) > 0.1:
-        lines.append(
-            f"this machine was noisy: the same file twice is known to be the same only within "
-            f"±{100 * half_width(control.ratio.ci95):.0f} %; variants closer than that can't be told apart"
-        )
+    elif control and control.ratio.ci95 and (noise := half_width(control.ratio.ci95)) > 0.1:
+        lines.append(f"this machine was noisy: differences below ±{100 * noise:.0f} % can't be told from none")
     if max(settings.threads) > facts["cores_allowed"]:
         lines.append(f"{max(settings.threads)} threads were asked for on {facts['cores_allowed']} core(s)")
     threads, costs = settings.threads[0], measured.footprint.items()
@@ -38,7 +35,7 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
         lines.append(f"{threads} thread(s) were asked for, but some used more cores: {', '.join(greedy)}")
     alone = [(name, one.cores_used) for name, one in costs if threads == 1 and one.device_p50_ms is None]
     if starved := [f"{name} {100 * cores:.0f} %" for name, cores in alone if cores < 0.85]:
-        lines.append(f"the machine was busy: not all had a core to themselves: {', '.join(starved)}")
+        lines.append(f"the machine was busy and gave less than a core: {', '.join(starved)}")
     drifting = [name for name, runs in found.items() if _drifts(runs)]
     if drifting:
         names = ", ".join(drifting)
