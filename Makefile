@@ -4,12 +4,15 @@ VENV := .venv
 # The second supported line of transformers, with Optimum's ORTModel classes, which judge finished artifacts.
 SECOND := .venv-4.57
 LOWEST := .venv-lowest
+# What builds a release, and what installs it as a user does.
+BUILD := .venv-build
+WHEEL := .venv-wheel
 FUZZ_SECONDS ?= 3600
 BIN := $(VENV)/bin
 # A worker takes whole files, so that what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-4.57 test-lowest lint docs fuzz bench schemas proto clean
+.PHONY: demo test test-all test-4.57 test-lowest lint docs fuzz bench schemas proto release clean
 
 demo: $(VENV)/.made
 	$(BIN)/kdexport demo --student tiny --max-size 5MB --min-retention 0.97 --out runs/demo
@@ -69,5 +72,17 @@ $(SECOND)/.made: pyproject.toml constraints.txt constraints-4.57.txt
 	$(SECOND)/bin/python -m pip install --quiet -c $(SECOND)/constraints.txt -e '.[all,demo,optimum,test]'
 	touch $@
 
+# dist/, and its wheel in a fresh environment without torch, where the demo's artifact (or a small one) predicts and serves.
+release: ARTIFACT = $(firstword $(wildcard runs/demo/artifact) $(WHEEL)/small/artifact)
+release: $(VENV)/.made
+	$(BIN)/python -m venv --clear $(BUILD)
+	$(BUILD)/bin/python -m pip install --quiet build
+	rm -rf dist
+	$(BUILD)/bin/python -m build
+	$(BIN)/python -m venv --clear $(WHEEL)
+	env -u PYTHONPATH $(WHEEL)/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[cpu,serve]"
+	test -d $(ARTIFACT) || $(BIN)/python -c 'import sys; sys.path.insert(0, "tests/fuzz"); from pathlib import Path; import small; small.pack(small.configs()["text"], Path("$(WHEEL)/small"))'
+	env -u PYTHONPATH $(WHEEL)/bin/python tests/release.py $(ARTIFACT)
+
 clean:
-	rm -rf $(VENV) $(SECOND) $(LOWEST) runs site .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(SECOND) $(LOWEST) $(BUILD) $(WHEEL) build dist runs site .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -127,8 +127,6 @@ def bench(
     np.savez_compressed(out / "samples.npz", **samples)  # type: ignore[arg-type] # numpy's stub wants no names
     write_json(out / "bench.json", measured)
     say(f"bench: {conditions.rounds} rounds, {settings.threads[0]} thread(s), {len(chosen)} real rows in turn")
-    for line in conditions.warnings:
-        warn(f"bench: {line}")
     return measured
 
 

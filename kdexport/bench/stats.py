@@ -11,11 +11,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-from kdexport.results import Cell, Interval, Ratio, VerdictOfRatio
+from kdexport.results import ENOUGH_ROUNDS, Cell, Interval, Ratio, VerdictOfRatio
 from kdexport.tasks.metrics import Array
 
 SAME_WITHIN = 0.05  # relative difference of times with the verdict `same`
-ENOUGH_ROUNDS = 3  # fewest for an interval; two agree, or differ, by chance
 _WILCOXON_FROM = 6
 _P50_SAMPLES, _P90_SAMPLES, P99_SAMPLES, _A_ROUND = 5, 100, 1_000, 100
 

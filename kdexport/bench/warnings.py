@@ -6,7 +6,8 @@ import numpy as np
 
 from kdexport import spec
 from kdexport.bench.machine import BUSY_PERCENT
-from kdexport.bench.stats import ENOUGH_ROUNDS, half_width
+from kdexport.bench.stats import half_width
+from kdexport.results import ENOUGH_ROUNDS
 
 
 def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[str, Any]) -> list[str]:
@@ -25,19 +26,16 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
             f"this machine was too noisy: {control.name}, measured twice as if it were two files, came out "
             f"{low:.2f}–{high:.2f}× apart; don't trust smaller differences"
         )
-    elif control and control.ratio.ci95 and half_width(control.ratio.ci95) > 0.1:
-        lines.append(
-            f"this machine was noisy: the same file twice is known to be the same only within "
-            f"±{100 * half_width(control.ratio.ci95):.0f} %; variants closer than that can't be told apart"
-        )
+    elif control and control.ratio.ci95 and (noise := half_width(control.ratio.ci95)) > 0.1:
+        lines.append(f"this machine was noisy: differences below ±{100 * noise:.0f} % can't be told from none")
     if max(settings.threads) > facts["cores_allowed"]:
         lines.append(f"{max(settings.threads)} threads were asked for on {facts['cores_allowed']} core(s)")
-    for name, footprint in measured.footprint.items():
-        threads = settings.threads[0]
-        if footprint.cores_used > threads + 0.2:
-            lines.append(f"{name} used {footprint.cores_used:.1f} cores, though {threads} thread(s) were asked for")
-        elif threads == 1 and footprint.device_p50_ms is None and footprint.cores_used < 0.85:
-            lines.append(f"{name} got only {100 * footprint.cores_used:.0f} % of a core: the machine was busy")
+    threads, costs = settings.threads[0], measured.footprint.items()
+    if greedy := [f"{name} {one.cores_used:.1f}" for name, one in costs if one.cores_used > threads + 0.2]:
+        lines.append(f"{threads} thread(s) were asked for, but some used more cores: {', '.join(greedy)}")
+    alone = [(name, one.cores_used) for name, one in costs if threads == 1 and one.device_p50_ms is None]
+    if starved := [f"{name} {100 * cores:.0f} %" for name, cores in alone if cores < 0.85]:
+        lines.append(f"the machine was busy and gave less than a core: {', '.join(starved)}")
     drifting = [name for name, runs in found.items() if _drifts(runs)]
     if drifting:
         names = ", ".join(drifting)

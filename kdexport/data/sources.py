@@ -181,7 +181,8 @@ def choose_columns(
         if wanted == "label" and labels == "none":
             continue
         candidates = (named[wanted], (known or {}).get(wanted), *names)
-        named[wanted] = next((name for name in candidates if name in there), None)
+        guessed = (column for name in names for column in there if column.lower() == name)  # Text, as text
+        named[wanted] = next((name for name in candidates if name in there), None) or next(guessed, None)
         if named[wanted] is None and (wanted != "label" or labels == "all"):
             fix = f"Name it with --{'text' if wanted == reads else wanted}. Its columns: {', '.join(there)}"
             raise DataError(f"{source.name}: which column is the {wanted}?", fix)

@@ -122,8 +122,8 @@ def _gain(slower: Candidate, faster: Candidate, measured: Measured) -> Ratio | N
 def _speed(gain: Ratio | None) -> str:
     if gain is None:
         return "; how fast they are could not be measured"
-    about = {"same": "as fast", "unsure": "about as fast"}
-    return f" and is {about.get(gain.verdict, f'{gain.value:.1f}× faster')}"
+    known = {"same": " and is as fast", "unsure": "; which is faster is not sure"}
+    return known.get(gain.verdict, f" and is {gain.value:.1f}× faster")
 
 
 def _name(candidate: Candidate) -> str:

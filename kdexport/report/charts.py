@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 
 class Axis(NamedTuple):
-    """An axis: its label, the format of values, its scale, and values to include.
+    """An axis: its label, the format of values, its scale, values to include, and the smallest step of its ticks.
 
-    A logarithmic axis, of times or sizes, spans the points and clips intervals, which may reach over decades; a linear
-    one, of metrics or changes, includes them.
+    It spans the points, whatever the noise: an interval that leaves it is clipped, with an arrow at its end.
     """
 
     label: str
     show: Callable[[float], str] = "{:g}".format
     log: bool = False
     reach: tuple[float, ...] = ()
+    least: float = 0.0
 
 
 class Point(NamedTuple):
@@ -62,12 +62,9 @@ class Bar(NamedTuple):
 class _Scale:
     """Values → pixels."""
 
-    def __init__(
-        self, axis: Axis, values: Iterable[float], intervals: Iterable[Interval | None], start: float, end: float
-    ) -> None:
+    def __init__(self, axis: Axis, values: Iterable[float], start: float, end: float) -> None:
         self.axis, self._start, self._end = axis, start, end
-        bounds = [] if axis.log else [bound for ci in intervals if ci for bound in ci]
-        known = [v for v in (*values, *bounds, *axis.reach) if not axis.log or v > 0]
+        known = [v for v in (*values, *axis.reach) if not axis.log or v > 0]
         low, high = (min(known), max(known)) if known else (0.1, 1.0)
         if axis.log:
             self._low, self._high = math.log10(low) - 0.06, math.log10(high) + 0.06
@@ -81,17 +78,21 @@ class _Scale:
                 self._low, self._high = low - room, high + room
 
     def __call__(self, value: float) -> float:
+        return round(self._start + min(1.0, max(0.0, self._share(value))) * (self._end - self._start), 1)
+
+    def ends(self, ci: Interval) -> list[tuple[float, int]]:
+        """Return where an interval is drawn, each end with the direction in pixels in which it was clipped, or 0."""
+        way = 1 if self._end > self._start else -1
+        return [(self(v), way * ((self._share(v) > 1) - (self._share(v) < 0))) for v in ci]
+
+    def _share(self, value: float) -> float:
         if self.axis.log:
-            value = math.log10(value) if value > 0 else self._low
-        share = (value - self._low) / (self._high - self._low)
-        return round(self._start + min(1.0, max(0.0, share)) * (self._end - self._start), 1)
+            value = math.log10(value) if value > 0 else -math.inf
+        return (value - self._low) / (self._high - self._low)
 
     def marks(self) -> dict[str, float]:
-        """Return the place of each tick by its text; of two with one text, such as of half a round, the first."""
-        found: dict[str, float] = {}
-        for value in self._ticks():
-            found.setdefault(self.axis.show(value), self(value))
-        return found
+        """Return the place of each tick by its text."""
+        return {self.axis.show(value): self(value) for value in self._ticks()}
 
     def _ticks(self) -> list[float]:
         """Return about seven round values at most."""
@@ -103,7 +104,7 @@ class _Scale:
                 if len(found) <= 7:
                     return found
             return found[:: math.ceil(len(found) / 7)]
-        raw = (self._high - self._low) / 5
+        raw = max((self._high - self._low) / 5, self.axis.least)
         power = 10 ** math.floor(math.log10(raw))
         step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)
         first = math.ceil(self._low / step - 1e-9)
@@ -126,15 +127,15 @@ def plot(title: str, series: Sequence[Series], x: Axis, y: Axis, height: int = 2
     legend, top = _legend(names)
     bottom = top + height - 44
     points = [p for one in series for p in one.points]
-    across = _Scale(x, [p.x for p in points], [p.x_ci for p in points], _LEFT, _RIGHT)
-    up = _Scale(y, [p.y for p in points], [p.y_ci for p in points], bottom, top)
+    across = _Scale(x, [p.x for p in points], _LEFT, _RIGHT)
+    up = _Scale(y, [p.y for p in points], bottom, top)
     return _draw(title, top, bottom, x=across, y=up, series=series, legend=legend)
 
 
 def bars(title: str, rows: Sequence[Bar], axis: Axis) -> str:
     """Draw horizontal bars, each under its label."""
     values = [v for row in rows for v in (row.value, row.base) if v is not None]
-    across = _Scale(axis, values, [row.ci for row in rows], _EDGE, _RIGHT)
+    across = _Scale(axis, values, _EDGE, _RIGHT)
     return _draw(title, 0, 38 * len(rows) + 6, x=across, bars=rows)
 
 

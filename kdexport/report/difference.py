@@ -65,7 +65,9 @@ def _figure(changes: list[Change], unit: str) -> Figure:
             style.get(c.verdict, 6))
         for c in changes
     ]  # fmt: skip
-    chart = bars(f"Changes in {unit}", drawn, Axis(f"change, {unit}", signed, reach=(0.0,)))
+    bounds = (bound for c in changes for bound in c.ci95 or ())
+    reach = (-5.0, 0.0, 5.0) if unit == "%" else (0.0, *bounds)  # a busy machine widens those of times alone
+    chart = bars(f"Changes in {unit}", drawn, Axis(f"change, {unit}", signed, reach=reach))
     return Figure(f"Change in {unit}, with 95 % intervals", chart, Table(HEADERS, [_row(c) for c in changes]))
 
 

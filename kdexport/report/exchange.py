@@ -11,7 +11,7 @@ import numpy as np
 
 from kdexport.errors import RunError, SpecError, first_line
 from kdexport.files import write_json
-from kdexport.results import QUANTILES, Conditions, Latency, Report, Variant, read_report
+from kdexport.results import ENOUGH_ROUNDS, QUANTILES, Conditions, Latency, Report, Variant, read_report
 
 _PROCESSES_DIFFER = 0.05
 
@@ -37,7 +37,8 @@ def from_pytest_benchmark(raw: dict[str, Any], path: Path) -> Report:
     """Convert a pytest-benchmark file to a report of variants that have only a latency.
 
     Its rounds are calls in one process, so the interval of the median combines the notch of a box plot, ± 1.57 · IQR /
-    √n (McGill, Tukey and Larsen 1978), and 5 %, by which the medians of identical processes differ.
+    √n (McGill, Tukey and Larsen 1978), and 5 %, by which the medians of identical processes differ. Fewer than three
+    have none.
     """
     try:
         variants, machine = [_variant(found) for found in raw["benchmarks"]], raw["machine_info"]
@@ -60,7 +61,8 @@ def _variant(found: dict[str, Any]) -> Variant:
     rounds = found["stats"]["rounds"]
     half = math.hypot(1.57 * stats["iqr"] / max(1, rounds) ** 0.5, _PROCESSES_DIFFER * stats["median"])
     latency = Latency(
-        p50=stats["median"], p50_ci95=(max(1e-9, stats["median"] - half), stats["median"] + half),
+        p50=stats["median"],
+        p50_ci95=(max(1e-9, stats["median"] - half), stats["median"] + half) if rounds >= ENOUGH_ROUNDS else None,
         p90=float(np.quantile(data, 0.9, method="higher")) if len(data) >= 100 else None,
         p99=float(np.quantile(data, 0.99, method="higher")) if len(data) >= 1000 else None, samples=rounds, rounds=1,
         quantiles=np.quantile(data, QUANTILES, method="higher").tolist() if len(data) else [],

@@ -90,7 +90,8 @@ def _in_words(name: str, attack: Attack) -> str:
 def _figure(rows: list[tuple[str, str, Attack]]) -> Figure:
     drawn = [Bar(f"{name}, by {score}", a.auc, a.ci95, f"{a.auc:.2f}", 0.5, i % 8)
              for i, (name, score, a) in enumerate(rows)]  # fmt: skip
-    axis = Axis("AUC; 0.5 gives nothing away", "{:g}".format, reach=(0.5,))
+    reach = (0.5, *(bound for *_, attack in rows for bound in attack.ci95))
+    axis = Axis("AUC; 0.5 gives nothing away", "{:g}".format, reach=reach)
     chart = bars("AUC of confidence between training rows and others, with 95 % intervals", drawn, axis)
     headers = ("model", "attacked by", "AUC [95 %]", "best TPR − FPR", "by chance up to", "training rows", "others")
     cells = [

@@ -4,7 +4,7 @@ import math
 
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import deviation, further, gained, keeps, metric_of, percent, score, scored
+from kdexport.report.table import deviation, further, gained, keeps, metric_of, percent, score, scored, tick
 from kdexport.results import ClassScore, Distillation, Report
 from kdexport.tasks.metrics import Metric
 
@@ -22,7 +22,8 @@ def quality(r: Report) -> Section | None:
     named += [(v.name, v.metric) for v in r.variants if v.model == "student" and v.file and v.metric]
     drawn = [Bar(name, m.value, m.ci95, score(metric, m.value), m.value, i % 8) for i, (name, m) in enumerate(named)]
     better = "" if metric.higher_is_better else " (lower is better)"
-    axis = Axis(f"{r.metric}{better}", lambda v: score(metric, v, 0))
+    bounds = tuple(bound for _, m in named for bound in m.ci95)  # of test rows: no busy machine widens them
+    axis = Axis(f"{r.metric}{better}", lambda v: tick(v, metric), reach=bounds)
     chart = bars(f"{r.metric} with 95 % intervals", drawn, axis)
     rows = [(name, scored(metric, m), str(m.n)) for name, m in named]
     lead = f"It {keeps(r, d)} on {d.teacher.n:,} test rows. "
@@ -68,7 +69,7 @@ def classes(r: Report) -> Section | None:
         remark = f"teacher {percent(c.teacher_recall, 0)} → student {percent(c.student_recall, 0)}, {c.rows} rows"
         style = 1 if c.student_recall < c.teacher_recall else 2
         drawn.append(Bar(c.label, c.student_recall, None, remark, c.teacher_recall, style))
-    axis = Axis("recall, from teacher to student", lambda v: percent(v, 0))
+    axis = Axis("recall, from teacher to student", tick)
     chart = bars("Recall of teacher and student by class", drawn, axis)
     rows = [
         (c.label, str(c.rows), percent(c.teacher_recall), percent(c.student_recall), percent(c.agreement))
@@ -109,7 +110,7 @@ def calibration(r: Report) -> Section | None:
             rows.append((name, confidence, accuracy, str(b.rows)))
         series.append(Series(name, points, "dots"))
     series.append(Series("ideal", [Point(0.0, 0.0), Point(1.0, 1.0)]))
-    axis = Axis("confidence", lambda v: percent(v, 0), reach=(0.0, 1.0))
+    axis = Axis("confidence", tick, reach=(0.0, 1.0))
     chart = plot("Accuracy by confidence", series, axis, axis._replace(label="accuracy"))
     errors = ", ".join(f"{name} {percent(c.ece)}" for name, c in found.items())
     lead = f"Expected calibration error: {errors}. Pale areas are proportional to the rows; few rows are noisy."
@@ -143,7 +144,8 @@ def training(r: Report) -> Section | None:
         rows = [(name, *(f"{value:.3f}" for _, value in curve)) for name, curve in known.items()]
         epochs = max(len(row) for row in rows) - 1
         headers = ("student", *(f"epoch {i + 1}" for i in range(epochs)))
-        chart = plot(f"{caption} by epoch", series, Axis("epoch", "{:.0f}".format), Axis(key, "{:.2f}".format))
+        axes = Axis("epoch", least=1.0), Axis(key, "{:.4g}".format)
+        chart = plot(f"{caption} by epoch", series, *axes)
         table = Table(headers, [(*row, *[""] * (epochs + 1 - len(row))) for row in rows])
         figures.append(Figure(caption, chart, table))
     lead = f"Loss {d.loss}, temperature {d.temperature}, alpha {d.alpha}; {d.origin}."

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from kdexport.report.charts import Axis, Point, Series, frontier, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import megabytes, metric_of, percent, score, times, trimmed
+from kdexport.report.table import megabytes, metric_of, percent, score, tick, times, trimmed
 from kdexport.results import Report, Search, SearchCandidate
 from kdexport.tasks.metrics import Metric
 
@@ -67,7 +67,7 @@ def _frontier(
         rows.append((one.name, f"{cost(one):.3g}", score(metric, value), how, on_it))
     series.append(Series("frontier", [spots[one.name] for one in front], "step"))
     caption = f"{metric.name} on validation against {label}"
-    axes = Axis(label, log=True), Axis(f"{metric.name}, validation", lambda y: score(metric, y, 0))
+    axes = Axis(label, log=True), Axis(f"{metric.name}, validation", lambda y: tick(y, metric))
     chart = plot(caption, series, *axes, height=320)
     columns = ("student", label.removesuffix(" (log)"), metric.name, "trained", "on the frontier")
     return Figure(caption, chart, Table(columns, rows))

@@ -7,17 +7,18 @@ from kdexport.report.charts import Axis, Bar, Point, Series, bars, frontier, plo
 from kdexport.report.page import Figure, Section, Table
 from kdexport.report.table import (
     between,
+    bound_of_p99,
     headers,
     megabytes,
     metric_of,
     p50,
     p99,
-    percent,
     score,
     scored,
     signed,
     starred,
     table,
+    tick,
     times,
     trimmed,
 )  # fmt: skip
@@ -36,9 +37,9 @@ def variants(r: Report) -> Section:
     note = (
         f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {how.rows} real {_rows(r)} in "
         f"turn, in {how.rounds} shuffled rounds, each variant in its own process; waiting threads "
-        f"{'spin' if how.spinning else 'sleep'}, garbage collection is off. Intervals are over rounds, ratios to "
-        f"{how.reference} are paired by round. p99 needs 1,000 samples; with fewer, an upper bound is shown, or none. "
-        "Digits below the precision of the interval are omitted."
+        f"{'spin' if how.spinning else 'sleep'}, garbage collection is off. Intervals are over rounds, from three on; "
+        f"ratios to {how.reference} are paired by round. p99 needs 1,000 samples; with fewer, an upper bound "
+        "is shown, or none. Digits below the precision of the interval are omitted."
     )
     tables = [Table((*headers(r), "verdict"), rows, place)]
     costs = [
@@ -77,11 +78,12 @@ def budget(r: Report) -> Section | None:
         return None
     rows = [
         (c.name, f"{c.limit:g}", "–" if c.found is None else f"{c.found:.3g}",
-         ("kept" if c.met else "not kept") + ("" if c.sure else ", but the interval reaches over the limit"))
+         ("kept" if c.met else "not kept") + ("" if c.sure else ", but not for sure"))
         for c in r.budget.checks
     ]  # fmt: skip
     title = f"Budget: {'kept' if r.budget.met else 'not kept'}"
-    return Section(title, tables=[Table(("limit", "asked", "found", "verdict"), rows)], brief=True)
+    lead = "A verdict is sure where the whole 95 % interval is on one side of the limit."
+    return Section(title, lead, tables=[Table(("limit", "asked", "found", "verdict"), rows)], brief=True)
 
 
 def trade_off(r: Report) -> Section | None:
@@ -89,7 +91,7 @@ def trade_off(r: Report) -> Section | None:
     known = [
         (v, v.metric, time, tail)
         for v in r.variants
-        if v.metric and (time := v.latency_ms) and (tail := time.p99 or time.p99_at_most)
+        if v.metric and (time := v.latency_ms) and (tail := time.p99 or bound_of_p99(time))
     ]
     if len(known) < 2:
         return None
@@ -104,7 +106,8 @@ def trade_off(r: Report) -> Section | None:
         rows.append((v.name, scored(metric, found), p99(v), megabytes(v.size_bytes), on_it))
     series = [Series(name, [spot], "dots") for name, spot in spots.items()]
     series.append(Series("frontier", [spots[name] for name in best], "step"))
-    axes = Axis("p99 latency, ms (log)", log=True), Axis(r.metric, lambda v: score(metric, v, 0))
+    bounds = tuple(bound for _, found, *_ in known for bound in found.ci95)
+    axes = Axis("p99 latency, ms (log)", log=True), Axis(r.metric, lambda v: tick(v, metric), reach=bounds)
     chart = plot(f"{r.metric} against p99 latency", series, *axes, height=320)
     columns = ("variant", f"{r.metric} [95 %]", "p99 ms", "size MB", "on the frontier")
     left_out = [v.name for v in r.variants if v.name not in spots]
@@ -124,7 +127,7 @@ def latency(r: Report) -> Section | None:
     spread = [Series(name, [Point(x, q) for x, q in zip(found.quantiles, QUANTILES, strict=True)], "step")
               for name, found in timed.items()]  # fmt: skip
     time = Axis("ms from text to answer (log)", log=True)
-    fraction = Axis("fraction of answers", lambda v: percent(v, 0), reach=(0.0, 1.0))
+    fraction = Axis("fraction of answers", tick, reach=(0.0, 1.0))
     chart = plot("Fraction of answers within a time, by variant", spread, time, fraction)
     shown = [QUANTILES.index(q) for q in (0.05, 0.5, 0.9, 0.99, 1.0)]
     rows = [(name, *(trimmed(t.quantiles[i]) for i in shown), f"{t.samples:,}") for name, t in timed.items()]
@@ -172,7 +175,7 @@ def _by_round(rounds: dict[str, list[float]]) -> Figure:
     series = [Series(name, [Point(i + 1, 100 * (x / median(p50) - 1)) for i, x in enumerate(p50)])
               for name, p50 in rounds.items()]  # fmt: skip
     caption = "p50 of each round against the variant's median round"
-    axes = Axis("round", "{:.0f}".format), Axis("difference, %", signed, reach=(-5.0, 5.0))
+    axes = Axis("round", least=1.0), Axis("difference, %", signed, reach=(-5.0, 5.0))
     rows = [(name, ", ".join(map(trimmed, p50))) for name, p50 in rounds.items()]
     return Figure(caption, plot(caption, series, *axes), Table(("variant", "p50 ms of each round"), rows))
 
@@ -207,4 +210,6 @@ def steps(r: Report) -> Section | None:
 
 
 def _faster(ratio: float) -> str:
+    if times(max(ratio, 1 / ratio)) == times(1):
+        return "no faster"
     return f"{times(ratio)} faster" if ratio >= 1 else f"{times(1 / ratio)} slower"

@@ -2,7 +2,7 @@
 
 import math
 
-from kdexport.results import Distillation, Interval, Report, Spread, Variant
+from kdexport.results import ENOUGH_ROUNDS, Distillation, Interval, Latency, Report, Spread, Variant
 from kdexport.results import Metric as Score
 from kdexport.tasks.metrics import Metric
 
@@ -20,6 +20,11 @@ def score(metric: Metric, value: float | None, digits: int = 1) -> str:
     if value is None or metric.kind != "number":
         return percent(value, digits)
     return f"{value:.{digits + 2}f}"
+
+
+def tick(value: float, metric: Metric | None = None) -> str:
+    """Format a value on an axis exactly, as axes have round values: 93.2 %, or 1.45 of a metric that is a number."""
+    return f"{value:.4g}" if metric and metric.kind == "number" else f"{100 * value:.4g} %"
 
 
 def scored(metric: Metric, found: Score | None) -> str:
@@ -114,8 +119,13 @@ def p99(variant: Variant) -> str:
     if found is None:
         return "–"
     if found.p99 is None:
-        return f"≤ {trimmed(found.p99_at_most)}" if found.p99_at_most else "–"
+        return f"≤ {trimmed(bound)}" if (bound := bound_of_p99(found)) else "–"
     return trimmed(found.p99, found.p99_ci95)
+
+
+def bound_of_p99(found: Latency) -> float | None:
+    """Return the upper bound of a p99, if there were rounds enough for one."""
+    return found.p99_at_most if found.rounds >= ENOUGH_ROUNDS else None
 
 
 def speedup(variant: Variant) -> str:

@@ -68,7 +68,10 @@ def summary(report: Report) -> list[str]:
         for check in report.budget.checks
     ]
     lines.append(f"measured on {machine_name(report.environment)}, {report.bench.threads} thread(s)")
-    return lines + [f"warning: {line}" for line in report.bench.warnings]
+    if report.bench.warnings:
+        first, *others = report.bench.warnings
+        lines.append(f"warning: {first}{f' ({len(others)} more in report.html)' if others else ''}")
+    return lines
 
 
 def conclusion(report: Report) -> str | None:

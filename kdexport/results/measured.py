@@ -7,6 +7,7 @@ import msgspec
 Interval = tuple[float, float]
 MetricKind = Literal["fraction", "ratio", "number"]
 VerdictOfRatio = Literal["faster", "slower", "same", "unsure"]
+ENOUGH_ROUNDS = 3  # fewest for an interval or a bound; two agree, or differ, by chance
 
 
 class Metric(msgspec.Struct, frozen=True):

@@ -48,3 +48,6 @@ class TextRegression(Number, TextClassification):
     """A number: the one logit."""
 
     menu: ClassVar = TEXTS._replace(losses=("mse", *OF_LAYERS))
+    columns: ClassVar = TextClassification.columns | {
+        "label": (*TextClassification.columns["label"], "score", "rating")
+    }

@@ -217,6 +217,15 @@ def test_images_of_a_folder_a_table_and_parquet_are_read_by_all_commands(tmp_pat
             assert [row["image"] for row in to_rows(read_test(given), given, type(task)).rows] == images
 
 
+def test_names_of_columns_in_capitals_are_recognised_and_exact_ones_come_first(tmp_path):
+    (tmp_path / "a.csv").write_text("Id,Text,Category\n1,one,x\n2,two,y\n")
+    (tmp_path / "b.csv").write_text("Text,text,label\none,three,x\ntwo,four,y\n")
+    for name, texts in (("a.csv", ["one", "two"]), ("b.csv", ["three", "four"])):
+        given = data(tmp_path / name)
+        rows = to_rows(read_test(given), given, TextClassification).rows
+        assert [(row["text"], row["label"]) for row in rows] == list(zip(texts, "xy", strict=True))
+
+
 def test_plain_texts_are_words_to_tag_where_nobody_needs_tags(tmp_path):
     (tmp_path / "a.txt").write_text("Ada, in York\n")
     given = data(tmp_path / "a.txt")

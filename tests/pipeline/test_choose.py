@@ -16,9 +16,9 @@ FILES = [Candidate(name, f"{name}.onnx", name, "plain") for name in ("fp32", "in
 SIZES = {"fp32": 40_000_000, "int8": 12_000_000, "fp16": 20_000_000, "int4": 8_000_000}
 
 
-def measured(**p50):
+def measured(rounds=5, **p50):
     def latency(ms):
-        return Latency(p50=ms, p90=ms, p99=None, p50_ci95=None, samples=100, rounds=5, round_p50=[ms] * 5)
+        return Latency(p50=ms, p90=ms, p99=None, p50_ci95=None, samples=100, rounds=rounds, round_p50=[ms] * rounds)
 
     return Measured(
         latency={f"student-{name}": latency(ms) for name, ms in p50.items()}, speedup={}, speedup_p99={}, footprint={},
@@ -44,6 +44,13 @@ def test_int8_is_chosen_by_what_it_loses_on_validation():
         "int8 loses 2.0 points against fp32 on validation; 1 points are allowed",
     )
     assert chosen(ACCURACY, {"fp32": 0.90, "int8": 0.90}, int8=2.0, fp32=1.0)[0] == "fp32"
+
+
+def test_two_rounds_make_nothing_faster():
+    found = Validation(ACCURACY, {"student-fp32": 0.9, "student-int8": 0.9})
+    for rounds, speed in ((2, "; which is faster is not sure"), (3, " and is 5.0× faster")):
+        choice = choose(FILES[:2], found, measured(rounds, fp32=5.0, int8=1.0), spec.Export(), SIZES)
+        assert choice.reason == f"int8 loses nothing against fp32 on validation{speed}"
 
 
 def test_more_bits_are_a_loss_and_fewer_are_none():

@@ -31,7 +31,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(finished, tmp_path_factory):
-    """A run's report, a missed budget's with doubts, and a comparison."""
+    """A run's report, one with a missed budget from a machine of much noise, and a comparison."""
     import msgspec
 
     from kdexport.output import Output
@@ -42,12 +42,50 @@ def pages(finished, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("pages")
     report = read_report(finished / "report.json")
-    how = msgspec.structs.replace(report.bench, warnings=["this machine was too noisy"])
+    how = msgspec.structs.replace(report.bench, warnings=["this machine was too noisy", "the machine was busy"])
     out = Output(folder, "report")
-    draw(msgspec.structs.replace(report, bench=how, budget=Verdict(False, [Check("p99_ms", 0.1, 0.2, False)])), out)
+    budget = Verdict(False, [Check("p99_ms", 0.1, 0.2, False)])
+    draw(msgspec.structs.replace(report, bench=how, budget=budget, variants=noisy(report.variants)), out)
     gates = [parse_gate("p99>+10%"), parse_gate("accuracy<-0.5")]
     write_comparison(compare(str(finished), str(finished), gates, side_by_side=False), out)
     return {"report": finished / "report.html", "missed": folder / "report.html", "compare": folder / "compare.html"}
+
+
+def noisy(variants):
+    """The same figures with intervals over four decades."""
+    from msgspec.structs import replace
+
+    def wide(value):
+        return (value / 100, value * 100)
+
+    return [
+        replace(
+            v,
+            latency_ms=replace(t, p50_ci95=wide(t.p50), p99_ci95=wide(t.p99 or t.p50), rounds=3),
+            cells=[replace(cell, p50_ci95=wide(cell.p50_ms)) for cell in v.cells],
+        )
+        for v in variants
+        if (t := v.latency_ms)
+    ]
+
+
+def test_noise_leaves_the_points_apart_and_the_warnings_in_one_line(browser, pages):
+    with browser.new_context(viewport={"width": 1400, "height": 900}) as context:
+        page = context.new_page()
+        page.goto(pages["missed"].as_uri())
+        box = page.locator(".warnings")
+        assert box.locator("summary").is_visible()
+        assert not box.locator("li").first.is_visible()
+        assert box.bounding_box()["height"] < 60
+        box.locator("summary").click()
+        assert box.locator("li").first.inner_text() == "the machine was busy"
+        chart = page.locator('svg[aria-label="p50 latency after each step"]')
+        frame = chart.bounding_box()
+        ends = [bar.bounding_box() for bar in chart.locator("rect").all()]
+        assert max(b["x"] + b["width"] for b in ends) - min(b["x"] for b in ends) > 0.8 * frame["width"]
+        for whisker in chart.locator(".whisker").all():
+            drawn = whisker.bounding_box()
+            assert frame["x"] - 1 <= drawn["x"] <= drawn["x"] + drawn["width"] <= frame["x"] + frame["width"] + 1
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

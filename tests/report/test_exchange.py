@@ -33,6 +33,15 @@ def test_pytest_benchmark_reads_what_we_write_and_we_read_it_back(report, finish
         assert back.variant(variant.name).latency_ms.samples == variant.latency_ms.samples
 
 
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_calls_too_few_for_an_interval_have_none(rounds, tmp_path):
+    stats = {"median": 1e-3, "iqr": 1e-4, "rounds": rounds}
+    benchmarks = [{"fullname": "test_it.py::test_sum", "name": "test_sum", "stats": stats}]
+    (tmp_path / "x.json").write_text(json.dumps({"benchmarks": benchmarks, "machine_info": {}}))
+    (found,) = read_any(tmp_path / "x.json").variants
+    assert (found.latency_ms.p50_ci95 is None) == (rounds < 3)
+
+
 def test_a_real_pytest_benchmark_run_can_be_gated(tmp_path, kdexport):
     (tmp_path / "test_it.py").write_text("def test_sum(benchmark):\n    benchmark(sum, range(1000))\n")
     command = [

@@ -11,7 +11,8 @@ from kdexport.output import Output
 from kdexport.report import page_of, write_reports
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import html, markdown
-from kdexport.report.table import between, p99, trimmed
+from kdexport.report.table import between, p99, table, tick, trimmed
+from kdexport.report.terminal import summary
 from kdexport.results import Report, read_report
 
 
@@ -94,28 +95,53 @@ def test_what_was_not_measured_leaves_no_empty_section(report):
     markdown(page_of(bare))
 
 
-def test_a_missed_budget_is_on_the_first_screen_with_its_interval(report):
+def test_a_missed_budget_is_on_the_first_screen_and_says_whether_it_is_sure(report):
     from kdexport.results import Check, Verdict
 
     missed = Verdict(False, [Check("p99_ms", 0.1, 0.105, False, sure=False)])
     drawn = html(page_of(replaced(report, budget=missed)))
     assert "The budget is NOT kept." in drawn
     assert 'class="verdict bad"' in drawn
-    assert "not kept, but the interval reaches over the limit" in drawn
+    assert "not kept, but not for sure" in drawn
 
 
-def test_warnings_come_before_all_figures(report):
+def test_warnings_are_one_line_before_all_figures_with_the_details_below(report):
     how = msgspec.structs.replace(
         report.bench,
-        warnings=["this machine was too noisy"],
+        warnings=["this machine was too noisy", "the machine was busy"],
         failed={"x-torch": "was killed"},
         left_out={"y-cuda": "no GPU"},
     )
-    drawn = html(page_of(replaced(report, bench=how)))
-    assert drawn.index("this machine was too noisy") < drawn.index("<nav")
-    assert "x-torch was killed" in drawn
-    assert "y-cuda was left out: no GPU" in drawn
-    assert "> Warning: this machine was too noisy" in markdown(page_of(replaced(report, bench=how)))
+    noisy = replaced(report, bench=how)
+    details = ["the machine was busy", "x-torch was killed", "y-cuda was left out: no GPU"]
+    drawn = html(page_of(noisy))
+    (box,) = re.findall(r'<section class="warnings".*?</section>', drawn[: drawn.index("<nav")], re.S)
+    (line,) = re.findall(r"<summary>(.*?)</summary>", box)
+    assert line.endswith("this machine was too noisy (3 more)")
+    assert re.findall(r"<li>(.*?)</li>", box) == details
+    text = markdown(page_of(noisy))
+    assert "> Warning: this machine was too noisy\n\n<details><summary>3 more warnings</summary>\n\n" in text
+    assert "\n".join(f"- {line}" for line in details) + "\n\n</details>" in text
+    warned = [line for line in summary(noisy) if line.startswith("warning: ")]
+    assert warned == ["warning: this machine was too noisy (1 more in report.html)"]
+
+
+def test_a_lone_warning_has_no_details(report):
+    alone = replaced(report, bench=msgspec.structs.replace(report.bench, warnings=["this machine was too noisy"]))
+    (box,) = re.findall(r'<section class="warnings".*?</section>', html(page_of(alone)), re.S)
+    assert "<details" not in box
+    assert "<details" not in markdown(page_of(alone))
+    assert "warning: this machine was too noisy" in summary(alone)
+
+
+def test_two_rounds_show_no_interval_of_times_and_no_bound(report):
+    """The run of these tests has two rounds: brackets belong to the accuracy alone."""
+    assert report.bench.rounds == 2
+    for row in table(report):
+        assert [i for i, cell in enumerate(row) if "[" in cell or "≤" in cell] == [1]
+    drawn = {section.title: section for section in page_of(report).sections}
+    for figure in [*drawn["Latency"].figures, *drawn["What each step gave"].figures]:
+        assert 'class="whisker' not in figure.svg
 
 
 def test_labels_and_texts_are_only_ever_text(report):
@@ -218,8 +244,10 @@ def test_an_interval_is_written_with_the_digits_of_its_value():
 
 
 def test_a_p99_without_samples_enough_is_a_bound_or_nothing(report):
-    latency = msgspec.structs.replace(report.variants[0].latency_ms, p99=None, p99_at_most=12.34)
+    latency = msgspec.structs.replace(report.variants[0].latency_ms, p99=None, p99_at_most=12.34, rounds=3)
     assert p99(msgspec.structs.replace(report.variants[0], latency_ms=latency)) == "≤ 12.3"
+    of_two = msgspec.structs.replace(latency, rounds=2)
+    assert p99(msgspec.structs.replace(report.variants[0], latency_ms=of_two)) == "–"
     latency = msgspec.structs.replace(latency, p99_at_most=None)
     assert p99(msgspec.structs.replace(report.variants[0], latency_ms=latency)) == "–"
 
@@ -233,16 +261,48 @@ def test_charts_put_points_where_the_axes_say():
     assert y1 > y3  # up is more
 
 
-def test_axes_of_times_come_from_the_points_and_clip_intervals():
-    def ticks(ci):
-        chart = plot("t", [Series("a", [Point(1, 2, ci, ci), Point(8, 5)])], Axis("x", log=True), Axis("y", log=True))
-        return re.findall(r'<path class="grid" d="[^"]+"', chart), re.findall(r'"whisker" d="([^"]+)"', chart)
+WHISKER = r'"whisker[^"]*" d="([^"]+)"'
 
-    (grid, drawn), (same, none) = ticks((1e-12, 1e12)), ticks(None)
+
+@pytest.mark.parametrize("log", [False, True])
+def test_axes_come_from_the_points_and_clip_intervals_with_an_arrow(log):
+    def drawn(ci):
+        chart = plot("t", [Series("a", [Point(1, 2, ci, ci), Point(8, 5)])], Axis("x", log=log), Axis("y", log=log))
+        return re.findall(r'<path class="grid" d="[^"]+"', chart), re.findall(WHISKER, chart)
+
+    (grid, (across, upright)), (same, none) = drawn((1e-12, 1e12)), drawn(None)
     assert grid == same
-    assert drawn[0].startswith("M56.0,")  # from the left edge of the frame
-    assert drawn[0].endswith("L466.0," + drawn[0].rpartition(",")[2])
     assert none == []
+    assert across.startswith("M56.0,")  # from the left edge of the frame to the right, with an arrow at both
+    assert [float(x) for x in re.findall(r"L([\d.]+),", across)[::2]] == [56.0, 466.0]
+    assert len(re.findall("L", upright)) == 4
+    _, (short, _) = drawn((1.0, 2.0))
+    assert "L" not in short  # within the axes: no arrow
+    _, (half, _) = drawn((1.0, 1e12))
+    assert [float(x) for x in re.findall(r"L([\d.]+),", half)[::2]] == [466.0]
+
+
+def test_bars_clip_intervals_and_an_axis_reaches_as_far_as_asked():
+    wide = [Bar("a", 2.0, (-50.0, 3.0)), Bar("b", 4.0, (3.5, 90.0))]
+    one, other = re.findall(WHISKER, bars("t", wide, Axis("x")))
+    assert one.startswith("M8.0,")  # its left end is clipped, and the right end of the other
+    assert [float(x) for x in re.findall(r"L([\d.]+),", one + other)[::2]] == [8.0, 466.0]
+    assert "L" not in "".join(re.findall(WHISKER, bars("t", wide, Axis("x", reach=(-50.0, 90.0)))))
+
+
+def test_ticks_stand_at_the_value_that_they_name():
+    def ticks(first, last, axis):
+        chart = plot("t", [Series("a", [Point(first, 0), Point(last, 1)])], axis, Axis("y"))
+        at = re.findall(r'<path class="grid" d="M([\d.]+),[\d.]+V[^>]+/><text[^>]+>([^<]+)</text>', chart)
+        begin, end = (float(x) for x in re.findall(r"translate\(([\d.]+),", chart)[-2:])
+        scale = (last - first) / (end - begin)
+        return [(text, round(first + scale * (float(x) - begin), 3)) for x, text in at]
+
+    assert ticks(1, 2, Axis("round", least=1.0)) == [("1", 1.0), ("2", 2.0)]
+    of_percent = ticks(0.932, 0.938, Axis("accuracy", tick))
+    assert len(of_percent) >= 3
+    for text, value in of_percent:
+        assert float(text.removesuffix(" %")) == pytest.approx(100 * value, abs=0.1)
 
 
 @pytest.mark.parametrize("points", [[], [Point(1, 1)], [Point(3, 2), Point(3, 2)], [Point(0, 1), Point(5, 1)]])
