@@ -60,20 +60,22 @@ def fine_tune(
     write_json(out / _RECORD, {"recipe": recipe, "curve": curve, "rows": len(train), "labels": len(task.labels)})
 
 
-def cause_of_chance(teacher: Path) -> tuple[str, str] | None:
-    """Return why a teacher that was fine-tuned here is near chance, most likely, and what to do; None if it was not."""
+def cause_of_chance(teacher: Path) -> str | None:
+    """Return the likely cause why a teacher that was fine-tuned here is near chance, and what to do; else None."""
     if not (teacher / _RECORD).is_file():
         return None
     record = msgspec.json.decode((teacher / _RECORD).read_bytes())
     curve, rows, labels = record["curve"], record["rows"], record["labels"]
-    first, last, epochs = curve[0]["loss"], curve[-1]["loss"], len(curve)
+    first, last = curve[0]["loss"], curve[-1]["loss"]
     if rows < _FEW_ROWS * labels:
-        return f"{rows:,} rows are few for {labels} labels", "Add rows, or take a teacher that is trained for them"
-    if len(curve) > 1 and last < first / 2:
-        learned = f"it learned the training rows (loss {first:.3g} → {last:.3g}), which say nothing about the others"
-        return learned, "Check the labels: are they in the right column, and do they follow from the text?"
-    slow = f"its loss hardly fell in {epochs} epochs ({first:.3g} → {last:.3g})"
-    return slow, f"Raise teacher.train.epochs or teacher.train.learning_rate ({record['recipe']['learning_rate']:g})"
+        return (
+            f"Most likely {rows:,} rows are too few for {labels} labels: add some, or name a teacher trained for them"
+        )
+    if last < first / 2:
+        learned = f"it learned the training rows (loss {first:.3g} → {last:.3g}), and they say nothing about others"
+        return f"Most likely the labels are at fault: {learned}. Is --label the right column?"
+    slow = f"its loss hardly fell in {len(curve)} epochs ({first:.3g} → {last:.3g})"
+    return f"Most likely it was trained too little: {slow}. Raise teacher.train.epochs or teacher.train.learning_rate"
 
 
 def _labelled(data: Path, split: str) -> list[dict[str, Any]]:

@@ -163,7 +163,9 @@ def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     if task.config.function != "softmax":
         if task.is_chance(logits, rows):
             value = task.metric.text(metric(task, logits, rows))
-            raise _near_chance(teacher, f"{who} has a {task.metric.name} of {value} on {len(rows)} labelled rows")
+            raise ModelError(
+                f"{who} has a {task.metric.name} of {value} on {len(rows)} labelled rows", _remedy(teacher)
+            )
         return
     items = task.items(rows, logits)
     counts = confusion_matrix(items.labels, items.logits.argmax(axis=1), len(task.labels))
@@ -175,7 +177,7 @@ def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     found += ", which is near chance" if near_chance else ""
     if cause_of_chance(teacher.named.folder):  # its labels are the data's: no other order can be meant
         if near_chance:
-            raise _near_chance(teacher, found)
+            raise ModelError(found, _remedy(teacher))
         return
     truth, answer = linear_sum_assignment(-counts)
     reordered = counts[truth, answer].sum() / counts.sum()
@@ -192,15 +194,14 @@ def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     if gained - lost > max(_SURE * np.sqrt(gained + lost), _WORTH * counts.sum()):
         warn(f"{found}; read as {order} it answers {reordered:.1%}. If that is its label order: {fix}")
     if near_chance:
-        raise _near_chance(teacher, found)
+        raise ModelError(found, _remedy(teacher))
 
 
-def _near_chance(teacher: Teacher, found: str) -> ModelError:
-    if cause := cause_of_chance(teacher.named.folder):
-        return ModelError(f"{found}: {cause[0]}", cause[1])
+def _remedy(teacher: Teacher) -> str:
+    """Return what to do about a teacher near chance."""
     fixes = {
         "torch": "Is it trained for these labels? To fine-tune it: --teacher-epochs 3",
         "onnx": "Is it trained for these labels?",
         "stored": "Are its rows in the order of the data's?",
     }
-    return ModelError(found, fixes[teacher.named.kind])
+    return cause_of_chance(teacher.named.folder) or fixes[teacher.named.kind]

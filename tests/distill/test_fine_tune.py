@@ -66,16 +66,16 @@ def test_a_teacher_without_a_head_is_fine_tuned_unasked(finished, base_model, tm
 @pytest.mark.parametrize(
     ("rows", "labels", "losses", "says"),
     [
-        (100, 50, [4.0, 3.9], "100 rows are few for 50 labels"),
-        (1000, 5, [1.6, 0.1], "it learned the training rows (loss 1.6 → 0.1), which say nothing about the others"),
-        (1000, 5, [1.6, 1.5], "its loss hardly fell in 2 epochs (1.6 → 1.5)"),
+        (100, 50, [4.0, 3.9], "Most likely 100 rows are too few for 50 labels"),
+        (1000, 5, [1.6, 0.1], "Most likely the labels are at fault: it learned the training rows (loss 1.6 → 0.1)"),
+        (1000, 5, [1.6, 1.5], "Most likely it was trained too little: its loss hardly fell in 2 epochs (1.6 → 1.5)"),
     ],
 )
 def test_a_teacher_that_learned_nothing_is_refused_with_the_likely_cause(tmp_path, rows, labels, losses, says):
     assert cause_of_chance(tmp_path) is None
     record = {"recipe": {"learning_rate": 1e-4}, "curve": [{"loss": loss} for loss in losses]}
     (tmp_path / "training.json").write_text(json.dumps(record | {"rows": rows, "labels": labels}))
-    assert cause_of_chance(tmp_path)[0] == says
+    assert cause_of_chance(tmp_path).startswith(says)
 
 
 @pytest.mark.parametrize(
