@@ -76,7 +76,7 @@ def students(settings: Spec) -> tuple[str, ...]:
     """Return the students to train: one, or the ladder of a search."""
     named = settings.student.model
     if named is None:
-        menu = task_class(settings.task).menu
+        menu = task_class(settings.task, settings.data.problem).menu
         return menu.ladder if settings.budget.binds() else (menu.default,)
     return (named,) if isinstance(named, str) else tuple(dict.fromkeys(named))
 

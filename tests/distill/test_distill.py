@@ -165,6 +165,7 @@ def test_a_teacher_with_another_label_order_is_refused_and_the_order_named(finis
     def rotated(rows, advance):
         return np.roll(logits_of(model, task, rows), 1, axis=1)
 
+    (copied / "teacher" / "training.json").unlink()  # as of a teacher that was trained elsewhere
     with pytest.raises(ModelError) as caught:
         write_targets(copied / "data", copied / "teacher", tmp_path, rotated)
     assert "near chance" in str(caught.value)

@@ -223,7 +223,8 @@ def test_an_artifact_tags_texts_and_lists_of_words(tagged):
         capture_output=True,
         text=True,
     )
-    assert json.loads(done.stdout)["tags"] == text.tags
+    (alone,) = model.predict(["Empire State Building, New York"])  # int8 scales activations by the whole batch
+    assert json.loads(done.stdout)["tags"] == alone.tags
 
 
 def test_optimum_loads_it_and_says_the_same(tagged, optimum):

@@ -46,7 +46,7 @@ def test_the_summary_says_both_numbers_and_the_gain_in_their_unit():
     )
     lines = "\n".join(summary(report))
     assert "has 2.199 bits per byte, the teacher 2.132 (1000 test rows)" in lines
-    assert "labels alone: 2.199; distillation: a gain of 0.057 bits per byte" in lines
+    assert "labels alone: 2.199; distillation: +0.057 bits per byte" in lines
     assert "2 seeds, in PyTorch: student 2.2000 ± 0.014" in lines
     assert "measured on A CPU, 2 core(s), 1 thread(s)" in lines
 
