@@ -50,7 +50,7 @@ def prepare_teacher(
                 f"teacher {settings.model} scores by {theirs}, but data.problem {summary.problem} needs {function}",
                 "Set problem_type in its config.json, or fine-tune it: --teacher-epochs 3",
             )
-        known = own_labels(config) if function == "none" else known
+        known = own_labels(config) if function == "none" else kind.known_as(known, own_labels(config))
         labels = match_labels(own_labels(config), known, has_head(config, of_task), settings.model)
     else:
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known

@@ -168,8 +168,8 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
     from kdexport.runtime.predictor import Predictor, tensors_of
     from kdexport.tasks.classes import function_of
 
-    folder = artifact.resolve(Path(model))
-    tokenizer = open_tokenizer(str(folder))
+    folder, summary = artifact.resolve(Path(model)), read_summary(data)
+    tokenizer = open_tokenizer(str(folder), summary.task)
     if (folder / artifact.MANIFEST).is_file():
         file, task = artifact.model_file(folder, "fp32"), artifact.read_manifest(folder).task
         own, function, inputs, reads, usual = task.labels, task.function, task.inputs, task.max_length, task.max_length
@@ -181,8 +181,9 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
         function, reads, usual = function_of(len(own), config.problem_type), longest_input(config, tokenizer), 128
     if function != "softmax":
         raise ModelError(f"teacher {model} does not choose one label of several", "Name a single-label classifier")
-    labels = match_labels(own, read_summary(data).labels, True, model, can_learn=False)
-    write_task(tokenizer, inputs, reads, max_length, labels, out, at_most=usual)
+    known = task_class(summary.task).known_as(summary.labels, own)
+    labels = match_labels(own, known, True, model, can_learn=False)
+    write_task(tokenizer, inputs, reads, max_length, labels, out, task=summary.task, at_most=usual)
     for part in file.parent.glob(f"{file.name}*"):  # weights of more than 2 GB stand beside the graph
         shutil.copyfile(part, out / part.name)
     if (folder / "config.json").is_file():

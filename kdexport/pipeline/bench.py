@@ -195,7 +195,7 @@ def labelled_rows(task: Task, rows: Rows, name: str) -> Rows:
     for row in rows:
         if row.get("label") is None or (task.one_label and not row["label"]):
             return []
-        if unknown := task.labels_of(row) - set(task.labels):
+        if unknown := task.unknown(row):
             warn(f"bench: the {task.metric.name} of {name} is not measured: it has no label {min(unknown)!r}")
             return []
     return rows
