@@ -18,6 +18,7 @@ from kdexport.models.registry import has_head
 from kdexport.models.saving import save_model, save_task
 from kdexport.progress import say, warn
 from kdexport.tasks import load_task, task_class
+from kdexport.tasks.base import Task
 from kdexport.tasks.classes import function_of
 
 _TOP_K = 64  # tokens with a probability in a language model's soft targets: docs/decisions.md
@@ -58,8 +59,7 @@ def prepare_teacher(
     some = some_rows(data)
     save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some, top_k=_TOP_K)
     task = load_task(out)
-    for remark in task.remarks(some):
-        say(f"teacher: {remark}")
+    warn_of(task, some)
     if settings.train is not None:
         training = TrainConfig(seed=seed, **msgspec.structs.asdict(settings.train))
         train, validation = (_labelled(data, split) for split in ("train", "validation"))
@@ -75,6 +75,12 @@ def _labelled(data: Path, split: str) -> list[dict[str, Any]]:
     if not rows:
         raise ModelError(f"the {split} rows have no labels to fine-tune the teacher on", "Leave out teacher.train")
     return rows
+
+
+def warn_of(task: Task, rows: list[dict[str, Any]]) -> None:
+    """Warn of how these rows are read."""
+    for remark in task.remarks(rows):
+        warn(f"teacher: {remark}")
 
 
 def some_rows(data: Path) -> list[dict[str, Any]]:

@@ -162,7 +162,7 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
     """Take an artifact of ours, after checking its files, or a folder as Optimum writes it."""
     from transformers import AutoConfig
 
-    from kdexport.distill.teacher import match_labels
+    from kdexport.distill.teacher import match_labels, some_rows, warn_of
     from kdexport.models.loading import open_tokenizer, own_labels
     from kdexport.models.saving import longest_input, write_task
     from kdexport.runtime.predictor import Predictor, tensors_of
@@ -188,12 +188,13 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
         shutil.copyfile(part, out / part.name)
     if (folder / "config.json").is_file():
         shutil.copyfile(folder / "config.json", out / "config.json")
-    Predictor(load_task(out), out / file.name)
+    warn_of(Predictor(load_task(out), out / file.name).task, some_rows(data))
 
 
 def _take_stored(settings: spec.Spec, model: str, data: Path, out: Path, first: Path | None) -> None:
     """Take a file of logits; its tokenizer, the first teacher's or the student's, only encodes texts elsewhere."""
     from kdexport.distill.stored import take_stored
+    from kdexport.distill.teacher import some_rows, warn_of
     from kdexport.models.loading import open_config, open_model
     from kdexport.models.saving import save_task
 
@@ -207,3 +208,4 @@ def _take_stored(settings: spec.Spec, model: str, data: Path, out: Path, first: 
     opened = open_model(student, open_config(student), settings.task, labels)
     save_task(opened, settings.data.max_length, labels, out, task=settings.task)
     opened.model.config.save_pretrained(out)
+    warn_of(load_task(out), some_rows(data))
