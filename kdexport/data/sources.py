@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from kdexport import spec
-from kdexport.data import folders
+from kdexport.data import folders, hub
 from kdexport.data.passages import Cut
 from kdexport.data.read import SUFFIXES, Raw, Source, from_arrow, read_file
 from kdexport.errors import DataError, MissingPackage, first_line
@@ -250,6 +250,7 @@ def _read_hub(sources: dict[str, str]) -> dict[str, Source]:
         import datasets
     except ModuleNotFoundError:
         raise MissingPackage("datasets", "distill") from None
+    hub.in_reach()
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     name, _, config = sources["train"].partition(":")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kdexport import spec
-from kdexport.data import demo, read_summary
+from kdexport.data import demo, hub, read_summary
 from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
 from kdexport.distill.combine import columns_of
@@ -56,6 +56,14 @@ def files(settings: spec.Spec) -> list[Path]:
     models += [base_of(Path(model)) for model in models if is_adapter(Path(model))]
     models += [student] if (student := tokenizer_for_stored(settings)) else []
     return [Path(model) for model in models if Path(model).exists()]
+
+
+def check(settings: spec.Spec) -> None:
+    """Raise ModelError if a teacher, or a student that is another model, can't be opened."""
+    students = [name for name in derive.students(settings) if derive.shape_of(name).kind == "model"]
+    for model in (*models_of(settings), *students):
+        if kind_of(model) == "torch":
+            hub.check_model(base_of(Path(model)) if is_adapter(Path(model)) else model)
 
 
 def settings_of(settings: spec.Spec) -> list[Any]:

@@ -21,9 +21,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from kdexport.data import demo
+from kdexport.data import hub
 from kdexport.errors import ModelError, first_line
-from kdexport.files import is_place
 from kdexport.models import LINE_5
 from kdexport.models.registry import auto_class, has_head, other_task
 from kdexport.progress import say
@@ -43,12 +42,10 @@ class ModelAndProcessor(NamedTuple):
 
 def open_config(model: str) -> Any:
     """Open the configuration of a folder or hub id, or raise ModelError."""
-    folder = Path(model)
-    if is_place(model) and not (folder / "config.json").is_file():
-        missing = "does not exist" if not folder.exists() else "holds no config.json"
-        raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
-    fix = "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
-    with _opening(model, fix=fix):
+    hub.check_model(model)
+    if Path(model).exists() and not Path(model, "config.json").is_file():
+        raise ModelError(f"model folder {model} holds no config.json", "Name a folder written by save_pretrained")
+    with _opening(model):
         _check_known(model, PretrainedConfig.get_config_dict(model)[0])
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
 

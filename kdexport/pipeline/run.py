@@ -45,7 +45,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
         data = folder.stage(
             "data", version=3, reads=files,
             settings=[settings.task, settings.data, settings.seed, *teachers.cut_by(settings)],
-            build=lambda work: prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings)),
+            build=lambda work: _data(settings, work),
         )  # fmt: skip
 
         # 2. Prepare the teacher or teachers; fine-tune them if the spec asks for it.
@@ -100,7 +100,7 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     """List every setting with its value and its meaning or reason; reads the data, as epochs depend on its size."""
     local_files(settings.data)
     with tempfile.TemporaryDirectory() as work:
-        prepare(settings.data, settings.task, settings.seed, Path(work), teachers.cut_of(settings))
+        _data(settings, Path(work))
         rows = len(read_rows(Path(work), "train"))
     names = derive.students(settings)
     starts = {derive.start_of(settings.student, name) for name in names}
@@ -131,7 +131,13 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     return table
 
 
+def _data(settings: spec.Spec, work: Path) -> None:
+    teachers.check(settings)
+    prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings))
+
+
 def _teachers(settings: spec.Spec, data: Path, work: Path) -> None:
+    teachers.check(settings)
     rehearse(settings)
     teachers.prepare_teachers(settings, data, work)
 
