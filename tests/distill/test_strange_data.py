@@ -1,21 +1,26 @@
-"""Data that do not fit a teacher: said before it is trained."""
+"""Data and labels that do not fit a teacher: mended, or said before it is trained."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
+import shutil
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, Unigram
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, pipeline
 
 from kdexport import spec
 from kdexport.data import demo, prepare
 from kdexport.distill.teacher import prepare_teacher
+from kdexport.errors import ModelError
+from kdexport.models.loading import open_config
+from kdexport.models.trained import take_trained
 from kdexport.spec import sections
+from kdexport.tasks import load_task
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.text_classification import TextClassification
 
@@ -64,3 +69,19 @@ def test_only_what_becomes_the_unknown_token_is_unknown(tokenizer, warned):
     remarks = task.remarks([{"text": CHINESE}] * 3)
     assert ["unknown to its vocabulary" in remark for remark in remarks] == [True][:warned]
     assert task.remarks([{"text": "a" * 10}]) == []
+
+
+def test_labels_that_count_from_1_are_renumbered(tmp_path, teacher):
+    folder, out = tmp_path / "from-1", tmp_path / "out"
+    shutil.copytree(teacher, folder)
+    out.mkdir()
+    config = json.loads((folder / "config.json").read_bytes())
+    names = {"id2label": {"1": "good", "2": "bad"}, "label2id": {"good": 1, "bad": 2}}
+    (folder / "config.json").write_text(json.dumps(config | names))
+    take_trained(str(folder), 32, [{"text": "a film"}], out)
+    assert load_task(out).labels == ["good", "bad"]
+    (found,) = pipeline("text-classification", str(out), top_k=None)(["a film"])
+    assert {one["label"] for one in found} == {"good", "bad"}
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "good", "2": "bad"}, "label2id": {}}))
+    with pytest.raises(ModelError, match=r"numbers its labels 0, 2\. Count id2label in its config\.json from 0"):
+        open_config(str(folder))
