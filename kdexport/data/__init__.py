@@ -162,7 +162,8 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
                 where = row["id"].replace(":", ", row ")
                 raise DataError(f"{where}: label {strange[0]!r} occurs in no row of train", "Add rows to train")
     if len(labels) < 2 and task.has_names:
-        raise DataError(f"the rows have one label only: {', '.join(labels)}", "Is --label the right column?")
+        few = f"one label only: {', '.join(labels)}" if labels else "no labels"
+        raise DataError(f"the rows have {few}", "Is --label the right column?")
     return task.ordered(labels)
 
 

@@ -43,7 +43,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):
         # 1. Read, check, split and audit the rows.
         data = folder.stage(
-            "data", version=3, reads=files,
+            "data", version=4, reads=files,
             settings=[settings.task, settings.data, settings.seed, *teachers.cut_by(settings)],
             build=lambda work: _data(settings, work),
         )  # fmt: skip
@@ -56,7 +56,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
 
         # 3. Compute soft targets once for all students, also of unlabelled and augmented texts.
         targets = folder.stage(
-            "targets", version=2, settings=teachers.asked_of(settings), reads=[data, teacher],
+            "targets", version=3, settings=teachers.asked_of(settings), reads=[data, teacher],
             build=lambda work: _targets(settings, data, teacher, work),
         )  # fmt: skip
 

@@ -22,10 +22,10 @@ class Entity(NamedTuple):
 
 
 def are_plain(labels: Collection[str]) -> bool:
-    """Whether tags are plain: not all marked as in BIO, nor words beside O. In sets of letters O is another letter."""
+    """Whether tags are plain: without O, and not all marked as in BIO."""
     others = {*labels} - {OUTSIDE}
-    if OUTSIDE in labels:
-        return bool(others) and max(map(len, others)) == 1
+    if OUTSIDE in labels:  # among parts of speech that are letters, O is a pronoun
+        return len(others) > 4 and max(map(len, others)) == 1
     return not all(map(_MARKED.fullmatch, others))
 
 
@@ -98,7 +98,7 @@ def scheme_of(rows: Sequence[Sequence[str]]) -> str:
     pairs = (pair for tags in rows for pair in zip([OUTSIDE, *tags], tags, strict=False))
     if all(_parts(before)[1] == _parts(tag)[1] for before, tag in pairs if tag[0] == "B"):
         return "tags are IOB1, read as BIO"
-    return f"tags are BIO; in {strays:,} rows an I- begins a name, and is read as B-"
+    return f"tags are BIO; an I- that begins a name ({strays:,} rows) is read as B-"
 
 
 def _parts(tag: str) -> tuple[str, str]:

@@ -283,7 +283,8 @@ class PlainTags(TokenClassification):
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Correct words and words: float64 [N, 2]; words that the model does not read are wrong."""
         every = [(one.tags, row["label"].split()) for one, row in zip(self.decode(logits, rows), rows, strict=True)]
-        return np.array([[sum(map(eq, ours, theirs)), len(theirs)] for ours, theirs in every], dtype=np.float64)
+        counts = [[sum(map(eq, ours, theirs)), len(theirs)] for ours, theirs in every]
+        return np.array(counts, dtype=np.float64).reshape(-1, 2)
 
     def value(self, sums: Array) -> Array:
         """The fraction of correct words; 1 where there are none."""

@@ -75,7 +75,7 @@ def test_names_are_read_as_seqeval_reads_them():
     [
         (["I-x I-x O", "O I-y I-y"], ["B-x I-x O", "O B-y I-y"], "tags are IO, read as BIO"),
         (["person person O", "O place O"], ["B-person I-person O", "O B-place O"], "tags are IO, read as BIO"),
-        (["O B-x I-y"], ["O B-x B-y"], "tags are BIO; in 1 rows an I- begins a name, and is read as B-"),
+        (["O B-x I-y"], ["O B-x B-y"], "tags are BIO; an I- that begins a name (1 rows) is read as B-"),
         (["O O", "O"], ["O O", "O"], ""),
         (
             ["DET NOUN", "NOUN VERB"],
@@ -106,12 +106,14 @@ def test_plain_tags_are_judged_word_by_word_and_unread_words_are_wrong():
     assert value == 5 / 8
     assert low <= value <= high
     assert task.correct(logits, rows).tolist() == [False, False]
-    first = task.decode(logits, rows)[0].to_dict(scores=False)
-    assert first == {"words": ["a", "a"], "tags": ["ADJ", "VERB"]}
+    first = task.decode(logits, rows)[0]
+    assert first.to_dict(scores=False) == {"words": ["a", "a"], "tags": ["ADJ", "VERB"]}
+    assert [(one["entity_group"], one["word"]) for one in first.entities] == [("ADJ", "a"), ("VERB", "a")]
 
 
 def test_letters_are_plain_tags_even_with_an_o_among_them():
-    assert tags.are_plain({"O", "N", "V"})  # pronouns, nouns, verbs
+    assert tags.are_plain({*"NVAPOD,"})  # of tweets: nouns, verbs, …, and O is a pronoun
+    assert not tags.are_plain({"O", "T"})
     assert not tags.are_plain({"O", "PER", "LOC"})
     assert not tags.are_plain({"O", "B-PER"})
     assert tags.are_plain({"NOUN", "B-NOUN", "I-NOUN"})
