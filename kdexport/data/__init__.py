@@ -16,7 +16,7 @@ import msgspec
 from kdexport import spec
 from kdexport.analysis.duplicates import Audit, audit, near_duplicates
 from kdexport.data.passages import Cut
-from kdexport.data.sources import SPLITS, Checked, Columns, Labels, read_splits, read_unlabelled, to_rows
+from kdexport.data.sources import SPLITS, Checked, Columns, Labels, read_splits, read_unlabelled, to_rows, unify
 from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError
 from kdexport.files import write_bytes, write_json
@@ -57,6 +57,7 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
         # Test rows need labels; without a test split they are taken from train.
         labels: Labels = "all" if split == "test" or "test" not in sources else "if any"
         read[split] = to_rows(source, settings, of_task, labels, cut)
+    read = unify(read, settings, of_task)
     beyond = read_unlabelled(settings, of_task, cut) if settings.unlabelled else Checked([], 0, {})
     splits, columns = {split: one.rows for split, one in read.items()}, read["train"].columns
     if bad_rows := sum(one.bad for one in (*read.values(), beyond)):
@@ -161,7 +162,8 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
                 where = row["id"].replace(":", ", row ")
                 raise DataError(f"{where}: label {strange[0]!r} occurs in no row of train", "Add rows to train")
     if len(labels) < 2 and task.has_names:
-        raise DataError(f"the rows have one label only: {', '.join(labels)}", "Is --label the right column?")
+        few = f"one label only: {', '.join(labels)}" if labels else "no labels"
+        raise DataError(f"the rows have {few}", "Is --label the right column?")
     return task.ordered(labels)
 
 

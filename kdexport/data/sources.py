@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from kdexport import spec
-from kdexport.data import folders
+from kdexport.data import folders, hub
 from kdexport.data.passages import Cut
 from kdexport.data.read import SUFFIXES, Raw, Source, from_arrow, read_file
 from kdexport.errors import DataError, MissingPackage, first_line
@@ -123,11 +123,28 @@ def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = 
     return Checked(rows, bad, columns)
 
 
+def unify(read: dict[str, Checked], data: spec.Data, task: type[Task]) -> dict[str, Checked]:
+    """Convert labels that only all rows explain; name or leave out rows that don't fit."""
+    rows, remark = task.unified([row for one in read.values() for row in one.rows])
+    if remark:
+        say(f"data: {remark}")
+    found, left = {}, iter(rows)
+    for split, one in read.items():
+        good: Rows = []
+        for before, after in zip(one.rows, left, strict=False):
+            if not isinstance(after, str):
+                good.append(dict(after))
+            elif not data.skip_bad_rows:
+                raise _bad(before["id"].replace(":", ", row "), after)
+        found[split] = one._replace(rows=good, bad=one.bad + len(one.rows) - len(good))
+    return found
+
+
 def read_given(
     data: spec.Data, task: type[Task], labels: Labels, known: Mapping[str, str] | None = None
 ) -> tuple[Rows, Columns]:
     """Read the rows and columns of the data that a command is given beside a model."""
-    found = to_rows(read_test(data), data, task, labels, known=known)
+    found = unify({"": to_rows(read_test(data), data, task, labels, known=known)}, data, task)[""]
     if found.bad:
         warn(f"data: {found.bad:,} bad rows left out")
     return found.rows, found.columns
@@ -198,9 +215,12 @@ def _taken(source: Source, data: spec.Data, take: Callable[[str, Raw], Rows]) ->
             yield take(f"{source.name}:{number}", raw)
         except DataError as error:
             if not data.skip_bad_rows:
-                fix = "Mend the row, or leave such rows out: --skip-bad-rows"
-                raise DataError(f"{source.name}, row {number}: {error.what}", fix) from None
+                raise _bad(f"{source.name}, row {number}", error.what) from None
             yield None
+
+
+def _bad(row: str, what: str) -> DataError:
+    return DataError(f"{row}: {what}", "Mend the row, or leave such rows out: --skip-bad-rows")
 
 
 def _placed(value: Any, task: Task | type[Task], source: Source) -> Any:
@@ -231,6 +251,7 @@ def _read_hub(sources: dict[str, str]) -> dict[str, Source]:
         import datasets
     except ModuleNotFoundError:
         raise MissingPackage("datasets", "distill") from None
+    hub.in_reach()
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     name, _, config = sources["train"].partition(":")

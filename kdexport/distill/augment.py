@@ -20,13 +20,13 @@ from kdexport import spec
 from kdexport.errors import ModelError
 from kdexport.progress import say
 from kdexport.tasks import task_class
+from kdexport.tasks.inputs.words import pattern
 from kdexport.tasks.metrics import Array
 
 Rows = list[dict[str, Any]]
 Change = Callable[[Sequence[str]], list[list[str]]]
 
-# Letters and digits between blanks and signs; scripts that write no blanks give a word a character.
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|\w+(?:['’]\w+)*")
+_WORD = pattern("'’")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*|\s*\n\s*")
 # p_ng of Tang et al.
 _WHOLE_CHANCE = 0.25

@@ -183,7 +183,7 @@ def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
     reordered = counts[truth, answer].sum() / counts.sum()
     stored = teacher.named.kind == "stored"
     # Labels that are numbers and no names are places in the teacher's order.
-    names = task.labels if task.labels_of(rows[0]) <= set(task.labels) else range(len(task.labels))
+    names = range(len(task.labels)) if task.unknown(rows[0]) else task.labels
     order = ", ".join([str(names[i]) for i in np.argsort(answer)][:8])
     fix = "Name its columns in that order: labels" if stored else "Set id2label in its config.json to that order"
     better = cohen_kappa(counts[:, answer]) > 2 * _CHANCE_KAPPA

@@ -17,6 +17,7 @@ from kdexport.models.saving import save_model, save_task
 from kdexport.progress import say, warn
 from kdexport.spec.teachers import has_weights
 from kdexport.tasks import load_task, task_class
+from kdexport.tasks.base import Task
 from kdexport.tasks.classes import function_of
 
 _TOP_K = 64  # tokens with a probability in a language model's soft targets: docs/decisions.md
@@ -56,7 +57,7 @@ def prepare_teacher(
                 f"teacher {settings.model} scores by {theirs}, but data.problem {summary.problem} needs {function}",
                 "Set problem_type in its config.json, or fine-tune it: --teacher-epochs 3",
             )
-        known = own_labels(config) if function == "none" else known
+        known = own_labels(config) if function == "none" else kind.known_as(known, own_labels(config))
         labels = match_labels(own_labels(config), known, settings.model)
     else:
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
@@ -64,11 +65,16 @@ def prepare_teacher(
     some = some_rows(data)
     save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some, top_k=_TOP_K)
     task = load_task(out)
-    for remark in task.remarks(some):
-        say(f"teacher: {remark}")
+    warn_of(task, some)
     if train is not None:
         fine_tune(opened, task, train, data, seed, out, trained=has_weights(source))
     save_model(opened, out)
+
+
+def warn_of(task: Task, rows: list[dict[str, Any]]) -> None:
+    """Warn of how these rows are read."""
+    for remark in task.remarks(rows):
+        warn(f"teacher: {remark}")
 
 
 def some_rows(data: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kdexport import spec
-from kdexport.data import demo, read_summary
+from kdexport.data import demo, hub, read_summary
 from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
 from kdexport.distill.combine import columns_of
@@ -56,6 +56,14 @@ def files(settings: spec.Spec) -> list[Path]:
     models += [base_of(Path(model)) for model in models if is_adapter(Path(model))]
     models += [student] if (student := tokenizer_for_stored(settings)) else []
     return [Path(model) for model in models if Path(model).exists()]
+
+
+def check(settings: spec.Spec) -> None:
+    """Raise ModelError if a teacher, or a student that is another model, can't be opened."""
+    students = [name for name in derive.students(settings) if derive.shape_of(name).kind == "model"]
+    for model in (*models_of(settings), *students):
+        if kind_of(model) == "torch":
+            hub.check_model(base_of(Path(model)) if is_adapter(Path(model)) else model)
 
 
 def settings_of(settings: spec.Spec) -> list[Any]:
@@ -176,14 +184,14 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
     """Take an artifact of ours, after checking its files, or a folder as Optimum writes it."""
     from transformers import AutoConfig
 
-    from kdexport.distill.teacher import match_labels
+    from kdexport.distill.teacher import match_labels, some_rows, warn_of
     from kdexport.models.loading import open_tokenizer, own_labels
     from kdexport.models.saving import longest_input, write_task
     from kdexport.runtime.predictor import Predictor, tensors_of
     from kdexport.tasks.classes import function_of
 
-    folder = artifact.resolve(Path(model))
-    tokenizer = open_tokenizer(str(folder))
+    folder, summary = artifact.resolve(Path(model)), read_summary(data)
+    tokenizer = open_tokenizer(str(folder), summary.task)
     if (folder / artifact.MANIFEST).is_file():
         file, task = artifact.model_file(folder, "fp32"), artifact.read_manifest(folder).task
         own, function, inputs, reads, usual = task.labels, task.function, task.inputs, task.max_length, task.max_length
@@ -195,18 +203,20 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
         function, reads, usual = function_of(len(own), config.problem_type), longest_input(config, tokenizer), 128
     if function != "softmax":
         raise ModelError(f"teacher {model} does not choose one label of several", "Name a single-label classifier")
-    labels = match_labels(own, read_summary(data).labels, model, can_learn=False)
-    write_task(tokenizer, inputs, reads, max_length, labels, out, at_most=usual)
+    known = task_class(summary.task).known_as(summary.labels, own)
+    labels = match_labels(own, known, model, can_learn=False)
+    write_task(tokenizer, inputs, reads, max_length, labels, out, task=summary.task, at_most=usual)
     for part in file.parent.glob(f"{file.name}*"):  # weights of more than 2 GB stand beside the graph
         shutil.copyfile(part, out / part.name)
     if (folder / "config.json").is_file():
         shutil.copyfile(folder / "config.json", out / "config.json")
-    Predictor(load_task(out), out / file.name)
+    warn_of(Predictor(load_task(out), out / file.name).task, some_rows(data))
 
 
 def _take_stored(settings: spec.Spec, model: str, data: Path, out: Path, first: Path | None) -> None:
     """Take a file of logits; its tokenizer, the first teacher's or the student's, only encodes texts elsewhere."""
     from kdexport.distill.stored import take_stored
+    from kdexport.distill.teacher import some_rows, warn_of
     from kdexport.models.loading import open_config, open_model
     from kdexport.models.saving import save_task
 
@@ -220,3 +230,4 @@ def _take_stored(settings: spec.Spec, model: str, data: Path, out: Path, first: 
     opened = open_model(student, open_config(student), settings.task, labels)
     save_task(opened, settings.data.max_length, labels, out, task=settings.task)
     opened.model.config.save_pretrained(out)
+    warn_of(load_task(out), some_rows(data))

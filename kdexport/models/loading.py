@@ -21,9 +21,8 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from kdexport.data import demo
+from kdexport.data import hub
 from kdexport.errors import ModelError, first_line
-from kdexport.files import is_place
 from kdexport.models import LINE_5
 from kdexport.models.registry import auto_class, has_head, other_task
 from kdexport.spec.teachers import has_weights
@@ -44,14 +43,25 @@ class ModelAndProcessor(NamedTuple):
 
 def open_config(model: str) -> Any:
     """Open the configuration of a folder or hub id, or raise ModelError."""
-    folder = Path(model)
-    if is_place(model) and not (folder / "config.json").is_file():
-        missing = "does not exist" if not folder.exists() else "holds no config.json"
-        raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
-    fix = "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
-    with _opening(model, fix=fix):
+    hub.check_model(model)
+    if Path(model).exists() and not Path(model, "config.json").is_file():
+        raise ModelError(f"model folder {model} holds no config.json", "Name a folder written by save_pretrained")
+    with _opening(model):
         _check_known(model, PretrainedConfig.get_config_dict(model)[0])
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        _count_labels_from_0(model, config)
+        return config
+
+
+def _count_labels_from_0(model: str, config: Any) -> None:
+    """Renumber labels that count from 1, which transformers' pipelines can't read; refuse those with gaps."""
+    numbers = sorted(config.id2label or ())
+    if numbers == [*range(1, len(numbers) + 1)]:
+        config.id2label = dict(enumerate(own_labels(config)))
+        config.label2id = {label: i for i, label in config.id2label.items()}
+    elif numbers != [*range(len(numbers))]:
+        numbered = ", ".join(map(str, numbers[:8]))
+        raise ModelError(f"model {model!r} numbers its labels {numbered}", "Count id2label in its config.json from 0")
 
 
 def _check_known(model: str, config: dict[str, Any]) -> None:
@@ -136,7 +146,7 @@ def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
         )
     processor = open_processor(model, task)
     with _opening(model):
-        opened, found = auto_class(task).from_pretrained(model, output_loading_info=True)
+        opened, found = auto_class(task).from_pretrained(model, config=config, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
     return ModelAndProcessor(opened, processor)

@@ -20,7 +20,7 @@ from kdexport.bench.loads import Loads
 from kdexport.bench.process import Crashed
 from kdexport.bench.subjects import Target, of_file, of_model
 from kdexport.bench.worker import logits_of
-from kdexport.data import Rows, read_rows
+from kdexport.data import Rows, hub, read_rows
 from kdexport.data.sources import read_given
 from kdexport.errors import ArtifactError, DataError, SpecError
 from kdexport.output import Output
@@ -120,6 +120,7 @@ def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     """Return a Hugging Face model in PyTorch's runtimes; its task is derived from its tokenizer and labels."""
     if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise SpecError(f"{name} does not exist", _NAME)
+    hub.check_model(name)
     from kdexport.models.loading import open_config, open_model, own_labels
     from kdexport.models.registry import task_of
     from kdexport.models.saving import save_task
@@ -195,7 +196,7 @@ def labelled_rows(task: Task, rows: Rows, name: str) -> Rows:
     for row in rows:
         if row.get("label") is None or (task.one_label and not row["label"]):
             return []
-        if unknown := task.labels_of(row) - set(task.labels):
+        if unknown := task.unknown(row):
             warn(f"bench: the {task.metric.name} of {name} is not measured: it has no label {min(unknown)!r}")
             return []
     return rows

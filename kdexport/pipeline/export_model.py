@@ -12,6 +12,7 @@ import numpy as np
 from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.bench.stats import ratio
+from kdexport.data import hub
 from kdexport.data.sources import Rows, read_given
 from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
@@ -116,6 +117,7 @@ def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data 
     """Write `artifact/` into `work`."""
     if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
+    hub.check_model(model)
     from kdexport.models.loading import open_config
     from kdexport.models.registry import task_of
     from kdexport.models.trained import take_trained

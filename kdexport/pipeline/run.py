@@ -43,9 +43,9 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):
         # 1. Read, check, split and audit the rows.
         data = folder.stage(
-            "data", version=3, reads=files,
+            "data", version=4, reads=files,
             settings=[settings.task, settings.data, settings.seed, *teachers.cut_by(settings)],
-            build=lambda work: prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings)),
+            build=lambda work: _data(settings, work),
         )  # fmt: skip
 
         # 2. Prepare the teacher or teachers; fine-tune them if the spec asks for it.
@@ -100,7 +100,7 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     """List every setting with its value and its meaning or reason; reads the data, as epochs depend on its size."""
     local_files(settings.data)
     with tempfile.TemporaryDirectory() as work:
-        prepare(settings.data, settings.task, settings.seed, Path(work), teachers.cut_of(settings))
+        _data(settings, Path(work))
         train, validation = (read_rows(Path(work), split) for split in ("train", "validation"))
         labels = len(read_summary(Path(work)).labels)
     rows = len(train)
@@ -137,7 +137,13 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     return table
 
 
+def _data(settings: spec.Spec, work: Path) -> None:
+    teachers.check(settings)
+    prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings))
+
+
 def _teachers(settings: spec.Spec, data: Path, work: Path) -> None:
+    teachers.check(settings)
     rehearse(settings)
     teachers.prepare_teachers(settings, data, work)
 

@@ -11,8 +11,8 @@ from kdexport.serve.openapi import PATH as PATH
 from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
 
 _TYPES = [
-    huggingface.ClassifyRequest, tei.PredictRequest, oip.InferRequest, tgi.WriteRequest, tgi.Generated, tgi.StreamToken,
-    tgi.WriterInfo, openai.CompletionRequest, openai.Completion, openai.ModelList,
+    huggingface.ClassifyRequest, huggingface.TagRequest, tei.PredictRequest, oip.InferRequest, tgi.WriteRequest,
+    tgi.Generated, tgi.StreamToken, tgi.WriterInfo, openai.CompletionRequest, openai.Completion, openai.ModelList,
 ]  # fmt: skip
 
 

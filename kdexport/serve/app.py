@@ -315,7 +315,8 @@ class App:
     async def _openapi(self, _: Request) -> Response:
         versions = self.models.in_service().values()
         generators = tuple((v.name, v.generator.room) for v in versions if v.generator)
-        served = openapi.Served(tuple(self.models.names), tuple(v.version for v in versions), generators)
+        taggers = tuple(v.name for v in versions if v.task.has_words)
+        served = openapi.Served(tuple(self.models.names), tuple(v.version for v in versions), generators, taggers)
         return answer(openapi.document(served, self.settings))
 
     async def _page(self, _: Request) -> Response:

@@ -15,11 +15,12 @@ _KEYED = {"security", "securitySchemes", "401"}
 
 
 class Served(NamedTuple):
-    """Names and versions in service, and language models with their most new tokens."""
+    """Names and versions in service, language models with their most new tokens, and models that tag words."""
 
     names: tuple[str, ...]
     versions: tuple[str, ...] = ()
     generators: tuple[tuple[str, int], ...] = ()
+    taggers: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1)  # as slow as an inference
@@ -27,7 +28,9 @@ def document(served: Served, settings: Settings) -> Any:
     """OpenAPI 3.1 of the public port, with the settings' limits and keys."""
     found = msgspec.json.decode(PATH.read_bytes())
     writers = [name for name, _ in served.generators]
-    kinds = ["writes" if name in writers else "classifies" for name in served.names] or ["classifies"]
+    kinds = [
+        "writes" if name in writers else "tags" if name in served.taggers else "classifies" for name in served.names
+    ] or ["classifies"]
     first, named = kinds[0], kinds[0] if len(set(kinds)) == 1 else "both"
     values: dict[str, Any] = {
         **{"$version": __version__, "$names": served.names, "$versions": served.versions},

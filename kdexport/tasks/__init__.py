@@ -43,8 +43,7 @@ def task_class(name: str, problem: str = "single-label") -> type[Task]:
 
 def class_of(config: TaskConfig) -> type[Task]:
     """Return the task class of a model's configuration."""
-    kinds = task_class(config.task).kinds().values()
-    return next((kind for kind in kinds if kind.function == config.function), task_class(config.task))
+    return task_class(config.task).of(config)
 
 
 def load_task(folder: Path) -> Task:

@@ -83,6 +83,11 @@ class Task:
         return {cls.problem: cls}
 
     @classmethod
+    def of(cls, config: TaskConfig) -> type[Task]:
+        """Return the class for a model's configuration."""
+        return next((kind for kind in cls.kinds().values() if kind.function == config.function), cls)
+
+    @classmethod
     def load(cls, folder: Path) -> Self:
         """Load the task of a model folder or an artifact; raise ArtifactError if a file is missing or unreadable."""
         raise NotImplementedError
@@ -98,6 +103,14 @@ class Task:
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
         """Return the reason why a canonical row's content or label is invalid, or None."""
         raise NotImplementedError
+
+    @classmethod
+    def unified(cls, rows: Sequence[Row]) -> tuple[list[Row | str], str]:
+        """Convert labels that only all rows of the data explain, such as tags.
+
+        Return each row, or the reason why it is invalid; and a remark for the user, or an empty text.
+        """
+        return list(rows), ""
 
     @classmethod
     def content(cls, row: Row) -> str:
@@ -118,6 +131,15 @@ class Task:
     def ordered(labels: Iterable[str]) -> list[str]:
         """Return label names in the order of the logits."""
         return []
+
+    @staticmethod
+    def known_as(labels: list[str], own: list[str]) -> list[str]:
+        """Return the names of the data's labels among a model's `own`, where the task allows others."""
+        return labels
+
+    def unknown(self, row: Row) -> set[str]:
+        """Return the names of a row's labels that the model does not have."""
+        return self.labels_of(row) - {*self.labels}
 
     @staticmethod
     def stratum(row: Row) -> str:

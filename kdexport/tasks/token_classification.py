@@ -1,4 +1,7 @@
-"""Token classification: a tag for each word of a text, such as named entities (BIO).
+"""Token classification: a tag for each word of a text: named entities (BIO), or plain ones such as parts of speech.
+
+Tags in other schemes are converted to BIO when data are read; a model may have labels of any (`tasks.tags`). Whether
+tags are plain is decided by the labels, so a model's configuration needs no more.
 
 A row's `text` is its words joined by single spaces, its `label` their tags, joined likewise. Logits are those of each
 word's first token, [N, max_length, C]: so models with different tokenizers are comparable word by word. Predictions end
@@ -7,35 +10,26 @@ with the last word within the model's max_length; metrics count later entities a
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import islice
-from typing import Any, ClassVar, NamedTuple
+from operator import eq
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
 from tokenizers import Encoding
 
 from kdexport.errors import DataError
-from kdexport.tasks.base import PREDICT, Card, Objective
-from kdexport.tasks.config import NO_LABEL, Arrays, Items, Row
+from kdexport.tasks.base import PREDICT, Card, Objective, Task
+from kdexport.tasks.config import NO_LABEL, Arrays, Items, Row, TaskConfig
 from kdexport.tasks.inputs.texts import Texts, padded
+from kdexport.tasks.inputs.words import words_in
 from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, f1_of, softmax
+from kdexport.tasks.tags import OUTSIDE, Entity, are_plain, bio, entities, misfit, own_names, scheme_of, spelled
 
-OUTSIDE = "O"
-# Marks a word that the model did not read: the logit of O is this, the others are exactly 0.
+# Marks a word that the model did not read: the logit of O (of plain tags, the first) is this, the others exactly 0.
 _UNREAD = 10.0
 # The place of a truncated word; −1 is padding.
 _CUT_OFF = -2
-# Letters and digits, with apostrophes, dots or hyphens between them; any other character by itself.
-_WORD = re.compile(r"\w+(?:[.’'-]\w+)*|[^\w\s]")
-
-
-class Entity(NamedTuple):
-    """Words `start` up to, but not including, `end` are an entity of this kind."""
-
-    kind: str
-    start: int
-    end: int
 
 
 class TaggedText(msgspec.Struct, frozen=True):
@@ -44,10 +38,12 @@ class TaggedText(msgspec.Struct, frozen=True):
     words: list[str]
     tags: list[str]
     scores: list[float]
+    plain: bool = False
 
     @property
     def entities(self) -> list[dict[str, Any]]:
-        """The entities: kind, mean score of the words, and the words."""
+        """The entities: kind, mean score of the words, and the words; where tags are plain, each word."""
+        every = [Entity(tag, i, i + 1) for i, tag in enumerate(self.tags)] if self.plain else entities(self.tags)
         return [
             {
                 "entity_group": kind,
@@ -56,32 +52,14 @@ class TaggedText(msgspec.Struct, frozen=True):
                 "start": start,
                 "end": end,
             }
-            for kind, start, end in entities(self.tags)
+            for kind, start, end in every
         ]
 
     def to_dict(self, scores: bool) -> dict[str, Any]:
         rounded = [{**entity, "score": round(entity["score"], 6)} for entity in self.entities]
-        found: dict[str, Any] = {"entities": rounded, "words": self.words, "tags": self.tags}
+        found: dict[str, Any] = {} if self.plain else {"entities": rounded}
+        found |= {"words": self.words, "tags": self.tags}
         return found | {"scores": [round(score, 6) for score in self.scores]} if scores else found
-
-
-def entities(tags: Sequence[str]) -> list[Entity]:
-    """Extract the entities of a tag sequence, as conlleval and seqeval do: a stray I- begins one as well."""
-    found: list[Entity] = []
-    kind, start = "", 0
-    for i, tag in enumerate([*tags, OUTSIDE]):
-        mark, _, of = tag.partition("-")
-        if kind and (mark != "I" or of != kind):
-            found.append(Entity(kind, start, i))
-            kind = ""
-        if mark in ("B", "I") and not kind:
-            kind, start = of, i
-    return found
-
-
-def words_in(text: str, most: int | None = None) -> list[str]:
-    """Split a text into words, or its first `most`; punctuation marks are words of their own."""
-    return [found[0] for found in islice(_WORD.finditer(text), most)]
 
 
 class TokenClassification(Texts):
@@ -112,7 +90,7 @@ class TokenClassification(Texts):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             return "its words are no list of texts"
         if strange := [word for word in words if not word or re.search(r"\s", word)]:
-            return f"the word {strange[0]!r} is empty or has a space in it"
+            return f"the word {strange[0][:40]!r} is empty or has a space in it"
         if tags is not None:
             if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
                 return "its tags are no list of texts"
@@ -120,30 +98,34 @@ class TokenClassification(Texts):
                 return f"it has {len(words)} words and {len(tags)} tags"
         return row | {"text": " ".join(words), "label": None if tags is None else " ".join(tags)}
 
-    @staticmethod
-    def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
-        if problem := Texts.check(row, max_chars, needs_label):
-            return problem
-        before = OUTSIDE
-        for i, tag in enumerate((row.get("label") or "").split()):
-            mark, dash, kind = tag.partition("-")
-            if tag != OUTSIDE and not (mark in ("B", "I") and dash and kind):
-                return f"tag {tag!r} of word {i + 1} is none of O, B-… and I-…"
-            if mark == "I" and before not in (f"B-{kind}", f"I-{kind}"):
-                return f"tag {tag!r} of word {i + 1} follows {before!r}, so it is no valid BIO"
-            before = tag
-        return None
+    @classmethod
+    def unified(cls, rows: Sequence[Row]) -> tuple[list[Row | str], str]:
+        """Tags as BIO, unless they are plain."""
+        every = [(row["label"] or "").split() for row in rows]
+        labels = {tag for tags in every for tag in tags}
+        strange, plain = misfit(labels), are_plain(labels)
+        found: list[Row | str] = []
+        for row, tags in zip(rows, every, strict=True):
+            if wrong := [i for i, tag in enumerate(tags) if tag in strange]:
+                found.append(f"tag {tags[wrong[0]]!r} of word {wrong[0] + 1} is none of O, B-… and I-…")
+            else:
+                found.append({**row, "label": " ".join(bio(tags))} if tags and not plain else row)
+        return found, scheme_of([tags for tags in every if not strange & {*tags}])
 
     def row(self, given: object) -> dict[str, Any]:
-        if not isinstance(given, list):
-            return self.ready(super().row(given))
-        row = TokenClassification.canonical({"text": given})
-        if isinstance(row, str):
-            raise DataError(row)
-        return row
+        return self.ready({"text": given} if isinstance(given, list) else super().row(given))
 
     def ready(self, row: dict[str, Any]) -> dict[str, Any]:
-        return row | {"text": " ".join(words_in(row["text"], self.config.max_length))}
+        """`text` is a text, or a list of words."""
+        given, most = row["text"], self.config.max_length
+        found = self.canonical({"text": given[:most] if isinstance(given, list) else words_in(given, most)})
+        if isinstance(found, str):
+            raise DataError(found)
+        return row | {"text": found["text"]}
+
+    @classmethod
+    def of(cls, config: TaskConfig) -> type[Task]:
+        return PlainTags if are_plain(config.labels) else TokenClassification
 
     @staticmethod
     def labels_of(row: Row) -> set[str]:
@@ -151,13 +133,21 @@ class TokenClassification(Texts):
 
     @staticmethod
     def ordered(labels: Iterable[str]) -> list[str]:
-        """O first, then alphabetically."""
-        return [OUTSIDE, *sorted(set(labels) - {OUTSIDE})]
+        """O first, but for plain tags; then alphabetically."""
+        names = {*labels}
+        return sorted(names) if are_plain(names) else [OUTSIDE, *sorted(names - {OUTSIDE})]
+
+    @staticmethod
+    def known_as(labels: list[str], own: list[str]) -> list[str]:
+        return own_names(labels, own)
+
+    def unknown(self, row: Row) -> set[str]:
+        return {*self._spelled(row)} - {*self.labels}
 
     @staticmethod
     def stratum(row: Row) -> str:
         """The kinds of entities in a row."""
-        return " ".join(sorted({tag[2:] for tag in (row["label"] or "").split()} - {""}))
+        return " ".join(sorted({tag.partition("-")[2] for tag in (row["label"] or "").split()} - {""}))
 
     @property
     def answer_shape(self) -> tuple[int, ...]:
@@ -177,8 +167,8 @@ class TokenClassification(Texts):
         logits = np.zeros((len(output), *self.answer_shape), dtype=np.float32)
         read = logits[:, : places.shape[1]]
         read[places >= 0] = output[np.nonzero(places >= 0)[0], places[places >= 0]]
-        unread = (places == _CUT_OFF).nonzero()
-        read[(*unread, np.zeros_like(unread[0]))] = _UNREAD
+        rows, words = (places == _CUT_OFF).nonzero()
+        read[rows, words, self.labels.index(OUTSIDE) if OUTSIDE in self.labels else 0] = _UNREAD
         return logits
 
     def sized(self, rows: Sequence[Row], length: int) -> Arrays:
@@ -207,7 +197,7 @@ class TokenClassification(Texts):
     @staticmethod
     def words_read(logits: Array) -> Array:
         """Count the words up to the last one that the model reads, from logits [N, max_length, C]: int64 [N]."""
-        read = logits.any(axis=-1) & ((logits[..., 0] != _UNREAD) | logits[..., 1:].any(axis=-1))
+        read = logits.any(axis=-1) & ((logits.max(axis=-1) != _UNREAD) | ((logits != 0).sum(axis=-1) > 1))
         return np.asarray((read * np.arange(1, read.shape[1] + 1)).max(axis=1))
 
     def agrees(self, logits: Array, reference: Array) -> Array:
@@ -217,8 +207,12 @@ class TokenClassification(Texts):
     def label_array(self, rows: Iterable[Row]) -> Array:
         """int64 [N, max_length]; −100, the index that losses ignore, where there is no tag."""
         index, most = {label: i for i, label in enumerate(self.labels)}, self.config.max_length
-        tags = [(row.get("label") or "").split()[:most] for row in rows]
+        tags = [self._spelled(row)[:most] for row in rows]
         return padded([[index[tag] for tag in of_row] for of_row in tags], most, NO_LABEL)
+
+    def _spelled(self, row: Row) -> list[str]:
+        """Return a row's tags as the model's labels name them."""
+        return spelled((row.get("label") or "").split(), self.labels)
 
     def correct(self, logits: Array, rows: Sequence[Row]) -> Array:
         """bool [N]: all words have the correct tag."""
@@ -265,3 +259,37 @@ class TokenClassification(Texts):
                     places[word] = token
             encoded.append(self._arrays(encoding) | {"places": places})
         return encoded
+
+
+class PlainTags(TokenClassification):
+    """Tags that form no entities, such as parts of speech: judged word by word."""
+
+    metric: ClassVar = Metric("accuracy")
+
+    @classmethod
+    def unified(cls, rows: Sequence[Row]) -> tuple[list[Row | str], str]:
+        return list(rows), ""
+
+    def _spelled(self, row: Row) -> list[str]:
+        return (row.get("label") or "").split()
+
+    def decode(self, logits: Array, rows: Sequence[Row]) -> list[TaggedText]:
+        return [msgspec.structs.replace(one, plain=True) for one in super().decode(logits, rows)]
+
+    def correct(self, logits: Array, rows: Sequence[Row]) -> Array:
+        right, words = self.stats(logits, rows).T
+        return np.asarray(right == words)
+
+    def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """Correct words and words: float64 [N, 2]; words that the model does not read are wrong."""
+        every = [(one.tags, row["label"].split()) for one, row in zip(self.decode(logits, rows), rows, strict=True)]
+        counts = [[sum(map(eq, ours, theirs)), len(theirs)] for ours, theirs in every]
+        return np.array(counts, dtype=np.float64).reshape(-1, 2)
+
+    def value(self, sums: Array) -> Array:
+        """The fraction of correct words; 1 where there are none."""
+        return np.asarray(np.where(sums[..., 1] > 0, sums[..., 0] / np.maximum(sums[..., 1], 1), 1.0))
+
+    def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
+        """The fraction of texts without a wrong word."""
+        return {"whole texts": float(self.correct(logits, rows).mean())}

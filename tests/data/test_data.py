@@ -113,6 +113,11 @@ def test_a_label_that_train_does_not_have_is_refused(tmp_path):
         go(tmp_path, "text,label\n" + GOOD, **{"data.test": str(tmp_path / "test.csv")})
 
 
+def test_rows_without_any_label_are_said_to_have_none(tmp_path):
+    with pytest.raises(DataError, match=r"the rows have no labels\. Is --label the right column\?"):
+        go(tmp_path, "".join(f"line {i}\n" for i in range(20)), "t.txt")
+
+
 def test_csv_tsv_jsonl_and_parquet_give_the_same_rows(tmp_path):
     table = pd.DataFrame(
         {"text": [f'say "{i}", NA\nnull' for i in range(30)], "label": [f"0{i % 3}" for i in range(30)]}

@@ -115,15 +115,15 @@ class TagParameters(msgspec.Struct, frozen=True):
 
 
 class TagRequest(msgspec.Struct, frozen=True):
-    """One text, or a list of them."""
+    """One text, or a list; each of its elements is a text, or a list of words."""
 
-    inputs: str | list[str]
+    inputs: str | list[str | list[str]]
     parameters: TagParameters | None = None
     stream: bool | None = None
 
 
 class TagQuery(NamedTuple):
-    """A parsed request: the `texts`, and `rows` split into words once checked."""
+    """A parsed request: the `texts` (words joined by spaces), and `rows` split into words once checked."""
 
     rows: list[dict[str, Any]]
     texts: list[str]
@@ -149,8 +149,9 @@ AnyQuery = Query | TagQuery
 def _parse_tags(body: bytes) -> TagQuery:
     asked = decoded(body, TagRequest)
     _no_writing(asked.stream)
-    texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
-    rows = [{"text": text} for text in texts]
+    given = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
+    rows: list[dict[str, Any]] = [{"text": one} for one in given]
+    texts = [one if isinstance(one, str) else " ".join(one) for one in given]
     return TagQuery(rows, texts, asked.parameters or TagParameters(), single=isinstance(asked.inputs, str))
 
 

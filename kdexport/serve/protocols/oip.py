@@ -2,8 +2,8 @@
 
 Source: the protocol's inference_rest.md and open_inference_rest.yaml, and Triton's extension_binary_data.md and
 extension_classification.md. Inputs are texts (`text`, and `text_pair` for pairs) as BYTES, or the graph's own tensors;
-outputs are `label`, `score`, `scores` and `logits`. A language model continues `text`, with the fields of `Sampling`
-as parameters.
+outputs are `label`, `score`, `scores` and `logits`. With the parameter `is_split_into_words` the words of a text to tag
+are those between its single spaces. A language model continues `text`, with the fields of `Sampling` as parameters.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import numpy as np
 
+from kdexport.errors import DataError
 from kdexport.runtime.generation import Sampling
 from kdexport.serve.generating import Generator, job_of
 from kdexport.serve.http import Refused, Request, Response, answer, encode
@@ -113,7 +114,7 @@ def parse(request: Request, body: bytes, version: Version, settings: Settings) -
     elif reads_files(version.task):
         rows, costs = _encoded_files(version.task.shapes(), tensors, settings.max_rows)
     elif "text" in tensors:
-        rows, costs = _texts(version, tensors, settings)
+        rows, costs = _texts(version, tensors, parameters, settings)
     else:
         rows, costs = _encoded_texts(version.task, tensors, settings.max_rows)
     timeout = parameters.get("timeout")
@@ -266,7 +267,7 @@ def _encoded_texts(task: Any, tensors: dict[str, Any], max_rows: int) -> Rows:
     return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [length] * rows
 
 
-def _texts(version: Version, tensors: dict[str, Any], settings: Settings) -> Rows:
+def _texts(version: Version, tensors: dict[str, Any], parameters: dict[str, Any], settings: Settings) -> Rows:
     for name, texts in tensors.items():
         if name not in TEXTS or not isinstance(texts, list):
             raise Refused(400, "beside `text` there may be `text_pair`, both of datatype BYTES")
@@ -274,16 +275,26 @@ def _texts(version: Version, tensors: dict[str, Any], settings: Settings) -> Row
     if pairs is not None and len(pairs) != len(texts):
         raise Refused(400, "text and text_pair must be equally many")
     rows = [{"text": text} if pairs is None else {"text": text, "text_pair": pairs[i]} for i, text in enumerate(texts)]
+    if version.task.has_words and parameters.get("is_split_into_words") is True:
+        rows = [{"text": text.split(" ")} for text in texts]
     return check_rows(version, rows, settings, 400)
 
 
 def check_rows(version: Version, rows: list[dict[str, Any]], settings: Settings, status: int) -> Rows:
-    """Check the limits of rows of plain texts or files; `status` is for their number."""
+    """Check the limits of rows of texts, words or files; `status` is for their number, and for words that are none."""
     if not 1 <= len(rows) <= settings.max_rows:
         raise Refused(status, f"a request may have 1 to {settings.max_rows} texts; it has {len(rows)}")
     for row in rows:
-        if any(isinstance(text, str) and len(text) > settings.max_chars for text in row.values()):
+        if any(_characters(text) > settings.max_chars for text in row.values()):
             raise Refused(413, f"a text may have {settings.max_chars:,} characters")
     if version.task.has_words:
-        rows = [version.task.ready(row) for row in rows]
+        try:
+            rows = [version.task.ready(row) for row in rows]
+        except DataError as error:
+            raise Refused(status, str(error)) from None
     return rows, [version.cost(row) for row in rows]
+
+
+def _characters(given: Any) -> int:
+    """Count the characters of a text, or of words with spaces between them; none of a file."""
+    return len(given) if isinstance(given, str) else sum(map(len, given), len(given)) if isinstance(given, list) else 0

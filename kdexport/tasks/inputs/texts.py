@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import msgspec
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 from tokenizers.models import BPE
@@ -107,12 +108,24 @@ class Texts(Task):
         return [len(arrays[self.config.inputs[0]]) for arrays in encoded]
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
-        limit = self.config.max_length
-        fraction = sum(size >= limit for size in self.sizes(self.tokenize(rows))) / len(rows)
-        if fraction <= 0.25:
-            return []
-        cut = f"{fraction:.0%} of the texts are longer than {limit} tokens and are cut there"
-        return [f"{cut}; --max-length reads more, and takes longer"]
+        limit, encoded, found = self.config.max_length, self.tokenize(rows), []
+        sizes = self.sizes(encoded)
+        if (fraction := sum(size >= limit for size in sizes) / len(rows)) > 0.25:
+            cut = f"{fraction:.0%} of the texts are longer than {limit} tokens and are cut there"
+            found.append(f"{cut}; --max-length reads more, and takes longer")
+        tokens = sum(sizes) - len(rows) * self._finisher.num_special_tokens_to_add(False)
+        id_of_unknown = self._unknown()
+        unknown = sum(np.count_nonzero(arrays["input_ids"] == id_of_unknown) for arrays in encoded)
+        if unknown > 0.2 * tokens:
+            what = f"{unknown / tokens:.0%} of the texts' tokens are unknown to its vocabulary"
+            found.append(f"{what}. Take a teacher of their language, or a multilingual one")
+        return found
+
+    def _unknown(self) -> int:
+        """Return the id of the token for what the vocabulary lacks; −1 if there is none."""
+        model = msgspec.json.decode(self._tokenizer.to_str())["model"]
+        unknown = model.get("unk_id", self._tokenizer.token_to_id(model.get("unk_token") or ""))
+        return -1 if unknown is None else int(unknown)
 
     def cost(self, row: Row) -> int:
         """Estimate a row's tokens from its characters alone, for queues and limits.
