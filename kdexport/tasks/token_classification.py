@@ -89,13 +89,15 @@ class TokenClassification(Texts):
             words = words_in(words)
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             return "its words are no list of texts"
-        if strange := [word for word in words if not word or re.search(r"\s", word)]:
+        if strange := [word for word in words if not word or " " in word]:
             return f"the word {strange[0][:40]!r} is empty or has a space in it"
         if tags is not None:
             if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
                 return "its tags are no list of texts"
             if len(tags) != len(words):
                 return f"it has {len(words)} words and {len(tags)} tags"
+            if strange := [tag for tag in tags if not tag or re.search(r"\s", tag)]:
+                return f"the tag {strange[0][:40]!r} is empty or has a space in it"
         return row | {"text": " ".join(words), "label": None if tags is None else " ".join(tags)}
 
     @classmethod

@@ -131,6 +131,7 @@ GOOD = [{"tokens": ["Ada", "sat", str(i)], "tags": ["B-person", "O", "O"]} for i
         ({"tokens": ["a", "b"], "tags": ["O"]}, "it has 2 words and 1 tags"),
         ({"tokens": ["a"], "tags": ["X"]}, "tag 'X' of word 1 is none of O, B-… and I-…"),
         ({"tokens": ["a b"], "tags": ["O"]}, "the word 'a b' is empty or has a space in it"),
+        ({"tokens": ["a"], "tags": ["B-big place"]}, "the tag 'B-big place' is empty or has a space in it"),
         ({"tokens": [], "tags": []}, "text is empty"),
         ({"tokens": "a b", "tags": ["O"]}, "its words are no list of texts"),
         ({"tokens": ["a"], "tags": [1]}, "its tags are no list of texts"),
@@ -157,6 +158,12 @@ def test_the_scheme_of_tags_is_found_over_all_splits_and_said(tmp_path, capfd):
     assert read_rows(tmp_path, "train")[0]["label"] == "B-person B-person O"
     assert read_rows(tmp_path, "test")[0]["label"] == "B-person O"
     assert read_summary(tmp_path).bad_rows == 0
+
+
+def test_words_may_hold_blanks_that_are_no_spaces(tmp_path):
+    rows = [{"tokens": ["12\u00a0000", "km", str(i)], "tags": ["NUM", "NOUN", "NUM"]} for i in range(20)]
+    prepare(settings(write(tmp_path / "train.jsonl", *rows)), "token-classification", 0, tmp_path)
+    assert read_rows(tmp_path, "train")[0]["text"].startswith("12\u00a0000 km")
 
 
 def test_parts_of_speech_are_labels_as_they_are(tmp_path, capfd):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from fuzz import small
 from load_client import ask
 from serve_process import served
 
@@ -43,6 +44,14 @@ def test_schemathesis_finds_nothing(server, tmp_path):
     assert found.returncode == 0, found.stdout
     assert "20 selected / 20 total" in found.stdout
     assert not any('"code":500' in line for line in server.log)
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_nothing_where_a_model_tags_words(tmp_path):
+    model = small.pack(small.configs()["tags"], tmp_path / "tags")
+    with served(f"tags={model}") as server:
+        found = schemathesis(server.url, tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", "25")
+    assert found.returncode == 0, found.stdout
 
 
 @pytest.mark.slow
