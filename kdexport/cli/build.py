@@ -107,7 +107,7 @@ def demo(
         embedded.write_few_labels(data)
     unlabelled = data / "unlabelled.jsonl"
     recipe = {"max_length": 96, "data": data, "unlabelled": unlabelled, "teacher": embedded.teacher()}
-    _run(given | recipe | {"set": parse_sets(set)}, as_json)
+    _run(given | recipe | {"set": {"bench.time_limit_s": 90} | parse_sets(set)}, as_json)
 
 
 def init(
