@@ -25,7 +25,7 @@ from kdexport.progress import say
 from kdexport.runtime import artifact
 from kdexport.spec import derive
 from kdexport.spec.teachers import Kind, base_of, is_adapter, kind_of, named, optimum_file
-from kdexport.tasks import load_task, task_class
+from kdexport.tasks import DEFAULT, load_task, task_class
 
 _RECORD = "teacher.json"
 
@@ -81,10 +81,11 @@ def cut_of(settings: spec.Spec) -> Cut | None:
     """Return how texts are cut into passages; raise ModelError if the teacher reads less than is asked for."""
     for model in cut_by(settings):
         from kdexport.models.loading import open_config, open_tokenizer
+        from kdexport.models.registry import outline
         from kdexport.models.saving import read_length
 
         tokenizer = open_tokenizer(model)
-        length = read_length(open_config(model), tokenizer, settings.data.max_length)
+        length = read_length(outline(open_config(model), settings.task), tokenizer, settings.data.max_length)
         return cutter(tokenizer.backend_tokenizer, length)
     return None
 
@@ -164,6 +165,7 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
 
     from kdexport.distill.teacher import match_labels
     from kdexport.models.loading import open_tokenizer, own_labels
+    from kdexport.models.registry import outline
     from kdexport.models.saving import longest_input, write_task
     from kdexport.runtime.predictor import Predictor, tensors_of
     from kdexport.tasks.classes import function_of
@@ -178,7 +180,8 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
         assert found
         file, config = found, AutoConfig.from_pretrained(folder)
         own, inputs = own_labels(config), [tensor.name for tensor in tensors_of(file)[0]]
-        function, reads, usual = function_of(len(own), config.problem_type), longest_input(config, tokenizer), 128
+        function, usual = function_of(len(own), config.problem_type), 128
+        reads = longest_input(outline(config, DEFAULT), tokenizer)
     if function != "softmax":
         raise ModelError(f"teacher {model} does not choose one label of several", "Name a single-label classifier")
     labels = match_labels(own, read_summary(data).labels, True, model, can_learn=False)

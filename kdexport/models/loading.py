@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from packaging.version import Version
 from tokenizers import Tokenizer
@@ -84,19 +85,48 @@ def open_model(
     """
     processor = open_processor(model, task)
     if task_class(task).has_labels:
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
+        _name_labels(config, labels)
         config.problem_type = _PROBLEM_TYPE[function]
     weights = (path for kind in ("*.safetensors", "pytorch_model*.bin") for path in Path(model).glob(kind))
     if Path(model).is_dir() and not any(weights):
         if not to_train:
             raise ModelError(f"model folder {model} holds no weights", "Train it from random ones: --teacher-epochs 3")
         say(f"teacher: {model} holds no weights, so it starts from random ones")
-        return ModelAndProcessor(auto_class(task).from_config(config), processor)
+        return _padded(model, auto_class(task).from_config(config), processor, task)
     with _opening(model):
-        opened = auto_class(task).from_pretrained(model, config=config, ignore_mismatched_sizes=True)
-    return ModelAndProcessor(opened, processor)
+        opened = auto_class(task).from_pretrained(
+            model, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+        )
+    return _padded(model, opened, processor, task)
+
+
+def _name_labels(config: Any, labels: Sequence[str]) -> None:
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def _padded(name: str, model: PreTrainedModel, processor: Any, task: str) -> ModelAndProcessor:
+    """Give a classifier of texts a padding token, in its tokenizer and in its configuration.
+
+    Where neither names one, it is the token that ends a text.
+
+    Raises:
+        ModelError: there is none, or the model would take the last token of a text for padding.
+    """
+    kind, config = task_class(task), model.config
+    if kind.modality == "text" and kind.has_labels:
+        known = getattr(config, "pad_token_id", None)
+        known = known if isinstance(known, int) and known >= 0 else None
+        if processor.pad_token is None:
+            named = None if known is None else processor.convert_ids_to_tokens(known)
+            processor.pad_token = named or processor.eos_token
+        pad_id = processor.pad_token_id
+        if pad_id is None or (known is None and pad_id in processor("a")["input_ids"]):
+            raise ModelError(f"model {name!r} has no padding token", "Set tokenizer.pad_token and config.pad_token_id")
+        if known is None:
+            config.pad_token_id = pad_id
+    return ModelAndProcessor(model, processor)
 
 
 @contextmanager
@@ -133,11 +163,15 @@ def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
             "Name a trained classifier or language model",
         )
     processor = open_processor(model, task)
+    if task_class(task).has_labels:
+        _name_labels(config, own_labels(config))
     with _opening(model):
-        opened, found = auto_class(task).from_pretrained(model, output_loading_info=True)
+        opened, found = auto_class(task).from_pretrained(
+            model, config=config, output_loading_info=True, dtype=torch.float32
+        )
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
-    return ModelAndProcessor(opened, processor)
+    return _padded(model, opened, processor, task)
 
 
 def open_processor(model: str, task: str) -> Any:
@@ -182,5 +216,9 @@ def _as_in_file(tokenizer: PreTrainedTokenizerFast, file: Tokenizer, *, add_pref
 
 
 def own_labels(config: Any) -> list[str]:
-    """Return a configuration's label names in the order of its logits."""
-    return [str(config.id2label[i]) for i in sorted(config.id2label)]
+    """Return a configuration's label names in the order of its logits; ModelError if ids don't count from 0 or 1."""
+    ids = sorted(config.id2label)
+    if ids not in ([*range(len(ids))], [*range(1, len(ids) + 1)]):
+        named = ", ".join(map(str, ids[:8]))
+        raise ModelError(f"id2label in config.json has the ids {named}", f"Count them from 0 to {len(ids) - 1}")
+    return [str(config.id2label[i]) for i in ids]
