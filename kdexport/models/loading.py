@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from packaging.version import Version
 from tokenizers import Tokenizer
 from transformers import (
@@ -49,9 +51,22 @@ def open_config(model: str) -> Any:
         missing = "does not exist" if not folder.exists() else "holds no config.json"
         raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
     fix = "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
+    if not folder.exists() and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        _check_hub(model, fix)
     with _opening(model, fix=fix):
         _check_known(model, PretrainedConfig.get_config_dict(model)[0])
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
+
+
+def _check_hub(model: str, fix: str) -> None:
+    """Raise ModelError where the hub can't be reached; transformers would try six times first."""
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json"))
+    except HfHubHTTPError:  # it answers: transformers explains it
+        return
+    except Exception as error:
+        what = f"there is no folder {model}, and the hub can't be reached: {first_line(error)}"
+        raise ModelError(what, fix or "Check the path") from None
 
 
 def _check_known(model: str, config: dict[str, Any]) -> None:

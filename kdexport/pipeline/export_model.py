@@ -16,7 +16,7 @@ from kdexport.data.sources import Rows, read_given
 from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
 from kdexport.export.verify import FP32_TOLERANCE, compare
-from kdexport.files import disk_errors
+from kdexport.files import disk_errors, is_place
 from kdexport.integrations import kubernetes, triton
 from kdexport.output import check_place, making, publish
 from kdexport.pipeline.choose import better_graph
@@ -114,7 +114,7 @@ def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[Rows, dict[str,
 
 def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data | None, work: Path) -> Exported:
     """Write `artifact/` into `work`."""
-    if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not Path(model).exists() and (is_place(model) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
         raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
     from kdexport.models.loading import open_config
     from kdexport.models.registry import task_of
