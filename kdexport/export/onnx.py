@@ -80,7 +80,7 @@ def export_onnx(student: Path, file: Path, exporters: Sequence[str] = ("torchscr
     model = open_trained(student).eval()
     if reads_texts(task) and not task.generates and (effect := padding_effect(model, task)) > PADDING_TOLERANCE:
         raise ModelError(
-            f"{model.config.model_type} models give a text other scores beside longer ones, by {effect:.1e} of a logit",
+            f"{model.config.model_type} models score a text otherwise beside longer ones, by {effect:.1%} of a logit",
             "Take a student of another family, or bag, cnn, gru or encoder",
         )
     if LINE_5:  # SDPA's graphs fuse no attention, and measured slower; 4.57's masks are fused as they are

@@ -45,9 +45,9 @@ def padding_effect(model: PreTrainedModel, task: Task) -> float:
         logits_of(model, task, [long])  # all positions
         alone, together = (logits_of(model, task, rows, batch_size=size) for size in (1, len(rows)))
     except Exception as error:  # whatever a model's code raises
-        what = f"{model.config.model_type} models can't read texts here: {first_line(error)}"
-        raise ModelError(what, "Take a model of another family") from None
-    return task.difference(together, alone) / max(1.0, float(np.abs(alone).max()))
+        what = f"the model ({model.config.model_type}) can't read texts of its tokenizer: {first_line(error)}"
+        raise ModelError(what, "Check that the two belong together") from None
+    return task.difference(together, alone) / max(1e-6, float(np.abs(alone).max()))
 
 
 def run_model(

@@ -47,15 +47,21 @@ class ModelAndProcessor(NamedTuple):
 def open_config(model: str) -> Any:
     """Open the configuration of a folder or hub id, or raise ModelError."""
     folder = Path(model)
-    if is_place(model) and not (folder / "config.json").is_file():
-        missing = "does not exist" if not folder.exists() else "holds no config.json"
-        raise ModelError(f"model folder {model} {missing}", "Name a folder written by save_pretrained")
+    if is_place(model) and not _names_a_family(folder / "config.json"):
+        missing = "holds no config.json with a model_type" if folder.exists() else "does not exist"
+        inner = [file.parent for file in sorted(folder.glob("*/config.json")) if _names_a_family(file)]
+        such = f", such as {inner[-1]}" if inner else ""
+        raise ModelError(f"model folder {model} {missing}", f"Name a folder written by save_pretrained{such}")
     fix = "It comes with: pip install 'kdexport[demo]'" if model == demo.HUB_ID else ""
     if not folder.exists() and not isinstance(try_to_load_from_cache(model, "config.json"), str):
         _check_hub(model, fix)
     with _opening(model, fix=fix):
         _check_known(model, PretrainedConfig.get_config_dict(model)[0])
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
+
+
+def _names_a_family(config: Path) -> bool:
+    return config.is_file() and b'"model_type"' in config.read_bytes()
 
 
 def _check_hub(model: str, fix: str) -> None:
@@ -72,6 +78,9 @@ def _check_hub(model: str, fix: str) -> None:
 def _check_known(model: str, config: dict[str, Any]) -> None:
     """Raise ModelError if transformers does not know a configuration's type."""
     family, saved_by = config.get("model_type"), config.get("transformers_version")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ModelError(f"the weights of model {model!r} are quantized ({method})", "Name the model before that")
     if not family or family in CONFIG_MAPPING:
         return
     if "auto_map" in config:
@@ -173,6 +182,7 @@ def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
     if not has_head(config, task):
         kind = ", ".join(config.architectures or []) or "of no known kind"
         what = f" for {other}" if (other := other_task(config)) else ""
+        what += ", whose SetFit head is not read" if (Path(model) / "config_setfit.json").exists() else ""
         raise ModelError(
             f"model {model!r} has no head of a known task: it is {kind}{what}",
             "Name a trained classifier or language model",
@@ -182,8 +192,11 @@ def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
         _name_labels(config, own_labels(config))
     with _opening(model):
         opened, found = auto_class(task).from_pretrained(
-            model, config=config, output_loading_info=True, dtype=torch.float32
+            model, config=config, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
         )
+    if wrong := sorted(key for key, *_ in found["mismatched_keys"]):
+        what = f"model {model!r} has weights of other sizes than its config.json says: {', '.join(wrong[:4])}"
+        raise ModelError(what, "Do num_labels and id2label name every label?")
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
     return _padded(model, opened, processor, task)

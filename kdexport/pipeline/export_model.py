@@ -26,6 +26,7 @@ from kdexport.results import Exported, ExportedFile, Ratio
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_answers
 from kdexport.spec.flags import listed, rows_in
+from kdexport.spec.teachers import is_adapter
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.base import Task
 
@@ -120,11 +121,17 @@ def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data 
     from kdexport.models.registry import task_of
     from kdexport.models.trained import take_trained
 
-    rows, columns = read_rows(data, task_class(task_of(open_config(model)) or DEFAULT))
-    source, graphs, packed = (work / name for name in ("model", "graphs", "artifact"))
-    for folder in (source, graphs, packed):
+    source, graphs, packed, merged = (work / name for name in ("model", "graphs", "artifact", "merged"))
+    for folder in (source, graphs, packed, merged):
         folder.mkdir()
-    take_trained(model, max_length, rows, source)
+    opened = model
+    if is_adapter(Path(model)):
+        from kdexport.distill.adapter import merge_adapter
+
+        merge_adapter(Path(model), merged)
+        opened = str(merged)
+    rows, columns = read_rows(data, task_class(task_of(open_config(opened)) or DEFAULT))
+    take_trained(opened, max_length, rows, source)
     task = load_task(source)
     if strange := [precision for precision in how.variants if precision not in task.menu.precisions]:
         known = ", ".join(task.menu.precisions)

@@ -145,14 +145,14 @@ class Texts(Task):
         return [n for n in (8, 16, 32, 64, 128, 256, 512) if n < limit] + [limit]
 
     def sized(self, rows: Sequence[Row], length: int) -> Arrays:
-        """From real texts, concatenated and cut."""
+        """From real texts, concatenated and cut; the last token stays, which BART reads."""
         text = ""
         for row in rows:
             text = f"{text} {row['text']}"
             if len(text) > length * CHARS_PER_TOKEN:
                 break
         arrays = self.encode([{"text": text}])
-        return {name: np.resize(array, (1, length)) for name, array in arrays.items()}
+        return {name: np.append(np.resize(array, (1, length - 1)), array[:, -1:], 1) for name, array in arrays.items()}
 
     def axes(self) -> dict[str, dict[int, str]]:
         inputs = {name: {0: "batch_size", 1: "sequence_length"} for name in self.config.inputs}
