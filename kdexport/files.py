@@ -19,7 +19,8 @@ TEMPORARY = ".kdexport-tmp"
 def is_place(name: str) -> bool:
     """Return whether a name is a local path, existing or not, rather than a hub id."""
     path = Path(name)
-    return path.exists() or name.startswith((".", "/", "~")) or (len(path.parts) > 1 and path.parent.exists())
+    nested = len(path.parts) > 1 and path.parent.exists()
+    return path.exists() or name.startswith((".", "/", "~")) or nested or len(path.parts) > 2
 
 
 def digest(value: object) -> str:

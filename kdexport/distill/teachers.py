@@ -20,12 +20,12 @@ from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
 from kdexport.distill.combine import columns_of
 from kdexport.errors import ModelError
-from kdexport.files import write_json
+from kdexport.files import is_place, write_json
 from kdexport.progress import say
 from kdexport.runtime import artifact
 from kdexport.spec import derive
 from kdexport.spec.teachers import Kind, base_of, config_of, has_weights, is_adapter, kind_of, named, optimum_file
-from kdexport.tasks import load_task, task_class
+from kdexport.tasks import DEFAULT, load_task, task_class
 
 _RECORD = "teacher.json"
 
@@ -48,11 +48,13 @@ def models_of(settings: spec.Spec) -> tuple[str, ...]:
 
 
 def files(settings: spec.Spec) -> list[Path]:
-    """Return the local files that the teacher stage reads; raise ModelError if a file of logits is missing."""
+    """Return the local files that the teacher stage reads; raise ModelError if a teacher or student is missing."""
     models = [*models_of(settings)]
-    for model in models:
-        if kind_of(model) == "stored" and not Path(model).is_file():
-            raise ModelError(f"teacher {model} does not exist", "Check the path")
+    students = [name for name in derive.students(settings) if derive.shape_of(name).kind == "model"]
+    for role, names in (("teacher", models), ("student", students)):
+        for name in names:
+            if not Path(name).exists() and (is_place(name) or kind_of(name) == "stored"):
+                raise ModelError(f"{role} {name} does not exist", "Check the path")
     models += [base_of(Path(model)) for model in models if is_adapter(Path(model))]
     models += [student] if (student := tokenizer_for_stored(settings)) else []
     return [Path(model) for model in models if Path(model).exists()]
@@ -89,10 +91,11 @@ def cut_of(settings: spec.Spec) -> Cut | None:
     """Return how texts are cut into passages; raise ModelError if the teacher reads less than is asked for."""
     for model in cut_by(settings):
         from kdexport.models.loading import open_config, open_tokenizer
+        from kdexport.models.registry import outline
         from kdexport.models.saving import read_length
 
         tokenizer = open_tokenizer(model)
-        length = read_length(open_config(model), tokenizer, settings.data.max_length)
+        length = read_length(outline(open_config(model), settings.task), tokenizer, settings.data.max_length)
         return cutter(tokenizer.backend_tokenizer, length)
     return None
 
@@ -186,6 +189,7 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
 
     from kdexport.distill.teacher import match_labels, some_rows, warn_of
     from kdexport.models.loading import open_tokenizer, own_labels
+    from kdexport.models.registry import outline
     from kdexport.models.saving import longest_input, write_task
     from kdexport.runtime.predictor import Predictor, tensors_of
     from kdexport.tasks.classes import function_of
@@ -200,7 +204,8 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
         assert found
         file, config = found, AutoConfig.from_pretrained(folder)
         own, inputs = own_labels(config), [tensor.name for tensor in tensors_of(file)[0]]
-        function, reads, usual = function_of(len(own), config.problem_type), longest_input(config, tokenizer), 128
+        function, usual = function_of(len(own), config.problem_type), 128
+        reads = longest_input(outline(config, DEFAULT), tokenizer)
     if function != "softmax":
         raise ModelError(f"teacher {model} does not choose one label of several", "Name a single-label classifier")
     known = task_class(summary.task).known_as(summary.labels, own)

@@ -24,11 +24,11 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel, masking_util
 from kdexport.errors import ModelError, first_line
 from kdexport.models import LINE_5
 from kdexport.models.caches import pairs_of, read_after
-from kdexport.models.inference import logits_of
+from kdexport.models.inference import PADDING_TOLERANCE, logits_of, padding_effect
 from kdexport.models.registry import Dimensions, dimensions, open_trained
 from kdexport.runtime.predictor import PAST, POSITIONS, PRESENT, Predictor
 from kdexport.tasks import load_task
-from kdexport.tasks.base import Task
+from kdexport.tasks.base import Task, reads_texts
 
 OPSET = 18
 # Of a graph's logits, relative to the largest. `export.verify` judges strictly; this finds graphs of another function.
@@ -78,6 +78,11 @@ def export_onnx(student: Path, file: Path, exporters: Sequence[str] = ("torchscr
     """
     task = load_task(student)
     model = open_trained(student).eval()
+    if reads_texts(task) and not task.generates and (effect := padding_effect(model, task)) > PADDING_TOLERANCE:
+        raise ModelError(
+            f"{model.config.model_type} models score a text otherwise beside longer ones, by {effect:.1%} of a logit",
+            "Take a student of another family, or bag, cnn, gru or encoder",
+        )
     if LINE_5:  # SDPA's graphs fuse no attention, and measured slower; 4.57's masks are fused as they are
         model.set_attn_implementation("eager")
     problems = []
@@ -146,11 +151,11 @@ def _save(graph: onnx.ModelProto, task: Task, file: Path, exporter: str) -> None
 
 
 def _difference(model: PreTrainedModel, task: Task, file: Path) -> float:
-    """Return max |Δlogit| of a written graph on the task's examples and edge cases."""
+    """Return max |Δlogit| of a written graph on the task's examples and edge cases, in batches of several sizes."""
     rows = [*task.examples(), *task.probes()]
-    logits = logits_of(model, task, rows)
-    found = Predictor(task, file, threads=1).logits(rows)
-    return task.difference(found, logits) / max(1.0, float(np.abs(logits).max()))
+    logits, predictor = logits_of(model, task, rows), Predictor(task, file, threads=1)
+    found = (predictor.logits(rows, batch_size) for batch_size in (None, 3, 1))
+    return max(task.difference(one, logits) for one in found) / max(1.0, float(np.abs(logits).max()))
 
 
 def _graph_of(model: PreTrainedModel, task: Task) -> Graph:

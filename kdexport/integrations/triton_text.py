@@ -39,7 +39,7 @@ class TritonPythonModel:
         self.tokenizer.no_truncation()
         self.finisher = Tokenizer(BPE())  # truncates and adds special tokens
         self.finisher.post_processor = self.tokenizer.post_processor or TemplateProcessing(pair="$A $B:1")
-        self.finisher.enable_truncation(self.task["max_length"])
+        self.finisher.enable_truncation(self.task["max_length"], direction=self.task["truncation_side"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Return one response per request."""
@@ -83,20 +83,27 @@ class TritonPythonModel:
             few = max(map(len, row)) <= 10_000
             sizes = [len(self.tokenizer.encode(text, add_special_tokens=False)) if few else len(text) for text in row]
         for side, size in zip(sides, sizes, strict=True):
-            side.truncate(limit + 1 + (size > min(sizes)))
+            side.truncate(limit + 1 + (size > min(sizes)), direction=self.task["truncation_side"])
         return self.finisher.post_process(sides[0], sides[1])
 
     def head(self, text: str) -> Encoding:
-        """Encode at least a text's first `max_length` tokens, without special tokens."""
-        limit = self.task["max_length"]
-        end = 6 * limit
+        """Encode at least the `max_length` tokens of a text that are read, without special tokens."""
+        limit, left = self.task["max_length"], self.task["truncation_side"] == "left"
+        size = 6 * limit
         while True:
-            cut = BREAK.search(text, end, end + 256) if end < len(text) else None
-            end = cut.start() + 1 if cut else end
-            (found,) = self.tokenizer.encode_batch_fast([text[:end]], add_special_tokens=False)
-            if end >= len(text) or len(found) >= limit + 2 + (0 if cut else 128):
+            begin = max(0, len(text) - size)
+            if size >= len(text):
+                cut, part = None, text
+            elif left:
+                cut = next(reversed([*BREAK.finditer(text, max(0, begin - 256), begin)]), None)
+                part = text[cut.start() + 1 if cut else begin :]
+            else:
+                cut = BREAK.search(text, size, size + 256)
+                part = text[: cut.start() + 1 if cut else size]
+            (found,) = self.tokenizer.encode_batch_fast([part], add_special_tokens=False)
+            if size >= len(text) or len(found) >= limit + 2 + (0 if cut else 128):
                 return found
-            end *= 2
+            size = 2 * len(part)
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """Return scores, float64 [B, C], of logits [B, C]."""

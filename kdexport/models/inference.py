@@ -3,13 +3,18 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from kdexport.errors import ModelError, first_line
 from kdexport.tasks.base import Task
 from kdexport.tasks.batches import in_batches
 from kdexport.tasks.config import Arrays
 from kdexport.tasks.metrics import Array
+
+# Of logits, relative to the largest: above this, a text's scores depend on its batch.
+PADDING_TOLERANCE = 1e-3
 
 
 def logits_of(
@@ -26,6 +31,23 @@ def logits_of(
     logits = run_model(model, task, rows, batch_size, advance)
     model.train(was_training)
     return logits
+
+
+def padding_effect(model: PreTrainedModel, task: Task) -> float:
+    """Return max |Δlogit| of texts beside longer ones from the same texts alone, relative to the largest logit.
+
+    Raises:
+        ModelError: the model's code can't read the texts.
+    """
+    empty, letter, long, *_ = task.probes()
+    rows = [empty, letter, *task.examples()]
+    try:
+        logits_of(model, task, [long])  # all positions
+        alone, together = (logits_of(model, task, rows, batch_size=size) for size in (1, len(rows)))
+    except Exception as error:  # whatever a model's code raises
+        what = f"the model ({model.config.model_type}) can't read texts of its tokenizer: {first_line(error)}"
+        raise ModelError(what, "Check that the two belong together") from None
+    return task.difference(together, alone) / max(1e-6, float(np.abs(alone).max()))
 
 
 def run_model(

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from packaging.version import Version
 from tokenizers import Tokenizer
@@ -44,8 +45,12 @@ class ModelAndProcessor(NamedTuple):
 def open_config(model: str) -> Any:
     """Open the configuration of a folder or hub id, or raise ModelError."""
     hub.check_model(model)
-    if Path(model).exists() and not Path(model, "config.json").is_file():
-        raise ModelError(f"model folder {model} holds no config.json", "Name a folder written by save_pretrained")
+    folder = Path(model)
+    if folder.exists() and not _names_a_family(folder / "config.json"):
+        inner = [file.parent for file in sorted(folder.glob("*/config.json")) if _names_a_family(file)]
+        such = f", such as {inner[-1]}" if inner else ""
+        what = f"model folder {model} holds no config.json with a model_type"
+        raise ModelError(what, f"Name a folder written by save_pretrained{such}")
     with _opening(model):
         _check_known(model, PretrainedConfig.get_config_dict(model)[0])
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
@@ -64,9 +69,16 @@ def _count_labels_from_0(model: str, config: Any) -> None:
         raise ModelError(f"model {model!r} numbers its labels {numbered}", "Count id2label in its config.json from 0")
 
 
+def _names_a_family(config: Path) -> bool:
+    return config.is_file() and b'"model_type"' in config.read_bytes()
+
+
 def _check_known(model: str, config: dict[str, Any]) -> None:
     """Raise ModelError if transformers does not know a configuration's type."""
     family, saved_by = config.get("model_type"), config.get("transformers_version")
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ModelError(f"the weights of model {model!r} are quantized ({method})", "Name the model before that")
     if not family or family in CONFIG_MAPPING:
         return
     if "auto_map" in config:
@@ -95,20 +107,52 @@ def open_model(
     """
     processor = open_processor(model, task)
     if task_class(task).has_labels:
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
+        _name_labels(config, labels)
         config.problem_type = _PROBLEM_TYPE[function]
     if not has_weights(model):
         if not to_train:
             raise ModelError(f"model folder {model} holds no weights", "Save the whole model")
-        return ModelAndProcessor(auto_class(task).from_config(config), processor)
+        return _padded(model, auto_class(task).from_config(config), processor, task)
     with _opening(model):
         opened, found = auto_class(task).from_pretrained(
-            model, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            model, config=config, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
         )
-    others = (key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])  # in 5 with both shapes
-    return ModelAndProcessor(opened, processor, frozenset([*found["missing_keys"], *others]))
+    fresh = frozenset([*found["missing_keys"], *_mismatched(found)])
+    return _padded(model, opened, processor, task)._replace(fresh=fresh)
+
+
+def _mismatched(found: dict[str, Any]) -> list[str]:
+    """Return the names of weights of other sizes; transformers 5 gives both shapes with each."""
+    return sorted(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])
+
+
+def _name_labels(config: Any, labels: Sequence[str]) -> None:
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def _padded(name: str, model: PreTrainedModel, processor: Any, task: str) -> ModelAndProcessor:
+    """Give a classifier of texts a padding token, in its tokenizer and in its configuration.
+
+    Where neither names one, it is the token that ends a text.
+
+    Raises:
+        ModelError: there is none, or the model would take the last token of a text for padding.
+    """
+    kind, config = task_class(task), model.config
+    if kind.modality == "text" and kind.has_labels:
+        known = getattr(config, "pad_token_id", None)
+        known = known if isinstance(known, int) and known >= 0 else None
+        if processor.pad_token is None:
+            named = None if known is None else processor.convert_ids_to_tokens(known)
+            processor.pad_token = named or processor.eos_token
+        pad_id = processor.pad_token_id
+        if pad_id is None or (known is None and pad_id in processor("a")["input_ids"]):
+            raise ModelError(f"model {name!r} has no padding token", "Set tokenizer.pad_token and config.pad_token_id")
+        if known is None:
+            config.pad_token_id = pad_id
+    return ModelAndProcessor(model, processor)
 
 
 @contextmanager
@@ -140,16 +184,24 @@ def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
     if not has_head(config, task):
         kind = ", ".join(config.architectures or []) or "of no known kind"
         what = f" for {other}" if (other := other_task(config)) else ""
+        what += ", whose SetFit head is not read" if (Path(model) / "config_setfit.json").exists() else ""
         raise ModelError(
             f"model {model!r} has no head of a known task: it is {kind}{what}",
             "Name a trained classifier or language model",
         )
     processor = open_processor(model, task)
+    if task_class(task).has_labels:
+        _name_labels(config, own_labels(config))
     with _opening(model):
-        opened, found = auto_class(task).from_pretrained(model, config=config, output_loading_info=True)
+        opened, found = auto_class(task).from_pretrained(
+            model, config=config, output_loading_info=True, ignore_mismatched_sizes=True, dtype=torch.float32
+        )
+    if wrong := _mismatched(found):
+        what = f"model {model!r} has weights of other sizes than its config.json says: {', '.join(wrong[:4])}"
+        raise ModelError(what, "Do num_labels and id2label name every label?")
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
-    return ModelAndProcessor(opened, processor)
+    return _padded(model, opened, processor, task)
 
 
 def open_processor(model: str, task: str) -> Any:

@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import PreTrainedModel
@@ -17,6 +18,12 @@ from kdexport.tasks.config import read_config
 def auto_class(task: str) -> Any:
     """Return the Auto class of transformers that opens a task's models."""
     return getattr(transformers, task_class(task).auto_class)
+
+
+def outline(config: Any, task: str) -> PreTrainedModel:
+    """Return a model without weights."""
+    with torch.device("meta"):
+        return auto_class(task).from_config(config)
 
 
 def has_head(config: Any, task: str) -> bool:

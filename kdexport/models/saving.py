@@ -7,14 +7,16 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from kdexport.errors import ModelError
+from kdexport.errors import ModelError, VerificationError
 from kdexport.files import write_json
 from kdexport.models import LINE_5
+from kdexport.models.inference import PADDING_TOLERANCE, padding_effect
 from kdexport.models.loading import ModelAndProcessor
-from kdexport.tasks import DEFAULT, task_class
-from kdexport.tasks.config import Function, TaskConfig
+from kdexport.tasks import DEFAULT, load_task, task_class
+from kdexport.tasks.base import reads_texts
+from kdexport.tasks.config import Function, TaskConfig, TextSide
 from kdexport.tasks.inputs import audio as sound
 from kdexport.tasks.inputs import images
 
@@ -56,13 +58,17 @@ def save_task(
         write_json(out / "task.json", config)
         return
     accepted = set(tokenizer.model_input_names) & set(signature(model.forward).parameters)
-    # DeBERTa-v2 and -v3 take token types and ignore them; GPT-2 takes them, and its exported graph does not.
-    if getattr(model.config, "type_vocab_size", None) == 0 or kind.generates:
+    # DeBERTa-v2 ignores token types, and RoBERTa knows one alone; GPT-2 takes them, and its exported graph does not.
+    if getattr(model.config, "type_vocab_size", 2) < 2 or kind.generates:
         accepted.discard("token_type_ids")
-    reads = longest_input(model.config, tokenizer)
-    top_k = top_k if kind.generates else 0
+    reads, top_k = longest_input(model, tokenizer), top_k if kind.generates else 0
     write = partial(write_task, task=task, function=function, at_most=at_most, top_k=top_k)
-    write(tokenizer, accepted, reads, max_length, labels, out)
+    # Padding on the right shifts no positions; XLNet, which reads a text's last token, needs it on the left.
+    sides: list[TextSide] = ["right", "left", "right"]
+    for side in sides:
+        write(tokenizer, accepted, reads, max_length, labels, out, padding_side=side)
+        if kind.generates or padding_effect(model, load_task(out)) <= PADDING_TOLERANCE:
+            break
 
 
 def write_task(
@@ -77,8 +83,14 @@ def write_task(
     function: Function = "softmax",
     at_most: int = _DEFAULT_MAX_LENGTH,
     top_k: int = 0,
+    padding_side: TextSide = "right",
 ) -> None:
-    """Write `task.json` and tokenizer files for a model with the inputs `accepted` that reads `reads` tokens."""
+    """Write `task.json` and tokenizer files for a model with the inputs `accepted` that reads `reads` tokens.
+
+    Raises:
+        VerificationError: some texts have other tokens than the Hugging Face tokenizer gives them.
+    """
+    cut: TextSide = "right" if top_k or task_class(task).has_words else tokenizer.truncation_side
     config = TaskConfig(
         task=task,
         labels=list(labels),
@@ -86,7 +98,8 @@ def write_task(
         max_length=_length(reads, max_length, at_most),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         pad_type_id=tokenizer.pad_token_type_id,
-        padding_side=tokenizer.padding_side,
+        padding_side=padding_side,
+        truncation_side=cut,
         function=function,
         kept=min(top_k, len(tokenizer)),
         end_id=tokenizer.eos_token_id if top_k else None,
@@ -95,10 +108,15 @@ def write_task(
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = config.max_length
-    if top_k:  # or it gives token types, which no graph takes
-        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = config.inputs
+    ours: dict[str, Any] = {"model_input_names": config.inputs}
+    if not top_k:  # transformers pads prompts on the other side
+        ours |= {"padding_side": padding_side, "truncation_side": cut}
+    for name, value in ours.items():
+        setattr(tokenizer, name, value)
+        tokenizer.init_kwargs[name] = value
     save_tokenizer(tokenizer, out)
     write_json(out / "task.json", config)
+    _check_tokens(out)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -118,6 +136,29 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
         write_json(file, config)
 
 
+def _check_tokens(folder: Path) -> None:
+    """Compare our tokens with those of the Hugging Face tokenizer, by which a model is used elsewhere."""
+    task, tokenizer = load_task(folder), AutoTokenizer.from_pretrained(folder)
+    assert reads_texts(task)
+    if task.generates:
+        tokenizer.truncation_side = task.config.truncation_side
+    first, second, *_ = texts = [row["text"] for row in task.examples()]
+    pairs = [{"text": a, "text_pair": b} for a, b in ((first, second), (" ".join(texts * 100), first))]
+    rows = [
+        *task.probes(),
+        *task.examples(),
+        task.ready({"text": " ".join(texts * 100)}),
+        *(pairs if task.pairs else []),
+    ]
+    for row, ours in zip(rows, task.tokenize(rows), strict=True):
+        words = [text.split(" ") if task.has_words else text for text in (row["text"], row.get("text_pair")) if text]
+        cut = {"truncation": True, "max_length": task.config.max_length, "is_split_into_words": task.has_words}
+        theirs = tokenizer(*words, **cut) if words else {}
+        if any(ours[name].tolist() != theirs[name] for name in task.config.inputs if name in theirs):
+            fix = "This is a fault of kdexport: please report it with the tokenizer"
+            raise VerificationError(f"the text {row['text'][:40]!r} has other tokens than transformers gives it", fix)
+
+
 def _components(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     return [backend[name] for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
@@ -128,9 +169,9 @@ def save_model(opened: ModelAndProcessor, out: Path) -> None:
     opened.model.save_pretrained(out, safe_serialization=True)
 
 
-def read_length(config: Any, tokenizer: PreTrainedTokenizerFast, asked: int | None) -> int:
+def read_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: int | None) -> int:
     """Return the tokens to read of each text; raise ModelError if the model reads less than is asked for."""
-    return _length(longest_input(config, tokenizer), asked, _DEFAULT_MAX_LENGTH)
+    return _length(longest_input(model, tokenizer), asked, _DEFAULT_MAX_LENGTH)
 
 
 def _length(reads: int, asked: int | None, at_most: int) -> int:
@@ -139,10 +180,14 @@ def _length(reads: int, asked: int | None, at_most: int) -> int:
     return asked or min(at_most, reads)
 
 
-def longest_input(config: Any, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Return the number of tokens that a model of this configuration reads."""
-    positions = getattr(config, "max_position_embeddings", None) or 512
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
-        positions -= (config.pad_token_id or 0) + 1  # these count positions from pad_token_id + 1
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the number of tokens that a model reads."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 512
+    if positions < 0:  # XLNet has no limit
+        positions = 512
+    for name, part in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(part, "padding_idx", None) is not None:
+            positions -= part.padding_idx + 1  # RoBERTa and its kin count positions from there
+            break
     declared = tokenizer.model_max_length
     return int(min(positions, declared if 0 < declared < 10**6 else positions))

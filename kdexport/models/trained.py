@@ -40,8 +40,6 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     labels = own_labels(config) if kind.has_labels else []
     if len(set(labels)) < len(labels):
         raise ModelError(f"model {model!r} has labels of the same name", "Tell them apart: id2label in config.json")
-    if kind.modality == "text" and kind.has_labels and opened.processor.pad_token_id is None:
-        raise ModelError(f"model {model!r} has no padding token", "Set tokenizer.pad_token and config.pad_token_id")
     if 4 * opened.model.num_parameters() >= _LARGEST_BYTES:
         raise ModelError(f"model {model!r} has more than 2 GB of weights", "Distil it: kdexport run --teacher …")
     function: Function = kind.function

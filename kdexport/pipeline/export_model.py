@@ -17,7 +17,7 @@ from kdexport.data.sources import Rows, read_given
 from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
 from kdexport.export.verify import FP32_TOLERANCE, compare
-from kdexport.files import disk_errors
+from kdexport.files import disk_errors, is_place
 from kdexport.integrations import kubernetes, triton
 from kdexport.output import check_place, making, publish
 from kdexport.pipeline.choose import better_graph
@@ -27,6 +27,7 @@ from kdexport.results import Exported, ExportedFile, Ratio
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_answers
 from kdexport.spec.flags import listed, rows_in
+from kdexport.spec.teachers import is_adapter
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.base import Task
 
@@ -115,18 +116,24 @@ def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[Rows, dict[str,
 
 def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data | None, work: Path) -> Exported:
     """Write `artifact/` into `work`."""
-    if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not Path(model).exists() and (is_place(model) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
         raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
     hub.check_model(model)
     from kdexport.models.loading import open_config
     from kdexport.models.registry import task_of
     from kdexport.models.trained import take_trained
 
-    rows, columns = read_rows(data, task_class(task_of(open_config(model)) or DEFAULT))
-    source, graphs, packed = (work / name for name in ("model", "graphs", "artifact"))
-    for folder in (source, graphs, packed):
+    source, graphs, packed, merged = (work / name for name in ("model", "graphs", "artifact", "merged"))
+    for folder in (source, graphs, packed, merged):
         folder.mkdir()
-    take_trained(model, max_length, rows, source)
+    opened = model
+    if is_adapter(Path(model)):
+        from kdexport.distill.adapter import merge_adapter
+
+        merge_adapter(Path(model), merged)
+        opened = str(merged)
+    rows, columns = read_rows(data, task_class(task_of(open_config(opened)) or DEFAULT))
+    take_trained(opened, max_length, rows, source)
     task = load_task(source)
     if strange := [precision for precision in how.variants if precision not in task.menu.precisions]:
         known = ", ".join(task.menu.precisions)

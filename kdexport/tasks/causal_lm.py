@@ -92,11 +92,6 @@ class CausalLM(Texts, Generates):
     def answer_shape(self) -> tuple[int, ...]:
         return self.config.max_length, 1 + 2 * self.config.kept
 
-    def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
-        """An empty text becomes the end token."""
-        nothing = {"input_ids": np.array([self.config.end_id or 0]), "attention_mask": np.array([1])}
-        return [arrays if len(arrays["input_ids"]) else nothing for arrays in super().tokenize(rows)]
-
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
         """Add `places` [B, T − 1]: the positions that predict a token, −1 elsewhere."""
         batch = super().collate(encoded)

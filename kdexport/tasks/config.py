@@ -14,6 +14,7 @@ from kdexport.tasks.metrics import Array
 Row = Mapping[str, Any]
 Arrays = dict[str, Array]
 Function = Literal["softmax", "sigmoid", "none"]
+TextSide = Literal["right", "left"]
 # Bounds of values from untrusted files, wide enough for every known model.
 Name = Annotated[str, Meta(max_length=255)]
 Length = Annotated[int, Meta(ge=0, le=2**20)]
@@ -72,8 +73,9 @@ class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`task.json`, and `task` in the manifest: the configuration of encode and decode besides tokenizer.json.
 
-    `max_length`, `pad_id`, `pad_type_id` and `padding_side` are for texts, `image` for images, `audio` for sound. For
-    language models, `kept` is the number of top tokens in an output, and `end_id` the token that ends a text.
+    `max_length`, `pad_id`, `pad_type_id` and the sides are for texts, `image` for images, `audio` for sound; long texts
+    are cut on their `truncation_side`. For language models, `kept` is the number of top tokens in an output, and
+    `end_id` the token that ends a text.
     """
 
     task: Name
@@ -82,7 +84,8 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_length: Length = 0
     pad_id: TokenId = 0
     pad_type_id: TokenId = 0
-    padding_side: Literal["right", "left"] = "right"
+    padding_side: TextSide = "right"
+    truncation_side: TextSide = "right"
     function: Function = "softmax"
     image: ImageConfig | None = None
     audio: AudioConfig | None = None

@@ -178,13 +178,14 @@ def test_tritons_text_model_is_declared_as_it_behaves(run, repository, text_mode
         assert response.tensors[output.name].as_numpy().shape == (2, *output.dims)
 
 
-@pytest.mark.parametrize(("side", "function"), [("left", "sigmoid"), ("right", "none"), ("right", "softmax")])
+@pytest.mark.parametrize(("side", "function"), [("left", "sigmoid"), ("right", "none"), ("left", "softmax")])
 def test_tritons_text_model_encodes_and_scores_as_the_task_does(run, text_model, articles, side, function):
     model, _ = text_model
     task = load_task(run / "artifact")
-    changed = {"padding_side": side, "function": function, "pad_id": 7}
+    changed = {"padding_side": side, "truncation_side": side, "function": function, "pad_id": 7}
     config = TaskConfig(**{name: getattr(task.config, name) for name in TaskConfig.__struct_fields__} | changed)
     task, model.task = TextClassification(config, task._tokenizer), model.task | changed
+    model.finisher.enable_truncation(config.max_length, direction=side)
     rows = [{"text": row["text"][: 20 * i]} for i, row in enumerate(articles[:20])]
     ours, theirs = task.encode(rows), model.encode([row["text"] for row in rows])
     assert all(np.array_equal(ours[name], theirs[name]) for name in config.inputs)

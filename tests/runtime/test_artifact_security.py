@@ -90,6 +90,60 @@ def test_links_within_the_folder_and_to_it_are_followed(folder):
     assert artifact.model_file(link).read_bytes() == (folder / "kept.onnx").read_bytes()
 
 
+@pytest.fixture
+def snapshot(folder) -> Path:
+    """The artifact in a cache of the hub, where every file is a link into `blobs`."""
+    repository = folder.parent / "hub" / "models--org--news"
+    (repository / "blobs").mkdir(parents=True)
+    found = repository / "snapshots" / "0123"
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        link = found / path.relative_to(folder)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = repository / "blobs" / sha256(path)
+        shutil.copyfile(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return found
+
+
+def test_a_snapshot_in_the_hubs_cache_is_loaded(folder, snapshot):
+    assert kdexport.load(snapshot).predict("hello") == kdexport.load(folder).predict("hello")
+    assert kdexport.load(snapshot, "int8").predict("hello")
+
+
+@pytest.mark.parametrize("place", ["../../refs/main", "../../blobs/inner/file", "../../../elsewhere", "/etc/hostname"])
+def test_links_of_a_snapshot_lead_nowhere_but_into_blobs(snapshot, place):
+    (snapshot / "README.md").unlink()
+    target = snapshot / place
+    if not place.startswith("/"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("secret")
+    (snapshot / "README.md").symlink_to(place)
+    with pytest.raises(ArtifactError, match="outside of it"):
+        kdexport.load(snapshot)
+
+
+def test_blobs_that_are_a_link_or_of_no_cache_are_refused(snapshot):
+    repository = snapshot.parent.parent
+    elsewhere = repository.rename(repository.with_name("news"))
+    with pytest.raises(ArtifactError, match="outside of it"):
+        kdexport.load(elsewhere / "snapshots" / snapshot.name)
+    elsewhere.rename(repository)
+    (repository / "blobs").rename(repository.with_name("secrets"))
+    (repository / "blobs").symlink_to("../secrets")
+    with pytest.raises(ArtifactError, match="outside of it"):
+        kdexport.load(snapshot)
+
+
+def test_a_manifest_names_no_blob(snapshot):
+    blob = (snapshot / "onnx" / "model.onnx").resolve()
+    manifest = (snapshot / artifact.MANIFEST).resolve()
+    (snapshot / artifact.MANIFEST).unlink()
+    shutil.copyfile(manifest, snapshot / artifact.MANIFEST)
+    rewrite(snapshot, file=f"../../blobs/{blob.name}")
+    with pytest.raises(ArtifactError, match="outside of it"):
+        artifact.model_file(snapshot)
+
+
 @pytest.mark.parametrize("name", ["the model", "tokenizer.json", "config.json"])
 @pytest.mark.parametrize("change", ["changed", "missing", "a folder", "a pipe"])
 def test_what_is_changed_or_missing_is_refused(folder, name, change):

@@ -100,11 +100,12 @@ def some_text(draw, most):
 def test_what_is_read_is_what_the_tokenizer_itself_reads_with_truncation(kind):
     draw, kept = random.Random(kind), TOKENIZERS[kind]().to_str()
     for max_length in (8, 9, 16, 33, 96):
-        theirs = Tokenizer.from_str(kept)
-        theirs.no_padding()
-        theirs.enable_truncation(max_length)
-        for side in ("left", "right"):
-            task = task_of(TextClassification, Tokenizer.from_str(kept), max_length, padding_side=side)
+        for side, cut in (("left", "right"), ("right", "right"), ("right", "left")):
+            theirs = Tokenizer.from_str(kept)
+            theirs.no_padding()
+            theirs.enable_truncation(max_length, direction=cut)
+            sides = {"padding_side": side, "truncation_side": cut}
+            task = task_of(TextClassification, Tokenizer.from_str(kept), max_length, **sides)
             rows = [{"text": some_text(draw, 3000)} for _ in range(20)]
             rows += [{"text": some_text(draw, 400), "text_pair": some_text(draw, 400)} for _ in range(30)]
             draw.shuffle(rows)

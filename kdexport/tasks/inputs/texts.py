@@ -47,7 +47,7 @@ class Texts(Task):
         # Only truncates and adds special tokens, which a tokenizer can't do to a part of a text.
         self._finisher = Tokenizer(BPE())
         self._finisher.post_processor = tokenizer.post_processor or TemplateProcessing(pair="$A $B:1")
-        self._finisher.enable_truncation(config.max_length)
+        self._finisher.enable_truncation(config.max_length, direction=config.truncation_side)
         self._short = config.max_length * CHARS_PER_TOKEN
 
     @classmethod
@@ -135,8 +135,8 @@ class Texts(Task):
         limit = self.config.max_length
         text = row["text"] + row["text_pair"] if row.get("text_pair") else row["text"]
         if len(text) > limit * CHARS_PER_TOKEN:
-            sure = limit * _CHARS_PER_WORD
-            if len(text) <= sure or len(text[:sure].split()) >= limit:
+            some, _ = _part_of(text, limit * _CHARS_PER_WORD, self.config.truncation_side)
+            if len(some) == len(text) or len(some.split()) >= limit:
                 return limit
             return limit + min(len(text), _COUNTED) // _CHARS_PER_WORD
         tokens = 2 + len(text) / _ASCII_PER_TOKEN
@@ -158,14 +158,14 @@ class Texts(Task):
         return [n for n in (8, 16, 32, 64, 128, 256, 512) if n < limit] + [limit]
 
     def sized(self, rows: Sequence[Row], length: int) -> Arrays:
-        """From real texts, concatenated and cut."""
+        """From real texts, concatenated and cut; the last token stays, which BART reads."""
         text = ""
         for row in rows:
             text = f"{text} {row['text']}"
             if len(text) > length * CHARS_PER_TOKEN:
                 break
         arrays = self.encode([{"text": text}])
-        return {name: np.resize(array, (1, length)) for name, array in arrays.items()}
+        return {name: np.append(np.resize(array, (1, length - 1)), array[:, -1:], 1) for name, array in arrays.items()}
 
     def axes(self) -> dict[str, dict[int, str]]:
         inputs = {name: {0: "batch_size", 1: "sequence_length"} for name in self.config.inputs}
@@ -204,19 +204,19 @@ class Texts(Task):
                 yield self._joined(row, side, next(others)) if pair else self._finisher.post_process(side)
 
     def _heads(self, texts: Sequence[str], offsets: bool) -> list[Encoding]:
-        """Tokenise the beginnings of texts, long enough for `max_length` tokens, without special tokens.
+        """Tokenise the parts of texts that are read, long enough for `max_length` tokens, without special tokens.
 
-        A beginning that is too short is doubled. The tokens equal those of the whole text, except within a word (as the
-        tokenizer splits words) of more than 128 tokens.
+        A part, the beginning or the end of a text, is doubled if it is too short. The tokens equal those of the whole
+        text, except within a word (as the tokenizer splits words) of more than 128 tokens.
         """
-        limit = self.config.max_length
-        ends = [_end_near(text, limit * CHARS_PER_TOKEN) for text in texts]
-        found = self._split([text[:end] for text, (end, _) in zip(texts, ends, strict=True)], offsets)
+        limit, side = self.config.max_length, self.config.truncation_side
+        parts = [_part_of(text, limit * CHARS_PER_TOKEN, side) for text in texts]
+        found = self._split([part for part, _ in parts], offsets)
         for i, text in enumerate(texts):
-            end, spare = ends[i]
-            while end < len(text) and len(found[i]) < limit + 2 + spare:
-                end, spare = _end_near(text, 2 * end)
-                (found[i],) = self._split([text[:end]], offsets)
+            part, spare = parts[i]
+            while len(part) < len(text) and len(found[i]) < limit + 2 + spare:
+                part, spare = _part_of(text, 2 * len(part), side)
+                (found[i],) = self._split([part], offsets)
         return found
 
     def _split(self, texts: list[str], offsets: bool) -> list[Encoding]:
@@ -236,11 +236,16 @@ class Texts(Task):
             few = max(map(len, texts)) <= _COUNTED
             sizes = [len(side) for text in texts for side in self._split([text], False)] if few else [*map(len, texts)]
         # Leave little overflow to the tokenizer's truncation.
-        first.truncate(limit + 1 + (sizes[0] > sizes[1]))
-        second.truncate(limit + 1 + (sizes[1] > sizes[0]))
+        side = self.config.truncation_side
+        first.truncate(limit + 1 + (sizes[0] > sizes[1]), direction=side)
+        second.truncate(limit + 1 + (sizes[1] > sizes[0]), direction=side)
         return self._finisher.post_process(first, second)
 
     def _arrays(self, encoding: Encoding) -> Arrays:
+        if not encoding.ids:  # an empty text, where no special tokens are added
+            config = self.config
+            nothing = {"input_ids": config.pad_id if config.end_id is None else config.end_id, "attention_mask": 1}
+            return {name: np.array([nothing.get(name, 0)], dtype=np.int64) for name in config.inputs}
         return {name: np.array(getattr(encoding, _GIVEN[name]), dtype=np.int64) for name in self.config.inputs}
 
 
@@ -253,9 +258,13 @@ def padded(rows: Sequence[Sequence[int] | Array], length: int, fill: int, side: 
     return found
 
 
-def _end_near(text: str, end: int) -> tuple[int, int]:
-    """Return where to cut a text at or after `end`, and how many spare tokens its beginning must have."""
-    if end >= len(text):
-        return len(text), 0
-    found = _BREAK.search(text, end, end + _BREAK_WITHIN)
-    return (found.start() + 1, 0) if found else (end, SPARE)
+def _part_of(text: str, size: int, truncation_side: str) -> tuple[str, int]:
+    """Return at least `size` characters of a text's beginning or end, and how many spare tokens they must have."""
+    if size >= len(text):
+        return text, 0
+    if truncation_side == "right":
+        found = _BREAK.search(text, size, size + _BREAK_WITHIN)
+        return (text[: found.start() + 1], 0) if found else (text[:size], SPARE)
+    begin = len(text) - size
+    breaks = [found.start() + 1 for found in _BREAK.finditer(text, max(0, begin - _BREAK_WITHIN), begin)]
+    return (text[breaks[-1] :], 0) if breaks else (text[begin:], SPARE)
