@@ -183,10 +183,10 @@ def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
     """Open a model with the head that it was trained with; raise ModelError if part of it is missing."""
     if not has_head(config, task):
         kind = ", ".join(config.architectures or []) or "of no known kind"
-        what = f" for {other}" if (other := other_task(config)) else ""
-        what += ", whose SetFit head is not read" if (Path(model) / "config_setfit.json").exists() else ""
+        kind += f" for {other}" if (other := other_task(config)) else ""
+        kind += ", whose SetFit head is not read" if (Path(model) / "config_setfit.json").exists() else ""
         raise ModelError(
-            f"model {model!r} has no head of a known task: it is {kind}{what}",
+            f"model {model!r} has no head of a known task: it is {kind}",
             "Name a trained classifier or language model",
         )
     processor = open_processor(model, task)

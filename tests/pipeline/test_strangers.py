@@ -170,7 +170,10 @@ REFUSED = [
     (inner("checkpoint-500"), r"holds no config.json with a model_type\. .*, such as \S+/checkpoint-500$"),
     (sentence_transformers, r"holds no config.json with a model_type\. .*, such as \S+/0_Transformer$"),
     (setfit, "it is BertModel for feature-extraction, whose SetFit head is not read"),
-    (settings(id2label={"0": "a", "2": "b", "5": "c"}), "id2label in config.json has the ids 0, 2, 5. Count them from"),
+    (
+        settings(id2label={"0": "a", "2": "b", "5": "c"}),
+        "numbers its labels 0, 2, 5. Count id2label in its config.json from 0",
+    ),
     (settings(id2label={"0": "a", "1": "b"}), "has weights of other sizes than its config.json says: classifier.bias"),
     (settings(quantization_config={"quant_method": "gptq", "bits": 4}), r"are quantized \(gptq\)"),
 ]
@@ -249,7 +252,9 @@ def test_an_adapter_is_exported_with_its_base(tmp_path):
     assert np.abs(ours - theirs).max() < 1e-4
     assert np.abs(theirs - alone(tmp_path / "base", [(strangers.TEXTS[1],)])).max() > 1e-3
     strangers.configure(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path="nobody/has-this")
-    with pytest.raises(KdexportError, match="there is no folder nobody/has-this, and the hub can't be reached"):
+    with pytest.raises(
+        KdexportError, match="'nobody/has-this' can't be opened: it is no folder, nor downloaded from the hub before"
+    ):
         export(tmp_path / "adapter", tmp_path / "other")
 
 
@@ -267,14 +272,6 @@ def test_a_folder_that_is_not_there_is_named_at_once(kdexport, command, tmp_path
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1
     assert "models/bert2 does not exist" in found.stderr
-
-
-def test_a_hub_that_can_not_be_reached_is_asked_once(kdexport, tmp_path):
-    nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    found = kdexport("export", "nobody/has-this", tmp_path / "out", **nowhere)
-    assert found.returncode == 2
-    assert found.stderr.startswith("error: there is no folder nobody/has-this, and the hub can't be reached: ")
-    assert found.stderr.count("\n") == 1
 
 
 def test_int8_is_recommended_by_measurement_too(tmp_path):
