@@ -172,7 +172,7 @@ REFUSED = [
     (setfit, "it is BertModel for feature-extraction, whose SetFit head is not read"),
     (
         settings(id2label={"0": "a", "2": "b", "5": "c"}),
-        "numbers its labels 0, 2, 5. Count id2label in its config.json from 0",
+        "numbers its labels 0, 2, 5. Count id2label",
     ),
     (settings(id2label={"0": "a", "1": "b"}), "has weights of other sizes than its config.json says: classifier.bias"),
     (settings(quantization_config={"quant_method": "gptq", "bits": 4}), r"are quantized \(gptq\)"),
@@ -252,9 +252,7 @@ def test_an_adapter_is_exported_with_its_base(tmp_path):
     assert np.abs(ours - theirs).max() < 1e-4
     assert np.abs(theirs - alone(tmp_path / "base", [(strangers.TEXTS[1],)])).max() > 1e-3
     strangers.configure(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path="nobody/has-this")
-    with pytest.raises(
-        KdexportError, match="'nobody/has-this' can't be opened: it is no folder, nor downloaded from the hub before"
-    ):
+    with pytest.raises(KdexportError, match="'nobody/has-this' can't be opened: it is no folder, nor"):
         export(tmp_path / "adapter", tmp_path / "other")
 
 
