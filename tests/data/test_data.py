@@ -43,6 +43,15 @@ def test_bbc_news_has_98_exact_duplicates_and_none_across_our_splits(tmp_path):
     assert len(set.union(*texts)) == sum(map(len, texts))
 
 
+def test_the_demo_has_few_labels_much_text_and_no_article_twice(tmp_path):
+    demo.write_few_labels(tmp_path)
+    rows = {file.stem: [json.loads(line) for line in file.open()] for file in tmp_path.iterdir()}
+    assert {name: len(some) for name, some in rows.items()} == {"train": 200, "test": 727, "unlabelled": 1200}
+    assert len({row["text"] for some in rows.values() for row in some}) == 2127
+    assert not any("label" in row for row in rows["unlabelled"])
+    assert {row["label"] for row in rows["train"]} == {row["label"] for row in rows["test"]}
+
+
 def test_splits_are_stratified_and_the_same_for_the_same_seed(tmp_path):
     text = "text,label\n" + "".join(f"t{i},{'rare' if i % 10 == 0 else 'common'}\n" for i in range(500))
     splits, summary = go(tmp_path, text)

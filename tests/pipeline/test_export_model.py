@@ -125,7 +125,7 @@ def config(**changes):
 
 
 WRONG = [
-    (without("config.json"), "holds no config.json. Name a folder written by save_pretrained"),
+    (without("config.json"), "holds no config.json with a model_type. Name a folder written by save_pretrained"),
     (without("token*", "vocab*", "special*"), "has no tokenizer that can be opened"),
     (without("*.safetensors"), "can't be opened"),
     (
