@@ -20,7 +20,7 @@ from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
 from kdexport.distill.combine import columns_of
 from kdexport.errors import ModelError
-from kdexport.files import is_place, write_json
+from kdexport.files import write_json
 from kdexport.progress import say
 from kdexport.runtime import artifact
 from kdexport.spec import derive
@@ -48,13 +48,11 @@ def models_of(settings: spec.Spec) -> tuple[str, ...]:
 
 
 def files(settings: spec.Spec) -> list[Path]:
-    """Return the local files that the teacher stage reads; raise ModelError if a teacher or student is missing."""
+    """Return the local files that the teacher stage reads; raise ModelError if a file of logits is missing."""
     models = [*models_of(settings)]
-    students = [name for name in derive.students(settings) if derive.shape_of(name).kind == "model"]
-    for role, names in (("teacher", models), ("student", students)):
-        for name in names:
-            if not Path(name).exists() and (is_place(name) or kind_of(name) == "stored"):
-                raise ModelError(f"{role} {name} does not exist", "Check the path")
+    for model in models:
+        if kind_of(model) == "stored" and not Path(model).is_file():
+            raise ModelError(f"teacher {model} does not exist", "Check the path")
     models += [base_of(Path(model)) for model in models if is_adapter(Path(model))]
     models += [student] if (student := tokenizer_for_stored(settings)) else []
     return [Path(model) for model in models if Path(model).exists()]
