@@ -57,7 +57,8 @@ def classify(data, base_model, tmp_path_factory):
     task_folder = tmp_path_factory.mktemp("task")
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     encoder = AutoModel.from_pretrained(base_model).eval()
-    save_task(ModelAndProcessor(encoder, tokenizer), 32, LABELS, task_folder)
+    headed = AutoModelForSequenceClassification.from_pretrained(base_model, num_labels=len(LABELS))
+    save_task(ModelAndProcessor(headed, tokenizer), 32, LABELS, task_folder)
     task = load_task(task_folder)
     rows = [row for split in ("train", "validation", "test") for row in read_rows(data, split)]
     inputs = {k: torch.from_numpy(v) for k, v in task.encode(rows).items()}

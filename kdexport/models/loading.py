@@ -71,7 +71,7 @@ def _check_hub(model: str, fix: str) -> None:
     except HfHubHTTPError:  # it answers: transformers explains it
         return
     except Exception as error:
-        what = f"there is no folder {model}, and the hub can't be reached: {first_line(error)}"
+        what = f"model {model!r} can't be opened: there is no such folder, and no hub: {first_line(error)}"
         raise ModelError(what, fix or "Check the path") from None
 
 

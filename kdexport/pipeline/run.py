@@ -50,7 +50,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
 
         # 2. Prepare the teacher or teachers; fine-tune them if the spec asks for it.
         teacher = folder.stage(
-            "teacher", version=2, settings=teachers.settings_of(settings), reads=[data, *teachers.files(settings)],
+            "teacher", version=3, settings=teachers.settings_of(settings), reads=[data, *teachers.files(settings)],
             build=lambda work: _teachers(settings, data, work),
         )  # fmt: skip
 

@@ -249,7 +249,9 @@ def test_an_adapter_is_exported_with_its_base(tmp_path):
     assert np.abs(ours - theirs).max() < 1e-4
     assert np.abs(theirs - alone(tmp_path / "base", [(strangers.TEXTS[1],)])).max() > 1e-3
     strangers.configure(tmp_path / "adapter", "adapter_config.json", base_model_name_or_path="nobody/has-this")
-    with pytest.raises(KdexportError, match="there is no folder nobody/has-this, and the hub can't be reached"):
+    with pytest.raises(
+        KdexportError, match="model 'nobody/has-this' can't be opened: there is no such folder, and no hub"
+    ):
         export(tmp_path / "adapter", tmp_path / "other")
 
 
@@ -273,7 +275,9 @@ def test_a_hub_that_can_not_be_reached_is_asked_once(kdexport, tmp_path):
     nowhere = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     found = kdexport("export", "nobody/has-this", tmp_path / "out", **nowhere)
     assert found.returncode == 2
-    assert found.stderr.startswith("error: there is no folder nobody/has-this, and the hub can't be reached: ")
+    assert found.stderr.startswith(
+        "error: model 'nobody/has-this' can't be opened: there is no such folder, and no hub: "
+    )
     assert found.stderr.count("\n") == 1
 
 

@@ -100,7 +100,7 @@ def some_text(draw, most):
 def test_what_is_read_is_what_the_tokenizer_itself_reads_with_truncation(kind):
     draw, kept = random.Random(kind), TOKENIZERS[kind]().to_str()
     for max_length in (8, 9, 16, 33, 96):
-        for side, cut in (("left", "right"), ("right", "right"), ("right", "left")):
+        for side, cut in (("left", "right"), ("right", "left")):
             theirs = Tokenizer.from_str(kept)
             theirs.no_padding()
             theirs.enable_truncation(max_length, direction=cut)
