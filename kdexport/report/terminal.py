@@ -50,7 +50,7 @@ def summary(report: Report) -> list[str]:
         lines.append(f"★ {best.name}: {report.reason}; {keeps(report, found)} ({found.teacher.n} test rows).")
         if found.baseline and found.gain_points is not None:
             fraction = metric.kind == "fraction" and found.gain_mcnemar_p is not None
-            p = f" (McNemar p = {found.gain_mcnemar_p:.2f})" if fraction else ""
+            p = f" (McNemar p = {found.gain_mcnemar_p:.2f})".replace("= 0.00", "< 0.01") if fraction else ""
             way = "" if found.ratio is None else f", {percent(found.ratio, 0)} of the way to the teacher"
             lines.append(
                 f"The same student on labels alone: {score(metric, found.baseline.value)}; distillation: "
