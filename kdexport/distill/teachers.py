@@ -104,8 +104,10 @@ def tokenizer_for_stored(settings: spec.Spec) -> str | None:
 
 
 def training_of(settings: spec.Spec, rows: int, validation: int, labels: int) -> derive.Training | None:
-    """Return how the first teacher will be trained, as far as its files tell; None where it is used as it is."""
+    """Return how the first teacher will be trained, as far as its files tell; None where it is not, or can't be."""
     model = models_of(settings)[0]
+    if kind_of(model) != "torch" or not rows:
+        return None
     config, kind = config_of(model), task_class(settings.task, settings.data.problem)
     headless = kind.has_labels and not any(
         head in name for name in config.get("architectures") or [] for head in kind.heads

@@ -14,13 +14,11 @@ _CONV_WIDTH = 16
 _EXAMPLES_SEEN, _STEPS = 300_000, 500
 # The fewest epochs over mostly augmented texts, which are not overfitted (Beyer et al. 2022).
 _PATIENT = 5
-
-
 # A teacher this sure of the training rows says hardly more about them than their labels: it is asked about others.
 _SURE, _MOST_VIEWS = 0.95, 120_000
-# Fine-tuning sees a number of examples for the task and more for each label: docs/decisions.md.
 # From so many validation rows on, training stops early: the best of a few epochs on fewer is luck.
 _ENOUGH = 200
+# Fine-tuning sees a number of examples for the task and more for each label: docs/decisions.md.
 _TEACHER_EXAMPLES, _EXAMPLES_A_LABEL, _TEACHER_STEPS = 20_000, 200, 100
 
 
@@ -32,7 +30,7 @@ class Derived(NamedTuple):
 
 
 class Training(NamedTuple):
-    """How a teacher is fine-tuned."""
+    """Hyper-parameters of a teacher's training, with their reasons."""
 
     epochs: Derived
     learning_rate: Derived
@@ -152,7 +150,7 @@ def training(given: TeacherTraining, rows: int, validation: int, labels: int, wi
     else:
         seen = _TEACHER_EXAMPLES + _EXAMPLES_A_LABEL * labels
         value = max(3, min(8, round(seen / rows)), min(40, -(-_TEACHER_STEPS * int(batch.value) // rows)))
-        passes = Derived(value, f"about {seen:,} examples for {labels} labels, at least {_TEACHER_STEPS} steps")
+        passes = Derived(value, f"about {seen:,} examples for {labels} labels, 3–8 epochs, or {_TEACHER_STEPS} steps")
         shown = f"{width} wide" if width else "of no one width"
         highest = min(5e-4, 2e-4 * (384 / width) ** 2) if width else 1e-4
         rate = Derived(float(f"{highest:.1g}"), f"2e-4 at width 384, less for wider teachers: it is {shown}")

@@ -52,7 +52,7 @@ def base_of(adapter: Path) -> str:
 
 
 def has_weights(model: str) -> bool:
-    """Whether a model has weights; a hub id is taken to have them."""
+    """Return whether a model's folder holds weights; a hub id is assumed to have them."""
     kinds = ("*.safetensors", "pytorch_model*.bin")
     return not Path(model).is_dir() or any(path for kind in kinds for path in Path(model).glob(kind))
 

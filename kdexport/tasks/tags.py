@@ -22,7 +22,7 @@ class Entity(NamedTuple):
 
 
 def are_plain(labels: Collection[str]) -> bool:
-    """Whether tags are plain: without O, and not all marked as in BIO."""
+    """Return whether tags are plain labels, such as parts of speech: no O, and not all marked as in BIO."""
     others = {*labels} - {OUTSIDE}
     if OUTSIDE in labels:  # among parts of speech that are letters, O is a pronoun
         return len(others) > 4 and max(map(len, others)) == 1

@@ -60,8 +60,18 @@ def test_the_plan_says_how_a_teacher_without_head_will_be_trained_and_why(kdexpo
     values = json.loads(plan.stdout)
     assert values["teacher.train.learning_rate"]["value"] == "0.0002"
     assert values["teacher.train.epochs"]["reason"].startswith("about 21,000 examples for 5 labels")
-    trained = kdexport("run", "--data", data, "--teacher", finished / "teacher", "--plan", "--json")
-    assert "teacher.train.epochs" not in json.loads(trained.stdout)
+    for trained in (finished / "teacher", finished / "artifact"):
+        plan = kdexport("run", "--data", data, "--teacher", trained, "--student", base_model, "--plan", "--json")
+        assert "teacher.train.epochs" not in json.loads(plan.stdout)
+
+
+def test_the_plan_of_texts_without_labels_trains_no_teacher(kdexport, base_model, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [{"text": f"{split} {i}"} | ({"label": "ab"[i % 2]} if split == "test" else {}) for i in range(20)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = kdexport("run", "--data", tmp_path / "data", "--teacher", base_model, "--plan", "--json")
+    assert "teacher.train.epochs" not in json.loads(plan.stdout)
 
 
 def test_bytes_that_are_no_utf8_on_stdin_are_one_line(finished):

@@ -16,6 +16,7 @@ from huggingface_hub import InferenceClient, constants
 from seqeval.metrics import f1_score
 from seqeval.metrics.sequence_labeling import get_entities
 from serve_process import served
+from tagging import logits_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -41,15 +42,6 @@ def task(max_length=8, labels=TAGS):
 
 def rows_of(*tags):
     return [{"text": " ".join("abcdefgh"[: len(row.split())]), "label": row} for row in tags]
-
-
-def logits_of(found, tags):
-    """Logits whose best are these tags."""
-    logits = np.zeros((len(tags), *found.answer_shape), dtype=np.float32)
-    for i, row in enumerate(tags):
-        for j, tag in enumerate(row.split()):
-            logits[i, j, found.labels.index(tag)] = 5.0
-    return logits
 
 
 def test_entities_and_f1_are_those_of_seqeval():

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 from seqeval.metrics.sequence_labeling import get_entities
+from tagging import logits_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -33,14 +34,6 @@ def rows_of(*labels):
 def loaded(labels, max_length=8):
     config = TaskConfig(task="token-classification", labels=labels, inputs=["input_ids"], max_length=max_length)
     return class_of(config)(config, WORDS)
-
-
-def logits_of(task, guesses):
-    logits = np.zeros((len(guesses), *task.answer_shape), dtype=np.float32)
-    for i, row in enumerate(guesses):
-        for j, tag in enumerate(row.split()):
-            logits[i, j, task.labels.index(tag)] = 5.0
-    return logits
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
