@@ -21,6 +21,9 @@ def run(
     ] = None,
     data: Annotated[str | None, Flag(help="CSV, JSONL or Parquet file, folder of train.*, test.*, or hub id.")] = None,
     test: Annotated[str | None, Flag(help="Test file.", show_default="split from the data")] = None,
+    task: Annotated[
+        str | None, Flag(help="What the model does, like token-classification.", show_default="recognised by the data")
+    ] = None,
     text: options.Text = None,
     text_pair: options.TextPair = None,
     label: options.Label = None,
@@ -123,8 +126,9 @@ def init(
     """
     from kdexport import spec
     from kdexport.files import write_bytes
+    from kdexport.pipeline import api
 
-    content = spec.commented(spec.load(None, {"teacher.model": teacher, "data.train": data})).encode()
+    content = spec.commented(api.settings_of(None, {"teacher": teacher, "data": data})).encode()
     try:
         write_bytes(out, content, new=True)
     except FileExistsError:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,7 @@ from kdexport.data.read import SUFFIXES, Raw, Source, from_arrow, read_file
 from kdexport.errors import DataError, MissingPackage, first_line
 from kdexport.files import is_place
 from kdexport.progress import say, warn
+from kdexport.tasks import DEFAULT, kinds, task_class
 from kdexport.tasks.base import Task
 
 SPLITS = ("train", "validation", "test")
@@ -24,6 +26,8 @@ _OBVIOUS_PAIRS = (
 
 # Which rows must have labels: all; all if there is a label column; some; labels are not read.
 Labels = Literal["all", "if any", "some", "none"]
+# The rows that are looked at for signs of a task.
+_SHOWING = 100
 # Our column → the file's.
 Columns = dict[str, str]
 Rows = list[dict[str, Any]]
@@ -72,6 +76,29 @@ def read_splits(data: spec.Data, *, whole: bool = False) -> dict[str, Source]:
     if not _is_local(sources["train"]):
         return _read_hub(sources)
     return {split: _read_local(Path(source), whole) for split, source in sources.items()}
+
+
+def recognised(data: spec.Data) -> tuple[str, str]:
+    """Return the task and the problem of which the first rows show signs; test must have labels, train need not."""
+    try:
+        sources = read_splits(data)
+        source = sources.get("test", sources["train"])
+        raws = [raw for raw in islice(source.rows, _SHOWING) if isinstance(raw, dict)]
+    except DataError:
+        raws = []  # the data stage names what is wrong
+    for kind in kinds() if raws else []:
+        try:
+            columns = choose_columns(source, data, kind)
+        except DataError:
+            continue
+        if kind.has_labels or len(source.columns) == 1:
+            rows = [{ours: raw.get(theirs) for ours, theirs in columns.items()} for raw in raws]
+            placed = [row | {kind.modality: _placed(row[kind.modality], kind, source)} for row in rows]
+            if signs := kind.signs(placed):
+                problem = f" with data.problem {kind.problem}" if len(kind.kinds()) > 1 else ""
+                say(f"task: {kind.name}{problem}, as {signs} in {source.name}; --task names another")
+                return kind.name, kind.problem
+    return DEFAULT, task_class(DEFAULT).problem
 
 
 def read_test(data: spec.Data) -> Source:

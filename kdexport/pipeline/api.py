@@ -29,7 +29,7 @@ Numbers = str | int | Sequence[int]
 def run(
     spec: Spec | Mapping[str, Any] | Place | None = None, *,
     teacher: Place | Sequence[Place] | None = None, teacher_epochs: int | None = None,
-    data: Place | None = None, test: Place | None = None,
+    data: Place | None = None, test: Place | None = None, task: str | None = None,
     text: str | None = None, text_pair: str | None = None, label: str | None = None,
     unlabelled: Place | None = None, max_length: int | None = None,
     student: Place | Sequence[Place] | None = None,
@@ -144,14 +144,15 @@ def compare(
 
 def settings_of(spec: Spec | Mapping[str, Any] | Place | None, flags: Mapping[str, Any]) -> Spec:
     """Return the spec from a file or its content, overridden by the arguments of `run`."""
+    from kdexport.data.sources import recognised
     from kdexport.spec import load
 
     over = overrides(flags) | dict(flags.get("set") or {})
     if spec is None or isinstance(spec, str | Path):
-        return load(Path(spec) if spec else None, over)
+        return load(Path(spec) if spec else None, over, recognised)
     import msgspec
 
-    return load(None, copy.deepcopy(msgspec.to_builtins(spec)) | over)
+    return load(None, copy.deepcopy(msgspec.to_builtins(spec)) | over, recognised)
 
 
 def run_folder(spec: object, settings: Spec) -> Path:

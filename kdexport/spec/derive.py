@@ -150,7 +150,7 @@ def training(given: TeacherTraining, rows: int, validation: int, labels: int, wi
     else:
         seen = _TEACHER_EXAMPLES + _EXAMPLES_A_LABEL * labels
         value = max(3, min(8, round(seen / rows)), min(40, -(-_TEACHER_STEPS * int(batch.value) // rows)))
-        passes = Derived(value, f"about {seen:,} examples for {labels} labels, 3–8 epochs, or {_TEACHER_STEPS} steps")
+        passes = Derived(value, f"about {seen:,} examples (labels: {labels}), 3–8 epochs, or {_TEACHER_STEPS} steps")
         shown = f"{width} wide" if width else "of no one width"
         highest = min(5e-4, 2e-4 * (384 / width) ** 2) if width else 1e-4
         rate = Derived(float(f"{highest:.1g}"), f"2e-4 at width 384, less for wider teachers: it is {shown}")

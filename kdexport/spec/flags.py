@@ -20,6 +20,7 @@ KEYS = {
     "teacher": "teacher.model",
     "teacher_epochs": "teacher.train.epochs",
     "data": "data.train",
+    "task": "task",
     "test": "data.test",
     "text": "data.text",
     "text_pair": "data.text_pair",

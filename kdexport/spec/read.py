@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from msgspec import inspect
 
 from kdexport.errors import SpecError
 from kdexport.spec.checks import checked
-from kdexport.spec.sections import Bench, Section, Spec
+from kdexport.spec.sections import Bench, Data, Section, Spec
 
 _DEEPEST, _MOST_VALUES = 20, 10_000  # aliases of aliases multiply
 _SHOWN = 40  # characters of a wrong value in an error
@@ -90,8 +91,13 @@ def read_yaml(text: str, source: str) -> Any:
         raise SpecError(f"{source}{line} is not valid YAML: {key}{getattr(error, 'problem', None) or error}") from None
 
 
-def load(path: Path | None, overrides: Mapping[str, Any]) -> Spec:
-    """Read a spec file, if any, apply the overrides, like `{"student.model": "mini"}`, and check the whole."""
+def load(
+    path: Path | None, overrides: Mapping[str, Any], recognised: Callable[[Data], tuple[str, str]] | None = None
+) -> Spec:
+    """Read a spec file, if any, apply the overrides, like `{"student.model": "mini"}`, and check the whole.
+
+    `recognised` returns the task and the problem of data, where the spec names neither.
+    """
     tree = _read_yaml(path) if path else {}
     source = str(path) if path else "flags"
     for key, value in overrides.items():
@@ -104,6 +110,11 @@ def load(path: Path | None, overrides: Mapping[str, Any]) -> Spec:
             if not isinstance(node, dict):
                 raise SpecError(f"{source}: {section!r} is not a section, so {key!r} can't be set in it")
         node[leaf] = value
+    data = tree.get("data")
+    if recognised and isinstance(data, dict) and "task" not in tree and "problem" not in data:
+        _refuse_unreal(tree, source)
+        with suppress(msgspec.ValidationError):  # `parse` names what is wrong, and where
+            tree["task"], data["problem"] = recognised(msgspec.convert(data, Data))
     return parse(tree, source)
 
 

@@ -122,7 +122,7 @@ class Student(Section, frozen=True):
             "tiny (2 layers × 128), mini (4 × 256), small (4 × 512), 3x192, layers:3 (the teacher's lowest), spread:3, "
             "layers:0+2+5, bag, cnn, gru, cnn:512 (features), conv, conv:32 (channels; of images and sound), or a "
             "Hugging Face folder or hub id; a list is the ladder "
-            "that a search climbs; tiny or conv when absent, a ladder if there is a budget"
+            "that a search climbs; when absent tiny, conv, or spread:3 for a number; a ladder if there is a budget"
         ),
     ] = None
     vocabulary: Annotated[
@@ -245,7 +245,13 @@ class Bench(Section, frozen=True):
 class Spec(Section, frozen=True, kw_only=True):
     """The whole job: teacher in, budget in; artifact and report out."""
 
-    task: Annotated[str, Meta(description="what the model does", extra_json_schema={"enum": [*BUILT_IN]})] = DEFAULT
+    task: Annotated[
+        str,
+        Meta(
+            description="what the model does; recognised by the data when absent",
+            extra_json_schema={"enum": [*BUILT_IN]},
+        ),
+    ] = DEFAULT
     data: Data
     teacher: Teacher
     student: Student = Student()

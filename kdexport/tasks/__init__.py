@@ -34,6 +34,12 @@ def names() -> list[str]:
     return [*BUILT_IN, *_others()]
 
 
+def kinds() -> list[type[Task]]:
+    """Return every task, once for each `data.problem`; the default comes last."""
+    others = (name for name in names() if name != DEFAULT)
+    return [kind for name in (*others, DEFAULT) for kind in task_class(name).kinds().values()]
+
+
 @cache
 def task_class(name: str, problem: str = "single-label") -> type[Task]:
     """Return the class of a task for a `data.problem`; raise KeyError if there is none."""

@@ -95,6 +95,14 @@ class Task:
     # --- rows
 
     @classmethod
+    def signs(cls, rows: Sequence[Row]) -> str:
+        """Return what shows that these rows, the first of a file, are of this task, or an empty text.
+
+        A run whose spec names no task takes the one that finds a sign.
+        """
+        return ""
+
+    @classmethod
     def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
         """Convert a row of a file to the task's format, or return the reason why it is invalid."""
         raise NotImplementedError

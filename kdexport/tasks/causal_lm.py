@@ -76,6 +76,10 @@ class CausalLM(Texts, Generates):
     at_once: ClassVar = 8  # a row has T × V logits
     columns: ClassVar[dict[str, tuple[str, ...]]] = {"text": ("text", "content", "document", "body")}
 
+    @classmethod
+    def signs(cls, rows: Sequence[Row]) -> str:
+        return "there are texts alone" if all(isinstance(row["text"], str) for row in rows) else ""
+
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
         """Language modelling has no label column."""

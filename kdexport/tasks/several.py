@@ -24,6 +24,13 @@ class SeveralLabels(Classes):
     function: ClassVar[Function] = "sigmoid"
     one_label: ClassVar[bool] = False
 
+    @classmethod
+    def signs(cls, rows: Sequence[Row]) -> str:
+        labels = [row["label"] for row in rows]
+        if any(isinstance(label, list) for label in labels):
+            return "the labels are lists"
+        return "some labels have | between names" if any("|" in str(label) for label in labels) else ""
+
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
         labels = row["label"]
@@ -89,6 +96,14 @@ class Number(Classes):
     function: ClassVar[Function] = "none"
     one_label: ClassVar[bool] = False
     has_names: ClassVar[bool] = False
+
+    @classmethod
+    def signs(cls, rows: Sequence[Row]) -> str:
+        try:
+            fractions = any(float(row["label"]) % 1 for row in rows if row["label"] not in (None, ""))
+        except (TypeError, ValueError):
+            return ""
+        return "the labels are numbers with fractions" if fractions else ""
 
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:

@@ -81,6 +81,10 @@ class TokenClassification(Texts):
         "label": ("tags", "ner_tags", "labels", "label"),
     }
 
+    @classmethod
+    def signs(cls, rows: Sequence[Row]) -> str:
+        return "the rows are lists of words" if all(isinstance(row["text"], list) for row in rows) else ""
+
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
         """Lists of words and tags become texts; a text without tags is split into words."""

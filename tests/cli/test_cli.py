@@ -59,7 +59,7 @@ def test_the_plan_says_how_a_teacher_without_head_will_be_trained_and_why(kdexpo
     plan = kdexport("run", "--data", data, "--teacher", base_model, "--plan", "--json")
     values = json.loads(plan.stdout)
     assert values["teacher.train.learning_rate"]["value"] == "0.0002"
-    assert values["teacher.train.epochs"]["reason"].startswith("about 21,000 examples for 5 labels")
+    assert values["teacher.train.epochs"]["reason"].startswith("about 21,000 examples (labels: 5)")
     for trained in (finished / "teacher", finished / "artifact"):
         plan = kdexport("run", "--data", data, "--teacher", trained, "--student", base_model, "--plan", "--json")
         assert "teacher.train.epochs" not in json.loads(plan.stdout)

@@ -34,6 +34,7 @@ class Sounds(Media):
     """The input side of tasks with rows `{"audio": …}`."""
 
     modality: ClassVar[Modality] = "audio"
+    files: ClassVar = "recordings"
     _how: AudioConfig
 
     @cached_property

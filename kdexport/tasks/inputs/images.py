@@ -29,6 +29,7 @@ class Images(Media):
     """The input side of tasks with rows `{"image": …}`."""
 
     modality: ClassVar[Modality] = "image"
+    files: ClassVar = "images"
     _how: ImageConfig
 
     @cached_property

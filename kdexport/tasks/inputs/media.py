@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from kdexport.errors import DataError, MissingPackage
 from kdexport.tasks.base import Task
@@ -25,6 +25,8 @@ _INLINE = "data:;base64,"
 # Size limits of one file, and of all that are decoded concurrently, in bytes.
 _MOST_BYTES, _MOST_DECODED = 100_000_000, 400_000_000
 _SMALL = 4_000_000
+# The files that are looked at to tell images from recordings.
+_SHOWING = 3
 
 
 def bytes_of(value: object) -> bytes:
@@ -119,6 +121,7 @@ class Encoded(Sequence[Arrays]):
 class Media(Task):
     """The input side of tasks with rows `{"image": …}` or `{"audio": …}`; all rows have arrays of one shape."""
 
+    files: ClassVar[str]  # the word for them
     _how: Any
 
     def __init__(self, config: TaskConfig) -> None:
@@ -128,6 +131,16 @@ class Media(Task):
     @classmethod
     def load(cls, folder: Path) -> Self:
         return cls(read_config(folder))
+
+    @classmethod
+    def signs(cls, rows: Sequence[Row]) -> str:
+        for row in rows[:_SHOWING]:
+            try:
+                cls.inspect(bytes_of(row[cls.modality]))
+                return f"there are {cls.files}"
+            except DataError:
+                continue
+        return ""
 
     @classmethod
     def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
