@@ -77,7 +77,8 @@ def run(
     if plan:
         _print_plan(settings, as_json)
     else:
-        _run(given | {"out": out or api.run_folder(spec, settings)}, as_json)
+        folder = out or api.run_folder(spec, settings)
+        _run({"spec": settings, "out": folder, "move_aside": move_aside}, as_json)
 
 
 def demo(

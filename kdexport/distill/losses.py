@@ -103,9 +103,35 @@ def label_mse(student_logits: Tensor, labels: Tensor) -> Tensor:
     return (student_logits[known] - labels[known].float()).square().mean(dim=1).sum() / len(labels)
 
 
-LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "bce": label_bce, "mse": label_mse}
+def ctc(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """CTC loss by character, with int64 [B, L], −1 behind the last one, −100 in a row without; over rows as above.
+
+    Graves et al. 2006, section 4. Student logits are [B, T, C], with certain blanks behind a recording's end. A text of
+    more characters than there are steps has no path, and teaches nothing.
+    """
+    known = labels[:, 0] != NO_LABEL
+    logs = F.log_softmax(student_logits[known].float(), dim=-1).transpose(0, 1)
+    texts, steps = labels[known], torch.full((int(known.sum()),), student_logits.shape[1])
+    lengths = (texts >= 0).sum(dim=1)
+    each = F.ctc_loss(logs, texts.clamp(min=0), steps, lengths, reduction="none", zero_infinity=True)
+    return (each / lengths.clamp(min=1)).sum() / len(labels)
+
+
+LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": cross_entropy,
+    "bce": label_bce,
+    "mse": label_mse,
+    "ctc": ctc,
+}
 # A task's objective → its labels' term.
-OF_OBJECTIVE: dict[str, str] = {"classes": "ce", "tokens": "ce", "next-token": "ce", "several": "bce", "number": "mse"}
+OF_OBJECTIVE: dict[str, str] = {
+    "classes": "ce",
+    "tokens": "ce",
+    "next-token": "ce",
+    "several": "bce",
+    "number": "mse",
+    "ctc": "ctc",
+}
 
 
 # --- the teacher's terms
@@ -197,7 +223,20 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, t
     return temperature**2 * (tckd + _NCKD_WEIGHT * nckd).mean()
 
 
+def ctc_of_teacher(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+    """CTC loss of the text of the teacher's most probable path, whose steps of time may be others.
+
+    Takashima et al. 2020 (https://arxiv.org/abs/2005.09310), distillation by the sequence.
+    """
+    path = teacher_logits.argmax(dim=-1)
+    new = (path != F.pad(path, (1, 0), value=-1)[:, :-1]) & (path > 0)
+    texts = [row[keep] for row, keep in zip(path, new, strict=True)]
+    targets = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
+    return ctc(student_logits, F.pad(targets, (0, 1), value=-1))  # all of them may be empty
+
+
 LOGIT_LOSSES: dict[str, LogitLoss] = {
+    "ctc": ctc_of_teacher,
     "kl": kl,
     "reverse-kl": reverse_kl,
     "jsd": jsd,

@@ -28,6 +28,7 @@ from kdexport.models.inference import logits_of
 from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
 from kdexport.tasks.base import Task
+from kdexport.tasks.inputs.media import Encoded
 from kdexport.tasks.judging import metric
 from kdexport.tasks.menus import OF_LAYERS
 from kdexport.tasks.metrics import Array
@@ -40,6 +41,8 @@ _MIXED = "ACCELERATE_MIXED_PRECISION"
 
 # Weights that begin at random, most often a head, learn so many times as fast as trained ones: docs/decisions.md.
 _FRESH_RATE = 10.0
+
+_KEPT_BYTES = 1 << 30  # of decoded images and recordings, which every epoch reads
 
 _SHARES_EVERY = 200  # steps; measuring them costs one more backward pass a term
 
@@ -104,6 +107,8 @@ def fit(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
         )
     encoded, labels = task.tokenize(rows), task.label_array(rows)
+    if isinstance(encoded, Encoded):
+        encoded.keep = _KEPT_BYTES
     lengths = task.sizes(encoded)
 
     def collate(chosen: list[int]) -> dict[str, Tensor]:

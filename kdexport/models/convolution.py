@@ -1,5 +1,6 @@
 """The convolutional student, with random weights and inputs that follow from the data."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,10 +8,12 @@ from transformers import ASTFeatureExtractor, ViTImageProcessor
 
 from kdexport.models.convnet import ConvNetConfig, ConvNetForAudioClassification, ConvNetForImageClassification
 from kdexport.models.loading import ModelAndProcessor
+from kdexport.models.speechnet import SpeechNetConfig, SpeechNetForCTC
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.inputs import audio, images
 
 _MELS = 40
+_STEP_S = 0.04  # seconds of speech for each character at most
 _SMALL = 32  # pixels a side; larger pictures are halved by the first convolution
 
 
@@ -24,6 +27,13 @@ def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) 
     names = dict(enumerate(teacher.labels))
     labels: dict[str, Any] = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     channels = [width, 2 * width, 4 * width]
+    if teacher.audio and teacher.audio.steps:
+        seconds = audio.seconds_of(teacher.audio)
+        sound = audio.fitted(rows, teacher.audio.rate, _MELS, seconds)
+        hop = audio.HOP / sound.rate
+        shape = {"width": width, "num_mel_bins": sound.mels, "halvings": max(1, round(math.log2(_STEP_S / hop)))}
+        speech = SpeechNetForCTC(SpeechNetConfig(**shape, **labels))
+        return ModelAndProcessor(speech, ASTFeatureExtractor(**audio.extractor_of(sound)))
     if teacher.audio:
         sound = audio.fitted(rows, teacher.audio.rate, _MELS)
         config = ConvNetConfig(channels=channels, stride=2, frames=sound.length, num_mel_bins=sound.mels, **labels)

@@ -10,6 +10,7 @@ from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
 from transformers import PreTrainedModel
 
 import kdexport.models.convnet
+import kdexport.models.speechnet
 import kdexport.models.textnet  # noqa: F401  # the Auto classes learn of our own architectures
 from kdexport.tasks import DEFAULT, names, task_class
 from kdexport.tasks.config import read_config

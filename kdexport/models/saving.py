@@ -7,6 +7,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
+from msgspec.structs import replace
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from kdexport.errors import ModelError, VerificationError
@@ -16,11 +18,13 @@ from kdexport.models.inference import PADDING_TOLERANCE, padding_effect
 from kdexport.models.loading import ModelAndProcessor
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.base import reads_texts
-from kdexport.tasks.config import Function, TaskConfig, TextSide
+from kdexport.tasks.config import AudioConfig, Function, TaskConfig, TextSide
 from kdexport.tasks.inputs import audio as sound
 from kdexport.tasks.inputs import images
 
 _DEFAULT_MAX_LENGTH = 128
+# Speech is read a little further than the longest recording of the training rows, up to so many seconds.
+_ROOM, _LONGEST_S = 1.25, 30.0
 
 
 def save_task(
@@ -51,7 +55,12 @@ def save_task(
         if kind.modality == "image":
             image = images.config_of(tokenizer.to_dict(), getattr(model.config, "num_channels", 3))
         else:
-            audio = sound.config_of(tokenizer.to_dict(), rows)
+            ctc = kind.objective == "ctc"
+            seconds = min(_LONGEST_S, _ROOM * sound.seconds_in(rows)) if ctc and rows else None
+            audio = sound.config_of(tokenizer.to_dict(), rows, seconds)
+            if ctc:
+                audio = replace(audio, steps=_steps(model, audio))
+                _save_alphabet(labels, out)
         inputs = [model.main_input_name]
         config = TaskConfig(task=task, labels=list(labels), inputs=inputs, function=function, image=image, audio=audio)
         tokenizer.save_pretrained(out)
@@ -69,6 +78,24 @@ def save_task(
         write(tokenizer, accepted, reads, max_length, labels, out, padding_side=side)
         if kind.generates or padding_effect(model, load_task(out)) <= PADDING_TOLERANCE:
             break
+
+
+@torch.inference_mode()
+def _steps(model: PreTrainedModel, how: AudioConfig) -> int:
+    """Return the number of outputs along time for the longest input."""
+    shape = (1, how.length, how.mels) if how.mels else (1, how.length)
+    was_training = model.training
+    steps = model.eval()(torch.ones(shape)).logits.shape[1]
+    model.train(was_training)
+    return int(steps)
+
+
+def _save_alphabet(labels: Sequence[str], out: Path) -> None:
+    """Write a tokenizer of characters as Wav2Vec2's, for other runtimes."""
+    tokens = {"|" if label == " " else label: i for i, label in enumerate(labels)}
+    write_json(out / "vocab.json", tokens)
+    special = {"pad_token": labels[0], "word_delimiter_token": "|", "unk_token": labels[0], "bos_token": None}
+    write_json(out / "tokenizer_config.json", {"tokenizer_class": "Wav2Vec2CTCTokenizer", "eos_token": None, **special})
 
 
 def write_task(

@@ -15,7 +15,9 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 Length = Annotated[int, Meta(ge=8, le=8192)]
 Problem = Literal["single-label", "multi-label", "regression"]
 Dtype = Literal["float32", "bfloat16"]
-LossName = Literal["kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation"]
+LossName = Literal[
+    "ctc", "kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation"
+]
 Augmentation = Literal["mask", "neighbours", "ngram", "shuffle"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Runtime = Literal["torch", "torch-compile", "torch-cudagraphs", "onnxruntime", "openvino"]

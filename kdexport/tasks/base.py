@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Modality = Literal["text", "image", "audio"]
 # How outputs are trained: the key of the losses in `distill`.
-Objective = Literal["classes", "several", "number", "tokens", "next-token"]
+Objective = Literal["classes", "several", "number", "tokens", "next-token", "ctc"]
 # Python code for model cards, with an example of an input.
 PREDICT = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["{}"])'
 

@@ -60,6 +60,7 @@ class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     A waveform is `length` samples, cut or padded with zeros; `normalise` scales it to mean 0 and standard deviation 1
     before padding. With `mels` bands it is `length` frames, and `normalise` subtracts `mean` and divides by 2 · `std`.
+    Speech is not padded, and its model has outputs at `steps` points of time for a whole input.
     """
 
     rate: Annotated[int, Meta(ge=1, le=384_000)]
@@ -68,6 +69,7 @@ class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
     normalise: bool = True
     mean: Shift = 0.0
     std: Scale = 0.5
+    steps: Annotated[int, Meta(ge=0, le=2**20)] = 0
 
 
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -51,3 +51,13 @@ MEDIA = Menu(
         ),
     },
 )
+SPEECH = MEDIA._replace(
+    instead="Take conv, conv:128 or layers:2",
+    default="conv:96",
+    ladder=("conv:48", "conv:96", "conv:144", "conv:192"),
+    losses=("ctc",),
+    temperature=None,
+    alpha=0.5,
+    unused=dict(MEDIA.unused) | {"teacher.combine": "Name one teacher"},
+    ensemble=False,
+)

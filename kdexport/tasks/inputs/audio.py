@@ -54,14 +54,19 @@ class Sounds(Media):
 
     def array(self, content: bytes) -> Array:
         """float32 [length], or [length, mels]."""
+        return self._features(content, self._how.length)
+
+    def _features(self, content: bytes, least: int = 0) -> Array:
+        """Return a waveform or mel bands, padded to `least` samples or frames before bands are normalised."""
         how = self._how
         with opened(content, self._read) as (header, pieces), DECODING.room(header.frames * _BYTES_PER_SAMPLE):
             recording = Recording(np.concatenate(list(pieces)), header.rate)
             samples = resampled(recording, how.rate, _needed(how))
             if not how.mels:
                 heard = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7) if how.normalise else samples
-                return _padded(heard, how.length)
-            bands = _padded(log_mels(samples, self._filters), how.length)
+                return _padded(heard, max(least, len(heard)))
+            bands = log_mels(samples, self._filters)[: how.length]
+            bands = _padded(bands, max(least, len(bands)))
             return ((bands - how.mean) / (how.std * 2) if how.normalise else bands).astype(np.float32)
 
     def seconds(self, row: Row) -> float:
@@ -160,19 +165,22 @@ def _needed(how: AudioConfig) -> int:
     return FRAME + (how.length - 1) * HOP if how.mels else how.length
 
 
-def config_of(extractor: Mapping[str, Any], rows: Sequence[Row]) -> AudioConfig:
+def config_of(extractor: Mapping[str, Any], rows: Sequence[Row], seconds: float | None = None) -> AudioConfig:
     """Convert a Hugging Face feature extractor's settings (`preprocessor_config.json`).
 
-    Waveforms are cut at the 99 % quantile of the lengths of `rows`, a sample of the training rows, and at 10 s.
+    Waveforms are cut at `seconds`; by default at the 99 % quantile of the lengths of `rows`, a sample of the training
+    rows, and at 10 s.
     """
     kind, rate = extractor.get("feature_extractor_type"), extractor.get("sampling_rate", 16_000)
     normalise = extractor.get("do_normalize", True)
     if kind == "ASTFeatureExtractor":
         length, mels = extractor["max_length"], extractor["num_mel_bins"]
+        if seconds:
+            length = max(8, 1 + (int(seconds * rate) - FRAME) // HOP)
         mean, std = extractor["mean"], extractor["std"]
         return AudioConfig(rate=rate, length=length, mels=mels, normalise=normalise, mean=mean, std=std)
     if kind == "Wav2Vec2FeatureExtractor":
-        return AudioConfig(rate=rate, length=math.ceil(_usual_seconds(rows) * rate), normalise=normalise)
+        return AudioConfig(rate=rate, length=math.ceil((seconds or _usual_seconds(rows)) * rate), normalise=normalise)
     raise ModelError(f"the feature extractor {kind} is none of Wav2Vec2FeatureExtractor and ASTFeatureExtractor")
 
 
@@ -182,16 +190,24 @@ def extractor_of(how: AudioConfig) -> dict[str, Any]:
     return shape | {"mean": how.mean, "std": how.std}
 
 
-def fitted(rows: Sequence[Row], most_rate: int, mels: int) -> AudioConfig:
-    """Fit a small student's input to training rows: their median rate up to `most_rate`, their 99 % length."""
-    recordings = [decoded(bytes_of(row["audio"]), _USUAL_S + 1) for row in rows]
+def fitted(rows: Sequence[Row], most_rate: int, mels: int, seconds: float | None = None) -> AudioConfig:
+    """Fit a small student's input to training rows: their median rate up to `most_rate`, their 99 % length.
+
+    It reads `seconds` instead where they are given.
+    """
+    recordings = [decoded(bytes_of(row["audio"]), (seconds or _USUAL_S) + 1) for row in rows]
     rate = min(most_rate, int(np.median([recording.rate for recording in recordings])))
-    samples = int(_usual_seconds(rows) * rate)
+    samples = int((seconds or _usual_seconds(rows)) * rate)
     length = max(8, 1 + (samples - FRAME) // HOP)
     filters = mel_filters(mels, rate)
     bands = np.concatenate([log_mels(resampled(one, rate, samples), filters).ravel() for one in recordings])
     mean, std = round(float(bands.mean()), 4), round(max(1e-3, float(bands.std())), 4)
     return AudioConfig(rate=rate, length=length, mels=mels, mean=mean, std=std)
+
+
+def seconds_in(rows: Sequence[Row]) -> float:
+    """Return the length of the longest recording, in seconds."""
+    return max((read_header(bytes_of(row["audio"])).seconds for row in rows), default=_USUAL_S)
 
 
 def _usual_seconds(rows: Sequence[Row]) -> float:

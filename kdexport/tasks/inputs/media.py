@@ -106,16 +106,23 @@ DECODING = Decoding(_MOST_DECODED)
 
 
 class Encoded(Sequence[Arrays]):
-    """Rows that are encoded on access."""
+    """Rows that are encoded on access; the first `keep` bytes of arrays stay in memory, for training."""
 
     def __init__(self, rows: Sequence[Row], encode: Callable[[Row], Arrays]) -> None:
-        self._rows, self._encode = rows, encode
+        self.rows, self.keep = rows, 0
+        self._encode, self._kept = encode, dict[int, Arrays]()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, i: int) -> Arrays:  # type: ignore[override] # no slices
-        return self._encode(self._rows[i])
+        if i in self._kept:
+            return self._kept[i]
+        arrays = self._encode(self.rows[i])
+        size = sum(array.nbytes for array in arrays.values())
+        if size <= self.keep:
+            self._kept[i], self.keep = arrays, self.keep - size
+        return arrays
 
 
 class Media(Task):

@@ -1,0 +1,117 @@
+"""A small network of depthwise convolutions over mel bands [B, T, M], for speech recognition by CTC.
+
+QuartzNet's block (Kriman et al. 2019, https://arxiv.org/abs/1910.10261): a depthwise convolution over time, one over
+channels, a batch norm and a ReLU, around which the input is added. A `PreTrainedModel`, registered with Transformers'
+Auto classes when this module is imported.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCTC, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from kdexport.tasks.speech_recognition import NEVER
+
+MODEL_TYPE = "kdexport-speech"
+# In training, a recording is played so much slower or faster, louder or softer, and noisier.
+_SPEED, _GAIN, _NOISE = 0.1, 0.3, 0.1
+# SpecAugment (Park et al. 2019, https://arxiv.org/abs/1904.08779): masks, and the most of the frames and bands of each.
+_MASKS, _MOST_FRAMES, _MOST_BANDS = 2, 0.05, 0.15
+
+# `halvings` of the frame rate, by the first convolutions; `kernel` of the others, in steps.
+_SHAPE = {"width": 96, "depth": 5, "kernel": 11, "halvings": 2, "num_mel_bins": 40, "dropout": 0.1}
+
+
+class SpeechNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ships no types
+    """Shape of a `SpeechNet`."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**(_SHAPE | settings))
+
+
+class SpeechNetForCTC(PreTrainedModel):  # type: ignore[misc]
+    """Convolutions over time → logits [B, T', V] of characters at each step.
+
+    Frames that are exactly 0 are padding: a step of such frames is a certain blank, so logits do not depend on a batch.
+    """
+
+    config_class = SpeechNetConfig
+    base_model_prefix = "net"
+    main_input_name = "input_values"
+
+    def __init__(self, config: SpeechNetConfig) -> None:
+        super().__init__(config)
+        width, first = config.width, config.num_mel_bins
+        stem = [_halving(first if i == 0 else width, width) for i in range(config.halvings)]
+        self.stem = nn.ModuleList(stem)
+        self.blocks = nn.ModuleList(_Block(width, config.kernel, config.dropout) for _ in range(config.depth))
+        self.lm_head = nn.Conv1d(width, config.num_labels, 1)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv1d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, input_values: Tensor, labels: Tensor | None = None, **_: Any) -> CausalLMOutput:
+        """Return logits float [B, T', V] of log-mel bands float [B, T, M]; T' is T, halved `halvings` times."""
+        bands = input_values.transpose(1, 2)
+        there = (bands.abs().amax(dim=1, keepdim=True) > 0).to(bands.dtype)
+        if self.training:
+            bands, there = _changed(bands, there)
+        for layer in self.stem:
+            there = there[:, :, ::2]
+            bands = layer(bands) * there
+        for block in self.blocks:
+            bands = (bands + block(bands)) * there
+        silence = torch.full((self.config.num_labels, 1), NEVER, dtype=bands.dtype, device=bands.device)
+        silence[0] = 0.0
+        logits = self.lm_head(bands) * there + silence * (1 - there)
+        return CausalLMOutput(logits=logits.transpose(1, 2))
+
+
+class _Block(nn.Sequential):
+    def __init__(self, width: int, kernel: int, dropout: float) -> None:
+        super().__init__(
+            nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width, bias=False),
+            nn.Conv1d(width, width, 1, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+        )
+
+
+def _halving(before: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv1d(before, width, 5, stride=2, padding=2, bias=False), nn.BatchNorm1d(width), nn.ReLU())
+
+
+def _changed(bands: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """Change speed, loudness and noise, mask frames and bands: [B, M, T], and the frames that are there [B, 1, T]."""
+    rows, mels, frames = bands.shape
+    speed = 1 + _SPEED * (2 * torch.rand(()).item() - 1)
+    length = max(1, round(frames / speed))
+    bands = F.interpolate(bands, size=length, mode="linear")
+    there = F.interpolate(there, size=length)
+    bands = bands + _GAIN * torch.randn(rows, 1, 1, device=bands.device) + _NOISE * torch.randn_like(bands)
+    for _ in range(_MASKS):
+        bands = bands * _mask(rows, length, _MOST_FRAMES, bands.device)[:, None] * there
+        bands = bands * _mask(rows, mels, _MOST_BANDS, bands.device)[:, :, None]
+    return bands, there
+
+
+def _mask(rows: int, size: int, most: float, device: Any) -> Tensor:
+    """Return ones [rows, size] with a run of zeros in each row, of at most the fraction `most`."""
+    widths = (torch.rand(rows, 1, device=device) * most * size).long()
+    starts = (torch.rand(rows, 1, device=device) * (size - widths + 1)).long()
+    places = torch.arange(size, device=device)[None]
+    return 1.0 - ((places >= starts) & (places < starts + widths)).float()
+
+
+AutoConfig.register(MODEL_TYPE, SpeechNetConfig, exist_ok=True)
+AutoModelForCTC.register(SpeechNetConfig, SpeechNetForCTC, exist_ok=True)
