@@ -25,6 +25,8 @@ from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.base import Task
 
 Rows = list[dict[str, Any]]
+# Rows → rows with a label each, and how many are left out by cause.
+Transcribe = Callable[[Rows], tuple[Rows, dict[str, int]]]
 
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 _FILES = {"image", "audio"}  # columns of paths
@@ -33,7 +35,8 @@ _FILES = {"image", "audio"}  # columns of paths
 class Summary(msgspec.Struct, frozen=True):
     """`data.json`: sizes, labels and the audit.
 
-    `unlabelled` counts the texts beyond the splits, `columns` are the names of train's columns.
+    `unlabelled` counts the texts beyond the splits, `columns` are the names of train's columns, `doubted` by split how
+    many of the teacher's transcripts each filter left out.
     """
 
     rows: dict[str, int]
@@ -45,10 +48,16 @@ class Summary(msgspec.Struct, frozen=True):
     task: str = DEFAULT
     problem: str = "single-label"
     columns: Columns = {}
+    doubted: dict[str, dict[str, int]] = {}
 
 
-def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | None = None) -> None:
-    """Read the sources, check every row, split, audit, and write the rows; `cut` splits long texts into passages."""
+def prepare(
+    settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | None = None, transcribe: Transcribe | None = None
+) -> None:
+    """Read the sources, check every row, split, audit, and write the rows.
+
+    `cut` splits long texts into passages; `transcribe` labels rows without a label, and leaves out some of them.
+    """
     of_task = task_class(task, settings.problem)
     content = of_task.content
     read: dict[str, Checked] = {}
@@ -56,10 +65,15 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
     for split, source in sources.items():
         # Test rows need labels; without a test split they are taken from train.
         labels: Labels = "all" if split == "test" or "test" not in sources else "if any"
+        labels = "if any" if transcribe else labels
         read[split] = to_rows(source, settings, of_task, labels, cut)
     read = unify(read, settings, of_task)
     beyond = read_unlabelled(settings, of_task, cut) if settings.unlabelled else Checked([], 0, {})
     splits, columns = {split: one.rows for split, one in read.items()}, read["train"].columns
+    doubted: dict[str, dict[str, int]] = {}
+    if transcribe:
+        for split, rows in splits.items():
+            splits[split], doubted[split] = transcribe(rows)
     if bad_rows := sum(one.bad for one in (*read.values(), beyond)):
         warn(f"data: {bad_rows:,} bad rows left out")
     if settings.skip_bad_rows and of_task.one_label:
@@ -84,7 +98,9 @@ def prepare(settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | Non
     for name, rows in (splits | ({"unlabelled": unlabelled} if unlabelled else {})).items():
         write_rows(out, name, rows)
     counts = {split: len(rows) for split, rows in splits.items()}
-    summary = Summary(counts, names, bad_rows, missing, found, len(unlabelled), task, settings.problem, columns)
+    summary = Summary(
+        counts, names, bad_rows, missing, found, len(unlabelled), task, settings.problem, columns, doubted
+    )
     write_json(out / "data.json", summary)
     _tell(counts, names, missing, found)
     alone = [split for split, rows in splits.items() if not _has_labels(rows)]

@@ -10,6 +10,7 @@ from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.data import read_rows, read_summary
 from kdexport.distill.fine_tune import fine_tune
+from kdexport.distill.transcripts import is_transcriber, prepare_transcriber
 from kdexport.errors import ModelError
 from kdexport.models.loading import open_config, open_model, own_labels
 from kdexport.models.registry import has_head
@@ -38,6 +39,11 @@ def prepare_teacher(
     source = str(folder or settings.model)
     config, summary = open_config(source), read_summary(data)
     known = summary.labels
+    if is_transcriber(config):
+        if settings.train is not None:
+            raise ModelError(f"teacher.train: {settings.model} writes texts, and is not trained here", "Leave it out")
+        prepare_transcriber(summary.task, source, known, some_rows(data), out)
+        return
     of_task, kind = summary.task, task_class(summary.task, summary.problem)
     function = kind.function
     train = settings.train

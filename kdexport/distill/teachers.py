@@ -9,13 +9,14 @@ on. Each holds `task.json`, a tokenizer, `teacher.json` (kind and name), and
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from kdexport import spec
-from kdexport.data import demo, hub, read_summary
+from kdexport.data import Transcribe, demo, hub, read_summary
 from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
 from kdexport.distill.combine import columns_of
@@ -98,6 +99,27 @@ def cut_of(settings: spec.Spec) -> Cut | None:
     return None
 
 
+def read_by(settings: spec.Spec) -> list[str]:
+    """Return the teacher that the data stage depends on, if any: it cuts texts, or transcribes recordings."""
+    return [*cut_by(settings), *transcribed_by(settings)]
+
+
+def transcribed_by(settings: spec.Spec) -> list[str]:
+    """Return the teacher that transcribes recordings without a transcript, if it is one that can."""
+    first = models_of(settings)[0]
+    writes = task_class(settings.task).transcribes and config_of(first).get("model_type") == "whisper"
+    return [first] if writes else []
+
+
+def transcriber_of(settings: spec.Spec) -> Transcribe | None:
+    """Return what labels rows without a label by the teacher, where it can."""
+    for model in transcribed_by(settings):
+        from kdexport.distill.transcripts import transcribed
+
+        return partial(transcribed, task=settings.task, model=model, sentences=settings.data.sentences)
+    return None
+
+
 def tokenizer_for_stored(settings: spec.Spec) -> str | None:
     """Return the student whose tokenizer is used where the first teacher is a file of logits, else None."""
     return derive.students(settings)[0] if kind_of(models_of(settings)[0]) == "stored" else None
@@ -109,6 +131,8 @@ def training_of(settings: spec.Spec, rows: int, validation: int, labels: int) ->
     if kind_of(model) != "torch" or not rows:
         return None
     config, kind = config_of(model), task_class(settings.task, settings.data.problem)
+    if transcribed_by(settings):
+        return None
     headless = kind.has_labels and not any(
         head in name for name in config.get("architectures") or [] for head in kind.heads
     )

@@ -28,8 +28,7 @@ def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) 
     labels: dict[str, Any] = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     channels = [width, 2 * width, 4 * width]
     if teacher.audio and teacher.audio.steps:
-        seconds = audio.seconds_of(teacher.audio)
-        sound = audio.fitted(rows, teacher.audio.rate, _MELS, seconds)
+        sound = audio.fitted(rows, teacher.audio.rate, _MELS, audio.speech_seconds(rows))
         hop = audio.HOP / sound.rate
         shape = {"width": width, "num_mel_bins": sound.mels, "halvings": max(1, round(math.log2(_STEP_S / hop)))}
         speech = SpeechNetForCTC(SpeechNetConfig(**shape, **labels))

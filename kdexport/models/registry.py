@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from optimum.utils import NormalizedConfigManager, NormalizedTextConfig
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import kdexport.models.convnet
 import kdexport.models.speechnet
 import kdexport.models.textnet  # noqa: F401  # the Auto classes learn of our own architectures
-from kdexport.tasks import DEFAULT, names, task_class
+from kdexport.models.transcriber import FAMILY, Transcriber
+from kdexport.tasks import DEFAULT, load_task, names, task_class
 from kdexport.tasks.config import read_config
 
 
@@ -81,4 +82,6 @@ def task_name(folder: Path) -> str:
 
 def open_trained(folder: Path) -> PreTrainedModel:
     """Open the model of a model folder of ours."""
+    if AutoConfig.from_pretrained(folder).model_type == FAMILY:
+        return Transcriber.open(folder, load_task(folder))
     return auto_class(task_name(folder)).from_pretrained(folder)

@@ -23,8 +23,6 @@ from kdexport.tasks.inputs import audio as sound
 from kdexport.tasks.inputs import images
 
 _DEFAULT_MAX_LENGTH = 128
-# Speech is read a little further than the longest recording of the training rows, up to so many seconds.
-_ROOM, _LONGEST_S = 1.25, 30.0
 
 
 def save_task(
@@ -56,7 +54,7 @@ def save_task(
             image = images.config_of(tokenizer.to_dict(), getattr(model.config, "num_channels", 3))
         else:
             ctc = kind.objective == "ctc"
-            seconds = min(_LONGEST_S, _ROOM * sound.seconds_in(rows)) if ctc and rows else None
+            seconds = sound.speech_seconds(rows) if ctc else None
             audio = sound.config_of(tokenizer.to_dict(), rows, seconds)
             if ctc:
                 audio = replace(audio, steps=_steps(model, audio))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCTC, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from kdexport.tasks.speech_recognition import NEVER
+from kdexport.tasks.transcripts import NEVER
 
 MODEL_TYPE = "kdexport-speech"
 # In training, a recording is played so much slower or faster, louder or softer, and noisier.

@@ -44,7 +44,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
         # 1. Read, check, split and audit the rows.
         data = folder.stage(
             "data", version=4, reads=files,
-            settings=[settings.task, settings.data, settings.seed, *teachers.cut_by(settings)],
+            settings=[settings.task, settings.data, settings.seed, *teachers.read_by(settings)],
             build=lambda work: _data(settings, work),
         )  # fmt: skip
 
@@ -139,7 +139,8 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
 
 def _data(settings: spec.Spec, work: Path) -> None:
     teachers.check(settings)
-    prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings))
+    transcribe = teachers.transcriber_of(settings)
+    prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings), transcribe)
 
 
 def _teachers(settings: spec.Spec, data: Path, work: Path) -> None:

@@ -89,7 +89,7 @@ SHIPPED_AS = {
 # Files of a student's folder that other tools need beside the graph.
 _SHIPPED = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
-    "preprocessor_config.json",
+    "vocab.json", "preprocessor_config.json",
 )  # fmt: skip
 
 

@@ -143,10 +143,12 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
     if spec.distill.alpha == 0:
         for name in ("temperature", "loss"):
             yield f"distill.{name}", "with alpha 0", "Raise alpha, or remove it"
-    elif not losses & _SOFTENED:
+    elif menu.temperature is not None and not losses & _SOFTENED:
         yield "distill.temperature", f"on the loss {', '.join(sorted(losses))}", "Remove it, or take kl"
     for key, fix in menu.unused.items():
         yield key, f"on {spec.task}", fix
+    if not task_class(spec.task).transcribes:
+        yield "data.sentences", f"on {spec.task}", "Remove it: it is of speech"
     if len(named(spec)) == 1:
         yield "teacher.weights", "with one teacher", "Remove it"
         if spec.teacher.passes == 1:

@@ -67,6 +67,13 @@ class Data(Section, frozen=True):
     unlabelled: Annotated[
         Text | None, _help("more texts, which the teacher alone labels: CSV, TSV, JSONL or a text a line")
     ] = None
+    sentences: Annotated[
+        Text | None,
+        _help(
+            "of speech without transcripts: a file of all that may be said, one a line; the nearest sentence is "
+            "taken, and recordings with none are left out"
+        ),
+    ] = None
     max_length: Annotated[
         Length | None, _help("tokens of each text, with special ones; 128 when absent, or what the teacher reads")
     ] = None

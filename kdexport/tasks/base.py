@@ -70,6 +70,7 @@ class Task:
     has_names: ClassVar[bool] = True  # these names come from the data
     has_words: ClassVar[bool] = False  # rows are lists of words, which `ready` splits
     cuts: ClassVar[bool] = False  # long texts are split into passages, each a row
+    transcribes: ClassVar[bool] = False  # a teacher that writes can label rows without a label
     pairs: ClassVar[bool] = False  # a row may be a pair of texts
     output: ClassVar[str] = "logits"
     at_once: ClassVar[int] = 32  # the default batch size where speed does not matter
@@ -214,6 +215,10 @@ class Task:
     def remarks(self, rows: Sequence[Row]) -> list[str]:
         """Return remarks for the user on how these rows are read, such as truncation."""
         return []
+
+    def known(self, row: Row) -> Array | None:
+        """Return the teacher's logits of a row whose label the teacher gave; None where it is to be asked."""
+        return None
 
     # --- outputs → answers
 

@@ -60,6 +60,7 @@ class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     A waveform is `length` samples, cut or padded with zeros; `normalise` scales it to mean 0 and standard deviation 1
     before padding. With `mels` bands it is `length` frames, and `normalise` subtracts `mean` and divides by 2 · `std`.
+    Bands are those of Kaldi's filters, or, as Whisper has them, of Slaney's, which it normalises in its own way.
     Speech is not padded, and its model has outputs at `steps` points of time for a whole input.
     """
 
@@ -70,6 +71,7 @@ class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
     mean: Shift = 0.0
     std: Scale = 0.5
     steps: Annotated[int, Meta(ge=0, le=2**20)] = 0
+    filters: Literal["kaldi", "slaney"] = "kaldi"
 
 
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,13 +15,10 @@ from kdexport.tasks.config import NO_LABEL, Arrays, Row
 from kdexport.tasks.inputs.audio import FRAME, HOP, Sounds, seconds_of
 from kdexport.tasks.inputs.media import Encoded, bytes_of
 from kdexport.tasks.inputs.recordings import read_header
+from kdexport.tasks.inputs.transcripts import normalised
 from kdexport.tasks.menus import SPEECH
 from kdexport.tasks.metrics import Array, log_softmax
-from kdexport.tasks.transcripts import Transcript, Transcripts, Word
-
-BLANK = "<pad>"  # as Wav2Vec2's vocabularies call it
-# The logit of every other character at a step behind the recording's end, where blank has 0.
-NEVER = -30.0
+from kdexport.tasks.transcripts import BLANK, NEVER, Transcript, Transcripts, Word
 
 
 class SpeechRecognition(Sounds, Transcripts):
@@ -51,6 +48,11 @@ class SpeechRecognition(Sounds, Transcripts):
     @staticmethod
     def ordered(labels: Iterable[str]) -> list[str]:
         return [BLANK, *sorted(labels)]
+
+    @classmethod
+    def content(cls, row: Row) -> str:
+        """The recording, and where the teacher's transcript was mended, that."""
+        return super().content(row) + (f":{row['label']}" if row.get("heard") else "")
 
     # --- rows → arrays
 
@@ -99,6 +101,21 @@ class SpeechRecognition(Sounds, Transcripts):
         logits[..., 0] = 0.0
         logits[:, : output.shape[1]] = output[:, : self._how.steps]
         return logits
+
+    def known(self, row: Row) -> Array | None:
+        return self.path_of(row["label"]) if row.get("heard") else None
+
+    def path_of(self, text: str) -> Array:
+        """Return the logits [T', V] of a path that spells a text, as far as steps and labels reach."""
+        index = {character: i for i, character in enumerate(self.labels)}
+        steps = list[int]()
+        for character in normalised(text):
+            label = index.get(character, 0)
+            steps += [0, label] if steps and steps[-1] == label else [label]
+        path = np.full(self.answer_shape, NEVER, np.float32)
+        steps = [*steps, *[0] * len(path)][: len(path)]
+        path[np.arange(len(path)), steps] = 0.0
+        return path
 
     def texts(self, logits: Array) -> list[str]:
         """Return the text of the most probable path of each row."""

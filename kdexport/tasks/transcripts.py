@@ -11,6 +11,9 @@ from kdexport.tasks.config import Function, Row
 from kdexport.tasks.inputs.transcripts import edits, normalised
 from kdexport.tasks.metrics import Array, Metric
 
+BLANK = "<pad>"  # as Wav2Vec2's vocabularies call it
+# The logit of every other character at a step behind the recording's end, where blank has 0.
+NEVER = -30.0
 # A teacher that gets more words wrong than this knows nothing of the language.
 _CHANCE = 0.9
 
@@ -40,6 +43,7 @@ class Transcripts(Task):
 
     metric: ClassVar = Metric("word error rate", higher_is_better=False)
     function: ClassVar[Function] = "none"
+    transcribes: ClassVar = True
 
     def texts(self, logits: Array) -> list[str]:
         """Return the text of each row."""

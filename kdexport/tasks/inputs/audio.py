@@ -18,6 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from kdexport.errors import DataError, ModelError
 from kdexport.tasks.base import Modality
 from kdexport.tasks.config import AudioConfig, Row
+from kdexport.tasks.inputs import whisper
 from kdexport.tasks.inputs.media import DECODING, Media, bytes_of, inline, installed
 from kdexport.tasks.inputs.recordings import Recording, decoded, format_of, opened, read_header
 from kdexport.tasks.metrics import Array
@@ -26,6 +27,7 @@ FRAME, HOP = 400, 160
 _FFT, _PREEMPHASIS, _FLOOR, _LOWEST_HZ = 512, 0.97, 1.192092955078125e-07, 20
 # The maximum input length where the model has none.
 _USUAL_S = 10.0
+_LONGEST_SPEECH_S, _ROOM = 30.0, 1.25
 # The cost of resampling a sample on one core, copies included.
 _SECONDS_PER_SAMPLE, _BYTES_PER_SAMPLE = 3e-8, 32
 
@@ -62,6 +64,8 @@ class Sounds(Media):
         with opened(content, self._read) as (header, pieces), DECODING.room(header.frames * _BYTES_PER_SAMPLE):
             recording = Recording(np.concatenate(list(pieces)), header.rate)
             samples = resampled(recording, how.rate, _needed(how))
+            if how.filters == "slaney":
+                return whisper.log_mels(samples, how.mels, how.length)
             if not how.mels:
                 heard = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7) if how.normalise else samples
                 return _padded(heard, max(least, len(heard)))
@@ -205,9 +209,10 @@ def fitted(rows: Sequence[Row], most_rate: int, mels: int, seconds: float | None
     return AudioConfig(rate=rate, length=length, mels=mels, mean=mean, std=std)
 
 
-def seconds_in(rows: Sequence[Row]) -> float:
-    """Return the length of the longest recording, in seconds."""
-    return max((read_header(bytes_of(row["audio"])).seconds for row in rows), default=_USUAL_S)
+def speech_seconds(rows: Sequence[Row]) -> float:
+    """Return how far speech is read: a little further than the longest of these recordings, at most 30 s."""
+    longest = max((read_header(bytes_of(row["audio"])).seconds for row in rows), default=_LONGEST_SPEECH_S)
+    return min(_LONGEST_SPEECH_S, _ROOM * longest)
 
 
 def _usual_seconds(rows: Sequence[Row]) -> float:

@@ -1,0 +1,153 @@
+"""Transcripts by the teacher, for recordings without any, and what makes them trustworthy.
+
+A recogniser that writes freely invents words on silence, and loops. A transcript is left out where its tokens are
+improbable, where it compresses too well, or where a run of four words returns: the limits of OpenAI's `transcribe`
+(https://github.com/openai/whisper), and no repetition in what are single sentences. Where the sentences that can be
+said are given, the nearest one is taken.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from kdexport.data.read import read_file
+from kdexport.distill.store import cache_folder
+from kdexport.errors import DataError, ModelError
+from kdexport.files import digest, hash_file, write_bytes, write_json
+from kdexport.models.loading import open_config
+from kdexport.models.transcriber import FAMILY, Heard, Transcriber
+from kdexport.progress import bar, say, warn
+from kdexport.tasks import task_class
+from kdexport.tasks.config import AudioConfig, TaskConfig
+from kdexport.tasks.inputs import audio
+from kdexport.tasks.inputs.transcripts import normalised
+
+Rows = list[dict[str, Any]]
+
+_LEAST_LOG_P, _MOST_COMPRESSION, _MOST_REPEATS = -1.0, 2.4, 1
+# A text is taken for a sentence that at most so many of its characters differ from.
+_NEAR = 0.25
+_BATCH = 8
+_SAVED_EVERY = 64
+_FRAMES, _STEP_S = 3000, 0.02
+
+
+def transcribed(rows: Rows, task: str, model: str, sentences: str | None) -> tuple[Rows, dict[str, int]]:
+    """Give rows without a label what the teacher hears, marked `heard`; drop those that are not to be trusted.
+
+    Returns:
+        The rows, and how many each filter left out: `improbable`, `compressed`, `repeated`, `empty`, `no sentence`.
+
+    Raises:
+        ModelError: the teacher is no Whisper.
+    """
+    allowed = _sentences(sentences) if sentences else []
+    found = _heard(task, model, [row for row in rows if row["label"] is None])
+    kept, dropped = Rows(), Counter[str]()
+    for row in rows:
+        if row["label"] is not None:
+            kept.append(row)
+            continue
+        heard = found[row["sha256"]]
+        text = normalised(heard.text)
+        if why := _doubt(heard, text):
+            dropped[why] += 1
+        elif allowed and (text := _nearest(text, allowed)) == "":
+            dropped["no sentence"] += 1
+        else:
+            kept.append(row | {"label": text, "heard": True})
+    if dropped:
+        shares = ", ".join(f"{count:,} {why}" for why, count in dropped.most_common())
+        warn(f"data: {dropped.total():,} of {len(found):,} transcripts by the teacher are left out: {shares}")
+    return kept, dict(dropped)
+
+
+def prepare_transcriber(task: str, model: str, labels: Sequence[str], rows: Rows, out: Path) -> None:
+    """Write a Whisper as a teacher's folder, with `task.json`: its answers are paths of the data's characters."""
+    _refuse_others(model)
+    inputs, how = ["input_features"], _config(model, rows)
+    config = TaskConfig(task=task, labels=list(labels), inputs=inputs, function="none", audio=how)
+    write_json(out / "task.json", config)
+    opened = Transcriber.open(model)
+    opened.model.save_pretrained(out)
+    from transformers import AutoFeatureExtractor, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    AutoFeatureExtractor.from_pretrained(model).save_pretrained(out)
+
+
+def is_transcriber(config: Any) -> bool:
+    """Whether a configuration is Whisper's."""
+    return getattr(config, "model_type", None) == FAMILY
+
+
+def _refuse_others(model: str) -> None:
+    if not is_transcriber(open_config(model)):
+        what = f"recordings have no transcripts, and teacher {model} writes none"
+        raise ModelError(what, "Name a Whisper, or add transcripts")
+
+
+def _config(model: str, rows: Rows) -> AudioConfig:
+    config = open_config(model)
+    steps = max(1, round(audio.speech_seconds(rows) / _STEP_S))
+    return AudioConfig(rate=16_000, length=_FRAMES, mels=config.num_mel_bins, steps=steps, filters="slaney")
+
+
+def _heard(task: str, model: str, rows: Rows) -> dict[str, Heard]:
+    """Return what the teacher hears in each recording by its sha256, of which the cache has what was heard before."""
+    if not rows:
+        return {}
+    _refuse_others(model)
+    weights = {path.name: hash_file(path) for path in sorted(Path(model).glob("*.safetensors"))} or model
+    file = cache_folder() / "transcripts" / f"{digest([weights, _MOST_REPEATS])[:32]}.json"
+    found = msgspec.json.decode(file.read_bytes(), type=dict[str, Heard]) if file.is_file() else {}
+    missing = {row["sha256"]: row for row in rows if row["sha256"] not in found}
+    if missing:
+        say(f"data: the teacher transcribes {len(missing):,} recordings")
+        config = TaskConfig(task=task, labels=[], inputs=["input_features"], audio=_config(model, rows))
+        reads: Any = task_class(task)
+        encode = reads(config).encode
+        transcriber = Transcriber.open(model).to("cuda" if torch.cuda.is_available() else "cpu")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with bar("transcribe", len(missing)) as advance:
+            for chunk in _chunks(list(missing), _SAVED_EVERY):
+                for names in _chunks(chunk, _BATCH):
+                    bands = torch.from_numpy(encode([missing[name] for name in names])["input_features"])
+                    found |= zip(names, transcriber.transcribe(bands.to(transcriber.device)), strict=True)
+                    advance(len(names))
+                write_bytes(file, msgspec.json.encode(found))
+    return {row["sha256"]: found[row["sha256"]] for row in rows}
+
+
+def _chunks(names: list[str], size: int) -> Iterator[list[str]]:
+    return (names[i : i + size] for i in range(0, len(names), size))
+
+
+def _doubt(heard: Heard, text: str) -> str:
+    """Return why a transcript is not to be trusted, or an empty text."""
+    if not text:
+        return "empty"
+    if heard.log_p < _LEAST_LOG_P:
+        return "improbable"
+    if heard.compression > _MOST_COMPRESSION:
+        return "compressed"
+    return "repeated" if heard.repeats > _MOST_REPEATS else ""
+
+
+def _sentences(path: str) -> list[str]:
+    found = [normalised(row["text"]) for row in read_file(Path(path)).rows if isinstance(row, dict)]
+    if not (found := [one for one in found if one]):
+        raise DataError(f"{path} holds no sentences", "Write one a line")
+    return found
+
+
+def _nearest(text: str, allowed: list[str]) -> str:
+    from rapidfuzz import process
+    from rapidfuzz.distance import Levenshtein
+
+    found = process.extractOne(text, allowed, scorer=Levenshtein.normalized_distance, score_cutoff=_NEAR)
+    return str(found[0]) if found else ""

@@ -1,0 +1,159 @@
+"""Speech recognition from a folder of recordings to a transcript, with tones for letters, and by a Whisper."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from tones import sentences, wav, write_folder
+
+import kdexport as package
+from kdexport import spec
+from kdexport.data import read_rows, read_summary
+from kdexport.errors import ModelError
+from kdexport.pipeline.run import run as run_pipeline
+from kdexport.results import read_report
+from kdexport.tasks.inputs.media import bytes_of
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+TASK = "automatic-speech-recognition"
+QUICK = {"bench.rounds": 1, "bench.round_seconds": 0.2, "bench.precision": None, "bench.batch_sizes": []}
+
+
+@pytest.fixture(scope="module")
+def tones(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tones")
+    for seed, (split, count) in enumerate({"train": 200, "validation": 30, "test": 40}.items()):
+        write_folder(folder / split, sentences(count, seed), seed=1000 * seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The example's teacher, smaller."""
+    folder = tmp_path_factory.mktemp("teacher") / "small"
+    shutil.copytree(ROOT / "examples" / "teachers" / "digits-ctc", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"width": 48, "depth": 2, "kernel": 5, "num_mel_bins": 40}))
+    extractor = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(extractor | {"num_mel_bins": 40}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tones, teacher, cache, tmp_path_factory):
+    os.environ["KDEXPORT_CACHE"] = str(cache)
+    out = tmp_path_factory.mktemp("run") / "tones"
+    how = {"epochs": 12, "learning_rate": 3e-3, "batch_size": 16}
+    given = {"task": TASK, "data.train": str(tones), "teacher.model": str(teacher)}
+    given |= {"teacher.train": how, "student.model": "conv:24", "distill.epochs": 16, "distill.batch_size": 16}
+    run_pipeline(spec.load(None, QUICK | given), out)
+    return out
+
+
+@pytest.mark.slow
+def test_a_student_hears_what_its_teacher_hears(finished):
+    report = read_report(finished / "report.json")
+    best = report.variant(report.recommended)
+    assert report.metric == "word error rate"
+    assert report.variant("teacher-torch").metric.value < 0.2
+    assert best.metric.value < 0.3
+    assert set(best.further) == {"substitutions", "deletions", "insertions", "character error rate"}
+
+
+@pytest.mark.slow
+def test_an_artifact_writes_what_was_said_and_when(finished, tmp_path):
+    model = package.load(finished)
+    rows = read_rows(finished / "data", "test")[:8]
+    files = [tmp_path / f"{i}.wav" for i in range(len(rows))]
+    for file, row in zip(files, rows, strict=True):
+        file.write_bytes(bytes_of(row["audio"]))
+    answers = model.predict(files)
+    right = [answer.text == row["label"] for answer, row in zip(answers, rows, strict=True)]
+    assert sum(right) >= 4
+    for answer in answers:
+        assert " ".join(word.word for word in answer.words) == answer.text
+        times = [time for word in answer.words for time in (word.start, word.end)]
+        assert times == sorted(times)
+    (silence,) = model.predict([wav([0.0] * 8000)])
+    assert silence.text == ""
+
+
+@pytest.mark.slow
+def test_the_alphabet_comes_beside_the_model_for_other_runtimes(finished):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(finished / "artifact")
+    assert tokenizer.decode([2, 2, 0, 2, 1, 3]) == "aa b"
+
+
+# --- a Whisper as teacher
+
+
+def whisper():
+    if not (SHARED / "models" / "whisper-tiny.en").is_dir():
+        pytest.skip("shared/models/whisper-tiny.en is not beside the repository")
+    return str(SHARED / "models" / "whisper-tiny.en")
+
+
+def spoken(folder, count):
+    if not (source := SHARED / "data" / "coffee-orders" / "audio").is_dir():
+        pytest.skip("shared/data/coffee-orders is not beside the repository")
+    folder.mkdir()
+    for path in sorted(source.glob("*.flac"))[:count]:
+        shutil.copyfile(path, folder / path.name)
+    (folder / "silence.wav").write_bytes(wav([0.0] * 16000, 16000))
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / "metadata.csv").write_text("file_name\n" + "\n".join(names) + "\n")
+    return folder
+
+
+def test_a_whisper_transcribes_recordings_without_transcripts(tmp_path, cache, capsys):
+    from kdexport.distill.transcripts import transcribed
+
+    os.environ["KDEXPORT_CACHE"] = str(cache)
+    folder = spoken(tmp_path / "orders", 6)
+    given = {"task": TASK, "data.train": str(folder), "teacher.model": whisper()}
+    settings = spec.load(None, given)
+    from kdexport.data.sources import read_splits, to_rows
+    from kdexport.tasks import task_class
+
+    rows = to_rows(read_splits(settings.data)["train"], settings.data, task_class(settings.task), "if any").rows
+    assert len(rows) == 7
+    found, dropped = transcribed(rows, TASK, whisper(), None)
+    assert len(found) + sum(dropped.values()) == 7
+    texts = {row["id"]: row["label"] for row in found}
+    assert sum("coffee" in text or "latte" in text or "mocha" in text or "cap" in text for text in texts.values()) >= 3
+    assert all(row["heard"] for row in found)
+    capsys.readouterr()
+    again, _ = transcribed(rows, TASK, whisper(), None)  # from the cache
+    assert again == found
+    assert "transcribes" not in capsys.readouterr().err
+    listed = tmp_path / "sentences.txt"
+    listed.write_text("\n".join(list(texts.values())[:2]) + "\n")
+    mended, left_out = transcribed(rows, TASK, whisper(), str(listed))
+    assert {row["label"] for row in mended} <= set(list(texts.values())[:2])
+    assert left_out["no sentence"] >= 1
+
+
+def test_recordings_without_transcripts_need_a_teacher_that_writes(tones, teacher):
+    from kdexport.distill.transcripts import transcribed
+
+    with pytest.raises(ModelError, match=r"writes none\. Name a Whisper, or add transcripts"):
+        transcribed([{"label": None, "audio": "a.wav", "sha256": "0"}], TASK, str(teacher), None)
+
+
+def test_rows_keep_their_own_transcripts(cache):
+    from kdexport.distill.transcripts import transcribed
+
+    rows = [{"label": "as it is", "audio": "a.wav", "sha256": "0"}]
+    assert transcribed(rows, TASK, "nowhere", None) == (rows, {})
+
+
+@pytest.mark.slow
+def test_a_summary_counts_what_was_left_out(finished):
+    assert read_summary(finished / "data").doubted == {}

@@ -1,0 +1,141 @@
+"""Speech recognition: transcripts and their errors, paths of characters, and logits that no batch changes."""
+
+from __future__ import annotations
+
+import jiwer
+import numpy as np
+import pytest
+import torch
+from tones import say, wav
+from transformers import ASTFeatureExtractor
+
+from kdexport.distill.losses import ctc, ctc_of_teacher
+from kdexport.models.inference import logits_of
+from kdexport.models.loading import ModelAndProcessor
+from kdexport.models.saving import save_task
+from kdexport.models.speechnet import SpeechNetConfig, SpeechNetForCTC
+from kdexport.tasks import load_task
+from kdexport.tasks.inputs.audio import extractor_of, fitted
+from kdexport.tasks.inputs.media import inline
+from kdexport.tasks.inputs.transcripts import edits, normalised
+from kdexport.tasks.metrics import log_softmax
+
+LABELS = ["<pad>", " ", "a", "b", "c", "d"]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [{"audio": inline(say(text, i)), "label": text} for i, text in enumerate(["a", "ab cd", "abcd dcba aa"])]
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
+    return SpeechNetForCTC(SpeechNetConfig(width=16, depth=2, kernel=5, halvings=1, num_mel_bins=20, **names)).eval()
+
+
+@pytest.fixture(scope="module")
+def task(network, rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speech")
+    extractor = ASTFeatureExtractor(**extractor_of(fitted(rows, 8_000, 20, 3.0)))
+    save_task(ModelAndProcessor(network, extractor), None, LABELS, folder, task="automatic-speech-recognition",
+              function="none", rows=rows)  # fmt: skip
+    return load_task(folder)
+
+
+def path(task, *steps):
+    """Return the logits of a path: the text of each step."""
+    logits = np.full((1, *task.answer_shape), -9.0, np.float32)
+    for i in range(task.answer_shape[0]):
+        logits[0, i, LABELS.index(steps[i]) if i < len(steps) else 0] = 0.0
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("  One, TWO:  three! ", "one two three"),
+        ("Don’t stop — 'now'", "don't stop now"),
+        ("CAFÉ №5 ½", "café no5 1 2"),
+        ("", ""),
+    ],
+)
+def test_transcripts_have_one_form(given, found):
+    assert normalised(given) == found
+
+
+def test_errors_are_counted_as_jiwer_does():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        truth, heard = (list(draw.choice(list("abcd"), draw.integers(low, 12))) for low in (1, 0))
+        theirs = jiwer.process_words(" ".join(truth), " ".join(heard))
+        assert edits(truth, heard) == (theirs.substitutions, theirs.deletions, theirs.insertions)
+
+
+def test_a_path_is_read_without_repetitions_and_blanks(task):
+    blank = LABELS[0]
+    logits = path(task, "a", "a", blank, "a", "b", " ", " ", blank, "c", "c")
+    (answer,) = task.decode(logits)
+    assert answer.text == "aab c" == task.texts(logits)[0]
+    step = 0.04
+    times = [(word.word, round(word.start / step), round(word.end / step)) for word in answer.words]
+    assert times == [("aab", 0, 5), ("c", 8, 10)]
+    assert 0.99 < answer.score <= 1.0
+    assert task.decode(path(task))[0].to_dict(True) == {"text": "", "score": pytest.approx(1, abs=1e-3), "words": []}
+
+
+def test_the_word_error_rate_is_that_of_all_words_together(task):
+    logits = np.concatenate([path(task, "a", " ", "b"), path(task, "d")])
+    rows = [{"label": "a b c"}, {"label": "D!"}]
+    assert task.stats(logits, rows).tolist() == [[0, 1, 0, 3], [0, 0, 0, 1]]
+    assert task.value(task.stats(logits, rows).sum(axis=0)) == 0.25
+    assert task.correct(logits, rows).tolist() == [False, True]
+    assert task.further(logits, rows) == pytest.approx(
+        {"substitutions": 0, "deletions": 0.25, "insertions": 0, "character error rate": 2 / 6}
+    )
+
+
+def test_logits_do_not_depend_on_the_batch(task, network, rows):
+    together, alone = (logits_of(network, task, rows, batch_size=size) for size in (3, 1))
+    assert np.abs(together - alone).max() < 1e-5
+    assert together.shape == (3, *task.answer_shape)
+
+
+def test_lengths_are_known_from_headers(task, rows):
+    encoded = task.tokenize(rows)
+    assert task.sizes(encoded) == [len(one["input_values"]) for one in encoded] == task.sizes(list(encoded))
+
+
+def test_a_recording_at_another_rate_has_as_many_frames(task):
+    slow, quick = (task.encode([{"audio": say("ab cd", 0, rate)}])["input_values"] for rate in (8_000, 48_000))
+    assert abs(slow.shape[1] - quick.shape[1]) <= 1
+    assert task.encode([{"audio": wav(np.zeros(1))}])["input_values"].shape[1] == 1
+
+
+def test_ctc_is_the_sum_over_paths(task):
+    """Against all paths of two steps, by hand: P("a") = aa + a_ + _a."""
+    logits = torch.randn(1, 2, 3)
+    p = logits.softmax(-1)[0].numpy()
+    by_hand = -np.log(p[0, 1] * p[1, 1] + p[0, 1] * p[1, 0] + p[0, 0] * p[1, 1])
+    assert ctc(logits, torch.tensor([[1, -1]])).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_rows_without_a_transcript_teach_nothing_and_weigh(task):
+    logits = torch.randn(2, 5, len(LABELS))
+    labels = torch.from_numpy(task.label_array([{"label": "ab"}, {"label": None}]))
+    assert labels.tolist() == [[2, 3], [-100, -100]]
+    assert ctc(logits, labels).item() == pytest.approx(ctc(logits[:1], labels[:1]).item() / 2)
+    assert ctc(logits, labels[1:].repeat(2, 1)).item() == 0
+
+
+def test_a_teacher_teaches_its_text_whatever_its_steps(task):
+    student = torch.randn(2, 6, len(LABELS))
+    teacher = torch.from_numpy(np.concatenate([path(task, "a", "a", "<pad>", "b"), path(task)]))
+    wanted = ctc(student, torch.tensor([[2, 3], [-1, -1]]))
+    assert ctc_of_teacher(student, teacher, None, 1.0).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_a_row_keeps_its_probability_behind_its_end(task, network):
+    logits = logits_of(network, task, [{"audio": say("a")}])[0]
+    assert np.allclose(np.exp(log_softmax(logits))[-1], [1, *[0] * (len(LABELS) - 1)], atol=1e-9)
