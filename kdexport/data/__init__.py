@@ -102,7 +102,7 @@ def prepare(
         counts, names, bad_rows, missing, found, len(unlabelled), task, settings.problem, columns, doubted
     )
     write_json(out / "data.json", summary)
-    _tell(counts, names, missing, found)
+    _tell(counts, names, of_task.label_word, missing, found)
     alone = [split for split, rows in splits.items() if not _has_labels(rows)]
     if alone or unlabelled:
         more = [f"{len(unlabelled):,} texts beyond the splits"] if unlabelled else []
@@ -183,9 +183,9 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
     return task.ordered(labels)
 
 
-def _tell(counts: dict[str, int], labels: list[str], missing: list[str], found: Audit) -> None:
+def _tell(counts: dict[str, int], labels: list[str], word: str, missing: list[str], found: Audit) -> None:
     sizes = ", ".join(f"{n:,} {split}{' (split off)' if split in missing else ''}" for split, n in counts.items())
-    say(f"data: {sizes}{f'; {len(labels)} classes' if labels else ''}")
+    say(f"data: {sizes}{f'; {len(labels)} {word}' if labels else ''}")
     if found.duplicates:
         across, dropped = (f"{sum(one.values()):,}" for one in (found.across, found.dropped))
         exact = f"{found.duplicates:,} of {found.rows:,} rows are exact duplicates"

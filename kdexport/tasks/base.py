@@ -68,6 +68,7 @@ class Task:
     one_label: ClassVar[bool] = False  # each row has exactly one label of a fixed set
     has_labels: ClassVar[bool] = True  # the logits have names, `config.labels`
     has_names: ClassVar[bool] = True  # these names come from the data
+    label_word: ClassVar[str] = "classes"  # what the labels are
     has_words: ClassVar[bool] = False  # rows are lists of words, which `ready` splits
     cuts: ClassVar[bool] = False  # long texts are split into passages, each a row
     transcribes: ClassVar[bool] = False  # a teacher that writes can label rows without a label

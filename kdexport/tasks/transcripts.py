@@ -44,6 +44,7 @@ class Transcripts(Task):
     metric: ClassVar = Metric("word error rate", higher_is_better=False)
     function: ClassVar[Function] = "none"
     transcribes: ClassVar = True
+    label_word: ClassVar = "characters"
 
     def texts(self, logits: Array) -> list[str]:
         """Return the text of each row."""
