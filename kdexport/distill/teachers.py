@@ -107,8 +107,13 @@ def read_by(settings: spec.Spec) -> list[str]:
 def transcribed_by(settings: spec.Spec) -> list[str]:
     """Return the teacher that transcribes recordings without a transcript, if it is one that can."""
     first = models_of(settings)[0]
-    writes = task_class(settings.task).transcribes and config_of(first).get("model_type") == "whisper"
-    return [first] if writes else []
+    if not task_class(settings.task).transcribes:
+        return []
+    if not (family := config_of(first).get("model_type")):
+        from kdexport.models.loading import open_config
+
+        family = open_config(first).model_type
+    return [first] if family == "whisper" else []
 
 
 def transcriber_of(settings: spec.Spec) -> Transcribe | None:
