@@ -70,6 +70,8 @@ def train_student(
     title, model = ("baseline" if hard else "student"), built.opened.model
     task = load_task(out)
     rows, validation = read_rows(data, "train"), read_rows(data, "validation")
+    if hard:  # what the teacher wrote is no label
+        rows = [row for row in rows if not row.get("heard")]
     soft = None if hard else np.load(targets / "train.npy")
     unlabelled = [] if hard else transfer_rows(targets)
     epochs = derive.epochs(distill, len(rows), len(unlabelled), derive.start_of(student, name)).value

@@ -16,8 +16,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from kdexport.tasks.transcripts import NEVER
 
 MODEL_TYPE = "kdexport-speech"
-# In training, a recording is played so much slower or faster, louder or softer, and noisier.
-_SPEED, _GAIN, _NOISE = 0.1, 0.3, 0.1
+# In training, a recording is played so much slower or faster, at a higher or lower pitch, and noisier.
+_SPEED, _PITCH, _NOISE = 0.15, 0.15, 0.3
+_LEAST_VARIANCE = 1e-2
 # SpecAugment (Park et al. 2019, https://arxiv.org/abs/1904.08779): masks, and the most of the frames and bands of each.
 _MASKS, _MOST_FRAMES, _MOST_BANDS = 2, 0.05, 0.15
 
@@ -65,6 +66,9 @@ class SpeechNetForCTC(PreTrainedModel):  # type: ignore[misc]
         there = (bands.abs().amax(dim=1, keepdim=True) > 0).to(bands.dtype)
         if self.training:
             bands, there = _changed(bands, there)
+        bands = _standardised(bands, there)
+        if self.training:
+            bands = _masked(bands)
         for layer in self.stem:
             there = there[:, :, ::2]
             bands = layer(bands) * there
@@ -91,18 +95,34 @@ def _halving(before: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv1d(before, width, 5, stride=2, padding=2, bias=False), nn.BatchNorm1d(width), nn.ReLU())
 
 
+def _standardised(bands: Tensor, there: Tensor) -> Tensor:
+    """Return bands [B, M, T] with mean 0 and deviation 1 over the frames there: microphones and voices differ less."""
+    frames = there.sum(dim=2, keepdim=True).clamp(min=1.0)
+    centred = (bands - (bands * there).sum(dim=2, keepdim=True) / frames) * there
+    deviation = (centred.square().sum(dim=2, keepdim=True) / frames + _LEAST_VARIANCE).sqrt()
+    return centred / deviation
+
+
 def _changed(bands: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """Change speed, loudness and noise, mask frames and bands: [B, M, T], and the frames that are there [B, 1, T]."""
+    """Change speed, pitch and noise at random: [B, M, T], and the frames that are there [B, 1, T]."""
     rows, mels, frames = bands.shape
-    speed = 1 + _SPEED * (2 * torch.rand(()).item() - 1)
-    length = max(1, round(frames / speed))
-    bands = F.interpolate(bands, size=length, mode="linear")
-    there = F.interpolate(there, size=length)
-    bands = bands + _GAIN * torch.randn(rows, 1, 1, device=bands.device) + _NOISE * torch.randn_like(bands)
+    length = max(1, round(frames / (1 + _SPEED * (2 * torch.rand(()).item() - 1))))
+    bands, there = F.interpolate(bands, size=length, mode="linear"), F.interpolate(there, size=length)
+    warp = 1 + _PITCH * (2 * torch.rand(rows, 1, device=bands.device) - 1)
+    places = (torch.arange(mels, device=bands.device)[None] * warp).clamp(max=mels - 1.001)
+    below, part = places.long(), (places - places.floor())[..., None]
+    index = below[..., None].expand(-1, -1, length)
+    bands = bands.gather(1, index) * (1 - part) + bands.gather(1, index + 1) * part
+    return (bands + _NOISE * torch.rand(rows, 1, 1, device=bands.device) * torch.randn_like(bands)) * there, there
+
+
+def _masked(bands: Tensor) -> Tensor:
+    """Mask frames and bands."""
+    rows, mels, frames = bands.shape
     for _ in range(_MASKS):
-        bands = bands * _mask(rows, length, _MOST_FRAMES, bands.device)[:, None] * there
+        bands = bands * _mask(rows, frames, _MOST_FRAMES, bands.device)[:, None]
         bands = bands * _mask(rows, mels, _MOST_BANDS, bands.device)[:, :, None]
-    return bands, there
+    return bands
 
 
 def _mask(rows: int, size: int, most: float, device: Any) -> Tensor:

@@ -66,7 +66,7 @@ class Students(NamedTuple):
         """Train the student on labels alone, unless there are none or the spec turns it off."""
         if not self.settings.distill.baseline:
             return None
-        if all(row["label"] is None for row in read_rows(self.data, "train")):
+        if all(row["label"] is None or row.get("heard") for row in read_rows(self.data, "train")):
             say("baseline: the training rows have no labels, so there is none")
             return None
         return self.train(name, "baseline", hard=True)

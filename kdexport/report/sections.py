@@ -3,6 +3,7 @@
 To add one, write a function and add it to `SECTIONS`.
 """
 
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from kdexport.report.search import search
 from kdexport.report.speed import budget, latency, steps, trade_off, variants
 from kdexport.report.table import trimmed
 from kdexport.results import Report
+from kdexport.tasks import task_class
 
 
 def data(r: Report) -> Section | None:
@@ -22,11 +24,15 @@ def data(r: Report) -> Section | None:
         return None
     counts, audit = r.data["rows"], r.leakage
     across, dropped = sum(audit["across"].values()), sum(audit["dropped"].values())
-    classes = f"{len(r.labels)} classes. " if r.labels else ""
+    classes = f"{len(r.labels)} {task_class(r.task).label_word}. " if r.labels else ""
     lead = (
         f"{classes}{audit['duplicates']:,} of {audit['rows']:,} rows are exact duplicates; {across:,} "
         f"texts were in two splits, and {dropped:,} rows were dropped, so that no test text is in training."
     )
+    doubted = sum((Counter(one) for one in r.data.get("doubted", {}).values()), Counter[str]())
+    if doubted:
+        causes = ", ".join(f"{count:,} {cause}" for cause, count in doubted.most_common())
+        lead += f" Transcripts by the teacher that were left out: {causes}."
     rows = [
         (split, f"{n:,}", f"{audit['within'].get(split, 0):,}", f"{audit['dropped'].get(split, 0):,}",
          "yes" if split in r.data["split_by_us"] else "no")
