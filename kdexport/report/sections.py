@@ -24,8 +24,8 @@ def data(r: Report) -> Section | None:
     across, dropped = sum(audit["across"].values()), sum(audit["dropped"].values())
     classes = f"{len(r.labels)} classes. " if r.labels else ""
     lead = (
-        f"{classes}{audit['duplicates']:,} of {audit['rows']:,} rows are exact duplicates; {across:,} "
-        f"texts were in two splits, and {dropped:,} rows were dropped, so that no test text is in training."
+        f"{classes}Exact duplicates: {audit['duplicates']:,} of {audit['rows']:,} rows; in two splits: {across:,}; "
+        f"dropped, so that no test text is in training: {dropped:,}."
     )
     rows = [
         (split, f"{n:,}", f"{audit['within'].get(split, 0):,}", f"{audit['dropped'].get(split, 0):,}",
