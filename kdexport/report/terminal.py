@@ -64,7 +64,8 @@ def summary(report: Report) -> list[str]:
         if found.baseline and found.gain_points is not None:
             fraction = metric.kind == "fraction" and found.gain_mcnemar_p is not None
             p = f" (McNemar p = {found.gain_mcnemar_p:.2f})".replace("= 0.00", "< 0.01") if fraction else ""
-            way = f", {percent(found.ratio, 0)} of the way to the teacher" if found.ratio and found.ratio > 0 else ""
+            way = f", {percent(found.ratio, 0)} of the way to the teacher" if found.ratio is not None else ""
+            way = way if found.gain_points > 0 else ""
             lines.append(
                 f"The same student on labels alone: {score(metric, found.baseline.value)}; distillation "
                 f"{helped(metric, found.gain_points, found.gain_ci95)}{p}{way}."
