@@ -55,6 +55,11 @@ class MissingPackage(KdexportError):
         super().__init__(f"the package {package!r} is not installed", fix)
 
 
+def counted(n: int, one: str, many: str = "") -> str:
+    """Return a number with its noun: 1 text, 2,000 texts."""
+    return f"{n:,} {one if n == 1 else many or f'{one}s'}"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, with the next where it ends in a colon; else its class's name."""
     lines = [*filter(None, map(str.strip, str(error).splitlines())), ""]

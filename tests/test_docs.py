@@ -5,6 +5,7 @@ Blocks that are marked `<!-- runs -->` run, on a finished run; the README's tabl
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import re
@@ -124,6 +125,26 @@ def test_every_block_of_python_names_what_there_is():
                         assert name in package.__all__, f"{page.name}: kdexport.{name}"
                     case ast.ImportFrom(module=str(module), names=names) if module.startswith("kdexport"):
                         assert all(hasattr(importlib.import_module(module), one.name) for one in names)
+
+
+def test_every_call_of_run_has_keywords_and_values_that_are_valid():
+    """Those with a spec run, or name a file that is not there."""
+    calls = 0
+    for block in (block for page in PAGES for block in blocks(page) if block.language == "python"):
+        tree = ast.parse(block.text)
+        known = {
+            node.targets[0].id: ast.literal_eval(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "kdexport.run" and not node.args:
+                given = {one.arg: known.get(ast.unparse(one.value), one.value) for one in node.keywords}
+                given = {k: ast.literal_eval(v) if isinstance(v, ast.AST) else v for k, v in given.items()}
+                inspect.signature(package.run).bind(**given)
+                settings_of(None, given)
+                calls += 1
+    assert calls >= 2
 
 
 def test_every_block_of_json_is_json():

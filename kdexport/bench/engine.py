@@ -21,7 +21,7 @@ from kdexport.bench.machine import environment
 from kdexport.bench.process import Crashed, call
 from kdexport.bench.subjects import Target, measured_tokens, why_not
 from kdexport.bench.worker import Round, Samples
-from kdexport.errors import RunError
+from kdexport.errors import RunError, counted
 from kdexport.files import digest, write_bytes, write_json
 from kdexport.progress import bar, say, warn
 from kdexport.results import QUANTILES, Cell, Conditions, Control, Footprint, Latency, Ratio
@@ -126,7 +126,10 @@ def bench(
     samples = {f"{name}/{i}": _total(one).astype(np.float32) for name, r in found.items() for i, one in r.items()}
     np.savez_compressed(out / "samples.npz", **samples)  # type: ignore[arg-type] # numpy's stub wants no names
     write_json(out / "bench.json", measured)
-    say(f"bench: {conditions.rounds} rounds, {settings.threads[0]} thread(s), {len(chosen)} real rows in turn")
+    say(
+        f"bench: {counted(conditions.rounds, 'round')}, {counted(settings.threads[0], 'thread')}, "
+        f"{counted(len(chosen), 'real row')} in turn"
+    )
     return measured
 
 

@@ -7,7 +7,10 @@ import numpy as np
 from kdexport import spec
 from kdexport.bench.machine import BUSY_PERCENT
 from kdexport.bench.stats import half_width
+from kdexport.errors import counted
 from kdexport.results import ENOUGH_ROUNDS
+
+_AGAIN = "Measure again when the machine is idle: kdexport bench RUN"
 
 
 def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[str, Any]) -> list[str]:
@@ -15,9 +18,10 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
     lines = []
     rounds = max(map(len, found.values()))
     if rounds < ENOUGH_ROUNDS:
-        why, mend = f"{rounds} round(s) were asked for", "take --rounds 3"
+        few, limit = counted(rounds, "round"), f"the time limit of {settings.time_limit_s:g} s"
+        why, mend = f"{few} asked for", "take --rounds 3"
         if rounds < settings.rounds:
-            why, mend = f"the time limit of {settings.time_limit_s:g} s allowed {rounds} round(s)", "raise --time-limit"
+            why, mend = f"{limit} allowed {few}", "raise --time-limit"
         lines.append(f"{why}: too few for any interval; {mend}")
     control = measured.conditions.control
     if control and control.ratio.verdict in ("faster", "slower"):
@@ -29,19 +33,23 @@ def of(settings: spec.Bench, found: dict[str, Any], measured: Any, facts: dict[s
     elif control and control.ratio.ci95 and (noise := half_width(control.ratio.ci95)) > 0.1:
         lines.append(f"this machine was noisy: differences below ±{100 * noise:.0f} % can't be told from none")
     if max(settings.threads) > facts["cores_allowed"]:
-        lines.append(f"{max(settings.threads)} threads were asked for on {facts['cores_allowed']} core(s)")
+        lines.append(f"{max(settings.threads)} threads were asked for on {counted(facts['cores_allowed'], 'core')}")
     threads, costs = settings.threads[0], measured.footprint.items()
     if greedy := [f"{name} {one.cores_used:.1f}" for name, one in costs if one.cores_used > threads + 0.2]:
-        lines.append(f"{threads} thread(s) were asked for, but some used more cores: {', '.join(greedy)}")
-    alone = [(name, one.cores_used) for name, one in costs if threads == 1 and one.device_p50_ms is None]
-    if starved := [f"{name} {100 * cores:.0f} %" for name, cores in alone if cores < 0.85]:
-        lines.append(f"the machine was busy and gave less than a core: {', '.join(starved)}")
+        lines.append(f"{counted(threads, 'thread')} asked for, but some used more cores: {', '.join(greedy)}")
+    if starved := [f"{name} {100 * one.cores_used:.0f} %" for name, one in costs if one.starved(threads)]:
+        lines.append(
+            f"the machine was busy and gave less than a core: {', '.join(starved)}; these times are too long. {_AGAIN}"
+        )
     drifting = [name for name, runs in found.items() if _drifts(runs)]
     if drifting:
         names = ", ".join(drifting)
         lines.append(f"{names} slowed down or sped up by over 10 % within rounds: warming up, or a busy machine")
     if facts["busy_percent"] > BUSY_PERCENT:
-        lines.append(f"other work took {facts['busy_percent']:.0f} % of the CPU time before it began")
+        lines.append(
+            f"other programs took {facts['busy_percent']:.0f} % of the CPU time just before measuring: times may be "
+            f"too long, ratios less so, as variants took turns. {_AGAIN}"
+        )
     return lines
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kdexport.cli.options import Debug, Flag, SkipBadRows, Text, TextPair, finite
-from kdexport.errors import SpecError
+from kdexport.errors import SpecError, counted
 
 Writing = partial(Flag, rich_help_panel="Language models")
 Batching = partial(Flag, rich_help_panel="Batching")
@@ -92,7 +92,7 @@ def predict(
             sys.stdout.write(msgspec.json.encode({reads: named} | answer.to_dict(scores)).decode() + "\n")
         sys.stdout.flush()
     if bad:
-        warn(f"predict: {bad:,} bad rows left out")
+        warn(f"predict: {counted(bad, 'bad row')} left out")
 
 
 def serve(

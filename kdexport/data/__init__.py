@@ -18,7 +18,7 @@ from kdexport.analysis.duplicates import Audit, audit, near_duplicates
 from kdexport.data.passages import Cut
 from kdexport.data.sources import SPLITS, Checked, Columns, Labels, read_splits, read_unlabelled, to_rows, unify
 from kdexport.data.splits import check_classes, split_off
-from kdexport.errors import DataError, RunError
+from kdexport.errors import DataError, RunError, counted
 from kdexport.files import write_bytes, write_json
 from kdexport.progress import say, warn
 from kdexport.tasks import DEFAULT, task_class
@@ -75,7 +75,7 @@ def prepare(
         for split, rows in splits.items():
             splits[split], doubted[split] = transcribe(rows)
     if bad_rows := sum(one.bad for one in (*read.values(), beyond)):
-        warn(f"data: {bad_rows:,} bad rows left out")
+        warn(f"data: {counted(bad_rows, 'bad row')} left out")
     if settings.skip_bad_rows and of_task.one_label:
         splits["train"], lone = _without_lone_classes(splits["train"])
         bad_rows += lone
@@ -102,10 +102,12 @@ def prepare(
         counts, names, bad_rows, missing, found, len(unlabelled), task, settings.problem, columns, doubted
     )
     write_json(out / "data.json", summary)
+    if guessed := _guessed(columns, settings):
+        say(f"data: columns {guessed}")
     _tell(counts, names, of_task.label_word, missing, found)
     alone = [split for split, rows in splits.items() if not _has_labels(rows)]
     if alone or unlabelled:
-        more = [f"{len(unlabelled):,} texts beyond the splits"] if unlabelled else []
+        more = [f"{counted(len(unlabelled), 'text')} beyond the splits"] if unlabelled else []
         say(f"data: without labels, so the teacher labels them: {', '.join([*alone, *more])}")
 
 
@@ -161,7 +163,7 @@ def _without_lone_classes(rows: Rows) -> tuple[Rows, int]:
     counts = Counter(row["label"] for row in rows)
     kept = [row for row in rows if row["label"] is None or counts[row["label"]] > 1]
     if len(kept) < len(rows):
-        warn(f"data: {len(rows) - len(kept)} classes with a single row left out")
+        warn(f"data: {counted(len(rows) - len(kept), 'class', 'classes')} with a single row left out")
     return kept, len(rows) - len(kept)
 
 
@@ -183,20 +185,29 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
     return task.ordered(labels)
 
 
+def _guessed(columns: Columns, settings: spec.Data) -> str:
+    """Describe which columns are read as what; empty where all were named, or have our names."""
+    named = (settings.text, settings.text_pair, settings.label)
+    guessed = {ours: theirs for ours, theirs in columns.items() if theirs not in named}
+    if all(theirs in (ours, "file_name") for ours, theirs in guessed.items()):
+        return ""
+    return ", ".join(f"{theirs} as {ours.replace('_', ' ')}" for ours, theirs in guessed.items())
+
+
 def _tell(counts: dict[str, int], labels: list[str], word: str, missing: list[str], found: Audit) -> None:
     sizes = ", ".join(f"{n:,} {split}{' (split off)' if split in missing else ''}" for split, n in counts.items())
-    say(f"data: {sizes}{f'; {len(labels)} {word}' if labels else ''}")
+    say(f"data: {sizes}{f'; {len(labels)} {word}' if len(labels) > 1 else ''}")
     if found.duplicates:
         across, dropped = (f"{sum(one.values()):,}" for one in (found.across, found.dropped))
-        exact = f"{found.duplicates:,} of {found.rows:,} rows are exact duplicates"
-        say(f"data: {exact}; {across} occur in two splits, {dropped} dropped")
+        exact = f"exact duplicates: {found.duplicates:,} of {counted(found.rows, 'row')}"
+        say(f"data: {exact}; {across} in two splits, {dropped} dropped")
     if found.near:
-        near = [(*key.split("–"), n) for key, n in found.near.across.items() if n]
-        if pairs := ", ".join(f"{n:,} texts of {late} in {early}" for early, late, n in near):
+        near = [(key.split("–"), n) for key, n in found.near.across.items() if n]
+        if pairs := ", ".join(f"{counted(n, 'text')} of {late} in {early}" for (early, late), n in near):
             say(f"data: near duplicates: {pairs}; they are kept, and listed in near_duplicates.jsonl")
         for split, n in found.near.texts.items():
             if (some := found.near.compared.get(split, 0)) < n:
                 sample = f"a random sample of {split}: {some:,} of {n:,} texts"
                 warn(f"data: the search for near duplicates covered {sample}")
     if found.conflicting_labels:
-        warn(f"data: {found.conflicting_labels:,} texts occur with more than one label")
+        warn(f"data: {counted(found.conflicting_labels, 'text')} with more than one label")

@@ -10,7 +10,7 @@ from kdexport import spec
 from kdexport.data import folders, hub
 from kdexport.data.passages import Cut
 from kdexport.data.read import SUFFIXES, Raw, Source, from_arrow, read_file
-from kdexport.errors import DataError, MissingPackage, first_line
+from kdexport.errors import DataError, MissingPackage, counted, first_line
 from kdexport.files import is_place
 from kdexport.progress import say, warn
 from kdexport.tasks import DEFAULT, kinds, task_class
@@ -173,7 +173,7 @@ def read_given(
     """Read the rows and columns of the data that a command is given beside a model."""
     found = unify({"": to_rows(read_test(data), data, task, labels, known=known)}, data, task)[""]
     if found.bad:
-        warn(f"data: {found.bad:,} bad rows left out")
+        warn(f"data: {counted(found.bad, 'bad row')} left out")
     return found.rows, found.columns
 
 

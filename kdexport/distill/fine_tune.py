@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kdexport import spec
 from kdexport.data import read_rows
 from kdexport.distill.train import TrainConfig, fit
-from kdexport.errors import ModelError
+from kdexport.errors import ModelError, counted
 from kdexport.files import write_json
 from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.registry import width_of
@@ -54,7 +54,7 @@ def fine_tune(
         seed=seed,
     )
     _start_at_base_rates(model, opened.fresh, task, task.label_array(train))
-    say(f"teacher: fine-tuning on {len(train):,} rows, {recipe.epochs} epochs")
+    say(f"teacher: fine-tuning on {counted(len(train), 'row')}, {counted(recipe.epochs, 'epoch')}")
     title = "fine-tune teacher"
     curve = fit(model, task, train, None, recipe, validation=validation, work=out, title=title, fresh=opened.fresh)
     write_json(out / _RECORD, {"recipe": recipe, "curve": curve, "rows": len(train), "labels": len(task.labels)})
@@ -74,7 +74,7 @@ def cause_of_chance(teacher: Path) -> str | None:
     if last < first / 2:
         learned = f"it learned the training rows (loss {first:.3g} → {last:.3g}), and they say nothing about others"
         return f"Most likely the labels are at fault: {learned}. Is --label the right column?"
-    slow = f"its loss hardly fell in {len(curve)} epochs ({first:.3g} → {last:.3g})"
+    slow = f"its loss hardly fell in {counted(len(curve), 'epoch')} ({first:.3g} → {last:.3g})"
     return f"Most likely it was trained too little: {slow}. Raise teacher.train.epochs or teacher.train.learning_rate"
 
 

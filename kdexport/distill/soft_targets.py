@@ -22,7 +22,7 @@ from kdexport.distill.samples import written_by
 from kdexport.distill.store import cache_folder
 from kdexport.distill.teacher_outputs import Rows, Run, Teacher
 from kdexport.distill.teachers import teachers_of
-from kdexport.errors import ModelError
+from kdexport.errors import ModelError, counted
 from kdexport.files import write_json
 from kdexport.progress import say, warn
 from kdexport.spec import derive
@@ -133,7 +133,7 @@ def _read(teacher: Teacher, rows: Rows, who: str, check: Callable[[], None] = la
     missing, texts = teacher.count(rows)
     check()
     if missing:
-        say(f"soft targets: {who} reads {missing:,} texts")
+        say(f"soft targets: {who} reads {counted(missing, 'text')}")
         teacher.read(rows, "soft targets")
     if missing < texts and teacher.named.kind != "stored":
         say(f"soft targets: {texts - missing:,} of {texts:,} reused from {cache_folder()}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdexport.errors import first_line
+from kdexport.errors import counted, first_line
 from kdexport.progress import warn
 from kdexport.tasks.metrics import Array
 
@@ -35,7 +35,7 @@ class Store:
         skipped = [(shard, why) for shard in sorted(folder.glob("*.npz")) if (why := self._read(shard))]
         if skipped:
             shard, why = skipped[0]
-            warn(f"soft targets: {len(skipped)} files of {folder} are computed again ({shard.name}: {why})")
+            warn(f"soft targets: {counted(len(skipped), 'file')} of {folder} computed again ({shard.name}: {why})")
 
     def missing(self, contents: Iterable[str]) -> list[str]:
         """Return the distinct contents that have no logits yet, in order."""

@@ -16,7 +16,7 @@ from kdexport.data import read_rows
 from kdexport.distill.soft_targets import TRANSFER
 from kdexport.distill.teacher import some_rows
 from kdexport.distill.train import TrainConfig, fit
-from kdexport.errors import ModelError
+from kdexport.errors import ModelError, counted
 from kdexport.files import write_json
 from kdexport.models.convolution import build_conv
 from kdexport.models.inference import logits_of
@@ -97,8 +97,8 @@ def train_student(
         rows, soft = [*rows, *unlabelled], np.concatenate([soft, np.load(targets / f"{TRANSFER}.npy")])
     parameters = model.num_parameters()
     say(
-        f"{title}: {name}, {parameters / 1e6:.2g} M parameters, {built.origin}; {how.epochs} epochs over "
-        f"{len(rows):,} rows, learning rate {how.learning_rate:g}"
+        f"{title}: {name}, {parameters / 1e6:.2g} M parameters, {built.origin}; "
+        f"{counted(how.epochs, 'epoch')} over {counted(len(rows), 'row')}, learning rate {how.learning_rate:g}"
     )
     curve = fit(
         model,

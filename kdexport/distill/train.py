@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from kdexport.distill.layer_losses import Matching, matched
 from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_at
 from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
-from kdexport.errors import SpecError
+from kdexport.errors import SpecError, counted
 from kdexport.models.inference import logits_of
 from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
@@ -153,7 +153,9 @@ def fit(
         if config.patience is not None:
             trainer.accelerator.wait_for_everyone()
             best = watch.restore(model, trainer.state.log_history)
-            say(f"{title}: epoch {best} of {len(curve)} was the best; its weights are used")
+            why = f"stopped early, as {counted(config.patience, 'epoch')} brought nothing better on validation; "
+            early = why if len(curve) < config.epochs else ""
+            say(f"{title}: {early}epoch {best} of {len(curve)} was the best, and its weights are used")
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
     os.environ.pop(_MIXED, None) if launched is None else os.environ.update({_MIXED: launched})
     say_shares(curve, title)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kdexport.bench import stats
-from kdexport.report.table import metric_of
+from kdexport.report.table import metric_of, trimmed
 from kdexport.results import Change, Footprint, Interval, Latency, Metric, Ratio, Report, Variant
 from kdexport.runtime import artifact
 from kdexport.tasks import judging, load_task, metrics
@@ -37,7 +37,8 @@ def changes_of(
     `apart` is the reason why milliseconds can't be compared, or empty; `folders` are those of the reports.
     """
     name = both(one, other)
-    found = [change for metric in QUANTILES if (change := _time_change(metric, name, a, b, one, other, apart))]
+    busy = any(v.footprint and v.footprint.starved(r.bench.threads) for r, v in ((a, one), (b, other)))
+    found = [change for metric in QUANTILES if (change := _time_change(metric, name, a, b, one, other, apart, busy))]
     if one.speedup_p50 and other.speedup_p50 and one.name != a.bench.reference:
         how = "ratio in each run" + ("" if _same_teacher(a, b) else ", to teachers that differ")
         found.append(ratio_change(name, "speedup", one.speedup_p50, other.speedup_p50, how, more_is_better=True))
@@ -51,13 +52,15 @@ def changes_of(
         found.append(ratio_change(name, "size", Figure(mb, (mb, mb)), Figure(new_mb, (new_mb, new_mb)), "exact"))
     for metric, field in (("memory", "rss_mb"), ("cold", "cold_ms")):
         f, g = _figure(one.footprint, field), _figure(other.footprint, field)
-        if f and g and not (apart and metric == "cold"):
+        if metric == "memory" and f and g:
             found.append(ratio_change(name, metric, f, g, "fresh processes"))
+        elif f and g and not apart:
+            found.append(_apart(name, metric, f, g, busy, "fresh processes"))
     return found
 
 
 def _time_change(
-    metric: str, name: str, a: Report, b: Report, one: Variant, other: Variant, apart: str
+    metric: str, name: str, a: Report, b: Report, one: Variant, other: Variant, apart: str, busy: bool
 ) -> Change | None:
     x, y = _figure(one.latency_ms, metric), _figure(other.latency_ms, metric)
     if x is None and y is None:
@@ -70,8 +73,18 @@ def _time_change(
     ratios = {"p50": (one.speedup_p50, other.speedup_p50), "p99": (one.speedup_p99, other.speedup_p99)}
     sa, sb = ratios.get(metric, (None, None))
     if sa and sb and one.name != a.bench.reference and _same_teacher(a, b):
-        return ratio_change(name, metric, x, y, "by ratios to the same teacher in each run", _quotient(sa, sb))
-    return ratio_change(name, metric, x, y, "measured apart")
+        times = [_figure(report.variant(report.bench.reference).latency_ms, metric) for report in (a, b)]
+        took = " and ".join(f"{trimmed(found.value)} ms" for found in times if found)
+        how = "by ratios to the same teacher" + (f", which took {took}" if all(times) else "")
+        return ratio_change(name, metric, x, y, how, _quotient(sa, sb))
+    return _apart(name, metric, x, y, busy, "measured apart")
+
+
+def _apart(name: str, metric: str, a: Figure, b: Figure, busy: bool, how: str) -> Change:
+    """Compare times of two runs; without an interval where a machine was busy, as rounds of one run share that."""
+    if busy:
+        return ratio_change(name, metric, a, b, f"{how}, on a busy machine", Figure(b.value / a.value, None))
+    return ratio_change(name, metric, a, b, how)
 
 
 def _same_teacher(a: Report, b: Report) -> bool:

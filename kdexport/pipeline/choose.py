@@ -84,14 +84,14 @@ def judge_budget(
     if budget.p99_ms is not None:
         found, ci = (latency.p99 or latency.p99_at_most, latency.p99_ci95) if latency else (None, None)
         sure = ci is not None and (ci[1] <= budget.p99_ms or ci[0] > budget.p99_ms)
-        checks.append(Check("p99_ms", budget.p99_ms, found, found is not None and found <= budget.p99_ms, sure))
+        checks.append(Check("p99_ms", budget.p99_ms, found, found is not None and found <= budget.p99_ms, sure, ci))
     if budget.size_mb is not None:
         checks.append(Check("size_mb", budget.size_mb, size / 1e6, size / 1e6 <= budget.size_mb))
     if budget.retention is not None:
         low, high = sorted(metric.retention(teacher + bound, teacher) for bound in change)
         retention = metric.retention(value, teacher)
         sure = low >= budget.retention or high < budget.retention
-        checks.append(Check("retention", budget.retention, retention, retention >= budget.retention, sure))
+        checks.append(Check("retention", budget.retention, retention, retention >= budget.retention, sure, (low, high)))
     return Verdict(all(check.met for check in checks) if checks else None, checks)
 
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from kdexport import spec
 from kdexport.bench import stats
 from kdexport.bench.engine import bench, read_rounds
+from kdexport.bench.machine import BUSY_PERCENT
 from kdexport.bench.subjects import Target
-from kdexport.errors import KdexportError, RunError, SpecError
+from kdexport.errors import KdexportError, RunError, SpecError, counted
 from kdexport.files import hash_file
 from kdexport.pipeline.bench import read_texts
 from kdexport.pipeline.changes import QUANTILES, Figure, both, changes_of, ratio_change
@@ -110,6 +111,10 @@ def compare(
             if side_by_side:
                 raise
             notes.append(f"both files could not be measured side by side: {error}")
+    busy = [name for name, report in zip("AB", reports, strict=True) if _was_busy(report)]
+    if busy and not any(change.how.startswith("in turns") for change in changes):
+        where = f"{' and '.join(busy)} {'was' if len(busy) == 1 else 'were'} measured on a busy machine"
+        notes.append(f"{where}, so times may differ for that reason alone; --measure takes both files in turns, now")
     found = [_judge(gate, changes) for gate in gates]
     for gate, want in zip(found, gates, strict=True):
         if gate.status == "refused":
@@ -123,10 +128,16 @@ def _differing(a: Report, b: Report) -> str:
     if a.environment.get("hardware") != b.environment.get("hardware"):
         return f"A was measured on {machine_name(a.environment)}, B on {machine_name(b.environment)}"
     if a.bench.threads != b.bench.threads:
-        return f"A was measured with {a.bench.threads} thread(s), B with {b.bench.threads}"
+        return f"A was measured with {counted(a.bench.threads, 'thread')}, B with {b.bench.threads}"
     if a.bench.texts and b.bench.texts and a.bench.texts != b.bench.texts:
         return "A and B were measured on different texts"
     return ""
+
+
+def _was_busy(report: Report) -> bool:
+    costs = (variant.footprint for variant in report.variants if variant.footprint)
+    busy = report.environment.get("busy_percent") or 0.0
+    return busy > BUSY_PERCENT or any(one.starved(report.bench.threads) for one in costs)
 
 
 def _variant(report: Report, place: Path, name: str) -> Variant:

@@ -92,7 +92,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         teacher = score(metric, reference.metric.value)
         facts.append((score(metric, best.metric.value), f"{metric.name}; teacher {teacher}"))
     if report.distillation and metric.kind != "number":
-        facts.append((percent(report.distillation.retention), f"of the teacher's {metric.name} kept"))
+        facts.append((percent(report.distillation.retention), f"of the teacher's {metric.name} kept on the test split"))
     if best.latency_ms:
         facts.append((f"{p50(best)} ms", f"p50 for one text; p99 {p99(best)} ms"))
         if rate := best.latency_ms.tokens_per_second:

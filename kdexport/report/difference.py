@@ -86,5 +86,7 @@ def _value(c: Change, value: float | None) -> str:
 def _change(c: Change) -> str:
     if c.change is None:
         return "–"
-    ci = f" [{c.ci95[0]:+.1f}, {c.ci95[1]:+.1f}]" if c.ci95 and c.ci95[0] != c.ci95[1] else ""
-    return f"{c.change:+.1f}{' %' if c.unit == '%' else ' points'}{ci}"
+    digits = 1 if abs(c.change) < 1000 else 0
+    low, high = c.ci95 or (0.0, 0.0)
+    ci = f" [{low:+,.{digits}f}, {high:+,.{digits}f}]" if low != high else ""
+    return f"{c.change:+,.{digits}f}{' %' if c.unit == '%' else ' points'}{ci}".replace("-", "−")

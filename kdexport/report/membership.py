@@ -65,8 +65,12 @@ def _exact(audit: dict[str, Any]) -> str:
 def _near(near: dict[str, Any]) -> str:
     n, of = near["across"].get("train–test", 0), near["compared"].get("test", 0)
     share, conflicts = percent(n / of if of else 0.0), near["conflicting_labels"]
-    labels = f"{conflicts:,} texts, of all splits, have one with another label" if conflicts else "no labels conflict"
-    return f"Of {of:,} test texts, {n:,} ({share}) have a near duplicate in train; {labels}."
+    labels = (
+        f"texts of all splits with a near duplicate of another label: {conflicts:,}"
+        if conflicts
+        else "no labels conflict"
+    )
+    return f"Test texts with a near duplicate in train: {n:,} of {of:,} ({share}); {labels}."
 
 
 def _across(exact: dict[str, int], near: dict[str, Any] | None) -> Table:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from kdexport.errors import counted
+
 
 class Table(NamedTuple):
     """Cells as text; the first column names the row, the row `best` is highlighted."""
@@ -66,7 +68,7 @@ def markdown(page: Page) -> str:
 
 def render(template: str, **values: Any) -> str:
     """Fill a template; values in HTML and SVG are escaped."""
-    return _environment().get_template(template).render(values)
+    return _environment().get_template(template).render(values, counted=counted)
 
 
 @cache

@@ -2,9 +2,10 @@
 
 import math
 
+from kdexport.errors import counted
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, plot
 from kdexport.report.page import Figure, Section, Table
-from kdexport.report.table import deviation, further, gained, keeps, metric_of, percent, score, scored, tick
+from kdexport.report.table import deviation, further, helped, keeps, metric_of, percent, score, scored, tick
 from kdexport.results import ClassScore, Distillation, Report
 from kdexport.tasks.metrics import Metric
 
@@ -26,9 +27,9 @@ def quality(r: Report) -> Section | None:
     axis = Axis(f"{r.metric}{better}", lambda v: tick(v, metric), reach=bounds)
     chart = bars(f"{r.metric} with 95 % intervals", drawn, axis)
     rows = [(name, scored(metric, m), str(m.n)) for name, m in named]
-    lead = f"It {keeps(r, d)} on {d.teacher.n:,} test rows. "
+    lead = f"It {keeps(r, d)} ({counted(d.teacher.n, 'row')}). "
     if d.baseline and d.gain_points is not None:
-        lead += f"Against the same student trained on labels alone, distillation gave {gained(metric, d.gain_points)}"
+        lead += f"Against the same student trained on labels alone, distillation {helped(metric, d.gain_points)}"
         lead += f"{_certainty(metric, d)}."
     headers = ("model or file", f"{r.metric} [95 %]", "rows")
     figure = Figure("With 95 % intervals", chart, Table(headers, rows))
@@ -41,7 +42,7 @@ def _certainty(metric: Metric, d: Distillation) -> str:
         return ""
     digits = 3 if metric.kind == "number" else 1
     low, high = d.gain_ci95
-    interval = f", 95 % interval {low:+.{digits}f} to {high:+.{digits}f}"
+    interval = f", 95 % interval {low:+.{digits}f} to {high:+.{digits}f}".replace("-", "−")
     significant = low > 0 or high < 0
     if metric.kind == "fraction" and d.gain_mcnemar_p is not None:
         significant = d.gain_mcnemar_p < 0.05
@@ -66,9 +67,11 @@ def classes(r: Report) -> Section | None:
     worst = r.evidence.classes[:_WORST_CLASSES]
     drawn = []
     for c in worst:
-        remark = f"teacher {percent(c.teacher_recall, 0)} → student {percent(c.student_recall, 0)}, {c.rows} rows"
+        recalls = f"teacher {percent(c.teacher_recall, 0)} → student {percent(c.student_recall, 0)}"
         style = 1 if c.student_recall < c.teacher_recall else 2
-        drawn.append(Bar(c.label, c.student_recall, None, remark, c.teacher_recall, style))
+        drawn.append(
+            Bar(c.label, c.student_recall, None, f"{recalls}, {counted(c.rows, 'row')}", c.teacher_recall, style)
+        )
     axis = Axis("recall, from teacher to student", tick)
     chart = bars("Recall of teacher and student by class", drawn, axis)
     rows = [
@@ -84,14 +87,14 @@ def classes(r: Report) -> Section | None:
 def _worst(found: list[ClassScore]) -> str:
     """Name the classes that lost the most recall, and the one with the lowest."""
     lost = [
-        f"{c.label} ({percent(c.teacher_recall)} → {percent(c.student_recall)} of {c.rows} rows)"
+        f"{c.label} ({percent(c.teacher_recall)} → {percent(c.student_recall)} of {counted(c.rows, 'row')})"
         for c in found[:3]
         if c.student_recall < c.teacher_recall
     ]
     least = min(found, key=lambda c: (c.student_recall, c.label))
     return (
         f"{'Most recall was lost in ' + ', '.join(lost) if lost else 'No class lost recall'}; the student's lowest is "
-        f"that of {least.label}: {percent(least.student_recall)} of {least.rows} rows."
+        f"that of {least.label}: {percent(least.student_recall)} of {counted(least.rows, 'row')}."
     )
 
 
@@ -105,7 +108,7 @@ def calibration(r: Report) -> Section | None:
         points, total = [], sum(b.rows for b in c.bins)
         for b in c.bins:
             confidence, accuracy = percent(b.confidence), percent(b.accuracy)
-            tip = f"{name}: {confidence} confidence, {accuracy} accuracy, {b.rows} rows"
+            tip = f"{name}: {confidence} confidence, {accuracy} accuracy, {counted(b.rows, 'row')}"
             points.append(Point(b.confidence, b.accuracy, tip=tip, radius=20 * math.sqrt(b.rows / total)))
             rows.append((name, confidence, accuracy, str(b.rows)))
         series.append(Series(name, points, "dots"))

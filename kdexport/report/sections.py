@@ -26,8 +26,8 @@ def data(r: Report) -> Section | None:
     across, dropped = sum(audit["across"].values()), sum(audit["dropped"].values())
     classes = f"{len(r.labels)} {task_class(r.task).label_word}. " if r.labels else ""
     lead = (
-        f"{classes}{audit['duplicates']:,} of {audit['rows']:,} rows are exact duplicates; {across:,} "
-        f"texts were in two splits, and {dropped:,} rows were dropped, so that no test text is in training."
+        f"{classes}Exact duplicates: {audit['duplicates']:,} of {audit['rows']:,} rows; in two splits: {across:,}; "
+        f"dropped, so that no test text is in training: {dropped:,}."
     )
     doubted = sum((Counter(one) for one in r.data.get("doubted", {}).values()), Counter[str]())
     if doubted:

@@ -3,11 +3,13 @@
 import math
 from statistics import median
 
+from kdexport.errors import counted
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, frontier, plot
 from kdexport.report.page import Figure, Section, Table
 from kdexport.report.table import (
     between,
     bound_of_p99,
+    checked,
     headers,
     megabytes,
     metric_of,
@@ -35,7 +37,7 @@ def variants(r: Report) -> Section:
         for cells, v in zip(table(r), r.variants, strict=True)
     ]
     note = (
-        f"Latency is {how.clock}, at batch 1 on {how.threads} thread(s), for {how.rows} real {_rows(r)} in "
+        f"Latency is {how.clock}, at batch 1 on {counted(how.threads, 'thread')}, for {how.rows} real {_rows(r)} in "
         f"turn, in {how.rounds} shuffled rounds, each variant in its own process; waiting threads "
         f"{'spin' if how.spinning else 'sleep'}, garbage collection is off. Intervals are over rounds, from three on; "
         f"ratios to {how.reference} are paired by round. p99 needs 1,000 samples; with fewer, an upper bound "
@@ -77,13 +79,15 @@ def budget(r: Report) -> Section | None:
     if not r.budget.checks:
         return None
     rows = [
-        (c.name, f"{c.limit:g}", "–" if c.found is None else f"{c.found:.3g}",
+        (c.name, f"{c.limit:g}", checked(c),
          ("kept" if c.met else "not kept") + ("" if c.sure else ", but not for sure"))
         for c in r.budget.checks
     ]  # fmt: skip
     title = f"Budget: {'kept' if r.budget.met else 'not kept'}"
     lead = "A verdict is sure where the whole 95 % interval is on one side of the limit."
-    return Section(title, lead, tables=[Table(("limit", "asked", "found", "verdict"), rows)], brief=True)
+    if any(c.name == "retention" for c in r.budget.checks):
+        lead += " That of the retention is of the difference from the teacher on the same rows, paired."
+    return Section(title, lead, tables=[Table(("limit", "asked", "found [95 %]", "verdict"), rows)], brief=True)
 
 
 def trade_off(r: Report) -> Section | None:

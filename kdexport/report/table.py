@@ -2,7 +2,7 @@
 
 import math
 
-from kdexport.results import ENOUGH_ROUNDS, Distillation, Interval, Latency, Report, Spread, Variant
+from kdexport.results import ENOUGH_ROUNDS, Check, Distillation, Interval, Latency, Report, Spread, Variant
 from kdexport.results import Metric as Score
 from kdexport.tasks.metrics import Metric
 
@@ -44,19 +44,32 @@ def gained(metric: Metric, gain: float, ci: Interval | None = None) -> str:
     return f"{gain:+.{digits}f} {unit}{found}".replace("-", "−")
 
 
+def helped(metric: Metric, gain: float, ci: Interval | None = None) -> str:
+    """Describe what distillation gained, as a verb phrase."""
+    return f"{'gave' if gain > 0 else 'did not help here:'} {gained(metric, gain, ci)}"
+
+
+def checked(check: Check) -> str:
+    """Format the figure that was held against a limit, with its interval."""
+    if check.found is None:
+        return "not measurable"
+    ci = f" [{check.ci95[0]:.3g}–{check.ci95[1]:.3g}]" if check.ci95 else ""
+    return f"{check.found:.3g}{ci}"
+
+
 def deviation(metric: Metric, spread: Spread) -> str:
     """Format the standard deviation over seeds: in points, of a number in its own unit."""
     return f"{spread.deviation:.3f}" if metric.kind == "number" else f"{100 * spread.deviation:.2f} points"
 
 
 def keeps(report: Report, found: Distillation) -> str:
-    """Describe how much of the teacher's quality the recommended file retains, as a verb phrase."""
+    """Describe how much of the teacher's quality the recommended file retains on test rows, as a verb phrase."""
     metric = metric_of(report)
     if metric.kind != "number":
-        return f"keeps {percent(found.retention)} of the teacher's {metric.name}"
+        return f"keeps {percent(found.retention)} of the teacher's {metric.name} on the test split"
     best = report.variant(report.recommended).metric if report.recommended else None
     value = score(metric, (best or found.student).value)
-    return f"has {value} {metric.name}, the teacher {score(metric, found.teacher.value)}"
+    return f"has {value} {metric.name} on the test split, the teacher {score(metric, found.teacher.value)}"
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -7,7 +7,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kdexport.report.table import deviation, gained, headers, keeps, metric_of, percent, score, speedup, table, times
+from kdexport.errors import counted
+from kdexport.report.table import (
+    checked,
+    deviation,
+    headers,
+    helped,
+    keeps,
+    metric_of,
+    percent,
+    score,
+    speedup,
+    table,
+    times,
+)
 from kdexport.results import Report, machine_name
 
 
@@ -47,14 +60,15 @@ def summary(report: Report) -> list[str]:
         lines.append(f"search: {report.search.reason}.")
     if found and report.recommended:
         best = report.variant(report.recommended)
-        lines.append(f"★ {best.name}: {report.reason}; {keeps(report, found)} ({found.teacher.n} test rows).")
+        lines.append(f"★ {best.name}: {report.reason}; {keeps(report, found)} ({counted(found.teacher.n, 'row')}).")
         if found.baseline and found.gain_points is not None:
             fraction = metric.kind == "fraction" and found.gain_mcnemar_p is not None
             p = f" (McNemar p = {found.gain_mcnemar_p:.2f})".replace("= 0.00", "< 0.01") if fraction else ""
-            way = "" if found.ratio is None else f", {percent(found.ratio, 0)} of the way to the teacher"
+            way = f", {percent(found.ratio, 0)} of the way to the teacher" if found.ratio is not None else ""
+            way = way if found.gain_points > 0 else ""
             lines.append(
-                f"The same student on labels alone: {score(metric, found.baseline.value)}; distillation: "
-                f"{gained(metric, found.gain_points, found.gain_ci95)}{p}{way}."
+                f"The same student on labels alone: {score(metric, found.baseline.value)}; distillation "
+                f"{helped(metric, found.gain_points, found.gain_ci95)}{p}{way}."
             )
         for name, spread in (("student", found.student_seeds), ("labels alone", found.baseline_seeds)):
             if spread:
@@ -64,10 +78,10 @@ def summary(report: Report) -> list[str]:
         lines.append(report.reason)
     lines += [
         f"budget {check.name}: {'kept' if check.met else 'NOT kept'}{'' if check.sure else ', not for sure'}, "
-        f"{'not measurable' if check.found is None else f'{check.found:.3g}'} (limit {check.limit:g})"
+        f"{checked(check)} (limit {check.limit:g})"
         for check in report.budget.checks
     ]
-    lines.append(f"measured on {machine_name(report.environment)}, {report.bench.threads} thread(s)")
+    lines.append(f"measured on {machine_name(report.environment)}, {counted(report.bench.threads, 'thread')}")
     if report.bench.warnings:
         first, *others = report.bench.warnings
         lines.append(f"warning: {first}{f' ({len(others)} more in report.html)' if others else ''}")
@@ -83,13 +97,13 @@ def conclusion(report: Report) -> str | None:
     labelled, more = report.data.get("labelled"), report.data.get("unlabelled", 0)
     if not labelled:  # reports of before, and language models
         return None
-    rows = f"{labelled:,} labels" + (f" and {more:,} texts without" if more else "")
+    rows = counted(labelled, "label") + (f" and {counted(more, 'text')} without" if more else "")
     saved = [f"{speedup(best)} as fast" if best.speedup_p50 else ""]
     if best.size_bytes and teacher.size_bytes:
         saved.append(f"{times(teacher.size_bytes / best.size_bytes)} smaller")
     size = " and ".join(filter(None, saved))
-    gain = gained(metric, found.gain_points, found.gain_ci95)
-    return f"With {rows}, the student {keeps(report, found)}, {size}; distillation gives {gain} over the labels alone."
+    gain = helped(metric, found.gain_points, found.gain_ci95)
+    return f"With {rows}, the student {keeps(report, found)}, {size}; distillation {gain} compared with labels alone."
 
 
 def _console() -> Console:

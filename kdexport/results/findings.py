@@ -86,6 +86,7 @@ class Check(msgspec.Struct, frozen=True):
     found: float | None
     met: bool
     sure: bool = True
+    ci95: Interval | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True):

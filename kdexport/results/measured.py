@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from kdexport.errors import counted
+
 Interval = tuple[float, float]
 MetricKind = Literal["fraction", "ratio", "number"]
 VerdictOfRatio = Literal["faster", "slower", "same", "unsure"]
@@ -99,6 +101,10 @@ class Footprint(msgspec.Struct, frozen=True, kw_only=True):
     cores_used: float
     os_threads: int
 
+    def starved(self, threads: int) -> bool:
+        """Return whether other work left the process clearly less than the one core that it asked for."""
+        return threads == 1 and self.device_p50_ms is None and self.cores_used < 0.85
+
 
 class Variant(msgspec.Struct, frozen=True, kw_only=True):
     """One file or model that was measured."""
@@ -130,7 +136,8 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
 
 def machine_name(environment: dict[str, Any]) -> str:
     """Name the machine of an environment."""
-    return f"{environment.get('cpu') or 'an unknown CPU'}, {environment.get('cores_allowed', '?')} core(s)"
+    cores = environment.get("cores_allowed")
+    return f"{environment.get('cpu') or 'an unknown CPU'}, {counted(cores, 'core') if cores else '? cores'}"
 
 
 class Control(msgspec.Struct, frozen=True):

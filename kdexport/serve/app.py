@@ -51,7 +51,7 @@ class App:
         self.batcher: Batcher | None = None
         self.prompts: Batcher | None = None
         self.loaded = self.draining = self.closing = False
-        self.running = 0
+        self.running = self.answered = 0
         self.keys = http.Keys(settings.api_keys)
         tensors: dict[str, dict[str, Handler]] = {
             "": {"GET": self._metadata}, "/ready": {"GET": self._model_ready}, "/infer": {"POST": self._infer_tensors}
@@ -113,6 +113,7 @@ class App:
             response = refusal(http.FAILURE)
         finally:
             self.running -= 1
+            self.answered += 1
             request.end()
         seconds = time.monotonic() - began
         self.metrics.request(request, response.status, seconds)

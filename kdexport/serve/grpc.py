@@ -118,6 +118,7 @@ async def _call(app: App, name: str, data: bytes, context: Any) -> bytes:
         refused = FAILURE
     finally:
         app.running -= 1
+        app.answered += 1
         request.end()
         seconds = time.monotonic() - began
         app.metrics.request(request, code, seconds)

@@ -225,10 +225,11 @@ class Keys:
         return bool(self._digests)
 
     def check(self, request: Request) -> None:
-        """Refuse (401) a request without `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+        """Refuse (401) a request without a known `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
         scheme, _, token = (request.header(b"authorization") or b"").partition(b" ")
         given = token.strip() if scheme.lower() == b"bearer" else request.header(b"x-api-key") or b""
         digest = hashlib.sha256(given).digest()
         same = [hmac.compare_digest(one, digest) for one in self._digests]  # all of them, whichever is the right one
         if not any(same):
-            raise Refused(401, "an API key is needed: Authorization: Bearer KEY", [(b"www-authenticate", b"Bearer")])
+            why = "the API key is not known here" if given else "an API key is needed: Authorization: Bearer KEY"
+            raise Refused(401, why, [(b"www-authenticate", b"Bearer")])

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 import uvloop
 
-from kdexport.errors import ArtifactError, KdexportError, SpecError, first_line
+from kdexport.errors import ArtifactError, KdexportError, SpecError, counted, first_line
 from kdexport.progress import say, unwaiting_stderr, warn
 from kdexport.runtime.predictor import allowed_cores
 from kdexport.serve.admin import Admin
@@ -88,6 +88,7 @@ class Server:
                 self._say_ready(public, admin, time.monotonic() - began)
                 await self._stop.wait()
                 await self._drain(public, grpc)
+                say(f"stopped: {counted(self.app.answered, 'request')} answered")
         finally:
             for server in filter(None, (public, admin)):
                 await _close(server)
@@ -197,7 +198,7 @@ class Server:
         if ending:
             await ending
         if app.running:
-            warn(f"{app.running} requests were not finished within {settings.grace:g} s")
+            warn(f"{counted(app.running, 'request')} not finished within {settings.grace:g} s")
             return
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(app.end_threads(), _THREADS_END_S)

@@ -270,7 +270,7 @@ def test_the_section_says_what_was_found_and_what_it_means(audited):
     assert (
         "In 3 cases a text stood word for word in two splits; they were dropped from the earlier one." in section.lead
     )
-    assert "Of 3 test texts, 1 (33.3 %) have a near duplicate in train; no labels conflict." in section.lead
+    assert "Test texts with a near duplicate in train: 1 of 3 (33.3 %); no labels conflict." in section.lead
     assert "in 50 of 100 cases (95 % interval 48 to 53), not significantly more than the 50 of chance" in section.lead
     assert "in 56 of 100 cases (95 % interval 53 to 59); chance gives 50." in section.lead
     assert section.tables[0].rows[1] == ("train–test", "1", "1")

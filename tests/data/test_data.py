@@ -109,6 +109,15 @@ def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path):
     assert sum(map(len, splits.values())) == 40
 
 
+def test_columns_that_are_guessed_are_named_and_those_that_were_given_are_not(tmp_path, capsys):
+    go(tmp_path, "utterance,intent\n" + GOOD)
+    assert "data: columns utterance as text, intent as label\n" in capsys.readouterr().err
+    go(tmp_path, "utterance,topic\n" + GOOD, **{"data.label": "topic"})
+    assert "data: columns utterance as text\n" in capsys.readouterr().err
+    go(tmp_path, "text,label\n" + GOOD)
+    assert "columns" not in capsys.readouterr().err
+
+
 def test_a_missing_file_and_a_missing_column_are_named(tmp_path):
     with pytest.raises(DataError, match=r"no\.csv does not exist"):
         local_files(settings(tmp_path / "no.csv"))

@@ -266,13 +266,15 @@ def turned(rows) -> list[dict]:
     return [row | {"label": {"good": "bad", "bad": "good"}[row["label"]]} for row in rows[:32]]
 
 
-def test_patience_stops_and_the_best_epoch_stands(task, rows, soft, tmp_path):
+def test_patience_stops_and_the_best_epoch_stands(task, rows, soft, tmp_path, capsys):
     how, worse = change(epochs=12, patience=3), turned(rows)
     model = student()
     curve = fit(model, task, rows, soft, how, validation=worse, work=tmp_path, title="t")
     metrics = [point["validation"] for point in curve]
     best = metrics.index(max(metrics))
     assert len(curve) == best + 1 + 3 < 12
+    early = f"t: stopped early, as 3 epochs brought nothing better on validation; epoch {best + 1} of {len(curve)} was"
+    assert early in capsys.readouterr().err
     assert task.correct(logits_of(model, task, worse), worse).mean() == pytest.approx(metrics[best], abs=1e-6)
     assert metrics[-1] < metrics[best]
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Which file is recommended, and whether the budget is met: by the validation split, and by the metric's direction."""
 
+import numpy as np
 import pytest
 
 from kdexport import spec
@@ -9,7 +10,7 @@ from kdexport.export.verify import Validation
 from kdexport.pipeline.choose import choose, judge_budget, lost
 from kdexport.pipeline.search import one_each, promising
 from kdexport.results import Conditions, Latency, SearchCandidate
-from kdexport.tasks.metrics import Metric
+from kdexport.tasks.metrics import Metric, paired_difference, wilson_interval
 
 ACCURACY, BITS = Metric("accuracy", kind="fraction"), Metric("bits per byte", higher_is_better=False, kind="number")
 FILES = [Candidate(name, f"{name}.onnx", name, "plain") for name in ("fp32", "int8", "fp16", "int4")]
@@ -89,6 +90,18 @@ def test_retention_of_a_metric_that_falls_is_met_from_below():
     assert check(1.9, 0.97).met
     assert not check(2.05, 0.97, (0.0, 0.2)).sure  # the file may have 2.2 bits
     assert check(2.2, 0.97, (0.1, 0.3)).sure
+    assert check(2.05, 0.97, (0.0, 0.2)).ci95 == pytest.approx((2 / 2.2, 1.0))
+
+
+def test_retention_is_sure_by_the_paired_difference_which_is_narrower_than_accuracys_own_interval():
+    """3 of 240 rows wrong, the teacher none: the accuracy may be 96.4 %, yet the limit of 97 % is kept for sure."""
+    right, wrong = np.ones(240, bool), np.arange(240) >= 3
+    value, change = paired_difference(right, wrong)
+    assert wilson_interval(237, 240)[0] < 0.965
+    for least, sure in ((0.97, True), (0.975, False)):
+        (found,) = judge_budget(spec.Budget(retention=least), ACCURACY, 1 + value, 1.0, change, None, 1).checks
+        assert (found.met, found.sure) == (True, sure)
+        assert found.ci95 == pytest.approx((1 + change[0], 1 + change[1]))
 
 
 def student(name, p99, trial=None, precision="int8", size=1.0):

@@ -12,6 +12,8 @@ from tokenizers.models import WordLevel
 from kdexport.errors import RunError, SpecError
 from kdexport.files import hash_file, write_json
 from kdexport.pipeline.compare import compare, parse_gate
+from kdexport.report.difference import show_comparison
+from kdexport.report.table import trimmed
 from kdexport.results import read_report
 from kdexport.tasks.config import TaskConfig
 
@@ -27,11 +29,14 @@ def report(finished):
         )
         memory, cold = v.footprint.rss_mb, v.footprint.cold_ms
         footprint = msgspec.structs.replace(
-            v.footprint, rss_mb_ci95=(memory / 1.01, memory * 1.01), cold_ms_ci95=(cold / 1.1, cold * 1.1)
+            v.footprint,
+            cores_used=1.0,
+            rss_mb_ci95=(memory / 1.01, memory * 1.01),
+            cold_ms_ci95=(cold / 1.1, cold * 1.1),
         )
         speedup = msgspec.structs.replace(v.speedup_p50, ci95=(ratio / 1.02, ratio * 1.02))
         variants.append(msgspec.structs.replace(v, latency_ms=latency, speedup_p50=speedup, footprint=footprint))
-    return msgspec.structs.replace(report, variants=variants)
+    return msgspec.structs.replace(report, variants=variants, environment=report.environment | {"busy_percent": 0.0})
 
 
 def scaled(latency, factor):
@@ -98,8 +103,36 @@ def test_a_busier_machine_is_not_taken_for_a_slower_student(report, write):
     found = compare(a, b, gates("p50>+30%"), side_by_side=False)
     p50 = by_metric(found)["p50"]
     assert p50.change == pytest.approx(0, abs=0.1)
-    assert "ratios to the same teacher" in p50.how
+    teacher = report.variant(report.bench.reference).latency_ms.p50
+    took = f"{trimmed(teacher)} ms and {trimmed(1.5 * teacher)} ms"
+    assert p50.how == f"by ratios to the same teacher, which took {took}"
     assert statuses(found) != ["failed"]
+    assert found.notes == []
+
+
+def test_times_of_two_runs_decide_nothing_where_a_machine_was_starved(report, write):
+    """A p99 forty times as long, of a process that got half a core."""
+    late = slower(report, 40.0)
+    starved = [
+        msgspec.structs.replace(v, footprint=msgspec.structs.replace(v.footprint, cores_used=0.5))
+        for v in late.variants
+    ]
+    a = write(report, "a.json")
+    found = compare(a, write(late, "b.json"), gates("p99>+10%"), side_by_side=False)
+    assert (by_metric(found)["p99"].verdict, statuses(found), found.notes) == ("worse", ["failed"], [])
+    b = write(msgspec.structs.replace(late, variants=starved), "b.json")
+    found = compare(a, b, gates("p99>+10%"), side_by_side=False)
+    p99 = by_metric(found)["p99"]
+    assert (p99.verdict, p99.ci95, p99.how) == ("unsure", None, "measured apart, on a busy machine")
+    assert statuses(found) == ["unsure"]
+    assert found.notes[0].startswith("B was measured on a busy machine, so ")
+
+
+def test_large_changes_have_no_decimals_and_minus_signs_are_minus_signs(report, write, capsys):
+    show_comparison(compare(write(report, "a.json"), write(slower(report, 40.0), "b.json"), [], side_by_side=False))
+    shown = capsys.readouterr().out
+    assert "+3,900 % [+" in shown
+    assert " -" not in shown.replace(" - ", "")
 
 
 def test_other_hardware_is_refused_for_times_and_not_for_ratios(report, write):
@@ -206,7 +239,7 @@ def test_every_gate_that_is_offered_can_decide(report, write):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"), [({"threads": 4}, "with 1 thread(s), B with 4"), ({"texts": "others"}, "on different texts")]
+    ("changes", "says"), [({"threads": 4}, "with 1 thread, B with 4"), ({"texts": "others"}, "on different texts")]
 )
 def test_other_threads_or_texts_are_not_compared(report, write, changes, says):
     other = msgspec.structs.replace(report, bench=msgspec.structs.replace(report.bench, **changes))

@@ -9,7 +9,7 @@ from made_reports import BITS, F1, made, variant
 from kdexport.report import page_of
 from kdexport.report.page import html, markdown
 from kdexport.report.table import headers, metric_of, table
-from kdexport.report.terminal import summary
+from kdexport.report.terminal import conclusion, summary
 from kdexport.results import Report, Search, SearchCandidate, Spread, read_report
 
 
@@ -45,10 +45,25 @@ def test_the_summary_says_both_numbers_and_the_gain_in_their_unit():
         report, distillation=msgspec.structs.replace(report.distillation, student_seeds=seeds)
     )
     lines = "\n".join(summary(report))
-    assert "has 2.199 bits per byte, the teacher 2.132 (1000 test rows)" in lines
-    assert "labels alone: 2.199; distillation: +0.057 bits per byte" in lines
+    assert "has 2.199 bits per byte on the test split, the teacher 2.132 (1,000 rows)" in lines
+    assert "labels alone: 2.199; distillation gave +0.057 bits per byte" in lines
+    assert "50 % of the way to the teacher" in lines
     assert "2 seeds, in PyTorch: student 2.2000 ± 0.014" in lines
-    assert "measured on A CPU, 2 core(s), 1 thread(s)" in lines
+    assert "measured on A CPU, 2 cores, 1 thread" in lines
+
+
+@pytest.mark.parametrize(("gain", "ratio"), [(-0.4, -0.5), (-0.4, 3.0), (0.0, 0.0)])
+def test_distillation_that_did_not_help_is_said_to_have_not(gain, ratio):
+    """Where the gain is not above 0, there is no way to the teacher; minus signs are minus signs."""
+    variants = [variant("teacher-torch", 0.8, (0.7, 0.9)), variant("student-int8", 0.7, (0.6, 0.8))]
+    report = made(variants, F1, gain, (-2.4, 1.6), data={"labelled": 1})
+    report = msgspec.structs.replace(report, distillation=msgspec.structs.replace(report.distillation, ratio=ratio))
+    lead, last = section(report, "How good: entity F1").lead, conclusion(report)
+    for text in ("\n".join(summary(report)), lead, last):
+        assert "distillation did not help here: " in text
+        assert "of the way" not in text
+        assert "-" not in text.partition("did not help here: ")[2].partition("\n")[0]
+    assert last.startswith("With 1 label, the student keeps 95.0 % of the teacher's entity F1 on the test split, ")
 
 
 def test_the_frontier_of_a_metric_that_falls_runs_along_the_lowest_values():

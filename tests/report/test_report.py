@@ -98,8 +98,12 @@ def test_what_was_not_measured_leaves_no_empty_section(report):
 def test_a_missed_budget_is_on_the_first_screen_and_says_whether_it_is_sure(report):
     from kdexport.results import Check, Verdict
 
-    missed = Verdict(False, [Check("p99_ms", 0.1, 0.105, False, sure=False)])
+    missed = Verdict(False, [Check("p99_ms", 0.1, 0.105, False, sure=False, ci95=(0.095, 0.11))])
     drawn = html(page_of(replaced(report, budget=missed)))
+    line = "budget p99_ms: NOT kept, not for sure, 0.105 [0.095–0.11] (limit 0.1)"
+    assert line in summary(replaced(report, budget=missed))
+    assert "<td>0.105 [0.095–0.11]</td>" in drawn
+    assert "| 0.105 [0.095–0.11] |" in markdown(page_of(replaced(report, budget=missed)))
     assert "The budget is NOT kept." in drawn
     assert 'class="verdict bad"' in drawn
     assert "not kept, but not for sure" in drawn
@@ -124,6 +128,15 @@ def test_warnings_are_one_line_before_all_figures_with_the_details_below(report)
     assert "\n".join(f"- {line}" for line in details) + "\n\n</details>" in text
     warned = [line for line in summary(noisy) if line.startswith("warning: ")]
     assert warned == ["warning: this machine was too noisy (1 more in report.html)"]
+
+
+def test_markdown_has_single_blank_lines_and_none_at_its_end(report):
+    for warnings in ([], ["one"], ["one", "two"]):
+        drawn = replaced(report, bench=msgspec.structs.replace(report.bench, warnings=warnings))
+        text = markdown(page_of(drawn))
+        assert "\n\n\n" not in text
+        assert not text.endswith("\n\n")
+    assert "<summary>1 more warning</summary>" in text
 
 
 def test_a_lone_warning_has_no_details(report):

@@ -97,6 +97,16 @@ def test_anything_else_does_not(server, headers):
         assert not any(key in found.json["error"] for key in KEYS)
 
 
+def test_a_wrong_key_is_told_from_a_missing_one(server):
+    for header, says in (
+        (bearer("wrong"), "not known here"),
+        (b"X-API-Key: wrong", "not known"),
+        (bearer(""), "needed"),
+    ):
+        assert says in ask(server.url, "/", GOOD, header).json["error"]
+    assert ask(server.url, "/", GOOD).json["error"] == "an API key is needed: Authorization: Bearer KEY"
+
+
 def test_a_key_in_the_address_is_none(server):
     assert_refused(ask(server.url, f"/predict?api_key={KEYS[0]}&key={KEYS[0]}", GOOD), 401)
 

@@ -134,6 +134,7 @@ def test_while_it_drains_ready_says_no_and_requests_are_taken_in(finished):
         assert (code, content["ready"], headers["retry-after"]) == (503, False, "1")
         assert ask(f"{server.url}/v2/health/live")[0] == 200
         assert ask(server.url, {"inputs": "x"})[0] == 200
+    assert server.log[-1] == "stopped: 4 requests answered\n"
 
 
 def test_a_new_version_takes_over_under_load_and_a_bad_one_does_not(copied):
