@@ -20,6 +20,7 @@ from kdexport.tasks.metrics import Array, Metric, sigmoid, softmax
 if TYPE_CHECKING:
     from kdexport.tasks.inputs.media import Media
     from kdexport.tasks.inputs.texts import Texts
+    from kdexport.tasks.transcripts import Transcripts
 
 Modality = Literal["text", "image", "audio"]
 # How outputs are trained: the key of the losses in `distill`.
@@ -65,6 +66,7 @@ class Task:
     stands_for: ClassVar[tuple[str, str] | None] = None
     protocols: ClassVar[frozenset[str]] = frozenset()  # task-specific server protocols: tei, openai, tgi
     generates: ClassVar[bool] = False  # generates text: see `runtime.generation`
+    transcribes: ClassVar[bool] = False  # each answer is a `Transcript`
     one_label: ClassVar[bool] = False  # each row has exactly one label of a fixed set
     has_labels: ClassVar[bool] = True  # the logits have names, `config.labels`
     has_names: ClassVar[bool] = True  # these names come from the data
@@ -299,6 +301,11 @@ class Generates(Task):
 def can_generate(task: Task) -> TypeGuard[Generates]:
     """Whether a task generates text."""
     return task.generates
+
+
+def can_transcribe(task: Task) -> TypeGuard[Transcripts]:
+    """Whether a task's answers are transcripts."""
+    return task.transcribes
 
 
 def reads_texts(task: Task) -> TypeGuard[Texts]:

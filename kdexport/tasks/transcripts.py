@@ -40,6 +40,10 @@ class Transcripts(Task):
 
     metric: ClassVar = Metric("word error rate", higher_is_better=False)
     function: ClassVar[Function] = "none"
+    transcribes: ClassVar = True
+
+    def decode(self, logits: Array, rows: Sequence[Row]) -> Sequence[Transcript]:
+        raise NotImplementedError
 
     def texts(self, logits: Array) -> list[str]:
         """Return the text of each row."""
