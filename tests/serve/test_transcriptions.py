@@ -41,7 +41,7 @@ def sound(seconds: float = 3.0, form: str = "WAV", channels: int = 1, seed: int 
         pieces += [noise.clip(-0.5, 0.5), np.zeros(int(seconds * RATE / 5))]
     samples = np.resize(np.concatenate(pieces), int(seconds * RATE))
     file = io.BytesIO()
-    soundfile.write(file, np.repeat(samples[:, None], channels, axis=1), RATE, "PCM_16", format=form)
+    soundfile.write(file, np.repeat(samples[:, None], channels, axis=1), RATE, format=form)
     return file.getvalue()
 
 
@@ -223,7 +223,7 @@ def test_recognisers_are_listed(client):
             FORM,
             400,
         ),
-        (b"--b" * 500_000, FORM, 400),
+        (b"--b" * 500_000, FORM, 422),
         (b"\r\n--b" * 500_000, FORM, 400),
     ],
 )
@@ -252,7 +252,8 @@ def broken() -> dict[str, tuple[bytes, int, str]]:
     return {
         "nothing": (b"", 422, "it is empty"),
         "no samples": (sound(0), 422, "it holds no sound"),
-        "FLAC of a header alone": (flac[:50], 422, "no sound"),
+        "a header alone": (flac[:50], 422, "no sound"),
+        "half a file": (flac[: len(flac) // 2], 422, "no sound"),
         "ten minutes": (sound(600)[:3_000_000], 413, "it lasts"),
         "longer than the model reads": (sound(5.5), 413, "it lasts 5.5 s; the model reads 5.0"),
         "a video": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(5_000), 422, "it is no sound file"),
@@ -275,13 +276,9 @@ def test_bad_recordings_are_refused_in_a_line_on_every_path(server, kind):
 
 
 def test_odd_recordings_are_answered(server):
-    flac = sound(form="FLAC")
-    for content in (sound(4.9), sound(0.001), sound(channels=8), flac, flac[: len(flac) // 2]):
+    for content in (sound(4.9), sound(0.001), sound(channels=8), sound(form="FLAC"), sound(form="OGG")):
         found = httpx.post(f"{server.url}/models/speech", content=content)
-        if content is flac[: len(flac) // 2]:
-            assert found.status_code in (200, 422)
-        else:
-            assert (found.status_code, list(found.json())) == (200, ["text"])
+        assert (found.status_code, list(found.json())) == (200, ["text"])
     silence = io.BytesIO()
     soundfile.write(silence, np.zeros(RATE), RATE, format="WAV")
     assert httpx.post(f"{server.url}/models/speech", content=silence.getvalue()).json() == {"text": ""}
@@ -371,7 +368,7 @@ def test_the_document_is_that_of_recognisers(server, artifact):
     assert {"audio/*", "application/octet-stream", "application/json"} == set(body)
     assert found["components"]["schemas"]["RequestedOutput"]["properties"]["name"] == {"enum": ["text", "logits"]}
     assert found["components"]["schemas"]["TranscriptionRequest"]["properties"]["model"] == {"enum": ["speech"]}
-    assert "$" not in re.sub(r'"\$ref"', "", json.dumps(found["paths"]))
+    assert not re.findall(r'"\$(?!ref")[^"]*"', json.dumps(found))
 
 
 @pytest.mark.slow
@@ -412,7 +409,7 @@ def test_the_page_transcribes_a_file_and_what_a_microphone_hears(artifact, expec
         status.get_by_text("Error 422").wait_for()
         assert "it is no sound file" in status.inner_text()
         assert text.inner_text() == ""
-        page.get_by_role("button", name="Record").click()
+        page.get_by_role("button", name="Record", exact=True).click()
         status.get_by_text("Recording, for 5.0 s at most").wait_for()
         with page.expect_response(lambda response: response.request.method == "POST") as answer:
             page.wait_for_timeout(500)
@@ -423,7 +420,7 @@ def test_the_page_transcribes_a_file_and_what_a_microphone_hears(artifact, expec
         assert (rate, samples.ndim) == (RATE, 1)
         assert np.abs(samples).max() > 0.01, "the fake microphone beeps"
         status.get_by_text("eard by speech in").wait_for()
-        page.get_by_role("button", name="Record").wait_for()
+        page.get_by_role("button", name="Record", exact=True).wait_for()
         browser.close()
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=quiet[:2])
         page = browser.new_page(bypass_csp=True)  # axe puts a script into the page

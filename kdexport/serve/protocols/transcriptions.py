@@ -23,7 +23,7 @@ from kdexport.tasks.transcripts import Transcript, Word
 
 _FORM = re.compile(rb'\s*multipart/form-data\s*;(?:.*;)?\s*boundary=("?)([^"\s;,]{1,70})\1\s*(?:;.*)?', re.IGNORECASE)
 _NAME = re.compile(
-    rb'^content-disposition: *form-data *;(?:[^\r\n]*?;)? *name="?([^"\s;]*)', re.IGNORECASE | re.MULTILINE
+    rb'^content-disposition: *form-data *;(?:[^\r\n]*?;)?? *name="?([^"\s;]*)', re.IGNORECASE | re.MULTILINE
 )
 _MOST_PARTS, _MOST_HEAD = 32, 2048  # of a form, and bytes of a part's headers
 # A segment ends at a pause this long, and is at most this long, in seconds.
