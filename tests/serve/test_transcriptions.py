@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import httpx
@@ -21,7 +22,7 @@ from huggingface_hub import InferenceClient, constants
 from load_client import ask
 from serve_process import served
 from server import forget_sessions
-from test_openapi import schemathesis
+from test_openapi import CONFIG, schemathesis
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from wire import ask as ask_raw
@@ -290,11 +291,9 @@ def test_odd_recordings_are_answered(server):
 def test_recordings_at_once_are_answered_as_alone(server):
     recordings = [sound(0.5 + i / 4, seed=i) for i in range(16)]
     alone = [httpx.post(server.url, content=content).json()["text"] for content in recordings]
-    inputs = [base64.b64encode(content).decode() for content in recordings]
-    tensor = {"name": "audio", "shape": [16], "datatype": "BYTES", "data": inputs}
-    asked = {"inputs": [tensor], "outputs": [{"name": "text"}]}
-    found = httpx.post(f"{server.url}/v2/models/speech/infer", json=asked).json()
-    assert found["outputs"][0]["data"] == alone
+    with ThreadPoolExecutor(16) as threads:
+        found = threads.map(lambda content: httpx.post(server.url, content=content).json()["text"], recordings * 4)
+        assert list(found) == alone * 4
 
 
 # --- the Open Inference Protocol
@@ -307,7 +306,7 @@ def test_tritons_client_gives_features_or_files_and_gets_text_and_logits(server,
         found = client.get_model_metadata("speech")
         assert found["inputs"] == [
             {"name": "input_values", "datatype": "FP32", "shape": [-1, -1, 40]},
-            {"name": "audio", "datatype": "BYTES", "shape": [-1]},
+            {"name": "audio", "datatype": "BYTES", "shape": [1]},
         ]
         assert found["outputs"] == [
             {"name": "text", "datatype": "BYTES", "shape": [-1]},
@@ -329,8 +328,10 @@ def test_tritons_client_gives_features_or_files_and_gets_text_and_logits(server,
         bad = triton.InferInput("audio", [1], "BYTES").set_data_from_numpy(np.array([b"\xff"], dtype=np.object_))
         with pytest.raises(triton.InferenceServerException, match="it is no sound file"):
             client.infer("speech", [bad])
-        with pytest.raises(triton.InferenceServerException, match="beside `audio`"):
-            client.infer("speech", [features, file])
+        two = triton.InferInput("audio", [2], "BYTES").set_data_from_numpy(np.array([SOUND] * 2, dtype=np.object_))
+        for several in ([features, file], [two]):
+            with pytest.raises(triton.InferenceServerException, match="is one file, and the only input"):
+                client.infer("speech", several)
         with pytest.raises(triton.InferenceServerException, match="the outputs are text, logits"):
             client.infer("speech", [file], outputs=[triton.InferRequestedOutput("label")])
 
@@ -338,7 +339,7 @@ def test_tritons_client_gives_features_or_files_and_gets_text_and_logits(server,
 def test_base64_that_is_none_is_refused(server):
     tensor = {"name": "audio", "shape": [1], "datatype": "BYTES", "data": ["no base64!"]}
     status, found, *_ = ask(f"{server.url}/v2/models/speech/infer", {"inputs": [tensor]})
-    assert (status, found["error"]) == (400, "a file of input audio is not base64")
+    assert (status, found["error"]) == (400, "the file of input audio is not base64")
 
 
 def test_grpc_takes_files_raw_or_in_base64(server, expected):
@@ -373,8 +374,12 @@ def test_the_document_is_that_of_recognisers(server, artifact):
 
 @pytest.mark.slow
 def test_schemathesis_finds_nothing(artifact, tmp_path):
+    # JSON Schema can't say which bytes are sound.
+    config = tmp_path / "schemathesis.toml"
+    config.write_text(CONFIG.read_text().replace('["200", "404"]', '["200", "404", "422"]'))
+    phases = ("--phases", "examples,coverage,fuzzing", "--max-examples", "25")
     with served(f"speech={artifact}") as server:
-        found = schemathesis(server.url, tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", "25")
+        found = schemathesis(server.url, tmp_path, *phases, config=config)
         assert not any('"code":500' in line for line in server.log)
     assert found.returncode == 0, found.stdout
 

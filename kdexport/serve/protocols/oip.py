@@ -2,9 +2,9 @@
 
 Source: the protocol's inference_rest.md and open_inference_rest.yaml, and Triton's extension_binary_data.md and
 extension_classification.md. Inputs are texts (`text`, and `text_pair` for pairs) as BYTES, or the graph's own tensors;
-outputs are `label`, `score`, `scores` and `logits`; of speech recognition `text` and `logits`. Images and sound may be
-files, as BYTES, in base64 in JSON. With the parameter `is_split_into_words` the words of a text to tag are those
-between its single spaces. A language model continues `text`, with the fields of `Sampling` as parameters.
+outputs are `label`, `score`, `scores` and `logits`, of speech recognition `text` and `logits`. With the parameter
+`is_split_into_words` the words of a text to tag are those between its single spaces. A language model continues `text`,
+with the fields of `Sampling` as parameters. Models of images or sound read a file, as BYTES, in JSON in base64.
 """
 
 import math
@@ -78,7 +78,7 @@ def metadata(version: Version) -> dict[str, Any]:
     task = version.task
     if reads_files(task):
         tensors = [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in task.shapes().items()]
-        tensors.append({"name": task.modality, "datatype": "BYTES", "shape": [-1]})
+        tensors.append({"name": task.modality, "datatype": "BYTES", "shape": [1]})
     else:
         encoded = [] if version.generator else task.config.inputs
         tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
@@ -252,21 +252,22 @@ def _jobs(generator: Generator, tensors: dict[str, Any], parameters: dict[str, A
 
 
 def _files(version: Version, tensors: dict[str, Any], settings: Settings) -> Rows:
-    """Read files: bytes, or base64 of JSON."""
+    """Read a file: bytes, or base64 of JSON. One a request: decoding many would take seconds."""
     name = version.task.modality
-    if len(tensors) > 1 or not isinstance(tensors[name], list):
-        raise Refused(400, f"beside `{name}`, of datatype BYTES, there is no other input")
+    if len(tensors) > 1 or not isinstance(tensors[name], list) or len(tensors[name]) > 1:
+        raise Refused(400, f"the input `{name}`, of datatype BYTES, is one file, and the only input")
+    (file,) = tensors[name]
     try:
-        files = [one if isinstance(one, bytes) else b64decode(one, validate=True) for one in tensors[name]]
+        content = file if isinstance(file, bytes) else b64decode(file, validate=True)
     except ValueError:
-        raise Refused(400, f"a file of input {name} is not base64") from None
-    return check_rows(version, [{name: file} for file in files], settings, 400)
+        raise Refused(400, f"the file of input {name} is not base64") from None
+    return check_rows(version, [{name: content}], settings, 400)
 
 
 def _encoded_files(task: Media, tensors: dict[str, Any], max_rows: int) -> Rows:
     wanted, longest = task.shapes(), task.config.audio.length if task.config.audio else 1
     if set(tensors) != set(wanted):
-        raise Refused(400, f"the input is {', '.join(wanted)}, or {task.modality}: files of datatype BYTES")
+        raise Refused(400, f"the input is {', '.join(wanted)}, or {task.modality}: a file of datatype BYTES")
     for name, (_, *shape) in wanted.items():
         array = tensors[name]
         if isinstance(array, list) or array.dtype != np.float32 or not np.isfinite(array).all():
