@@ -8,11 +8,13 @@ import yaml
 
 from kdexport.files import as_json
 from kdexport.serve.openapi import PATH as PATH
-from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
+from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi, transcriptions
 
 _TYPES = [
     huggingface.ClassifyRequest, huggingface.TagRequest, tei.PredictRequest, oip.InferRequest, tgi.WriteRequest,
     tgi.Generated, tgi.StreamToken, tgi.WriterInfo, openai.CompletionRequest, openai.Completion, openai.ModelList,
+    huggingface.TranscribeRequest, huggingface.Transcribed, transcriptions.TranscriptionRequest,
+    transcriptions.Transcription, transcriptions.VerboseTranscription, transcriptions.TranscriptionEvent,
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, nullcontext
+from functools import partial
 from typing import Any
 
 from kdexport import __version__
@@ -24,7 +25,7 @@ from kdexport.serve.hosts import Hosts
 from kdexport.serve.http import RETRY, SMALL, ClientGone, Refused, Request, Response, Stream, answer, refusal
 from kdexport.serve.large import Limiter, check_answer, off_loop
 from kdexport.serve.metrics import Metrics
-from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi
+from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi, transcriptions
 from kdexport.serve.registry import Models, Version
 from kdexport.serve.settings import Settings
 from kdexport.serve.tracing import Tracer
@@ -60,7 +61,8 @@ class App:
             "/": {"GET": self._page, "POST": self._infer},
             "/models/{name}": {"POST": self._infer},
             "/v1/completions": {"POST": self._complete},
-            "/v1/models": {"GET": self._language_models},
+            "/v1/audio/transcriptions": {"POST": self._transcribe},
+            "/v1/models": {"GET": self._openai_models},
             "/predict": {"POST": self._predict},
             "/invocations": {"POST": self._predict},
             "/info": {"GET": self._info},
@@ -218,6 +220,19 @@ class App:
         query = openai.parse(asked, version.generator, self.settings.max_chars)
         return await self._generate(request, version, query)
 
+    async def _transcribe(self, request: Request) -> Response:
+        request.protocol = "openai"
+        body = await request.body(self.settings, self.settings.body_limit("audio"))
+        kind = request.header(b"content-type") or b""
+        asked = await off_loop(len(body), transcriptions.decode, kind, body)
+        request.wanted_model = asked.model
+        version = self.version(request)
+        if not version.task.transcribes:
+            raise Refused(404, f"{version.name} is for {version.task.name}, and transcribes nothing")
+        response = await self._classify(request, version, asked.file, partial(transcriptions.parse, asked))
+        response.headers = transcriptions.headers(asked)
+        return response
+
     async def _generate(self, request: Request, version: Version, query: Prompt) -> Response | Stream:
         """Generate a text, at once or as a stream; an error before the first token has its own status."""
         request.end()  # generation takes long, and little memory
@@ -310,14 +325,16 @@ class App:
         version = self.version(request)
         return answer(tgi.info(version, version.generator) if version.generator else tei.info(version, self.settings))
 
-    async def _language_models(self, _: Request) -> Response:
+    async def _openai_models(self, _: Request) -> Response:
         return answer(openai.models(self.models.in_service().values()))
 
     async def _openapi(self, _: Request) -> Response:
         versions = self.models.in_service().values()
         generators = tuple((v.name, v.generator.room) for v in versions if v.generator)
         taggers = tuple(v.name for v in versions if v.task.has_words)
-        served = openapi.Served(tuple(self.models.names), tuple(v.version for v in versions), generators, taggers)
+        hearers = tuple(v.name for v in versions if v.task.transcribes)
+        names, ids = tuple(self.models.names), tuple(v.version for v in versions)
+        served = openapi.Served(names, ids, generators, taggers, hearers)
         return answer(openapi.document(served, self.settings))
 
     async def _page(self, _: Request) -> Response:

@@ -58,7 +58,6 @@ class Generator:
         task = predictor.task
         assert can_generate(task)
         self._predictor, self._task = predictor, task
-        self.loaded = int(time.time())
         self.room = task.config.max_length - 1
         prompt = task.prompt(task.examples()[0]["text"], _WARM_UP)
         started = time.perf_counter()

@@ -15,12 +15,13 @@ _KEYED = {"security", "securitySchemes", "401"}
 
 
 class Served(NamedTuple):
-    """Names and versions in service, language models with their most new tokens, and models that tag words."""
+    """Names and versions in service, language models with their most new tokens, taggers and speech recognisers."""
 
     names: tuple[str, ...]
     versions: tuple[str, ...] = ()
     generators: tuple[tuple[str, int], ...] = ()
     taggers: tuple[str, ...] = ()
+    transcribers: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1)  # as slow as an inference
@@ -28,9 +29,14 @@ def document(served: Served, settings: Settings) -> Any:
     """OpenAPI 3.1 of the public port, with the settings' limits and keys."""
     found = msgspec.json.decode(PATH.read_bytes())
     writers = [name for name, _ in served.generators]
-    kinds = [
-        "writes" if name in writers else "tags" if name in served.taggers else "classifies" for name in served.names
-    ] or ["classifies"]
+    named_kinds = {
+        **dict.fromkeys(served.names, "classifies"),
+        **dict.fromkeys(served.taggers, "tags"),
+        **dict.fromkeys(served.transcribers, "transcribes"),
+        **dict.fromkeys(writers, "writes"),
+    }
+    kinds = [named_kinds[name] for name in served.names] or ["classifies"]
+    outputs = {"writes": oip.WRITTEN, "transcribes": oip.HEARD}
     first, named = kinds[0], kinds[0] if len(set(kinds)) == 1 else "both"
     values: dict[str, Any] = {
         **{"$version": __version__, "$names": served.names, "$versions": served.versions},
@@ -38,7 +44,8 @@ def document(served: Served, settings: Settings) -> Any:
         "$room": min((room for _, room in served.generators), default=2**31),
         "$writer": writers[0] if writers else "NAME",
         "$writers": {"enum": writers} if writers else {"type": "string"},
-        "$outputs": [*(oip.WRITTEN if writers else ()), *(() if first == "writes" else oip.OUTPUTS)],
+        "$hearers": {"enum": served.transcribers} if served.transcribers else {"type": "string"},
+        "$outputs": list(dict.fromkeys(name for kind in kinds for name in outputs.get(kind, oip.OUTPUTS))),
     }
     for name, variants in found.pop("x-variants").items():
         values[f"${name}"] = variants[named if name.startswith("named") else first]

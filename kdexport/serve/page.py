@@ -15,6 +15,7 @@ from typing import NamedTuple
 from kdexport import __version__
 from kdexport.serve.http import Headers, Response
 from kdexport.serve.registry import Version
+from kdexport.tasks.inputs.audio import seconds_of
 
 _SAMPLE = "I was charged twice for the same order, and nobody answers my mails."
 _PROMPT = "Once upon a time"
@@ -30,7 +31,10 @@ _HEADERS: Headers = [
 
 
 class _Model(NamedTuple):
-    """A version on the page; `path` is relative, as proxies add prefixes, `writes` the most new tokens."""
+    """A version on the page; `path` is relative, as proxies add prefixes, `writes` the most new tokens.
+
+    `seconds` are those of a recording whose speech is recognised.
+    """
 
     name: str
     path: str
@@ -38,6 +42,7 @@ class _Model(NamedTuple):
     reads: str
     labels: int
     writes: int
+    seconds: float
     function: str
     variant: str
     size: str
@@ -89,6 +94,7 @@ def _model(version: Version, alone: bool, with_card: bool) -> _Model:
         name=version.name, path="./" if alone else f"models/{version.name}", task=version.task.name,
         reads=version.task.modality, labels=len(config.labels), function=config.function,
         writes=version.generator.room if version.generator else 0, variant=version.variant, version=version.version,
+        seconds=seconds_of(config.audio) if config.audio and version.task.transcribes else 0.0,
         size=f"{file.size_bytes / 1e6:.1f} MB", card=version.card if with_card else "",
     )  # fmt: skip
 
@@ -103,10 +109,11 @@ def _page(models: tuple[_Model, ...], keyed: bool) -> Response:
     )
     report_style = environment.get_template("report/templates/page.css.j2").render()
     style = report_style + loader.get_source(environment, "serve/templates/page.css")[0]
-    script = loader.get_source(environment, "serve/templates/page.js")[0]
+    speech = bool(models) and all(model.seconds for model in models)
+    script = loader.get_source(environment, f"serve/templates/{'speech' if speech else 'page'}.js")[0]
     html = environment.get_template("serve/templates/page.html.j2").render(
         models=[model._replace(card=card_html(model.card)) for model in models], keyed=keyed,
-        texts=all(model.reads == "text" for model in models), style=style, script=script,
+        texts=all(model.reads == "text" for model in models), speech=speech, style=style, script=script,
         sample=_PROMPT if models and models[0].writes else _SAMPLE, kdexport=__version__,
     )  # fmt: skip
     policy = (

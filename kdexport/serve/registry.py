@@ -42,7 +42,7 @@ class Version:
     def __init__(self, name: str, folder: Path, variant: str | None, max_batch: int, max_batch_tokens: int) -> None:
         folder = artifact.resolve(folder)
         file = artifact.model_file(folder, variant)
-        self.name, self.folder = name, folder
+        self.name, self.folder, self.loaded = name, folder, int(time.time())
         self.manifest = artifact.read_manifest(folder)
         self.variant = variant or self.manifest.recommended
         self.version = hash_file(folder / artifact.MANIFEST)[:12]

@@ -65,17 +65,21 @@ def read_json(tensor: InputTensor) -> Any:
     return array.reshape(tensor.shape)
 
 
-def read_raw(tensor: InputTensor, raw: bytes | memoryview) -> Any:
-    """Return the same from raw little-endian bytes in C order; a text is a 4-byte length and UTF-8."""
+def read_raw(tensor: InputTensor, raw: bytes | memoryview, files: bool = False) -> Any:
+    """Return the same from raw little-endian bytes in C order; a text is a 4-byte length and UTF-8.
+
+    With `files`, elements of BYTES are files: a list of bytes.
+    """
     size = math.prod(tensor.shape)  # Python's integers don't overflow
     if tensor.datatype == "BYTES":
-        texts, at, end = [], 0, len(raw)
+        texts: list[Any] = []
+        at, end = 0, len(raw)
         while at < end:
             if end - at < _LENGTH.size or end - at - _LENGTH.size < (n := _LENGTH.unpack_from(raw, at)[0]):
                 raise Refused(400, f"a text of input {tensor.name} goes beyond its end")
             at += _LENGTH.size
             try:
-                texts.append(str(raw[at : at + n], "utf-8"))
+                texts.append(bytes(raw[at : at + n]) if files else str(raw[at : at + n], "utf-8"))
             except UnicodeDecodeError:
                 raise Refused(400, f"a text of input {tensor.name} is not UTF-8") from None
             at += n

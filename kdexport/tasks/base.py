@@ -20,6 +20,7 @@ from kdexport.tasks.metrics import Array, Metric, sigmoid, softmax
 if TYPE_CHECKING:
     from kdexport.tasks.inputs.media import Media
     from kdexport.tasks.inputs.texts import Texts
+    from kdexport.tasks.transcripts import Transcripts
 
 Modality = Literal["text", "image", "audio"]
 # How outputs are trained: the key of the losses in `distill`.
@@ -65,13 +66,13 @@ class Task:
     stands_for: ClassVar[tuple[str, str] | None] = None
     protocols: ClassVar[frozenset[str]] = frozenset()  # task-specific server protocols: tei, openai, tgi
     generates: ClassVar[bool] = False  # generates text: see `runtime.generation`
+    transcribes: ClassVar[bool] = False  # each answer is a `Transcript`, which a teacher can write for unlabelled rows
     one_label: ClassVar[bool] = False  # each row has exactly one label of a fixed set
     has_labels: ClassVar[bool] = True  # the logits have names, `config.labels`
     has_names: ClassVar[bool] = True  # these names come from the data
     label_word: ClassVar[str] = "classes"  # what the labels are
     has_words: ClassVar[bool] = False  # rows are lists of words, which `ready` splits
     cuts: ClassVar[bool] = False  # long texts are split into passages, each a row
-    transcribes: ClassVar[bool] = False  # a teacher that writes can label rows without a label
     pairs: ClassVar[bool] = False  # a row may be a pair of texts
     output: ClassVar[str] = "logits"
     at_once: ClassVar[int] = 32  # the default batch size where speed does not matter
@@ -305,6 +306,11 @@ class Generates(Task):
 def can_generate(task: Task) -> TypeGuard[Generates]:
     """Whether a task generates text."""
     return task.generates
+
+
+def can_transcribe(task: Task) -> TypeGuard[Transcripts]:
+    """Whether a task's answers are transcripts."""
+    return task.transcribes
 
 
 def reads_texts(task: Task) -> TypeGuard[Texts]:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from kdexport.errors import TooLarge
 from kdexport.tasks.base import Card, Objective
 from kdexport.tasks.config import NO_LABEL, Arrays, Row
 from kdexport.tasks.inputs.audio import FRAME, HOP, Sounds, seconds_of
@@ -79,6 +80,13 @@ class SpeechRecognition(Sounds, Transcripts):
         samples = read_header(bytes_of(row["audio"]), self._read).seconds * self._how.rate
         frames = 1 + max(0, int(samples) - FRAME) // HOP if self._how.mels else int(samples)
         return min(frames, self._how.length)
+
+    def seconds(self, row: Row) -> float:
+        """Refuse what is longer than the model reads: its text would lack words."""
+        cost, lasts = super().seconds(row), read_header(bytes_of(row["audio"])).seconds
+        if lasts > seconds_of(self._how):
+            raise TooLarge(f"it lasts {lasts:.1f} s; the model reads {seconds_of(self._how):.1f}", "Cut it")
+        return cost
 
     def shapes(self) -> dict[str, list[int]]:
         return {self.config.inputs[0]: [-1, -1, *([self._how.mels] if self._how.mels else [])]}

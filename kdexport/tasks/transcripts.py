@@ -46,6 +46,9 @@ class Transcripts(Task):
     transcribes: ClassVar = True
     label_word: ClassVar = "characters"
 
+    def decode(self, logits: Array, rows: Sequence[Row]) -> Sequence[Transcript]:
+        raise NotImplementedError
+
     def texts(self, logits: Array) -> list[str]:
         """Return the text of each row."""
         raise NotImplementedError

@@ -32,12 +32,20 @@ def configs() -> dict[str, TaskConfig]:
     """Return a task of each kind that reads other input than the rest."""
     image = ImageConfig(channels=3, resize=256, crop=[224, 224], mean=[0.5] * 3, std=[0.5] * 3)
     audio = AudioConfig(rate=16_000, length=998, mels=64, mean=-4.0, std=4.0)
-    tags = ["O", "B-x", "I-x", "B-y"]
+    speech = AudioConfig(rate=16_000, length=498, mels=40, mean=-4.0, std=4.0, steps=498)
+    tags, characters = ["O", "B-x", "I-x", "B-y"], ["<pad>", " ", *"adeinorst"]
     return {
         "text": TaskConfig(task="text-classification", labels=LABELS, inputs=TEXT_INPUTS, max_length=128),
         "tags": TaskConfig(task="token-classification", labels=tags, inputs=TEXT_INPUTS, max_length=64),
         "image": TaskConfig(task="image-classification", labels=LABELS, inputs=["pixel_values"], image=image),
         "audio": TaskConfig(task="audio-classification", labels=LABELS, inputs=["input_values"], audio=audio),
+        "speech": TaskConfig(
+            task="automatic-speech-recognition",
+            labels=characters,
+            inputs=["input_values"],
+            function="none",
+            audio=speech,
+        ),
     }
 
 
@@ -59,7 +67,7 @@ def pack(config: TaskConfig, folder: Path) -> Path:
 
 
 def _graph(config: TaskConfig) -> onnx.ModelProto:
-    """The sum (of tags: each token; of pictures and sound: the mean) times a row of weights."""
+    """The sum (of tags: each token; of pictures and sound: the mean; of speech: each frame) times weights."""
     weights = np.linspace(-1e-3, 1e-3, len(config.labels), dtype=np.float32)[None]
     constants = [numpy_helper.from_array(weights, "weights")]
     nodes, shape = [], ["batch"]
@@ -72,6 +80,14 @@ def _graph(config: TaskConfig) -> onnx.ModelProto:
             nodes.append(helper.make_node("Unsqueeze", ["x", "last"], ["sum"]))
         else:
             nodes.append(helper.make_node("ReduceSum", ["x", "last"], ["sum"], keepdims=1))
+    elif config.audio and config.audio.steps:
+        inputs = [helper.make_tensor_value_info("input_values", TensorProto.FLOAT, ["batch", "frames", "mels"])]
+        random = np.random.default_rng(0).normal(size=(config.audio.mels, len(config.labels)))
+        random -= random.mean(axis=0)
+        random[:, 1] = -0.1  # silence, the same low energy in all bands, is a space
+        constants[0] = numpy_helper.from_array(random.astype(np.float32), "weights")
+        nodes.append(helper.make_node("Identity", ["input_values"], ["sum"]))
+        shape.append("steps")
     else:
         sizes = ["batch", 3, 224, 224] if config.image else ["batch", "frames", "mels"]
         inputs = [helper.make_tensor_value_info(config.inputs[0], TensorProto.FLOAT, sizes)]
@@ -89,7 +105,7 @@ def _node(kind: str, given: str, made: str, **attributes: int) -> onnx.NodeProto
 
 
 class Server:
-    """The application with four small models, asked without a socket."""
+    """The application with five small models, asked without a socket."""
 
     def __init__(self) -> None:
         home = tempfile.TemporaryDirectory(prefix="kdexport-fuzz-")

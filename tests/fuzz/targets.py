@@ -140,8 +140,10 @@ def _recordings() -> Iterator[bytes]:
 # --- requests
 
 
+_FORM = (b"content-type", b"multipart/form-data; boundary=b")
 _PATHS = ["/", "/predict", "/models/tags", "/models/image", "/models/audio", "/v1/completions", "/invocations"]
 _INFER = [f"/v2/models/{name}/infer" for name in ("text", "tags", "image", "audio")]
+_SPEECH = ["/v2/models/speech/infer", "/models/speech", "/v1/audio/transcriptions"]
 
 
 def bodies() -> Target:
@@ -151,7 +153,8 @@ def bodies() -> Target:
     def run(data: bytes) -> None:
         first, body = (data[:1] or b"\0")[0], data[1:]
         encoding = [(b"content-encoding", b"gzip")] if first & 0x80 else []
-        server.post((_PATHS + _INFER)[first % 11], body, *encoding)
+        paths = _PATHS + _INFER + _SPEECH
+        server.post(paths[first % len(paths)], body, _FORM, *encoding)
 
     return Target(run, _bodies())
 
@@ -184,7 +187,17 @@ def _bodies() -> Iterator[bytes]:
              "outputs": [{"name": "logits", "parameters": {"classification": 2}}]}),
     ):  # fmt: skip
         yield bytes([i]) + json.dumps(body).encode()
-    for i, content in ((3, next(_pictures())), (4, next(_recordings()))):
+    sound = next(_recordings())
+    fields = {
+        "model": b"speech",
+        "response_format": b"verbose_json",
+        "timestamp_granularities[]": b"word",
+        "file": sound,
+    }
+    form = [
+        b'--b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % (n.encode(), v) for n, v in fields.items()
+    ]
+    for i, content in ((3, next(_pictures())), (4, sound), (12, sound), (13, b"".join(form) + b"--b--")):
         yield bytes([i]) + content
 
 

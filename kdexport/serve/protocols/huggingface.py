@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 
 from kdexport.serve.http import Refused, encode
 from kdexport.serve.registry import Result, Version
-from kdexport.tasks.base import Task
+from kdexport.tasks.base import Task, can_transcribe
+from kdexport.tasks.transcripts import Transcript
 
 Asked = TypeVar("Asked")
 Function = Literal["softmax", "sigmoid", "none"]
@@ -95,10 +97,14 @@ def _parse_texts(body: bytes) -> Query:
 
 def _parse_file(reads: str, body: bytes) -> Query:
     """Parse an image or a recording: the body itself, or base64 in JSON."""
-    if body.lstrip()[:1] != b"{":
+    if _is_file(body):
         return Query([{reads: body}], single=True)
     asked = decoded(body, FileRequest)
     return _query([{reads: asked.inputs}], asked.parameters, single=True)
+
+
+def _is_file(body: bytes) -> bool:
+    return body.lstrip()[:1] != b"{"
 
 
 def _query(rows: list[dict[str, Any]], parameters: Parameters | None, single: bool = False) -> Query:
@@ -143,7 +149,66 @@ class TagQuery(NamedTuple):
         return encode(found[0] if self.single else found)
 
 
-AnyQuery = Query | TagQuery
+class TranscribeParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether to return the words with their times, in seconds."""
+
+    return_timestamps: bool | Literal["word"] | None = None
+
+
+class TranscribeRequest(msgspec.Struct, frozen=True):
+    """A recording in base64."""
+
+    inputs: bytes
+    parameters: TranscribeParameters | None = None
+
+
+class Chunk(msgspec.Struct):
+    """A word, and its start and end in seconds."""
+
+    text: str
+    timestamp: tuple[float, float]
+
+
+class Transcribed(msgspec.Struct):
+    """The text, and with `return_timestamps` its words."""
+
+    text: str
+    chunks: list[Chunk] | UnsetType = UNSET
+
+
+class TranscribeQuery(NamedTuple):
+    """A parsed request for the text of one recording; `write` returns the body of the response."""
+
+    rows: list[dict[str, Any]]
+    write: Callable[[Transcript], bytes]
+    uncut: bool = False
+    advice: str = "send a shorter recording"
+
+    def entries(self, version: Version) -> int:
+        """Return the most characters of the text."""
+        return version.task.answer_shape[0]
+
+    def render(self, version: Version, results: Sequence[Result]) -> bytes:
+        """Return the text in the request's format."""
+        task = version.task
+        assert can_transcribe(task)
+        return self.write(task.decode(results[0].logits[np.newaxis], self.rows)[0])
+
+
+def _parse_recording(body: bytes) -> TranscribeQuery:
+    if _is_file(body):
+        return TranscribeQuery([{"audio": body}], partial(_transcribed, False))
+    asked = decoded(body, TranscribeRequest)
+    timestamps = bool(asked.parameters and asked.parameters.return_timestamps)
+    return TranscribeQuery([{"audio": asked.inputs}], partial(_transcribed, timestamps))
+
+
+def _transcribed(timestamps: bool, found: Transcript) -> bytes:
+    chunks = [Chunk(word.word, (word.start, word.end)) for word in found.words]
+    return encode(Transcribed(found.text, chunks if timestamps else UNSET))
+
+
+AnyQuery = Query | TagQuery | TranscribeQuery
 
 
 def _parse_tags(body: bytes) -> TagQuery:
@@ -176,6 +241,8 @@ def _names(answer: Any, text: str, how: TagParameters) -> list[dict[str, Any]]:
 
 def parser(task: Task | type[Task]) -> Callable[[bytes], AnyQuery]:
     """Return the function that parses a request to a task that does not generate."""
+    if task.transcribes:
+        return _parse_recording
     if task.modality != "text":
         return partial(_parse_file, task.modality)
     return _parse_tags if task.has_words else _parse_texts

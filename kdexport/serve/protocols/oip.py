@@ -2,11 +2,13 @@
 
 Source: the protocol's inference_rest.md and open_inference_rest.yaml, and Triton's extension_binary_data.md and
 extension_classification.md. Inputs are texts (`text`, and `text_pair` for pairs) as BYTES, or the graph's own tensors;
-outputs are `label`, `score`, `scores` and `logits`. With the parameter `is_split_into_words` the words of a text to tag
-are those between its single spaces. A language model continues `text`, with the fields of `Sampling` as parameters.
+outputs are `label`, `score`, `scores` and `logits`, of speech recognition `text` and `logits`. With the parameter
+`is_split_into_words` the words of a text to tag are those between its single spaces. A language model continues `text`,
+with the fields of `Sampling` as parameters. Models of images or sound read a file, as BYTES, in JSON in base64.
 """
 
 import math
+from base64 import b64decode
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -21,7 +23,8 @@ from kdexport.serve.large import check_answer
 from kdexport.serve.registry import Version
 from kdexport.serve.settings import Settings
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
-from kdexport.tasks.base import reads_files
+from kdexport.tasks.base import can_transcribe, reads_files
+from kdexport.tasks.inputs.media import Media
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.token_classification import TokenClassification
 
@@ -30,6 +33,7 @@ HEADER_LENGTH = b"inference-header-content-length"
 TEXTS = ("text", "text_pair")
 OUTPUTS = {"label": "BYTES", "score": "FP32", "scores": "FP32", "logits": "FP32"}
 WRITTEN = {"text": "BYTES"}
+HEARD = {"text": "BYTES", "logits": "FP32"}
 _FLAT = ("label", "score", "text")
 _JSON_NUMBER, _RAW_NUMBER = 20, 4  # bytes
 # Parameters of the protocol and Triton; a language model's others are fields of `Sampling`.
@@ -74,14 +78,15 @@ def metadata(version: Version) -> dict[str, Any]:
     task = version.task
     if reads_files(task):
         tensors = [{"name": name, "datatype": "FP32", "shape": shape} for name, shape in task.shapes().items()]
+        tensors.append({"name": task.modality, "datatype": "BYTES", "shape": [1]})
     else:
         encoded = [] if version.generator else task.config.inputs
         tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
         tensors += [{"name": name, "datatype": "INT64", "shape": [-1, -1]} for name in encoded]
-    wide = [-1, len(version.task.labels)]
+    wide = [-1, *([-1] if task.transcribes else []), len(task.labels)]
     outputs = [
         {"name": name, "datatype": datatype, "shape": [-1] if name in _FLAT else wide}
-        for name, datatype in (WRITTEN if version.generator else OUTPUTS).items()
+        for name, datatype in _outputs(version).items()
     ]
     facts = {"name": version.name, "versions": [version.version], "platform": "onnxruntime_onnx"}
     return facts | {"inputs": tensors, "outputs": outputs}
@@ -104,15 +109,17 @@ def parse(request: Request, body: bytes, version: Version, settings: Settings) -
             continue
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(raw):
             raise Refused(400, f"binary_data_size of input {tensor.name} is not what the body holds")
-        tensors[tensor.name] = read_raw(tensor, raw[:size])
+        tensors[tensor.name] = read_raw(tensor, raw[:size], files=reads_files(version.task))
         raw = raw[size:]
     if raw:
         raise Refused(400, f"{len(raw)} bytes follow the last input")
     parameters = asked.parameters or {}
     if version.generator:
         rows, costs = _jobs(version.generator, tensors, parameters, settings)
+    elif version.task.modality in tensors and reads_files(version.task):
+        rows, costs = _files(version, tensors, settings)
     elif reads_files(version.task):
-        rows, costs = _encoded_files(version.task.shapes(), tensors, settings.max_rows)
+        rows, costs = _encoded_files(version.task, tensors, settings.max_rows)
     elif "text" in tensors:
         rows, costs = _texts(version, tensors, parameters, settings)
     else:
@@ -120,7 +127,7 @@ def parse(request: Request, body: bytes, version: Version, settings: Settings) -
     timeout = parameters.get("timeout")
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
         timeout = 0
-    outputs = _wanted(asked.outputs or [], WRITTEN if version.generator else OUTPUTS)
+    outputs = _wanted(asked.outputs or [], _outputs(version))
     binary = parameters.get("binary_data_output") is True
     return Query(rows, costs, outputs, binary, asked.id, timeout / 1e6 or None)
 
@@ -167,18 +174,22 @@ def outputs_of(
         return [("BYTES", [len(results)], [job.completion for job in results]) for _ in outputs]
     task = version.task
     logits = np.stack([result.logits for result in results])
-    scores = np.stack([result.scores for result in results])
-    labels, best = _best(task.labels, logits, scores)
-    values: dict[str, Any] = {"label": labels, "score": best, "scores": scores, "logits": logits}
+    values: dict[str, Any] = {"logits": logits}
+    if can_transcribe(task):
+        values["text"] = [one.text for one in task.decode(logits, [])]
+    else:
+        values["scores"] = scores = np.stack([result.scores for result in results])
+        values["label"], values["score"] = _best(task.labels, logits, scores)
     found = []
     for output in outputs:
-        value = values[output.name] if output.name == "label" else values[output.name].astype(np.float32)
+        value, datatype = values[output.name], _outputs(version)[output.name]
+        value = value if datatype == "BYTES" else value.astype(np.float32)
         top = output.asks("classification")
         if top is not None and output.name not in _FLAT:
             found.append(_classes(task.labels, value, top))
         else:
             shape = [len(logits)] if output.name in _FLAT else list(logits.shape)
-            found.append((OUTPUTS[output.name], shape, value))
+            found.append((datatype, shape, value))
     return found
 
 
@@ -212,10 +223,15 @@ def _split(request: Request, body: bytes) -> tuple[bytes, memoryview]:
     return body[: int(length)], memoryview(body)[int(length) :]
 
 
+def _outputs(version: Version) -> dict[str, str]:
+    """Return the datatype of each output."""
+    return WRITTEN if version.generator else HEARD if version.task.transcribes else OUTPUTS
+
+
 def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[RequestedOutput]:
     for output in outputs:
         if output.name not in there:
-            raise Refused(400, f"the outputs are {', '.join(there)}" if there is OUTPUTS else "the output is text")
+            raise Refused(400, f"the outputs are {', '.join(there)}" if len(there) > 1 else "the output is text")
     if len({output.name for output in outputs}) < len(outputs):
         raise Refused(400, "two outputs have the same name")
     return outputs or [RequestedOutput(name) for name in there]
@@ -235,16 +251,32 @@ def _jobs(generator: Generator, tensors: dict[str, Any], parameters: dict[str, A
     return jobs, [one.how.max_new_tokens for one in jobs]
 
 
-def _encoded_files(wanted: dict[str, list[int]], tensors: dict[str, Any], max_rows: int) -> Rows:
+def _files(version: Version, tensors: dict[str, Any], settings: Settings) -> Rows:
+    """Read a file: bytes, or base64 of JSON. One a request: decoding many would take seconds."""
+    name = version.task.modality
+    if len(tensors) > 1 or not isinstance(tensors[name], list) or len(tensors[name]) > 1:
+        raise Refused(400, f"the input `{name}`, of datatype BYTES, is one file, and the only input")
+    (file,) = tensors[name]
+    try:
+        content = file if isinstance(file, bytes) else b64decode(file, validate=True)
+    except ValueError:
+        raise Refused(400, f"the file of input {name} is not base64") from None
+    return check_rows(version, [{name: content}], settings, 400)
+
+
+def _encoded_files(task: Media, tensors: dict[str, Any], max_rows: int) -> Rows:
+    wanted, longest = task.shapes(), task.config.audio.length if task.config.audio else 1
     if set(tensors) != set(wanted):
-        raise Refused(400, f"the input is {', '.join(wanted)}; files go to POST /")
+        raise Refused(400, f"the input is {', '.join(wanted)}, or {task.modality}: a file of datatype BYTES")
     for name, (_, *shape) in wanted.items():
         array = tensors[name]
         if isinstance(array, list) or array.dtype != np.float32 or not np.isfinite(array).all():
             raise Refused(400, f"input {name} must be of datatype FP32, and finite")
         rows, *found = array.shape
-        if found != shape or rows > max_rows:
-            raise Refused(400, f"input {name} must have the shape [1…{max_rows}, {', '.join(map(str, shape))}]")
+        fits = [size == n or (size == -1 and n <= longest) for size, n in zip(shape, found, strict=False)]
+        if len(found) != len(shape) or not all(fits) or rows > max_rows:
+            sizes = ", ".join(f"1…{longest}" if size == -1 else str(size) for size in shape)
+            raise Refused(400, f"input {name} must have the shape [1…{max_rows}, {sizes}]")
     return [{name: tensors[name][i] for name in wanted} for i in range(rows)], [1] * rows
 
 
