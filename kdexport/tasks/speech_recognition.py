@@ -6,7 +6,7 @@ repetitions and blanks. A teacher's answer is a path as well, so teachers with o
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -55,6 +55,11 @@ class SpeechRecognition(Sounds, Transcripts):
         """The recording, and where the teacher's transcript was mended, that."""
         return super().content(row) + (f":{row['label']}" if row.get("heard") else "")
 
+    def row(self, given: object) -> dict[str, Any]:  # type: ignore[override] # it depends on the model
+        row = super().row(given)
+        self._refuse_longer(row)
+        return row
+
     # --- rows → arrays
 
     def array(self, content: bytes) -> Array:
@@ -82,11 +87,14 @@ class SpeechRecognition(Sounds, Transcripts):
         return min(frames, self._how.length)
 
     def seconds(self, row: Row) -> float:
+        self._refuse_longer(row)
+        return super().seconds(row)
+
+    def _refuse_longer(self, row: Row) -> None:
         """Refuse what is longer than the model reads: its text would lack words."""
-        cost, lasts = super().seconds(row), read_header(bytes_of(row["audio"])).seconds
+        lasts = read_header(bytes_of(row["audio"])).seconds
         if lasts > seconds_of(self._how):
             raise TooLarge(f"it lasts {lasts:.1f} s; the model reads {seconds_of(self._how):.1f}", "Cut it")
-        return cost
 
     def shapes(self) -> dict[str, list[int]]:
         return {self.config.inputs[0]: [-1, -1, *([self._how.mels] if self._how.mels else [])]}

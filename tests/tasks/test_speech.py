@@ -10,6 +10,7 @@ from tones import say, wav
 from transformers import ASTFeatureExtractor
 
 from kdexport.distill.losses import ctc, ctc_of_teacher
+from kdexport.errors import TooLarge
 from kdexport.models.inference import logits_of
 from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_task
@@ -111,6 +112,11 @@ def test_a_recording_at_another_rate_has_as_many_frames(task):
     slow, quick = (task.encode([{"audio": say("ab cd", 0, rate)}])["input_values"] for rate in (8_000, 48_000))
     assert abs(slow.shape[1] - quick.shape[1]) <= 1
     assert task.encode([{"audio": wav(np.zeros(1))}])["input_values"].shape[1] == 1
+
+
+def test_a_recording_longer_than_the_model_reads_is_refused_not_cut(task):
+    with pytest.raises(TooLarge, match=r"it lasts 60.0 s; the model reads \d+\.\d. Cut it"):
+        task.row(wav(np.zeros(480_000)))
 
 
 def test_ctc_is_the_sum_over_paths(task):
