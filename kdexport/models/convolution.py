@@ -13,6 +13,7 @@ from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.inputs import audio, images
 
 _MELS = 40
+_HEARD = 9.2  # 40 dB, as a difference of natural logs
 _STEP_S = 0.04  # seconds of speech for each character at most
 _SMALL = 32  # pixels a side; larger pictures are halved by the first convolution
 
@@ -29,8 +30,8 @@ def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) 
     channels = [width, 2 * width, 4 * width]
     if teacher.audio and teacher.audio.steps:
         sound = audio.fitted(rows, teacher.audio.rate, _MELS, audio.speech_seconds(rows))
-        hop = audio.HOP / sound.rate
-        shape = {"width": width, "num_mel_bins": sound.mels, "halvings": max(1, round(math.log2(_STEP_S / hop)))}
+        halvings = max(1, round(math.log2(_STEP_S * sound.rate / audio.HOP)))
+        shape = {"width": width, "num_mel_bins": sound.mels, "halvings": halvings, "loudness": _HEARD / (2 * sound.std)}
         speech = SpeechNetForCTC(SpeechNetConfig(**shape, **labels))
         return ModelAndProcessor(speech, ASTFeatureExtractor(**audio.extractor_of(sound)))
     if teacher.audio:

@@ -17,13 +17,15 @@ from kdexport.tasks.transcripts import NEVER
 
 MODEL_TYPE = "kdexport-speech"
 # In training, a recording is played so much slower or faster, at a higher or lower pitch, and noisier.
-_SPEED, _PITCH, _NOISE = 0.15, 0.15, 0.3
-_LEAST_VARIANCE = 1e-2
+_SPEED, _PITCH, _NOISE = 0.15, 0.1, 0.3
+# Below every band.
+_NOTHING = -1e9
 # SpecAugment (Park et al. 2019, https://arxiv.org/abs/1904.08779): masks, and the most of the frames and bands of each.
-_MASKS, _MOST_FRAMES, _MOST_BANDS = 2, 0.05, 0.15
+_MASKS, _MOST_FRAMES, _MOST_BANDS = 2, 0.05, 0.2
 
-# `halvings` of the frame rate, by the first convolutions; `kernel` of the others, in steps.
-_SHAPE = {"width": 96, "depth": 5, "kernel": 11, "halvings": 2, "num_mel_bins": 40, "dropout": 0.1}
+# `halvings` of the frame rate, by the first convolutions; `kernel` of the others, in steps; `loudness`: what is softer
+# than the loudest band by more, in units of the input, is not heard.
+_SHAPE = {"width": 96, "depth": 5, "kernel": 11, "halvings": 2, "num_mel_bins": 40, "loudness": 1.2, "dropout": 0.1}
 
 
 class SpeechNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ships no types
@@ -66,7 +68,7 @@ class SpeechNetForCTC(PreTrainedModel):  # type: ignore[misc]
         there = (bands.abs().amax(dim=1, keepdim=True) > 0).to(bands.dtype)
         if self.training:
             bands, there = _changed(bands, there)
-        bands = _standardised(bands, there)
+        bands = _levelled(bands, there, self.config.loudness)
         if self.training:
             bands = _masked(bands)
         for layer in self.stem:
@@ -95,12 +97,13 @@ def _halving(before: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv1d(before, width, 5, stride=2, padding=2, bias=False), nn.BatchNorm1d(width), nn.ReLU())
 
 
-def _standardised(bands: Tensor, there: Tensor) -> Tensor:
-    """Return bands [B, M, T] with mean 0 and deviation 1 over the frames there: microphones and voices differ less."""
-    frames = there.sum(dim=2, keepdim=True).clamp(min=1.0)
-    centred = (bands - (bands * there).sum(dim=2, keepdim=True) / frames) * there
-    deviation = (centred.square().sum(dim=2, keepdim=True) / frames + _LEAST_VARIANCE).sqrt()
-    return centred / deviation
+def _levelled(bands: Tensor, there: Tensor, loudness: float) -> Tensor:
+    """Return bands [B, M, T] between −1 and 1: from `loudness` below the recording's loudest band up to it.
+
+    So the noise of rooms and microphones, which is below, is the same for all.
+    """
+    loudest = torch.where(there > 0, bands, _NOTHING).amax(dim=(1, 2), keepdim=True)
+    return ((bands - loudest).clamp(min=-loudness) * (2 / loudness) + 1) * there
 
 
 def _changed(bands: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
