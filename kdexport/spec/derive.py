@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from kdexport.errors import SpecError
 from kdexport.spec.sections import Distill, Spec, Student, TeacherTraining
+from kdexport.spec.teachers import config_of, named
 from kdexport.tasks import task_class
 
 # name → (layers, width); the feed-forward width is 4 × width (Turc et al. 2019).
@@ -16,6 +17,8 @@ _EXAMPLES_SEEN, _STEPS = 300_000, 500
 _PATIENT = 5
 # A teacher this sure of the training rows says hardly more about them than their labels: it is asked about others.
 _SURE, _MOST_VIEWS = 0.95, 120_000
+# The fewest layers of a teacher of which three are a student.
+_ENOUGH_LAYERS = 4
 # From so many validation rows on, training stops early: the best of a few epochs on fewer is luck.
 _ENOUGH = 200
 # Fine-tuning sees a number of examples for the task and more for each label: docs/decisions.md.
@@ -72,11 +75,17 @@ def shape_of(model: str) -> Shape:
 
 def students(settings: Spec) -> tuple[str, ...]:
     """Return the students to train: one, or the ladder of a search."""
-    named = settings.student.model
-    if named is None:
+    given = settings.student.model
+    if given is None:
         menu = task_class(settings.task, settings.data.problem).menu
-        return menu.ladder if settings.budget.binds() else (menu.default,)
-    return (named,) if isinstance(named, str) else tuple(dict.fromkeys(named))
+        return menu.ladder if settings.budget.binds() else (_default(menu.default, settings),)
+    return (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
+
+
+def _default(name: str, settings: Spec) -> str:
+    """Return the default student; `tiny` for one of three layers where the teacher has hardly more."""
+    layers = config_of(named(settings)[0]).get("num_hidden_layers", _ENOUGH_LAYERS)
+    return name if shape_of(name).kind != "spread" or layers >= _ENOUGH_LAYERS else "tiny"
 
 
 def vocabulary(student: Student, name: str, task: str) -> str:

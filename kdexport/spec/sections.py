@@ -131,7 +131,7 @@ class Student(Section, frozen=True):
             "tiny (2 layers × 128), mini (4 × 256), small (4 × 512), 3x192, layers:3 (the teacher's lowest), spread:3, "
             "layers:0+2+5, bag, cnn, gru, cnn:512 (features), conv, conv:32 (channels; of images and sound), or a "
             "Hugging Face folder or hub id; a list is the ladder "
-            "that a search climbs; when absent tiny, conv, or spread:3 for a number; a ladder if there is a budget"
+            "that a search climbs; when absent tiny, conv, or spread:3 for words and numbers; with a budget a ladder"
         ),
     ] = None
     vocabulary: Annotated[

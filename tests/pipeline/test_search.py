@@ -107,11 +107,15 @@ def test_students_of_one_name_in_two_folders_stand_apart():
     assert search.slug("layers:0+2") != search.slug("layers:02")
 
 
-def test_a_budget_without_a_student_asks_for_a_ladder():
+def test_a_budget_without_a_student_asks_for_a_ladder(tmp_path):
     plain = spec.load(None, {"teacher.model": "t", "data.train": "d.csv"})
     assert derive.students(plain) == ("tiny",)
     budget = spec.load(None, {"teacher.model": "t", "data.train": "d.csv", "budget.size_mb": 2})
     assert derive.students(budget) == TEXTS.ladder
+    words = {"task": "token-classification", "data.train": "d.jsonl"}
+    assert derive.students(spec.load(None, words | {"teacher.model": "t"})) == ("spread:3",)
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2}')
+    assert derive.students(spec.load(None, words | {"teacher.model": str(tmp_path)})) == ("tiny",)
     named = spec.load(None, {"teacher.model": "t", "data.train": "d.csv", "budget.size_mb": 2, "student.model": "bag"})
     assert derive.students(named) == ("bag",)
 
