@@ -33,7 +33,7 @@ def run(
         list[str] | None,
         Flag(
             help="bag, cnn, gru, tiny, mini, small, 3x192, layers:3, spread:3, a folder or hub id; several: a search.",
-            show_default="tiny; with a budget a search of six",
+            show_default="by the task, tiny for texts; with a budget a search",
         ),
     ] = None,
     loss: Annotated[
