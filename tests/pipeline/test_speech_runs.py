@@ -48,9 +48,15 @@ def teacher(tmp_path_factory):
 def finished(tones, teacher, cache, tmp_path_factory):
     os.environ["KDEXPORT_CACHE"] = str(cache)
     out = tmp_path_factory.mktemp("run") / "tones"
-    how = {"epochs": 12, "learning_rate": 3e-3, "batch_size": 16}
+    how = {"epochs": 24, "learning_rate": 5e-3, "batch_size": 16}
     given = {"task": TASK, "data.train": str(tones), "teacher.model": str(teacher)}
-    given |= {"teacher.train": how, "student.model": "conv:24", "distill.epochs": 16, "distill.batch_size": 16}
+    given |= {
+        "teacher.train": how,
+        "distill.learning_rate": 5e-3,
+        "student.model": "conv:48",
+        "distill.epochs": 30,
+        "distill.batch_size": 16,
+    }
     run_pipeline(spec.load(None, QUICK | given), out)
     return out
 
