@@ -52,7 +52,8 @@ MEDIA = Menu(
     },
 )
 SPEECH = MEDIA._replace(
-    instead="Take conv, conv:128 or layers:2",
+    students=frozenset({"conv"}),
+    instead="Take conv:96, or with another number of channels",
     default="conv:96",
     ladder=("conv:48", "conv:96", "conv:144", "conv:192"),
     losses=("ctc",),

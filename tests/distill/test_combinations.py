@@ -33,10 +33,11 @@ from kdexport.files import write_json
 from kdexport.models.inference import logits_of
 from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_model, save_task
+from kdexport.models.speechnet import SpeechNetConfig, SpeechNetForCTC
 from kdexport.spec import derive
 from kdexport.spec.sections import LossName
 from kdexport.tasks import load_task, task_class
-from kdexport.tasks.menus import MEDIA, TEXTS
+from kdexport.tasks.menus import MEDIA, SPEECH, TEXTS
 
 WORDS = ["[PAD]", "[UNK]", "red", "green", "blue", "car", "tree", "sky", "is", "was", "not", "far"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -48,6 +49,7 @@ KINDS = {  # task, problem and labels
     "text": ("causal-lm", "single-label", []),
     "images": ("image-classification", "single-label", ["a", "b", "c"]),
     "sound": ("audio-classification", "single-label", ["a", "b", "c"]),
+    "speech": ("automatic-speech-recognition", "single-label", ["<pad>", "a", "b", "c"]),
 }
 STUDENTS = ["bag", "cnn:16", "gru:16", "1x16", "1x16 behind 8", "layers:1", "spread:2", "layers:0+1", "conv:8"]
 LOSSES = get_args(LossName)
@@ -80,6 +82,9 @@ def teacher_of(task, labels, problem):
     if task == "image-classification":
         config = ViTConfig(image_size=32, patch_size=16, **SIZES, **names)
         return ModelAndProcessor(ViTForImageClassification(config), ViTImageProcessor(size={"height": 32, "width": 32}))
+    if task == "automatic-speech-recognition":
+        network = SpeechNetForCTC(SpeechNetConfig(width=16, depth=1, num_mel_bins=40, **names))
+        return ModelAndProcessor(network, ASTFeatureExtractor(num_mel_bins=40, max_length=64))
     config = ASTConfig(max_length=64, num_mel_bins=40, **SIZES, **names)
     return ModelAndProcessor(ASTForAudioClassification(config), ASTFeatureExtractor(num_mel_bins=40, max_length=64))
 
@@ -99,8 +104,9 @@ def rows_of(task, problem, labels, folder, n=16):
             file = folder / f"{i}.png"
             Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file)
             row = {"id": row["id"], "image": str(file), "label": row["label"], "sha256": str(i)}
-        elif task == "audio-classification":
+        elif task in ("audio-classification", "automatic-speech-recognition"):
             row = {"id": row["id"], "audio": sound(draw), "label": row["label"], "sha256": str(i)}
+            row |= {"label": "ab"} if task == "automatic-speech-recognition" else {}
         rows.append(row)
     return rows
 
@@ -167,7 +173,7 @@ def test_a_menu_holds_only_what_there_is():
     for task, problem, _ in KINDS.values():
         assert {*task_class(task, problem).menu.losses} <= known
     assert not {"hidden"} & {*MEDIA.losses}
-    assert {*TEXTS.losses} == known
+    assert {*TEXTS.losses, *SPEECH.losses} == known
 
 
 @pytest.mark.parametrize("loss", ["dist", "dkd", "bce"])
