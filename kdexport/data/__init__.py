@@ -36,7 +36,7 @@ class Summary(msgspec.Struct, frozen=True):
     """`data.json`: sizes, labels and the audit.
 
     `unlabelled` counts the texts beyond the splits, `columns` are the names of train's columns, `doubted` by split how
-    many of the teacher's transcripts each filter left out.
+    many of the teacher's transcripts each filter left out, `heard` how many it gave to test rows.
     """
 
     rows: dict[str, int]
@@ -49,6 +49,7 @@ class Summary(msgspec.Struct, frozen=True):
     problem: str = "single-label"
     columns: Columns = {}
     doubted: dict[str, dict[str, int]] = {}
+    heard: int = 0
 
 
 def prepare(
@@ -89,6 +90,8 @@ def prepare(
     for split, rows in splits.items():
         if not rows:
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
+    if heard := sum(bool(row.get("heard")) for row in splits["test"]):
+        warn(f"data: errors are against the teacher's words in {counted(heard, 'test row')}, which had no transcript")
     unlabelled = _new(beyond.rows, splits, content)
     names = _label_names(splits, of_task)
     if of_task.modality == "text":
@@ -98,9 +101,8 @@ def prepare(
     for name, rows in (splits | ({"unlabelled": unlabelled} if unlabelled else {})).items():
         write_rows(out, name, rows)
     counts = {split: len(rows) for split, rows in splits.items()}
-    summary = Summary(
-        counts, names, bad_rows, missing, found, len(unlabelled), task, settings.problem, columns, doubted
-    )
+    given = (task, settings.problem, columns)
+    summary = Summary(counts, names, bad_rows, missing, found, len(unlabelled), *given, doubted, heard)
     write_json(out / "data.json", summary)
     if guessed := _guessed(columns, settings):
         say(f"data: columns {guessed}")

@@ -120,20 +120,12 @@ def ctc(student_logits: Tensor, labels: Tensor) -> Tensor:
 
 
 LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": cross_entropy,
-    "bce": label_bce,
-    "mse": label_mse,
-    "ctc": ctc,
-}
+    "ce": cross_entropy, "bce": label_bce, "mse": label_mse, "ctc": ctc
+}  # fmt: skip
 # A task's objective → its labels' term.
 OF_OBJECTIVE: dict[str, str] = {
-    "classes": "ce",
-    "tokens": "ce",
-    "next-token": "ce",
-    "several": "bce",
-    "number": "mse",
-    "ctc": "ctc",
-}
+    "classes": "ce", "tokens": "ce", "next-token": "ce", "several": "bce", "number": "mse", "ctc": "ctc"
+}  # fmt: skip
 
 
 # --- the teacher's terms

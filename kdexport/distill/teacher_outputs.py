@@ -126,16 +126,14 @@ class Teacher:
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def _torch(self, rows: Rows, advance: Callable[[int], None]) -> Array:
-        known = {i: found for i, row in enumerate(rows) if (found := self.task.known(row)) is not None}
-        advance(len(known))
-        asked = [row for i, row in enumerate(rows) if i not in known]
-        logits = np.empty((len(rows), *self.task.answer_shape), np.float32)
-        if asked:
-            places = [i for i in range(len(rows)) if i not in known]
-            logits[places] = logits_of(self._model, self.task, asked, advance=advance)
-        for i, found in known.items():
-            logits[i] = found
-        return logits
+        known = [self.task.known(row) for row in rows]
+        asked = [row for row, logits in zip(rows, known, strict=True) if logits is None]
+        answers = logits_of(self._model, self.task, asked, advance=advance) if asked else ()
+        if len(asked) == len(rows):
+            return np.asarray(answers)
+        advance(len(rows) - len(asked))
+        left = iter(answers)
+        return np.stack([next(left) if logits is None else logits for logits in known])
 
     @cached_property
     def _predictor(self) -> Predictor:

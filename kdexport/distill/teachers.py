@@ -113,7 +113,7 @@ def transcribed_by(settings: spec.Spec) -> list[str]:
         from kdexport.models.loading import open_config
 
         family = open_config(first).model_type
-    return [first] if family == "whisper" else []
+    return [first] if family == spec.teachers.TRANSCRIBER else []
 
 
 def transcriber_of(settings: spec.Spec) -> Transcribe | None:

@@ -19,8 +19,9 @@ from kdexport.distill.store import cache_folder
 from kdexport.errors import DataError, ModelError
 from kdexport.files import digest, hash_file, write_bytes, write_json
 from kdexport.models.loading import open_config
-from kdexport.models.transcriber import FAMILY, Heard, Transcriber
+from kdexport.models.transcriber import Heard, Transcriber
 from kdexport.progress import bar, say, warn
+from kdexport.spec.teachers import TRANSCRIBER
 from kdexport.tasks import task_class
 from kdexport.tasks.config import AudioConfig, TaskConfig
 from kdexport.tasks.inputs import audio
@@ -81,8 +82,8 @@ def prepare_transcriber(task: str, model: str, labels: Sequence[str], rows: Rows
 
 
 def is_transcriber(config: Any) -> bool:
-    """Whether a configuration is Whisper's."""
-    return getattr(config, "model_type", None) == FAMILY
+    """Return whether a configuration is that of a Whisper."""
+    return getattr(config, "model_type", None) == TRANSCRIBER
 
 
 def _refuse_others(model: str) -> None:

@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 import kdexport.models.convnet
 import kdexport.models.speechnet
 import kdexport.models.textnet  # noqa: F401  # the Auto classes learn of our own architectures
-from kdexport.models.transcriber import FAMILY, Transcriber
+from kdexport.models.transcriber import Transcriber
+from kdexport.spec.teachers import TRANSCRIBER
 from kdexport.tasks import DEFAULT, load_task, names, task_class
 from kdexport.tasks.config import read_config
 
@@ -82,6 +83,6 @@ def task_name(folder: Path) -> str:
 
 def open_trained(folder: Path) -> PreTrainedModel:
     """Open the model of a model folder of ours."""
-    if AutoConfig.from_pretrained(folder).model_type == FAMILY:
+    if AutoConfig.from_pretrained(folder).model_type == TRANSCRIBER:
         return Transcriber.open(folder, load_task(folder))
     return auto_class(task_name(folder)).from_pretrained(folder)

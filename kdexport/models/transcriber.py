@@ -12,7 +12,6 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from kdexport.tasks.base import Task
 
-FAMILY = "whisper"
 _MOST_TOKENS = 224  # of 30 s, half of what the decoder could write: more is a loop
 _GRAM = 4
 

@@ -73,7 +73,7 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
         evidence=look_closely(task, rows, logits["teacher"], logits[best]),
         data={"name": settings.data.train, "rows": summary.rows, "bad_rows": summary.bad_rows,
               "labelled": _labelled(stages.data) if task.has_labels else 0, "unlabelled": summary.unlabelled,
-              "doubted": summary.doubted, "split_by_us": summary.split_by_us,
+              "doubted": summary.doubted, "heard": summary.heard, "split_by_us": summary.split_by_us,
               "sha256": read_record(stages.data).outputs},
         leakage=msgspec.to_builtins(summary.duplicates) | {"membership": leaked}, bench=conditions,
         environment=measured.environment, spec=msgspec.to_builtins(settings),
@@ -85,11 +85,8 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
 
 def _labelled(data: Path) -> int:
     """Return the number of labelled rows of train and validation."""
-    return sum(
-        row["label"] is not None and not row.get("heard")
-        for split in ("train", "validation")
-        for row in read_rows(data, split)
-    )
+    rows = [row for split in ("train", "validation") for row in read_rows(data, split)]
+    return sum(row["label"] is not None and not row.get("heard") for row in rows)
 
 
 def described(metric: Metric) -> dict[str, Any]:

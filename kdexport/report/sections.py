@@ -29,6 +29,8 @@ def data(r: Report) -> Section | None:
         f"{classes}Exact duplicates: {audit['duplicates']:,} of {audit['rows']:,} rows; in two splits: {across:,}; "
         f"dropped, so that no test text is in training: {dropped:,}."
     )
+    if heard := r.data.get("heard"):
+        lead += f" The teacher wrote the transcripts of {heard:,} test rows, so errors there are against its words."
     doubted = sum((Counter(one) for one in r.data.get("doubted", {}).values()), Counter[str]())
     if doubted:
         causes = ", ".join(f"{count:,} {cause}" for cause, count in doubted.most_common())

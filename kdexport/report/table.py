@@ -65,7 +65,7 @@ def deviation(metric: Metric, spread: Spread) -> str:
 def keeps(report: Report, found: Distillation) -> str:
     """Describe how much of the teacher's quality the recommended file retains on test rows, as a verb phrase."""
     metric = metric_of(report)
-    if metric.kind != "number":
+    if metric.kind != "number" and metric.higher_is_better:
         return f"keeps {percent(found.retention)} of the teacher's {metric.name} on the test split"
     best = report.variant(report.recommended).metric if report.recommended else None
     value = score(metric, (best or found.student).value)

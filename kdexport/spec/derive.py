@@ -84,8 +84,9 @@ def students(settings: Spec) -> tuple[str, ...]:
 
 def _default(name: str, settings: Spec) -> str:
     """Return the default student; `tiny` for one of three layers where the teacher has hardly more."""
-    layers = config_of(named(settings)[0]).get("num_hidden_layers", _ENOUGH_LAYERS)
-    return name if shape_of(name).kind != "spread" or layers >= _ENOUGH_LAYERS else "tiny"
+    layers = config_of(named(settings)[0]).get("num_hidden_layers")
+    few = isinstance(layers, int) and layers < _ENOUGH_LAYERS
+    return "tiny" if few and shape_of(name).kind == "spread" else name
 
 
 def vocabulary(student: Student, name: str, task: str) -> str:

@@ -255,12 +255,9 @@ class Spec(Section, frozen=True, kw_only=True):
     """The whole job: teacher in, budget in; artifact and report out."""
 
     task: Annotated[
-        str,
-        Meta(
-            description="what the model does; recognised by the data when absent",
-            extra_json_schema={"enum": [*BUILT_IN]},
-        ),
-    ] = DEFAULT
+        str, Meta(description="what the model does; recognised by the data when absent",
+                  extra_json_schema={"enum": [*BUILT_IN]}),
+    ] = DEFAULT  # fmt: skip
     data: Data
     teacher: Teacher
     student: Student = Student()

@@ -9,6 +9,8 @@ from kdexport.errors import ModelError
 from kdexport.spec.sections import Spec
 
 Kind = Literal["torch", "onnx", "stored"]
+# The family of recognisers that write freely, so that they can transcribe for others.
+TRANSCRIBER = "whisper"
 
 
 def named(settings: Spec) -> tuple[str, ...]:

@@ -309,7 +309,7 @@ def can_generate(task: Task) -> TypeGuard[Generates]:
 
 
 def can_transcribe(task: Task) -> TypeGuard[Transcripts]:
-    """Whether a task's answers are transcripts."""
+    """Return whether the answers of a task are transcripts."""
     return task.transcribes
 
 

@@ -77,7 +77,7 @@ class Transcripts(Task):
         return np.array([text == truth for text, truth in zip(self.texts(logits), truths, strict=True)])
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Words that are substituted, deleted, inserted, and said: float64 [N, 4]."""
+        """Substitutions, deletions, insertions and words of the transcript: float64 [N, 4]."""
         truths = (normalised(row["label"]).split() for row in rows)
         pairs = zip(truths, self.texts(logits), strict=True)
         return np.array([[*edits(truth, text.split()), len(truth)] for truth, text in pairs], np.float64).reshape(-1, 4)

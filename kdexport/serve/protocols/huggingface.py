@@ -150,7 +150,7 @@ class TagQuery(NamedTuple):
 
 
 class TranscribeParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Whether to return the words with their times, in seconds."""
+    """Ask for each word with its times, in seconds."""
 
     return_timestamps: bool | Literal["word"] | None = None
 

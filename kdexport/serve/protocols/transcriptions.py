@@ -63,7 +63,10 @@ class Transcription(msgspec.Struct):
 
 
 class Segment(msgspec.Struct):
-    """Words between two pauses, in OpenAI's fields; the log probability is that of the whole recording."""
+    """Words between two pauses, in OpenAI's fields.
+
+    The log probability is the recording's; fields that CTC models don't have are neutral, as clients require them.
+    """
 
     id: int
     start: float
