@@ -18,7 +18,10 @@ from PIL import Image
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 kind, folder, file = sys.argv[1:]
-model = getattr(optimum.onnxruntime, kind).from_pretrained(folder, subfolder="onnx", file_name=file)
+where = {"subfolder": "onnx", "file_name": file}
+if kind == "ORTModelForSpeechSeq2Seq":  # it finds an encoder and a merged decoder by their names
+    where = {"subfolder": "onnx"}
+model = getattr(optimum.onnxruntime, kind).from_pretrained(folder, **where)
 
 
 def labelled(logits):
@@ -51,12 +54,22 @@ def image(path):
     return labelled(model(**processor(pixels, return_tensors="pt", input_data_format="channels_last")).logits)[0]
 
 
-def sound(path):
+def extracted(path):
     with wave.open(path) as file:
         samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2").astype(np.float32) / 32768
         rate = file.getframerate()
-    processor = AutoFeatureExtractor.from_pretrained(folder)
-    return labelled(model(**processor(samples, sampling_rate=rate, return_tensors="pt")).logits)[0]
+    return AutoFeatureExtractor.from_pretrained(folder)(samples, sampling_rate=rate, return_tensors="pt")
+
+
+def sound(path):
+    return labelled(model(**extracted(path)).logits)[0]
+
+
+def heard(path):
+    tokens = AutoTokenizer.from_pretrained(folder)
+    above = [*range(tokens.eos_token_id + 1, model.config.vocab_size)]
+    ids = model.generate(**extracted(path), max_new_tokens=24, do_sample=False, num_beams=1, suppress_tokens=above)[0]
+    return tokens.decode(ids, skip_special_tokens=True).strip()
 
 
 READ = {
@@ -65,5 +78,6 @@ READ = {
     "ORTModelForCausalLM": written,
     "ORTModelForImageClassification": image,
     "ORTModelForAudioClassification": sound,
+    "ORTModelForSpeechSeq2Seq": heard,
 }
 json.dump([READ[kind](given) for given in json.load(sys.stdin)], sys.stdout)

@@ -35,7 +35,7 @@ LEVELS = [
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 TORCH = {"torch", "transformers", "optimum", "accelerate", "safetensors"}
-TORCH_ROOMS = {"distill", "models", "export/onnx.py", "bench/subjects.py"}
+TORCH_ROOMS = {"distill", "models", "export/onnx.py", "export/speech.py", "bench/subjects.py"}
 
 
 def imports(path: Path, top_level_only=False):

@@ -102,12 +102,12 @@ def _open_torch(target: Target, threads: int) -> Opened:
     import torch
 
     from kdexport.models.caches import read_after
-    from kdexport.models.registry import auto_class
+    from kdexport.models.registry import open_trained
 
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     task = load_task(Path(target.task))
-    model = auto_class(task.name).from_pretrained(target.model).eval().to(target.device)
+    model: Any = open_trained(Path(target.model), task).eval().to(target.device)
     if target.runtime in _COMPILED:
         model = torch.compile(model, mode=_COMPILED[target.runtime], dynamic=True)
     cuda = target.device == "cuda"
@@ -175,8 +175,8 @@ def _open_openvino(target: Target, threads: int) -> Opened:
     import openvino
 
     task = load_task(Path(target.task))
-    if can_generate(task):
-        raise RunError("language models are not measured in OpenVINO yet")
+    if can_generate(task) or task.config.decoder:
+        raise RunError("models that write text are not measured in OpenVINO yet")
     settings = {
         "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1,
         "INFERENCE_PRECISION_HINT": "f32",

@@ -88,14 +88,16 @@ def recognised(data: spec.Data) -> tuple[str, str]:
         raws = []  # the data stage names what is wrong
     for kind in kinds() if raws else []:
         try:
-            columns = choose_columns(source, data, kind)
+            alone = kind.transcribes and len(source.columns) == 1  # which the teacher is to transcribe
+            columns = choose_columns(source, data, kind, "if any" if alone else "all")
         except DataError:
             continue
         if kind.has_labels or len(source.columns) == 1:
             rows = [{ours: raw.get(theirs) for ours, theirs in columns.items()} for raw in raws]
             placed = [row | {kind.modality: _placed(row[kind.modality], kind, source)} for row in rows]
             if signs := kind.signs(placed):
-                problem = f" with data.problem {kind.problem}" if len(kind.kinds()) > 1 else ""
+                several = len(kind.kinds()) > 1 and kind.modality == "text"
+                problem = f" with data.problem {kind.problem}" if several else ""
                 say(f"task: {kind.name}{problem}, as {signs} in {source.name}; --task names another")
                 return kind.name, kind.problem
     return DEFAULT, task_class(DEFAULT).problem

@@ -16,20 +16,24 @@ from kdexport.data import read_rows
 from kdexport.distill.soft_targets import TRANSFER
 from kdexport.distill.teacher import some_rows
 from kdexport.distill.train import TrainConfig, fit
+from kdexport.distill.transcripts import heard_once
 from kdexport.errors import ModelError, counted
 from kdexport.files import write_json
 from kdexport.models.convolution import build_conv
 from kdexport.models.inference import logits_of
 from kdexport.models.loading import ModelAndProcessor, open_config, open_model, open_processor
 from kdexport.models.registry import open_trained, task_name
-from kdexport.models.saving import save_model, save_task
+from kdexport.models.saving import save_model, save_task, save_writer
 from kdexport.models.shrink import keep_layers, layers_of, narrow
 from kdexport.models.textnet import TextNet, TextNetConfig, TextNetForTokens, start_as_mean
+from kdexport.models.transcriber import audio_of, cut
 from kdexport.models.vocabulary import trim_vocabulary
 from kdexport.progress import say
 from kdexport.spec import derive
 from kdexport.tasks import load_task, task_class
+from kdexport.tasks.base import writes_speech
 from kdexport.tasks.config import read_config
+from kdexport.tasks.inputs.audio import speech_seconds
 
 # Width of a TextNet's features, and of the layer before its logits: docs/decisions.md.
 _NETWORK_WIDTH, _NETWORK_HEAD = 256, 512
@@ -100,12 +104,21 @@ def train_student(
         f"{title}: {name}, {parameters / 1e6:.2g} M parameters, {built.origin}; "
         f"{counted(how.epochs, 'epoch')} over {counted(len(rows), 'row')}, learning rate {how.learning_rate:g}"
     )
+    encoded = None
+    if writes_speech(task):
+        rows = (
+            rows
+            if soft is None
+            else [row | {"tokens": ids} for row, ids in zip(rows, map(task.ids_of, soft), strict=True)]
+        )
+        encoded = heard_once(model, task, rows)
     curve = fit(
         model,
         task,
         rows,
         soft,
         how,
+        encoded=encoded,
         validation=validation,
         validation_targets=np.load(targets / "validation.npy"),
         teacher=teacher,
@@ -138,6 +151,8 @@ def _start(
     rows = [*read_rows(data, "train"), *transfer_rows(targets)]
     texts = (row[column] for row in rows for column in ("text", "text_pair") if row.get(column))
     some, config = some_rows(data), read_config(teacher)
+    if config.decoder:
+        return build_writer(name, teacher, some, out)
     if derive.shape_of(name).kind == "conv":
         built = Untrained(build_conv(derive.shape_of(name).width, config, some), "random weights")
     else:
@@ -145,6 +160,18 @@ def _start(
     task, function = config.task, config.function
     save_task(built.opened, config.max_length, config.labels, out, task=task, function=function, rows=some)
     return built
+
+
+def build_writer(name: str, teacher_folder: Path, rows: list[dict[str, Any]], out: Path) -> Untrained:
+    """Build a smaller Whisper that reads as long as these rows are, and write its `task.json` and processor."""
+    teacher, shape, task = open_trained(teacher_folder), derive.shape_of(name), task_name(teacher_folder)
+    wanted = list(shape.indices) or shape.layers
+    layers = layers_of(teacher.config.decoder_layers, wanted, spread=shape.kind == "spread")
+    seconds = speech_seconds(rows)
+    model = cut(teacher, layers, how := audio_of(teacher.config, seconds))
+    save_writer(model, str(teacher_folder), out, how, task, 1, seconds)
+    origin = f"the teacher's encoder and layers {', '.join(map(str, layers))} of its decoder"
+    return Untrained(ModelAndProcessor(model, None), f"{origin}, {how.length // 100} s of sound")
 
 
 def transfer_rows(targets: Path) -> list[dict[str, Any]]:

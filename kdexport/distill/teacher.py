@@ -10,11 +10,12 @@ from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.data import read_rows, read_summary
 from kdexport.distill.fine_tune import fine_tune
-from kdexport.distill.transcripts import is_transcriber, prepare_transcriber
+from kdexport.distill.transcripts import prepare_transcriber
 from kdexport.errors import ModelError
 from kdexport.models.loading import open_config, open_model, own_labels
 from kdexport.models.registry import has_head
 from kdexport.models.saving import save_model, save_task
+from kdexport.models.transcriber import is_transcriber
 from kdexport.progress import say, warn
 from kdexport.spec.teachers import has_weights
 from kdexport.tasks import load_task, task_class
@@ -42,7 +43,7 @@ def prepare_teacher(
     if is_transcriber(config):
         if settings.train is not None:
             raise ModelError(f"teacher.train: {settings.model} writes texts, and is not trained here", "Leave it out")
-        prepare_transcriber(summary.task, source, known, some_rows(data), out)
+        prepare_transcriber(summary.task, source, summary.problem, known, some_rows(data), out)
         return
     of_task, kind = summary.task, task_class(summary.task, summary.problem)
     function = kind.function

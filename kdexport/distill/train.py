@@ -28,6 +28,7 @@ from kdexport.models.inference import logits_of
 from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
 from kdexport.tasks.base import Task
+from kdexport.tasks.config import Arrays
 from kdexport.tasks.inputs.media import Encoded
 from kdexport.tasks.judging import metric
 from kdexport.tasks.menus import OF_LAYERS
@@ -80,6 +81,7 @@ def fit(
     teacher: Path | None = None,
     token_ids: Array | None = None,
     validation_targets: Array | None = None,
+    encoded: Sequence[Arrays] | None = None,
 ) -> Curve:
     """Train a model in place; return one record an epoch.
 
@@ -89,6 +91,7 @@ def fit(
         work: a folder for checkpoints; a call with the same arguments resumes from the last one.
         fresh: names of parameters that begin at random in a trained model; they learn ten times as fast.
         teacher: its folder, for losses of layers.
+        encoded: the rows as the model reads them in training; as their task encodes them when None.
         token_ids: int64 [V], the teacher's token id of each of the model's, where its vocabulary was trimmed.
 
     Returns:
@@ -106,7 +109,7 @@ def fit(
         raise SpecError(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
         )
-    encoded, labels = task.tokenize(rows), task.label_array(rows)
+    encoded, labels = task.tokenize(rows) if encoded is None else encoded, task.label_array(rows)
     if isinstance(encoded, Encoded):
         encoded.keep = _KEPT_BYTES
     lengths = task.sizes(encoded)

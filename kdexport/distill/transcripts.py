@@ -13,19 +13,29 @@ from typing import Any
 
 import msgspec
 import torch
+from msgspec.structs import replace
+from transformers import WhisperForConditionalGeneration
 
 from kdexport.data.read import read_file
 from kdexport.distill.store import cache_folder
 from kdexport.errors import DataError, ModelError
 from kdexport.files import digest, hash_file, write_bytes, write_json
 from kdexport.models.loading import open_config
-from kdexport.models.transcriber import Heard, Transcriber
+from kdexport.models.saving import save_processor
+from kdexport.models.transcriber import (
+    Heard,
+    Transcriber,
+    audio_of,
+    config_of,
+    is_transcriber,
+    writer_of,
+)
 from kdexport.progress import bar, say, warn
-from kdexport.spec.teachers import TRANSCRIBER
-from kdexport.tasks import task_class
-from kdexport.tasks.config import AudioConfig, TaskConfig
+from kdexport.tasks.config import Arrays, Row, TaskConfig
 from kdexport.tasks.inputs import audio
+from kdexport.tasks.inputs.media import Encoded
 from kdexport.tasks.inputs.transcripts import normalised
+from kdexport.tasks.speech_seq2seq import SpeechSeq2Seq
 
 Rows = list[dict[str, Any]]
 
@@ -34,7 +44,8 @@ _LEAST_LOG_P, _MOST_COMPRESSION, _MOST_REPEATS = -1.0, 2.4, 1
 _NEAR = 0.25
 _BATCH = 8
 _SAVED_EVERY = 64
-_FRAMES, _STEP_S = 3000, 0.02
+_STEP_S = 0.02
+_TOP_K = 16  # tokens with a probability in soft targets, as Whisper is sure of most
 
 
 def transcribed(rows: Rows, task: str, model: str, sentences: str | None) -> tuple[Rows, dict[str, int]]:
@@ -67,35 +78,40 @@ def transcribed(rows: Rows, task: str, model: str, sentences: str | None) -> tup
     return kept, dict(dropped)
 
 
-def prepare_transcriber(task: str, model: str, labels: Sequence[str], rows: Rows, out: Path) -> None:
-    """Write a Whisper as a teacher's folder, with `task.json`: its answers are paths of the data's characters."""
+def prepare_transcriber(task: str, model: str, problem: str, labels: Sequence[str], rows: Rows, out: Path) -> None:
+    """Write a Whisper as a teacher's folder, with `task.json`.
+
+    Its answers are tokens with their probabilities for the problem seq2seq, else paths of the data's characters.
+    """
     _refuse_others(model)
-    inputs, how = ["input_features"], _config(model, rows)
-    config = TaskConfig(task=task, labels=list(labels), inputs=inputs, function="none", audio=how)
+    opened = WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    seconds, how = audio.speech_seconds(rows), audio_of(opened.config)
+    if problem == "seq2seq":
+        config = config_of(opened, save_processor(model, how, out), how, task, _TOP_K, seconds)
+    else:
+        save_processor(model, how, out)
+        how = replace(how, steps=max(1, round(seconds / _STEP_S)))
+        config = TaskConfig(task=task, labels=list(labels), inputs=["input_features"], function="none", audio=how)
     write_json(out / "task.json", config)
-    opened = Transcriber.open(model)
-    opened.model.save_pretrained(out)
-    from transformers import AutoFeatureExtractor, AutoTokenizer
-
-    AutoTokenizer.from_pretrained(model).save_pretrained(out)
-    AutoFeatureExtractor.from_pretrained(model).save_pretrained(out)
+    opened.save_pretrained(out)
 
 
-def is_transcriber(config: Any) -> bool:
-    """Return whether a configuration is that of a Whisper."""
-    return getattr(config, "model_type", None) == TRANSCRIBER
+def heard_once(model: Any, task: SpeechSeq2Seq, rows: Rows) -> Encoded:
+    """Return rows as the states of a frozen encoder, `heard` float16 [T, H], and their tokens."""
+
+    def encode(row: Row) -> Arrays:
+        bands = torch.from_numpy(task.encode([row])["input_features"]).to(model.device)
+        with torch.inference_mode():
+            heard: Arrays = {"heard": model.encoded(bands)[0].half().cpu().numpy()}
+        return heard | task.tokens(row)
+
+    return Encoded(rows, encode)
 
 
 def _refuse_others(model: str) -> None:
     if not is_transcriber(open_config(model)):
         what = f"recordings have no transcripts, and teacher {model} writes none"
         raise ModelError(what, "Name a Whisper, or add transcripts")
-
-
-def _config(model: str, rows: Rows) -> AudioConfig:
-    config = open_config(model)
-    steps = max(1, round(audio.speech_seconds(rows) / _STEP_S))
-    return AudioConfig(rate=16_000, length=_FRAMES, mels=config.num_mel_bins, steps=steps, filters="slaney")
 
 
 def _heard(task: str, model: str, rows: Rows) -> dict[str, Heard]:
@@ -109,15 +125,15 @@ def _heard(task: str, model: str, rows: Rows) -> dict[str, Heard]:
     missing = {row["sha256"]: row for row in rows if row["sha256"] not in found}
     if missing:
         say(f"data: the teacher transcribes {len(missing):,} recordings")
-        config = TaskConfig(task=task, labels=[], inputs=["input_features"], audio=_config(model, rows))
-        reads: Any = task_class(task)
-        encode = reads(config).encode
-        transcriber = Transcriber.open(model).to("cuda" if torch.cuda.is_available() else "cpu")
+        transcriber: Any = Transcriber.from_pretrained(model, dtype=torch.float32).eval()
+        writer = writer_of(model, transcriber, task)
+        transcriber.writes(writer, writer)
+        transcriber.to("cuda" if torch.cuda.is_available() else "cpu")
         file.parent.mkdir(parents=True, exist_ok=True)
         with bar("transcribe", len(missing)) as advance:
             for chunk in _chunks(list(missing), _SAVED_EVERY):
                 for names in _chunks(chunk, _BATCH):
-                    bands = torch.from_numpy(encode([missing[name] for name in names])["input_features"])
+                    bands = torch.from_numpy(writer.encode([missing[name] for name in names])["input_features"])
                     found |= zip(names, transcriber.transcribe(bands.to(transcriber.device)), strict=True)
                     advance(len(names))
                 write_bytes(file, msgspec.json.encode(found))

@@ -1,5 +1,7 @@
 """The export stage: a trained student → ONNX graphs, plain and fused or dynamo's, in several precisions."""
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +14,9 @@ from kdexport.analysis import sampled
 from kdexport.errors import ModelError
 from kdexport.files import write_json
 from kdexport.progress import say
+from kdexport.runtime.artifact import files_of, size_of
 from kdexport.tasks import load_task
+from kdexport.tasks.base import writes_speech
 from kdexport.tasks.config import Arrays
 
 
@@ -41,6 +45,8 @@ def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequen
     from kdexport.export.onnx import export_onnx, fusable
     from kdexport.export.quantize import convolves, halve, quantize_int4, quantize_int8, quantize_static_int8
 
+    if writes_speech(load_task(student)):
+        return _export_writer(settings, student, out)
     plain, fused, dynamo = (out / f"{stem}.onnx" for stem in ("model", "model_fused", "model_dynamo"))
     graphs = {"plain": plain}
     exporter = export_onnx(student, plain)
@@ -75,8 +81,38 @@ def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequen
     if "int4" in settings.variants:
         for graph, file in graphs.items():
             quantize_int4(file, made("int4", graph, "_q4"))
-    sizes = ", ".join(f"{c.name} {(out / c.file).stat().st_size / 1e6:.1f} MB" for c in found)
-    say(f"export: {sizes}")
+    _write_candidates(found, out)
+
+
+def _export_writer(settings: spec.Export, student: Path, out: Path) -> None:
+    """Write an encoder and a decoder for each candidate; that of int8 may have a decoder in fp32, if that is faster."""
+    from kdexport.export.merge import read_quantized_table
+    from kdexport.export.quantize import quantize_int8
+    from kdexport.export.speech import export_speech, merge_decoders
+
+    found = [Candidate("fp32", "encoder_model.onnx", "fp32", "plain")]
+    encoder, decoder = files_of(out / found[0].file)
+    with tempfile.TemporaryDirectory(dir=out) as work:
+        first, later = export_speech(student, encoder, Path(work))
+        merge_decoders(first, later, decoder)
+        if "int8" in settings.variants:
+            found += [
+                Candidate("int8", "encoder_model_quantized.onnx", "int8", "plain"),
+                Candidate("int8-mixed", "encoder_model_mixed.onnx", "int8", "mixed"),
+            ]
+            quantized, mixed = (files_of(out / candidate.file) for candidate in found[1:])
+            quantize_int8(encoder, quantized[0])
+            for file in (first, later):
+                quantize_int8(file, file)
+                read_quantized_table(file)
+            merge_decoders(first, later, quantized[1])
+            os.link(quantized[0], mixed[0])
+            os.link(decoder, mixed[1])
+    _write_candidates(found, out)
+
+
+def _write_candidates(found: list[Candidate], out: Path) -> None:
+    say(f"export: {', '.join(f'{c.name} {size_of(out / c.file) / 1e6:.1f} MB' for c in found)}")
     write_json(out / "candidates.json", found)
 
 

@@ -26,7 +26,8 @@ from kdexport.models import LINE_5
 from kdexport.models.caches import pairs_of, read_after
 from kdexport.models.inference import PADDING_TOLERANCE, logits_of, padding_effect
 from kdexport.models.registry import Dimensions, dimensions, open_trained
-from kdexport.runtime.predictor import PAST, POSITIONS, PRESENT, Predictor
+from kdexport.runtime.predictor import POSITIONS, Predictor
+from kdexport.runtime.transcription import PAST, PRESENT
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task, reads_texts
 
@@ -111,7 +112,7 @@ def fusable(student: Path) -> Dimensions | None:
 def _trace(model: PreTrainedModel, task: Task, file: Path) -> None:
     """Write a model with TorchScript's exporter."""
     graph = _graph_of(model, task)
-    with _quiet(), _masks_without_vmap(), torch.no_grad():
+    with quiet(), masks_without_vmap(), torch.no_grad():
         torch.onnx.export(
             _Positional(model, list(graph.inputs)), tuple(graph.inputs.values()), file, dynamo=False,
             input_names=list(graph.inputs), output_names=graph.outputs, dynamic_axes=graph.axes, opset_version=OPSET,
@@ -123,7 +124,7 @@ def _export_by_dynamo(model: PreTrainedModel, task: Task, file: Path) -> None:
     """Write a model with dynamo's exporter, which stores tied embeddings once."""
     graph = _graph_of(model, task)
     sizes = [{i: axis for i, axis in graph.axes[name].items() if axis not in _FIXED} for name in graph.inputs]
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             _Positional(model, list(graph.inputs)), tuple(graph.inputs.values()), dynamo=True, verbose=False,
             input_names=list(graph.inputs), output_names=graph.outputs, dynamic_shapes=(tuple(sizes),),
@@ -187,7 +188,7 @@ def _graph_of(model: PreTrainedModel, task: Task) -> Graph:
 
 
 @contextlib.contextmanager
-def _masks_without_vmap() -> Iterator[None]:
+def masks_without_vmap() -> Iterator[None]:
     """Build transformers 4.57's attention masks by broadcasting, as 5 does: vmap can't be traced."""
     if LINE_5:
         yield
@@ -204,7 +205,7 @@ def _masks_without_vmap() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence exporters: warnings of traced ifs, and whole graphs that C++ prints where one fails."""
     saved = {number: os.dup(number) for number in (1, 2)}
     with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere:

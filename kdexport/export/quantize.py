@@ -28,7 +28,7 @@ def quantize_int8(fp32: Path, int8: Path) -> None:
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_computing_weights(fp32),
+            nodes_to_exclude=_computing_weights(fp32) + _reading_products(fp32),
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
 
@@ -97,6 +97,13 @@ def _computing_weights(fp32: Path) -> list[str]:
     graph = onnx.load(fp32).graph
     known = {tensor.name for tensor in graph.initializer}
     return [node.name for node in graph.node if node.op_type == "Conv" and node.input[1] not in known]
+
+
+def _reading_products(fp32: Path) -> list[str]:
+    """Return gathers from weights of a product, which decide how these are quantized: tied tables of words."""
+    graph = onnx.load(fp32).graph
+    of_products = {node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    return [node.name for node in graph.node if node.op_type == "Gather" and node.input[0] in of_products]
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def write(folder: Path, variant: str | None, name: str, image: str | None, out: 
     `variant` defaults to the recommended one, `image` to `name:version`.
     """
     _copy(folder, out / name)
-    size = artifact.model_file(folder, variant).stat().st_size
+    size = artifact.size_of(artifact.model_file(folder, variant))
     image = image or f"{name.lower()}:{hash_file(folder / artifact.MANIFEST)[:12]}"
     if not _IMAGE.fullmatch(image):
         raise SpecError(f"{image!r} can't be an image's name", "Give one like --image registry.example/team/tickets:2")
@@ -47,7 +47,8 @@ def _dns_label(name: str) -> str:
 def _copy(folder: Path, out: Path) -> None:
     """Copy an artifact's own files, each checked against the manifest."""
     manifest = artifact.read_manifest(folder)
-    models = [artifact.model_file(folder, variant) for variant in manifest.variants]
+    chosen = (artifact.model_file(folder, variant) for variant in manifest.variants)
+    models = [file for model in chosen for file in artifact.files_of(model)]
     names = [*(str(path.relative_to(folder)) for path in models), *manifest.files, "README.md", artifact.MANIFEST]
     for name in (name for name in names if (folder / name).exists()):
         (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 Version 5.40 of transformers drops the name `past_key_values` for `cache`.
 """
 
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -12,10 +13,14 @@ from transformers import PreTrainedModel
 Pairs = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, heads, T, size]
 
 
+def cache_name(forward: Callable[..., Any]) -> str:
+    """Return the name of a model's argument for a cache."""
+    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
+
+
 def read_after(model: PreTrainedModel, past: Any, **inputs: Tensor) -> tuple[Tensor, Any]:
     """Run a model after a cache, or None; return the logits [B, T, V] and the extended cache."""
-    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    found = model(**inputs, **{name: past}, use_cache=True)
+    found = model(**inputs, **{cache_name(model.forward): past}, use_cache=True)
     return found.logits, found["cache"] if "cache" in found else found["past_key_values"]
 
 

@@ -12,9 +12,9 @@ from transformers import AutoConfig, PreTrainedModel
 import kdexport.models.convnet
 import kdexport.models.speechnet
 import kdexport.models.textnet  # noqa: F401  # the Auto classes learn of our own architectures
-from kdexport.models.transcriber import Transcriber
-from kdexport.spec.teachers import TRANSCRIBER
+from kdexport.models.transcriber import Transcriber, is_transcriber
 from kdexport.tasks import DEFAULT, load_task, names, task_class
+from kdexport.tasks.base import Task
 from kdexport.tasks.config import read_config
 
 
@@ -31,8 +31,9 @@ def outline(config: Any, task: str) -> PreTrainedModel:
 
 def has_head(config: Any, task: str) -> bool:
     """Return whether the configuration's architecture has a head for the task."""
-    named = any(head in name for name in config.architectures or [] for head in task_class(task).heads)
-    return named and type(config) in auto_class(task)._model_mapping
+    kinds = task_class(task).kinds().values()
+    named = any(head in name for name in config.architectures or [] for kind in kinds for head in kind.heads)
+    return named and any(type(config) in getattr(transformers, kind.auto_class)._model_mapping for kind in kinds)
 
 
 def task_of(config: Any) -> str | None:
@@ -81,8 +82,8 @@ def task_name(folder: Path) -> str:
     return read_config(folder).task if (folder / "task.json").is_file() else DEFAULT
 
 
-def open_trained(folder: Path) -> PreTrainedModel:
-    """Open the model of a model folder of ours."""
-    if AutoConfig.from_pretrained(folder).model_type == TRANSCRIBER:
-        return Transcriber.open(folder, load_task(folder))
-    return auto_class(task_name(folder)).from_pretrained(folder)
+def open_trained(folder: Path, task: Task | None = None) -> PreTrainedModel:
+    """Open the model of a folder; `task` is that of its `task.json` when None."""
+    if is_transcriber(AutoConfig.from_pretrained(folder)):
+        return Transcriber.open(folder, task or load_task(folder))
+    return auto_class(task.name if task else task_name(folder)).from_pretrained(folder)

@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 from msgspec.structs import replace
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from kdexport.errors import ModelError, VerificationError
 from kdexport.files import write_json
 from kdexport.models import LINE_5
 from kdexport.models.inference import PADDING_TOLERANCE, padding_effect
-from kdexport.models.loading import ModelAndProcessor
+from kdexport.models.loading import ModelAndProcessor, open_tokenizer
+from kdexport.models.transcriber import NO_TIMES, Transcriber, config_of
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.base import reads_texts
 from kdexport.tasks.config import AudioConfig, Function, TaskConfig, TextSide
 from kdexport.tasks.inputs import audio as sound
 from kdexport.tasks.inputs import images
+from kdexport.tasks.inputs.whisper import HOP, RATE
 
 _DEFAULT_MAX_LENGTH = 128
 
@@ -192,6 +194,30 @@ def _components(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
 def save_model(opened: ModelAndProcessor, out: Path) -> None:
     """Write config and weights as safetensors."""
     opened.model.save_pretrained(out, safe_serialization=True)
+
+
+def save_processor(source: str, how: AudioConfig, out: Path) -> Any:
+    """Write, and return, the tokenizer of a Whisper, and write its extractor, for a window of this length."""
+    tokenizer, extractor = open_tokenizer(source), AutoFeatureExtractor.from_pretrained(source)
+    save_tokenizer(tokenizer, out)
+    chunk = how.length * HOP // RATE
+    settings = extractor.to_dict() | {"chunk_length": chunk, "n_samples": chunk * RATE, "nb_max_frames": how.length}
+    write_json(out / "preprocessor_config.json", settings)
+    return tokenizer
+
+
+def save_writer(
+    model: Transcriber, source: str, out: Path, how: AudioConfig, task: str, kept: int, seconds: float | None = None
+) -> None:
+    """Write `task.json` and the processor of a Whisper, and attach that task to it. See `config_of`."""
+    tokenizer = save_processor(source, how, out)
+    write_json(out / "task.json", config_of(model, tokenizer, how, task, kept, seconds))
+    rules, ids = model.generation_config, tokenizer.get_vocab()
+    rules._from_model_config = False  # transformers would write the model's defaults in its place
+    rules.return_timestamps, rules.is_multilingual = False, bool(getattr(rules, "is_multilingual", False))
+    rules.no_timestamps_token_id = ids.get(NO_TIMES)
+    written = load_task(out)
+    model.writes(written, written)
 
 
 def read_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: int | None) -> int:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from kdexport.errors import ModelError
 from kdexport.models.inference import logits_of
-from kdexport.models.loading import open_classifier, open_config, own_labels
+from kdexport.models.loading import ModelAndProcessor, open_classifier, open_config, own_labels
 from kdexport.models.registry import task_of
-from kdexport.models.saving import save_model, save_task
+from kdexport.models.saving import save_model, save_task, save_writer
+from kdexport.models.transcriber import Transcriber, audio_of, is_transcriber
 from kdexport.progress import bar
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.classes import function_of
@@ -34,23 +36,32 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     config = open_config(model)
     task_name = task_of(config) or DEFAULT
     kind = task_class(task_name)
-    opened = open_classifier(model, config, task_name)
     for row in rows:  # the column that was named holds paths, if it is no column of texts
         row.setdefault(kind.modality, row["text"])
+    if is_transcriber(config):
+        written: Any = Transcriber.from_pretrained(model, dtype=torch.float32).eval()
+        save_writer(written, model, out, audio_of(config), task_name, 1)
+        _write(ModelAndProcessor(written, None), rows, out, model)
+        return
+    opened = open_classifier(model, config, task_name)
     labels = own_labels(config) if kind.has_labels else []
     if len(set(labels)) < len(labels):
         raise ModelError(f"model {model!r} has labels of the same name", "Tell them apart: id2label in config.json")
     if 4 * opened.model.num_parameters() >= _LARGEST_BYTES:
         raise ModelError(f"model {model!r} has more than 2 GB of weights", "Distil it: kdexport run --teacher …")
     function: Function = kind.function
-    if len(kind.kinds()) > 1:
+    if len({other.function for other in kind.kinds().values()}) > 1:
         function = function_of(len(labels), config.problem_type)
     save_task(opened, max_length, labels, out, task=task_name, function=function, at_most=_AT_MOST, rows=rows)
+    _write(opened, rows, out, model)
+
+
+def _write(opened: ModelAndProcessor, rows: Sequence[dict[str, Any]], out: Path, name: str) -> None:
     save_model(opened, out)
     task = load_task(out)
     everything = [*rows, *task.probes(), *task.examples()]
     with bar("PyTorch reference", len(everything)) as advance:
         reference = logits_of(opened.model, task, everything, advance=advance)
     if not np.isfinite(reference).all():
-        raise ModelError(f"model {model!r} gives logits that are not finite")
+        raise ModelError(f"model {name!r} gives logits that are not finite")
     np.save(out / "reference.npy", reference)

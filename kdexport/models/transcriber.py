@@ -1,19 +1,32 @@
-"""Whisper, which writes what it hears token by token, as a model with a path of characters as its output."""
+"""Whisper, which writes what it hears token by token, as a model whose output is the text that it writes."""
 
+import math
 import zlib
 from collections import Counter
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from kdexport.errors import ModelError
+from kdexport.models.caches import cache_name, read_after
+from kdexport.spec.teachers import TRANSCRIBER
+from kdexport.tasks import task_class
 from kdexport.tasks.base import Task
+from kdexport.tasks.config import AudioConfig, DecoderConfig, TaskConfig
+from kdexport.tasks.inputs.whisper import HOP, RATE
+from kdexport.tasks.metrics import Array
 
-_MOST_TOKENS = 224  # of 30 s, half of what the decoder could write: more is a loop
+# What is written in 30 s at most, and in a second: more is a loop.
+_MOST_TOKENS, _TOKENS_PER_S, _SPARE = 224, 7.5, 16
 _GRAM = 4
+NO_TIMES, _SILENCE = "<|notimestamps|>", ("<|nospeech|>", "<|nocaptions|>")
 
 
 class Heard(NamedTuple):
@@ -29,44 +42,146 @@ class Heard(NamedTuple):
     repeats: int
 
 
-class Transcriber(nn.Module):
-    """A Whisper and its tokenizer: log-mel bands [B, M, 3000] → texts, greedily."""
+class Transcriber(WhisperForConditionalGeneration):  # type: ignore[misc] # transformers ships no types
+    """A Whisper whose output is what it writes, greedily: log-mel bands [B, M, T] → logits as its task has them."""
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task | None = None) -> None:
-        super().__init__()
-        self.model, self._tokenizer, self._task = model.eval(), tokenizer, task
-        self.config = model.config
+    _writer: Any
+    _spell: Callable[[str], Array] | None
 
     @classmethod
-    def open(cls, folder: str | Path, task: Task | None = None) -> "Transcriber":
-        """Open a Hugging Face folder; `task` gives the characters of `forward`'s paths."""
-        model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        return cls(model, AutoTokenizer.from_pretrained(folder), task)
+    def open(cls, folder: str | Path, task: Task) -> "Transcriber":
+        """Open a Hugging Face folder; `task` gives the form of the output: packed tokens, or a path of characters."""
+        model = cls.from_pretrained(folder, dtype=torch.float32).eval()
+        model.writes(task, task if task.config.decoder else writer_of(folder, model, task.name, task.config.audio))
+        return model  # type: ignore[no-any-return]
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.model.device  # type: ignore[no-any-return]
+    def writes(self, task: Task, writer: Any) -> None:
+        """Set the tasks that decide the form of the output, and what is written."""
+        self._writer = writer
+        self._spell = None if task.config.decoder else task.path_of  # type: ignore[attr-defined]
 
     @torch.inference_mode()
+    def packed(self, bands: Tensor) -> Array:
+        """Return what is heard in each recording, packed [B, L, 1 + 2k]."""
+        return self.decoded(self.encoded(bands))
+
+    def encoded(self, bands: Tensor) -> Tensor:
+        """Return the encoder's states [B, T / 2, H]."""
+        return self.model.encoder(bands).last_hidden_state  # type: ignore[no-any-return]
+
+    def decoded(self, states: Tensor) -> Array:
+        """Return what is written for the encoder's states, packed."""
+
+        def read(ids: Array, cache: Any) -> tuple[Array, Any]:
+            inputs: dict[str, Any] = {"heard": states, "decoder_input_ids": torch.from_numpy(ids).to(self.device)}
+            logits, cache = read_after(self, cache, **inputs)
+            return logits.float().cpu().numpy(), cache
+
+        return np.asarray(self._writer.write(read, len(states)))
+
     def transcribe(self, bands: Tensor) -> list[Heard]:
         """Return what is heard in each recording."""
-        found = self.model.generate(
-            bands, max_new_tokens=_MOST_TOKENS, do_sample=False, num_beams=1, return_dict_in_generate=True,
-            output_scores=True,
-        )  # fmt: skip
-        scores = self.model.compute_transition_scores(found.sequences, found.scores, normalize_logits=True)
-        written = found.sequences[:, -scores.shape[1] :]
-        texts = self._tokenizer.batch_decode(written, skip_special_tokens=True)
-        there = torch.isfinite(scores) & (written != self.model.generation_config.pad_token_id)
-        sums = torch.where(there, scores, 0.0).sum(dim=1) / there.sum(dim=1).clamp(min=1)
-        return [_judged(text.strip(), log_p) for text, log_p in zip(texts, sums.tolist(), strict=True)]
+        packed = self.packed(bands)
+        return [
+            _judged(text, math.log(score))
+            for text, score in zip(self._writer.raw(packed), self._writer.confidence(packed, ()), strict=True)
+        ]
 
-    def forward(self, input_features: Tensor) -> CausalLMOutput:
-        """Return each text as the logits of a path of characters: float [B, T', V]."""
-        assert self._task
-        paths = [self._task.path_of(heard.text) for heard in self.transcribe(input_features)]  # type: ignore[attr-defined]
-        return CausalLMOutput(logits=torch.stack([torch.from_numpy(path) for path in paths]))
+    def forward(
+        self, input_features: Tensor | None = None, heard: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None, cache: Any = None, use_cache: bool = False,
+    ) -> Any:  # fmt: skip
+        """Return logits [B, n, V] for the tokens to read; without those, the output for what is heard.
+
+        `heard` are the encoder's states [B, T, H], where they are known already.
+        """
+        if decoder_input_ids is None:
+            assert input_features is not None
+            packed = self.packed(input_features)
+            logits = np.stack([self._spell(text) for text in self._writer.raw(packed)]) if self._spell else packed
+            return CausalLMOutput(logits=torch.from_numpy(logits))
+        return super().forward(
+            input_features=input_features, encoder_outputs=None if heard is None else BaseModelOutput(heard.float()),
+            decoder_input_ids=decoder_input_ids, use_cache=use_cache, **{cache_name(super().forward): cache},
+        )  # fmt: skip
+
+
+Transcriber.__name__ = "WhisperForConditionalGeneration"  # what save_pretrained names the architecture
+
+
+def is_transcriber(config: Any) -> bool:
+    """Return whether a configuration is that of a Whisper."""
+    return getattr(config, "model_type", None) == TRANSCRIBER
+
+
+def audio_of(config: Any, seconds: float | None = None) -> AudioConfig:
+    """Return the input of a Whisper that reads so many seconds, rounded up; as many as it can when None."""
+    most = 2 * config.max_source_positions
+    frames = most if seconds is None else min(most, math.ceil(seconds) * RATE // HOP)
+    return AudioConfig(rate=RATE, length=frames, mels=config.num_mel_bins, filters="slaney")
+
+
+def writer_of(folder: str | Path, model: Any, task: str, how: AudioConfig | None = None) -> Any:
+    """Return the task of a Whisper as it writes, for its whole window or another."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    kind: Any = task_class(task, "seq2seq")
+    return kind(config_of(model, tokenizer, how or audio_of(model.config), task), tokenizer.backend_tokenizer)
+
+
+def config_of(
+    model: Any, tokenizer: Any, how: AudioConfig, task: str, kept: int = 1, seconds: float | None = None
+) -> TaskConfig:
+    """Return `task.json` of a Whisper, which writes no times, by its generation_config.json.
+
+    `seconds` is the length of the longest recording, which bounds what is written; the whole window when None.
+    """
+    rules, ids = model.config.to_dict() | model.generation_config.to_diff_dict(), tokenizer.get_vocab()
+    end, forced = rules["eos_token_id"], rules.get("forced_decoder_ids") or []
+    start = [rules["decoder_start_token_id"]]
+    start += [token for _, token in sorted(forced) if token is not None]
+    if rules.get("is_multilingual") and len(start) == 1:
+        start += [ids["<|en|>"], ids["<|transcribe|>"]]
+    if (no_times := ids.get(NO_TIMES)) is not None and no_times not in start:
+        start.append(no_times)
+    decoder = DecoderConfig(
+        start=start,
+        never=sorted(token for token in rules.get("suppress_tokens") or () if 0 <= token <= end),
+        never_first=sorted(rules.get("begin_suppress_tokens") or ()),
+        silence=next((ids[token] for token in _SILENCE if token in ids), None),
+    )
+    room = model.config.max_target_positions - len(start)
+    likely = math.ceil(_TOKENS_PER_S * (seconds or how.length * HOP / RATE)) + _SPARE
+    return TaskConfig(
+        task=task, labels=[], inputs=["input_features"], function="none", audio=how, kept=kept, end_id=end,
+        decoder=decoder, max_length=min(_MOST_TOKENS, room, likely),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def cut(teacher: Transcriber, layers: Sequence[int], how: AudioConfig) -> Transcriber:
+    """Build a student of a Whisper: its encoder for a shorter window, and some layers of its decoder.
+
+    Gandhi et al. 2023 (https://arxiv.org/abs/2311.00430), section 3. The encoder is frozen, and so are the embeddings.
+
+    Raises:
+        ModelError: the teacher has no such layers.
+    """
+    if not layers or max(layers) >= teacher.config.decoder_layers:
+        raise ModelError(f"the teacher's decoder has {teacher.config.decoder_layers} layers", "Name fewer")
+    config = deepcopy(teacher.config)
+    config.decoder_layers, config.max_source_positions = len(layers), how.length // 2
+    student: Transcriber = Transcriber(config).eval()
+    positions = "model.encoder.embed_positions.weight"
+    weights = {name: weight for name, weight in teacher.state_dict().items() if ".decoder.layers." not in name}
+    weights[positions] = weights[positions][: config.max_source_positions]
+    student.load_state_dict(weights, strict=False)
+    for i, layer in zip(layers, student.model.decoder.layers, strict=True):
+        layer.load_state_dict(teacher.model.decoder.layers[i].state_dict())
+    student.generation_config = deepcopy(teacher.generation_config)
+    student.generation_config.alignment_heads = None  # of layers that may be gone
+    for part in (student.model.encoder, student.model.decoder.embed_tokens, student.model.decoder.embed_positions):
+        part.requires_grad_(False)
+    return student
 
 
 def _judged(text: str, log_p: float) -> Heard:

@@ -108,8 +108,8 @@ def _find_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
             targets += of_file(f"{label}-{precision}", folder, file, settings.runtimes, settings.devices)
         return targets
     if path.suffix == ".onnx":
-        if not path.is_file():
-            raise ArtifactError(f"{path} does not exist", "Check the path")
+        if missing := [file for file in artifact.files_of(path) if not file.is_file()]:
+            raise ArtifactError(f"{missing[0]} does not exist", "Check the path")
         return of_file(path.stem, _task_beside(path), path, settings.runtimes, settings.devices)
     if path.is_dir() and not (path / "config.json").exists():
         raise SpecError(f"{path} is no artifact, run or model", _NAME)

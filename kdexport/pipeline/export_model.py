@@ -173,8 +173,8 @@ def _verify(
         chosen[c.precision] = (graphs / c.file, c.graph)
         agreement = float(task.agrees(logits[: len(rows)], fp32).mean()) if rows else None
         files.append(ExportedFile(
-            precision=c.precision, file=artifact.SHIPPED_AS[c.precision], graph=c.graph, agreement=agreement,
-            size_bytes=(graphs / c.file).stat().st_size, max_abs_diff=difference,
+            precision=c.precision, file=artifact.shipped_as(c.precision, graphs / c.file), graph=c.graph,
+            agreement=agreement, size_bytes=artifact.size_of(graphs / c.file), max_abs_diff=difference,
         ))  # fmt: skip
     say(f"verify: fp32 against PyTorch on {len(everything)} inputs: max |Δlogit| {files[0].max_abs_diff:.1e}")
     return files, chosen, gain
@@ -215,7 +215,7 @@ def _shipped(task: Task, graphs: Path, candidates: list[Candidate], rows: Rows) 
     times = _times(task, files, rows)
     for other in timed:
         plain = shipped[other.precision]
-        size = files[other.name].stat().st_size / files[plain.name].stat().st_size
+        size = artifact.size_of(files[other.name]) / artifact.size_of(files[plain.name])
         if better_graph(other, ratio(times[plain.name], times[other.name]), size):
             shipped[other.precision] = other
     names = {precision: c.name for precision, c in shipped.items()}

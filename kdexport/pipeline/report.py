@@ -21,7 +21,7 @@ from kdexport.export.verify import read_quality, read_validation
 from kdexport.files import hash_file
 from kdexport.pipeline.choose import Choice, choose, judge_budget
 from kdexport.results import Distillation, Quality, Report, Search, Spread, Variant
-from kdexport.runtime.artifact import SHIPPED_AS
+from kdexport.runtime.artifact import shipped_as, size_of
 from kdexport.stages import read_record
 from kdexport.tasks import judging, load_task
 from kdexport.tasks.base import Task
@@ -48,7 +48,7 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     """Return the report, and the choice of files behind it."""
     quality, measured = read_quality(stages.verify), read_measured(stages.bench)
     candidates = [c for c in read_candidates(stages.export) if f"student-{c.name}" in quality]
-    sizes = {c.name: (stages.export / c.file).stat().st_size for c in candidates}
+    sizes = {c.name: size_of(stages.export / c.file) for c in candidates}
     validation = read_validation(stages.verify)
     choice = choose(candidates, validation, measured, settings.export, sizes, settings.budget.size_mb)
     best = f"student-{choice.recommended.name}"
@@ -130,7 +130,7 @@ def _variants(
             shipped = candidate in choice.shipped.values()
             own = {
                 "precision": candidate.precision, "graph": candidate.graph, "parameters": parameters,
-                "file": SHIPPED_AS[candidate.precision] if shipped else None,
+                "file": shipped_as(candidate.precision, stages.export / candidate.file) if shipped else None,
                 "shipped": shipped and target.name == f"student-{candidate.name}", **on_disk(file),
             }  # fmt: skip
         elif target.runtime == "onnxruntime":
@@ -156,7 +156,7 @@ def _variants(
 
 def on_disk(file: Path) -> dict[str, Any]:
     """Return size and sha256 of a file, as fields of a variant."""
-    return {"size_bytes": file.stat().st_size, "sha256": hash_file(file)}
+    return {"size_bytes": size_of(file), "sha256": hash_file(file)}
 
 
 def weights(folder: Path) -> dict[str, Any]:

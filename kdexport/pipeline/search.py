@@ -27,6 +27,7 @@ from kdexport.pipeline.choose import lost
 from kdexport.pipeline.students import Students, local
 from kdexport.progress import say, warn
 from kdexport.results import Search, SearchCandidate
+from kdexport.runtime.artifact import size_of
 from kdexport.runtime.predictor import Predictor
 from kdexport.stages import read_record
 from kdexport.tasks import class_of, load_task
@@ -105,7 +106,7 @@ def _measure_ladder(make: Students, names: Sequence[str], out: Path) -> None:
         parameters = msgspec.json.decode((folder / "untrained.json").read_bytes())["parameters"]
         for precision in (p for p in shippable(settings.export) if p in quickest):
             latency, file = quickest[precision]
-            size = (folder / "export" / file.file).stat().st_size
+            size = size_of(folder / "export" / file.file)
             candidates.append(SearchCandidate(
                 name=name, parameters=parameters, precision=precision, size_bytes=size, p50_ms=latency.p50,
                 p99_ms=latency.p99 or latency.p99_at_most,

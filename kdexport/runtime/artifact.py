@@ -5,6 +5,7 @@ onnx/model.onnx                 fp32, standard operators only
 onnx/model_quantized.onnx       int8
 onnx/model_fp16.onnx            fp16, for GPUs
 onnx/model_q4.onnx              int4 weights, of language models
+onnx/encoder_model….onnx        of a recogniser that writes, with onnx/decoder_model_merged….onnx, in place of a model
 golden.json                     rows, and each file's logits for them at packing
 kdexport.json                   the manifest
 README.md                       the model card
@@ -41,13 +42,15 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ManifestVariant(msgspec.Struct, frozen=True, kw_only=True):
-    """One model file of an artifact."""
+    """One model file of an artifact, or two: an encoder and its decoder. `size_bytes` is that of both."""
 
     precision: Name
     file: Name
     graph: str
     sha256: Sha256
     size_bytes: Annotated[int, Meta(ge=0)]
+    decoder: Name = ""
+    decoder_sha256: Sha256 | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,8 +92,14 @@ SHIPPED_AS = {
 # Files of a student's folder that other tools need beside the graph.
 _SHIPPED = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
-    "vocab.json", "preprocessor_config.json",
+    "vocab.json", "preprocessor_config.json", "generation_config.json",
 )  # fmt: skip
+
+
+def shipped_as(precision: str, model: Path) -> str:
+    """Return the name in an artifact of a model's file, or of its encoder."""
+    name = SHIPPED_AS[precision]
+    return name.replace("/model", "/encoder_model") if decoder_of(model) else name
 
 
 def pack(
@@ -113,11 +122,15 @@ def pack(
     _name_known_architecture(out / "config.json", task.task)
     variants = {}
     for precision, (file, graph) in models.items():
-        name = SHIPPED_AS[precision]
-        shutil.copyfile(file, out / name)
+        name = shipped_as(precision, file)
+        parts = files_of(file)
+        for part, copy in zip(parts, files_of(out / name), strict=True):
+            shutil.copyfile(part, copy)
         variants[precision] = ManifestVariant(
-            precision=precision, file=name, graph=graph, sha256=hash_file(file), size_bytes=file.stat().st_size
-        )
+            precision=precision, file=name, graph=graph, sha256=hash_file(file), size_bytes=size_of(file),
+            decoder=f"onnx/{copy.name}" if parts[1:] else "",
+            decoder_sha256=hash_file(parts[1]) if parts[1:] else None,
+        )  # fmt: skip
     answers = msgspec.json.encode(golden) if golden else b""
     if 0 < len(answers) <= _MOST_OTHER:  # larger ones could not be read back
         write_bytes(out / GOLDEN, answers)
@@ -222,26 +235,31 @@ def model_file(folder: Path, variant: str | None = None) -> Path:
         it = "has no variant" if variant else "recommends a variant that it lacks:"
         raise ArtifactError(f"{folder} {it} {name!r}", f"It has: {', '.join(manifest.variants)}")
     sums = {**manifest.files, chosen.file: chosen.sha256}
+    beside = decoder_of(Path(chosen.file))
+    if (beside.as_posix() if beside else "") != chosen.decoder or (manifest.task.decoder is None) != (beside is None):
+        raise ArtifactError(f"{folder}: the variant {name} does not name the decoder of its encoder", _AGAIN)
+    if chosen.decoder:
+        sums[chosen.decoder] = chosen.decoder_sha256 or ""
     for name in {*sums, *_SHIPPED, GOLDEN, MANIFEST, CARD}:
         _check_inside(folder, name)
     for name in {*sums, *_SHIPPED, GOLDEN}:
-        _check_regular(folder / name, _MOST_MODEL if name == chosen.file else _MOST_OTHER)
+        _check_regular(folder / name, _MOST_MODEL if name in (chosen.file, chosen.decoder) else _MOST_OTHER)
     for name, sha256 in sums.items():
         _check(folder / name, sha256)
     for name in ("tokenizer.json", GOLDEN):
         if name not in sums and (folder / name).exists():
             raise ArtifactError(f"{folder / name} is not in the manifest, so it has no checksum", _AGAIN)
     _check_labels(folder, manifest)
-    file = folder / chosen.file
-    try:
-        external = has_external_data(file)
-    except ValueError as error:
-        raise ArtifactError(f"{file} can't be loaded: it is no ONNX model ({error})", _AGAIN) from None
-    if external:
-        raise ArtifactError(f"{file} has weights in other files, which have no checksums", _AGAIN)
-    if file.suffix != ".onnx":  # ONNX Runtime detects other formats by the suffix
-        raise ArtifactError(f"{file} is not called .onnx", _AGAIN)
-    return file
+    for file in files_of(folder / chosen.file):
+        try:
+            external = has_external_data(file)
+        except ValueError as error:
+            raise ArtifactError(f"{file} can't be loaded: it is no ONNX model ({error})", _AGAIN) from None
+        if external:
+            raise ArtifactError(f"{file} has weights in other files, which have no checksums", _AGAIN)
+        if file.suffix != ".onnx":  # ONNX Runtime detects other formats by the suffix
+            raise ArtifactError(f"{file} is not called .onnx", _AGAIN)
+    return folder / chosen.file
 
 
 @contextmanager
@@ -260,6 +278,22 @@ def only_artifact_errors(folder: Path) -> Iterator[None]:
             raise
         reason = str(error).strip() or type(error).__name__
         raise ArtifactError(f"{folder} can't be loaded: {reason}", _AGAIN) from error
+
+
+def decoder_of(model: Path) -> Path | None:
+    """Return the decoder that belongs to an encoder's file, `encoder_model…onnx`; None for a model that is one file."""
+    found = re.fullmatch(r"encoder_model(.*)", model.name)
+    return model.with_name(f"decoder_model_merged{found[1]}") if found else None
+
+
+def files_of(model: Path) -> list[Path]:
+    """Return the ONNX files that a model consists of."""
+    return [model, *filter(None, [decoder_of(model)])]
+
+
+def size_of(model: Path) -> int:
+    """Return the bytes of the ONNX files that a model consists of."""
+    return sum(file.stat().st_size for file in files_of(model))
 
 
 def _check_inside(folder: Path, name: str) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 
 from kdexport.errors import ArtifactError, DataError, MissingPackage, first_line
 from kdexport.runtime import artifact
+from kdexport.runtime.transcription import PAST, PRESENT, reader
 from kdexport.tasks import load_task
-from kdexport.tasks.base import Task
+from kdexport.tasks.base import Task, writes_speech
 from kdexport.tasks.batches import in_batches
 from kdexport.tasks.config import Arrays
 from kdexport.tasks.inputs.media import inline_bytes
@@ -22,8 +23,7 @@ from kdexport.tasks.metrics import Array
 
 # A text, a pair, or words (for tokens); a path or bytes of an image or a recording.
 Text = str | tuple[str, str] | list[str] | bytes | Path
-# Optimum's names of the inputs and outputs of a graph with a key-value cache.
-PAST, PRESENT, POSITIONS = "past_key_values.", "present.", "position_ids"
+POSITIONS = "position_ids"
 # The maximum of numbers in golden.json; logits for each of 8,192 tokens are large.
 _MOST_NUMBERS = 3_000_000
 # The number of tokens read, and their keys and values by input name.
@@ -41,24 +41,16 @@ def allowed_cores() -> int:
 
 
 class Predictor:
-    """A task and its ONNX file, on all allowed cores by default; `device` is cpu, or cuda with onnxruntime-gpu."""
+    """A task and its ONNX file, on all allowed cores by default; `device` is cpu, or cuda with onnxruntime-gpu.
+
+    The file of a model that writes what it hears is its encoder; the decoder lies beside it.
+    """
 
     def __init__(self, task: Task, model: Path, threads: int | None = None, device: str = "cpu") -> None:
-        onnxruntime = _onnxruntime()
         self.task, self._cuda = task, device == "cuda"
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or allowed_cores()
-        options.inter_op_num_threads = 1
-        # Spinning threads waste cores, and double latency on shared machines.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4  # errors are raised anyway
-        try:
-            provider = "CUDAExecutionProvider" if self._cuda else "CPUExecutionProvider"
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=[provider], enable_fallback=0)
-        except Exception as error:  # onnxruntime raises a dozen classes
-            raise ArtifactError(f"{model} can't be loaded: {first_line(error)}", "Pack the artifact again") from None
-        if (got := self._session.get_providers()[0]) != provider:  # it falls back silently
-            raise ArtifactError(f"{model} runs on {got}, not on {provider}", "See kdexport doctor for what is there")
+        self._session = _opened(model, threads or allowed_cores(), device)
+        decoder = artifact.decoder_of(model) if writes_speech(task) else None
+        self._decoder = _opened(decoder, threads or allowed_cores(), device) if decoder else None
         inputs = self._session.get_inputs()
         self._cache = {tensor.name: tensor for tensor in inputs if tensor.name.startswith(PAST)}
         wanted = {tensor.name for tensor in inputs} - self._cache.keys() - {POSITIONS}
@@ -83,6 +75,9 @@ class Predictor:
 
     def _output(self, arrays: Arrays) -> Array:
         inputs = self.task.graph_inputs(arrays)
+        if writes_speech(self.task):
+            states = np.asarray(self._session.run(None, inputs)[0])
+            return self.task.write(reader(_onnxruntime(), self._decoder, states), len(states))
         if self._cache:
             inputs = inputs | self._nothing_before(*inputs["input_ids"].shape)
         if not self._cuda:
@@ -138,6 +133,25 @@ class Predictor:
     def answer(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> list[Any]:
         """Predict for rows in the task's format; see `predict`."""
         return list(self.task.decode(self.logits(rows, batch_size), rows)) if rows else []
+
+
+def _opened(model: Path, threads: int, device: str) -> Any:
+    """Return a session of an ONNX file; raise ArtifactError if it can't be loaded, or not on this device."""
+    onnxruntime = _onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Spinning threads waste cores, and double latency on shared machines.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # errors are raised anyway
+    try:
+        provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+        session = onnxruntime.InferenceSession(str(model), options, providers=[provider], enable_fallback=0)
+    except Exception as error:  # onnxruntime raises a dozen classes
+        raise ArtifactError(f"{model} can't be loaded: {first_line(error)}", "Pack the artifact again") from None
+    if (got := session.get_providers()[0]) != provider:  # it falls back silently
+        raise ArtifactError(f"{model} runs on {got}, not on {provider}", "See kdexport doctor for what is there")
+    return session
 
 
 def load(folder: str | Path, variant: str | None = None, threads: int | None = None) -> Predictor:

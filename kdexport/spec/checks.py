@@ -9,7 +9,7 @@ import msgspec
 from kdexport.errors import SpecError
 from kdexport.spec import derive
 from kdexport.spec.sections import Distill, Spec, Weight
-from kdexport.spec.teachers import is_adapter, kind_of, named
+from kdexport.spec.teachers import TRANSCRIBER, config_of, is_adapter, kind_of, named
 from kdexport.tasks import names, task_class
 from kdexport.tasks.menus import OF_LAYERS, Menu
 
@@ -20,6 +20,7 @@ _TEACHERS = {"torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file"
 
 def checked(tree: dict[str, Any], spec: Spec) -> Spec:
     """Return the spec with the defaults of its task; `tree` is as given, without defaults."""
+    spec = _of_decoder(spec)
     menu = _menu(spec)
     defaults: dict[str, Any] = {
         "loss": menu.losses[0], "temperature": menu.temperature or 1.0, "alpha": menu.alpha
@@ -57,6 +58,21 @@ def _menu(spec: Spec) -> Menu:
     if spec.data.problem not in problems:
         raise SpecError(f"data.problem has no effect on {spec.task}", "Remove it")
     return problems[spec.data.problem].menu
+
+
+def _of_decoder(spec: Spec) -> Spec:
+    """Return the spec with `data.problem` seq2seq, where layers of a decoder that writes are asked for."""
+    chosen = spec.student.model or ()
+    shapes = [derive.shape_of(name).kind for name in ((chosen,) if isinstance(chosen, str) else chosen)]
+    layers = shapes and {*shapes} <= {"lowest", "spread", "named"}
+    writes = config_of(named(spec)[0]).get("model_type") == TRANSCRIBER
+    if spec.data.problem == "seq2seq" and not writes:
+        raise SpecError(
+            f"data.problem: seq2seq needs a teacher that writes, and {named(spec)[0]} is no Whisper", "Remove it"
+        )
+    if not (layers and writes) or spec.task not in names() or "seq2seq" not in task_class(spec.task).kinds():
+        return spec
+    return msgspec.structs.replace(spec, data=msgspec.structs.replace(spec.data, problem="seq2seq"))
 
 
 def _check_menu(spec: Spec, menu: Menu) -> None:

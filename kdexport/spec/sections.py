@@ -13,7 +13,7 @@ Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Length = Annotated[int, Meta(ge=8, le=8192)]
-Problem = Literal["single-label", "multi-label", "regression"]
+Problem = Literal["single-label", "multi-label", "regression", "seq2seq"]
 Dtype = Literal["float32", "bfloat16"]
 LossName = Literal[
     "ctc", "kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation"
@@ -62,7 +62,11 @@ class Data(Section, frozen=True):
     text_pair: Annotated[Text | None, _help("the second text's column, for pairs of texts")] = None
     label: Annotated[Text | None, _help("the label's column; guessed when its name is obvious")] = None
     problem: Annotated[
-        Problem, _help("of text-classification: one label a text, several (lists, or with | between), or a number")
+        Problem,
+        _help(
+            "of text-classification: one label a text, several (lists, or with | between), or a number; of speech "
+            "seq2seq: the student is a smaller Whisper, as layers of one always are"
+        ),
     ] = "single-label"
     unlabelled: Annotated[
         Text | None, _help("more texts, which the teacher alone labels: CSV, TSV, JSONL or a text a line")

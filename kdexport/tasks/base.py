@@ -20,6 +20,7 @@ from kdexport.tasks.metrics import Array, Metric, sigmoid, softmax
 if TYPE_CHECKING:
     from kdexport.tasks.inputs.media import Media
     from kdexport.tasks.inputs.texts import Texts
+    from kdexport.tasks.speech_seq2seq import SpeechSeq2Seq
     from kdexport.tasks.transcripts import Transcripts
 
 Modality = Literal["text", "image", "audio"]
@@ -311,6 +312,11 @@ def can_generate(task: Task) -> TypeGuard[Generates]:
 def can_transcribe(task: Task) -> TypeGuard[Transcripts]:
     """Return whether the answers of a task are transcripts."""
     return task.transcribes
+
+
+def writes_speech(task: Task) -> TypeGuard[SpeechSeq2Seq]:
+    """Whether a task's transcripts are written token by token."""
+    return task.config.decoder is not None
 
 
 def reads_texts(task: Task) -> TypeGuard[Texts]:

@@ -21,7 +21,7 @@ from kdexport.tasks.config import NO_LABEL, Arrays, Function, Row
 from kdexport.tasks.inputs.texts import CHARS_PER_TOKEN, SPARE, Texts, padded
 from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, log_softmax
-from kdexport.tasks.packed import BEST, LOG_P, drawn, drawn_of, most_probable
+from kdexport.tasks.packed import BEST, LOG_P, packed_lines
 
 # Below this token accuracy a teacher is no better than chance.
 _CHANCE = 0.02
@@ -112,13 +112,7 @@ class CausalLM(Texts, Generates):
             n = int(mask.sum())
             if n < 2:
                 continue
-            logs = log_softmax(output[i, : n - 1])
-            packed[i, : n - 1, LOG_P] = logs[np.arange(n - 1), tokens[1:n]]
-            best = most_probable(logs, k - drawn_of(k, logs.shape[1]))
-            if best.shape[1] < k:
-                best = np.concatenate([best, drawn(logs, best, k - best.shape[1], tokens[:n])], axis=1)
-            packed[i, : n - 1, 1::2] = best
-            packed[i, : n - 1, 2::2] = np.take_along_axis(logs, best, axis=1)
+            packed[i, : n - 1] = packed_lines(log_softmax(output[i, : n - 1]), tokens[1:n], k, tokens[:n])
         return packed
 
     def prompt(self, text: str, room: int) -> list[int]:

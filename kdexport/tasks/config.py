@@ -74,12 +74,25 @@ class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
     filters: Literal["kaldi", "slaney"] = "kaldi"
 
 
+class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How a decoder writes text: the tokens that it begins with, and those that it never writes.
+
+    `never_first` are not written right after `start`. `silence` is the token whose probability after the first of
+    `start` is that of no speech.
+    """
+
+    start: Annotated[list[TokenId], Meta(min_length=1, max_length=8)]
+    never: Annotated[list[TokenId], Meta(max_length=4096)] = []
+    never_first: Annotated[list[TokenId], Meta(max_length=64)] = []
+    silence: TokenId | None = None
+
+
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`task.json`, and `task` in the manifest: the configuration of encode and decode besides tokenizer.json.
 
     `max_length`, `pad_id`, `pad_type_id` and the sides are for texts, `image` for images, `audio` for sound; long texts
     are cut on their `truncation_side`. For language models, `kept` is the number of top tokens in an output, and
-    `end_id` the token that ends a text.
+    `end_id` the token that ends a text; so too for speech that a `decoder` writes, of at most `max_length` tokens.
     """
 
     task: Name
@@ -95,6 +108,7 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     audio: AudioConfig | None = None
     kept: Annotated[int, Meta(ge=0, le=4096)] = 0
     end_id: TokenId | None = None
+    decoder: DecoderConfig | None = None
 
 
 def read_config(folder: Path) -> TaskConfig:

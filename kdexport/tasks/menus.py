@@ -62,3 +62,12 @@ SPEECH = MEDIA._replace(
     unused=dict(MEDIA.unused) | {"teacher.combine": "Name one teacher"},
     ensemble=False,
 )
+# A recogniser that writes tokens: layers of the teacher's decoder behind its own encoder.
+SEQ2SEQ = SPEECH._replace(
+    students=frozenset({"lowest", "spread", "named"}),
+    instead="Take spread:2, or layers:2",
+    default="spread:2",
+    ladder=("spread:1", "spread:2", "spread:3"),
+    losses=("kl", "reverse-kl", "jsd", "soft-ce", "mse"),  # defined on a subset of the tokens
+    alpha=0.55,  # as distil-whisper's training has it: 1 of divergence to 0.8 of cross-entropy
+)

@@ -1,10 +1,27 @@
-"""Packed outputs of language models, as `causal_lm` describes them: two of their columns, and the choice of tokens."""
+"""Packed outputs of models that write tokens, as `causal_lm` describes them: their lines, and the choice of tokens."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from kdexport.tasks.metrics import Array
 
 LOG_P, BEST = 0, 1
+
+
+def packed_lines(logs: Array, actual: Array, k: int, text: Sequence[int]) -> Array:
+    """Return the lines [n, 1 + 2k] of log probabilities [n, V]: that of the actual token, and k tokens with theirs.
+
+    `actual` is int64 [n]; `text` is the seed of the sampled tokens.
+    """
+    lines = np.empty((len(logs), 1 + 2 * k), np.float32)
+    lines[:, LOG_P] = logs[np.arange(len(logs)), actual]
+    best = most_probable(logs, k - drawn_of(k, logs.shape[1]))
+    if best.shape[1] < k:
+        best = np.concatenate([best, drawn(logs, best, k - best.shape[1], np.asarray(text))], axis=1)
+    lines[:, 1::2] = best
+    lines[:, 2::2] = np.take_along_axis(logs, best, axis=1)
+    return lines
 
 
 def drawn_of(k: int, vocabulary: int) -> int:

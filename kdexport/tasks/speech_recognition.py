@@ -6,29 +6,29 @@ repetitions and blanks. A teacher's answer is a path as well, so teachers with o
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from kdexport.errors import TooLarge
-from kdexport.tasks.base import Card, Objective
-from kdexport.tasks.config import NO_LABEL, Arrays, Row
-from kdexport.tasks.inputs.audio import FRAME, HOP, Sounds, seconds_of
+from kdexport.tasks.base import Card, Objective, Task
+from kdexport.tasks.config import NO_LABEL, Arrays, Row, TaskConfig
+from kdexport.tasks.inputs.audio import FRAME, HOP, seconds_of
 from kdexport.tasks.inputs.media import Encoded, bytes_of
 from kdexport.tasks.inputs.recordings import read_header
 from kdexport.tasks.inputs.transcripts import normalised
 from kdexport.tasks.menus import SPEECH
 from kdexport.tasks.metrics import Array, log_softmax
-from kdexport.tasks.transcripts import BLANK, NEVER, Transcript, Transcripts, Word
+from kdexport.tasks.speech import Speech
+from kdexport.tasks.speech_seq2seq import SpeechSeq2Seq
+from kdexport.tasks.transcripts import BLANK, NEVER, Transcript, Word
 
 
-class SpeechRecognition(Sounds, Transcripts):
+class SpeechRecognition(Speech):
     """Rows `{"audio": …, "label": …}` → log-mel bands [N, T, M] or waveform [N, T] → logits [N, T', V] → a text each.
 
     `label` is the transcript, and `config.labels` are the characters, blank first.
     """
 
-    name: ClassVar = "automatic-speech-recognition"
     objective: ClassVar[Objective] = "ctc"
     menu: ClassVar = SPEECH
     card: ClassVar = Card(
@@ -36,13 +36,17 @@ class SpeechRecognition(Sounds, Transcripts):
         "ORTModelForCTC",
         '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["order.flac"])',
     )
-    columns: ClassVar[dict[str, tuple[str, ...]]] = {
-        "audio": ("audio", "file_name", "file", "path", "audio_path", "wav"),
-        "label": ("text", "transcript", "transcription", "sentence", "normalized_text"),
-    }
     auto_class: ClassVar = "AutoModelForCTC"
     heads: ClassVar = ("ForCTC",)
     stands_for: ClassVar = ("wav2vec2", "Wav2Vec2ForCTC")
+
+    @classmethod
+    def kinds(cls) -> dict[str, type[Task]]:
+        return {kind.problem: kind for kind in (SpeechRecognition, SpeechSeq2Seq)}
+
+    @classmethod
+    def of(cls, config: TaskConfig) -> type[Task]:
+        return SpeechSeq2Seq if config.decoder else SpeechRecognition
 
     # --- rows
 
@@ -54,11 +58,6 @@ class SpeechRecognition(Sounds, Transcripts):
     def content(cls, row: Row) -> str:
         """The recording, and where the teacher's transcript was mended, that."""
         return super().content(row) + (f":{row['label']}" if row.get("heard") else "")
-
-    def row(self, given: object) -> dict[str, Any]:  # type: ignore[override] # it depends on the model
-        row = super().row(given)
-        self._refuse_longer(row)
-        return row
 
     # --- rows → arrays
 
@@ -85,16 +84,6 @@ class SpeechRecognition(Sounds, Transcripts):
         samples = read_header(bytes_of(row["audio"]), self._read).seconds * self._how.rate
         frames = 1 + max(0, int(samples) - FRAME) // HOP if self._how.mels else int(samples)
         return min(frames, self._how.length)
-
-    def seconds(self, row: Row) -> float:
-        self._refuse_longer(row)
-        return super().seconds(row)
-
-    def _refuse_longer(self, row: Row) -> None:
-        """Refuse what is longer than the model reads: its text would lack words."""
-        lasts = read_header(bytes_of(row["audio"])).seconds
-        if lasts > seconds_of(self._how):
-            raise TooLarge(f"it lasts {lasts:.1f} s; the model reads {seconds_of(self._how):.1f}", "Cut it")
 
     def shapes(self) -> dict[str, list[int]]:
         return {self.config.inputs[0]: [-1, -1, *([self._how.mels] if self._how.mels else [])]}

@@ -1,0 +1,214 @@
+"""Speech recognition by an encoder and a decoder that writes the text token by token, as Whisper does.
+
+Radford et al. 2022 (https://arxiv.org/abs/2212.04356). A row's output is packed like a language model's (`packed`), a
+line for each written token: its log probability, then the most probable tokens with theirs, the written one first.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from kdexport.errors import ArtifactError
+from kdexport.tasks.base import Card, Objective
+from kdexport.tasks.config import NO_LABEL, Arrays, DecoderConfig, Row, TaskConfig, read_config
+from kdexport.tasks.inputs.media import Encoded
+from kdexport.tasks.inputs.texts import padded
+from kdexport.tasks.inputs.transcripts import normalised
+from kdexport.tasks.menus import SEQ2SEQ
+from kdexport.tasks.metrics import Array, log_softmax
+from kdexport.tasks.packed import BEST, LOG_P, packed_lines
+from kdexport.tasks.speech import Speech
+from kdexport.tasks.transcripts import NEVER, Transcript
+
+# Tokens int64 [B, n] and a cache of those before → logits [B, n, V] and the extended cache.
+Read = Callable[[Array, Any], tuple[Array, Any]]
+
+# OpenAI's `transcribe` takes a recording for silence where both hold.
+_SILENT, _UNSURE = 0.6, -1.0
+# So many last tokens that repeat with a period of at most so many are a loop.
+_LOOP, _LONGEST_PERIOD = 24, 8
+
+
+class SpeechSeq2Seq(Speech):
+    """Rows `{"audio": …, "label": …}` → log-mel bands [N, M, T] → tokens [N, max_length, 1 + 2k] → a text each."""
+
+    problem: ClassVar = "seq2seq"
+    objective: ClassVar[Objective] = "next-token"
+    menu: ClassVar = SEQ2SEQ
+    card: ClassVar = Card(
+        "automatic-speech-recognition",
+        "ORTModelForSpeechSeq2Seq",
+        '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["order.flac"])',
+    )
+    auto_class: ClassVar = "AutoModelForSpeechSeq2Seq"
+    heads: ClassVar = ("WhisperForConditionalGeneration",)
+    has_labels: ClassVar = False
+    has_names: ClassVar = False
+    at_once: ClassVar = 8
+
+    def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config)
+        assert config.decoder
+        assert config.end_id is not None
+        self._decoder: DecoderConfig = config.decoder
+        self._end: int = config.end_id
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        config = read_config(folder)
+        try:
+            return cls(config, Tokenizer.from_file(str(folder / "tokenizer.json")))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ArtifactError(f"{folder}/tokenizer.json can't be read: {error}") from None
+
+    # --- rows
+
+    @classmethod
+    def signs(cls, rows: Sequence[Row]) -> str:
+        return ""  # recordings are a sign of CTC, which needs no teacher of this kind
+
+    @staticmethod
+    def labels_of(row: Row) -> set[str]:
+        return set()
+
+    def unknown(self, row: Row) -> set[str]:
+        return set()
+
+    # --- rows → arrays
+
+    def tokenize(self, rows: Sequence[Row]) -> Sequence[Arrays]:
+        """Return bands, and for training the tokens of transcripts."""
+        name = self.config.inputs[0]
+        return Encoded(rows, lambda row: {name: self._array(row)} | self.tokens(row))
+
+    def array(self, content: bytes) -> Array:
+        """float32 [mels, length], padded with silence."""
+        return self._features(content)
+
+    def tokens(self, row: Row) -> Arrays:
+        """Return a row's tokens, int64 [n] with the end: those in `tokens`, or its transcript's; none without one."""
+        if row.get("tokens") is None and row.get("label") is None:
+            return {}
+        ids = row.get("tokens") or self._tokenizer.encode(f" {row['label']}", add_special_tokens=False).ids
+        return {"tokens": np.array([*ids[: self.config.max_length - 1], self._end])}
+
+    def collate(self, encoded: Sequence[Arrays]) -> Arrays:
+        """Batch; where all have tokens with what the decoder reads and the `places` [B, n] that predict a token."""
+        batch = {name: np.stack([one[name] for one in encoded]) for name in encoded[0] if name != "tokens"}
+        if not all("tokens" in one for one in encoded):
+            return batch
+        start, most = self._decoder.start, max(len(one["tokens"]) for one in encoded)
+        read = np.full((len(encoded), len(start) + most - 1), self._end)
+        read[:, : len(start)] = start
+        places = np.full((len(encoded), most), -1)
+        for i, one in enumerate(encoded):
+            count = len(one["tokens"])
+            read[i, len(start) : len(start) + count - 1] = one["tokens"][:-1]
+            places[i, :count] = len(start) - 1 + np.arange(count)
+        return batch | {"decoder_input_ids": read, "places": places}
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {self.config.inputs[0]: [-1, self._how.mels, self._how.length]}
+
+    def axes(self) -> dict[str, dict[int, str]]:
+        return {self.config.inputs[0]: {0: "batch_size"}, self.output: {0: "batch_size"}}
+
+    # --- writing
+
+    def write(self, read: Read, rows: int) -> Array:
+        """Write a text for each of a batch's rows greedily; return it packed, float32 [B, max_length, 1 + 2k].
+
+        A text that loops ends where the loop begins. Where silence is probable and the text is not, nothing is written.
+        """
+        packed = self.nothing(rows)
+        texts: list[list[int]] = [[] for _ in range(rows)]
+        logits, cache = read(np.array([self._decoder.start]).repeat(rows, axis=0), None)
+        silent = self._silent(logits[:, 0])
+        going = list(range(rows))
+        for place in range(self.config.max_length):
+            last = np.array(logits[:, -1], np.float32)
+            last[:, self._end + 1 :] = -np.inf  # what comes behind the end are marks, and no text
+            last[:, self._decoder.never if place else self._decoder.never + self._decoder.never_first] = -np.inf
+            logs = log_softmax(last)
+            chosen = logs.argmax(axis=1)
+            for i in [*going]:
+                texts[i].append(int(chosen[i]))
+                packed[i, place] = packed_lines(logs[i : i + 1], chosen[i : i + 1], self.config.kept, texts[i])[0]
+                if period := _period(texts[i]):
+                    packed[i, len(texts[i]) - _LOOP + period :] = self.nothing(1)[0, 0]
+                if period or chosen[i] == self._end:
+                    going.remove(i)
+            if not going:
+                break
+            if place + 1 < self.config.max_length:
+                logits, cache = read(chosen[:, None], cache)
+        sure = np.log(self._score(packed)) >= _UNSURE
+        packed[silent & ~sure] = self.nothing(1)[0]
+        return packed
+
+    def nothing(self, rows: int) -> Array:
+        """Return the packed output of rows without speech, [N, max_length, 1 + 2k]."""
+        packed = np.full((rows, *self.answer_shape), NEVER, np.float32)
+        packed[..., 1::2] = self._end
+        packed[..., LOG_P] = packed[..., BEST + 1] = 0.0
+        return packed
+
+    def _silent(self, logits: Array) -> Array:
+        if self._decoder.silence is None:
+            return np.zeros(len(logits), bool)
+        return np.asarray(np.exp(log_softmax(logits)[:, self._decoder.silence]) > _SILENT)
+
+    # --- outputs → answers
+
+    @property
+    def answer_shape(self) -> tuple[int, ...]:
+        return self.config.max_length, 1 + 2 * self.config.kept
+
+    def ids_of(self, packed: Array) -> list[int]:
+        """Return the tokens of one row's output [max_length, 1 + 2k], without the end."""
+        ids: list[int] = packed[:, BEST].astype(int).tolist()
+        return ids[: ids.index(self._end)] if self._end in ids else ids
+
+    def raw(self, logits: Array) -> list[str]:
+        """Return each row's text as it was written, with its punctuation and capitals."""
+        return [self._tokenizer.decode(self.ids_of(one), skip_special_tokens=True).strip() for one in logits]
+
+    def texts(self, logits: Array) -> list[str]:
+        return [normalised(text) for text in self.raw(logits)]
+
+    def decode(self, logits: Array, rows: Sequence[Row] = ()) -> list[Transcript]:
+        scores = self._score(logits).tolist()
+        return [Transcript(text, score, []) for text, score in zip(self.raw(logits), scores, strict=True)]
+
+    def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """The geometric mean of each row's token probabilities."""
+        return self._score(logits)
+
+    def _score(self, logits: Array) -> Array:
+        lengths = [min(1 + len(self.ids_of(one)), len(one)) for one in logits]
+        sums = [one[:count, LOG_P].astype(np.float64).mean() for one, count in zip(logits, lengths, strict=True)]
+        return np.asarray(np.exp(np.array(sums).reshape(-1)))
+
+    def difference(self, logits: Array, reference: Array) -> float:
+        """max |Δp| of the tokens up to the first that differs: behind it, both go on with other texts."""
+        one, other = np.exp(logits[..., LOG_P]), np.exp(reference[..., LOG_P])
+        apart = np.cumsum(logits[..., BEST] != reference[..., BEST], axis=1)
+        first = np.pad(apart, ((0, 0), (1, 0)))[:, :-1] == 0
+        return float((np.abs(one - other) * first).max(initial=0.0))
+
+    def label_array(self, rows: Iterable[Row]) -> Array:
+        """The tokens with the end, int64 [N, max_length]; −100, the index that losses ignore, elsewhere."""
+        labels = [self.tokens(row).get("tokens", np.zeros(0, np.int64)) for row in rows]
+        return padded(labels, self.config.max_length, NO_LABEL)
+
+
+def _period(ids: Sequence[int]) -> int:
+    """Return the period of a loop at the end of a text, or 0."""
+    tail = ids[-_LOOP:]
+    if len(tail) < _LOOP:
+        return 0
+    return next((p for p in range(1, _LONGEST_PERIOD + 1) if tail[p:] == tail[:-p]), 0)
