@@ -33,7 +33,7 @@ from kdexport.spec import derive
 from kdexport.tasks import load_task, task_class
 from kdexport.tasks.base import writes_speech
 from kdexport.tasks.config import read_config
-from kdexport.tasks.inputs.audio import speech_seconds
+from kdexport.tasks.inputs.audio import longest_seconds, speech_seconds
 
 # Width of a TextNet's features, and of the layer before its logits: docs/decisions.md.
 _NETWORK_WIDTH, _NETWORK_HEAD = 256, 512
@@ -99,19 +99,14 @@ def train_student(
     )
     if soft is not None and unlabelled:
         rows, soft = [*rows, *unlabelled], np.concatenate([soft, np.load(targets / f"{TRANSFER}.npy")])
+    encoded = None
+    if writes_speech(task):
+        rows, soft, encoded = heard_once(model, task, rows, soft)
     parameters = model.num_parameters()
     say(
         f"{title}: {name}, {parameters / 1e6:.2g} M parameters, {built.origin}; "
         f"{counted(how.epochs, 'epoch')} over {counted(len(rows), 'row')}, learning rate {how.learning_rate:g}"
     )
-    encoded = None
-    if writes_speech(task):
-        rows = (
-            rows
-            if soft is None
-            else [row | {"tokens": ids} for row, ids in zip(rows, map(task.ids_of, soft), strict=True)]
-        )
-        encoded = heard_once(model, task, rows)
     curve = fit(
         model,
         task,
@@ -152,7 +147,7 @@ def _start(
     texts = (row[column] for row in rows for column in ("text", "text_pair") if row.get(column))
     some, config = some_rows(data), read_config(teacher)
     if config.decoder:
-        return build_writer(name, teacher, some, out)
+        return build_writer(student, name, teacher, some, out)
     if derive.shape_of(name).kind == "conv":
         built = Untrained(build_conv(derive.shape_of(name).width, config, some), "random weights")
     else:
@@ -162,14 +157,16 @@ def _start(
     return built
 
 
-def build_writer(name: str, teacher_folder: Path, rows: list[dict[str, Any]], out: Path) -> Untrained:
+def build_writer(
+    student: spec.Student, name: str, teacher_folder: Path, rows: list[dict[str, Any]], out: Path
+) -> Untrained:
     """Build a smaller Whisper that reads as long as these rows are, and write its `task.json` and processor."""
     teacher, shape, task = open_trained(teacher_folder), derive.shape_of(name), task_name(teacher_folder)
     wanted = list(shape.indices) or shape.layers
     layers = layers_of(teacher.config.decoder_layers, wanted, spread=shape.kind == "spread")
-    seconds = speech_seconds(rows)
-    model = cut(teacher, layers, how := audio_of(teacher.config, seconds))
-    save_writer(model, str(teacher_folder), out, how, task, 1, seconds)
+    how = audio_of(teacher.config, student.seconds or longest_seconds(rows))
+    model = cut(teacher, layers, how)
+    save_writer(model, str(teacher_folder), out, how, task, 1, speech_seconds(rows))
     origin = f"the teacher's encoder and layers {', '.join(map(str, layers))} of its decoder"
     return Untrained(ModelAndProcessor(model, None), f"{origin}, {how.length // 100} s of sound")
 

@@ -35,6 +35,7 @@ from kdexport.tasks.config import Arrays, Row, TaskConfig
 from kdexport.tasks.inputs import audio
 from kdexport.tasks.inputs.media import Encoded
 from kdexport.tasks.inputs.transcripts import normalised
+from kdexport.tasks.metrics import Array
 from kdexport.tasks.speech_seq2seq import SpeechSeq2Seq
 
 Rows = list[dict[str, Any]]
@@ -96,8 +97,24 @@ def prepare_transcriber(task: str, model: str, problem: str, labels: Sequence[st
     opened.save_pretrained(out)
 
 
-def heard_once(model: Any, task: SpeechSeq2Seq, rows: Rows) -> Encoded:
-    """Return rows as the states of a frozen encoder, `heard` float16 [T, H], and their tokens."""
+def heard_once(model: Any, task: SpeechSeq2Seq, rows: Rows, soft: Array | None) -> tuple[Rows, Array | None, Encoded]:
+    """Return the rows that one window holds, their soft targets, and what a decoder learns them from.
+
+    The encoder is frozen, so its states `heard` float16 [T, H] are computed once. The tokens are the teacher's, or
+    those of the transcripts where there are no soft targets.
+
+    Raises:
+        ModelError: every recording is longer than the window.
+    """
+    chosen = [i for i, row in enumerate(rows) if task.fits(row)]
+    if not chosen:
+        raise ModelError("all recordings are longer than what the student reads at once", "Raise student.seconds")
+    if len(chosen) < len(rows):
+        say(f"student: {len(rows) - len(chosen):,} of {len(rows):,} recordings are longer than a window, and left out")
+    rows = [rows[i] for i in chosen]
+    if soft is not None:
+        soft = soft[chosen]
+        rows = [row | {"tokens": task.ids_of(packed)} for row, packed in zip(rows, soft, strict=True)]
 
     def encode(row: Row) -> Arrays:
         bands = torch.from_numpy(task.encode([row])["input_features"]).to(model.device)
@@ -105,7 +122,7 @@ def heard_once(model: Any, task: SpeechSeq2Seq, rows: Rows) -> Encoded:
             heard: Arrays = {"heard": model.encoded(bands)[0].half().cpu().numpy()}
         return heard | task.tokens(row)
 
-    return Encoded(rows, encode)
+    return rows, soft, Encoded(rows, encode)
 
 
 def _refuse_others(model: str) -> None:

@@ -37,7 +37,7 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
     task_name = task_of(config) or DEFAULT
     kind = task_class(task_name)
     for row in rows:  # the column that was named holds paths, if it is no column of texts
-        row.setdefault(kind.modality, row["text"])
+        row.setdefault(kind.modality, row.get("text"))
     if is_transcriber(config):
         written: Any = Transcriber.from_pretrained(model, dtype=torch.float32).eval()
         save_writer(written, model, out, audio_of(config), task_name, 1)

@@ -133,7 +133,7 @@ def config_of(
 ) -> TaskConfig:
     """Return `task.json` of a Whisper, which writes no times, by its generation_config.json.
 
-    `seconds` is the length of the longest recording, which bounds what is written; the whole window when None.
+    `seconds` is the length of the longest recording that is read, in one window or several; one window when None.
     """
     rules, ids = model.config.to_dict() | model.generation_config.to_diff_dict(), tokenizer.get_vocab()
     end, forced = rules["eos_token_id"], rules.get("forced_decoder_ids") or []
@@ -143,18 +143,24 @@ def config_of(
         start += [ids["<|en|>"], ids["<|transcribe|>"]]
     if (no_times := ids.get(NO_TIMES)) is not None and no_times not in start:
         start.append(no_times)
+    window = how.length * HOP / RATE
+    most = min(_MOST_TOKENS, model.config.max_target_positions - len(start), _likely(min(window, seconds or window)))
     decoder = DecoderConfig(
         start=start,
         never=sorted(token for token in rules.get("suppress_tokens") or () if 0 <= token <= end),
         never_first=sorted(rules.get("begin_suppress_tokens") or ()),
         silence=next((ids[token] for token in _SILENCE if token in ids), None),
+        most=most,
+        seconds=seconds or window,
     )
-    room = model.config.max_target_positions - len(start)
-    likely = math.ceil(_TOKENS_PER_S * (seconds or how.length * HOP / RATE)) + _SPARE
     return TaskConfig(
         task=task, labels=[], inputs=["input_features"], function="none", audio=how, kept=kept, end_id=end,
-        decoder=decoder, max_length=min(_MOST_TOKENS, room, likely),
+        decoder=decoder, max_length=max(most, _likely(seconds or window)),
     )  # fmt: skip
+
+
+def _likely(seconds: float) -> int:
+    return math.ceil(_TOKENS_PER_S * seconds) + _SPARE
 
 
 @torch.no_grad()

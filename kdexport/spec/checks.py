@@ -165,6 +165,8 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield key, f"on {spec.task}", fix
     if not task_class(spec.task).transcribes:
         yield "data.sentences", f"on {spec.task}", "Remove it: it is of speech"
+    if spec.data.problem != "seq2seq":
+        yield "student.seconds", f"on {spec.task}", "Remove it: it is of a smaller Whisper"
     if len(named(spec)) == 1:
         yield "teacher.weights", "with one teacher", "Remove it"
         if spec.teacher.passes == 1:

@@ -157,6 +157,14 @@ class Student(Section, frozen=True):
         _help("initial weights of a narrower student: the teacher's embeddings and layers by PCA, or embeddings alone"),
     ] = "projections"
 
+    seconds: Annotated[
+        Annotated[float, Meta(ge=1, le=30)] | None,
+        _help(
+            "of a smaller Whisper: sound that it reads at once, in s; the longest recording when absent; longer ones "
+            "are read in overlapping parts"
+        ),
+    ] = None
+
 
 class Augment(Section, frozen=True):
     """Augmented training texts, which the teacher labels anew."""

@@ -78,13 +78,16 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How a decoder writes text: the tokens that it begins with, and those that it never writes.
 
     `never_first` are not written right after `start`. `silence` is the token whose probability after the first of
-    `start` is that of no speech.
+    `start` is that of no speech. At most `most` tokens are written for a window, and recordings of up to `seconds` are
+    read in overlapping windows.
     """
 
     start: Annotated[list[TokenId], Meta(min_length=1, max_length=8)]
     never: Annotated[list[TokenId], Meta(max_length=4096)] = []
     never_first: Annotated[list[TokenId], Meta(max_length=64)] = []
     silence: TokenId | None = None
+    most: Annotated[int, Meta(ge=1, le=2**12)] = 224
+    seconds: Annotated[float, Meta(gt=0, le=600)] = 30.0
 
 
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):

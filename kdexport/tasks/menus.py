@@ -69,5 +69,6 @@ SEQ2SEQ = SPEECH._replace(
     default="spread:2",
     ladder=("spread:1", "spread:2", "spread:3"),
     losses=("kl", "reverse-kl", "jsd", "soft-ce", "mse"),  # defined on a subset of the tokens
+    precisions=("fp32", "int8"),
     alpha=0.55,  # as distil-whisper's training has it: 1 of divergence to 0.8 of cross-entropy
 )

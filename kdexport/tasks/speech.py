@@ -31,5 +31,10 @@ class Speech(Sounds, Transcripts):
     def _refuse_longer(self, row: Row) -> None:
         """Refuse what is longer than the model reads: its text would lack words."""
         lasts = read_header(bytes_of(row["audio"])).seconds
-        if lasts > seconds_of(self._how):
-            raise TooLarge(f"it lasts {lasts:.1f} s; the model reads {seconds_of(self._how):.1f}", "Cut it")
+        if lasts > self.longest:
+            raise TooLarge(f"it lasts {lasts:.1f} s; the model reads {self.longest:.1f}", "Cut it")
+
+    @property
+    def longest(self) -> float:
+        """The seconds of the longest recording that is read."""
+        return seconds_of(self._how)

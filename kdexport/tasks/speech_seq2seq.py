@@ -4,6 +4,7 @@ Radford et al. 2022 (https://arxiv.org/abs/2212.04356). A row's output is packed
 line for each written token: its log probability, then the most probable tokens with theirs, the written one first.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,9 +15,11 @@ from tokenizers import Tokenizer
 from kdexport.errors import ArtifactError
 from kdexport.tasks.base import Card, Objective
 from kdexport.tasks.config import NO_LABEL, Arrays, DecoderConfig, Row, TaskConfig, read_config
-from kdexport.tasks.inputs.media import Encoded
+from kdexport.tasks.inputs.media import Encoded, bytes_of
+from kdexport.tasks.inputs.recordings import read_header
 from kdexport.tasks.inputs.texts import padded
 from kdexport.tasks.inputs.transcripts import normalised
+from kdexport.tasks.inputs.whisper import HOP, log_mels
 from kdexport.tasks.menus import SEQ2SEQ
 from kdexport.tasks.metrics import Array, log_softmax
 from kdexport.tasks.packed import BEST, LOG_P, packed_lines
@@ -86,19 +89,45 @@ class SpeechSeq2Seq(Speech):
         return Encoded(rows, lambda row: {name: self._array(row)} | self.tokens(row))
 
     def array(self, content: bytes) -> Array:
-        """float32 [mels, length], padded with silence."""
-        return self._features(content)
+        """float32 [W, mels, length], by window, the last padded with silence."""
+        how, needed = self._how, math.ceil(self.longest * self._how.rate)
+        with self._samples(content, self.longest + 1, needed) as samples:
+            starts = self._starts(len(samples))
+            return np.stack([log_mels(samples[at : at + self._window], how.mels, how.length) for at in starts])
+
+    @property
+    def longest(self) -> float:
+        return max(self._decoder.seconds, self._window / self._how.rate)
+
+    @property
+    def _window(self) -> int:
+        return self._how.length * HOP
+
+    def _starts(self, samples: int) -> list[int]:
+        """Return where each window starts; what is within a sixth of both edges is heard by two."""
+        step = self._window - 2 * (self._window // 6)
+        return [0, *range(step, samples - 2 * (self._window // 6), step)] if samples > self._window else [0]
+
+    def fits(self, row: Row) -> bool:
+        """Whether a recording is no longer than one window."""
+        return read_header(bytes_of(row["audio"])).seconds * self._how.rate <= self._window
+
+    def encode(self, rows: Sequence[Row]) -> Arrays:
+        return self.collate(list(self.tokenize(rows)))
 
     def tokens(self, row: Row) -> Arrays:
         """Return a row's tokens, int64 [n] with the end: those in `tokens`, or its transcript's; none without one."""
         if row.get("tokens") is None and row.get("label") is None:
             return {}
         ids = row.get("tokens") or self._tokenizer.encode(f" {row['label']}", add_special_tokens=False).ids
-        return {"tokens": np.array([*ids[: self.config.max_length - 1], self._end])}
+        return {"tokens": np.array([*ids[: self._decoder.most - 1], self._end])}
 
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
-        """Batch; where all have tokens with what the decoder reads and the `places` [B, n] that predict a token."""
-        batch = {name: np.stack([one[name] for one in encoded]) for name in encoded[0] if name != "tokens"}
+        """Batch all windows, with their number by row; in training what the decoder reads and `places` that predict."""
+        if (name := self.config.inputs[0]) in encoded[0]:
+            counts = np.array([len(one[name]) for one in encoded])
+            return {name: np.concatenate([one[name] for one in encoded]), "windows": counts}
+        batch = {"heard": np.stack([one["heard"] for one in encoded])}
         if not all("tokens" in one for one in encoded):
             return batch
         start, most = self._decoder.start, max(len(one["tokens"]) for one in encoded)
@@ -124,12 +153,12 @@ class SpeechSeq2Seq(Speech):
 
         A text that loops ends where the loop begins. Where silence is probable and the text is not, nothing is written.
         """
-        packed = self.nothing(rows)
+        packed = self.nothing(rows, self._decoder.most)
         texts: list[list[int]] = [[] for _ in range(rows)]
         logits, cache = read(np.array([self._decoder.start]).repeat(rows, axis=0), None)
         silent = self._silent(logits[:, 0])
         going = list(range(rows))
-        for place in range(self.config.max_length):
+        for place in range(self._decoder.most):
             last = np.array(logits[:, -1], np.float32)
             last[:, self._end + 1 :] = -np.inf  # what comes behind the end are marks, and no text
             last[:, self._decoder.never if place else self._decoder.never + self._decoder.never_first] = -np.inf
@@ -139,20 +168,33 @@ class SpeechSeq2Seq(Speech):
                 texts[i].append(int(chosen[i]))
                 packed[i, place] = packed_lines(logs[i : i + 1], chosen[i : i + 1], self.config.kept, texts[i])[0]
                 if period := _period(texts[i]):
-                    packed[i, len(texts[i]) - _LOOP + period :] = self.nothing(1)[0, 0]
+                    packed[i, len(texts[i]) - _LOOP + period :] = self.nothing(1, 1)[0, 0]
                 if period or chosen[i] == self._end:
                     going.remove(i)
             if not going:
                 break
-            if place + 1 < self.config.max_length:
+            if place + 1 < self._decoder.most:
                 logits, cache = read(chosen[:, None], cache)
         sure = np.log(self._score(packed)) >= _UNSURE
-        packed[silent & ~sure] = self.nothing(1)[0]
+        packed[silent & ~sure] = self.nothing(1, 1)[0]
         return packed
 
-    def nothing(self, rows: int) -> Array:
-        """Return the packed output of rows without speech, [N, max_length, 1 + 2k]."""
-        packed = np.full((rows, *self.answer_shape), NEVER, np.float32)
+    def gather(self, output: Array, arrays: Arrays) -> Array:
+        """Join the texts of each row's windows: [ΣW, n, 1 + 2k] → [B, max_length, 1 + 2k]."""
+        counts = arrays.get("windows", np.ones(len(output), int))
+        packed, first = self.nothing(len(counts), self.config.max_length), 0
+        for i, count in enumerate(counts.tolist()):
+            lines = output[first, : 1 + len(self.ids_of(output[first]))]
+            for part in output[first + 1 : first + count]:
+                keep, skip = _seam(lines[:, BEST].tolist()[:-1], self.ids_of(part))
+                lines = np.concatenate([lines[:keep], part[skip : 1 + len(self.ids_of(part))]])
+            packed[i, : len(lines)] = lines[: self.config.max_length]
+            first += count
+        return packed
+
+    def nothing(self, rows: int, length: int) -> Array:
+        """Return the packed output of rows without speech, [N, length, 1 + 2k]."""
+        packed = np.full((rows, length, 1 + 2 * self.config.kept), NEVER, np.float32)
         packed[..., 1::2] = self._end
         packed[..., LOG_P] = packed[..., BEST + 1] = 0.0
         return packed
@@ -204,6 +246,21 @@ class SpeechSeq2Seq(Speech):
         """The tokens with the end, int64 [N, max_length]; −100, the index that losses ignore, elsewhere."""
         labels = [self.tokens(row).get("tokens", np.zeros(0, np.int64)) for row in rows]
         return padded(labels, self.config.max_length, NO_LABEL)
+
+
+def _seam(left: Sequence[int], right: Sequence[int]) -> tuple[int, int]:
+    """Return how many tokens of a text to keep, and how many of the next to leave out, where windows overlap.
+
+    Of all ways to lay the begin of one over the end of the other, the one with most equal tokens for its length counts,
+    and the texts are joined in its middle: both are least sure at their edges.
+    """
+    best, found = 0.0, (len(left), 0)
+    for size in range(2, min(len(left), len(right)) + 1):
+        equal = sum(a == b for a, b in zip(left[-size:], right[:size], strict=True))
+        score = equal / size + size * 1e-4  # of equal ones the longest
+        if equal > 1 and score > best:
+            best, found = score, (len(left) - size + size // 2, size // 2)
+    return found
 
 
 def _period(ids: Sequence[int]) -> int:

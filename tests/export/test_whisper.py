@@ -104,6 +104,17 @@ def test_both_files_together_do_what_the_model_does_in_any_batch(student, export
         assert task.difference(predictor.logits(rows, batch_size=size), reference) < 1e-4
 
 
+def test_a_recording_of_several_windows_is_read_whole(whisper, tmp_path):
+    model = Transcriber.from_pretrained(whisper).eval()
+    save_writer(model, str(whisper), tmp_path, audio_of(model.config), TASK, 1, 5.0)
+    model.save_pretrained(tmp_path)
+    task, rows = load_task(tmp_path), [sound(4.5, 0), ROWS[0], sound(3.0, 1)]
+    export_student(spec.Export(variants=("fp32",)), tmp_path, tmp_path)
+    found = Predictor(task, tmp_path / "encoder_model.onnx").logits(rows)
+    assert task.difference(found, logits_of(model, task, rows)) < 1e-4
+    assert len(task.ids_of(found[0])) > len(task.ids_of(found[1]))
+
+
 def test_weights_of_both_branches_and_the_table_of_words_are_stored_once(student, exported):
     graph = onnx.load(exported / "decoder_model_merged.onnx").graph
     assert [node.op_type for node in graph.node] == ["If"]

@@ -13,7 +13,7 @@ from tones import sentences, wav, write_folder
 import kdexport as package
 from kdexport import spec
 from kdexport.data import read_rows, read_summary
-from kdexport.errors import ModelError
+from kdexport.errors import ModelError, SpecError
 from kdexport.pipeline.run import run as run_pipeline
 from kdexport.results import read_report
 from kdexport.tasks.inputs.media import bytes_of
@@ -163,3 +163,72 @@ def test_rows_keep_their_own_transcripts(cache):
 @pytest.mark.slow
 def test_a_summary_counts_what_was_left_out(finished):
     assert read_summary(finished / "data").doubted == {}
+
+
+# --- a smaller Whisper
+
+
+@pytest.fixture(scope="module")
+def smaller(cache, tmp_path_factory):
+    """A Whisper with two layers of its decoder, after one epoch over some orders."""
+    os.environ["KDEXPORT_CACHE"] = str(cache)
+    folder = tmp_path_factory.mktemp("whisper")
+    source = SHARED / "data" / "coffee-orders" / "audio"
+    model = whisper()
+    if not source.is_dir():
+        pytest.skip("shared/data/coffee-orders is not beside the repository")
+    files = sorted(source.glob("*.flac"), key=lambda path: path.stat().st_size)[:20]  # the shortest
+    for split, some in {"train": files[:12], "validation": files[12:15], "test": files[15:]}.items():
+        lines = [json.dumps({"audio": str(path)}) for path in some]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    given = {"data.train": str(folder), "teacher.model": model, "student.model": "spread:2", "distill.epochs": 1}
+    run_pipeline(spec.load(None, QUICK | {"task": TASK} | given), folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_layers_of_a_whisper_make_a_smaller_whisper(smaller):
+    report = read_report(smaller / "report.json")
+    files = {v.precision: v for v in report.variants if v.shipped}
+    assert report.spec["data"]["problem"] == "seq2seq"
+    assert report.distillation.origin.startswith("the teacher's encoder and layers 0, 3 of its decoder")
+    assert files["fp32"].file == "onnx/encoder_model.onnx"
+    assert files["fp32"].max_abs_diff < 1e-4
+    assert files["int8"].size_bytes < 0.4 * files["fp32"].size_bytes
+    assert report.variant("teacher-torch").metric.value < 0.5  # of its own words, but those that are left out
+    assert all(v.metric is not None for v in files.values())
+
+
+@pytest.mark.slow
+def test_a_smaller_whisper_answers_and_is_served(smaller):
+    model = package.load(smaller)
+    row = read_rows(smaller / "data", "test")[0]
+    answer = model.predict([row["audio"]])[0]
+    assert answer.text
+    assert answer.to_dict(True) == {"text": answer.text, "score": round(answer.score, 6), "words": []}
+    assert {path.name for path in (smaller / "artifact" / "onnx").iterdir()} == {
+        f"{part}{suffix}.onnx"
+        for part in ("encoder_model", "decoder_model_merged") for suffix in ("", "_quantized")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"student.model": ["spread:2", "conv:96"]}, r"'spread:2' is none for automatic-speech-recognition"),
+        ({"student.model": "spread:2", "distill.loss": "ctc"}, r"ctc is not for data\.problem seq2seq"),
+        ({"student.model": "spread:2", "export.variants": ["fp32", "fp16"]}, r"fp16 is none for"),
+    ],
+)
+def test_what_a_smaller_whisper_does_not_offer_is_refused(tmp_path, given, wrong):
+    asked = {"task": TASK, "data.train": "orders", "teacher.model": whisper()}
+    with pytest.raises(SpecError, match=wrong):
+        spec.load(None, asked | given)
+
+
+def test_layers_of_a_writer_need_a_writer(teacher):
+    asked = {"task": TASK, "data.train": "orders", "teacher.model": str(teacher)}
+    with pytest.raises(SpecError, match=r"'spread:2' is none for"):
+        spec.load(None, asked | {"student.model": "spread:2"})
+    with pytest.raises(SpecError, match=r"needs a teacher that writes"):
+        spec.load(None, asked | {"data.problem": "seq2seq"})

@@ -8,7 +8,8 @@ over frames of 400 samples with a hop of 160, at any rate.
 import io
 import math
 import wave
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -61,9 +62,7 @@ class Sounds(Media):
     def _features(self, content: bytes, least: int = 0) -> Array:
         """Return a waveform or mel bands, padded to `least` samples or frames before bands are normalised."""
         how = self._how
-        with opened(content, self._read) as (header, pieces), DECODING.room(header.frames * _BYTES_PER_SAMPLE):
-            recording = Recording(np.concatenate(list(pieces)), header.rate)
-            samples = resampled(recording, how.rate, _needed(how))
+        with self._samples(content, self._read, _needed(how)) as samples:
             if how.filters == "slaney":
                 return whisper.log_mels(samples, how.mels, how.length)
             if not how.mels:
@@ -72,6 +71,12 @@ class Sounds(Media):
             bands = log_mels(samples, self._filters)[: how.length]
             bands = _padded(bands, max(least, len(bands)))
             return ((bands - how.mean) / (how.std * 2) if how.normalise else bands).astype(np.float32)
+
+    @contextmanager
+    def _samples(self, content: bytes, seconds: float, needed: int) -> Iterator[Array]:
+        """Decode the first `seconds` and resample them to at most `needed` samples, within the budget of memory."""
+        with opened(content, seconds) as (header, pieces), DECODING.room(header.frames * _BYTES_PER_SAMPLE):
+            yield resampled(Recording(np.concatenate(list(pieces)), header.rate), self._how.rate, needed)
 
     def seconds(self, row: Row) -> float:
         content = bytes_of(row[self.modality])
@@ -211,8 +216,13 @@ def fitted(rows: Sequence[Row], most_rate: int, mels: int, seconds: float | None
 
 def speech_seconds(rows: Sequence[Row]) -> float:
     """Return how far speech is read: a little further than the longest of these recordings, at most 30 s."""
+    return min(_LONGEST_SPEECH_S, _ROOM * longest_seconds(rows))
+
+
+def longest_seconds(rows: Sequence[Row]) -> float:
+    """Return the length of the longest of these recordings, at most 30 s."""
     longest = max((read_header(bytes_of(row["audio"])).seconds for row in rows), default=_LONGEST_SPEECH_S)
-    return min(_LONGEST_SPEECH_S, _ROOM * longest)
+    return min(_LONGEST_SPEECH_S, longest)
 
 
 def _usual_seconds(rows: Sequence[Row]) -> float:
