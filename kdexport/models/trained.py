@@ -19,6 +19,7 @@ from kdexport.tasks.classes import function_of
 from kdexport.tasks.config import Function
 
 _AT_MOST = 512  # tokens, without --max-length
+_LONGEST_S = 120.0  # of a recording that is read in several windows
 _LARGEST_BYTES = 2**31  # of an ONNX file, which is one protobuf message
 
 
@@ -40,7 +41,7 @@ def take_trained(model: str, max_length: int | None, rows: Sequence[dict[str, An
         row.setdefault(kind.modality, row.get("text"))
     if is_transcriber(config):
         written: Any = Transcriber.from_pretrained(model, dtype=torch.float32).eval()
-        save_writer(written, model, out, audio_of(config), task_name, 1)
+        save_writer(written, model, out, audio_of(config), task_name, 1, _LONGEST_S)
         _write(ModelAndProcessor(written, None), rows, out, model)
         return
     opened = open_classifier(model, config, task_name)

@@ -65,11 +65,11 @@ def _of_decoder(spec: Spec) -> Spec:
     chosen = spec.student.model or ()
     shapes = [derive.shape_of(name).kind for name in ((chosen,) if isinstance(chosen, str) else chosen)]
     layers = shapes and {*shapes} <= {"lowest", "spread", "named"}
-    writes = config_of(named(spec)[0]).get("model_type") == TRANSCRIBER
+    teacher = named(spec)[0]
+    family = config_of(teacher).get("model_type")  # of a hub's model its name tells it
+    writes = family == TRANSCRIBER if Path(teacher).exists() else TRANSCRIBER in teacher.lower()
     if spec.data.problem == "seq2seq" and not writes:
-        raise SpecError(
-            f"data.problem: seq2seq needs a teacher that writes, and {named(spec)[0]} is no Whisper", "Remove it"
-        )
+        raise SpecError(f"data.problem: seq2seq needs a teacher that writes, and {teacher} is no Whisper", "Remove it")
     if not (layers and writes) or spec.task not in names() or "seq2seq" not in task_class(spec.task).kinds():
         return spec
     return msgspec.structs.replace(spec, data=msgspec.structs.replace(spec.data, problem="seq2seq"))

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+import soundfile
 import torch
 from tones import wav
 from transformers import WhisperForConditionalGeneration
@@ -190,3 +191,24 @@ def test_optimum_reads_it(packed, optimum, tmp_path):
     predictor = package.load(packed)
     for text, answer in zip(found, predictor.predict(files), strict=True):
         assert text.startswith(answer.text[:12])  # ours ends where a loop begins
+
+
+@pytest.mark.slow
+def test_a_real_whisper_writes_what_transformers_pipeline_writes(tmp_path):
+    from transformers import pipeline
+
+    shared = Path(__file__).parents[3] / "shared"
+    model, sounds = shared / "models" / "whisper-tiny.en", shared / "data" / "speech-samples"
+    if not (model.is_dir() and sounds.is_dir()):
+        pytest.skip("shared/models/whisper-tiny.en and shared/data/speech-samples are not beside the repository")
+    files = [str(path) for name in ("librispeech4", "librivox5") for path in sorted((sounds / name).glob("*.wav"))[:3]]
+    opened = Transcriber.from_pretrained(model).eval()
+    save_writer(opened, str(model), tmp_path, audio_of(opened.config), TASK, 1)
+    opened.save_pretrained(tmp_path)
+    export_student(spec.Export(variants=("fp32",)), tmp_path, tmp_path)
+    predictor = Predictor(load_task(tmp_path), tmp_path / "encoder_model.onnx", threads=1)
+    ask = pipeline("automatic-speech-recognition", str(model), device="cpu")
+    raw = ({"raw": soundfile.read(file, dtype="float32")[0], "sampling_rate": 16_000} for file in files)
+    theirs = [ask(one, generate_kwargs={"do_sample": False, "num_beams": 1})["text"] for one in raw]
+    ours = [found.text for found in predictor.predict(files)]
+    assert ours == [text.replace("<|notimestamps|>", "").strip() for text in theirs]

@@ -63,9 +63,9 @@ class Transcription(msgspec.Struct):
 
 
 class Segment(msgspec.Struct):
-    """Words between two pauses, in OpenAI's fields.
+    """Words between two pauses, in OpenAI's fields; the whole text of a model that gives no times.
 
-    The log probability is the recording's; fields that CTC models don't have are neutral, as clients require them.
+    The log probability is the recording's; fields that are not known are neutral, as clients require them.
     """
 
     id: int
@@ -162,7 +162,8 @@ def _written(asked: TranscriptionRequest, found: Transcript) -> bytes:
     if asked.stream:
         done = event(TranscriptionEvent("transcript.text.done", text=found.text))
         return event(TranscriptionEvent("transcript.text.delta", delta=found.text)) + done
-    segments = list(_segments(found))
+    usage = Duration(round(read_header(asked.file).seconds, 3))
+    segments = list(_segments(found, usage.seconds))
     match asked.response_format:
         case "text":
             return f"{found.text}\n".encode()
@@ -170,7 +171,6 @@ def _written(asked: TranscriptionRequest, found: Transcript) -> bytes:
             return _subtitles(segments, ",", numbered=True).encode()
         case "vtt":
             return f"WEBVTT\n\n{_subtitles(segments, '.', numbered=False)}".encode()
-    usage = Duration(round(read_header(asked.file).seconds, 3))
     if asked.response_format == "json":
         return encode(Transcription(found.text, usage))
     verbose = VerboseTranscription(found.text, asked.language or "und", usage.seconds, usage)
@@ -182,10 +182,10 @@ def _written(asked: TranscriptionRequest, found: Transcript) -> bytes:
     return encode(verbose)
 
 
-def _segments(found: Transcript) -> Iterator[Segment]:
+def _segments(found: Transcript, seconds: float) -> Iterator[Segment]:
     """Split a transcript at pauses."""
     groups: list[list[Word]] = []
-    for word in found.words:
+    for word in found.words or ([Word(found.text, 0.0, seconds)] if found.text else []):
         if not groups or word.start - groups[-1][-1].end > _PAUSE or word.end - groups[-1][0].start > _LONGEST:
             groups.append([])
         groups[-1].append(word)
