@@ -31,10 +31,15 @@ def write_whisper(folder: Path, layers: int = 4, seconds: int = 2, seed: int = 0
         vocab_size=tokenizer.get_vocab_size(), d_model=32, encoder_layers=2, decoder_layers=layers,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=80,
         max_source_positions=50 * seconds, max_target_positions=64, init_std=0.3, decoder_start_token_id=start,
-        eos_token_id=end, bos_token_id=end, pad_token_id=end, begin_suppress_tokens=[end],
+        eos_token_id=end, bos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
-    rules = {"no_timestamps_token_id": no_times, "is_multilingual": False, "return_timestamps": False}
+    rules = {
+        "no_timestamps_token_id": no_times,
+        "begin_suppress_tokens": [end],
+        "is_multilingual": False,
+        "return_timestamps": False,
+    }
     for name, value in rules.items():
         setattr(model.generation_config, name, value)
     model.save_pretrained(folder)

@@ -20,8 +20,8 @@ from kdexport.data.read import read_file
 from kdexport.distill.store import cache_folder
 from kdexport.errors import DataError, ModelError
 from kdexport.files import digest, hash_file, write_bytes, write_json
-from kdexport.models.loading import open_config
-from kdexport.models.saving import save_processor
+from kdexport.models.loading import ModelAndProcessor, open_config
+from kdexport.models.saving import save_model, save_processor
 from kdexport.models.transcriber import (
     Heard,
     Transcriber,
@@ -94,7 +94,7 @@ def prepare_transcriber(task: str, model: str, problem: str, labels: Sequence[st
         how = replace(how, steps=max(1, round(seconds / _STEP_S)))
         config = TaskConfig(task=task, labels=list(labels), inputs=["input_features"], function="none", audio=how)
     write_json(out / "task.json", config)
-    opened.save_pretrained(out)
+    save_model(ModelAndProcessor(opened, None), out)
 
 
 def heard_once(model: Any, task: SpeechSeq2Seq, rows: Rows, soft: Array | None) -> tuple[Rows, Array | None, Encoded]:

@@ -1,6 +1,7 @@
 """Write model folders: config, weights, tokenizer or processor, and `task.json`."""
 
 import json
+import warnings
 from collections.abc import Collection, Sequence
 from functools import partial
 from inspect import signature
@@ -193,7 +194,9 @@ def _components(tokenizer: PreTrainedTokenizerFast) -> list[Any]:
 
 def save_model(opened: ModelAndProcessor, out: Path) -> None:
     """Write config and weights as safetensors."""
-    opened.model.save_pretrained(out, safe_serialization=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that settings of generation move to a file of their own
+        opened.model.save_pretrained(out, safe_serialization=True)
 
 
 def save_processor(source: str, how: AudioConfig, out: Path) -> Any:

@@ -21,8 +21,9 @@ from kdexport import spec
 from kdexport.errors import ArtifactError, ModelError
 from kdexport.export import export_student, read_candidates
 from kdexport.models.inference import logits_of
+from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.registry import open_trained
-from kdexport.models.saving import save_writer
+from kdexport.models.saving import save_model, save_writer
 from kdexport.models.transcriber import Transcriber, audio_of, cut, writer_of
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Predictor, golden_answers
@@ -53,7 +54,7 @@ def student(whisper, tmp_path_factory):
     how = audio_of(teacher.config, 1.6)
     made = cut(teacher, [0, 3], how)
     save_writer(made, str(whisper), folder, how, TASK, 1, 1.6)
-    made.save_pretrained(folder)
+    save_model(ModelAndProcessor(made, None), folder)
     return folder
 
 
@@ -108,7 +109,7 @@ def test_both_files_together_do_what_the_model_does_in_any_batch(student, export
 def test_a_recording_of_several_windows_is_read_whole(whisper, tmp_path):
     model = Transcriber.from_pretrained(whisper).eval()
     save_writer(model, str(whisper), tmp_path, audio_of(model.config), TASK, 1, 5.0)
-    model.save_pretrained(tmp_path)
+    save_model(ModelAndProcessor(model, None), tmp_path)
     task, rows = load_task(tmp_path), [sound(4.5, 0), ROWS[0], sound(3.0, 1)]
     export_student(spec.Export(variants=("fp32",)), tmp_path, tmp_path)
     found = Predictor(task, tmp_path / "encoder_model.onnx").logits(rows)
@@ -204,7 +205,7 @@ def test_a_real_whisper_writes_what_transformers_pipeline_writes(tmp_path):
     files = [str(path) for name in ("librispeech4", "librivox5") for path in sorted((sounds / name).glob("*.wav"))[:3]]
     opened = Transcriber.from_pretrained(model).eval()
     save_writer(opened, str(model), tmp_path, audio_of(opened.config), TASK, 1)
-    opened.save_pretrained(tmp_path)
+    save_model(ModelAndProcessor(opened, None), tmp_path)
     export_student(spec.Export(variants=("fp32",)), tmp_path, tmp_path)
     predictor = Predictor(load_task(tmp_path), tmp_path / "encoder_model.onnx", threads=1)
     ask = pipeline("automatic-speech-recognition", str(model), device="cpu")
