@@ -148,7 +148,8 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
     for key, fix in menu.unused.items():
         yield key, f"on {spec.task}", fix
     if not task_class(spec.task).transcribes:
-        yield "data.sentences", f"on {spec.task}", "Remove it: it is of speech"
+        for key in ("data.sentences", "data.words"):
+            yield key, f"on {spec.task}", "Remove it: it is of speech"
     if len(named(spec)) == 1:
         yield "teacher.weights", "with one teacher", "Remove it"
         if spec.teacher.passes == 1:
