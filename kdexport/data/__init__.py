@@ -23,6 +23,7 @@ from kdexport.files import write_bytes, write_json
 from kdexport.progress import say, warn
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.base import Task
+from kdexport.tasks.config import MOST_LETTERS, MOST_WORDS
 
 Rows = list[dict[str, Any]]
 # Rows → rows with a label each, and how many are left out by cause.
@@ -36,7 +37,8 @@ class Summary(msgspec.Struct, frozen=True):
     """`data.json`: sizes, labels and the audit.
 
     `unlabelled` counts the texts beyond the splits, `columns` are the names of train's columns, `doubted` by split how
-    many of the teacher's transcripts each filter left out, `heard` how many it gave to test rows.
+    many of the teacher's transcripts each filter left out, `heard` how many it gave to test rows, `words` the closed
+    vocabulary, if it is one.
     """
 
     rows: dict[str, int]
@@ -50,6 +52,7 @@ class Summary(msgspec.Struct, frozen=True):
     columns: Columns = {}
     doubted: dict[str, dict[str, int]] = {}
     heard: int = 0
+    words: list[str] = []
 
 
 def prepare(
@@ -94,6 +97,7 @@ def prepare(
         warn(f"data: errors are against the teacher's words in {counted(heard, 'test row')}, which had no transcript")
     unlabelled = _new(beyond.rows, splits, content)
     names = _label_names(splits, of_task)
+    words = _closed(splits) if settings.words == "closed" else []
     if of_task.modality == "text":
         near, pairs = near_duplicates(splits, content)
         found = msgspec.structs.replace(found, near=near)
@@ -102,7 +106,7 @@ def prepare(
         write_rows(out, name, rows)
     counts = {split: len(rows) for split, rows in splits.items()}
     given = (task, settings.problem, columns)
-    summary = Summary(counts, names, bad_rows, missing, found, len(unlabelled), *given, doubted, heard)
+    summary = Summary(counts, names, bad_rows, missing, found, len(unlabelled), *given, doubted, heard, words)
     write_json(out / "data.json", summary)
     if guessed := _guessed(columns, settings):
         say(f"data: columns {guessed}")
@@ -185,6 +189,22 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
         few = f"one label only: {', '.join(labels)}" if labels else "no labels"
         raise DataError(f"the rows have {few}", "Is --label the right column?")
     return task.ordered(labels)
+
+
+def _closed(splits: dict[str, Rows]) -> list[str]:
+    """Return the words of the train transcripts, and warn of words beyond them."""
+    found = {split: {word for row in rows for word in (row["label"] or "").split()} for split, rows in splits.items()}
+    words = found.pop("train")
+    if not 0 < len(words) <= MOST_WORDS:
+        what = f"data.words closed: the train transcripts have {len(words):,} words, not 1 to {MOST_WORDS:,}"
+        raise DataError(what, "Remove it")
+    if longest := [word for word in words if len(word) > MOST_LETTERS]:
+        what = f"data.words closed: {longest[0][:20]}… in train is longer than {MOST_LETTERS} characters"
+        raise DataError(what, "Remove it")
+    for split, own in found.items():
+        if beyond := sorted(own - words):
+            warn(f"data: words of {split} that train lacks can't be recognised: {', '.join(beyond[:8])}")
+    return sorted(words)
 
 
 def _guessed(columns: Columns, settings: spec.Data) -> str:

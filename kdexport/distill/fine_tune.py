@@ -41,7 +41,8 @@ def fine_tune(
         ModelError: a split has no labels, or training diverged.
     """
     model, (train, validation) = opened.model, (_labelled(data, split) for split in ("train", "validation"))
-    how = derive.training(given, len(train), len(validation), len(task.labels), width_of(model.config), trained=trained)
+    rows, width = (len(train), len(validation), len(task.labels)), width_of(model.config)
+    how = derive.training(given, *rows, width, trained=trained, menu=task.menu)
     for name, derived in how._asdict().items():
         if derived and derived.reason != "as given":
             say(f"teacher: {name.replace('_', ' ')} {derived.value:g}: {derived.reason}")

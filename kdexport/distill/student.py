@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from kdexport import spec
 from kdexport.analysis import sampled
-from kdexport.data import read_rows
+from kdexport.data import read_rows, read_summary
 from kdexport.distill.soft_targets import TRANSFER
 from kdexport.distill.teacher import some_rows
 from kdexport.distill.train import TrainConfig, fit
@@ -78,7 +78,7 @@ def train_student(
         rows = [row for row in rows if not row.get("heard")]
     soft = None if hard else np.load(targets / "train.npy")
     unlabelled = [] if hard else transfer_rows(targets)
-    epochs = derive.epochs(distill, len(rows), len(unlabelled), derive.start_of(student, name)).value
+    epochs = derive.epochs(distill, len(rows), len(unlabelled), derive.start_of(student, name), task.menu).value
     if share < 1:  # a trial sees rows of train only, and as many whatever the student, so that trials compare
         passes = derive.epochs(distill, len(rows), len(unlabelled)).value
         whole, unlabelled = passes * (len(rows) + len(unlabelled)), []
@@ -88,7 +88,9 @@ def train_student(
         epochs = max(1, examples // len(rows))
     how = TrainConfig(
         epochs=int(epochs),
-        learning_rate=derive.learning_rate(distill, student, name, getattr(model.config, "hidden_size", 0)).value,
+        learning_rate=derive.learning_rate(
+            distill, student, name, getattr(model.config, "hidden_size", 0), task.menu
+        ).value,
         batch_size=distill.batch_size,
         seed=seed,
         losses=spec.weights_of(distill),
@@ -153,7 +155,8 @@ def _start(
     else:
         built = build_student(student, name, teacher, texts)
     task, function = config.task, config.function
-    save_task(built.opened, config.max_length, config.labels, out, task=task, function=function, rows=some)
+    words = read_summary(data).words
+    save_task(built.opened, config.max_length, config.labels, out, task=task, function=function, rows=some, words=words)
     return built
 
 

@@ -70,7 +70,8 @@ def prepare_teacher(
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
     opened = open_model(source, config, of_task, labels, function, to_train=train is not None)
     some = some_rows(data)
-    save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some, top_k=_TOP_K)
+    words = summary.words
+    save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some, top_k=_TOP_K, words=words)
     task = load_task(out)
     warn_of(task, some)
     if train is not None:

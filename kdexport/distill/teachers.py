@@ -145,7 +145,7 @@ def training_of(settings: spec.Spec, rows: int, validation: int, labels: int) ->
         return None
     width = next((config[name] for name in ("hidden_size", "d_model", "n_embd", "dim") if name in config), 0)
     given = settings.teacher.train or spec.TeacherTraining()
-    return derive.training(given, rows, validation, labels, width, trained=has_weights(model))
+    return derive.training(given, rows, validation, labels, width, trained=has_weights(model), menu=kind.menu)
 
 
 # --- the stage

@@ -8,12 +8,11 @@ from transformers import ASTFeatureExtractor, ViTImageProcessor
 
 from kdexport.models.convnet import ConvNetConfig, ConvNetForAudioClassification, ConvNetForImageClassification
 from kdexport.models.loading import ModelAndProcessor
-from kdexport.models.speechnet import SpeechNetConfig, SpeechNetForCTC
+from kdexport.models.speechnet import HEARD, SpeechNetConfig, SpeechNetForCTC
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.inputs import audio, images
 
 _MELS = 40
-_HEARD = 9.2  # 40 dB, as a difference of natural logs
 _STEP_S = 0.04  # seconds of speech for each character at most
 _SMALL = 32  # pixels a side; larger pictures are halved by the first convolution
 
@@ -31,7 +30,7 @@ def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) 
     if teacher.audio and teacher.audio.steps:
         sound = audio.fitted(rows, teacher.audio.rate, _MELS, audio.speech_seconds(rows))
         halvings = max(1, round(math.log2(_STEP_S * sound.rate / audio.HOP)))
-        shape = {"width": width, "num_mel_bins": sound.mels, "halvings": halvings, "loudness": _HEARD / (2 * sound.std)}
+        shape = {"width": width, "num_mel_bins": sound.mels, "halvings": halvings, "loudness": HEARD / (2 * sound.std)}
         speech = SpeechNetForCTC(SpeechNetConfig(**shape, **labels))
         return ModelAndProcessor(speech, ASTFeatureExtractor(**audio.extractor_of(sound)))
     if teacher.audio:

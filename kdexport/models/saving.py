@@ -39,6 +39,7 @@ def save_task(
     at_most: int = _DEFAULT_MAX_LENGTH,
     rows: Sequence[dict[str, Any]] = (),
     top_k: int = 1,
+    words: Sequence[str] = (),
 ) -> None:
     """Write `task.json` and the files of the tokenizer or processor.
 
@@ -48,6 +49,7 @@ def save_task(
         function: from logits to scores.
         rows: some training rows, to complete the settings of a processor of sound.
         top_k: tokens with a probability in a language model's output.
+        words: a closed vocabulary of speech.
     """
     model, tokenizer = opened.model, opened.processor
     kind = task_class(task)
@@ -63,7 +65,15 @@ def save_task(
                 audio = replace(audio, steps=_steps(model, audio))
                 _save_alphabet(labels, out)
         inputs = [model.main_input_name]
-        config = TaskConfig(task=task, labels=list(labels), inputs=inputs, function=function, image=image, audio=audio)
+        config = TaskConfig(
+            task=task,
+            labels=list(labels),
+            inputs=inputs,
+            function=function,
+            image=image,
+            audio=audio,
+            words=list(words),
+        )
         tokenizer.save_pretrained(out)
         write_json(out / "task.json", config)
         return

@@ -16,8 +16,14 @@ from transformers.modeling_outputs import CausalLMOutput
 from kdexport.tasks.transcripts import NEVER
 
 MODEL_TYPE = "kdexport-speech"
-# In training, a recording is played so much slower or faster, at a higher or lower pitch, and noisier.
-_SPEED, _PITCH, _NOISE = 0.15, 0.1, 0.3
+# In training, a recording is played so much slower or faster, and at a higher or lower pitch.
+_SPEED, _PITCH = 0.15, 0.1
+# Heard is what is at most so much softer than the loudest band: 40 dB, in nats of energy, as everything below.
+HEARD = 9.2
+# In training, a microphone's response at five points of frequency, and a room's noise: between so far below the loudest
+# band and hardly heard, falling towards low bands by between −2 and 8, on and off in 70 % of the recordings.
+_RESPONSE, _LOUDEST_NOISE, _GRAIN, _JITTER = 1.0, 2.0, 0.8, 0.7
+_LEAST_FALL, _MOST_FALL, _GATED, _GATE_FRAMES, _OFF = -2.0, 8.0, 0.7, 25, 20.0
 # Below every band.
 _NOTHING = -1e9
 # SpecAugment (Park et al. 2019, https://arxiv.org/abs/1904.08779): masks, and the most of the frames and bands of each.
@@ -68,6 +74,7 @@ class SpeechNetForCTC(PreTrainedModel):  # type: ignore[misc]
         there = (bands.abs().amax(dim=1, keepdim=True) > 0).to(bands.dtype)
         if self.training:
             bands, there = _changed(bands, there)
+            bands = _noisy(bands, there, self.config.loudness / HEARD)
         bands = _levelled(bands, there, self.config.loudness)
         if self.training:
             bands = _masked(bands)
@@ -102,12 +109,18 @@ def _levelled(bands: Tensor, there: Tensor, loudness: float) -> Tensor:
 
     So the noise of rooms and microphones, which is below, is the same for all.
     """
-    loudest = torch.where(there > 0, bands, _NOTHING).amax(dim=(1, 2), keepdim=True)
-    return ((bands - loudest).clamp(min=-loudness) * (2 / loudness) + 1) * there
+    return ((bands - _loudest(bands, there)).clamp(min=-loudness) * (2 / loudness) + 1) * there
+
+
+def _loudest(bands: Tensor, there: Tensor) -> Tensor:
+    return torch.where(there > 0, bands, _NOTHING).amax(dim=(1, 2), keepdim=True)
 
 
 def _changed(bands: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """Change speed, pitch and noise at random: [B, M, T], and the frames that are there [B, 1, T]."""
+    """Change speed and pitch at random: [B, M, T], and the frames that are there [B, 1, T].
+
+    Stretching the bands stands for another vocal tract (Jaitly and Hinton 2013).
+    """
     rows, mels, frames = bands.shape
     length = max(1, round(frames / (1 + _SPEED * (2 * torch.rand(()).item() - 1))))
     bands, there = F.interpolate(bands, size=length, mode="linear"), F.interpolate(there, size=length)
@@ -116,7 +129,25 @@ def _changed(bands: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
     below, part = places.long(), (places - places.floor())[..., None]
     index = below[..., None].expand(-1, -1, length)
     bands = bands.gather(1, index) * (1 - part) + bands.gather(1, index + 1) * part
-    return (bands + _NOISE * torch.rand(rows, 1, 1, device=bands.device) * torch.randn_like(bands)) * there, there
+    return bands * there, there
+
+
+def _noisy(bands: Tensor, there: Tensor, nat: float) -> Tensor:
+    """Record bands [B, M, T], in which a nat is `nat`, by another microphone in another room."""
+    rows, mels, frames = bands.shape
+
+    def between(least: float, most: float) -> Tensor:
+        return least + (most - least) * torch.rand(rows, 1, 1, device=bands.device)
+
+    points = torch.randn(rows, 1, 5, device=bands.device)
+    response = F.interpolate(points, size=mels, mode="linear", align_corners=True).transpose(1, 2)
+    bands = bands / nat + between(0, _RESPONSE) * response
+    slope = between(_LEAST_FALL, _MOST_FALL) * torch.linspace(-1, 0, mels, device=bands.device)[None, :, None]
+    noise = _loudest(bands, there) - between(_LOUDEST_NOISE, HEARD) + slope + _GRAIN * torch.randn_like(bands)
+    gate = torch.randn(rows, 1, max(2, frames // _GATE_FRAMES), device=bands.device)
+    off = (F.interpolate(gate, size=frames, mode="linear") < 0) & (between(0, 1) < _GATED)
+    bands = torch.logaddexp(bands, noise - _OFF * off.to(bands.dtype))
+    return (bands + between(0, _JITTER) * torch.randn_like(bands)) * nat * there
 
 
 def _masked(bands: Tensor) -> Tensor:

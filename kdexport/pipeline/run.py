@@ -107,7 +107,8 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     names = derive.students(settings)
     starts = {derive.start_of(settings.student, name) for name in names}
     copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
-    epochs = derive.epochs(settings.distill, rows, copies, starts.pop() if len(starts) == 1 else "weights")
+    menu = task_class(settings.task, settings.data.problem).menu
+    epochs = derive.epochs(settings.distill, rows, copies, starts.pop() if len(starts) == 1 else "weights", menu)
     unnamed = "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"
     derived = {
         "distill.epochs": (f"{epochs.value:g}", epochs.reason),
@@ -115,7 +116,7 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     }
     shape = derive.shape_of(names[0])
     if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):
-        rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width)
+        rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width, menu)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
     taught, judging = (sum(row["label"] is not None for row in split) for split in (train, validation))
     if training := teachers.training_of(settings, taught, judging, labels):

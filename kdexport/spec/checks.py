@@ -164,8 +164,11 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
     for key, fix in menu.unused.items():
         yield key, f"on {spec.task}", fix
     if not task_class(spec.task).transcribes:
-        yield "data.sentences", f"on {spec.task}", "Remove it: it is of speech"
-    if spec.data.problem != "seq2seq":
+        for key in ("data.sentences", "data.words"):
+            yield key, f"on {spec.task}", "Remove it: it is of speech"
+    if spec.data.problem == "seq2seq":
+        yield "data.words", "on texts that are written token by token", "Remove it, or take a conv"
+    else:
         yield "student.seconds", f"on {spec.task}", "Remove it: it is of a smaller Whisper"
     if len(named(spec)) == 1:
         yield "teacher.weights", "with one teacher", "Remove it"

@@ -7,12 +7,14 @@ from kdexport.errors import SpecError
 from kdexport.spec.sections import Distill, Spec, Student, TeacherTraining
 from kdexport.spec.teachers import config_of, named
 from kdexport.tasks import task_class
+from kdexport.tasks.menus import MEDIA, Menu
 
 # name → (layers, width); the feed-forward width is 4 × width (Turc et al. 2019).
 PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512)}
 NETWORKS = ("bag", "cnn", "gru")
 _CONV_WIDTH = 16
 _EXAMPLES_SEEN, _STEPS = 300_000, 500
+_MOST_EPOCHS = 200
 # The fewest epochs over mostly augmented texts, which are not overfitted (Beyer et al. 2022).
 _PATIENT = 5
 # A teacher this sure of the training rows says hardly more about them than their labels: it is asked about others.
@@ -107,7 +109,7 @@ def start_of(student: Student, name: str) -> str:
     return "random" if shape_of(name).kind == "conv" else "pools" if pools(student, name) else "weights"
 
 
-def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weights") -> Derived:
+def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weights", menu: Menu = MEDIA) -> Derived:
     """Return the epochs over training rows and transfer rows, which the teacher alone labels: docs/decisions.md."""
     if settings.epochs is not None:
         return Derived(settings.epochs, "as given")
@@ -115,6 +117,8 @@ def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weight
     found = f"there are {rows:,} rows" + (f" and {transfer:,} that the teacher labels" if transfer else "")
     if start == "random":
         value, seen = max(8, min(60, 2 * _EXAMPLES_SEEN // every)), f"{2 * _EXAMPLES_SEEN:,} examples seen"
+        if (patient := _patient(menu, every, settings.batch_size)) > value:
+            return Derived(patient, f"about {menu.conv_steps:,} steps, at most {_MOST_EPOCHS} epochs; {found}")
         return Derived(value, f"about {seen} from random weights, 8 to 60 epochs; {found}")
     if 15 * every < _STEPS * settings.batch_size:
         value = min(100, -(-_STEPS * settings.batch_size // every))
@@ -125,20 +129,25 @@ def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weight
     return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, {least} to {most} epochs; {found}")
 
 
+def _patient(menu: Menu, rows: int, batch_size: int) -> int:
+    """Return the fewest epochs of convolutions from random weights."""
+    return min(_MOST_EPOCHS, -(-menu.conv_steps * batch_size // rows))
+
+
 def views(sure: float, rows: int) -> Derived:
     """Return the augmented copies of each text for a teacher that is so sure of its answers to train, on average."""
     reason = f"the teacher is {sure:.1%} sure of the training rows on average"
     return Derived(max(1, min(8, _MOST_VIEWS // rows)) if sure >= _SURE and rows <= _MOST_VIEWS else 0, reason)
 
 
-def learning_rate(settings: Distill, student: Student, name: str, width: int) -> Derived:
+def learning_rate(settings: Distill, student: Student, name: str, width: int, menu: Menu = MEDIA) -> Derived:
     """Return the highest learning rate: smaller for wider transformers, halved for trained weights."""
     if settings.learning_rate is not None:
         return Derived(settings.learning_rate, "as given")
     if pools(student, name):
         return Derived(1e-3, "1e-3 for students that pool over the teacher's embeddings")
     if shape_of(name).kind == "conv":
-        return Derived(2e-3, "2e-3 for convolutions with batch norms, from random weights")
+        return Derived(menu.conv_rate, f"{menu.conv_rate:g} for convolutions with batch norms, from random weights")
     if not width:
         return Derived(2e-4, "2e-4 for a model that is trained already and has no one width")
     trained = shape_of(name).kind != "narrow"
@@ -147,7 +156,9 @@ def learning_rate(settings: Distill, student: Student, name: str, width: int) ->
     return Derived(float(f"{value:.2g}"), f"5e-4 at width 128, less for wider: it is {width} wide{start}")
 
 
-def training(given: TeacherTraining, rows: int, validation: int, labels: int, width: int, *, trained: bool) -> Training:
+def training(
+    given: TeacherTraining, rows: int, validation: int, labels: int, width: int, *, trained: bool, menu: Menu = MEDIA
+) -> Training:
     """Return how to train a teacher of this width on so many rows; `trained`: it has weights already."""
     size = Derived(32 if rows >= 2_000 else 16, f"32 from 2,000 rows on, else 16: there are {rows:,}")
     if not trained:
@@ -157,6 +168,12 @@ def training(given: TeacherTraining, rows: int, validation: int, labels: int, wi
         value = max(8, min(20, 2 * _EXAMPLES_SEEN // rows))
         passes = Derived(value, f"about {2 * _EXAMPLES_SEEN:,} examples from random weights, 8 to 20 epochs")
         rate = Derived(1e-3 * (batch.value / 32) ** 0.5, "1e-3 from random weights at 32 rows a step, more for more")
+        if menu.conv_steps and not width:
+            least = max(value, _patient(menu, rows, int(batch.value)))
+            passes = Derived(
+                least, f"about {menu.conv_steps:,} steps from random weights, at most {_MOST_EPOCHS} epochs"
+            )
+            rate = Derived(menu.conv_rate, f"{menu.conv_rate:g} for convolutions with batch norms, from random weights")
     else:
         seen = _TEACHER_EXAMPLES + _EXAMPLES_A_LABEL * labels
         value = max(3, min(8, round(seen / rows)), min(40, -(-_TEACHER_STEPS * int(batch.value) // rows)))

@@ -78,6 +78,10 @@ class Data(Section, frozen=True):
             "taken, and recordings with none are left out"
         ),
     ] = None
+    words: Annotated[
+        Literal["open", "closed"],
+        _help("of speech: closed recognises the words of the train transcripts alone, as for digits or commands"),
+    ] = "open"
     max_length: Annotated[
         Length | None, _help("tokens of each text, with special ones; 128 when absent, or what the teacher reads")
     ] = None

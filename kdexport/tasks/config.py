@@ -26,6 +26,8 @@ Each = Meta(min_length=1, max_length=3)
 Sides = Annotated[list[Side], Meta(min_length=2, max_length=2)]
 # The label of an unlabelled row or token: the index that PyTorch's cross-entropy ignores.
 NO_LABEL = -100
+# The most words of a closed vocabulary: reading a recording takes time in proportion.
+MOST_WORDS, MOST_LETTERS = 4096, 64
 # The size limit of manifests and configurations, in bytes.
 MOST_JSON = 2**24
 
@@ -95,7 +97,8 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `max_length`, `pad_id`, `pad_type_id` and the sides are for texts, `image` for images, `audio` for sound; long texts
     are cut on their `truncation_side`. For language models, `kept` is the number of top tokens in an output, and
-    `end_id` the token that ends a text; so too for speech that a `decoder` writes, of at most `max_length` tokens.
+    `end_id` the token that ends a text; so too for speech that a `decoder` writes, of at most `max_length` tokens. Of
+    other speech, `words` are the only ones that are recognised, if there are any.
     """
 
     task: Name
@@ -112,6 +115,9 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     kept: Annotated[int, Meta(ge=0, le=4096)] = 0
     end_id: TokenId | None = None
     decoder: DecoderConfig | None = None
+    words: Annotated[
+        list[Annotated[str, Meta(min_length=1, max_length=MOST_LETTERS)]], Meta(max_length=MOST_WORDS)
+    ] = []
 
 
 def read_config(folder: Path) -> TaskConfig:

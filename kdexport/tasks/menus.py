@@ -15,6 +15,8 @@ class Menu(NamedTuple):
     temperature: float | None = 4.0  # the default; None allows 1 only
     alpha: float = 1.0  # the default
     precisions: tuple[str, ...] = ("fp32", "fp16", "int8")
+    conv_rate: float = 2e-3  # the highest learning rate of convolutions from random weights
+    conv_steps: int = 0  # the fewest steps of such a training, where they take no more than 200 epochs
     augment: bool = True
     vocabulary: Literal["corpus", "whole"] = "corpus"  # the default tokens of a student made from the teacher
     teachers: frozenset[str] = frozenset({"torch", "adapter", "onnx", "stored"})
@@ -59,6 +61,8 @@ SPEECH = MEDIA._replace(
     losses=("ctc",),
     temperature=None,
     alpha=0.5,
+    conv_rate=5e-3,
+    conv_steps=4_000,
     unused=dict(MEDIA.unused) | {"teacher.combine": "Name one teacher"},
     ensemble=False,
 )

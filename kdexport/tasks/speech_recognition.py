@@ -5,6 +5,7 @@ repetitions and blanks. A teacher's answer is a path as well, so teachers with o
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from kdexport.tasks.inputs.audio import FRAME, HOP, seconds_of
 from kdexport.tasks.inputs.media import Encoded, bytes_of
 from kdexport.tasks.inputs.recordings import read_header
 from kdexport.tasks.inputs.transcripts import normalised
+from kdexport.tasks.lexicon import Lexicon
 from kdexport.tasks.menus import SPEECH
 from kdexport.tasks.metrics import Array, log_softmax
 from kdexport.tasks.speech import Speech
@@ -26,7 +28,8 @@ from kdexport.tasks.transcripts import BLANK, NEVER, Transcript, Word
 class SpeechRecognition(Speech):
     """Rows `{"audio": …, "label": …}` → log-mel bands [N, T, M] or waveform [N, T] → logits [N, T', V] → a text each.
 
-    `label` is the transcript, and `config.labels` are the characters, blank first.
+    `label` is the transcript, and `config.labels` are the characters, blank first. Where `config.words` has words, the
+    most probable path through these is read.
     """
 
     objective: ClassVar[Objective] = "ctc"
@@ -124,14 +127,15 @@ class SpeechRecognition(Speech):
 
     def texts(self, logits: Array) -> list[str]:
         """Return the text of the most probable path of each row."""
-        return ["".join(c for c, _, _ in self._characters(path)).strip() for path in logits.argmax(axis=2)]
+        return ["".join(c for c, _, _ in self._characters(self._path(one))).strip() for one in logits]
 
     def decode(self, logits: Array, rows: Sequence[Row] = ()) -> list[Transcript]:
         return [self._transcript(one) for one in logits]
 
     def _transcript(self, logits: Array) -> Transcript:
         """Read a path: characters, and words with the times of their first and last one."""
-        logs, path = log_softmax(logits).max(axis=1), logits.argmax(axis=1)
+        path = self._path(logits)
+        logs = log_softmax(logits)[np.arange(len(path)), path]
         spoken = self._characters(path)
         step = seconds_of(self._how) / self._how.steps
         words = []
@@ -142,6 +146,14 @@ class SpeechRecognition(Speech):
         heard = [logs[start:end].mean() for _, start, end in spoken]
         score = float(np.exp(np.mean(heard))) if heard else float(np.exp(logs.mean()))
         return Transcript(" ".join(word.word for word in words), score, words)
+
+    @cached_property
+    def _lexicon(self) -> Lexicon:
+        return Lexicon(self.config.words, self.labels)
+
+    def _path(self, logits: Array) -> Array:
+        """Return the label of each step of logits [T', V]."""
+        return self._lexicon.path(log_softmax(logits)) if self.config.words else logits.argmax(axis=1)
 
     def _characters(self, path: Array) -> list[tuple[str, int, int]]:
         """Return each character of a path with its first step and the one behind its last."""

@@ -9,6 +9,7 @@ from kdexport.distill.student import build_student
 from kdexport.errors import ModelError
 from kdexport.models.textnet import TextNet
 from kdexport.spec import derive
+from kdexport.tasks.menus import SPEECH
 
 TEXTS = ["how do i freeze my bank account", "what is the weather in paris", "play something quiet"]
 
@@ -97,6 +98,19 @@ def test_other_students_stay_in_the_teachers_family(teacher, name, family):
 def test_the_learning_rate_follows_the_student(name, settings, rate):
     width = {"tiny": 128}.get(name, 384)
     assert derive.learning_rate(spec.Distill(), spec.Student(**settings), name, width).value == rate
+
+
+def test_recognisers_from_random_weights_take_thousands_of_steps():
+    conv, given = spec.Student(), spec.Distill()
+    assert derive.learning_rate(given, conv, "conv:96", 0, SPEECH).value == 5e-3
+    assert derive.learning_rate(given, conv, "conv", 0).value == 2e-3
+    assert derive.epochs(given, 2_400, start="random", menu=SPEECH).value == 60
+    assert derive.epochs(given, 1_000, start="random", menu=SPEECH).value == 128
+    assert derive.epochs(given, 100, start="random", menu=SPEECH).value == 200
+    assert derive.epochs(given, 1_000, start="random").value == 60
+    for width, epochs, rate in ((0, 54, 5e-3), (384, 20, 1e-3)):
+        how = derive.training(spec.TeacherTraining(), 2_400, 100, 17, width, trained=False, menu=SPEECH)
+        assert (how.epochs.value, how.learning_rate.value) == (epochs, rate)
 
 
 def test_changed_copies_are_gone_over_patiently():

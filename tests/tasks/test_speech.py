@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import groupby, product
+
 import jiwer
 import numpy as np
 import pytest
 import torch
-from tones import say, wav
+from msgspec.structs import replace
+from tones import say, wav, write_folder
 from transformers import ASTFeatureExtractor
 
+from kdexport import spec
+from kdexport.data import prepare, read_summary
 from kdexport.distill.losses import ctc, ctc_of_teacher
-from kdexport.errors import TooLarge
+from kdexport.errors import ArtifactError, DataError, TooLarge
 from kdexport.models.inference import logits_of
 from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_task
-from kdexport.models.speechnet import SpeechNetConfig, SpeechNetForCTC
+from kdexport.models.speechnet import SpeechNetConfig, SpeechNetForCTC, _noisy
 from kdexport.tasks import load_task
 from kdexport.tasks.inputs.audio import extractor_of, fitted
 from kdexport.tasks.inputs.media import inline
 from kdexport.tasks.inputs.transcripts import edits, normalised
+from kdexport.tasks.lexicon import Lexicon
 from kdexport.tasks.metrics import log_softmax
 
 LABELS = ["<pad>", " ", "a", "b", "c", "d"]
@@ -84,6 +90,74 @@ def test_a_path_is_read_without_repetitions_and_blanks(task):
     assert times == [("aab", 0, 5), ("c", 8, 10)]
     assert 0.99 < answer.score <= 1.0
     assert task.decode(path(task))[0].to_dict(True) == {"text": "", "score": pytest.approx(1, abs=1e-3), "words": []}
+
+
+def test_a_closed_vocabulary_has_the_best_path_of_its_words():
+    """Against all paths of six steps."""
+    labels, words = ["<pad>", " ", "a", "b"], {"aa", "ab", "b"}
+
+    def text(steps):
+        return "".join(labels[label] for label, _ in groupby(steps) if label)
+
+    def is_of_words(steps):
+        said = text(steps)
+        return "  " not in said and not said.startswith(" ") and {*said.split()} <= words
+
+    allowed = np.array([steps for steps in product(range(4), repeat=6) if is_of_words(steps)])
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        logs = log_softmax(3 * draw.normal(size=(6, 4)))
+        found = Lexicon(sorted(words), labels).path(logs)
+        best = logs[np.arange(6), allowed].sum(axis=1).max()
+        assert is_of_words(found)
+        assert logs[np.arange(6), found].sum() == pytest.approx(best, rel=1e-5)
+
+
+def test_a_closed_vocabulary_writes_its_words_alone(task):
+    closed = type(task)(replace(task.config, words=["ab", "cd"]))
+    logits = path(task, "a", "d", " ", "c", "<pad>", "d") + path(task, "a", "b") / 4
+    assert task.texts(logits) == ["ad cd"]
+    assert closed.texts(logits) == [closed.decode(logits)[0].text] == ["ab cd"]
+    assert closed.texts(path(task)) == [""]
+    assert closed.decode(logits)[0].score < task.decode(logits)[0].score
+
+
+def test_a_closed_vocabulary_is_of_the_train_transcripts(tmp_path, capsys):
+    def words_of(how, **splits):
+        folder = tmp_path / f"{how}-{len(list(tmp_path.iterdir()))}"
+        for seed, (split, texts) in enumerate(splits.items()):
+            write_folder(folder / split, texts, seed=10 * seed)
+        out = folder / "out"
+        out.mkdir()
+        prepare(spec.Data(train=str(folder), words=how), "automatic-speech-recognition", 0, out)
+        return read_summary(out).words
+
+    texts = {"train": ["ab cd", "a cd", "ba"], "validation": ["ab"], "test": ["dc ab"]}
+    assert words_of("open", **texts) == []
+    assert words_of("closed", **texts) == ["a", "ab", "ba", "cd"]
+    assert "words of test that train lacks can't be recognised: dc" in capsys.readouterr().err
+    with pytest.raises(DataError, match="is longer than 64 characters"):
+        words_of("closed", **(texts | {"train": ["ab" * 40 + " cd"]}))
+
+
+def test_an_altered_closed_vocabulary_is_refused(task):
+    closed = type(task)(replace(task.config, words=["xyz"]))
+    with pytest.raises(ArtifactError, match="words of the closed vocabulary have 'x', which is no label"):
+        closed.texts(path(task, "a"))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_noise_of_training_leaves_padding_alone_and_follows_the_seed(seed):
+    bands = torch.zeros(4, 20, 60)
+    bands[:, :, :50] = torch.randn(4, 20, 50)
+    there = (bands.abs().amax(dim=1, keepdim=True) > 0).float()
+    torch.manual_seed(seed)
+    changed = _noisy(bands, there, 0.13)
+    torch.manual_seed(seed)
+    assert torch.equal(_noisy(bands, there, 0.13), changed)
+    assert changed.isfinite().all()
+    assert (changed[:, :, 50:] == 0).all()
+    assert not torch.allclose(changed[:, :, :50], bands[:, :, :50], atol=0.1)
 
 
 def test_the_word_error_rate_is_that_of_all_words_together(task):
