@@ -201,6 +201,16 @@ def test_recognisers_are_listed(client):
     assert [model.id for model in client.models.list()] == ["speech"]
 
 
+def test_info_has_how_long_a_recording_may_be_and_no_labels(server):
+    found = httpx.get(f"{server.url}/info").json()
+    assert found.pop("version") == package.__version__
+    assert re.fullmatch(r"[0-9a-f]{12}", found.pop("model_sha"))
+    assert found == {
+        "model_id": "speech", "model_dtype": "fp32", "model_pipeline_tag": "automatic-speech-recognition",
+        "max_input_seconds": 4.995, "sampling_rate": RATE, "max_client_batch_size": 1,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("body", "header", "status"),
     [
