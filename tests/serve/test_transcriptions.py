@@ -413,7 +413,7 @@ def test_the_page_transcribes_a_file_and_what_a_microphone_hears(artifact, expec
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(server.url)
-        status, text = page.get_by_role("status"), page.locator("#written")
+        status, text = page.get_by_role("status"), page.locator("#speech-written")
         assert "automatic-speech-recognition: an audio in, its text out" in page.locator(".verdict").inner_text()
         page.get_by_label("A recording").set_input_files(tmp_path / "a.wav")
         page.get_by_role("button", name="Transcribe").click()
@@ -444,6 +444,42 @@ def test_the_page_transcribes_a_file_and_what_a_microphone_hears(artifact, expec
         assert [rule["id"] for rule in found.response["violations"]] == []
         browser.close()
     assert [line for line in said if not line.startswith("Failed to load resource")] == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="this machine has no Chromium: apt-get install chromium")
+def test_beside_a_model_of_texts_each_has_its_own_form(server, expected, tmp_path):
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import sync_playwright
+
+    (tmp_path / "a.wav").write_bytes(SOUND)
+    said: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(server.url)
+        texts, speech = page.get_by_role("region", name="Try it: texts"), page.get_by_role("region", name=": speech")
+        assert texts.get_by_role("radio").evaluate_all("all => all.map((one) => one.value)") == ["models/text"]
+        assert speech.locator("option").all_inner_texts() == ["speech"]
+        texts.get_by_role("button", name="Classify").click()
+        texts.get_by_text("answered by text in").wait_for()
+        speech.get_by_label("A recording").set_input_files(tmp_path / "a.wav")
+        speech.get_by_role("button", name="Transcribe").click()
+        speech.get_by_text("Heard by speech in").wait_for()
+        assert speech.locator("#speech-written").inner_text() == expected.text
+        assert page.get_by_role("heading", name="Model card of").all_inner_texts() == [
+            "Model card of speech",
+            "Model card of text",
+        ]
+        page = browser.new_page(bypass_csp=True, viewport={"width": 400, "height": 900})
+        page.goto(server.url)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
+        assert [rule["id"] for rule in found.response["violations"]] == []
+        browser.close()
+    assert said == []
 
 
 # --- the command line
