@@ -12,6 +12,7 @@ import numpy as np
 
 from kdexport.errors import TooLarge
 from kdexport.tasks.base import Card, Objective
+from kdexport.tasks.beam import WordList
 from kdexport.tasks.config import NO_LABEL, Arrays, Row
 from kdexport.tasks.inputs.audio import FRAME, HOP, Sounds, seconds_of
 from kdexport.tasks.inputs.media import Encoded, bytes_of
@@ -43,6 +44,10 @@ class SpeechRecognition(Sounds, Transcripts):
     auto_class: ClassVar = "AutoModelForCTC"
     heads: ClassVar = ("ForCTC",)
     stands_for: ClassVar = ("wav2vec2", "Wav2Vec2ForCTC")
+    _words: WordList | None = None
+
+    def restrict(self, words: Iterable[str]) -> None:
+        self._words = WordList(words, self.labels)
 
     # --- rows
 
@@ -135,14 +140,15 @@ class SpeechRecognition(Sounds, Transcripts):
 
     def texts(self, logits: Array) -> list[str]:
         """Return the text of the most probable path of each row."""
-        return ["".join(c for c, _, _ in self._characters(path)).strip() for path in logits.argmax(axis=2)]
+        return ["".join(c for c, _, _ in self._characters(self._path(one))).strip() for one in logits]
 
     def decode(self, logits: Array, rows: Sequence[Row] = ()) -> list[Transcript]:
         return [self._transcript(one) for one in logits]
 
     def _transcript(self, logits: Array) -> Transcript:
         """Read a path: characters, and words with the times of their first and last one."""
-        logs, path = log_softmax(logits).max(axis=1), logits.argmax(axis=1)
+        path = self._path(logits)
+        logs = np.take_along_axis(log_softmax(logits), path[:, np.newaxis], axis=1)[:, 0]
         spoken = self._characters(path)
         step = seconds_of(self._how) / self._how.steps
         words = []
@@ -153,6 +159,9 @@ class SpeechRecognition(Sounds, Transcripts):
         heard = [logs[start:end].mean() for _, start, end in spoken]
         score = float(np.exp(np.mean(heard))) if heard else float(np.exp(logs.mean()))
         return Transcript(" ".join(word.word for word in words), score, words)
+
+    def _path(self, logits: Array) -> Array:
+        return self._words.path(logits) if self._words else np.asarray(logits.argmax(axis=1))
 
     def _characters(self, path: Array) -> list[tuple[str, int, int]]:
         """Return each character of a path with its first step and the one behind its last."""

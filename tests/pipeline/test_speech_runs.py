@@ -90,6 +90,17 @@ def test_an_artifact_writes_what_was_said_and_when(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_list_of_the_words_makes_fewer_errors(finished):
+    rows = read_rows(finished / "data", "test")
+    free = package.load(finished)
+    listed = package.load(finished, words=[row["label"] for row in rows])
+    logits = free.logits(rows)
+    sums = [model.task.stats(logits, rows).sum(axis=0) for model in (free, listed)]
+    without, with_words = (float(free.task.value(one)) for one in sums)
+    assert with_words < without or without == 0
+
+
+@pytest.mark.slow
 def test_the_alphabet_comes_beside_the_model_for_other_runtimes(finished):
     from transformers import AutoTokenizer
 

@@ -29,6 +29,7 @@ from wire import ask as ask_raw
 from wire import assert_refused
 
 import kdexport as package
+from kdexport.errors import DataError
 
 RATE = 16_000
 FORM = b"Content-Type: multipart/form-data; boundary=b"
@@ -494,3 +495,33 @@ def test_predict_prints_a_line_for_each_recording(kdexport, artifact, expected, 
     (tmp_path / "b.mp4").write_bytes(b"\0\0\0\x20ftypisom")
     done = kdexport("predict", artifact, tmp_path / "b.mp4")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+
+
+def test_listed_words_are_the_only_ones_that_are_written(kdexport, artifact, expected, tmp_path):
+    (tmp_path / "a.wav").write_bytes(SOUND)
+    (tmp_path / "words.txt").write_text("Sonar station\nrest\n")
+    listed = {"sonar", "station", "rest"}
+    assert not {*expected.text.split()} <= listed
+    (found,) = package.load(artifact, words=["Sonar station", "rest"]).predict(SOUND)
+    assert found.text
+    assert {*found.text.split()} <= listed
+    assert " ".join(word.word for word in found.words) == found.text
+    assert 0 < found.score < expected.score
+    done = kdexport("predict", artifact, tmp_path / "a.wav", "--words", tmp_path / "words.txt")
+    assert json.loads(done.stdout)["text"] == found.text
+
+
+def test_words_that_can_not_be_used_are_refused_in_a_line(kdexport, artifact, tmp_path):
+    text = small.pack(small.configs()["text"], tmp_path / "text")
+    with pytest.raises(DataError, match="a list of words is of speech recognition; this model is for text-class"):
+        package.load(text, words=["one"])
+    for name, content, said in [
+        ("digits.txt", "7up", "the word '7up' has '7', which the model does not write"),
+        ("empty.txt", "\n", "holds no word"),
+        ("table.csv", "word\nrest\n", "Write one a line, or in a column named text"),
+        ("nowhere.txt", None, "nowhere.txt does not exist"),
+    ]:
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        done = kdexport("predict", artifact, "a.wav", "--words", tmp_path / name)
+        assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (2, True, 1), done.stderr
