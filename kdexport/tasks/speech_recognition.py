@@ -6,6 +6,7 @@ repetitions and blanks. A teacher's answer is a path as well, so teachers with o
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -61,9 +62,9 @@ class SpeechRecognition(Sounds, Transcripts):
         return super().content(row) + (f":{row['label']}" if row.get("heard") else "")
 
     def row(self, given: object) -> dict[str, Any]:  # type: ignore[override] # it depends on the model
-        row = super().row(given)
-        self._refuse_longer(row)
-        return row
+        value = str(given) if isinstance(given, Path) else given
+        self._refuse_longer({"audio": value})  # before it is decoded
+        return super().row(value)
 
     # --- rows → arrays
 

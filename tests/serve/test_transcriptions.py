@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import grpc
 import httpx
@@ -19,6 +20,7 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
 from fuzz import small
 from huggingface_hub import InferenceClient, constants
+from limits import begin_peak, cpu_seconds, memory_mb
 from load_client import ask
 from serve_process import served
 from server import forget_sessions
@@ -258,25 +260,35 @@ def test_forms_may_be_written_in_other_ways(server, expected, header):
 # --- recordings
 
 
+@cache
 def broken() -> dict[str, tuple[bytes, int, str]]:
     """Recordings that can't be recognised, with the status and a part of the reason."""
     flac = sound(form="FLAC")
     return {
         "nothing": (b"", 422, "it is empty"),
         "no samples": (sound(0), 422, "it holds no sound"),
-        "a header alone": (flac[:50], 422, "no sound"),
-        "half a file": (flac[: len(flac) // 2], 422, "no sound"),
+        "a header alone": (flac[:50], 422, "it is no sound that can be read"),
+        "half a file": (flac[: len(flac) // 2], 422, "it is no sound that can be read"),
         "ten minutes": (sound(600)[:3_000_000], 413, "it lasts"),
         "longer than the model reads": (sound(5.5), 413, "it lasts 5.5 s; the model reads 5.0"),
         "a video": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(5_000), 422, "it is no sound file"),
         "WebM": (b"\x1a\x45\xdf\xa3" + bytes(5_000), 422, "it is no sound file"),
         "25 MB": (bytes(25_000_000), 413, "the body has more than 4,000,000 bytes"),
+        "1,000,003 Hz": (rate(1_000_003), 413, "it has 1,000,003 samples a second; at most 384,000 are read"),
+        "0 Hz": (rate(0), 422, "it is no sound that can be read"),
+        "1 Hz": (rate(1), 413, "it lasts 48,000 s; at most 120 are read"),
     }
+
+
+def rate(hertz: int) -> bytes:
+    """A WAV file whose header has another rate."""
+    return SOUND[:24] + hertz.to_bytes(4, "little") + SOUND[28:]
 
 
 @pytest.mark.parametrize("kind", broken())
 def test_bad_recordings_are_refused_in_a_line_on_every_path(server, kind):
     content, status, said = broken()[kind]
+    before, began = begin_peak(server.process.pid), cpu_seconds(server.process.pid)
     for path, body, header in (
         ("/models/speech", content, b"Content-Type: audio/wav"),
         ("/v1/audio/transcriptions", form([("model", b"speech"), ("file", content)]), FORM),
@@ -285,10 +297,32 @@ def test_bad_recordings_are_refused_in_a_line_on_every_path(server, kind):
         assert_refused(found, status)
         assert said in found.json["error"]
         assert "\n" not in found.json["error"]
+    assert memory_mb(server.process.pid) - before < 40
+    assert cpu_seconds(server.process.pid) - began < 1
+
+
+@pytest.mark.parametrize("kind", broken())
+def test_bad_recordings_are_named_in_a_line_by_predict(artifact, kind, tmp_path):
+    content, _, said = broken()[kind]
+    (tmp_path / "bad.wav").write_bytes(content)
+    with pytest.raises(DataError) as error:
+        package.load(artifact).predict([tmp_path / "bad.wav"])
+    wanted = "it is no sound file" if kind == "25 MB" else said
+    assert str(error.value).startswith(f"{tmp_path / 'bad.wav'} {wanted.removeprefix('it ')}")
+    assert "\n" not in str(error.value)
 
 
 def test_odd_recordings_are_answered(server):
-    for content in (sound(4.9), sound(0.001), sound(channels=8), sound(form="FLAC"), sound(form="OGG")):
+    noise = io.BytesIO()
+    soundfile.write(noise, np.random.default_rng(0).uniform(-1, 1, 4 * RATE), RATE, format="WAV")
+    for content in (
+        sound(4.9),
+        sound(0.001),
+        sound(channels=8),
+        sound(form="FLAC"),
+        sound(form="OGG"),
+        noise.getvalue(),
+    ):
         found = httpx.post(f"{server.url}/models/speech", content=content)
         assert (found.status_code, list(found.json())) == (200, ["text"])
     silence = io.BytesIO()
