@@ -67,3 +67,9 @@ def begin_peak(pid: int) -> float:
 def memory_mb(pid: int, what: str = "VmHWM") -> float:
     """VmHWM, the peak, or VmRSS, what it holds now."""
     return int(re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1e3
+
+
+def cpu_seconds(pid: int) -> float:
+    """The CPU seconds that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -32,6 +32,9 @@ def predict(
     batch_size: Annotated[int, Flag(min=1, help="Texts that run at once.")] = 32,
     threads: Annotated[int | None, Flag(min=1, help="Threads of the runtime.", show_default="all cores")] = None,
     scores: Annotated[bool, Flag("--scores", help="Print the probability of every label (or word).")] = False,
+    words: Annotated[
+        Path | None, Flag(help="File: the only words that speech may have, one a line.", show_default="any")
+    ] = None,
     max_new_tokens: Annotated[int, Writing(min=1, help="Most tokens to generate.")] = 64,
     temperature: Annotated[float, Writing(min=0, callback=finite, help="Of sampling; 0: greedy.")] = 0.0,
     top_k: Annotated[int, Writing(min=0, help="Sample among the k best tokens; 0: all.")] = 0,
@@ -53,7 +56,7 @@ def predict(
     import msgspec
 
     from kdexport import spec
-    from kdexport.data.read import read_stream
+    from kdexport.data.read import read_file, read_stream
     from kdexport.data.sources import read_test, to_answer
     from kdexport.progress import warn
     from kdexport.runtime.artifact import read_columns, split_name
@@ -61,7 +64,8 @@ def predict(
     from kdexport.runtime.predictor import load, row_of
     from kdexport.spec.flags import rows_in
 
-    model, columns = load(artifact, variant, threads), read_columns(split_name(artifact)[0])
+    listed = [str(row.get("text", "")) for row in read_file(words).rows if isinstance(row, dict)] if words else None
+    model, columns = load(artifact, variant, threads, listed), read_columns(split_name(artifact)[0])
     reads, generates = model.task.modality, model.task.generates
     if inputs and file:
         raise SpecError("texts and --file were both given", "Give one of them")

@@ -184,7 +184,10 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
         for row in splits[split] if found[split] - labels else []:
             if strange := sorted(task.labels_of(row) - labels):
                 where = row["id"].replace(":", ", row ")
-                raise DataError(f"{where}: label {strange[0]!r} occurs in no row of train", "Add rows to train")
+                what, fix = (
+                    ("character", "Spell numbers out, or add rows") if task.transcribes else ("label", "Add rows")
+                )
+                raise DataError(f"{where}: {what} {strange[0]!r} occurs in no row of train", f"{fix} to train")
     if len(labels) < 2 and task.has_names:
         few = f"one label only: {', '.join(labels)}" if labels else "no labels"
         raise DataError(f"the rows have {few}", "Is --label the right column?")

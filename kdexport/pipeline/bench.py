@@ -197,7 +197,8 @@ def labelled_rows(task: Task, rows: Rows, name: str) -> Rows:
         if row.get("label") is None or (task.one_label and not row["label"]):
             return []
         if unknown := task.unknown(row):
-            warn(f"bench: the {task.metric.name} of {name} is not measured: it has no label {min(unknown)!r}")
+            what = "character" if task.transcribes else "label"
+            warn(f"bench: the {task.metric.name} of {name} is not measured: it has no {what} {min(unknown)!r}")
             return []
     return rows
 

@@ -5,7 +5,7 @@ Verification, benchmarks, `kdexport predict` and serving all run models through 
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,10 +154,13 @@ def _opened(model: Path, threads: int, device: str) -> Any:
     return session
 
 
-def load(folder: str | Path, variant: str | None = None, threads: int | None = None) -> Predictor:
+def load(
+    folder: str | Path, variant: str | None = None, threads: int | None = None, words: Iterable[str] | None = None
+) -> Predictor:
     """Load an artifact, or a run that holds one, after checking its checksums.
 
     A variant may follow the folder, `runs/demo:int8`; by default it is the recommended one, on all allowed cores.
+    `words` are the only ones that a recogniser of speech is to write.
     """
     with artifact.only_artifact_errors(Path(folder)):
         place, named = artifact.split_name(folder)
@@ -167,6 +170,8 @@ def load(folder: str | Path, variant: str | None = None, threads: int | None = N
         model = artifact.model_file(folder, variant or named)
         predictor = Predictor(load_task(folder), model, threads)
         predictor.prove()
+    if words is not None:
+        predictor.task.restrict(words)
     return predictor
 
 

@@ -15,6 +15,7 @@ _TYPES = [
     tgi.Generated, tgi.StreamToken, tgi.WriterInfo, openai.CompletionRequest, openai.Completion, openai.ModelList,
     huggingface.TranscribeRequest, huggingface.Transcribed, transcriptions.TranscriptionRequest,
     transcriptions.Transcription, transcriptions.VerboseTranscription, transcriptions.TranscriptionEvent,
+    tei.TranscriberInfo,
 ]  # fmt: skip
 
 

@@ -109,15 +109,19 @@ def _page(models: tuple[_Model, ...], keyed: bool) -> Response:
     )
     report_style = environment.get_template("report/templates/page.css.j2").render()
     style = report_style + loader.get_source(environment, "serve/templates/page.css")[0]
-    speech = bool(models) and all(model.seconds for model in models)
-    script = loader.get_source(environment, f"serve/templates/{'speech' if speech else 'page'}.js")[0]
+    drawn = [model._replace(card=card_html(model.card)) for model in models]
+    texts = [model for model in drawn if model.reads == "text"]
+    speech = [model for model in drawn if model.seconds]
+    forms = [form for form, shown in (("page", texts), ("speech", speech)) if shown]
+    scripts = [loader.get_source(environment, f"serve/templates/{form}.js")[0] for form in forms]
     html = environment.get_template("serve/templates/page.html.j2").render(
-        models=[model._replace(card=card_html(model.card)) for model in models], keyed=keyed,
-        texts=all(model.reads == "text" for model in models), speech=speech, style=style, script=script,
-        sample=_PROMPT if models and models[0].writes else _SAMPLE, kdexport=__version__,
+        models=drawn, texts=texts, speech=speech, files=[m for m in drawn if m not in texts and m not in speech],
+        keyed=keyed, style=style, scripts=scripts, kdexport=__version__,
+        sample=_PROMPT if texts and texts[0].writes else _SAMPLE,
     )  # fmt: skip
+    allowed = " ".join(map(_source, scripts)) or "'none'"
     policy = (
-        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
+        f"default-src 'none'; script-src {allowed}; style-src {_source(style)}; img-src data:; "
         "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
     )
     return Response(html.encode(), headers=[*_HEADERS, (b"content-security-policy", policy.encode())])

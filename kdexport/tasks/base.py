@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 
 import numpy as np
 
+from kdexport.errors import DataError
 from kdexport.tasks.config import Arrays, Function, Items, Row, TaskConfig
 from kdexport.tasks.menus import Menu
 from kdexport.tasks.metrics import Array, Metric, sigmoid, softmax
@@ -95,6 +96,10 @@ class Task:
     def load(cls, folder: Path) -> Self:
         """Load the task of a model folder or an artifact; raise ArtifactError if a file is missing or unreadable."""
         raise NotImplementedError
+
+    def restrict(self, words: Iterable[str]) -> None:
+        """Let answers have these words alone; raise DataError where no answer is a transcript."""
+        raise DataError(f"a list of words is of speech recognition; this model is for {self.name}", "Leave it out")
 
     # --- rows
 

@@ -1,5 +1,6 @@
 """The input side of speech recognition: recordings that a model reads whole, or not at all."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from kdexport.errors import TooLarge
@@ -20,9 +21,9 @@ class Speech(Sounds, Transcripts):
     }
 
     def row(self, given: object) -> dict[str, Any]:  # type: ignore[override] # it depends on the model
-        row = super().row(given)
-        self._refuse_longer(row)
-        return row
+        value = str(given) if isinstance(given, Path) else given
+        self._refuse_longer({"audio": value})  # before it is decoded
+        return super().row(value)
 
     def seconds(self, row: Row) -> float:
         self._refuse_longer(row)

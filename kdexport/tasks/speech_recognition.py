@@ -12,12 +12,12 @@ from typing import ClassVar
 import numpy as np
 
 from kdexport.tasks.base import Card, Objective, Task
+from kdexport.tasks.beam import WordList
 from kdexport.tasks.config import NO_LABEL, Arrays, Row, TaskConfig
 from kdexport.tasks.inputs.audio import FRAME, HOP, seconds_of
 from kdexport.tasks.inputs.media import Encoded, bytes_of
 from kdexport.tasks.inputs.recordings import read_header
 from kdexport.tasks.inputs.transcripts import normalised
-from kdexport.tasks.lexicon import Lexicon
 from kdexport.tasks.menus import SPEECH
 from kdexport.tasks.metrics import Array, log_softmax
 from kdexport.tasks.speech import Speech
@@ -29,7 +29,7 @@ class SpeechRecognition(Speech):
     """Rows `{"audio": …, "label": …}` → log-mel bands [N, T, M] or waveform [N, T] → logits [N, T', V] → a text each.
 
     `label` is the transcript, and `config.labels` are the characters, blank first. Where `config.words` has words, the
-    most probable path through these is read.
+    most probable text of these is read.
     """
 
     objective: ClassVar[Objective] = "ctc"
@@ -42,6 +42,13 @@ class SpeechRecognition(Speech):
     auto_class: ClassVar = "AutoModelForCTC"
     heads: ClassVar = ("ForCTC",)
     stands_for: ClassVar = ("wav2vec2", "Wav2Vec2ForCTC")
+
+    def restrict(self, words: Iterable[str]) -> None:
+        self._words = WordList(words, self.labels)
+
+    @cached_property
+    def _words(self) -> WordList | None:
+        return WordList(self.config.words, self.labels) if self.config.words else None
 
     @classmethod
     def kinds(cls) -> dict[str, type[Task]]:
@@ -147,13 +154,9 @@ class SpeechRecognition(Speech):
         score = float(np.exp(np.mean(heard))) if heard else float(np.exp(logs.mean()))
         return Transcript(" ".join(word.word for word in words), score, words)
 
-    @cached_property
-    def _lexicon(self) -> Lexicon:
-        return Lexicon(self.config.words, self.labels)
-
     def _path(self, logits: Array) -> Array:
         """Return the label of each step of logits [T', V]."""
-        return self._lexicon.path(log_softmax(logits)) if self.config.words else logits.argmax(axis=1)
+        return self._words.path(logits) if self._words else np.asarray(logits.argmax(axis=1))
 
     def _characters(self, path: Array) -> list[tuple[str, int, int]]:
         """Return each character of a path with its first step and the one behind its last."""

@@ -28,11 +28,11 @@ TEXT_INPUTS = ["input_ids", "attention_mask"]
 LABELS = ["a", "b", "c", "d"]
 
 
-def configs() -> dict[str, TaskConfig]:
-    """Return a task of each kind that reads other input than the rest."""
+def configs(frames: int = 498) -> dict[str, TaskConfig]:
+    """Return a task of each kind that reads other input than the rest; `frames` are those of speech, 10 ms each."""
     image = ImageConfig(channels=3, resize=256, crop=[224, 224], mean=[0.5] * 3, std=[0.5] * 3)
     audio = AudioConfig(rate=16_000, length=998, mels=64, mean=-4.0, std=4.0)
-    speech = AudioConfig(rate=16_000, length=498, mels=40, mean=-4.0, std=4.0, steps=498)
+    speech = AudioConfig(rate=16_000, length=frames, mels=40, mean=-4.0, std=4.0, steps=frames)
     tags, characters = ["O", "B-x", "I-x", "B-y"], ["<pad>", " ", *"adeinorst"]
     return {
         "text": TaskConfig(task="text-classification", labels=LABELS, inputs=TEXT_INPUTS, max_length=128),
@@ -107,10 +107,10 @@ def _node(kind: str, given: str, made: str, **attributes: int) -> onnx.NodeProto
 class Server:
     """The application with five small models, asked without a socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, frames: int = 498) -> None:
         home = tempfile.TemporaryDirectory(prefix="kdexport-fuzz-")
         atexit.register(home.cleanup)
-        named = {name: (pack(config, Path(home.name) / name), None) for name, config in configs().items()}
+        named = {name: (pack(config, Path(home.name) / name), None) for name, config in configs(frames).items()}
         self.loop = asyncio.new_event_loop()
         models = Models(named, 8, 2048)
         self.app = App(models, Settings(access_log="off", threads=1))

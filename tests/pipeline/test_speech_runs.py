@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from tones import sentences, wav, write_folder
 
 import kdexport as package
 from kdexport import spec
-from kdexport.data import read_rows, read_summary
-from kdexport.errors import ModelError, SpecError
+from kdexport.data import prepare, read_rows, read_summary
+from kdexport.errors import DataError, ModelError, SpecError
 from kdexport.pipeline.run import run as run_pipeline
 from kdexport.results import read_report
 from kdexport.tasks.inputs.media import bytes_of
@@ -90,11 +91,72 @@ def test_an_artifact_writes_what_was_said_and_when(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_list_of_the_words_makes_fewer_errors(finished):
+    rows = read_rows(finished / "data", "test")
+    free = package.load(finished)
+    listed = package.load(finished, words=[row["label"] for row in rows])
+    logits = free.logits(rows)
+    sums = [model.task.stats(logits, rows).sum(axis=0) for model in (free, listed)]
+    without, with_words = (float(free.task.value(one)) for one in sums)
+    assert with_words < without or without == 0
+
+
+@pytest.mark.slow
 def test_the_alphabet_comes_beside_the_model_for_other_runtimes(finished):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(finished / "artifact")
     assert tokenizer.decode([2, 2, 0, 2, 1, 3]) == "aa b"
+
+
+# --- data that can't be learned from
+
+BAD = [
+    (b"", "it is empty"),
+    (wav([]), "it holds no sound"),
+    (wav([0.0] * 8_000 * 600), "it lasts 600 s"),
+    (
+        wav([0.0] * 8_000)[:24] + (1_000_003).to_bytes(4, "little") + wav([0.0] * 8_000)[28:],
+        "1,000,003 samples a second",
+    ),
+    (b"fLaC" + bytes(400), "it is no sound that can be read"),
+    (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(5_000), "it is no sound file"),
+]
+
+
+def test_digits_beside_an_alphabet_without_any_are_named_with_how_to_mend_them(tmp_path):
+    write_folder(tmp_path / "train", sentences(20))
+    table = write_folder(tmp_path / "test", ["ab", "dd c"]) / "metadata.csv"
+    table.write_text(table.read_text().replace("dd", "7"))
+    wanted = (
+        r"test.metadata\.csv, row 2: character '7' occurs in no row of train\. Spell numbers out, or add rows to tr"
+    )
+    with pytest.raises(DataError, match=wanted):
+        prepare(spec.Data(train=str(tmp_path)), TASK, 0, tmp_path / "out")
+
+
+def test_bad_recordings_of_a_folder_are_named_and_can_be_left_out(tmp_path, capsys):
+    write_folder(tmp_path / "all", sentences(40))
+    for i, (content, _) in enumerate(BAD):
+        (tmp_path / "all" / f"{i}.wav").write_bytes(content)
+    with pytest.raises(DataError) as error:
+        prepare(spec.Data(train=str(tmp_path / "all")), TASK, 0, tmp_path / "out")
+    assert "row 1: its audio" in str(error.value)
+    assert "\n" not in str(error.value)
+    (tmp_path / "out").mkdir()
+    prepare(spec.Data(train=str(tmp_path / "all"), skip_bad_rows=True), TASK, 0, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert f"{len(BAD)} bad rows left out" in said
+    assert sum(read_summary(tmp_path / "out").rows.values()) == 40 - len(BAD)
+
+
+@pytest.mark.parametrize(("content", "said"), BAD, ids=[said for _, said in BAD])
+def test_a_bad_recording_of_a_folder_is_named_with_the_reason(tmp_path, content, said):
+    write_folder(tmp_path / "all", sentences(4))
+    (tmp_path / "all" / "1.wav").write_bytes(content)
+    with pytest.raises(DataError) as error:
+        prepare(spec.Data(train=str(tmp_path / "all")), TASK, 0, tmp_path / "out")
+    assert re.search(rf"metadata\.csv, row 2: its audio \S+1\.wav .*{said.removeprefix('it ')}", str(error.value))
 
 
 # --- a Whisper as teacher

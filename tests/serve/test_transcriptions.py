@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import grpc
 import httpx
@@ -19,6 +20,7 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton
 from fuzz import small
 from huggingface_hub import InferenceClient, constants
+from limits import begin_peak, cpu_seconds, memory_mb
 from load_client import ask
 from serve_process import served
 from server import forget_sessions
@@ -29,6 +31,7 @@ from wire import ask as ask_raw
 from wire import assert_refused
 
 import kdexport as package
+from kdexport.errors import DataError
 
 RATE = 16_000
 FORM = b"Content-Type: multipart/form-data; boundary=b"
@@ -201,6 +204,16 @@ def test_recognisers_are_listed(client):
     assert [model.id for model in client.models.list()] == ["speech"]
 
 
+def test_info_has_how_long_a_recording_may_be_and_no_labels(server):
+    found = httpx.get(f"{server.url}/info").json()
+    assert found.pop("version") == package.__version__
+    assert re.fullmatch(r"[0-9a-f]{12}", found.pop("model_sha"))
+    assert found == {
+        "model_id": "speech", "model_dtype": "fp32", "model_pipeline_tag": "automatic-speech-recognition",
+        "max_input_seconds": 4.995, "sampling_rate": RATE, "max_client_batch_size": 1,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("body", "header", "status"),
     [
@@ -247,25 +260,35 @@ def test_forms_may_be_written_in_other_ways(server, expected, header):
 # --- recordings
 
 
+@cache
 def broken() -> dict[str, tuple[bytes, int, str]]:
     """Recordings that can't be recognised, with the status and a part of the reason."""
     flac = sound(form="FLAC")
     return {
         "nothing": (b"", 422, "it is empty"),
         "no samples": (sound(0), 422, "it holds no sound"),
-        "a header alone": (flac[:50], 422, "no sound"),
-        "half a file": (flac[: len(flac) // 2], 422, "no sound"),
+        "a header alone": (flac[:50], 422, "it is no sound that can be read"),
+        "half a file": (flac[: len(flac) // 2], 422, "it is no sound that can be read"),
         "ten minutes": (sound(600)[:3_000_000], 413, "it lasts"),
         "longer than the model reads": (sound(5.5), 413, "it lasts 5.5 s; the model reads 5.0"),
         "a video": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(5_000), 422, "it is no sound file"),
         "WebM": (b"\x1a\x45\xdf\xa3" + bytes(5_000), 422, "it is no sound file"),
         "25 MB": (bytes(25_000_000), 413, "the body has more than 4,000,000 bytes"),
+        "1,000,003 Hz": (rate(1_000_003), 413, "it has 1,000,003 samples a second; at most 384,000 are read"),
+        "0 Hz": (rate(0), 422, "it is no sound that can be read"),
+        "1 Hz": (rate(1), 413, "it lasts 48,000 s; at most 120 are read"),
     }
+
+
+def rate(hertz: int) -> bytes:
+    """A WAV file whose header has another rate."""
+    return SOUND[:24] + hertz.to_bytes(4, "little") + SOUND[28:]
 
 
 @pytest.mark.parametrize("kind", broken())
 def test_bad_recordings_are_refused_in_a_line_on_every_path(server, kind):
     content, status, said = broken()[kind]
+    before, began = begin_peak(server.process.pid), cpu_seconds(server.process.pid)
     for path, body, header in (
         ("/models/speech", content, b"Content-Type: audio/wav"),
         ("/v1/audio/transcriptions", form([("model", b"speech"), ("file", content)]), FORM),
@@ -274,10 +297,32 @@ def test_bad_recordings_are_refused_in_a_line_on_every_path(server, kind):
         assert_refused(found, status)
         assert said in found.json["error"]
         assert "\n" not in found.json["error"]
+    assert memory_mb(server.process.pid) - before < 40
+    assert cpu_seconds(server.process.pid) - began < 1
+
+
+@pytest.mark.parametrize("kind", broken())
+def test_bad_recordings_are_named_in_a_line_by_predict(artifact, kind, tmp_path):
+    content, _, said = broken()[kind]
+    (tmp_path / "bad.wav").write_bytes(content)
+    with pytest.raises(DataError) as error:
+        package.load(artifact).predict([tmp_path / "bad.wav"])
+    wanted = "it is no sound file" if kind == "25 MB" else said
+    assert str(error.value).startswith(f"{tmp_path / 'bad.wav'} {wanted.removeprefix('it ')}")
+    assert "\n" not in str(error.value)
 
 
 def test_odd_recordings_are_answered(server):
-    for content in (sound(4.9), sound(0.001), sound(channels=8), sound(form="FLAC"), sound(form="OGG")):
+    noise = io.BytesIO()
+    soundfile.write(noise, np.random.default_rng(0).uniform(-1, 1, 4 * RATE), RATE, format="WAV")
+    for content in (
+        sound(4.9),
+        sound(0.001),
+        sound(channels=8),
+        sound(form="FLAC"),
+        sound(form="OGG"),
+        noise.getvalue(),
+    ):
         found = httpx.post(f"{server.url}/models/speech", content=content)
         assert (found.status_code, list(found.json())) == (200, ["text"])
     silence = io.BytesIO()
@@ -403,7 +448,7 @@ def test_the_page_transcribes_a_file_and_what_a_microphone_hears(artifact, expec
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.goto(server.url)
-        status, text = page.get_by_role("status"), page.locator("#written")
+        status, text = page.get_by_role("status"), page.locator("#speech-written")
         assert "automatic-speech-recognition: an audio in, its text out" in page.locator(".verdict").inner_text()
         page.get_by_label("A recording").set_input_files(tmp_path / "a.wav")
         page.get_by_role("button", name="Transcribe").click()
@@ -436,6 +481,42 @@ def test_the_page_transcribes_a_file_and_what_a_microphone_hears(artifact, expec
     assert [line for line in said if not line.startswith("Failed to load resource")] == []
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="this machine has no Chromium: apt-get install chromium")
+def test_beside_a_model_of_texts_each_has_its_own_form(server, expected, tmp_path):
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import sync_playwright
+
+    (tmp_path / "a.wav").write_bytes(SOUND)
+    said: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(server.url)
+        texts, speech = page.get_by_role("region", name="Try it: texts"), page.get_by_role("region", name=": speech")
+        assert texts.get_by_role("radio").evaluate_all("all => all.map((one) => one.value)") == ["models/text"]
+        assert speech.locator("option").all_inner_texts() == ["speech"]
+        texts.get_by_role("button", name="Classify").click()
+        texts.get_by_text("answered by text in").wait_for()
+        speech.get_by_label("A recording").set_input_files(tmp_path / "a.wav")
+        speech.get_by_role("button", name="Transcribe").click()
+        speech.get_by_text("Heard by speech in").wait_for()
+        assert speech.locator("#speech-written").inner_text() == expected.text
+        assert page.get_by_role("heading", name="Model card of").all_inner_texts() == [
+            "Model card of speech",
+            "Model card of text",
+        ]
+        page = browser.new_page(bypass_csp=True, viewport={"width": 400, "height": 900})
+        page.goto(server.url)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
+        assert [rule["id"] for rule in found.response["violations"]] == []
+        browser.close()
+    assert said == []
+
+
 # --- the command line
 
 
@@ -448,3 +529,33 @@ def test_predict_prints_a_line_for_each_recording(kdexport, artifact, expected, 
     (tmp_path / "b.mp4").write_bytes(b"\0\0\0\x20ftypisom")
     done = kdexport("predict", artifact, tmp_path / "b.mp4")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+
+
+def test_listed_words_are_the_only_ones_that_are_written(kdexport, artifact, expected, tmp_path):
+    (tmp_path / "a.wav").write_bytes(SOUND)
+    (tmp_path / "words.txt").write_text("Sonar station\nrest\n")
+    listed = {"sonar", "station", "rest"}
+    assert not {*expected.text.split()} <= listed
+    (found,) = package.load(artifact, words=["Sonar station", "rest"]).predict(SOUND)
+    assert found.text
+    assert {*found.text.split()} <= listed
+    assert " ".join(word.word for word in found.words) == found.text
+    assert 0 < found.score < expected.score
+    done = kdexport("predict", artifact, tmp_path / "a.wav", "--words", tmp_path / "words.txt")
+    assert json.loads(done.stdout)["text"] == found.text
+
+
+def test_words_that_can_not_be_used_are_refused_in_a_line(kdexport, artifact, tmp_path):
+    text = small.pack(small.configs()["text"], tmp_path / "text")
+    with pytest.raises(DataError, match="a list of words is of speech recognition; this model is for text-class"):
+        package.load(text, words=["one"])
+    for name, content, said in [
+        ("digits.txt", "7up", "the word '7up' has '7', which the model does not write"),
+        ("empty.txt", "\n", "holds no word"),
+        ("table.csv", "word\nrest\n", "Write one a line, or in a column named text"),
+        ("nowhere.txt", None, "nowhere.txt does not exist"),
+    ]:
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        done = kdexport("predict", artifact, "a.wav", "--words", tmp_path / name)
+        assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (2, True, 1), done.stderr

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 import soundfile
-from limits import MOST_MB, assert_cheap, begin_peak, cost_of, memory_mb
+from limits import MOST_MB, MOST_SECONDS, assert_cheap, begin_peak, cost_of, cpu_seconds, memory_mb
 from PIL import Image
 from serve_process import served
 from wire import ask, assert_refused
@@ -331,6 +331,46 @@ def test_the_largest_recording_of_each_format_is_read_within_the_limits(name, tm
     print(f"{name:24} {cost.mb:6.1f} MB {cost.seconds:5.2f} s, estimated {cost.result['estimate']:.2f}")
 
 
+_SPEECH = """
+import sys
+from pathlib import Path
+from kdexport.tasks import task_class
+from kdexport.tasks.config import AudioConfig, TaskConfig
+name = "automatic-speech-recognition"
+how = AudioConfig(rate=16_000, length=2_998, mels=80, steps=750)
+task = task_class(name)(TaskConfig(task=name, labels=["<pad>", "a"], inputs=["x"], function="none", audio=how))
+content = Path(arguments[0]).read_bytes()
+"""
+_SPEECH_WORK = """
+from kdexport.errors import DataError
+try:
+    result = task.encode([task.row(content)])["x"].shape[1]
+except DataError as error:
+    result = str(error)
+"""
+# The largest that a recogniser of 30 s reads, and what claims more.
+SPEECH = {
+    "flac": (lambda: compressed("FLAC", "PCM_24", 29.9, 384_000, 8), 2_988),
+    "vorbis": (lambda: compressed("OGG", "VORBIS", 29.9, 192_000, 8, noise=True), 2_988),
+    "opus": (lambda: compressed("OGG", "OPUS", 29.9, 48_000, 8, noise=True), 2_988),
+    "flac of ten minutes": (lambda: compressed("FLAC", "PCM_16", 600, 384_000), "it lasts 600 s; at most 120"),
+    "flac of 119 s": (lambda: compressed("FLAC", "PCM_16", 119, 384_000, 8), "it lasts 119.0 s; the model reads 30.0"),
+    "flac that claims 2^36 - 1": (lambda: flac_claims(2**36 - 1), "at most 120 are read"),
+    "wav of 1,000,003 Hz": (lambda: wav(500_000, 1_000_003), "it has 1,000,003 samples a second; at most 384,000"),
+    "wav of zeros, 25 MB": (lambda: wav(12_500_000, 384_000), "it lasts 32.6 s; the model reads 30.0. Cut it"),
+}
+
+
+@pytest.mark.parametrize("name", SPEECH)
+def test_speech_is_read_or_refused_within_the_limits(name, tmp_path):
+    make, wanted = SPEECH[name]
+    (tmp_path / "file").write_bytes(make())
+    cost = cost_of(_SPEECH, _SPEECH_WORK, tmp_path / "file")
+    assert cost.result == wanted if isinstance(wanted, int) else wanted in cost.result
+    assert_cheap(cost, seconds=2 * MOST_SECONDS)  # of a file of this machine it is decoded twice
+    print(f"{name:24} {cost.mb:6.1f} MB {cost.seconds:5.2f} s {cost.result}")
+
+
 @pytest.mark.parametrize("content", [MP3_OF_8_KBIT * 3, b"ID3\4\0\0\0\0\0\0" + MP3_OF_8_KBIT * 3])
 def test_requests_with_mp3_are_refused_before_its_decoder_sees_them(content, capfd):
     task = task_class("audio-classification")(TaskConfig(task="", labels=["a"], inputs=["x"], audio=BANDS))
@@ -497,11 +537,6 @@ def test_what_takes_long_runs_alone_and_counts_for_more(tmp_path):
     assert version.most(bucket) == 1
     with pytest.raises(Refused, match=r"the image can't be read: it has 7000 × 7000 pixels"):
         version.cost({"image": png(7000, 7000, kind=6)})
-
-
-def cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.parametrize(

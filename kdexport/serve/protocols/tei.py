@@ -12,6 +12,7 @@ from kdexport.serve.http import Refused
 from kdexport.serve.protocols.huggingface import Query, decoded
 from kdexport.serve.registry import Version
 from kdexport.serve.settings import Settings
+from kdexport.tasks.inputs.audio import seconds_of
 
 Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]
 
@@ -23,6 +24,19 @@ class PredictRequest(msgspec.Struct, frozen=True):
     truncate: bool | None = None
     truncation_direction: Literal["Right", "right"] = "Right"
     raw_scores: bool = False
+
+
+class TranscriberInfo(msgspec.Struct, frozen=True):
+    """The first model, where it recognises speech: the longest recording it reads, and its rate in Hz."""
+
+    model_id: str
+    model_sha: str
+    model_dtype: str
+    model_pipeline_tag: str
+    max_input_seconds: float
+    sampling_rate: int
+    max_client_batch_size: int
+    version: str
 
 
 def parse(body: bytes) -> Query:
@@ -42,9 +56,12 @@ def parse(body: bytes) -> Query:
     )
 
 
-def info(version: Version, settings: Settings) -> dict[str, Any]:
+def info(version: Version, settings: Settings) -> dict[str, Any] | TranscriberInfo:
     """`GET /info`."""
-    labels = version.task.labels
+    audio, labels = version.task.config.audio, version.task.labels
+    if version.task.transcribes and audio:  # its labels are characters, and no answer has them
+        named = (version.name, version.version, version.variant, version.task.name)
+        return TranscriberInfo(*named, round(seconds_of(audio), 3), audio.rate, 1, __version__)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     return {
         "model_id": version.name, "model_sha": version.version, "model_dtype": version.variant,

@@ -1,6 +1,6 @@
 "use strict";
 // Whatever comes from a person, a model or the server goes into the page as textContent only.
-const $ = (id) => document.getElementById(id);
+const $ = (id) => document.getElementById(`speech-${id}`);
 const key = $("key"), rate = 16000;
 let asked, recorder;
 
