@@ -59,6 +59,12 @@ proto:
 	.benchmarks/protoc/bin/python -m pip install --quiet grpcio-tools
 	cd kdexport/serve && ../../.benchmarks/protoc/bin/python -m grpc_tools.protoc -I. --descriptor_set_out=open_inference.binpb open_inference.proto
 
+# transformers.js, which a test reads artifacts with; the script of ONNX Runtime's package would load CUDA.
+.node/.made:
+	mkdir -p .node
+	cd .node && npm install --silent --ignore-scripts --no-audit --no-fund @huggingface/transformers@4.3.2
+	touch $@
+
 $(VENV)/.made: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(shell command -v $(PYTHON) || command -v python3) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -85,4 +91,4 @@ release: $(VENV)/.made
 	env -u PYTHONPATH $(WHEEL)/bin/python tests/release.py $(ARTIFACT)
 
 clean:
-	rm -rf $(VENV) $(SECOND) $(LOWEST) $(BUILD) $(WHEEL) build dist runs site .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf .node $(VENV) $(SECOND) $(LOWEST) $(BUILD) $(WHEEL) build dist runs site .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,0 +1,47 @@
+"""Artifacts in transformers.js, under Node.js: the same answers without a line of Python."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import soundfile
+from tones import say
+from whispers import write_whisper
+
+import kdexport as package
+from kdexport.pipeline.export_model import export
+
+TESTS = Path(__file__).parents[1]
+MODULES = TESTS.parent / ".node"
+
+
+@pytest.fixture(scope="module")
+def ask():
+    if not (shutil.which("node") and (MODULES / "node_modules" / "@huggingface" / "transformers").is_dir()):
+        pytest.skip("there is no transformers.js: make .node/.made installs it, with Node.js 20")
+
+    def asked(task, folder, dtype, inputs):
+        done = subprocess.run(
+            ["node", TESTS / "transformers_js.mjs", task, folder, dtype, MODULES], input=json.dumps(inputs), text=True,
+            capture_output=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return asked
+
+
+def test_a_whisper_writes_the_same(ask, tmp_path):
+    export(write_whisper(tmp_path / "model"), tmp_path / "whisper", variants="fp32,int8")
+    sounds = [say("ab ca", seed, 16_000) for seed in range(3)]
+    samples = [soundfile.read(io.BytesIO(sound), dtype="float32")[0][:32_000].tolist() for sound in sounds]
+    found = ask("automatic-speech-recognition", tmp_path / "whisper", "fp32", samples)
+    expected = package.load(tmp_path / "whisper", "fp32").predict(sounds)
+    for theirs, ours in zip(found, expected, strict=True):
+        assert theirs["text"].strip().startswith(ours.text[:8])  # ours ends where a loop begins
+    assert ask("automatic-speech-recognition", tmp_path / "whisper", "q8", samples[:1])[0].keys() == {"text"}
