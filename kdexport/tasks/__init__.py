@@ -75,6 +75,8 @@ def _contradiction(config: TaskConfig, kind: type[Task]) -> str:
         if "input_ids" not in inputs or inputs - {"input_ids", "attention_mask", "token_type_ids"}:
             return f"has inputs that no text task has: {config.inputs}"
         return "" if config.max_length else "has max_length 0"
+    if config.decoder and (kind.problem != "seq2seq" or config.end_id is None or not config.max_length):
+        return "has a decoder that does not fit it"
     if getattr(config, modality, None) is None:
         return f"lacks the settings for {modality} input"
     if len(inputs) != 1:

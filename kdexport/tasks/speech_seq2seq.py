@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from tokenizers import Tokenizer
 
-from kdexport.errors import ArtifactError
+from kdexport.errors import ArtifactError, DataError
 from kdexport.tasks.base import Card, Objective
 from kdexport.tasks.config import NO_LABEL, Arrays, DecoderConfig, Row, TaskConfig, read_config
 from kdexport.tasks.inputs.media import Encoded, bytes_of
@@ -77,6 +77,9 @@ class SpeechSeq2Seq(Speech):
     @staticmethod
     def labels_of(row: Row) -> set[str]:
         return set()
+
+    def restrict(self, words: Iterable[str]) -> None:
+        raise DataError("a list of words is of recognisers that spell; this model writes any text", "Leave it out")
 
     def unknown(self, row: Row) -> set[str]:
         return set()

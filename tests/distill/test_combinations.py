@@ -23,15 +23,18 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessor,
 )
+from whispers import write_whisper
 
 from kdexport import spec
 from kdexport.analysis.duplicates import Audit
 from kdexport.data import Summary, read_rows, write_rows
 from kdexport.distill.student import train_student
+from kdexport.distill.transcripts import prepare_transcriber
 from kdexport.errors import KdexportError, SpecError
 from kdexport.files import write_json
 from kdexport.models.inference import logits_of
 from kdexport.models.loading import ModelAndProcessor
+from kdexport.models.registry import open_trained
 from kdexport.models.saving import save_model, save_task
 from kdexport.models.speechnet import SpeechNetConfig, SpeechNetForCTC
 from kdexport.spec import derive
@@ -50,6 +53,7 @@ KINDS = {  # task, problem and labels
     "images": ("image-classification", "single-label", ["a", "b", "c"]),
     "sound": ("audio-classification", "single-label", ["a", "b", "c"]),
     "speech": ("automatic-speech-recognition", "single-label", ["<pad>", "a", "b", "c"]),
+    "written speech": ("automatic-speech-recognition", "seq2seq", []),
 }
 STUDENTS = ["bag", "cnn:16", "gru:16", "1x16", "1x16 behind 8", "layers:1", "spread:2", "layers:0+1", "conv:8"]
 LOSSES = get_args(LossName)
@@ -128,15 +132,20 @@ def stages(request, tmp_path_factory):
     for folder in (data, teacher, targets):
         folder.mkdir()
     rows = rows_of(task, problem, labels, data)
-    opened = teacher_of(task, labels, problem)
-    function = task_class(task, problem).function
-    kept = 8 if task == "causal-lm" else 1
-    save_task(opened, None, labels, teacher, task=task, function=function, rows=rows, top_k=kept)
-    save_model(opened, teacher)
-    opened_task = load_task(teacher)
     for split in ("train", "validation", "test"):
         write_rows(data, split, rows)
-        np.save(targets / f"{split}.npy", logits_of(opened.model, opened_task, read_rows(data, split)))
+    if problem == "seq2seq":
+        whisper = str(write_whisper(run / "whisper"))
+        prepare_transcriber(task, whisper, problem, labels, read_rows(data, "train"), teacher)
+    else:
+        opened = teacher_of(task, labels, problem)
+        function = task_class(task, problem).function
+        kept = 8 if task == "causal-lm" else 1
+        save_task(opened, None, labels, teacher, task=task, function=function, rows=rows, top_k=kept)
+        save_model(opened, teacher)
+    model, opened_task = open_trained(teacher), load_task(teacher)
+    for split in ("train", "validation", "test"):
+        np.save(targets / f"{split}.npy", logits_of(model, opened_task, read_rows(data, split)))
     counts = dict.fromkeys(("train", "validation", "test"), len(rows))
     write_json(data / "data.json", Summary(counts, labels, 0, [], Audit(0, 0, 0, {}, {}, {}), 0, task, problem))
     return task, problem, data, teacher, targets
@@ -148,7 +157,9 @@ def test_what_a_spec_accepts_trains_two_steps(stages, student, tmp_path):
     name, _, width = student.partition(" behind ")
     accepted = 0
     for loss in LOSSES:
-        given = {"task": task, "data.train": "d.csv", "teacher.model": "t", "student.model": name, "distill.loss": loss}
+        model = "whisper" if problem == "seq2seq" else "t"
+        given = {"task": task, "data.train": "d.csv", "teacher.model": model, "student.model": name}
+        given |= {"distill.loss": loss}
         given |= {"data.problem": problem} if problem != "single-label" else {}
         given |= {"student.embedding": int(width)} if width else {}
         try:
