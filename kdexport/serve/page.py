@@ -15,7 +15,7 @@ from typing import NamedTuple
 from kdexport import __version__
 from kdexport.serve.http import Headers, Response
 from kdexport.serve.registry import Version
-from kdexport.tasks.inputs.audio import seconds_of
+from kdexport.tasks.base import can_transcribe
 
 _SAMPLE = "I was charged twice for the same order, and nobody answers my mails."
 _PROMPT = "Once upon a time"
@@ -94,7 +94,7 @@ def _model(version: Version, alone: bool, with_card: bool) -> _Model:
         name=version.name, path="./" if alone else f"models/{version.name}", task=version.task.name,
         reads=version.task.modality, labels=len(config.labels), function=config.function,
         writes=version.generator.room if version.generator else 0, variant=version.variant, version=version.version,
-        seconds=seconds_of(config.audio) if config.audio and version.task.transcribes else 0.0,
+        seconds=version.task.longest if can_transcribe(version.task) else 0.0,
         size=f"{file.size_bytes / 1e6:.1f} MB", card=version.card if with_card else "",
     )  # fmt: skip
 

@@ -37,5 +37,4 @@ class Speech(Sounds, Transcripts):
 
     @property
     def longest(self) -> float:
-        """The seconds of the longest recording that is read."""
         return seconds_of(self._how)

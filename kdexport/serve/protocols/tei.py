@@ -12,7 +12,7 @@ from kdexport.serve.http import Refused
 from kdexport.serve.protocols.huggingface import Query, decoded
 from kdexport.serve.registry import Version
 from kdexport.serve.settings import Settings
-from kdexport.tasks.inputs.audio import seconds_of
+from kdexport.tasks.base import can_transcribe
 
 Texts = Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]
 
@@ -58,10 +58,10 @@ def parse(body: bytes) -> Query:
 
 def info(version: Version, settings: Settings) -> dict[str, Any] | TranscriberInfo:
     """`GET /info`."""
-    audio, labels = version.task.config.audio, version.task.labels
-    if version.task.transcribes and audio:  # its labels are characters, and no answer has them
+    task, audio, labels = version.task, version.task.config.audio, version.task.labels
+    if can_transcribe(task) and audio:  # its labels are characters, and no answer has them
         named = (version.name, version.version, version.variant, version.task.name)
-        return TranscriberInfo(*named, round(seconds_of(audio), 3), audio.rate, 1, __version__)
+        return TranscriberInfo(*named, round(task.longest, 3), audio.rate, 1, __version__)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     return {
         "model_id": version.name, "model_sha": version.version, "model_dtype": version.variant,
