@@ -111,9 +111,9 @@ class SpeechSeq2Seq(Speech):
         step = self._window - 2 * (self._window // 6)
         return [0, *range(step, samples - 2 * (self._window // 6), step)] if samples > self._window else [0]
 
-    def fits(self, row: Row) -> bool:
-        """Whether a recording is no longer than one window."""
-        return read_header(bytes_of(row["audio"])).seconds * self._how.rate <= self._window
+    def parts(self, row: Row) -> int:
+        """Return how many windows a recording fills."""
+        return len(self._starts(int(read_header(bytes_of(row["audio"])).seconds * self._how.rate)))
 
     def encode(self, rows: Sequence[Row]) -> Arrays:
         return self.collate(list(self.tokenize(rows)))

@@ -206,6 +206,10 @@ class Media(Task):
         """Return the shape of each input, float32; −1 is any size."""
         raise NotImplementedError
 
+    def parts(self, row: Row) -> int:
+        """Return how many of the graph's inputs a row fills, from its header."""
+        return 1
+
     def seconds(self, row: Row) -> float:
         """Estimate the CPU seconds for decoding a row, from its header."""
         raise NotImplementedError
