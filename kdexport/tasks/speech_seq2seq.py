@@ -120,9 +120,11 @@ class SpeechSeq2Seq(Speech):
 
     def tokens(self, row: Row) -> Arrays:
         """Return a row's tokens, int64 [n] with the end: those in `tokens`, or its transcript's; none without one."""
-        if row.get("tokens") is None and row.get("label") is None:
+        ids = row.get("tokens")
+        if ids is None and row.get("label") is None:
             return {}
-        ids = row.get("tokens") or self._tokenizer.encode(f" {row['label']}", add_special_tokens=False).ids
+        if ids is None:
+            ids = self._tokenizer.encode(f" {row['label']}", add_special_tokens=False).ids
         return {"tokens": np.array([*ids[: self._decoder.most - 1], self._end])}
 
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
@@ -152,7 +154,7 @@ class SpeechSeq2Seq(Speech):
     # --- writing
 
     def write(self, read: Read, rows: int) -> Array:
-        """Write a text for each of a batch's rows greedily; return it packed, float32 [B, max_length, 1 + 2k].
+        """Write a text for each of a batch's rows greedily; return it packed, float32 [B, n, 1 + 2k].
 
         A text that loops ends where the loop begins. Where silence is probable and the text is not, nothing is written.
         """
@@ -189,7 +191,7 @@ class SpeechSeq2Seq(Speech):
         for i, count in enumerate(counts.tolist()):
             lines = output[first, : 1 + len(self.ids_of(output[first]))]
             for part in output[first + 1 : first + count]:
-                keep, skip = _seam(lines[:, BEST].tolist()[:-1], self.ids_of(part))
+                keep, skip = _seam(self.ids_of(lines), self.ids_of(part))
                 lines = np.concatenate([lines[:keep], part[skip : 1 + len(self.ids_of(part))]])
             packed[i, : len(lines)] = lines[: self.config.max_length]
             first += count

@@ -107,6 +107,8 @@ def test_a_batch_for_training_has_what_the_decoder_reads_and_where_it_predicts()
     batch = task.collate(encoded)
     assert batch["decoder_input_ids"].tolist() == [[START, TIMES, 0, 1], [START, TIMES, 1, END]]
     assert batch["places"].tolist() == [[1, 2, 3], [1, 2, -1]]
+    assert task.tokens({"tokens": [], "label": "two"})["tokens"].tolist() == [END]  # the teacher heard nothing
+    assert task.tokens({"label": None}) == {}
     assert task.label_array([{"tokens": [0, 1]}, {"label": "two"}])[:, :4].tolist() == [
         [0, 1, END, -100],
         [1, END, -100, -100],
