@@ -12,7 +12,7 @@ from kdexport.data import read_rows, read_summary
 from kdexport.distill.fine_tune import fine_tune
 from kdexport.distill.transcripts import prepare_transcriber
 from kdexport.errors import ModelError
-from kdexport.models.loading import open_config, open_model, own_labels
+from kdexport.models.loading import alphabet_of, open_config, open_model, own_labels
 from kdexport.models.registry import has_head
 from kdexport.models.saving import save_model, save_task
 from kdexport.models.transcriber import is_transcriber
@@ -58,6 +58,11 @@ def prepare_teacher(
         labels = []
         if train is None and not has_head(config, of_task):
             raise ModelError(f"teacher {settings.model} is no language model", "Name one, such as a GPT-2")
+    elif train is None and kind.transcribes:
+        labels = alphabet_of(source, getattr(config, "vocab_size", config.num_labels))
+        if strange := sorted({*known} - {*labels}):
+            what = f"teacher {settings.model} does not write the data's character {strange[0]!r}"
+            raise ModelError(what, "Spell it as the teacher does, such as numbers in words")
     elif train is None:
         if (theirs := function_of(len(own_labels(config)), config.problem_type)) != function:
             raise ModelError(
@@ -68,6 +73,8 @@ def prepare_teacher(
         labels = match_labels(own_labels(config), known, settings.model)
     else:
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
+        if kind.transcribes:
+            config.vocab_size = len(labels)
     opened = open_model(source, config, of_task, labels, function, to_train=train is not None)
     some = some_rows(data)
     words = summary.words

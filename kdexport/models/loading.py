@@ -29,7 +29,9 @@ from kdexport.models.registry import auto_class, has_head, other_task
 from kdexport.spec.teachers import has_weights
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.config import Function
+from kdexport.tasks.transcripts import BLANK
 
+_ALPHABET = ("vocab.json", "tokenizer_config.json", "special_tokens_map.json")
 # As transformers' configurations name them; without one a pipeline takes softmax.
 _PROBLEM_TYPE = {"softmax": None, "sigmoid": "multi_label_classification", "none": "regression"}
 
@@ -243,6 +245,27 @@ def _as_in_file(tokenizer: PreTrainedTokenizerFast, file: Tokenizer, *, add_pref
     if add_prefix_space and hasattr(file.pre_tokenizer, "add_prefix_space"):
         file.pre_tokenizer.add_prefix_space = True
     tokenizer._tokenizer = file
+
+
+def alphabet_of(model: str, size: int) -> list[str]:
+    """Return the characters of a CTC model's `vocab.json` in the order of its `size` logits, the blank first.
+
+    Raises:
+        ModelError: it has none, one for each of several languages, or its blank is another.
+    """
+    files = {name: cached_file(model, name, _raise_exceptions_for_missing_entries=False) for name in _ALPHABET}
+    read = [json.loads(Path(file).read_bytes()) if file else {} for file in files.values()]
+    ids, names = read[0], read[2] | read[1]
+    if not ids or not all(isinstance(id_, int) and 0 <= id_ < size for id_ in ids.values()):
+        fix = "Save the tokenizer of one language beside the model: tokenizer.save_pretrained(folder)"
+        raise ModelError(f"model {model!r} has no vocab.json of characters", fix)
+    blank, space = (names.get(name) or usual for name, usual in (("pad_token", BLANK), ("word_delimiter_token", "|")))
+    if ids.get(blank) != 0:
+        raise ModelError(f"model {model!r} has its blank {blank!r} at {ids.get(blank)}", "Take one that has it at 0")
+    alphabet = [f"<{i}>" for i in range(size)]
+    for token, i in ids.items():
+        alphabet[i] = {blank: BLANK, space: " "}.get(token, token.lower() if len(token) == 1 else token)
+    return alphabet
 
 
 def own_labels(config: Any) -> list[str]:
