@@ -24,9 +24,10 @@ from kdexport.errors import KdexportError, SpecError
 from kdexport.results import read_report
 from kdexport.runtime.generation import Sampling, choose, stream, write
 from kdexport.runtime.predictor import load
-from kdexport.tasks.causal_lm import CausalLM, log_softmax, most_probable
+from kdexport.tasks.causal_lm import CausalLM, log_softmax
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.judging import metric
+from kdexport.tasks.packed import most_probable
 
 TEACHER = ROOT / "examples" / "teachers" / "shakespeare-gpt2"
 LINE = "What, art thou weary of the world, my lord, and of thyself?\n"
