@@ -13,6 +13,7 @@ from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.inputs import audio, images
 
 _MELS = 40
+_REACH_S = 0.5  # seconds before and behind, among which a word is levelled
 _STEP_S = 0.04  # seconds of speech for each character at most
 _SMALL = 32  # pixels a side; larger pictures are halved by the first convolution
 
@@ -30,8 +31,9 @@ def build_conv(width: int, teacher: TaskConfig, rows: Sequence[dict[str, Any]]) 
     if teacher.audio and teacher.audio.steps:
         sound = audio.fitted(rows, teacher.audio.rate, _MELS, audio.speech_seconds(rows))
         halvings = max(1, round(math.log2(_STEP_S * sound.rate / audio.HOP)))
-        shape = {"width": width, "num_mel_bins": sound.mels, "halvings": halvings, "loudness": HEARD / (2 * sound.std)}
-        speech = SpeechNetForCTC(SpeechNetConfig(**shape, **labels))
+        shape = {"width": width, "num_mel_bins": sound.mels, "halvings": halvings}
+        heard = {"loudness": HEARD / (2 * sound.std), "reach": round(_REACH_S * sound.rate / audio.HOP)}
+        speech = SpeechNetForCTC(SpeechNetConfig(**shape, **heard, **labels))
         return ModelAndProcessor(speech, ASTFeatureExtractor(**audio.extractor_of(sound)))
     if teacher.audio:
         sound = audio.fitted(rows, teacher.audio.rate, _MELS)

@@ -18,6 +18,8 @@ from kdexport.tasks.transcripts import NEVER
 MODEL_TYPE = "kdexport-speech"
 # In training, a recording is played so much slower or faster, and at a higher or lower pitch.
 _SPEED, _PITCH = 0.15, 0.1
+# A word is levelled beside the words around it, as far as it is at most so much softer than the loudest: 20 dB.
+_UNEVEN = 4.6
 # Heard is what is at most so much softer than the loudest band: 40 dB, in nats of energy, as everything below.
 HEARD = 9.2
 # In training, a microphone's response at five points of frequency, and a room's noise: between so far below the loudest
@@ -30,8 +32,18 @@ _NOTHING = -1e9
 _MASKS, _MOST_FRAMES, _MOST_BANDS = 2, 0.05, 0.2
 
 # `halvings` of the frame rate, by the first convolutions; `kernel` of the others, in steps; `loudness`: what is softer
-# than the loudest band by more, in units of the input, is not heard.
-_SHAPE = {"width": 96, "depth": 5, "kernel": 11, "halvings": 2, "num_mel_bins": 40, "loudness": 1.2, "dropout": 0.1}
+# than the loudest band by more, in units of the input, is not heard; `reach`: the frames before and behind among which
+# the loudest is sought; 0: all.
+_SHAPE = {
+    "width": 96,
+    "depth": 5,
+    "kernel": 11,
+    "halvings": 2,
+    "num_mel_bins": 40,
+    "loudness": 1.2,
+    "reach": 0,
+    "dropout": 0.1,
+}
 
 
 class SpeechNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers ships no types
@@ -75,7 +87,7 @@ class SpeechNetForCTC(PreTrainedModel):  # type: ignore[misc]
         if self.training:
             bands, there = _changed(bands, there)
             bands = _noisy(bands, there, self.config.loudness / HEARD)
-        bands = _levelled(bands, there, self.config.loudness)
+        bands = _levelled(bands, there, self.config.loudness, self.config.reach)
         if self.training:
             bands = _masked(bands)
         for layer in self.stem:
@@ -104,12 +116,18 @@ def _halving(before: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv1d(before, width, 5, stride=2, padding=2, bias=False), nn.BatchNorm1d(width), nn.ReLU())
 
 
-def _levelled(bands: Tensor, there: Tensor, loudness: float) -> Tensor:
-    """Return bands [B, M, T] between −1 and 1: from `loudness` below the recording's loudest band up to it.
+def _levelled(bands: Tensor, there: Tensor, loudness: float, reach: int) -> Tensor:
+    """Return bands [B, M, T] between −1 and 1: from `loudness` below the loudest band within `reach` up to it.
 
-    So the noise of rooms and microphones, which is below, is the same for all.
+    So the noise of rooms and microphones, which is below, is the same for all, and a soft word beside a loud one is
+    heard.
     """
-    return ((bands - _loudest(bands, there)).clamp(min=-loudness) * (2 / loudness) + 1) * there
+    loudest = _loudest(bands, there)
+    if reach:
+        each = torch.where(there > 0, bands, _NOTHING).amax(dim=1, keepdim=True)
+        near = F.max_pool1d(each, 2 * reach + 1, stride=1, padding=reach)
+        loudest = torch.maximum(near, loudest - _UNEVEN / HEARD * loudness)
+    return ((bands - loudest).clamp(min=-loudness) * (2 / loudness) + 1) * there
 
 
 def _loudest(bands: Tensor, there: Tensor) -> Tensor:

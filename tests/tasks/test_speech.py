@@ -17,7 +17,7 @@ from kdexport.errors import DataError, TooLarge
 from kdexport.models.inference import logits_of
 from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_task
-from kdexport.models.speechnet import SpeechNetConfig, SpeechNetForCTC, _noisy
+from kdexport.models.speechnet import SpeechNetConfig, SpeechNetForCTC, _levelled, _noisy
 from kdexport.tasks import load_task
 from kdexport.tasks.inputs.audio import extractor_of, fitted
 from kdexport.tasks.inputs.media import inline
@@ -36,7 +36,9 @@ def rows():
 def network():
     torch.manual_seed(0)
     names = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
-    return SpeechNetForCTC(SpeechNetConfig(width=16, depth=2, kernel=5, halvings=1, num_mel_bins=20, **names)).eval()
+    return SpeechNetForCTC(
+        SpeechNetConfig(width=16, depth=2, kernel=5, halvings=1, num_mel_bins=20, reach=5, **names)
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,19 @@ def test_an_altered_closed_vocabulary_is_refused(task):
     closed = type(task)(replace(task.config, words=["xyz"]))
     with pytest.raises(DataError, match="the word 'xyz' has 'x', which the model does not write"):
         closed.texts(path(task, "a"))
+
+
+def test_a_soft_word_after_a_loud_one_is_heard():
+    """Two words of the same bands, the second 15 dB softer, and frames of padding."""
+    word = torch.linspace(-1, 0, 20)[None, :, None].expand(1, 20, 10)
+    soft = 15 / 10 * np.log(10) / 9.2  # of the 40 dB that are heard
+    bands = torch.cat([word, torch.full((1, 20, 60), -2.0), word - soft, torch.zeros(1, 20, 5)], dim=2)
+    there = (bands.abs().amax(dim=1, keepdim=True) > 0).float()
+    levelled, whole = (_levelled(bands, there, 1.0, reach) for reach in (25, 0))
+    assert torch.allclose(levelled[:, :, :10], levelled[:, :, 70:80], atol=1e-6)
+    assert (whole[:, -1, :10] - whole[:, -1, 70:80]).numpy() == pytest.approx(2 * soft, abs=1e-5)
+    assert levelled.abs().max() <= 1
+    assert (levelled[:, :, 80:] == 0).all()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
