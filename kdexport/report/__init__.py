@@ -10,7 +10,19 @@ from kdexport.files import as_json, write_text
 from kdexport.output import Output
 from kdexport.report import page
 from kdexport.report.sections import SECTIONS
-from kdexport.report.table import between, headers, megabytes, metric_of, p50, p99, percent, score, table, trimmed
+from kdexport.report.table import (
+    between,
+    headers,
+    megabytes,
+    metric_of,
+    p50,
+    p99,
+    percent,
+    read_by,
+    score,
+    table,
+    trimmed,
+)
 from kdexport.results import Exported, Report, read_report
 from kdexport.tasks import task_class
 
@@ -91,10 +103,10 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if best.metric and reference.metric:
         teacher = score(metric, reference.metric.value)
         facts.append((score(metric, best.metric.value), f"{metric.name}; teacher {teacher}"))
-    if report.distillation and metric.kind != "number":
+    if report.distillation and metric.kind != "number" and metric.higher_is_better:
         facts.append((percent(report.distillation.retention), f"of the teacher's {metric.name} kept on the test split"))
     if best.latency_ms:
-        facts.append((f"{p50(best)} ms", f"p50 for one text; p99 {p99(best)} ms"))
+        facts.append((f"{p50(best)} ms", f"p50 for one {read_by(report)}; p99 {p99(best)} ms"))
         if rate := best.latency_ms.tokens_per_second:
             first = trimmed(best.latency_ms.first_token_p50)
             facts.append((f"{rate:,.0f}", f"tokens a second; the first after {first} ms"))

@@ -15,6 +15,7 @@ from kdexport.report.table import (
     metric_of,
     p50,
     p99,
+    read_by,
     score,
     scored,
     signed,
@@ -25,7 +26,6 @@ from kdexport.report.table import (
     trimmed,
 )  # fmt: skip
 from kdexport.results import QUANTILES, Report, machine_name
-from kdexport.tasks import task_class
 
 
 def variants(r: Report) -> Section:
@@ -57,7 +57,7 @@ def variants(r: Report) -> Section:
 
 
 def _rows(r: Report) -> str:
-    name = {"text": "texts", "image": "images", "audio": "recordings"}[task_class(r.task).modality]
+    name = f"{read_by(r)}s"
     if not (found := r.bench.tokens):
         return name
     cut = f", {found['cut_percent']} % fill all {found['limit']} that are read" if found.get("cut_percent") else ""
@@ -130,7 +130,7 @@ def latency(r: Report) -> Section | None:
         return None
     spread = [Series(name, [Point(x, q) for x, q in zip(found.quantiles, QUANTILES, strict=True)], "step")
               for name, found in timed.items()]  # fmt: skip
-    time = Axis("ms from text to answer (log)", log=True)
+    time, many = Axis(f"ms from {read_by(r)} to answer (log)", log=True), f"{read_by(r)}s"
     fraction = Axis("fraction of answers", tick, reach=(0.0, 1.0))
     chart = plot("Fraction of answers within a time, by variant", spread, time, fraction)
     shown = [QUANTILES.index(q) for q in (0.05, 0.5, 0.9, 0.99, 1.0)]
@@ -138,7 +138,9 @@ def latency(r: Report) -> Section | None:
     columns = ("variant", "p5", "p50", "p90", "p99 seen", "slowest", "samples")
     figures = [Figure("How latency spreads", chart, Table(columns, rows))]
     figures += _by_cell(r, "length", "The model alone by length", "tokens", "ms a run")
-    figures += _by_cell(r, "batch", "Throughput by batch", "texts a batch", "texts a second", rate=True)
+    figures += _by_cell(
+        r, "batch", "Throughput by batch", f"{read_by(r)}s a batch", f"{read_by(r)}s a second", rate=True
+    )
     figures += _by_cell(r, "threads", "By threads", "threads", "p50 ms")
     figures += _by_cell(r, "closed", "Closed loop: p50 by connections", "connections", "p50 ms")
     figures += _by_cell(r, "closed", "Closed loop: throughput", "connections", "requests a second", rate=True)
@@ -146,8 +148,8 @@ def latency(r: Report) -> Section | None:
     if any(len(found.round_p50) > 1 for found in timed.values()):
         figures.append(_by_round({name: found.round_p50 for name, found in timed.items()}))
     lead = (
-        "Batches have texts of similar length, and are timed from text to answers; by length the model alone is timed, "
-        "on real texts cut to one length. In an open loop latency counts from the time when a request was due."
+        f"Batches have {many} of similar length, and are timed from these to answers; by length the model alone is timed, "
+        f"on real {many} cut to one length. In an open loop latency counts from the time when a request was due."
     )
     return Section("Latency", lead, figures)
 

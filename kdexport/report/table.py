@@ -4,10 +4,16 @@ import math
 
 from kdexport.results import ENOUGH_ROUNDS, Check, Distillation, Interval, Latency, Report, Spread, Variant
 from kdexport.results import Metric as Score
+from kdexport.tasks import task_class
 from kdexport.tasks.metrics import Metric
 
 # Further metrics that are numbers; all others are fractions or ratios.
 _NUMBERS = ("bits per byte", "perplexity")
+
+
+def read_by(report: Report) -> str:
+    """Return the word for what is read: text, image or recording."""
+    return {"text": "text", "image": "image", "audio": "recording"}[task_class(report.task).modality]
 
 
 def metric_of(report: Report) -> Metric:
