@@ -148,8 +148,8 @@ def latency(r: Report) -> Section | None:
     if any(len(found.round_p50) > 1 for found in timed.values()):
         figures.append(_by_round({name: found.round_p50 for name, found in timed.items()}))
     lead = (
-        f"Batches have {many} of similar length, and are timed from these to answers; by length the model alone is timed, "
-        f"on real {many} cut to one length. In an open loop latency counts from the time when a request was due."
+        f"Batches have {many} of similar length, and are timed from these to answers; by length the model alone is "
+        f"timed, on real {many} cut to one length. In an open loop latency counts from the time when a request was due."
     )
     return Section("Latency", lead, figures)
 
