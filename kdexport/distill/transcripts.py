@@ -84,7 +84,6 @@ def prepare_transcriber(task: str, model: str, problem: str, labels: Sequence[st
 
     Its answers are tokens with their probabilities for the problem seq2seq, else paths of the data's characters.
     """
-    _refuse_others(model)
     opened = WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
     seconds, how = audio.speech_seconds(rows), audio_of(opened.config)
     if problem == "seq2seq":

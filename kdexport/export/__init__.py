@@ -1,6 +1,6 @@
 """The export stage: a trained student → ONNX graphs, plain and fused or dynamo's, in several precisions."""
 
-import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -106,8 +106,8 @@ def _export_writer(settings: spec.Export, student: Path, out: Path) -> None:
                 quantize_int8(file, file)
                 read_quantized_table(file)
             merge_decoders(first, later, quantized[1])
-            os.link(quantized[0], mixed[0])
-            os.link(decoder, mixed[1])
+            shutil.copyfile(quantized[0], mixed[0])
+            shutil.copyfile(decoder, mixed[1])
     _write_candidates(found, out)
 
 

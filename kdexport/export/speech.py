@@ -36,9 +36,9 @@ class _Encoder(nn.Module):
 class _Decoder(nn.Module):
     """A decoder with a cache as positional tensors, layer by layer: keys and values of its own, and of the encoder."""
 
-    def __init__(self, model: Any, pairs: int) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self._decoder, self._head, self._pairs = model.model.decoder, model.proj_out, pairs
+        self._decoder, self._head = model.model.decoder, model.proj_out
 
     def forward(self, ids: Tensor, states: Tensor, *past: Tensor) -> Any:
         pairs = list(zip(past[::2], past[1::2], strict=True))
@@ -82,9 +82,9 @@ def export_speech(student: Path, encoder: Path, work: Path) -> tuple[Path, Path]
     read = ["input_ids", "encoder_hidden_states"]
     try:
         _trace(_Encoder(model), [bands], ["input_features"], ["last_hidden_state"], axes, encoder)
-        _trace(_Decoder(model, 0), [ids, states], read, ["logits", *present], axes, first)
+        _trace(_Decoder(model), [ids, states], read, ["logits", *present], axes, first)
         inputs = [*read, *(f"{PAST}{name}" for name in names)]
-        _trace(_Decoder(model, len(names)), [ids, states, *past], inputs, ["logits", *own], axes, later)
+        _trace(_Decoder(model), [ids, states, *past], inputs, ["logits", *own], axes, later)
     except Exception as error:  # exporters raise whatever a model's code or torch raises
         what = f"{config.model_type} models can't be exported to ONNX: {first_line(error)}"
         raise ModelError(what, "Take a student of CTC: conv:96") from None

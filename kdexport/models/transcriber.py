@@ -60,15 +60,15 @@ class Transcriber(WhisperForConditionalGeneration):  # type: ignore[misc] # tran
         self._spell = None if task.config.decoder else task.path_of  # type: ignore[attr-defined]
 
     @torch.inference_mode()
-    def packed(self, bands: Tensor) -> Array:
-        """Return what is heard in each recording, packed [B, L, 1 + 2k]."""
-        return self.decoded(self.encoded(bands))
+    def packed(self, bands: Tensor, *, loops: bool = False) -> Array:
+        """Return what is heard in each recording, packed [B, L, 1 + 2k]; `loops` are cut unless they are wanted."""
+        return self.decoded(self.encoded(bands), loops=loops)
 
     def encoded(self, bands: Tensor) -> Tensor:
         """Return the encoder's states [B, T / 2, H]."""
         return self.model.encoder(bands).last_hidden_state  # type: ignore[no-any-return]
 
-    def decoded(self, states: Tensor) -> Array:
+    def decoded(self, states: Tensor, *, loops: bool = False) -> Array:
         """Return what is written for the encoder's states, packed."""
 
         def read(ids: Array, cache: Any) -> tuple[Array, Any]:
@@ -76,11 +76,11 @@ class Transcriber(WhisperForConditionalGeneration):  # type: ignore[misc] # tran
             logits, cache = read_after(self, cache, **inputs)
             return logits.float().cpu().numpy(), cache
 
-        return np.asarray(self._writer.write(read, len(states)))
+        return np.asarray(self._writer.write(read, len(states), loops=loops))
 
     def transcribe(self, bands: Tensor) -> list[Heard]:
-        """Return what is heard in each recording."""
-        packed = self.packed(bands)
+        """Return what is heard in each recording, with its loops, by which it is judged."""
+        packed = self.packed(bands, loops=True)
         return [
             _judged(text, math.log(score))
             for text, score in zip(self._writer.raw(packed), self._writer.confidence(packed, ()), strict=True)

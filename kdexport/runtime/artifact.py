@@ -123,12 +123,12 @@ def pack(
     variants = {}
     for precision, (file, graph) in models.items():
         name = shipped_as(precision, file)
-        parts = files_of(file)
-        for part, copy in zip(parts, files_of(out / name), strict=True):
+        parts, copies = files_of(file), files_of(out / name)
+        for part, copy in zip(parts, copies, strict=True):
             shutil.copyfile(part, copy)
         variants[precision] = ManifestVariant(
             precision=precision, file=name, graph=graph, sha256=hash_file(file), size_bytes=size_of(file),
-            decoder=f"onnx/{copy.name}" if parts[1:] else "",
+            decoder=f"onnx/{copies[1].name}" if parts[1:] else "",
             decoder_sha256=hash_file(parts[1]) if parts[1:] else None,
         )  # fmt: skip
     answers = msgspec.json.encode(golden) if golden else b""

@@ -320,7 +320,7 @@ def can_transcribe(task: Task) -> TypeGuard[Transcripts]:
 
 
 def writes_speech(task: Task) -> TypeGuard[SpeechSeq2Seq]:
-    """Whether a task's transcripts are written token by token."""
+    """Return whether a task writes its transcripts token by token."""
     return task.config.decoder is not None
 
 

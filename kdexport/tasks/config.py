@@ -77,11 +77,11 @@ class AudioConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """How a decoder writes text: the tokens that it begins with, and those that it never writes.
+    """Rules for writing text with a decoder.
 
-    `never_first` are not written right after `start`. `silence` is the token whose probability after the first of
-    `start` is that of no speech. At most `most` tokens are written for a window, and recordings of up to `seconds` are
-    read in overlapping windows.
+    Each text starts with the tokens `start`. Tokens in `never` are suppressed everywhere, those in `never_first` only
+    right after `start`. The probability of `silence` after the first token of `start` is that of no speech. A window
+    gets at most `most` tokens; recordings of up to `seconds` are read in overlapping windows.
     """
 
     start: Annotated[list[TokenId], Meta(min_length=1, max_length=8)]

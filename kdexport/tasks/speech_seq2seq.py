@@ -153,10 +153,11 @@ class SpeechSeq2Seq(Speech):
 
     # --- writing
 
-    def write(self, read: Read, rows: int) -> Array:
+    def write(self, read: Read, rows: int, *, loops: bool = False) -> Array:
         """Write a text for each of a batch's rows greedily; return it packed, float32 [B, n, 1 + 2k].
 
-        A text that loops ends where the loop begins. Where silence is probable and the text is not, nothing is written.
+        A text ends where it begins to loop; with `loops` it goes on, so that it can be judged by them. Nothing is
+        written where silence is probable and the text is not.
         """
         packed = self.nothing(rows, self._decoder.most)
         texts: list[list[int]] = [[] for _ in range(rows)]
@@ -172,7 +173,7 @@ class SpeechSeq2Seq(Speech):
             for i in [*going]:
                 texts[i].append(int(chosen[i]))
                 packed[i, place] = packed_lines(logs[i : i + 1], chosen[i : i + 1], self.config.kept, texts[i])[0]
-                if period := _period(texts[i]):
+                if period := 0 if loops else _period(texts[i]):
                     packed[i, len(texts[i]) - _LOOP + period :] = self.nothing(1, 1)[0, 0]
                 if period or chosen[i] == self._end:
                     going.remove(i)

@@ -65,6 +65,8 @@ def test_a_loop_ends_where_it_begins(period):
     found = task.ids_of(task.write(reading([[3, 3, 2, *period * 40]]), 1)[0])
     assert len(found) <= 3 + 2 * len(period)
     assert found[:3] == [3, 3, 2]
+    whole = task.ids_of(task.write(reading([[3, 3, 2, *period * 40]]), 1, loops=True)[0])
+    assert len(whole) == 40  # what a transcript is judged by shows the loop
     twice = [*period, *period]
     assert task.ids_of(task.write(reading([twice]), 1)[0]) == twice
 
