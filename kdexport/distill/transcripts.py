@@ -22,14 +22,7 @@ from kdexport.errors import DataError, ModelError
 from kdexport.files import digest, hash_file, write_bytes, write_json
 from kdexport.models.loading import ModelAndProcessor, open_config
 from kdexport.models.saving import save_model, save_processor
-from kdexport.models.transcriber import (
-    Heard,
-    Transcriber,
-    audio_of,
-    config_of,
-    is_transcriber,
-    writer_of,
-)
+from kdexport.models.transcriber import Heard, Transcriber, audio_of, config_of, is_transcriber, writer_of
 from kdexport.progress import bar, say, warn
 from kdexport.tasks.config import Arrays, Row, TaskConfig
 from kdexport.tasks.inputs import audio

@@ -63,15 +63,19 @@ def _menu(spec: Spec) -> Menu:
 def _of_decoder(spec: Spec) -> Spec:
     """Return the spec with `data.problem` seq2seq, where layers of a decoder that writes are asked for."""
     chosen = spec.student.model or ()
-    shapes = [derive.shape_of(name).kind for name in ((chosen,) if isinstance(chosen, str) else chosen)]
-    layers = shapes and {*shapes} <= {"lowest", "spread", "named"}
+    shapes = [derive.shape_of(name) for name in ((chosen,) if isinstance(chosen, str) else chosen)]
+    layers = shapes and {shape.kind for shape in shapes} <= {"lowest", "spread", "named"}
     teacher = named(spec)[0]
-    family = config_of(teacher).get("model_type")  # of a hub's model its name tells it
+    config = config_of(teacher)
+    family = config.get("model_type")  # of a hub's model its name tells it
     writes = family == TRANSCRIBER if Path(teacher).exists() else TRANSCRIBER in teacher.lower()
     if spec.data.problem == "seq2seq" and not writes:
         raise SpecError(f"data.problem: seq2seq needs a teacher that writes, and {teacher} is no Whisper", "Remove it")
     if not (layers and writes) or spec.task not in names() or "seq2seq" not in task_class(spec.task).kinds():
         return spec
+    most, wanted = config.get("decoder_layers"), max(max(shape.indices, default=shape.layers - 1) for shape in shapes)
+    if isinstance(most, int) and wanted >= most:
+        raise SpecError(f"student.model: the teacher's decoder has {most} layers, not {wanted + 1}", "Ask for fewer")
     return msgspec.structs.replace(spec, data=msgspec.structs.replace(spec.data, problem="seq2seq"))
 
 

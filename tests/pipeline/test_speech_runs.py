@@ -278,6 +278,8 @@ def test_a_smaller_whisper_answers_and_is_served(smaller):
     ("given", "wrong"),
     [
         ({"student.model": ["spread:2", "conv:96"]}, r"'spread:2' is none for automatic-speech-recognition"),
+        ({"student.model": "spread:5"}, r"the teacher's decoder has 4 layers, not 5\. Ask for fewer"),
+        ({"student.model": "layers:0+4"}, r"the teacher's decoder has 4 layers, not 5"),
         ({"student.model": "spread:2", "distill.loss": "ctc"}, r"ctc is not for data\.problem seq2seq"),
         ({"student.model": "spread:2", "export.variants": ["fp32", "fp16"]}, r"fp16 is none for"),
     ],
