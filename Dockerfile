@@ -37,11 +37,12 @@ FROM source AS packages
 # `--build-arg EXTRAS=cpu,serve,grpc,otel` for gRPC and traces.
 ARG EXTRAS=cpu,serve
 # The base's pip installs from outside, so the environment has no pip, no setuptools and nothing to install with.
-# The packages' own tests go. Bytecode is made below, of what the server loads.
+# The packages' own tests, stubs and C sources go. Bytecode is made below, of what the server loads.
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv --without-pip /opt/kdexport \
     && pip --python /opt/kdexport/bin/python install --no-compile -c constraints.txt ".[$EXTRAS]" \
-    && find /opt/kdexport -type d -name tests -prune -exec rm -r {} +
+    && find /opt/kdexport \( -type d -name tests -o -type f -name '*.py[ix]' -o -type f -name '*.pxd' -o -type f -name '*.[ch]' \) \
+       -prune -exec rm -r {} +
 
 
 FROM python:3.11-slim-bookworm AS serve
