@@ -12,7 +12,6 @@ from typing import ClassVar
 import numpy as np
 
 from kdexport.tasks.base import Card, Objective, Task
-from kdexport.tasks.beam import WordList
 from kdexport.tasks.config import NO_LABEL, Arrays, Row, TaskConfig
 from kdexport.tasks.inputs.audio import FRAME, HOP, seconds_of
 from kdexport.tasks.inputs.media import Encoded, bytes_of
@@ -23,13 +22,14 @@ from kdexport.tasks.metrics import Array, log_softmax
 from kdexport.tasks.speech import Speech
 from kdexport.tasks.speech_seq2seq import SpeechSeq2Seq
 from kdexport.tasks.transcripts import BLANK, NEVER, Transcript, Word
+from kdexport.tasks.wordlist import WordList
 
 
 class SpeechRecognition(Speech):
     """Rows `{"audio": …, "label": …}` → log-mel bands [N, T, M] or waveform [N, T] → logits [N, T', V] → a text each.
 
     `label` is the transcript, and `config.labels` are the characters, blank first. Where `config.words` has words, the
-    most probable text of these is read.
+    most probable path of these is read.
     """
 
     objective: ClassVar[Objective] = "ctc"
@@ -134,8 +134,8 @@ class SpeechRecognition(Speech):
 
     def texts(self, logits: Array) -> list[str]:
         """Return the text of the most probable path of each row."""
-        paths = self._words.paths(logits) if self._words else logits.argmax(axis=2)
-        return ["".join(c for c, _, _ in self._characters(path)).strip() for path in paths]
+        spelled = ("".join(c for c, _, _ in self._characters(self._path(one))) for one in logits)
+        return [" ".join(text.split()) for text in spelled]
 
     def decode(self, logits: Array, rows: Sequence[Row] = ()) -> list[Transcript]:
         return [self._transcript(one) for one in logits]
