@@ -44,13 +44,18 @@ def variants(r: Report) -> Section:
         "is shown, or none. Digits below the precision of the interval are omitted."
     )
     tables = [Table((*headers(r), "verdict"), rows, place)]
+    hears = any(v.latency_ms and v.latency_ms.encoder_p50 for v in r.variants)
     costs = [
-        (v.name, trimmed(time.tokenize_p50), trimmed(time.model_p50), trimmed(time.p90), f"{found.cold_ms:.0f}",
-         f"{found.rss_mb:.0f}", f"{found.peak_rss_mb:.0f}", f"{found.cores_used:.2f}")
+        (v.name, trimmed(time.tokenize_p50), trimmed(time.model_p50),
+         *((trimmed(time.encoder_p50), trimmed(time.decoder_p50)) if hears else ()), trimmed(time.p90),
+         f"{found.cold_ms:.0f}", f"{found.rss_mb:.0f}", f"{found.peak_rss_mb:.0f}", f"{found.cores_used:.2f}")
         for v in r.variants if (found := v.footprint) and (time := v.latency_ms)
     ]  # fmt: skip
     if costs:
-        columns = ("process of", "tokenise ms", "run ms", "p90 ms", "cold start ms", "RSS MB", "peak MB", "cores used")
+        parts = ("encoder ms", "decoder ms") if hears else ()
+        columns = (
+            "process of", "tokenise ms", "run ms", *parts, "p90 ms", "cold start ms", "RSS MB", "peak MB", "cores used",
+        )  # fmt: skip
         tables.append(Table(columns, costs))
     lead = f"All measured in one run, in turns, on {machine_name(r.environment)}; brackets are 95 % intervals."
     return Section("Variants", lead, tables=tables, note=note + _control(r), brief=True)
@@ -58,6 +63,8 @@ def variants(r: Report) -> Section:
 
 def _rows(r: Report) -> str:
     name = f"{read_by(r)}s"
+    if lasted := r.bench.durations:
+        return f"{name} of {lasted['p5']:.2g} to {lasted['p95']:.2g} s (5th to 95th percentile)"
     if not (found := r.bench.tokens):
         return name
     cut = f", {found['cut_percent']} % fill all {found['limit']} that are read" if found.get("cut_percent") else ""
@@ -138,6 +145,7 @@ def latency(r: Report) -> Section | None:
     columns = ("variant", "p5", "p50", "p90", "p99 seen", "slowest", "samples")
     figures = [Figure("How latency spreads", chart, Table(columns, rows))]
     figures += _by_cell(r, "length", "The model alone by length", "tokens", "ms a run")
+    figures += _by_cell(r, "duration", "By duration of the recording", "s, up to", "p50 ms")
     figures += _by_cell(
         r, "batch", "Throughput by batch", f"{read_by(r)}s a batch", f"{read_by(r)}s a second", rate=True
     )
@@ -151,6 +159,8 @@ def latency(r: Report) -> Section | None:
         f"Batches have {many} of similar length, and are timed from these to answers; by length the model alone is "
         f"timed, on real {many} cut to one length. In an open loop latency counts from the time when a request was due."
     )
+    if any(c.scenario == "duration" for v in r.variants for c in v.cells):
+        lead += " By duration, the rows of the table above are taken in quarters, each shown at its longest recording."
     return Section("Latency", lead, figures)
 
 

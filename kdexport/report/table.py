@@ -93,7 +93,7 @@ def trimmed(value: float | None, ci: Interval | None = None) -> str:
     digits = 2 - _power(value)
     if ci and ci[1] > ci[0]:
         digits = max(min(digits, -_power((ci[1] - ci[0]) / 2)), -_power(value))  # but at least one
-    return f"{value:.{max(0, min(digits, 3))}f}"
+    return f"{value:.{max(0, min(digits, 6))}f}"
 
 
 def between(ci: Interval | None, value: float) -> str:
@@ -157,13 +157,22 @@ def speedup(variant: Variant) -> str:
     return f"{trimmed(found.value, found.ci95)}×{between(found.ci95, found.value)}"
 
 
+def real_time(variant: Variant) -> str:
+    """Format the real-time factor, with its interval."""
+    found = variant.latency_ms
+    if found is None or found.real_time_factor is None:
+        return "–"
+    value, ci = found.real_time_factor, found.real_time_factor_ci95
+    return f"{trimmed(value, ci)}{between(ci, value)}"
+
+
 def headers(report: Report) -> tuple[str, ...]:
     """Return the table's headers; agreement is with the teacher, or the reference of the bench."""
     return (
         "variant", f"{report.metric or 'accuracy'} [95 %]",
         f"agrees with {'teacher' if report.distillation else report.bench.reference}",
         *(("first token ms", "tokens/s") if _generates(report) else ()),
-        "p50 ms", "p99 ms", "faster [95 %]", "size MB",
+        "p50 ms", "p99 ms", *(("real-time factor [95 %]",) if _lasts(report) else ()), "faster [95 %]", "size MB",
     )  # fmt: skip
 
 
@@ -181,13 +190,18 @@ def _generates(report: Report) -> bool:
     return any(v.latency_ms and v.latency_ms.tokens_per_second for v in report.variants)
 
 
+def _lasts(report: Report) -> bool:
+    return any(v.latency_ms and v.latency_ms.real_time_factor for v in report.variants)
+
+
 def _row(report: Report, variant: Variant) -> tuple[str, ...]:
     latency = variant.latency_ms
     first, rate = (latency.first_token_p50, latency.tokens_per_second) if latency else (None, None)
     return (
         starred(report, variant), scored(metric_of(report), variant.metric), percent(variant.agreement),
         *((trimmed(first), "–" if rate is None else f"{rate:,.0f}") if _generates(report) else ()),
-        p50(variant), p99(variant), speedup(variant), megabytes(variant.size_bytes),
+        p50(variant), p99(variant), *((real_time(variant),) if _lasts(report) else ()), speedup(variant),
+        megabytes(variant.size_bytes),
     )  # fmt: skip
 
 
