@@ -83,26 +83,27 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
-def trimmed(value: float | None, ci: Interval | None = None) -> str:
+def trimmed(value: float | None, ci: Interval | None = None, places: int = 3) -> str:
     """Format a positive number to the precision of its interval, or to three significant digits.
 
-    The last digit is the first one of the interval's half width: 1.1326 [1.08, 1.19] is 1.13, [0.9, 1.4] is 1.1.
+    The last digit is the first one of the interval's half width: 1.1326 [1.08, 1.19] is 1.13, [0.9, 1.4] is 1.1. There
+    are at most so many decimal places.
     """
     if value is None:
         return "–"
     digits = 2 - _power(value)
     if ci and ci[1] > ci[0]:
         digits = max(min(digits, -_power((ci[1] - ci[0]) / 2)), -_power(value))  # but at least one
-    return f"{value:.{max(0, min(digits, 6))}f}"
+    return f"{value:.{max(0, min(digits, places))}f}"
 
 
-def between(ci: Interval | None, value: float) -> str:
+def between(ci: Interval | None, value: float, places: int = 3) -> str:
     """Format an interval in brackets, with as many digits as its value."""
     if ci is None:
         return ""
     if ci[1] > 10 * max(ci[0], 1e-12):
         return " [not known]"  # of two rounds, too wide to be of use
-    digits = len(trimmed(value, ci).partition(".")[2])
+    digits = len(trimmed(value, ci, places).partition(".")[2])
     return f" [{ci[0]:.{digits}f}–{ci[1]:.{digits}f}]"
 
 
@@ -163,7 +164,7 @@ def real_time(variant: Variant) -> str:
     if found is None or found.real_time_factor is None:
         return "–"
     value, ci = found.real_time_factor, found.real_time_factor_ci95
-    return f"{trimmed(value, ci)}{between(ci, value)}"
+    return f"{trimmed(value, ci, 6)}{between(ci, value, 6)}"
 
 
 def headers(report: Report) -> tuple[str, ...]:
