@@ -7,6 +7,7 @@ from kdexport.errors import counted
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, frontier, plot
 from kdexport.report.page import Figure, Section, Table
 from kdexport.report.table import (
+    WRITING,
     between,
     bound_of_p99,
     checked,
@@ -24,6 +25,7 @@ from kdexport.report.table import (
     tick,
     times,
     trimmed,
+    writing,
 )  # fmt: skip
 from kdexport.results import QUANTILES, Report, machine_name
 
@@ -43,20 +45,23 @@ def variants(r: Report) -> Section:
         f"ratios to {how.reference} are paired by round. p99 needs 1,000 samples; with fewer, an upper bound "
         "is shown, or none. Digits below the precision of the interval are omitted."
     )
+    if how.durations:
+        note += " The real-time factor is the seconds of computing for a second of recording."
     tables = [Table((*headers(r), "verdict"), rows, place)]
-    hears = any(v.latency_ms and v.latency_ms.encoder_p50 for v in r.variants)
     costs = [
-        (v.name, trimmed(time.tokenize_p50), trimmed(time.model_p50),
-         *((trimmed(time.encoder_p50), trimmed(time.decoder_p50)) if hears else ()), trimmed(time.p90),
-         f"{found.cold_ms:.0f}", f"{found.rss_mb:.0f}", f"{found.peak_rss_mb:.0f}", f"{found.cores_used:.2f}")
+        (v.name, trimmed(time.tokenize_p50), trimmed(time.model_p50), trimmed(time.p90), f"{found.cold_ms:.0f}",
+         f"{found.rss_mb:.0f}", f"{found.peak_rss_mb:.0f}", f"{found.cores_used:.2f}")
         for v in r.variants if (found := v.footprint) and (time := v.latency_ms)
     ]  # fmt: skip
     if costs:
-        parts = ("encoder ms", "decoder ms") if hears else ()
-        columns = (
-            "process of", "tokenise ms", "run ms", *parts, "p90 ms", "cold start ms", "RSS MB", "peak MB", "cores used",
-        )  # fmt: skip
+        columns = ("process of", "tokenise ms", "run ms", "p90 ms", "cold start ms", "RSS MB", "peak MB", "cores used")
         tables.append(Table(columns, costs))
+    parts = [
+        (v.name, trimmed(time.encoder_p50), trimmed(time.decoder_p50), *writing(time))
+        for v in r.variants if (time := v.latency_ms) and time.encoder_p50
+    ]  # fmt: skip
+    if parts:
+        tables.append(Table(("run of", "encoder ms", "decoder ms", *WRITING), parts))
     lead = f"All measured in one run, in turns, on {machine_name(r.environment)}; brackets are 95 % intervals."
     return Section("Variants", lead, tables=tables, note=note + _control(r), brief=True)
 
@@ -145,7 +150,7 @@ def latency(r: Report) -> Section | None:
     columns = ("variant", "p5", "p50", "p90", "p99 seen", "slowest", "samples")
     figures = [Figure("How latency spreads", chart, Table(columns, rows))]
     figures += _by_cell(r, "length", "The model alone by length", "tokens", "ms a run")
-    figures += _by_cell(r, "duration", "By duration of the recording", "s, up to", "p50 ms")
+    figures += _by_cell(r, "duration", "By duration of the recording", "seconds, up to", "p50 ms")
     figures += _by_cell(
         r, "batch", "Throughput by batch", f"{read_by(r)}s a batch", f"{read_by(r)}s a second", rate=True
     )
@@ -178,7 +183,8 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
         if points and single and scenario == "threads":
             points.insert(0, Point(r.bench.threads, single.p50, None, single.p50_ci95))
         series.append(Series(v.name, points))
-    chart = plot(caption, series, Axis(f"{at} (log)", log=True), Axis(f"{shown} (log)", log=True))
+    across = Axis(at) if scenario == "duration" else Axis(f"{at} (log)", log=True)
+    chart = plot(caption, series, across, Axis(f"{shown} (log)", log=True))
     rows = [
         (name, f"{c.at:g}", trimmed(c.p50_ms) + between(c.p50_ci95, c.p50_ms), trimmed(c.p99_ms),
          trimmed(c.per_second), str(c.errors))

@@ -9,6 +9,7 @@ from kdexport.tasks.metrics import Metric
 
 # Further metrics that are numbers; all others are fractions or ratios.
 _NUMBERS = ("bits per byte", "perplexity")
+WRITING = ("first token ms", "tokens/s")
 
 
 def read_by(report: Report) -> str:
@@ -167,13 +168,19 @@ def real_time(variant: Variant) -> str:
     return f"{trimmed(value, ci, 6)}{between(ci, value, 6)}"
 
 
+def writing(found: Latency | None) -> tuple[str, str]:
+    """Format the columns `WRITING`."""
+    first, rate = (found.first_token_p50, found.tokens_per_second) if found else (None, None)
+    return trimmed(first), "–" if rate is None else f"{rate:,.0f}"
+
+
 def headers(report: Report) -> tuple[str, ...]:
     """Return the table's headers; agreement is with the teacher, or the reference of the bench."""
     return (
         "variant", f"{report.metric or 'accuracy'} [95 %]",
         f"agrees with {'teacher' if report.distillation else report.bench.reference}",
-        *(("first token ms", "tokens/s") if _generates(report) else ()),
-        "p50 ms", "p99 ms", *(("real-time factor [95 %]",) if _lasts(report) else ()), "faster [95 %]", "size MB",
+        *(WRITING if _generates(report) else ()),
+        "p50 ms", "p99 ms", *(("real-time factor",) if _lasts(report) else ()), "faster [95 %]", "size MB",
     )  # fmt: skip
 
 
@@ -188,7 +195,8 @@ def further(name: str, value: float | None) -> str:
 
 
 def _generates(report: Report) -> bool:
-    return any(v.latency_ms and v.latency_ms.tokens_per_second for v in report.variants)
+    found = [v.latency_ms for v in report.variants if v.latency_ms and v.latency_ms.tokens_per_second]
+    return any(latency.encoder_p50 is None for latency in found)
 
 
 def _lasts(report: Report) -> bool:
@@ -197,10 +205,9 @@ def _lasts(report: Report) -> bool:
 
 def _row(report: Report, variant: Variant) -> tuple[str, ...]:
     latency = variant.latency_ms
-    first, rate = (latency.first_token_p50, latency.tokens_per_second) if latency else (None, None)
     return (
         starred(report, variant), scored(metric_of(report), variant.metric), percent(variant.agreement),
-        *((trimmed(first), "–" if rate is None else f"{rate:,.0f}") if _generates(report) else ()),
+        *(writing(latency) if _generates(report) else ()),
         p50(variant), p99(variant), *((real_time(variant),) if _lasts(report) else ()), speedup(variant),
         megabytes(variant.size_bytes),
     )  # fmt: skip
