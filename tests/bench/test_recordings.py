@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import time
 
+import msgspec
 import numpy as np
 import pytest
+from made_reports import F1, made
+from made_reports import variant as a_variant
 from tones import wav
 from whispers import TEXTS, write_whisper
 
@@ -18,6 +21,8 @@ from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_model, save_writer
 from kdexport.models.transcriber import Transcriber, audio_of, cut
 from kdexport.pipeline.bench import measure
+from kdexport.report import page_of
+from kdexport.report.page import html
 from kdexport.report.table import headers, real_time, table
 from kdexport.results import read_report
 from kdexport.tasks import kinds, load_task
@@ -131,6 +136,18 @@ def test_recordings_of_one_duration_are_not_split(student, tmp_path):
     assert variant.latency_ms.real_time_factor == pytest.approx(times.sum() / 1e3 / len(times), rel=1e-4)
     assert not [cell for cell in variant.cells if cell.scenario == "duration"]
     assert "By duration" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_small_factors_keep_their_digits_and_texts_have_none():
+    text = a_variant("student-int8", 0.9, (0.8, 0.95))
+    latency = msgspec.structs.replace(
+        text.latency_ms, real_time_factor=0.000524, real_time_factor_ci95=(0.00049, 0.00056)
+    )
+    heard = msgspec.structs.replace(text, latency_ms=latency)
+    assert real_time(heard) == "0.00052 [0.00049–0.00056]"
+    assert "real-time factor" in headers(made([text, heard], F1))
+    assert table(made([text, heard], F1))[0][headers(made([text, heard], F1)).index("real-time factor")] == "–"
+    assert "real-time" not in html(page_of(made([text], F1)))
 
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: f"{kind.name}-{kind.problem}")
