@@ -37,7 +37,7 @@ def real_time_factor(rounds: dict[int, Samples], durations: Array) -> tuple[floa
 
 def by_duration(rounds: dict[int, Samples], durations: Array) -> list[Cell]:
     """Return the latency of each quarter of the recordings, by duration, at the seconds of its longest."""
-    edges: Array = np.unique(np.quantile(durations, _QUARTERS, method="higher")) if len(durations) else durations
+    edges: Array = np.unique(np.quantile(durations, _QUARTERS, method="inverted_cdf")) if len(durations) else durations
     if len(edges) < 2:
         return []
     cells = []
