@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from kdexport import spec
-from kdexport.bench import stats, warnings
+from kdexport.bench import recordings, stats, warnings
 from kdexport.bench.loads import Loads, put_loads
 from kdexport.bench.machine import environment
 from kdexport.bench.process import Crashed, call
@@ -30,6 +30,7 @@ from kdexport.tasks.metrics import Array
 
 _MAX_ROWS, _MAX_ROUNDS = 256, 100
 _SWEEP_ROUNDS = 3
+_SHOWN = (5, 50, 95, 100)  # percentiles of the rows' lengths
 GRACE_S = 600.0  # for loading, compiling and sweeping, beside the measured time
 # Optional stopping at the first narrow interval stops too early too often, so the level is higher than 95 %.
 _STOP_LEVEL = 0.98
@@ -86,7 +87,8 @@ def bench(
     saved.mkdir(exist_ok=True)
     found, failed = _take_turns(settings, in_turns, reference, seed, out / "rows.json", saved, sweep)
     own = {name: rounds for name, rounds in found.items() if name != twin}
-    cells = {name: _cells(rounds) for name, rounds in own.items()}
+    durations = recordings.durations_of(next((t for t in active if t.task), None), chosen)
+    cells = {name: _cells(rounds) + recordings.by_duration(rounds, durations) for name, rounds in own.items()}
     alive = [t for t in active if t.name in own]
     _other_threads(settings, alive, out / "rows.json", cells, started + settings.time_limit_s)
     for target in alive:
@@ -110,6 +112,7 @@ def bench(
         round_seconds=settings.round_seconds, rows=len(chosen),
         texts=hashlib.sha256(msgspec.json.encode(chosen)).hexdigest()[:12],
         tokens=_tokens(next((t for t in active if t.task), None), chosen),
+        durations={f"p{q}": round(float(np.percentile(durations, q)), 3) for q in _SHOWN} if len(durations) else {},
         clock=clock if new_tokens else "text to answer: tokenise, run, softmax",
         seconds=round(time.monotonic() - started, 1), failed=failed, left_out=left_out,
         control=Control(str(control), _ratio(own[str(control)], again)) if again and control in own else None,
@@ -117,7 +120,7 @@ def bench(
     )  # fmt: skip
     measured = Measured(
         targets=targets, conditions=conditions, environment=facts,
-        latency={name: _latency(rounds, new_tokens) for name, rounds in own.items()},
+        latency={name: _latency(rounds, new_tokens, durations) for name, rounds in own.items()},
         speedup={name: _ratio(base, rounds) for name, rounds in own.items()} if base else {},
         speedup_p99={name: ratio for name, ratio in p99.items() if ratio},
         footprint={t.name: _footprint(own[t.name]) for t in alive if t.runtime != "http"}, cells=cells,
@@ -200,7 +203,7 @@ def _round(
     batches = sweep and not (task and measured_tokens(task))  # language models write one text at a time
     job = Round(
         target=target, rows=str(rows), threads=threads, seconds=settings.round_seconds, spawned_ns=time.monotonic_ns(),
-        start=number * 37,  # each round begins at another row, so that slow variants see all of them
+        start=recordings.start_of(number),
         batch_sizes=[size for size in settings.batch_sizes if size > 1] if batches else [],
         lengths=task.lengths() if task and sweep and target.runtime != "http" else [],
     )  # fmt: skip
@@ -208,21 +211,24 @@ def _round(
     return msgspec.json.decode(done, type=Samples)
 
 
-def _latency(rounds: Rounds, new_tokens: int) -> Latency:
+def _latency(rounds: Rounds, new_tokens: int, durations: Array) -> Latency:
     every = list(rounds.values())
     totals = [_total(one) for one in every]
     pooled = np.concatenate(totals)
     medians = [_median(total) for total in totals]
     p50, p50_ci = stats.estimate(medians)
+    factor, factor_ci = recordings.real_time_factor(rounds, durations)
+    firsts = [_median(one.first_ms) for one in every if one.first_ms]
+    written = {"tokens_per_second": 1e3 * new_tokens / p50} if new_tokens else recordings.parts(every)
     (p90, p90_ci), (p99, p99_ci) = stats.pooled(totals, 0.90), stats.pooled(totals, 0.99)
     return Latency(
         p50=p50, p50_ci95=p50_ci, p90=p90, p90_ci95=p90_ci, p99=p99, p99_ci95=p99_ci,
         p99_at_most=stats.at_most(totals, 0.99) if p99 is None else None,
         tokenize_p50=_median(_median(one.tokenize_us) for one in every) / 1e3,
         model_p50=_median(_median(one.model_us) for one in every) / 1e3,
-        first_token_p50=_median(_median(one.first_ms) for one in every) if new_tokens else None,
-        tokens_per_second=1e3 * new_tokens / p50 if new_tokens else None, samples=len(pooled), rounds=len(every),
-        round_p50=medians, quantiles=np.quantile(pooled, QUANTILES, method="higher").tolist(),
+        first_token_p50=_median(firsts) if firsts else None, samples=len(pooled), rounds=len(every),
+        real_time_factor=factor, real_time_factor_ci95=factor_ci,
+        round_p50=medians, quantiles=np.quantile(pooled, QUANTILES, method="higher").tolist(), **written,
     )  # fmt: skip
 
 
@@ -287,7 +293,7 @@ def _tokens(target: Target | None, rows: list[dict[str, Any]]) -> dict[str, int]
     if task is None or not task.lengths():
         return {}
     lengths = np.array(task.sizes(task.tokenize(rows)))
-    found = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95, 100)}
+    found = {f"p{q}": int(np.percentile(lengths, q)) for q in _SHOWN}
     limit = max(task.lengths())
     return found | {"limit": limit, "cut_percent": round(100 * float((lengths >= limit).mean()))}
 

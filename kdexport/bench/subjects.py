@@ -1,5 +1,6 @@
 """Subjects of measurement: a model as three functions, opened in its own process."""
 
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +12,10 @@ from kdexport.errors import RunError
 from kdexport.runtime.generation import timed
 from kdexport.runtime.predictor import Predictor, providers
 from kdexport.tasks import load_task
-from kdexport.tasks.base import Generates, Task, can_generate
+from kdexport.tasks.base import Generates, Task, can_generate, writes_speech
+from kdexport.tasks.config import Arrays
 from kdexport.tasks.metrics import Array
+from kdexport.tasks.speech_seq2seq import Read, SpeechSeq2Seq
 
 Rows = list[dict[str, Any]]
 
@@ -56,6 +59,14 @@ def _on(device: str) -> str:
     return "" if device == "cpu" else f"-{device}"
 
 
+class Parts(msgspec.Struct, frozen=True):
+    """Times of a run of a recogniser that writes, and the steps of its decoder."""
+
+    encoder_ms: float
+    decoder_ms: float
+    steps: int
+
+
 class Opened(NamedTuple):
     """An open target: rows → arrays → logits → answers, all part of the latency."""
 
@@ -64,10 +75,12 @@ class Opened(NamedTuple):
     decode: Callable[[Any, Rows], Any]
     gpu_peak_mb: Callable[[], float | None] = lambda: None
     device_ms: Callable[[], list[float]] = list
-    # For language models: logits of whole texts, the run up to the first token, and that run's times in ms.
+    # For language models: logits of whole texts, and the run up to the first token.
     answer: Callable[[Any], Array] | None = None
     read: Callable[[Any], Any] | None = None
+    # For what writes: times up to the first token in ms; for recognisers the parts of each run.
     first_ms: Callable[[], list[float]] = list
+    parts: Callable[[], list[Parts]] = list
 
 
 def open_target(target: Target, threads: int) -> Opened:
@@ -94,6 +107,8 @@ def _open_onnxruntime(target: Target, threads: int) -> Opened:
     predictor = Predictor(task, Path(target.model), threads, target.device)
     if can_generate(task):
         return writing(task, predictor.read, predictor.run)
+    if writes_speech(task):
+        return hearing(task, predictor.hear, predictor.reader)
     return Opened(task.encode, predictor.run, task.decode)
 
 
@@ -142,6 +157,13 @@ def _open_torch(target: Target, threads: int) -> Opened:
             return logits[0, -1].float().cpu().numpy(), past
 
         return writing(task, read, run)._replace(gpu_peak_mb=gpu_peak_mb)
+    if writes_speech(task) and target.runtime == "torch" and not cuda:
+
+        @torch.inference_mode()
+        def hear(inputs: Arrays) -> Any:
+            return model.encoded(torch.from_numpy(inputs[task.config.inputs[0]]))
+
+        return hearing(task, hear, lambda states: torch.inference_mode()(model.reader(states)))
     return Opened(task.encode, run, task.decode, gpu_peak_mb, device_ms)
 
 
@@ -163,6 +185,31 @@ def writing(
         encode, run, lambda ids, _: task.text_of(ids), answer=run_whole, read=lambda arrays: run(arrays, 1),
         first_ms=lambda: firsts,
     )  # fmt: skip
+
+
+def hearing(task: SpeechSeq2Seq, hear: Callable[[Arrays], Any], reader: Callable[[Any], Read]) -> Opened:
+    """Open a recogniser that writes: its encoder `hear`, and its decoder for the encoder's states."""
+    firsts: list[float] = []
+    parts: list[Parts] = []
+
+    def run(arrays: Arrays) -> Array:
+        times = [time.perf_counter()]
+        states = hear(task.graph_inputs(arrays))
+        times.append(time.perf_counter())
+        read = reader(states)
+
+        def step(ids: Array, cache: Any) -> tuple[Array, Any]:
+            found = read(ids, cache)
+            times.append(time.perf_counter())
+            return found
+
+        written = task.write(step, len(states))
+        started, heard, first = times[:3]
+        firsts.append(1e3 * (first - started))
+        parts.append(Parts(1e3 * (heard - started), 1e3 * (time.perf_counter() - heard), len(times) - 2))
+        return task.gather(written, arrays)
+
+    return Opened(task.encode, run, task.decode, first_ms=lambda: firsts, parts=lambda: parts)
 
 
 def measured_tokens(task: Task) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 
 from kdexport.bench.process import call
-from kdexport.bench.subjects import Opened, Rows, Target, open_target
+from kdexport.bench.subjects import Opened, Parts, Rows, Target, open_target
 from kdexport.runtime.predictor import allowed_cores
 from kdexport.tasks import load_task
 from kdexport.tasks.batches import in_batches
@@ -69,6 +69,7 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True):
     cores_used: float
     os_threads: int
     first_ms: list[float] = []
+    parts: list[Parts] = []
 
 
 def logits_of(target: Target, rows: Path, deadline_s: float) -> Array:
@@ -102,7 +103,8 @@ def measure(job: Round) -> Samples:
     cores_used = (time.process_time() - cpu) / (time.perf_counter() - wall)
     return Samples(
         tokenize_us=tokenize, model_us=model, total_us=total, device_ms=opened.device_ms()[-len(total) :],
-        first_ms=opened.first_ms()[-len(total) :], cold_ms=cold_ms, cores_used=cores_used,
+        first_ms=opened.first_ms()[-len(total) :], parts=opened.parts()[-len(total) :],
+        cold_ms=cold_ms, cores_used=cores_used,
         rss_mb=process.memory_info().rss / 1e6, peak_rss_mb=_peak_rss_mb(process), gpu_peak_mb=opened.gpu_peak_mb(),
         os_threads=process.num_threads(),
         batches={size: _batches(opened, job, rows, size) for size in job.batch_sizes if not one_by_one},

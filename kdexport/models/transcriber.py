@@ -21,6 +21,7 @@ from kdexport.tasks.base import Task
 from kdexport.tasks.config import AudioConfig, DecoderConfig, TaskConfig
 from kdexport.tasks.inputs.whisper import HOP, RATE
 from kdexport.tasks.metrics import Array
+from kdexport.tasks.speech_seq2seq import Read
 
 # What is written in 30 s at most, and in a second: more is a loop.
 _MOST_TOKENS, _TOKENS_PER_S, _SPARE = 224, 7.5, 16
@@ -70,13 +71,17 @@ class Transcriber(WhisperForConditionalGeneration):  # type: ignore[misc] # tran
 
     def decoded(self, states: Tensor, *, loops: bool = False) -> Array:
         """Return what is written for the encoder's states, packed."""
+        return np.asarray(self._writer.write(self.reader(states), len(states), loops=loops))
+
+    def reader(self, states: Tensor) -> Read:
+        """Return the decoder for an encoder's states."""
 
         def read(ids: Array, cache: Any) -> tuple[Array, Any]:
             inputs: dict[str, Any] = {"heard": states, "decoder_input_ids": torch.from_numpy(ids).to(self.device)}
             logits, cache = read_after(self, cache, **inputs)
             return logits.float().cpu().numpy(), cache
 
-        return np.asarray(self._writer.write(read, len(states), loops=loops))
+        return read
 
     def transcribe(self, bands: Tensor) -> list[Heard]:
         """Return what is heard in each recording, with its loops, by which it is judged."""

@@ -19,6 +19,7 @@ from kdexport.report.table import (
     p99,
     percent,
     read_by,
+    real_time,
     score,
     table,
     trimmed,
@@ -110,6 +111,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         if rate := best.latency_ms.tokens_per_second:
             first = trimmed(best.latency_ms.first_token_p50)
             facts.append((f"{rate:,.0f}", f"tokens a second; the first after {first} ms"))
+        if best.latency_ms.real_time_factor:
+            facts.append((real_time(best), "real-time factor: seconds of computing for a second of recording"))
     if best.speedup_p50:
         value, ci = best.speedup_p50.value, best.speedup_p50.ci95
         facts.append((f"{trimmed(value, ci)}×", f"faster than {report.bench.reference}{between(ci, value)}"))

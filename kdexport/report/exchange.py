@@ -176,6 +176,7 @@ def scalars(report: Report) -> Iterator[tuple[str, float]]:
         }
         if v.latency_ms:
             found |= {"p50_ms": v.latency_ms.p50, "p90_ms": v.latency_ms.p90, "p99_ms": v.latency_ms.p99}
+            found["real_time_factor"] = v.latency_ms.real_time_factor
         if v.footprint:
             found |= {"rss_mb": v.footprint.rss_mb, "cold_ms": v.footprint.cold_ms}
         yield from ((f"{v.name}/{key}", float(value)) for key, value in found.items() if value is not None)

@@ -7,6 +7,7 @@ from kdexport.errors import counted
 from kdexport.report.charts import Axis, Bar, Point, Series, bars, frontier, plot
 from kdexport.report.page import Figure, Section, Table
 from kdexport.report.table import (
+    WRITING,
     between,
     bound_of_p99,
     checked,
@@ -24,6 +25,7 @@ from kdexport.report.table import (
     tick,
     times,
     trimmed,
+    writing,
 )  # fmt: skip
 from kdexport.results import QUANTILES, Report, machine_name
 
@@ -43,6 +45,8 @@ def variants(r: Report) -> Section:
         f"ratios to {how.reference} are paired by round. p99 needs 1,000 samples; with fewer, an upper bound "
         "is shown, or none. Digits below the precision of the interval are omitted."
     )
+    if how.durations:
+        note += " The real-time factor is the seconds of computing for a second of recording."
     tables = [Table((*headers(r), "verdict"), rows, place)]
     costs = [
         (v.name, trimmed(time.tokenize_p50), trimmed(time.model_p50), trimmed(time.p90), f"{found.cold_ms:.0f}",
@@ -52,12 +56,20 @@ def variants(r: Report) -> Section:
     if costs:
         columns = ("process of", "tokenise ms", "run ms", "p90 ms", "cold start ms", "RSS MB", "peak MB", "cores used")
         tables.append(Table(columns, costs))
+    parts = [
+        (v.name, trimmed(time.encoder_p50), trimmed(time.decoder_p50), *writing(time))
+        for v in r.variants if (time := v.latency_ms) and time.encoder_p50
+    ]  # fmt: skip
+    if parts:
+        tables.append(Table(("run of", "encoder ms", "decoder ms", *WRITING), parts))
     lead = f"All measured in one run, in turns, on {machine_name(r.environment)}; brackets are 95 % intervals."
     return Section("Variants", lead, tables=tables, note=note + _control(r), brief=True)
 
 
 def _rows(r: Report) -> str:
     name = f"{read_by(r)}s"
+    if lasted := r.bench.durations:
+        return f"{name} of {lasted['p5']:.2g} to {lasted['p95']:.2g} s (5th to 95th percentile)"
     if not (found := r.bench.tokens):
         return name
     cut = f", {found['cut_percent']} % fill all {found['limit']} that are read" if found.get("cut_percent") else ""
@@ -138,6 +150,7 @@ def latency(r: Report) -> Section | None:
     columns = ("variant", "p5", "p50", "p90", "p99 seen", "slowest", "samples")
     figures = [Figure("How latency spreads", chart, Table(columns, rows))]
     figures += _by_cell(r, "length", "The model alone by length", "tokens", "ms a run")
+    figures += _by_cell(r, "duration", "By duration of the recording", "seconds, up to", "p50 ms")
     figures += _by_cell(
         r, "batch", "Throughput by batch", f"{read_by(r)}s a batch", f"{read_by(r)}s a second", rate=True
     )
@@ -151,6 +164,8 @@ def latency(r: Report) -> Section | None:
         f"Batches have {many} of similar length, and are timed from these to answers; by length the model alone is "
         f"timed, on real {many} cut to one length. In an open loop latency counts from the time when a request was due."
     )
+    if any(c.scenario == "duration" for v in r.variants for c in v.cells):
+        lead += " By duration, the rows of the table above are taken in quarters, each shown at its longest recording."
     return Section("Latency", lead, figures)
 
 
@@ -168,7 +183,8 @@ def _by_cell(r: Report, scenario: str, caption: str, at: str, shown: str, rate: 
         if points and single and scenario == "threads":
             points.insert(0, Point(r.bench.threads, single.p50, None, single.p50_ci95))
         series.append(Series(v.name, points))
-    chart = plot(caption, series, Axis(f"{at} (log)", log=True), Axis(f"{shown} (log)", log=True))
+    across = Axis(at) if scenario == "duration" else Axis(f"{at} (log)", log=True)
+    chart = plot(caption, series, across, Axis(f"{shown} (log)", log=True))
     rows = [
         (name, f"{c.at:g}", trimmed(c.p50_ms) + between(c.p50_ci95, c.p50_ms), trimmed(c.p99_ms),
          trimmed(c.per_second), str(c.errors))

@@ -9,6 +9,7 @@ from kdexport.tasks.metrics import Metric
 
 # Further metrics that are numbers; all others are fractions or ratios.
 _NUMBERS = ("bits per byte", "perplexity")
+WRITING = ("first token ms", "tokens/s")
 
 
 def read_by(report: Report) -> str:
@@ -83,26 +84,27 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
-def trimmed(value: float | None, ci: Interval | None = None) -> str:
+def trimmed(value: float | None, ci: Interval | None = None, places: int = 3) -> str:
     """Format a positive number to the precision of its interval, or to three significant digits.
 
-    The last digit is the first one of the interval's half width: 1.1326 [1.08, 1.19] is 1.13, [0.9, 1.4] is 1.1.
+    The last digit is the first one of the interval's half width: 1.1326 [1.08, 1.19] is 1.13, [0.9, 1.4] is 1.1. There
+    are at most so many decimal places.
     """
     if value is None:
         return "–"
     digits = 2 - _power(value)
     if ci and ci[1] > ci[0]:
         digits = max(min(digits, -_power((ci[1] - ci[0]) / 2)), -_power(value))  # but at least one
-    return f"{value:.{max(0, min(digits, 3))}f}"
+    return f"{value:.{max(0, min(digits, places))}f}"
 
 
-def between(ci: Interval | None, value: float) -> str:
+def between(ci: Interval | None, value: float, places: int = 3) -> str:
     """Format an interval in brackets, with as many digits as its value."""
     if ci is None:
         return ""
     if ci[1] > 10 * max(ci[0], 1e-12):
         return " [not known]"  # of two rounds, too wide to be of use
-    digits = len(trimmed(value, ci).partition(".")[2])
+    digits = len(trimmed(value, ci, places).partition(".")[2])
     return f" [{ci[0]:.{digits}f}–{ci[1]:.{digits}f}]"
 
 
@@ -157,13 +159,28 @@ def speedup(variant: Variant) -> str:
     return f"{trimmed(found.value, found.ci95)}×{between(found.ci95, found.value)}"
 
 
+def real_time(variant: Variant) -> str:
+    """Format the real-time factor, with its interval."""
+    found = variant.latency_ms
+    if found is None or found.real_time_factor is None:
+        return "–"
+    value, ci = found.real_time_factor, found.real_time_factor_ci95
+    return f"{trimmed(value, ci, 6)}{between(ci, value, 6)}"
+
+
+def writing(found: Latency | None) -> tuple[str, str]:
+    """Format the columns `WRITING`."""
+    first, rate = (found.first_token_p50, found.tokens_per_second) if found else (None, None)
+    return trimmed(first), "–" if rate is None else f"{rate:,.0f}"
+
+
 def headers(report: Report) -> tuple[str, ...]:
     """Return the table's headers; agreement is with the teacher, or the reference of the bench."""
     return (
         "variant", f"{report.metric or 'accuracy'} [95 %]",
         f"agrees with {'teacher' if report.distillation else report.bench.reference}",
-        *(("first token ms", "tokens/s") if _generates(report) else ()),
-        "p50 ms", "p99 ms", "faster [95 %]", "size MB",
+        *(WRITING if _generates(report) else ()),
+        "p50 ms", "p99 ms", *(("real-time factor",) if _lasts(report) else ()), "faster [95 %]", "size MB",
     )  # fmt: skip
 
 
@@ -178,16 +195,21 @@ def further(name: str, value: float | None) -> str:
 
 
 def _generates(report: Report) -> bool:
-    return any(v.latency_ms and v.latency_ms.tokens_per_second for v in report.variants)
+    found = [v.latency_ms for v in report.variants if v.latency_ms and v.latency_ms.tokens_per_second]
+    return any(latency.encoder_p50 is None for latency in found)
+
+
+def _lasts(report: Report) -> bool:
+    return any(v.latency_ms and v.latency_ms.real_time_factor for v in report.variants)
 
 
 def _row(report: Report, variant: Variant) -> tuple[str, ...]:
     latency = variant.latency_ms
-    first, rate = (latency.first_token_p50, latency.tokens_per_second) if latency else (None, None)
     return (
         starred(report, variant), scored(metric_of(report), variant.metric), percent(variant.agreement),
-        *((trimmed(first), "–" if rate is None else f"{rate:,.0f}") if _generates(report) else ()),
-        p50(variant), p99(variant), speedup(variant), megabytes(variant.size_bytes),
+        *(writing(latency) if _generates(report) else ()),
+        p50(variant), p99(variant), *((real_time(variant),) if _lasts(report) else ()), speedup(variant),
+        megabytes(variant.size_bytes),
     )  # fmt: skip
 
 

@@ -36,7 +36,10 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     p50 is the centre over rounds of each round's median; p90 and p99 are of all samples, p99 from 1,000 on, with
     `p99_at_most`, a bound, below that. Intervals are over rounds. `quantiles`, at `QUANTILES`, are for the curve of the
     distribution. For language models: from a prompt to the last of some new tokens; `first_token_p50` until the first
-    one, `tokens_per_second` are new tokens by p50.
+    one, `tokens_per_second` are new tokens by p50. For recordings: `real_time_factor` is seconds of computing for a
+    second of recording, over all rows. For recognisers that write: `encoder_p50` and `decoder_p50` are parts of
+    `model_p50`, `first_token_p50` is the encoder with the decoder's first step, `tokens_per_second` are tokens by the
+    decoder's time alone (of a recording that fills several windows, those of one).
     """
 
     p50: float
@@ -48,8 +51,12 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     p99_at_most: float | None = None
     tokenize_p50: float | None = None
     model_p50: float | None = None
+    encoder_p50: float | None = None
+    decoder_p50: float | None = None
     first_token_p50: float | None = None
     tokens_per_second: float | None = None
+    real_time_factor: float | None = None
+    real_time_factor_ci95: Interval | None = None
     samples: int
     rounds: int
     round_p50: list[float] = []
@@ -68,10 +75,11 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True):
-    """A variant at another batch size, length in tokens, number of threads, or load.
+    """A variant at another batch size, length in tokens, number of threads, or load; or a part of its rows.
 
-    `scenario` is batch, length, threads, closed (at: connections) or open (at: requests a second; latency from the time
-    when each was due). `p50_ms` is of a batch, a run, or a request.
+    `scenario` is batch, length, threads, closed (at: connections), open (at: requests a second; latency from the time
+    when each was due) or duration (a quarter of the recordings, at: seconds of its longest). `p50_ms` is of a batch, a
+    run, a request, or a recording.
     """
 
     scenario: str
@@ -151,7 +159,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     """The conditions of a measurement, with failures and warnings.
 
     `texts` is the hash of the texts; `tokens` their lengths, and the percentage that reaches `limit`, so was probably
-    truncated.
+    truncated; `durations` the seconds of recordings.
     """
 
     reference: str = "teacher-torch"
@@ -162,6 +170,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     texts: str = ""
     tokens: dict[str, int] = {}
+    durations: dict[str, float] = {}
     spinning: bool = False
     clock: str
     seconds: float | None = None

@@ -20,6 +20,7 @@ from kdexport.tasks.batches import in_batches
 from kdexport.tasks.config import Arrays
 from kdexport.tasks.inputs.media import inline_bytes
 from kdexport.tasks.metrics import Array
+from kdexport.tasks.speech_seq2seq import Read
 
 # A text, a pair, or words (for tokens); a path or bytes of an image or a recording.
 Text = str | tuple[str, str] | list[str] | bytes | Path
@@ -76,8 +77,8 @@ class Predictor:
     def _output(self, arrays: Arrays) -> Array:
         inputs = self.task.graph_inputs(arrays)
         if writes_speech(self.task):
-            states = np.asarray(self._session.run(None, inputs)[0])
-            return self.task.write(reader(_onnxruntime(), self._decoder, states), len(states))
+            states = self.hear(inputs)
+            return self.task.write(self.reader(states), len(states))
         if self._cache:
             inputs = inputs | self._nothing_before(*inputs["input_ids"].shape)
         if not self._cuda:
@@ -89,6 +90,14 @@ class Predictor:
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return np.asarray(binding.copy_outputs_to_cpu()[0])
+
+    def hear(self, inputs: Arrays) -> Array:
+        """Return the encoder's states [B, T, H] of a model that writes what it hears."""
+        return np.asarray(self._session.run(None, inputs)[0])
+
+    def reader(self, states: Array) -> Read:
+        """Return the decoder for an encoder's states."""
+        return reader(_onnxruntime(), self._decoder, states)
 
     def read(self, ids: Sequence[int], past: Past | None = None) -> tuple[Array, Past]:
         """Read tokens after a cache `past`: return the next token's logits [V] and the extended cache."""

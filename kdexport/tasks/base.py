@@ -208,6 +208,10 @@ class Task:
         """Return the length of each encoded row; batches are sorted by it."""
         return [1] * len(encoded)
 
+    def duration(self, row: Row) -> float | None:
+        """Return the seconds of a row's recording; None where rows are none."""
+        return None
+
     def lengths(self) -> list[int]:
         """Return the lengths to benchmark; empty where all inputs have the same length."""
         return []

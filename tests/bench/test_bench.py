@@ -78,6 +78,9 @@ def test_what_is_measured_is_kept_to_the_last_sample(file, rows, tmp_path):
     assert 20 < footprint.rss_mb <= footprint.peak_rss_mb
     assert footprint.cores_used < 1.2
     assert found.conditions.tokens["p50"] <= 32
+    assert found.conditions.durations == {}  # texts don't last, and nothing writes what it hears
+    assert latency.real_time_factor is latency.encoder_p50 is latency.first_token_p50 is None
+    assert not [cell for cell in found.cells["int8"] if cell.scenario == "duration"]
 
 
 def test_batches_lengths_and_threads_are_measured_beside_the_single_stream(file, rows, tmp_path):

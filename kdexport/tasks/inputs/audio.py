@@ -85,6 +85,9 @@ class Sounds(Media):
         header = read_header(content, self._read)
         return header.decoding_seconds + header.frames * _SECONDS_PER_SAMPLE
 
+    def duration(self, row: Row) -> float:
+        return read_header(bytes_of(row[self.modality])).seconds
+
     def shapes(self) -> dict[str, list[int]]:
         bands = [self._how.mels] if self._how.mels else []
         return {self.config.inputs[0]: [-1, self._how.length, *bands]}
