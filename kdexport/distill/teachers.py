@@ -117,11 +117,14 @@ def transcribed_by(settings: spec.Spec) -> list[str]:
 
 
 def transcriber_of(settings: spec.Spec) -> Transcribe | None:
-    """Return what labels rows without a label by the teacher, where it can."""
+    """Return what labels rows without a label by the teacher, where it can; refuse a language for others."""
     for model in transcribed_by(settings):
-        from kdexport.distill.transcripts import transcribed
+        from kdexport.distill.transcripts import transcribe
 
-        return partial(transcribed, task=settings.task, model=model, sentences=settings.data.sentences)
+        return partial(transcribe, task=settings.task, model=model, settings=settings.data)
+    if settings.data.language:
+        what = f"data.language has no effect: teacher {models_of(settings)[0]} is no Whisper"
+        raise ModelError(what, "Remove it")
     return None
 
 

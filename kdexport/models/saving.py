@@ -40,6 +40,7 @@ def save_task(
     rows: Sequence[dict[str, Any]] = (),
     top_k: int = 1,
     words: Sequence[str] = (),
+    language: str = "",
 ) -> None:
     """Write `task.json` and the files of the tokenizer or processor.
 
@@ -50,6 +51,7 @@ def save_task(
         rows: some training rows, to complete the settings of a processor of sound.
         top_k: tokens with a probability in a language model's output.
         words: a closed vocabulary of speech.
+        language: the code of the language that is spoken, where it is known.
     """
     model, tokenizer = opened.model, opened.processor
     kind = task_class(task)
@@ -73,6 +75,7 @@ def save_task(
             image=image,
             audio=audio,
             words=list(words),
+            language=language,
         )
         tokenizer.save_pretrained(out)
         write_json(out / "task.json", config)
@@ -230,6 +233,8 @@ def save_writer(
     rules, ids = model.generation_config, tokenizer.get_vocab()
     rules._from_model_config = False  # transformers would write the model's defaults in its place
     rules.return_timestamps, rules.is_multilingual = False, bool(getattr(rules, "is_multilingual", False))
+    if len(model.languages) > 1:
+        rules.task, rules.forced_decoder_ids = "transcribe", None  # the language says what is forced
     rules.no_timestamps_token_id = ids.get(NO_TIMES)
     written = load_task(out)
     model.writes(written, written)

@@ -78,6 +78,13 @@ class Data(Section, frozen=True):
             "taken, and recordings with none are left out"
         ),
     ] = None
+    language: Annotated[
+        Text | None,
+        _help(
+            "of speech with a multilingual Whisper: the language that is spoken, by code or English name (de, german); "
+            "when absent the one that the teacher hears"
+        ),
+    ] = None
     words: Annotated[
         Literal["open", "closed"],
         _help("of speech: closed recognises the words of the train transcripts alone, as for digits or commands"),
