@@ -78,7 +78,7 @@ def asked_of(settings: spec.Spec) -> list[Any]:
     """Return the part of the spec that the soft targets depend on."""
     teacher, distill = settings.teacher, settings.distill
     asked = [teacher.weights, teacher.combine, teacher.passes, teacher.noise, distill.augment, settings.seed]
-    return [*asked, distill.samples] if distill.samples else asked
+    return [*asked, *(more for more in (distill.samples, distill.max_word_error) if more is not None)]
 
 
 def cut_by(settings: spec.Spec) -> list[str]:

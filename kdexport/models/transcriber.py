@@ -58,7 +58,7 @@ class Transcriber(WhisperForConditionalGeneration):  # type: ignore[misc] # tran
     def writes(self, task: Task, writer: Any) -> None:
         """Set the tasks that decide the form of the output, and what is written."""
         self._writer = writer
-        self._spell = None if task.config.decoder else task.path_of  # type: ignore[attr-defined]
+        self._spell = None if task.config.decoder else task.target_of  # type: ignore[attr-defined]
 
     @torch.inference_mode()
     def packed(self, bands: Tensor, *, loops: bool = False) -> Array:

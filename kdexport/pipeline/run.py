@@ -160,8 +160,10 @@ def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None
     from kdexport.distill.soft_targets import write_targets
 
     distill = settings.distill
-    how, augment, samples = settings.teacher, distill.augment, distill.samples
-    write_targets(data, teacher, work, how=how, augment=augment, samples=samples, seed=settings.seed)
+    write_targets(
+        data, teacher, work, how=settings.teacher, augment=distill.augment, samples=distill.samples,
+        seed=settings.seed, max_word_error=distill.max_word_error,
+    )  # fmt: skip
 
 
 def _bench(settings: spec.Spec, data: Path, teacher: Path, student: Path, export: Path, work: Path) -> None:

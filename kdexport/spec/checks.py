@@ -181,7 +181,7 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
     for key, fix in menu.unused.items():
         yield key, f"on {spec.task}", fix
     if not task_class(spec.task).transcribes:
-        for key in ("data.sentences", "data.words", "data.language"):
+        for key in ("data.sentences", "data.words", "data.language", "distill.max_word_error"):
             yield key, f"on {spec.task}", "Remove it: it is of speech"
     if spec.data.problem == "seq2seq":
         yield "data.words", "on texts that are written token by token", "Remove it, or take a conv"

@@ -221,6 +221,13 @@ class Distill(Section, frozen=True):
     samples: Annotated[
         Count | None, _help("of causal-lm: also train on so many passages that the teacher writes; absent: none")
     ] = None
+    max_word_error: Annotated[
+        Fraction | None,
+        _help(
+            "of speech: where the teacher's text has a higher word error rate against the transcript, the transcript "
+            "alone teaches; absent: no limit"
+        ),
+    ] = None
     dtype: Annotated[Dtype, _help("of products in training; see teacher.train.dtype")] = "float32"
     seeds: Annotated[Count, _help("train student and baseline so many times: mean and standard deviation")] = 1
     baseline: Annotated[bool, _help("also train the same student on labels alone, for comparison")] = True
