@@ -215,13 +215,18 @@ def save_model(opened: ModelAndProcessor, out: Path) -> None:
 def save_processor(source: str, how: AudioConfig, out: Path) -> Any:
     """Write, and return, the tokenizer of a Whisper, and write its extractor, for a window of this length."""
     tokenizer, extractor = open_tokenizer(source), AutoFeatureExtractor.from_pretrained(source)
-    save_tokenizer(tokenizer, out)
-    named = json.loads((out / "tokenizer_config.json").read_bytes()) | {"tokenizer_class": "WhisperTokenizer"}
-    write_json(out / "tokenizer_config.json", named)  # transformers.js decodes by it
+    save_whisper_tokenizer(tokenizer, out)
     chunk = how.length * HOP // RATE
     settings = extractor.to_dict() | {"chunk_length": chunk, "n_samples": chunk * RATE, "nb_max_frames": how.length}
     write_json(out / "preprocessor_config.json", settings)
     return tokenizer
+
+
+def save_whisper_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the tokenizer of a Whisper under its own name, by which transformers.js decodes."""
+    save_tokenizer(tokenizer, out)
+    named = json.loads((out / "tokenizer_config.json").read_bytes()) | {"tokenizer_class": "WhisperTokenizer"}
+    write_json(out / "tokenizer_config.json", named)
 
 
 def save_writer(

@@ -209,11 +209,11 @@ class SpeechSeq2Seq(Speech):
 
     def target_of(self, text: str) -> Array:
         """A line for each token of a text, whose probability is 1 but for what is left of it in training."""
-        packed, tokens = self.nothing(1, self.config.max_length)[0], self.tokens({"label": text})["tokens"]
-        vocabulary = self._tokenizer.get_vocab_size()
+        packed: Array = self.nothing(1, self.config.max_length)[0]
+        tokens, vocabulary = self.tokens({"label": text})["tokens"], self._tokenizer.get_vocab_size()
         logs = np.full((len(tokens), vocabulary), math.log(_REST / vocabulary), np.float32)
         logs[np.arange(len(tokens)), tokens] = 0.0
-        packed[: len(tokens)] = packed_lines(logs, tokens, self.config.kept, tokens)
+        packed[: len(tokens)] = packed_lines(logs, tokens, self.config.kept, tokens.tolist())
         return packed
 
     def _silent(self, logits: Array) -> Array:
