@@ -27,16 +27,21 @@ def trim_writer(model: Transcriber, folder: Path, outputs: Array) -> int:
     written = {token for one in outputs for token in task.ids_of(one)}
     kept = trim_vocabulary(tokenizer, model, (f" {text}" for text in task.raw(outputs)), written)
     new = {int(old): i for i, old in enumerate(kept)}
-    for rules in (model.config, model.generation_config):
-        for name, value in vars(rules).items():
-            if name in ("suppress_tokens", "begin_suppress_tokens") and value is not None:
-                setattr(rules, name, [new[token] for token in value if token in new])
-            elif name == "forced_decoder_ids" and value:
-                setattr(rules, name, [[place, token and new[token]] for place, token in value])
-            elif name in ("lang_to_id", "task_to_id"):
-                setattr(rules, name, {key: new[token] for key, token in value.items()})
-            elif rules is model.generation_config and name.endswith("_token_id") and value is not None:
-                setattr(rules, name, new[value])
+    rules = model.generation_config
+    for name in ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids"):
+        if getattr(model.config, name, None) is not None:  # where older models have them
+            if name != "forced_decoder_ids":  # the language and the task say those
+                setattr(rules, name, getattr(rules, name, None) or getattr(model.config, name))
+            setattr(model.config, name, None)
+    for name, value in vars(rules).items():
+        if name in ("suppress_tokens", "begin_suppress_tokens") and value is not None:
+            setattr(rules, name, [new[token] for token in value if token in new])
+        elif name == "forced_decoder_ids" and value:
+            setattr(rules, name, [[place, token and new[token]] for place, token in value])
+        elif name in ("lang_to_id", "task_to_id"):
+            setattr(rules, name, {key: new[token] for key, token in value.items()})
+        elif name.endswith("_token_id") and value is not None:
+            setattr(rules, name, new[value])
     save_whisper_tokenizer(tokenizer, folder)
     write_json(folder / "task.json", _renumbered(task.config, new))
     task = load_task(folder)
