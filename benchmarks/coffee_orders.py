@@ -4,11 +4,12 @@
     python benchmarks/coffee_orders.py judge orders/test MODEL…
 
 `split` links every fifth recording below `test/`, the others below `train/`, each with a `metadata.csv` of
-`file_name,slots`. The slots are the only truth there is, and no recogniser sees them. It writes `words.txt` too: the words
-that an order may have, by the sentences beside the recordings, with numbers in words and in digits.
+`file_name,slots`. The slots are the only truth there is, and no recogniser sees them. It writes `words.txt` too: the
+words that an order may have, by the sentences beside the recordings, with numbers in words and in digits.
 `judge` prints the share of the words of the slots' values that are in the transcripts, with a 95 % interval over
 recordings, and for each model its speed against the first's, in turns by recording on one thread, with quartiles.
-Numbers count as heard in words or digits: both sides pass Whisper's normaliser of English. A model is an artifact, a Whisper folder (transformers' pipeline), or for faster-whisper a folder of CTranslate2's:
+Numbers count as heard in words or digits: both sides pass Whisper's normaliser of English. A model is an artifact, a
+Whisper folder (transformers' pipeline), or for faster-whisper a folder of CTranslate2's:
 
     ct2-transformers-converter --model WHISPER --output_dir ct2 --copy_files tokenizer.json preprocessor_config.json
 """
@@ -22,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 spelled_alike = EnglishTextNormalizer({})
