@@ -17,14 +17,17 @@ SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|nocaptions|>", "<|notime
 TEXTS = ["one latte with oat milk please", "could i have a large mocha", "turn it off and on again", "no sugar thanks"]
 
 
-def write_whisper(folder: Path, layers: int = 4, seconds: int = 2, seed: int = 0) -> Path:
+def write_whisper(
+    folder: Path, layers: int = 4, seconds: int = 2, seed: int = 0, languages: tuple[str, ...] = ()
+) -> Path:
     """Write a Whisper of 2 encoder layers × 32 that writes tokens of a small vocabulary at random."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet))
-    tokenizer.add_special_tokens(SPECIAL)
+    named = [f"<|{language}|>" for language in languages]
+    tokenizer.add_special_tokens([*SPECIAL, *named, *(["<|transcribe|>"] if languages else [])])
     end, start, _, no_times = map(tokenizer.token_to_id, SPECIAL)
     torch.manual_seed(seed)
     config = WhisperConfig(
@@ -40,6 +43,15 @@ def write_whisper(folder: Path, layers: int = 4, seconds: int = 2, seed: int = 0
         "is_multilingual": False,
         "return_timestamps": False,
     }
+    if languages:  # as OpenAI's have it
+        task = tokenizer.token_to_id("<|transcribe|>")
+        rules |= {
+            "is_multilingual": True,
+            "lang_to_id": {token: tokenizer.token_to_id(token) for token in named},
+            "task_to_id": {"transcribe": task},
+            "forced_decoder_ids": [[1, None], [2, task]],
+            "_from_model_config": False,
+        }
     for name, value in rules.items():
         setattr(model.generation_config, name, value)
     model.save_pretrained(folder)

@@ -147,6 +147,13 @@ def export(
     text: options.Text = None,
     text_pair: options.TextPair = None,
     skip_bad_rows: options.SkipBadRows = False,
+    language: Annotated[
+        str | None, Flag(help="Of a multilingual Whisper: de, german.", show_default="heard in --data, else English")
+    ] = None,
+    vocabulary: Annotated[
+        str | None,
+        Flag(help="Of a Whisper: whole, or corpus: the tokens that it writes for --data.", show_default="whole"),
+    ] = None,
     name: Annotated[str | None, Flag(help="Name in triton and kserve.", show_default="the folder's")] = None,
     image: Annotated[str | None, Flag(help="Name of kserve's image.", show_default="<name>:<version>")] = None,
     move_aside: options.MoveAside = False,

@@ -28,8 +28,8 @@ from kdexport.tasks.config import MOST_LETTERS, MOST_WORDS
 from kdexport.tasks.inputs.transcripts import normalised
 
 Rows = list[dict[str, Any]]
-# Rows → rows with a label each, and how many are left out by cause.
-Transcribe = Callable[[Rows], tuple[Rows, dict[str, int]]]
+# Rows by split → rows with a label each, how many are left out by cause, and the language's code.
+Transcribe = Callable[[dict[str, Rows]], tuple[dict[str, Rows], dict[str, dict[str, int]], str]]
 
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
 _FILES = {"image", "audio"}  # columns of paths
@@ -40,7 +40,7 @@ class Summary(msgspec.Struct, frozen=True):
 
     `unlabelled` counts the texts beyond the splits, `columns` are the names of train's columns, `doubted` by split how
     many of the teacher's transcripts each filter left out, `heard` how many it gave to test rows, `words` the closed
-    vocabulary, if it is one.
+    vocabulary, if it is one, `language` the code of what is spoken, where it is known.
     """
 
     rows: dict[str, int]
@@ -55,6 +55,7 @@ class Summary(msgspec.Struct, frozen=True):
     doubted: dict[str, dict[str, int]] = {}
     heard: int = 0
     words: list[str] = []
+    language: str = ""
 
 
 def prepare(
@@ -77,10 +78,9 @@ def prepare(
     read = unify(read, settings, of_task)
     beyond = read_unlabelled(settings, of_task, cut) if settings.unlabelled else Checked([], 0, {})
     splits, columns = {split: one.rows for split, one in read.items()}, read["train"].columns
-    doubted: dict[str, dict[str, int]] = {}
+    doubted, language = dict[str, dict[str, int]](), ""
     if transcribe:
-        for split, rows in splits.items():
-            splits[split], doubted[split] = transcribe(rows)
+        splits, doubted, language = transcribe(splits)
     if bad_rows := sum(one.bad for one in (*read.values(), beyond)):
         warn(f"data: {counted(bad_rows, 'bad row')} left out")
     if settings.skip_bad_rows and of_task.one_label:
@@ -109,7 +109,7 @@ def prepare(
         write_rows(out, name, rows)
     counts = {split: len(rows) for split, rows in splits.items()}
     given = (task, settings.problem, columns)
-    summary = Summary(counts, names, bad_rows, missing, found, len(unlabelled), *given, doubted, heard, words)
+    summary = Summary(counts, names, bad_rows, missing, found, len(unlabelled), *given, doubted, heard, words, language)
     write_json(out / "data.json", summary)
     if guessed := _guessed(columns, settings):
         say(f"data: columns {guessed}")

@@ -28,7 +28,7 @@ from kdexport.progress import say, warn
 from kdexport.spec import derive
 from kdexport.stages import read_record
 from kdexport.tasks import load_task
-from kdexport.tasks.base import Task
+from kdexport.tasks.base import Task, can_transcribe
 from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix, softmax
 
@@ -50,6 +50,7 @@ def write_targets(
     augment: spec.Augment | None = None,
     samples: int | None = None,
     seed: int = 0,
+    max_word_error: float | None = None,
 ) -> None:
     """Write the teachers' combined logits for every row of every split, and check each teacher on labelled rows.
 
@@ -59,6 +60,7 @@ def write_targets(
     Args:
         run_teacher: rows → logits, in place of the teacher's own.
         samples: how many passages a language model generates, to train on as well.
+        max_word_error: of speech: see `Transcripts.corrected`.
 
     Raises:
         ModelError: a teacher is near chance on the labelled rows, or gives no finite logits.
@@ -92,12 +94,16 @@ def write_targets(
         write_rows(out, TRANSFER, transfer)
         splits[TRANSFER], labelled[TRANSFER] = transfer, []
         computed += sum(_read(member, transfer, who) for member, who in zip(members, names, strict=True))
-    accuracy: dict[str, float] = {}
+    accuracy, corrected = dict[str, float](), 0
     each: list[dict[str, float]] = [{} for _ in members]
     for split, rows in splits.items():
         answers = answers_to(rows)
-        logits = _combine(answers, how)
-        np.save(out / f"{split}.npy", logits)
+        logits = taught = _combine(answers, how)
+        if split == "train" and max_word_error is not None and can_transcribe(task):
+            taught, corrected = task.corrected(logits, rows, max_word_error)
+            over = f"word error rate over {max_word_error:.0%}"
+            say(f"soft targets: {corrected:,} of {len(rows):,} are transcripts, where the teacher's text has a {over}")
+        np.save(out / f"{split}.npy", taught)
         if chosen := labelled[split]:
             rows_with = [rows[i] for i in chosen]
             accuracy[split] = metric(task, logits[chosen], rows_with)
@@ -110,6 +116,7 @@ def write_targets(
         "computed": computed,
         "metric": task.metric.name,
         "teacher": accuracy,
+        "corrected": corrected,
     }
     if len(members) > 1:
         record["teachers"] = [

@@ -154,9 +154,10 @@ def _start(
         built = Untrained(build_conv(derive.shape_of(name).width, config, some), "random weights")
     else:
         built = build_student(student, name, teacher, texts)
-    task, function = config.task, config.function
-    words = read_summary(data).words
-    save_task(built.opened, config.max_length, config.labels, out, task=task, function=function, rows=some, words=words)
+    save_task(
+        built.opened, config.max_length, config.labels, out, task=config.task, function=config.function, rows=some,
+        words=read_summary(data).words, language=config.language,
+    )  # fmt: skip
     return built
 
 

@@ -43,7 +43,7 @@ def prepare_teacher(
     if is_transcriber(config):
         if settings.train is not None:
             raise ModelError(f"teacher.train: {settings.model} writes texts, and is not trained here", "Leave it out")
-        prepare_transcriber(summary.task, source, summary.problem, known, some_rows(data), out)
+        prepare_transcriber(summary, source, some_rows(data), out)
         return
     of_task, kind = summary.task, task_class(summary.task, summary.problem)
     function = kind.function

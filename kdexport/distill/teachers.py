@@ -78,7 +78,7 @@ def asked_of(settings: spec.Spec) -> list[Any]:
     """Return the part of the spec that the soft targets depend on."""
     teacher, distill = settings.teacher, settings.distill
     asked = [teacher.weights, teacher.combine, teacher.passes, teacher.noise, distill.augment, settings.seed]
-    return [*asked, distill.samples] if distill.samples else asked
+    return [*asked, *(more for more in (distill.samples, distill.max_word_error) if more is not None)]
 
 
 def cut_by(settings: spec.Spec) -> list[str]:
@@ -117,11 +117,14 @@ def transcribed_by(settings: spec.Spec) -> list[str]:
 
 
 def transcriber_of(settings: spec.Spec) -> Transcribe | None:
-    """Return what labels rows without a label by the teacher, where it can."""
+    """Return what labels rows without a label by the teacher, where it can; refuse a language for others."""
     for model in transcribed_by(settings):
-        from kdexport.distill.transcripts import transcribed
+        from kdexport.distill.transcripts import transcribe
 
-        return partial(transcribed, task=settings.task, model=model, sentences=settings.data.sentences)
+        return partial(transcribe, task=settings.task, model=model, settings=settings.data)
+    if settings.data.language:
+        what = f"data.language has no effect: teacher {models_of(settings)[0]} is no Whisper"
+        raise ModelError(what, "Remove it")
     return None
 
 

@@ -7,21 +7,23 @@ said are given, the nearest one is taken.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from msgspec.structs import replace
-from transformers import WhisperForConditionalGeneration
 
+from kdexport import spec
+from kdexport.data import Summary
 from kdexport.data.read import read_file
 from kdexport.distill.store import cache_folder
 from kdexport.errors import DataError, ModelError
 from kdexport.files import digest, hash_file, write_bytes, write_json
 from kdexport.models.loading import ModelAndProcessor, open_config
 from kdexport.models.saving import save_model, save_processor
+from kdexport.models.spoken import choose_language
 from kdexport.models.transcriber import Heard, Transcriber, audio_of, config_of, is_transcriber, writer_of
 from kdexport.progress import bar, say, warn
 from kdexport.tasks.config import Arrays, Row, TaskConfig
@@ -42,7 +44,27 @@ _STEP_S = 0.02
 _TOP_K = 16  # tokens with a probability in soft targets, as Whisper is sure of most
 
 
-def transcribed(rows: Rows, task: str, model: str, sentences: str | None) -> tuple[Rows, dict[str, int]]:
+def transcribe(
+    splits: dict[str, Rows], task: str, model: str, settings: spec.Data
+) -> tuple[dict[str, Rows], dict[str, dict[str, int]], str]:
+    """Transcribe the rows of all splits that have no label, in the language of the spec, else of the train recordings.
+
+    Returns:
+        The rows by split, how many each filter left out, and the language's code; empty where it is not known.
+
+    Raises:
+        SpecError: the teacher does not know the language.
+    """
+    language = choose_language(
+        _open(model).to(_device()), model, settings.language, splits["train"], task=task, key="data.language"
+    )
+    found = {name: transcribed(rows, task, model, settings.sentences, language) for name, rows in splits.items()}
+    return {name: rows for name, (rows, _) in found.items()}, {name: why for name, (_, why) in found.items()}, language
+
+
+def transcribed(
+    rows: Rows, task: str, model: str, sentences: str | None, language: str = ""
+) -> tuple[Rows, dict[str, int]]:
     """Give rows without a label what the teacher hears, marked `heard`; drop those that are not to be trusted.
 
     Returns:
@@ -52,7 +74,7 @@ def transcribed(rows: Rows, task: str, model: str, sentences: str | None) -> tup
         ModelError: the teacher is no Whisper.
     """
     allowed = _sentences(sentences) if sentences else []
-    found = _heard(task, model, [row for row in rows if row["label"] is None])
+    found = _heard(task, model, [row for row in rows if row["label"] is None], language)
     kept, dropped = Rows(), Counter[str]()
     for row in rows:
         if row["label"] is not None:
@@ -72,19 +94,22 @@ def transcribed(rows: Rows, task: str, model: str, sentences: str | None) -> tup
     return kept, dict(dropped)
 
 
-def prepare_transcriber(task: str, model: str, problem: str, labels: Sequence[str], rows: Rows, out: Path) -> None:
+def prepare_transcriber(data: Summary, model: str, rows: Rows, out: Path) -> None:
     """Write a Whisper as a teacher's folder, with `task.json`.
 
     Its answers are tokens with their probabilities for the problem seq2seq, else paths of the data's characters.
     """
-    opened = WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    opened = _open(model, data.language)
     seconds, how = audio.speech_seconds(rows), audio_of(opened.config)
-    if problem == "seq2seq":
-        config = config_of(opened, save_processor(model, how, out), how, task, _TOP_K, seconds)
+    if data.problem == "seq2seq":
+        config = config_of(opened, save_processor(model, how, out), how, data.task, _TOP_K, seconds)
     else:
         save_processor(model, how, out)
         how = replace(how, steps=max(1, round(seconds / _STEP_S)))
-        config = TaskConfig(task=task, labels=list(labels), inputs=["input_features"], function="none", audio=how)
+        config = TaskConfig(
+            task=data.task, labels=data.labels, inputs=["input_features"], function="none", audio=how,
+            language=opened.language,
+        )  # fmt: skip
     write_json(out / "task.json", config)
     save_model(ModelAndProcessor(opened, None), out)
 
@@ -123,21 +148,32 @@ def _refuse_others(model: str) -> None:
         raise ModelError(what, "Name a Whisper, or add transcripts")
 
 
-def _heard(task: str, model: str, rows: Rows) -> dict[str, Heard]:
+def _open(model: str, language: str = "") -> Any:
+    """Open a Whisper that writes a language, if it knows several."""
+    opened: Any = Transcriber.from_pretrained(model, dtype=torch.float32).eval()
+    if language and len(opened.languages) > 1:
+        opened.generation_config.language = language
+    return opened
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _heard(task: str, model: str, rows: Rows, language: str) -> dict[str, Heard]:
     """Return what the teacher hears in each recording by its sha256, of which the cache has what was heard before."""
     if not rows:
         return {}
     _refuse_others(model)
     weights = {path.name: hash_file(path) for path in sorted(Path(model).glob("*.safetensors"))} or model
-    file = cache_folder() / "transcripts" / f"{digest([weights, _MOST_REPEATS])[:32]}.json"
+    file = cache_folder() / "transcripts" / f"{digest([weights, _MOST_REPEATS, language])[:32]}.json"
     found = msgspec.json.decode(file.read_bytes(), type=dict[str, Heard]) if file.is_file() else {}
     missing = {row["sha256"]: row for row in rows if row["sha256"] not in found}
     if missing:
         say(f"data: the teacher transcribes {len(missing):,} recordings")
-        transcriber: Any = Transcriber.from_pretrained(model, dtype=torch.float32).eval()
+        transcriber = _open(model, language).to(_device())
         writer = writer_of(model, transcriber, task)
         transcriber.writes(writer, writer)
-        transcriber.to("cuda" if torch.cuda.is_available() else "cpu")
         file.parent.mkdir(parents=True, exist_ok=True)
         with bar("transcribe", len(missing)) as advance:
             for chunk in _chunks(list(missing), _SAVED_EVERY):

@@ -40,6 +40,7 @@ def save_task(
     rows: Sequence[dict[str, Any]] = (),
     top_k: int = 1,
     words: Sequence[str] = (),
+    language: str = "",
 ) -> None:
     """Write `task.json` and the files of the tokenizer or processor.
 
@@ -50,6 +51,7 @@ def save_task(
         rows: some training rows, to complete the settings of a processor of sound.
         top_k: tokens with a probability in a language model's output.
         words: a closed vocabulary of speech.
+        language: the code of the language that is spoken, where it is known.
     """
     model, tokenizer = opened.model, opened.processor
     kind = task_class(task)
@@ -73,6 +75,7 @@ def save_task(
             image=image,
             audio=audio,
             words=list(words),
+            language=language,
         )
         tokenizer.save_pretrained(out)
         write_json(out / "task.json", config)
@@ -212,13 +215,18 @@ def save_model(opened: ModelAndProcessor, out: Path) -> None:
 def save_processor(source: str, how: AudioConfig, out: Path) -> Any:
     """Write, and return, the tokenizer of a Whisper, and write its extractor, for a window of this length."""
     tokenizer, extractor = open_tokenizer(source), AutoFeatureExtractor.from_pretrained(source)
-    save_tokenizer(tokenizer, out)
-    named = json.loads((out / "tokenizer_config.json").read_bytes()) | {"tokenizer_class": "WhisperTokenizer"}
-    write_json(out / "tokenizer_config.json", named)  # transformers.js decodes by it
+    save_whisper_tokenizer(tokenizer, out)
     chunk = how.length * HOP // RATE
     settings = extractor.to_dict() | {"chunk_length": chunk, "n_samples": chunk * RATE, "nb_max_frames": how.length}
     write_json(out / "preprocessor_config.json", settings)
     return tokenizer
+
+
+def save_whisper_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the tokenizer of a Whisper under its own name, by which transformers.js decodes."""
+    save_tokenizer(tokenizer, out)
+    named = json.loads((out / "tokenizer_config.json").read_bytes()) | {"tokenizer_class": "WhisperTokenizer"}
+    write_json(out / "tokenizer_config.json", named)
 
 
 def save_writer(
@@ -230,6 +238,8 @@ def save_writer(
     rules, ids = model.generation_config, tokenizer.get_vocab()
     rules._from_model_config = False  # transformers would write the model's defaults in its place
     rules.return_timestamps, rules.is_multilingual = False, bool(getattr(rules, "is_multilingual", False))
+    if len(model.languages) > 1:
+        rules.task, rules.forced_decoder_ids = "transcribe", None  # the language says what is forced
     rules.no_timestamps_token_id = ids.get(NO_TIMES)
     written = load_task(out)
     model.writes(written, written)

@@ -19,6 +19,7 @@ from kdexport.spec.teachers import TRANSCRIBER
 from kdexport.tasks import task_class
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import AudioConfig, DecoderConfig, TaskConfig
+from kdexport.tasks.inputs.languages import code_of, codes_of, tokens_of
 from kdexport.tasks.inputs.whisper import HOP, RATE
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.speech_seq2seq import Read
@@ -58,7 +59,7 @@ class Transcriber(WhisperForConditionalGeneration):  # type: ignore[misc] # tran
     def writes(self, task: Task, writer: Any) -> None:
         """Set the tasks that decide the form of the output, and what is written."""
         self._writer = writer
-        self._spell = None if task.config.decoder else task.path_of  # type: ignore[attr-defined]
+        self._spell = None if task.config.decoder else task.target_of  # type: ignore[attr-defined]
 
     @torch.inference_mode()
     def packed(self, bands: Tensor, *, loops: bool = False) -> Array:
@@ -82,6 +83,25 @@ class Transcriber(WhisperForConditionalGeneration):  # type: ignore[misc] # tran
             return logits.float().cpu().numpy(), cache
 
         return read
+
+    @property
+    def languages(self) -> list[str]:
+        """The codes of the languages that it knows."""
+        return codes_of(self.generation_config.to_dict(), self.config.vocab_size)
+
+    @property
+    def language(self) -> str:
+        """The code of the language that it writes; empty where that is not known."""
+        named = getattr(self.generation_config, "language", None)
+        return code_of(named) if named else "en" if self.languages == ["en"] else ""
+
+    @torch.inference_mode()
+    def language_of(self, bands: Tensor) -> Array:
+        """Return the probability of each of the languages in each recording [B, languages], after the first token."""
+        first = torch.full((len(bands), 1), self.generation_config.decoder_start_token_id, device=self.device)
+        logits = self(heard=self.encoded(bands), decoder_input_ids=first).logits[:, -1]
+        tokens = [*tokens_of(self.generation_config.to_dict()).values()]
+        return np.asarray(logits[:, tokens].softmax(dim=1).cpu().numpy())
 
     def transcribe(self, bands: Tensor) -> list[Heard]:
         """Return what is heard in each recording, with its loops, by which it is judged."""
@@ -135,16 +155,17 @@ def writer_of(folder: str | Path, model: Any, task: str, how: AudioConfig | None
 def config_of(
     model: Any, tokenizer: Any, how: AudioConfig, task: str, kept: int = 1, seconds: float | None = None
 ) -> TaskConfig:
-    """Return `task.json` of a Whisper, which writes no times, by its generation_config.json.
+    """Return `task.json` of a Whisper, which writes its language without times, by its generation_config.json.
 
     `seconds` is the length of the longest recording that is read, in one window or several; one window when None.
     """
     rules, ids = model.config.to_dict() | model.generation_config.to_diff_dict(), tokenizer.get_vocab()
     end, forced = rules["eos_token_id"], rules.get("forced_decoder_ids") or []
     start = [rules["decoder_start_token_id"]]
-    start += [token for _, token in sorted(forced) if token is not None]
-    if rules.get("is_multilingual") and len(start) == 1:
-        start += [ids["<|en|>"], ids["<|transcribe|>"]]
+    if language := tokens_of(rules).get(model.language):
+        start += [language, ids["<|transcribe|>"]]
+    else:
+        start += [token for _, token in sorted(forced) if token is not None]
     if (no_times := ids.get(NO_TIMES)) is not None and no_times not in start:
         start.append(no_times)
     window = how.length * HOP / RATE
@@ -159,7 +180,7 @@ def config_of(
     )
     return TaskConfig(
         task=task, labels=[], inputs=["input_features"], function="none", audio=how, kept=kept, end_id=end,
-        decoder=decoder, max_length=max(most, _likely(seconds or window)),
+        decoder=decoder, max_length=max(most, _likely(seconds or window)), language=model.language,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ _WORD_START = "▁"
 
 
 def trim_vocabulary(
-    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, texts: Iterable[str]
+    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel, texts: Iterable[str], written: Iterable[int] = ()
 ) -> NDArray[np.int64]:
     """Trim tokenizer and model, both in place.
 
@@ -40,6 +40,7 @@ def trim_vocabulary(
         model: its embeddings [V, E] shrink to [K, E], an output layer over the vocabulary with them; its config's
             `vocab_size` and token ids follow.
         texts: the corpus; of a pair, both texts.
+        written: ids of further tokens that stay.
 
     Returns:
         The old id of each new one, int64 [K], ascending.
@@ -52,7 +53,7 @@ def trim_vocabulary(
     rows = model.get_input_embeddings().num_embeddings
     if (last := max(backend.get_vocab().values())) >= rows:
         raise ModelError(f"the tokenizer has ids up to {last:,}, the model's table {rows:,} rows", "Name its own one")
-    needed = _needed(backend, corpus) | set(tokenizer.all_special_ids) | _ids_of_model(model)
+    needed = _needed(backend, corpus, written) | set(tokenizer.all_special_ids) | _ids_of_model(model)
     trimmed = _only(backend, needed)
     kept = np.array([backend.token_to_id(trimmed.id_to_token(i)) for i in range(trimmed.get_vocab_size())], np.int64)
     _check(backend, trimmed, kept, corpus)
@@ -65,12 +66,12 @@ def trim_vocabulary(
 # --- which tokens
 
 
-def _needed(backend: Tokenizer, corpus: list[str]) -> set[int]:
+def _needed(backend: Tokenizer, corpus: list[str], written: Iterable[int]) -> set[int]:
     """Return ids of the tokens that give the corpus the same tokens again, and any other text some."""
     spec = json.loads(backend.to_str())
     model, added = spec["model"], {token["content"] for token in spec["added_tokens"]}
     vocab: dict[str, int] = backend.get_vocab()
-    needed = {vocab[token] for token in added if not _UNUSED.fullmatch(token)}
+    needed = {vocab[token] for token in added if not _UNUSED.fullmatch(token)} | set(written)
     needed |= {id_ for token, id_ in vocab.items() if _is_character(token, model)}
     unknown = vocab.get(model.get("unk_token") or "")
     for text, encoding in _encodings(backend, [("", ""), *corpus]):  # the pair shows the post-processor's own tokens

@@ -41,7 +41,8 @@ def export(
     model: str | Path, out: str | Path, *,
     layout: str = "hub", variants: str | Sequence[str] | None = None, max_length: int | None = None,
     data: str | Path | None = None, text: str | None = None, text_pair: str | None = None, skip_bad_rows: bool = False,
-    name: str | None = None, image: str | None = None, move_aside: bool = False,
+    language: str | None = None, vocabulary: str | None = None, name: str | None = None, image: str | None = None,
+    move_aside: bool = False,
 ) -> Exported | None:  # fmt: skip
     """Pack a Hugging Face model as an artifact, or lay out an artifact (`folder[:variant]`) for Triton or KServe.
 
@@ -58,7 +59,9 @@ def export(
     given = rows_in(data, text, text_pair, None, skip_bad_rows)
     if source and layout == "hub":
         raise SpecError(f"{model} is an artifact already", "Copy it, or choose another --layout")
-    if source and (variants or max_length or given):
+    if vocabulary not in (None, "whole", "corpus") or (vocabulary == "corpus" and not given):
+        raise SpecError(f"--vocabulary {vocabulary} is none", "Take whole, or corpus with the recordings as --data")
+    if source and (variants or max_length or given or language or vocabulary):
         raise SpecError(f"{model} is an artifact already, so only its layout is left to choose")
     if max_length is not None and max_length < 8:
         raise SpecError(f"--max-length {max_length} is below 8")
@@ -72,7 +75,7 @@ def export(
     with disk_errors(out.parent), making(out) as work:
         made = work / "made"
         made.mkdir()
-        found = None if source else _make(model, how, max_length, given, work)
+        found = None if source else _make(model, how, max_length, given, work, language, vocabulary)
         folder, variant = source or (work / "artifact", None)
         match layout:
             case "triton":
@@ -114,7 +117,10 @@ def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[Rows, dict[str,
     return [rows[i] for i in sampled(len(rows), _MOST_ROWS)], columns
 
 
-def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data | None, work: Path) -> Exported:
+def _make(
+    model: str, how: spec.Export, max_length: int | None, data: spec.Data | None, work: Path,
+    language: str | None, vocabulary: str | None,
+) -> Exported:  # fmt: skip
     """Write `artifact/` into `work`."""
     if not Path(model).exists() and (is_place(model) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
         raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
@@ -133,7 +139,7 @@ def _make(model: str, how: spec.Export, max_length: int | None, data: spec.Data 
         merge_adapter(Path(model), merged)
         opened = str(merged)
     rows, columns = read_rows(data, task_class(task_of(open_config(opened)) or DEFAULT))
-    take_trained(opened, max_length, rows, source)
+    take_trained(opened, max_length, rows, source, language, vocabulary)
     task = load_task(source)
     if strange := [precision for precision in how.variants if precision not in task.menu.precisions]:
         known = ", ".join(task.menu.precisions)

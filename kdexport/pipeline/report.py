@@ -74,6 +74,7 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
         data={"name": settings.data.train, "rows": summary.rows, "bad_rows": summary.bad_rows,
               "labelled": _labelled(stages.data) if task.has_labels else 0, "unlabelled": summary.unlabelled,
               "doubted": summary.doubted, "heard": summary.heard, "split_by_us": summary.split_by_us,
+              "corrected": msgspec.json.decode((stages.targets / "targets.json").read_bytes()).get("corrected", 0),
               "sha256": read_record(stages.data).outputs},
         leakage=msgspec.to_builtins(summary.duplicates) | {"membership": leaked}, bench=conditions,
         environment=measured.environment, spec=msgspec.to_builtins(settings),

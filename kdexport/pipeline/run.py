@@ -43,14 +43,14 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):
         # 1. Read, check, split and audit the rows.
         data = folder.stage(
-            "data", version=4, reads=files,
+            "data", version=5, reads=files,
             settings=[settings.task, settings.data, settings.seed, *teachers.read_by(settings)],
             build=lambda work: _data(settings, work),
         )  # fmt: skip
 
         # 2. Prepare the teacher or teachers; fine-tune them if the spec asks for it.
         teacher = folder.stage(
-            "teacher", version=3, settings=teachers.settings_of(settings), reads=[data, *teachers.files(settings)],
+            "teacher", version=4, settings=teachers.settings_of(settings), reads=[data, *teachers.files(settings)],
             build=lambda work: _teachers(settings, data, work),
         )  # fmt: skip
 
@@ -102,7 +102,8 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     with tempfile.TemporaryDirectory() as work:
         _data(settings, Path(work))
         train, validation = (read_rows(Path(work), split) for split in ("train", "validation"))
-        labels = len(read_summary(Path(work)).labels)
+        summary = read_summary(Path(work))
+    labels = len(summary.labels)
     rows = len(train)
     names = derive.students(settings)
     starts = {derive.start_of(settings.student, name) for name in names}
@@ -118,6 +119,11 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):
         rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width, menu)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
+    if summary.language:
+        why = (
+            "as given" if settings.data.language else "what the teacher hears in the train recordings, or its only one"
+        )
+        derived["data.language"] = (summary.language, why)
     taught, judging = (sum(row["label"] is not None for row in split) for split in (train, validation))
     if training := teachers.training_of(settings, taught, judging, labels):
         of_teacher = {name: d for name, d in training._asdict().items() if d}
@@ -154,8 +160,10 @@ def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None
     from kdexport.distill.soft_targets import write_targets
 
     distill = settings.distill
-    how, augment, samples = settings.teacher, distill.augment, distill.samples
-    write_targets(data, teacher, work, how=how, augment=augment, samples=samples, seed=settings.seed)
+    write_targets(
+        data, teacher, work, how=settings.teacher, augment=distill.augment, samples=distill.samples,
+        seed=settings.seed, max_word_error=distill.max_word_error,
+    )  # fmt: skip
 
 
 def _bench(settings: spec.Spec, data: Path, teacher: Path, student: Path, export: Path, work: Path) -> None:

@@ -34,7 +34,9 @@ class Students(NamedTuple):
         if len(derive.students(self.settings)) > 1 and distill.patience is None:
             distill = msgspec.structs.replace(distill, patience=PATIENCE)
         if hard:
-            distill = msgspec.structs.replace(distill, loss="kl", temperature=1.0, alpha=0.0, augment=None)
+            distill = msgspec.structs.replace(
+                distill, loss="kl", temperature=1.0, alpha=0.0, augment=None, max_word_error=None
+            )
         seed = self.settings.seed if seed is None else seed
 
         def build(work: Path) -> None:

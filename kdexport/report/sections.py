@@ -35,6 +35,8 @@ def data(r: Report) -> Section | None:
     if doubted:
         causes = ", ".join(f"{count:,} {cause}" for cause, count in doubted.most_common())
         lead += f" Transcripts by the teacher that were left out: {causes}."
+    if corrected := r.data.get("corrected"):
+        lead += f" Train rows taught by the transcript alone, as the teacher's text differs too much: {corrected:,}."
     rows = [
         (split, f"{n:,}", f"{audit['within'].get(split, 0):,}", f"{audit['dropped'].get(split, 0):,}",
          "yes" if split in r.data["split_by_us"] else "no")

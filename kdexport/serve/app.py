@@ -229,6 +229,7 @@ class App:
         version = self.version(request)
         if not version.task.transcribes:
             raise Refused(404, f"{version.name} is for {version.task.name}, and transcribes nothing")
+        asked = transcriptions.in_language(asked, version.name, version.task.config.language)
         response = await self._classify(request, version, asked.file, partial(transcriptions.parse, asked))
         response.headers = transcriptions.headers(asked)
         return response

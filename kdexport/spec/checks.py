@@ -11,6 +11,7 @@ from kdexport.spec import derive
 from kdexport.spec.sections import Distill, Spec, Weight
 from kdexport.spec.teachers import TRANSCRIBER, config_of, is_adapter, kind_of, named
 from kdexport.tasks import names, task_class
+from kdexport.tasks.inputs.languages import codes_of, known_language
 from kdexport.tasks.menus import OF_LAYERS, Menu
 
 # Losses that read probabilities softened by the temperature.
@@ -33,6 +34,7 @@ def checked(tree: dict[str, Any], spec: Spec) -> Spec:
     _check_students(spec, menu)
     _check_losses(spec)
     _check_teachers(spec, menu)
+    _check_language(spec)
     for key, why, fix in _without_effect(spec, menu):
         section, _, name = key.partition(".")
         if name in (tree.get(section) or {}) and getattr(getattr(spec, section), name) != _default(spec, section, name):
@@ -158,6 +160,17 @@ def _check_teachers(spec: Spec, menu: Menu) -> None:
         raise SpecError(f"distill.loss: {layers[0]} reads the teacher's layers, and {what} shows none", "Take kl")
 
 
+def _check_language(spec: Spec) -> None:
+    """Refuse a language that the teacher lacks, as far as its files tell."""
+    teacher, asked = named(spec)[0], spec.data.language
+    config, rules = config_of(teacher), config_of(teacher, "generation_config.json")
+    if asked is None or not config or not task_class(spec.task).transcribes:
+        return
+    if config.get("model_type") != TRANSCRIBER:
+        raise SpecError(f"data.language has no effect: teacher {teacher} is no Whisper", "Remove it")
+    known_language(asked, f"teacher {teacher}", codes_of(rules, config.get("vocab_size", 0)))
+
+
 def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
     losses = losses_of(spec)
     if spec.distill.alpha == 0:
@@ -168,7 +181,7 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
     for key, fix in menu.unused.items():
         yield key, f"on {spec.task}", fix
     if not task_class(spec.task).transcribes:
-        for key in ("data.sentences", "data.words"):
+        for key in ("data.sentences", "data.words", "data.language", "distill.max_word_error"):
             yield key, f"on {spec.task}", "Remove it: it is of speech"
     if spec.data.problem == "seq2seq":
         yield "data.words", "on texts that are written token by token", "Remove it, or take a conv"

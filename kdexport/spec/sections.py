@@ -78,6 +78,13 @@ class Data(Section, frozen=True):
             "taken, and recordings with none are left out"
         ),
     ] = None
+    language: Annotated[
+        Text | None,
+        _help(
+            "of speech with a multilingual Whisper: the language that is spoken, by code or English name (de, german); "
+            "when absent the one that the teacher hears"
+        ),
+    ] = None
     words: Annotated[
         Text,
         _help(
@@ -216,6 +223,13 @@ class Distill(Section, frozen=True):
     ] = None
     samples: Annotated[
         Count | None, _help("of causal-lm: also train on so many passages that the teacher writes; absent: none")
+    ] = None
+    max_word_error: Annotated[
+        Fraction | None,
+        _help(
+            "of speech: where the teacher's text has a higher word error rate against the transcript, the transcript "
+            "alone teaches; absent: no limit"
+        ),
     ] = None
     dtype: Annotated[Dtype, _help("of products in training; see teacher.train.dtype")] = "float32"
     seeds: Annotated[Count, _help("train student and baseline so many times: mean and standard deviation")] = 1

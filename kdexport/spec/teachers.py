@@ -59,10 +59,10 @@ def has_weights(model: str) -> bool:
     return not Path(model).is_dir() or any(path for kind in kinds for path in Path(model).glob(kind))
 
 
-def config_of(model: str) -> dict[str, Any]:
+def config_of(model: str, file: str = "config.json") -> dict[str, Any]:
     """Return the configuration of a model folder as it stands in its file; empty for a hub id."""
     try:
-        found = msgspec.json.decode((Path(model) / "config.json").read_bytes())
+        found = msgspec.json.decode((Path(model) / file).read_bytes())
     except (OSError, msgspec.DecodeError):
         return {}
     return found if isinstance(found, dict) else {}

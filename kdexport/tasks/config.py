@@ -98,7 +98,8 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     `max_length`, `pad_id`, `pad_type_id` and the sides are for texts, `image` for images, `audio` for sound; long texts
     are cut on their `truncation_side`. For language models, `kept` is the number of top tokens in an output, and
     `end_id` the token that ends a text; so too for speech that a `decoder` writes, of at most `max_length` tokens. Of
-    other speech, `words` are the only ones that are recognised, if there are any.
+    other speech, `words` are the only ones that are recognised, if there are any. `language` is the code of
+    what is spoken, where it is known.
     """
 
     task: Name
@@ -118,6 +119,7 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     words: Annotated[
         list[Annotated[str, Meta(min_length=1, max_length=MOST_LETTERS)]], Meta(max_length=MOST_WORDS)
     ] = []
+    language: Name = ""
 
 
 def read_config(folder: Path) -> TaskConfig:

@@ -118,9 +118,9 @@ class SpeechRecognition(Speech):
         return logits
 
     def known(self, row: Row) -> Array | None:
-        return self.path_of(row["label"]) if row.get("heard") else None
+        return self.target_of(row["label"]) if row.get("heard") else None
 
-    def path_of(self, text: str) -> Array:
+    def target_of(self, text: str) -> Array:
         """Return the logits [T', V] of a path that spells a text, as far as steps and labels reach."""
         index = {character: i for i, character in enumerate(self.labels)}
         steps = list[int]()

@@ -31,6 +31,8 @@ Read = Callable[[Array, Any], tuple[Array, Any]]
 
 # OpenAI's `transcribe` takes a recording for silence where both hold.
 _SILENT, _UNSURE = 0.6, -1.0
+# The least probability of all but a few tokens that losses of packed outputs read.
+_REST = 1e-6
 # So many last tokens that repeat with a period of at most so many are a loop.
 _LOOP, _LONGEST_PERIOD = 24, 8
 
@@ -203,6 +205,15 @@ class SpeechSeq2Seq(Speech):
         packed = np.full((rows, length, 1 + 2 * self.config.kept), NEVER, np.float32)
         packed[..., 1::2] = self._end
         packed[..., LOG_P] = packed[..., BEST + 1] = 0.0
+        return packed
+
+    def target_of(self, text: str) -> Array:
+        """A line for each token of a text, whose probability is 1 but for what is left of it in training."""
+        packed: Array = self.nothing(1, self.config.max_length)[0]
+        tokens, vocabulary = self.tokens({"label": text})["tokens"], self._tokenizer.get_vocab_size()
+        logs = np.full((len(tokens), vocabulary), math.log(_REST / vocabulary), np.float32)
+        logs[np.arange(len(tokens)), tokens] = 0.0
+        packed[: len(tokens)] = packed_lines(logs, tokens, self.config.kept, tokens.tolist())
         return packed
 
     def _silent(self, logits: Array) -> Array:

@@ -72,6 +72,23 @@ class Transcripts(Task):
     def unknown(self, row: Row) -> set[str]:
         return {*normalised(row["label"] or "")} - {*self.labels}
 
+    def target_of(self, text: str) -> Array:
+        """Return the output [*answer_shape] of a teacher that is sure of a transcript."""
+        raise NotImplementedError
+
+    def corrected(self, logits: Array, rows: Sequence[Row], most: float) -> tuple[Array, int]:
+        """Put the transcript in the place of a teacher's text that has a higher word error rate than `most`.
+
+        Returns:
+            The logits to teach by, and how many were corrected.
+        """
+        given = [i for i, row in enumerate(rows) if row["label"] is not None and not row.get("heard")]
+        wrong = self.value(self.stats(logits[given], [rows[i] for i in given])) > most
+        logits = logits.copy()
+        for i in np.array(given, int)[wrong]:
+            logits[i] = self.target_of(rows[i]["label"])
+        return logits, int(wrong.sum())
+
     def agrees(self, logits: Array, reference: Array) -> Array:
         """bool [N]: the same text; the two may have other steps of time."""
         return np.array([a == b for a, b in zip(self.texts(logits), self.texts(reference), strict=True)])

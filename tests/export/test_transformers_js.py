@@ -36,9 +36,14 @@ def ask():
     return asked
 
 
-def test_a_whisper_writes_the_same(ask, tmp_path):
-    export(write_whisper(tmp_path / "model"), tmp_path / "whisper", variants="fp32,int8")
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_a_whisper_writes_the_same(ask, tmp_path, trimmed):
     sounds = [say("ab ca", seed, 16_000) for seed in range(3)]
+    for i, sound in enumerate(sounds):
+        (tmp_path / f"{i}.wav").write_bytes(sound)
+    (tmp_path / "sounds.csv").write_text("audio\n0.wav\n1.wav\n2.wav\n")
+    asked = {"vocabulary": "corpus", "data": tmp_path / "sounds.csv"} if trimmed else {}
+    export(write_whisper(tmp_path / "model"), tmp_path / "whisper", variants="fp32,int8", **asked)
     samples = [soundfile.read(io.BytesIO(sound), dtype="float32")[0][:32_000].tolist() for sound in sounds]
     found = ask("automatic-speech-recognition", tmp_path / "whisper", "fp32", samples)
     expected = package.load(tmp_path / "whisper", "fp32").predict(sounds)

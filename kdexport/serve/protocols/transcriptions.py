@@ -1,8 +1,8 @@
 """OpenAI's transcriptions: `POST /v1/audio/transcriptions`, a form with a recording.
 
 Source: OpenAI's API reference and the types of its Python client; forms are those of RFC 7578. A model recognises a
-recording as a whole, so a stream has one delta. `language` is returned as given: models know the language of their
-training data only.
+recording as a whole, so a stream has one delta. `language` must be the model's; it is returned as given where that is
+not known.
 """
 
 import math
@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType, field
+from msgspec.structs import replace
 
 from kdexport.serve.http import EVENTS, JSON, Headers, Refused, encode, event
 from kdexport.serve.protocols.huggingface import TranscribeQuery
 from kdexport.serve.protocols.tgi import refuse_unsupported
+from kdexport.tasks.inputs.languages import code_of, shown
 from kdexport.tasks.inputs.recordings import read_header
 from kdexport.tasks.transcripts import Transcript, Word
 
@@ -81,7 +83,7 @@ class Segment(msgspec.Struct):
 
 
 class VerboseTranscription(msgspec.Struct):
-    """The response in `verbose_json`; the language is that of the request, or undetermined."""
+    """The response in `verbose_json`; the language is the model's, else that of the request, or undetermined."""
 
     text: str
     language: str
@@ -120,6 +122,13 @@ def decode(content_type: bytes, body: bytes) -> TranscriptionRequest:
     if asked.stream and asked.response_format not in ("json", "text"):
         raise Refused(422, "a stream has events of text: response_format may be absent, json or text")
     return asked
+
+
+def in_language(asked: TranscriptionRequest, model: str, language: str) -> TranscriptionRequest:
+    """Return a request in a model's language, where that is known; refuse another."""
+    if language and asked.language and code_of(asked.language) != language:
+        raise Refused(400, f"{model} recognises {shown(language)} alone: language may be absent, or {language}")
+    return replace(asked, language=language or asked.language)
 
 
 def parse(asked: TranscriptionRequest, file: bytes) -> TranscribeQuery:
