@@ -208,8 +208,11 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
             origin = f"embeddings and {made.projected_layers} layers from the teacher's by PCA ({variance})"
     else:
         wanted = list(shape.indices) or shape.layers
-        indices = layers_of(teacher.config.num_hidden_layers, wanted, spread=shape.kind == "spread")
+        total = getattr(teacher.config, "num_hidden_layers", 0)
+        indices = layers_of(total, wanted, spread=shape.kind == "spread")
         model, origin = keep_layers(teacher, indices), f"the teacher's layers {', '.join(map(str, indices))}"
+        if task_class(task).transcribes:  # what reads the waveform is trained already
+            model.freeze_feature_encoder()
     return Untrained(ModelAndProcessor(model, tokenizer), origin + size, kept)
 
 

@@ -28,7 +28,7 @@ def quantize_int8(fp32: Path, int8: Path) -> None:
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_computing_weights(fp32) + _reading_products(fp32),
+            nodes_to_exclude=_slow_in_int8(fp32) + _reading_products(fp32),
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
 
@@ -63,7 +63,7 @@ def quantize_static_int8(fp32: Path, int8: Path, batches: Iterable[Arrays]) -> N
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             reduce_range=True,
-            nodes_to_exclude=_computing_weights(fp32),
+            nodes_to_exclude=_slow_in_int8(fp32),
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
@@ -92,11 +92,15 @@ def quantize_int4(fp32: Path, int4: Path) -> None:
     onnx.save(quantizer.model.model, int4)
 
 
-def _computing_weights(fp32: Path) -> list[str]:
-    """Return convolutions whose weights the graph computes, as in Wav2Vec2: they can't be quantized."""
+def _slow_in_int8(fp32: Path) -> list[str]:
+    """Return the convolutions of a Wav2Vec2 or its kin, known by one whose weights the graph computes.
+
+    That one can't be quantized, and the others would take twice the time of fp32: docs/decisions.md.
+    """
     graph = onnx.load(fp32).graph
     known = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type == "Conv" and node.input[1] not in known]
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    return [node.name for node in convolutions if any(other.input[1] not in known for other in convolutions)]
 
 
 def _reading_products(fp32: Path) -> list[str]:
