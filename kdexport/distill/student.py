@@ -78,7 +78,9 @@ def train_student(
         rows = [row for row in rows if not row.get("heard")]
     soft = None if hard else np.load(targets / "train.npy")
     unlabelled = [] if hard else transfer_rows(targets)
-    epochs = derive.epochs(distill, len(rows), len(unlabelled), derive.start_of(student, name), task.menu).value
+    epochs = derive.epochs(
+        distill, len(rows), len(unlabelled), derive.start_of(student, name, task.menu), task.menu
+    ).value
     if share < 1:  # a trial sees rows of train only, and as many whatever the student, so that trials compare
         passes = derive.epochs(distill, len(rows), len(unlabelled)).value
         whole, unlabelled = passes * (len(rows) + len(unlabelled)), []
@@ -150,8 +152,10 @@ def _start(
     some, config = some_rows(data), read_config(teacher)
     if config.decoder:
         return build_writer(student, name, teacher, some, out)
-    if derive.shape_of(name).kind == "conv":
-        built = Untrained(build_conv(derive.shape_of(name).width, config, some), "random weights")
+    if derive.start_of(student, name, task_class(config.task).menu) == "random":
+        shape = derive.shape_of(name)
+        made = build_conv(shape.width, config, some, recurrent=shape.network == "gru")
+        built = Untrained(made, "random weights")
     else:
         built = build_student(student, name, teacher, texts)
     task, function = config.task, config.function

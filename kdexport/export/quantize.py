@@ -41,6 +41,11 @@ def convolves(fp32: Path) -> bool:
     return 2 * sum(size for name, size in sizes.items() if name in of_convolutions) > sum(sizes.values())
 
 
+def recurs(fp32: Path) -> bool:
+    """Return whether a graph has recurrent layers behind convolutions: int8 gains nothing there (docs/decisions.md)."""
+    return {"GRU", "Conv"} <= {node.op_type for node in onnx.load(fp32).graph.node}
+
+
 def quantize_static_int8(fp32: Path, int8: Path, batches: Iterable[Arrays]) -> None:
     """Quantize weights to 7 bits per channel, activations to uint8 by their ranges in some hundred training rows.
 
@@ -93,14 +98,20 @@ def quantize_int4(fp32: Path, int4: Path) -> None:
 
 
 def _slow_in_int8(fp32: Path) -> list[str]:
-    """Return the convolutions of a Wav2Vec2 or its kin, known by one whose weights the graph computes.
+    """Return convolutions whose weights the graph computes, which can't be quantized, and all behind a waveform.
 
-    That one can't be quantized, and the others would take twice the time of fp32: docs/decisions.md.
+    Those of Wav2Vec2 and its kin would take twice the time of fp32: docs/decisions.md.
     """
     graph = onnx.load(fp32).graph
-    known = {tensor.name for tensor in graph.initializer}
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
-    return [node.name for node in convolutions if any(other.input[1] not in known for other in convolutions)]
+    waveform = any(_reads_waveform(node, shapes.get(node.input[1], [])) for node in convolutions)
+    return [node.name for node in convolutions if waveform or node.input[1] not in shapes]
+
+
+def _reads_waveform(convolution: onnx.NodeProto, weight: list[int]) -> bool:
+    groups = next((attribute.i for attribute in convolution.attribute if attribute.name == "group"), 1)
+    return len(weight) == 3 and weight[1] == 1 and groups == 1
 
 
 def _reading_products(fp32: Path) -> list[str]:

@@ -101,9 +101,10 @@ def _check_students(spec: Spec, menu: Menu) -> None:
     student, chosen = spec.student, derive.students(spec)
     shapes = {name: derive.shape_of(name) for name in chosen}
     for name, shape in shapes.items():
-        if shape.kind not in menu.students:
+        kinds = {shape.kind, shape.network}
+        if not kinds & menu.students:
             raise SpecError(f"student.model: {name!r} is none for {spec.task}", menu.instead)
-        if shape.kind in menu.own_steps and (wrong := sorted(losses_of(spec) - {menu.losses[0]})):
+        if kinds & menu.own_steps and (wrong := sorted(losses_of(spec) - {menu.losses[0]})):
             what = f"{wrong[0]} compares step by step, and {name} has other steps of time than its teacher"
             raise SpecError(f"distill.loss: {what}", f"Take {menu.losses[0]}")
     if menu.own_steps and (config := config_of(named(spec)[0])):
@@ -112,7 +113,7 @@ def _check_students(spec: Spec, menu: Menu) -> None:
             what = f"{layered[0]!r} is none for {spec.task} with a teacher that is no Wav2Vec2 or of its kin"
             raise SpecError(f"student.model: {what}", menu.instead)
         _check_layers(shapes.values(), config.get("num_hidden_layers"), "the teacher")
-    pooled = [name for name in chosen if derive.start_of(student, name) in ("pools", "random")]
+    pooled = [name for name in chosen if derive.start_of(student, name, menu) in ("pools", "random")]
     if pooled and (wants := sorted(losses_of(spec) & {*OF_LAYERS})) and spec.distill.alpha != 0:
         fix = "Name other students, or take losses of logits: kl, mse, dkd, dist"
         what = f"{wants[0]} matches layers, and {pooled[0]} has none that are like the teacher's"

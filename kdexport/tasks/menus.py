@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 class Menu(NamedTuple):
     """The allowed values and defaults of a task's settings."""
 
-    students: frozenset[str]  # kinds of students: `spec.derive.Shape.kind`
+    students: frozenset[str]  # kinds of students, `spec.derive.Shape.kind`, or one of networks from random weights
     instead: str  # the suggestion for an unsupported kind
     default: str  # the student without a budget
     ladder: tuple[str, ...]  # the students in a search, smallest first
@@ -56,12 +56,12 @@ MEDIA = Menu(
     },
 )
 SPEECH = MEDIA._replace(
-    students=LAYERS | {"conv"},
-    instead="Take conv:96, or with another number of channels; or layers:6 of a Wav2Vec2 or its kin",
+    students=LAYERS | {"conv", "gru"},
+    instead="Take conv:96 or gru:96, or with another number of channels; or layers:6 of a Wav2Vec2 or its kin",
     default="conv:96",
     ladder=("conv:48", "conv:96", "conv:144", "conv:192"),
     losses=("ctc", "kl"),
-    own_steps=frozenset({"conv"}),
+    own_steps=frozenset({"conv", "gru"}),
     temperature=None,
     alpha=0.5,
     conv_rate=5e-3,

@@ -180,10 +180,10 @@ def test_what_a_spec_accepts_trains_two_steps(stages, student, tmp_path):
         )
         assert np.isfinite(np.load(out / "reference.npy")).all()
         accepted += 1
-    menu, kind = task_class(task, problem).menu, derive.shape_of(name).kind
+    menu, (kind, *_, network) = task_class(task, problem).menu, derive.shape_of(name)
     layers = not (menu.own_steps and kind in LAYERS) or (teacher / "config.json").read_text().count("conv_stride")
     assert bool(accepted) == bool(
-        layers and kind in menu.students and "student.embedding" not in given.keys() & menu.unused.keys()
+        layers and {kind, network} & menu.students and "student.embedding" not in given.keys() & menu.unused.keys()
     )
 
 
