@@ -128,6 +128,7 @@ def test_int8_leaves_the_convolutions_alone(some_layers, tmp_path):
 
 
 REFUSED = [
+    ({"student.model": ["layers:2", "gru:48"], "distill.loss": "kl"}, "kl compares step by step, and gru:48 has other"),
     ({"student.model": "conv:48", "distill.loss": "kl"}, "kl compares step by step, and conv:48 has other steps"),
     ({"student.model": "layers:4"}, r"the teacher has 3 layers, not 4\. Ask for fewer"),
     ({"student.model": "layers:0+3"}, "the teacher has 3 layers, not 4"),
