@@ -16,6 +16,7 @@ import msgspec
 from kdexport import spec
 from kdexport.analysis.duplicates import Audit, audit, near_duplicates
 from kdexport.data.passages import Cut
+from kdexport.data.read import read_file
 from kdexport.data.sources import SPLITS, Checked, Columns, Labels, read_splits, read_unlabelled, to_rows, unify
 from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError, counted
@@ -24,6 +25,7 @@ from kdexport.progress import say, warn
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import MOST_LETTERS, MOST_WORDS
+from kdexport.tasks.inputs.transcripts import normalised
 
 Rows = list[dict[str, Any]]
 # Rows → rows with a label each, and how many are left out by cause.
@@ -64,6 +66,7 @@ def prepare(
     """
     of_task = task_class(task, settings.problem)
     content = of_task.content
+    listed = set() if settings.words in ("open", "closed") else _listed(Path(settings.words))
     read: dict[str, Checked] = {}
     sources = read_splits(settings, whole=cut is not None)
     for split, source in sources.items():
@@ -97,7 +100,7 @@ def prepare(
         warn(f"data: errors are against the teacher's words in {counted(heard, 'test row')}, which had no transcript")
     unlabelled = _new(beyond.rows, splits, content)
     names = _label_names(splits, of_task)
-    words = _closed(splits) if settings.words == "closed" else []
+    words = [] if settings.words == "open" else _closed(splits, listed)
     if of_task.modality == "text":
         near, pairs = near_duplicates(splits, content)
         found = msgspec.structs.replace(found, near=near)
@@ -194,19 +197,30 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
     return task.ordered(labels)
 
 
-def _closed(splits: dict[str, Rows]) -> list[str]:
-    """Return the words of the train transcripts, and warn of words beyond them."""
-    found = {split: {word for row in rows for word in (row["label"] or "").split()} for split, rows in splits.items()}
-    words = found.pop("train")
+def _listed(file: Path) -> set[str]:
+    """Return the words of a file of words or sentences."""
+    lines = (row["text"] for row in read_file(file).rows if isinstance(row, dict) and row.get("text"))
+    if not (words := {word for line in lines for word in normalised(line).split()}):
+        raise DataError(f"{file} holds no words", "Write one a line")
+    return words
+
+
+def _closed(splits: dict[str, Rows], listed: set[str]) -> list[str]:
+    """Return the words of a closed vocabulary, the listed ones or those of train, and warn of words beyond them."""
+    said = {split: {word for row in rows for word in (row["label"] or "").split()} for split, rows in splits.items()}
+    words = listed or said["train"]
     if not 0 < len(words) <= MOST_WORDS:
-        what = f"data.words closed: the train transcripts have {len(words):,} words, not 1 to {MOST_WORDS:,}"
-        raise DataError(what, "Remove it")
+        raise DataError(f"data.words: there are {len(words):,} words, not 1 to {MOST_WORDS:,}", "Remove it")
     if longest := [word for word in words if len(word) > MOST_LETTERS]:
-        what = f"data.words closed: {longest[0][:20]}… in train is longer than {MOST_LETTERS} characters"
-        raise DataError(what, "Remove it")
-    for split, own in found.items():
+        raise DataError(f"data.words: {longest[0][:20]}… is longer than {MOST_LETTERS} characters", "Leave it out")
+    heard = {character for word in said["train"] for character in word}
+    if strange := sorted(word for word in words if {*word} - heard):
+        character = min({*strange[0]} - heard)
+        what = f"data.words: {strange[0]!r} has {character!r}, which no transcript of train has"
+        raise DataError(what, "Leave the word out, or add rows to train")
+    for split, own in said.items():
         if beyond := sorted(own - words):
-            warn(f"data: words of {split} that train lacks can't be recognised: {', '.join(beyond[:8])}")
+            warn(f"data: words of {split} beyond data.words can't be recognised: {', '.join(beyond[:8])}")
     return sorted(words)
 
 

@@ -59,7 +59,8 @@ def find_splits(data: spec.Data) -> dict[str, str]:
 def local_files(data: spec.Data) -> list[Path]:
     """Return the files that determine the rows; a missing or empty one is an error."""
     paths = [Path(source) for source in find_splits(data).values() if _is_local(source)]
-    paths += [Path(data.unlabelled)] if data.unlabelled else []
+    listed = None if data.words in ("open", "closed") else data.words
+    paths += [Path(file) for file in (data.unlabelled, data.sentences, listed) if file]
     for path in paths:
         if not path.exists():
             raise DataError(f"{path} does not exist", "Check the path")

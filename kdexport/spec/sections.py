@@ -79,8 +79,11 @@ class Data(Section, frozen=True):
         ),
     ] = None
     words: Annotated[
-        Literal["open", "closed"],
-        _help("of speech: closed recognises the words of the train transcripts alone, as for digits or commands"),
+        Text,
+        _help(
+            "of speech: open; closed, which recognises the words of the train transcripts alone, as for digits or "
+            "commands; or a file of all words that may be said, one a line, or of sentences of them"
+        ),
     ] = "open"
     max_length: Annotated[
         Length | None, _help("tokens of each text, with special ones; 128 when absent, or what the teacher reads")

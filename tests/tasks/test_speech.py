@@ -12,6 +12,7 @@ from transformers import ASTFeatureExtractor
 
 from kdexport import spec
 from kdexport.data import prepare, read_summary
+from kdexport.data.sources import local_files
 from kdexport.distill.losses import ctc, ctc_of_teacher
 from kdexport.errors import DataError, TooLarge
 from kdexport.models.inference import logits_of
@@ -102,20 +103,35 @@ def test_a_closed_vocabulary_writes_its_words_alone(task):
 
 def test_a_closed_vocabulary_is_of_the_train_transcripts(tmp_path, capsys):
     def words_of(how, **splits):
-        folder = tmp_path / f"{how}-{len(list(tmp_path.iterdir()))}"
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
         for seed, (split, texts) in enumerate(splits.items()):
             write_folder(folder / split, texts, seed=10 * seed)
         out = folder / "out"
         out.mkdir()
-        prepare(spec.Data(train=str(folder), words=how), "automatic-speech-recognition", 0, out)
+        prepare(spec.Data(train=str(folder), words=str(how)), "automatic-speech-recognition", 0, out)
         return read_summary(out).words
 
     texts = {"train": ["ab cd", "a cd", "ba"], "validation": ["ab"], "test": ["dc ab"]}
     assert words_of("open", **texts) == []
     assert words_of("closed", **texts) == ["a", "ab", "ba", "cd"]
-    assert "words of test that train lacks can't be recognised: dc" in capsys.readouterr().err
+    assert "words of test beyond data.words can't be recognised: dc" in capsys.readouterr().err
     with pytest.raises(DataError, match="is longer than 64 characters"):
         words_of("closed", **(texts | {"train": ["ab" * 40 + " cd"]}))
+    listed = tmp_path / "words.txt"
+    listed.write_text("ab\nCD, dc!\n")
+    assert words_of(listed, **texts) == ["ab", "cd", "dc"]
+    assert "words of train beyond data.words can't be recognised: a, ba" in capsys.readouterr().err
+    for content, problem in (("abe", "'abe' has 'e', which no transcript of train has"), ("!", "holds no words")):
+        listed.write_text(content)
+        with pytest.raises(DataError, match=problem):
+            words_of(listed, **texts)
+
+
+def test_lists_of_speech_are_files_of_the_data(tmp_path):
+    (tmp_path / "train.csv").write_text("audio,text\na.wav,ab\n")
+    for key in ("words", "sentences"):
+        with pytest.raises(DataError, match=r"none\.txt does not exist"):
+            local_files(spec.Data(train=str(tmp_path / "train.csv"), **{key: str(tmp_path / "none.txt")}))
 
 
 def test_an_altered_closed_vocabulary_is_refused(task):
