@@ -105,13 +105,13 @@ def _check_students(spec: Spec, menu: Menu) -> None:
         if not kinds & menu.students:
             raise SpecError(f"student.model: {name!r} is none for {spec.task}", menu.instead)
         if kinds & menu.own_steps and (wrong := sorted(losses_of(spec) - {menu.losses[0]})):
-            what = f"{wrong[0]} compares step by step, and {name} has other steps of time than its teacher"
-            raise SpecError(f"distill.loss: {what}", f"Take {menu.losses[0]}")
+            unlike = f"compares step by step, and {name} has other steps of time than its teacher"
+            raise SpecError(f"distill.loss: {wrong[0]} {unlike}", f"Take {menu.losses[0]}")
     if menu.own_steps and (config := config_of(named(spec)[0])):
         layered = [name for name, shape in shapes.items() if shape.kind in LAYERS]
         if layered and "conv_stride" not in config:
-            what = f"{layered[0]!r} is none for {spec.task} with a teacher that is no Wav2Vec2 or of its kin"
-            raise SpecError(f"student.model: {what}", menu.instead)
+            strange = "with a teacher that is no Wav2Vec2 or of its kin"
+            raise SpecError(f"student.model: {layered[0]!r} is none for {spec.task} {strange}", menu.instead)
         _check_layers(shapes.values(), config.get("num_hidden_layers"), "the teacher")
     pooled = [name for name in chosen if derive.start_of(student, name, menu) in ("pools", "random")]
     if pooled and (wants := sorted(losses_of(spec) & {*OF_LAYERS})) and spec.distill.alpha != 0:
