@@ -4,10 +4,12 @@
     python benchmarks/coffee_orders.py judge orders/test MODEL…
 
 `split` links every fifth recording below `test/`, the others below `train/`, each with a `metadata.csv` of
-`file_name,slots`. The slots are the only truth there is, and no recogniser sees them.
+`file_name,slots`. The slots are the only truth there is, and no recogniser sees them. It writes `words.txt` too: the
+words that an order may have, by the sentences beside the recordings, with numbers in words and in digits.
 `judge` prints the share of the words of the slots' values that are in the transcripts, with a 95 % interval over
-recordings, and for each model its speed against the first's, in turns by recording on one thread, with quartiles. A
-model is an artifact, a Whisper folder (transformers' pipeline), or for faster-whisper a folder of CTranslate2's:
+recordings, and for each model its speed against the first's, in turns by recording on one thread, with quartiles.
+Numbers count as heard in words or digits: both sides pass Whisper's normaliser of English. A model is an artifact, a
+Whisper folder (transformers' pipeline), or for faster-whisper a folder of CTranslate2's:
 
     ct2-transformers-converter --model WHISPER --output_dir ct2 --copy_files tokenizer.json preprocessor_config.json
 """
@@ -21,12 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from kdexport.tasks.inputs.transcripts import normalised
+spelled_alike = EnglishTextNormalizer({})
 
 
 def split(source: Path, out: Path) -> None:
-    """Link the recordings."""
+    """Link the recordings, and write the words of orders."""
     with (source / "labels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     for name, chosen in (("train", lambda i: i % 5), ("test", lambda i: not i % 5)):
@@ -39,6 +42,8 @@ def split(source: Path, out: Path) -> None:
                     recording = (source / row["file_name"]).resolve()
                     (out / name / Path(row["file_name"]).name).symlink_to(recording)
                     table.writerow([Path(row["file_name"]).name, row["slots"]])
+    said = (source / "sentences.txt").read_text().lower()
+    (out / "words.txt").write_text("\n".join(sorted({*said.split(), *spelled_alike(said).split()})) + "\n")
 
 
 def judge(folder: Path, *models: str) -> None:
@@ -93,8 +98,8 @@ def listener(model: str) -> Callable[[str], str]:
 
 def _heard(slots: str, text: str) -> tuple[int, int]:
     """Return how many words of the slots' values are in a text, and how many there are."""
-    words = [word for value in json.loads(slots).values() for word in normalised(value).split()]
-    there = normalised(text).split()
+    words = [word for value in json.loads(slots).values() for word in spelled_alike(value).split()]
+    there = spelled_alike(text).split()
     return sum(word in there for word in words), len(words)
 
 

@@ -142,7 +142,8 @@ class SpeechRecognition(Speech):
 
     def texts(self, logits: Array) -> list[str]:
         """Return the text of the most probable path of each row."""
-        return ["".join(c for c, _, _ in self._characters(self._path(one))).strip() for one in logits]
+        paths = self._words.paths(logits) if self._words else logits.argmax(axis=2)
+        return ["".join(c for c, _, _ in self._characters(path)).strip() for path in paths]
 
     def decode(self, logits: Array, rows: Sequence[Row] = ()) -> list[Transcript]:
         return [self._transcript(one) for one in logits]

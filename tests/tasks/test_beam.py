@@ -131,3 +131,13 @@ def test_the_work_is_bounded_by_the_steps_whatever_the_list(monkeypatch):
 def test_words_that_can_not_be_written_are_refused(words, said):
     with pytest.raises(DataError, match=said):
         WordList(words, LABELS)
+
+
+def test_rows_that_are_judged_again_are_not_searched_again(monkeypatch):
+    words, rows = WordList(WORDS, LABELS), np.stack([logits_of(path_of(text)) for text in ("one two", "tea tea")])
+    first = words.paths(rows)
+    assert [spelled(LABELS, path) for path in first] == ["one two", "tea tea"]
+    monkeypatch.setattr(WordList, "path", None)
+    assert words.paths(rows.copy()) is first
+    with pytest.raises(TypeError):
+        words.paths(rows + 1.0)
