@@ -4,7 +4,8 @@ Run by the Python of an environment with optimum-onnx, which holds transformers 
 
     python optimum_reads.py CLASS FOLDER FILE < inputs.json > answers.json
 
-Answers are [label, score] for texts, words, images and sounds; of a language model the text that it writes.
+Answers are [label, score] for texts, words, images and sounds; of a language model the text that it
+writes; of a CTC model see `spelled`.
 """
 
 import json
@@ -72,7 +73,16 @@ def heard(path):
     return tokens.decode(ids, skip_special_tokens=True).strip()
 
 
+def spelled(given):
+    """Of features [B, T, …] the logits; of a recording its text, and its logits."""
+    if isinstance(given, list):
+        return model(input_values=torch.tensor(given)).logits.tolist()
+    logits = model(**extracted(given)).logits
+    return [AutoTokenizer.from_pretrained(folder).decode(logits[0].argmax(dim=-1)), logits[0].tolist()]
+
+
 READ = {
+    "ORTModelForCTC": spelled,
     "ORTModelForSequenceClassification": text,
     "ORTModelForTokenClassification": words,
     "ORTModelForCausalLM": written,

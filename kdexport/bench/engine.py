@@ -200,7 +200,8 @@ def _round(
     sweep = sweep and number < _SWEEP_ROUNDS and not target.name.endswith(AGAIN)
     threads = threads or settings.threads[0]
     task = load_task(Path(target.task)) if target.task else None
-    batches = sweep and not (task and measured_tokens(task))  # language models write one text at a time
+    # Language models write one text at a time.
+    batches = sweep and not (task and (task.alone or measured_tokens(task)))
     job = Round(
         target=target, rows=str(rows), threads=threads, seconds=settings.round_seconds, spawned_ns=time.monotonic_ns(),
         start=recordings.start_of(number),

@@ -19,6 +19,7 @@ from torch import Tensor
 from kdexport.spec import Schedule
 from kdexport.tasks.config import NO_LABEL
 from kdexport.tasks.packed import drawn_of
+from kdexport.tasks.transcripts import NEVER
 
 # The weight in the repository of DKD's authors (megvii-research/mdistiller, `_C.DKD`: ALPHA 1, BETA 8).
 _NCKD_WEIGHT = 8.0
@@ -57,8 +58,9 @@ def objective(
     student, teacher = student_logits.float(), teacher_logits.float()
     both = with_rest(student, teacher) if packed and alpha > 0 else (student, teacher)
     targets = None if packed else labels  # among the k outcomes they have other places
+    steps = by_step(student, teacher) if hard == "ctc" else both
     terms = [
-        Term(name, alpha * weight, LOGIT_LOSSES[name](*both, targets, temperature))
+        Term(name, alpha * weight, LOGIT_LOSSES[name](*(both if name == hard else steps), targets, temperature))
         for name, weight in losses.items()
         if name in LOGIT_LOSSES and alpha > 0
     ]
@@ -227,6 +229,20 @@ def ctc_of_teacher(student_logits: Tensor, teacher_logits: Tensor, labels: Tenso
     texts = [row[keep] for row, keep in zip(path, new, strict=True)]
     targets = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=-1)
     return ctc(student_logits, F.pad(targets, (0, 1), value=-1))  # all of them may be empty
+
+
+def by_step(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both logits [M, C] at the M steps that the recordings of a batch [B, T, C] have, for losses of rows.
+
+    Behind a recording's end the teacher's are certain blanks, and where a text stands for what it hears they are those
+    of a path that no step of time belongs to: exactly 0 and `NEVER` both times.
+    """
+    steps = min(student_logits.shape[1], teacher_logits.shape[1])
+    student_logits, teacher_logits = student_logits[:, :steps], teacher_logits[:, :steps]
+    heard = ((teacher_logits != 0) & (teacher_logits != NEVER)).any(dim=-1)
+    if not heard.any():
+        return student_logits[:, 0], student_logits[:, 0].detach()
+    return student_logits[heard], teacher_logits[heard]
 
 
 LOGIT_LOSSES: dict[str, LogitLoss] = {

@@ -78,7 +78,9 @@ def train_student(
         rows = [row for row in rows if not row.get("heard")]
     soft = None if hard else np.load(targets / "train.npy")
     unlabelled = [] if hard else transfer_rows(targets)
-    epochs = derive.epochs(distill, len(rows), len(unlabelled), derive.start_of(student, name), task.menu).value
+    epochs = derive.epochs(
+        distill, len(rows), len(unlabelled), derive.start_of(student, name, task.menu), task.menu
+    ).value
     if share < 1:  # a trial sees rows of train only, and as many whatever the student, so that trials compare
         passes = derive.epochs(distill, len(rows), len(unlabelled)).value
         whole, unlabelled = passes * (len(rows) + len(unlabelled)), []
@@ -150,8 +152,10 @@ def _start(
     some, config = some_rows(data), read_config(teacher)
     if config.decoder:
         return build_writer(student, name, teacher, some, out)
-    if derive.shape_of(name).kind == "conv":
-        built = Untrained(build_conv(derive.shape_of(name).width, config, some), "random weights")
+    if derive.start_of(student, name, task_class(config.task).menu) == "random":
+        shape = derive.shape_of(name)
+        made = build_conv(shape.width, config, some, recurrent=shape.network == "gru")
+        built = Untrained(made, "random weights")
     else:
         built = build_student(student, name, teacher, texts)
     save_task(
@@ -209,8 +213,11 @@ def build_student(student: spec.Student, name: str, teacher_folder: Path, texts:
             origin = f"embeddings and {made.projected_layers} layers from the teacher's by PCA ({variance})"
     else:
         wanted = list(shape.indices) or shape.layers
-        indices = layers_of(teacher.config.num_hidden_layers, wanted, spread=shape.kind == "spread")
+        total = getattr(teacher.config, "num_hidden_layers", 0)
+        indices = layers_of(total, wanted, spread=shape.kind == "spread")
         model, origin = keep_layers(teacher, indices), f"the teacher's layers {', '.join(map(str, indices))}"
+        if task_class(task).transcribes:  # what reads the waveform is trained already
+            model.freeze_feature_encoder()
     return Untrained(ModelAndProcessor(model, tokenizer), origin + size, kept)
 
 

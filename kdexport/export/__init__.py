@@ -43,7 +43,7 @@ def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequen
     """
     from kdexport.export.fuse import attends, fuse, trim
     from kdexport.export.onnx import export_onnx, fusable
-    from kdexport.export.quantize import convolves, halve, quantize_int4, quantize_int8, quantize_static_int8
+    from kdexport.export.quantize import convolves, halve, quantize_int4, quantize_int8, quantize_static_int8, recurs
 
     if writes_speech(load_task(student)):
         return _export_writer(settings, student, out)
@@ -71,7 +71,9 @@ def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequen
     if "fp16" in settings.variants:
         halve(plain, made("fp16", "plain", "_fp16"))
     if "int8" in settings.variants:
-        if not convolves(plain):
+        if recurs(plain):
+            say("export: int8 makes recurrent layers over sound neither smaller nor faster, so there is no int8 file")
+        elif not convolves(plain):
             for graph, file in graphs.items():
                 quantize_int8(file, made("int8", graph, "_quantized"))
         elif rows:

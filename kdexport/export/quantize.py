@@ -28,7 +28,7 @@ def quantize_int8(fp32: Path, int8: Path) -> None:
             per_channel=True,
             reduce_range=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_computing_weights(fp32) + _reading_products(fp32),
+            nodes_to_exclude=_slow_in_int8(fp32) + _reading_products(fp32),
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
 
@@ -39,6 +39,11 @@ def convolves(fp32: Path) -> bool:
     of_convolutions = {name for node in graph.node if node.op_type == "Conv" for name in node.input[1:2]}
     sizes = {tensor.name: len(tensor.raw_data) for tensor in graph.initializer}
     return 2 * sum(size for name, size in sizes.items() if name in of_convolutions) > sum(sizes.values())
+
+
+def recurs(fp32: Path) -> bool:
+    """Return whether a graph has recurrent layers behind convolutions: int8 gains nothing there (docs/decisions.md)."""
+    return {"GRU", "Conv"} <= {node.op_type for node in onnx.load(fp32).graph.node}
 
 
 def quantize_static_int8(fp32: Path, int8: Path, batches: Iterable[Arrays]) -> None:
@@ -63,7 +68,7 @@ def quantize_static_int8(fp32: Path, int8: Path, batches: Iterable[Arrays]) -> N
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             reduce_range=True,
-            nodes_to_exclude=_computing_weights(fp32),
+            nodes_to_exclude=_slow_in_int8(fp32),
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
@@ -92,11 +97,21 @@ def quantize_int4(fp32: Path, int4: Path) -> None:
     onnx.save(quantizer.model.model, int4)
 
 
-def _computing_weights(fp32: Path) -> list[str]:
-    """Return convolutions whose weights the graph computes, as in Wav2Vec2: they can't be quantized."""
+def _slow_in_int8(fp32: Path) -> list[str]:
+    """Return convolutions whose weights the graph computes, which can't be quantized, and all behind a waveform.
+
+    Those of Wav2Vec2 and its kin would take twice the time of fp32: docs/decisions.md.
+    """
     graph = onnx.load(fp32).graph
-    known = {tensor.name for tensor in graph.initializer}
-    return [node.name for node in graph.node if node.op_type == "Conv" and node.input[1] not in known]
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    waveform = any(_reads_waveform(node, shapes.get(node.input[1], [])) for node in convolutions)
+    return [node.name for node in convolutions if waveform or node.input[1] not in shapes]
+
+
+def _reads_waveform(convolution: onnx.NodeProto, weight: list[int]) -> bool:
+    groups = next((attribute.i for attribute in convolution.attribute if attribute.name == "group"), 1)
+    return len(weight) == 3 and weight[1] == 1 and groups == 1
 
 
 def _reading_products(fp32: Path) -> list[str]:

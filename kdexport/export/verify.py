@@ -146,9 +146,9 @@ def read_validation(verify: Path) -> Validation:
 def _small_shapes(predictor: Predictor, rows: list[dict[str, Any]], reference: Array) -> float:
     """Batches of 1, and of 7 mixed lengths (much padding), against the same reference."""
     few = rows[:_SMALL_SHAPE_ROWS]
-    single = np.concatenate([predictor.run(predictor.task.encode([row])) for row in few])
+    single = predictor.logits(few, 1)
     sevens = [few[i : i + 7] for i in range(0, len(few), 7)]
-    mixed = np.concatenate([predictor.run(predictor.task.encode(batch)) for batch in sevens])
+    mixed = np.concatenate([predictor.logits(batch, 7) for batch in sevens])
     differences = [predictor.task.difference(found, reference[: len(few)]) for found in (single, mixed)]
     task = predictor.task
     if can_generate(task):

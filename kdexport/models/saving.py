@@ -61,8 +61,9 @@ def save_task(
             image = images.config_of(tokenizer.to_dict(), getattr(model.config, "num_channels", 3))
         else:
             ctc = kind.objective == "ctc"
-            seconds = sound.speech_seconds(rows) if ctc else None
-            audio = sound.config_of(tokenizer.to_dict(), rows, seconds)
+            own = tokenizer.to_dict()
+            seconds = sound.speech_seconds(rows) if ctc and (rows or "max_length" not in own) else None
+            audio = sound.config_of(own, rows, seconds)
             if ctc:
                 audio = replace(audio, steps=_steps(model, audio))
                 _save_alphabet(labels, out)

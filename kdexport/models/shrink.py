@@ -61,7 +61,7 @@ def keep_layers(teacher: PreTrainedModel, indices: Sequence[int]) -> PreTrainedM
     student.load_state_dict(teacher.state_dict(), strict=False)  # all but the layers is the same in both
     theirs = _layers(teacher)
     for i, layer in zip(indices, _layers(student), strict=False):
-        layer.load_state_dict(theirs[i].state_dict())
+        layer.load_state_dict(theirs[i].state_dict(), strict=False)  # WavLM's first has a table more
     return student.eval()
 
 
@@ -71,6 +71,8 @@ def with_layers(config: Any, indices: Sequence[int]) -> Any:
     for name in ("layer_types", "mlp_layer_types"):
         if kinds := getattr(config, name, None):
             setattr(config, name, [kinds[i] for i in indices])
+    if hasattr(config, "layerdrop"):  # Wav2Vec2 leaves out layers at random in training
+        config.layerdrop = 0.0
     config.num_hidden_layers = len(indices)
     return config
 
@@ -93,7 +95,8 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
     if getattr(config, "num_hidden_groups", None) == 1:
         return nn.ModuleList()
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    found = {name: part for name, part in lists.items() if len(part) == config.num_hidden_layers}
+    # Wav2Vec2's extractor is a list of convolutions, as many as some students have layers.
+    found = {name: part for name, part in lists.items() if len(part) == config.num_hidden_layers and "conv" not in name}
     outer = [part for name, part in found.items() if not any(name.startswith(f"{other}.") for other in found)]
     if len(outer) != 1:
         raise ModelError(f"of a {config.model_type} model the layers can't be told", "Take another teacher")

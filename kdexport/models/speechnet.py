@@ -1,8 +1,9 @@
-"""A small network of depthwise convolutions over mel bands [B, T, M], for speech recognition by CTC.
+"""Small networks over mel bands [B, T, M], for speech recognition by CTC: a few convolutions of stride 2, and blocks.
 
-QuartzNet's block (Kriman et al. 2019, https://arxiv.org/abs/1910.10261): a depthwise convolution over time, one over
-channels, a batch norm and a ReLU, around which the input is added. A `PreTrainedModel`, registered with Transformers'
-Auto classes when this module is imported.
+A block of `conv` is QuartzNet's (Kriman et al. 2019, https://arxiv.org/abs/1910.10261): a depthwise convolution over
+time, one over channels, a batch norm and a ReLU. One of `gru` is a recurrent network of each direction (Cho et al.
+2014). Its input is added to its output. A `PreTrainedModel`, registered with Transformers' Auto classes when this
+module is imported.
 """
 
 from typing import Any
@@ -35,6 +36,7 @@ _MASKS, _MOST_FRAMES, _MOST_BANDS = 2, 0.05, 0.2
 # than the loudest band by more, in units of the input, is not heard; `reach`: the frames before and behind among which
 # the loudest is sought; 0: all.
 _SHAPE = {
+    "kind": "conv",
     "width": 96,
     "depth": 5,
     "kernel": 11,
@@ -56,7 +58,7 @@ class SpeechNetConfig(PretrainedConfig):  # type: ignore[misc] # transformers sh
 
 
 class SpeechNetForCTC(PreTrainedModel):  # type: ignore[misc]
-    """Convolutions over time → logits [B, T', V] of characters at each step.
+    """Blocks over time → logits [B, T', V] of characters at each step.
 
     Frames that are exactly 0 are padding: a step of such frames is a certain blank, so logits do not depend on a batch.
     """
@@ -70,7 +72,7 @@ class SpeechNetForCTC(PreTrainedModel):  # type: ignore[misc]
         width, first = config.width, config.num_mel_bins
         stem = [_halving(first if i == 0 else width, width) for i in range(config.halvings)]
         self.stem = nn.ModuleList(stem)
-        self.blocks = nn.ModuleList(_Block(width, config.kernel, config.dropout) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(_BLOCKS[config.kind](config) for _ in range(config.depth))
         self.lm_head = nn.Conv1d(width, config.num_labels, 1)
         self.post_init()
 
@@ -94,7 +96,7 @@ class SpeechNetForCTC(PreTrainedModel):  # type: ignore[misc]
             there = there[:, :, ::2]
             bands = layer(bands) * there
         for block in self.blocks:
-            bands = (bands + block(bands)) * there
+            bands = (bands + block(bands, there)) * there
         silence = torch.full((self.config.num_labels, 1), NEVER, dtype=bands.dtype, device=bands.device)
         silence[0] = 0.0
         logits = self.lm_head(bands) * there + silence * (1 - there)
@@ -102,14 +104,43 @@ class SpeechNetForCTC(PreTrainedModel):  # type: ignore[misc]
 
 
 class _Block(nn.Sequential):
-    def __init__(self, width: int, kernel: int, dropout: float) -> None:
+    def __init__(self, config: SpeechNetConfig) -> None:
+        width, kernel = config.width, config.kernel
         super().__init__(
             nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width, bias=False),
             nn.Conv1d(width, width, 1, bias=False),
             nn.BatchNorm1d(width),
             nn.ReLU(),
-            nn.Dropout(dropout),
+            nn.Dropout(config.dropout),
         )
+
+    def forward(self, bands: Tensor, there: Tensor) -> Tensor:  # type: ignore[override] # convolutions read no mask
+        for part in self:
+            bands = part(bands)
+        return bands
+
+
+class _BothWays(nn.Module):
+    """Half of the channels are read forwards, half backwards from each row's own end."""
+
+    def __init__(self, config: SpeechNetConfig) -> None:
+        super().__init__()
+        half = config.width // 2
+        self.forwards = nn.GRU(config.width, half, batch_first=True)
+        self.backwards = nn.GRU(config.width, config.width - half, batch_first=True)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, bands: Tensor, there: Tensor) -> Tensor:
+        steps, order = bands.transpose(1, 2), torch.arange(bands.shape[2], device=bands.device)
+        last = (there[:, 0] * order).amax(dim=1, keepdim=True).long()
+        mirror = (last - order).clamp(min=0).unsqueeze(-1)
+        back = self.backwards(steps.gather(1, mirror.expand(-1, -1, steps.shape[-1])))[0]
+        back = back.gather(1, mirror.expand(-1, -1, back.shape[-1]))
+        read: Tensor = self.dropout(torch.cat([self.forwards(steps)[0], back], dim=-1))
+        return read.transpose(1, 2)
+
+
+_BLOCKS: dict[str, type[nn.Module]] = {"conv": _Block, "gru": _BothWays}
 
 
 def _halving(before: int, width: int) -> nn.Sequential:

@@ -9,7 +9,7 @@ import torch
 
 from kdexport.errors import ModelError, SpecError
 from kdexport.models.inference import logits_of
-from kdexport.models.loading import ModelAndProcessor, open_classifier, open_config, own_labels
+from kdexport.models.loading import ModelAndProcessor, alphabet_of, open_classifier, open_config, own_labels
 from kdexport.models.registry import task_of
 from kdexport.models.saving import save_model, save_task, save_writer
 from kdexport.models.spoken import choose_language
@@ -61,6 +61,8 @@ def take_trained(
             raise SpecError(f"--{flag} has no effect: {model} is no Whisper", "Leave it out")
     opened = open_classifier(model, config, task_name)
     labels = own_labels(config) if kind.has_labels else []
+    if kind.transcribes:
+        labels = alphabet_of(model, getattr(config, "vocab_size", len(labels)))
     if len(set(labels)) < len(labels):
         raise ModelError(f"model {model!r} has labels of the same name", "Tell them apart: id2label in config.json")
     if 4 * opened.model.num_parameters() >= _LARGEST_BYTES:

@@ -106,9 +106,9 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     labels = len(summary.labels)
     rows = len(train)
     names = derive.students(settings)
-    starts = {derive.start_of(settings.student, name) for name in names}
-    copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
     menu = task_class(settings.task, settings.data.problem).menu
+    starts = {derive.start_of(settings.student, name, menu) for name in names}
+    copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
     epochs = derive.epochs(settings.distill, rows, copies, starts.pop() if len(starts) == 1 else "weights", menu)
     unnamed = "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"
     derived = {

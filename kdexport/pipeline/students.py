@@ -62,7 +62,7 @@ class Students(NamedTuple):
             export_student(self.settings.export, student, work, read_rows(self.data, "train"))
 
         inputs = [self.data, student]
-        return self.folder.stage(stage, version=5, settings=self.settings.export.variants, reads=inputs, build=build)
+        return self.folder.stage(stage, version=6, settings=self.settings.export.variants, reads=inputs, build=build)
 
     def baseline(self, name: str) -> Path | None:
         """Train the student on labels alone, unless there are none or the spec turns it off."""

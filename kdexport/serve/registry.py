@@ -117,7 +117,8 @@ class Version:
             one = self.task.sized(self.task.examples(), length)
             rows, per_row = 1, self._seconds(one)
             ends = time.monotonic() + _TUNING_S
-            while rows < max_batch and 2 * rows * length <= max_batch_tokens and time.monotonic() < ends:
+            most = 1 if self.task.alone else max_batch
+            while rows < most and 2 * rows * length <= max_batch_tokens and time.monotonic() < ends:
                 more = {name: np.repeat(array, 2 * rows, axis=0) for name, array in one.items()}
                 seconds = self._seconds(more)
                 if seconds / (2 * rows) > _WORTH_IT * per_row and seconds > _SHORT_S:

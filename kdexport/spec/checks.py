@@ -1,6 +1,6 @@
 """Refuse, before any work, what the task or the teachers don't offer, and settings without an effect."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from kdexport.spec.sections import Distill, Spec, Weight
 from kdexport.spec.teachers import TRANSCRIBER, config_of, is_adapter, kind_of, named
 from kdexport.tasks import names, task_class
 from kdexport.tasks.inputs.languages import codes_of, known_language
-from kdexport.tasks.menus import OF_LAYERS, Menu
+from kdexport.tasks.menus import LAYERS, OF_LAYERS, Menu
 
 # Losses that read probabilities softened by the temperature.
 _SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist"}
@@ -66,7 +66,7 @@ def _of_decoder(spec: Spec) -> Spec:
     """Return the spec with `data.problem` seq2seq, where layers of a decoder that writes are asked for."""
     chosen = spec.student.model or ()
     shapes = [derive.shape_of(name) for name in ((chosen,) if isinstance(chosen, str) else chosen)]
-    layers = shapes and {shape.kind for shape in shapes} <= {"lowest", "spread", "named"}
+    layers = shapes and {shape.kind for shape in shapes} <= LAYERS
     teacher = named(spec)[0]
     config = config_of(teacher)
     family = config.get("model_type")  # of a hub's model its name tells it
@@ -75,10 +75,14 @@ def _of_decoder(spec: Spec) -> Spec:
         raise SpecError(f"data.problem: seq2seq needs a teacher that writes, and {teacher} is no Whisper", "Remove it")
     if not (layers and writes) or spec.task not in names() or "seq2seq" not in task_class(spec.task).kinds():
         return spec
-    most, wanted = config.get("decoder_layers"), max(max(shape.indices, default=shape.layers - 1) for shape in shapes)
-    if isinstance(most, int) and wanted >= most:
-        raise SpecError(f"student.model: the teacher's decoder has {most} layers, not {wanted + 1}", "Ask for fewer")
+    _check_layers(shapes, config.get("decoder_layers"), "the teacher's decoder")
     return msgspec.structs.replace(spec, data=msgspec.structs.replace(spec.data, problem="seq2seq"))
+
+
+def _check_layers(shapes: Iterable[derive.Shape], most: object, whose: str) -> None:
+    wanted = max((max(shape.indices, default=shape.layers - 1) for shape in shapes if shape.kind in LAYERS), default=0)
+    if isinstance(most, int) and wanted >= most:
+        raise SpecError(f"student.model: {whose} has {most} layers, not {wanted + 1}", "Ask for fewer")
 
 
 def _check_menu(spec: Spec, menu: Menu) -> None:
@@ -99,9 +103,19 @@ def _check_students(spec: Spec, menu: Menu) -> None:
     student, chosen = spec.student, derive.students(spec)
     shapes = {name: derive.shape_of(name) for name in chosen}
     for name, shape in shapes.items():
-        if shape.kind not in menu.students:
+        kinds = {shape.kind, shape.network}
+        if not kinds & menu.students:
             raise SpecError(f"student.model: {name!r} is none for {spec.task}", menu.instead)
-    pooled = [name for name in chosen if derive.start_of(student, name) in ("pools", "random")]
+        if kinds & menu.own_steps and (wrong := sorted(losses_of(spec) - {menu.losses[0]})):
+            unlike = f"compares step by step, and {name} has other steps of time than its teacher"
+            raise SpecError(f"distill.loss: {wrong[0]} {unlike}", f"Take {menu.losses[0]}")
+    if menu.own_steps and (config := config_of(named(spec)[0])):
+        layered = [name for name, shape in shapes.items() if shape.kind in LAYERS]
+        if layered and "conv_stride" not in config:
+            strange = "with a teacher that is no Wav2Vec2 or of its kin"
+            raise SpecError(f"student.model: {layered[0]!r} is none for {spec.task} {strange}", menu.instead)
+        _check_layers(shapes.values(), config.get("num_hidden_layers"), "the teacher")
+    pooled = [name for name in chosen if derive.start_of(student, name, menu) in ("pools", "random")]
     if pooled and (wants := sorted(losses_of(spec) & {*OF_LAYERS})) and spec.distill.alpha != 0:
         fix = "Name other students, or take losses of logits: kl, mse, dkd, dist"
         what = f"{wants[0]} matches layers, and {pooled[0]} has none that are like the teacher's"

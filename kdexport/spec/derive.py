@@ -104,9 +104,12 @@ def pools(student: Student, name: str) -> bool:
     return kind == "network" or (kind == "narrow" and student.embedding is not None)
 
 
-def start_of(student: Student, name: str) -> str:
+def start_of(student: Student, name: str, menu: Menu = MEDIA) -> str:
     """Return a student's initialisation: `pools` (over the teacher's embeddings), `random`, or `weights`."""
-    return "random" if shape_of(name).kind == "conv" else "pools" if pools(student, name) else "weights"
+    shape = shape_of(name)
+    if shape.kind == "conv" or shape.network in menu.students:
+        return "random"
+    return "pools" if pools(student, name) else "weights"
 
 
 def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weights", menu: Menu = MEDIA) -> Derived:
@@ -144,9 +147,10 @@ def learning_rate(settings: Distill, student: Student, name: str, width: int, me
     """Return the highest learning rate: smaller for wider transformers, halved for trained weights."""
     if settings.learning_rate is not None:
         return Derived(settings.learning_rate, "as given")
-    if pools(student, name):
+    weights = start_of(student, name, menu)
+    if weights == "pools":
         return Derived(1e-3, "1e-3 for students that pool over the teacher's embeddings")
-    if shape_of(name).kind == "conv":
+    if weights == "random":
         return Derived(menu.conv_rate, f"{menu.conv_rate:g} for convolutions with batch norms, from random weights")
     if not width:
         return Derived(2e-4, "2e-4 for a model that is trained already and has no one width")

@@ -147,9 +147,9 @@ class Student(Section, frozen=True):
         Text | Texts | None,
         _help(
             "tiny (2 layers × 128), mini (4 × 256), small (4 × 512), 3x192, layers:3 (the teacher's lowest), spread:3, "
-            "layers:0+2+5, bag, cnn, gru, cnn:512 (features), conv, conv:32 (channels; of images and sound), or a "
-            "Hugging Face folder or hub id; a list is the ladder "
-            "that a search climbs; when absent tiny, conv, or spread:3 for words and numbers; with a budget a ladder"
+            "layers:0+2+5, bag, cnn, gru, cnn:512 (features), conv, conv:32 (channels; of images and sound), gru:80 "
+            "(of speech), or a Hugging Face folder or hub id; a list is the ladder that a search climbs; when absent "
+            "tiny, conv, or spread:3 for words and numbers; with a budget a ladder"
         ),
     ] = None
     vocabulary: Annotated[

@@ -78,6 +78,7 @@ class Task:
     pairs: ClassVar[bool] = False  # a row may be a pair of texts
     output: ClassVar[str] = "logits"
     at_once: ClassVar[int] = 32  # the default batch size where speed does not matter
+    alone: bool = False  # padding would change a row's logits, so each row is a batch
 
     config: TaskConfig
     labels: list[str]

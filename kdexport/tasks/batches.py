@@ -20,7 +20,7 @@ def in_batches(
 
     The longest rows come first, so that memory runs out at once or never. `advance` gets each batch's size.
     """
-    encoded, batch_size = task.tokenize(rows), batch_size or task.at_once
+    encoded, batch_size = task.tokenize(rows), 1 if task.alone else batch_size or task.at_once
     order = np.argsort([-size for size in task.sizes(encoded)], kind="stable")
     outputs = np.empty((len(rows), *task.answer_shape), dtype=np.float32)
     for start in range(0, len(order), batch_size):

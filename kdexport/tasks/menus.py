@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 class Menu(NamedTuple):
     """The allowed values and defaults of a task's settings."""
 
-    students: frozenset[str]  # kinds of students: `spec.derive.Shape.kind`
+    students: frozenset[str]  # kinds of students, `spec.derive.Shape.kind`, or one of networks from random weights
     instead: str  # the suggestion for an unsupported kind
     default: str  # the student without a budget
     ladder: tuple[str, ...]  # the students in a search, smallest first
@@ -21,13 +21,15 @@ class Menu(NamedTuple):
     vocabulary: Literal["corpus", "whole"] = "corpus"  # the default tokens of a student made from the teacher
     teachers: frozenset[str] = frozenset({"torch", "adapter", "onnx", "stored"})
     ensemble: bool = True  # several teachers, or several passes of one, can be combined
+    own_steps: frozenset[str] = frozenset()  # kinds of students whose steps of time are not their teacher's
     unused: Mapping[str, str] = {}  # keys of the spec without effect → the fix
 
 
 OF_OUTPUTS = ("kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist")
 OF_LAYERS = ("hidden", "attention", "relation")
+LAYERS = frozenset({"lowest", "spread", "named"})
 # Students made from a teacher: some of its layers, or another model of the same kind.
-_LAYERS = frozenset({"lowest", "spread", "named", "model"})
+_LAYERS = LAYERS | {"model"}
 
 TEXTS = Menu(
     students=_LAYERS | {"narrow", "network"},
@@ -54,11 +56,12 @@ MEDIA = Menu(
     },
 )
 SPEECH = MEDIA._replace(
-    students=frozenset({"conv"}),
-    instead="Take conv:96, or with another number of channels",
+    students=LAYERS | {"conv", "gru"},
+    instead="Take conv:96 or gru:96, or with another number of channels; or layers:6 of a Wav2Vec2 or its kin",
     default="conv:96",
     ladder=("conv:48", "conv:96", "conv:144", "conv:192"),
-    losses=("ctc",),
+    losses=("ctc", "kl"),
+    own_steps=frozenset({"conv", "gru"}),
     temperature=None,
     alpha=0.5,
     conv_rate=5e-3,
@@ -68,7 +71,8 @@ SPEECH = MEDIA._replace(
 )
 # A recogniser that writes tokens: layers of the teacher's decoder behind its own encoder.
 SEQ2SEQ = SPEECH._replace(
-    students=frozenset({"lowest", "spread", "named"}),
+    students=LAYERS,
+    own_steps=frozenset(),
     instead="Take spread:2, or layers:2",
     default="spread:2",
     ladder=("spread:1", "spread:2", "spread:3"),

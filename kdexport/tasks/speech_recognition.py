@@ -24,6 +24,9 @@ from kdexport.tasks.speech_seq2seq import SpeechSeq2Seq
 from kdexport.tasks.transcripts import BLANK, NEVER, Transcript, Word
 from kdexport.tasks.wordlist import WordList
 
+# Wav2Vec2's convolutions read 400 at once, and its masks in training hide ten steps of 320.
+_FEWEST_SAMPLES = 4_000
+
 
 class SpeechRecognition(Speech):
     """Rows `{"audio": …, "label": …}` → log-mel bands [N, T, M] or waveform [N, T] → logits [N, T', V] → a text each.
@@ -71,9 +74,14 @@ class SpeechRecognition(Speech):
 
     # --- rows → arrays
 
+    @property
+    def alone(self) -> bool:  # type: ignore[override] # of waveforms
+        """Wav2Vec2 and its kin norm each channel over all samples, those of the padding too."""
+        return not self._how.mels
+
     def array(self, content: bytes) -> Array:
-        """float32 [T], or [T, mels], as long as the recording."""
-        return self._features(content)
+        """float32 [T], or [T, mels], as long as the recording; a waveform has as many samples as the model needs."""
+        return self._features(content, 0 if self._how.mels else _FEWEST_SAMPLES)
 
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
         """Batch, padded with exact zeros, by which a network knows that a recording has ended."""

@@ -22,6 +22,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
 )
 from whispers import write_whisper
 
@@ -40,7 +43,7 @@ from kdexport.models.speechnet import SpeechNetConfig, SpeechNetForCTC
 from kdexport.spec import derive
 from kdexport.spec.sections import LossName
 from kdexport.tasks import load_task, task_class
-from kdexport.tasks.menus import MEDIA, SPEECH, TEXTS
+from kdexport.tasks.menus import LAYERS, MEDIA, SPEECH, TEXTS
 
 WORDS = ["[PAD]", "[UNK]", "red", "green", "blue", "car", "tree", "sky", "is", "was", "not", "far"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -53,6 +56,7 @@ KINDS = {  # task, problem and labels
     "images": ("image-classification", "single-label", ["a", "b", "c"]),
     "sound": ("audio-classification", "single-label", ["a", "b", "c"]),
     "speech": ("automatic-speech-recognition", "single-label", ["<pad>", "a", "b", "c"]),
+    "speech of a waveform": ("automatic-speech-recognition", "single-label", ["<pad>", " ", "a", "b"]),
     "written speech": ("automatic-speech-recognition", "seq2seq", []),
 }
 STUDENTS = ["bag", "cnn:16", "gru:16", "1x16", "1x16 behind 8", "layers:1", "spread:2", "layers:0+1", "conv:8"]
@@ -86,6 +90,10 @@ def teacher_of(task, labels, problem):
     if task == "image-classification":
         config = ViTConfig(image_size=32, patch_size=16, **SIZES, **names)
         return ModelAndProcessor(ViTForImageClassification(config), ViTImageProcessor(size={"height": 32, "width": 32}))
+    if labels[:2] == ["<pad>", " "]:
+        config = Wav2Vec2Config(conv_dim=[16] * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+                                vocab_size=len(labels), **SIZES)  # fmt: skip
+        return ModelAndProcessor(Wav2Vec2ForCTC(config), Wav2Vec2FeatureExtractor())
     if task == "automatic-speech-recognition":
         network = SpeechNetForCTC(SpeechNetConfig(width=16, depth=1, num_mel_bins=40, **names))
         return ModelAndProcessor(network, ASTFeatureExtractor(num_mel_bins=40, max_length=64))
@@ -157,8 +165,7 @@ def test_what_a_spec_accepts_trains_two_steps(stages, student, tmp_path):
     name, _, width = student.partition(" behind ")
     accepted = 0
     for loss in LOSSES:
-        model = "whisper" if problem == "seq2seq" else "t"
-        given = {"task": task, "data.train": "d.csv", "teacher.model": model, "student.model": name}
+        given = {"task": task, "data.train": "d.csv", "teacher.model": str(teacher), "student.model": name}
         given |= {"distill.loss": loss}
         given |= {"data.problem": problem} if problem != "single-label" else {}
         given |= {"student.embedding": int(width)} if width else {}
@@ -173,9 +180,10 @@ def test_what_a_spec_accepts_trains_two_steps(stages, student, tmp_path):
         )
         assert np.isfinite(np.load(out / "reference.npy")).all()
         accepted += 1
-    menu = task_class(task, problem).menu
-    assert bool(accepted) == (
-        derive.shape_of(name).kind in menu.students and "student.embedding" not in given.keys() & menu.unused.keys()
+    menu, (kind, *_, network) = task_class(task, problem).menu, derive.shape_of(name)
+    layers = not (menu.own_steps and kind in LAYERS) or (teacher / "config.json").read_text().count("conv_stride")
+    assert bool(accepted) == bool(
+        layers and {kind, network} & menu.students and "student.embedding" not in given.keys() & menu.unused.keys()
     )
 
 

@@ -25,6 +25,7 @@ from kdexport.spec import Schedule
 from kdexport.spec.sections import LossName
 from kdexport.tasks.config import NO_LABEL
 from kdexport.tasks.menus import OF_LAYERS
+from kdexport.tasks.transcripts import NEVER
 
 TEACHER = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
 STUDENT = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
@@ -260,3 +261,22 @@ def test_losses_of_layers_are_left_to_the_caller():
 def test_a_schedule_is_a_straight_line():
     assert [value_at(Schedule(start=4.0, end=1.0), x) for x in (0.0, 0.5, 1.0)] == [4.0, 2.5, 1.0]
     assert value_at(0.3, 0.7) == 0.3
+
+
+def test_frames_are_compared_where_the_recording_has_them():
+    """Of two recordings, one of 3 of 5 steps, and a text that stands for what is heard, only real steps count."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 6, 4), torch.randn(3, 5, 4)
+    blanks = torch.tensor([0.0, NEVER, NEVER, NEVER])
+    teacher[1, 3:] = blanks
+    teacher[2] = blanks.roll(1)
+    labels = torch.tensor([[1, 2], [3, -1], [1, -1]])
+    given = {"labels": labels, "temperature": 1.0, "hard": "ctc"}
+    (found, of_labels) = objective(student, teacher_logits=teacher, losses={"kl": 1.0}, alpha=0.5, **given)
+    real = [(0, t) for t in range(5)] + [(1, t) for t in range(3)]
+    logs = [(teacher[i, t].log_softmax(0), student[i, t].log_softmax(0)) for i, t in real]
+    expected = sum((his.exp() * (his - mine)).sum() for his, mine in logs) / len(real)
+    assert found.size.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (found.name, of_labels.name) == ("kl", "ctc")
+    (nothing,) = objective(student, teacher_logits=teacher[2:].repeat(3, 1, 1), losses={"kl": 1.0}, alpha=1.0, **given)
+    assert nothing.size.item() == 0
