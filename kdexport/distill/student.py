@@ -78,22 +78,22 @@ def train_student(
         rows = [row for row in rows if not row.get("heard")]
     soft = None if hard else np.load(targets / "train.npy")
     unlabelled = [] if hard else transfer_rows(targets)
-    epochs = derive.epochs(
-        distill, len(rows), len(unlabelled), derive.start_of(student, name, task.menu), task.menu
-    ).value
+    start = derive.start_of(student, name, task.menu)
+    epochs = derive.epochs(distill, len(rows), len(unlabelled), start, task.menu).value
+    batch = int(derive.batch_size(distill, len(rows), start, task.menu).value)
     if share < 1:  # a trial sees rows of train only, and as many whatever the student, so that trials compare
         passes = derive.epochs(distill, len(rows), len(unlabelled)).value
         whole, unlabelled = passes * (len(rows) + len(unlabelled)), []
-        examples = max(round(share * whole), min(_LEAST_STEPS * distill.batch_size, round(whole)))
-        places = sampled(len(rows), max(examples, distill.batch_size))
+        examples = max(round(share * whole), min(_LEAST_STEPS * batch, round(whole)))
+        places = sampled(len(rows), max(examples, batch))
         rows, soft = [rows[i] for i in places], soft if soft is None else soft[places]
         epochs = max(1, examples // len(rows))
     how = TrainConfig(
         epochs=int(epochs),
         learning_rate=derive.learning_rate(
-            distill, student, name, getattr(model.config, "hidden_size", 0), task.menu
+            distill, student, name, getattr(model.config, "hidden_size", 0), task.menu, batch
         ).value,
-        batch_size=distill.batch_size,
+        batch_size=batch,
         seed=seed,
         losses=spec.weights_of(distill),
         temperature=distill.temperature,

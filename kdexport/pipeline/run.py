@@ -109,15 +109,18 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     menu = task_class(settings.task, settings.data.problem).menu
     starts = {derive.start_of(settings.student, name, menu) for name in names}
     copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
-    epochs = derive.epochs(settings.distill, rows, copies, starts.pop() if len(starts) == 1 else "weights", menu)
+    start = starts.pop() if len(starts) == 1 else "weights"
+    epochs = derive.epochs(settings.distill, rows, copies, start, menu)
+    batch = derive.batch_size(settings.distill, rows, start, menu)
     unnamed = "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"
     derived = {
         "distill.epochs": (f"{epochs.value:g}", epochs.reason),
+        "distill.batch_size": (f"{batch.value:g}", batch.reason),
         "student.model": (", ".join(names), "as given" if settings.student.model else unnamed),
     }
     shape = derive.shape_of(names[0])
     if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):
-        rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width, menu)
+        rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width, menu, batch.value)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
     if summary.language:
         why = (

@@ -1,6 +1,7 @@
 """Values that the spec leaves open, derived with a reason; no torch, so `--plan` is quick."""
 
 import re
+from math import ceil
 from typing import NamedTuple
 
 from kdexport.errors import SpecError
@@ -14,6 +15,7 @@ PRESETS = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512)}
 NETWORKS = ("bag", "cnn", "gru")
 _CONV_WIDTH = 16
 _EXAMPLES_SEEN, _STEPS = 300_000, 500
+_BATCH = 32
 _MOST_EPOCHS = 200
 # The fewest epochs over mostly augmented texts, which are not overfitted (Beyer et al. 2022).
 _PATIENT = 5
@@ -116,15 +118,15 @@ def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weight
     """Return the epochs over training rows and transfer rows, which the teacher alone labels: docs/decisions.md."""
     if settings.epochs is not None:
         return Derived(settings.epochs, "as given")
-    every = rows + transfer
+    every, batch = rows + transfer, batch_size(settings, rows, start, menu).value
     found = f"there are {rows:,} rows" + (f" and {transfer:,} that the teacher labels" if transfer else "")
     if start == "random":
         value, seen = max(8, min(60, 2 * _EXAMPLES_SEEN // every)), f"{2 * _EXAMPLES_SEEN:,} examples seen"
-        if (patient := _patient(menu, every, settings.batch_size)) > value:
+        if (patient := _patient(menu, every, batch)) > value:
             return Derived(patient, f"about {menu.conv_steps:,} steps, at most {_MOST_EPOCHS} epochs; {found}")
         return Derived(value, f"about {seen} from random weights, 8 to 60 epochs; {found}")
-    if 15 * every < _STEPS * settings.batch_size:
-        value = min(100, -(-_STEPS * settings.batch_size // every))
+    if 15 * every < _STEPS * batch:
+        value = min(100, ceil(_STEPS * batch / every))
         return Derived(value, f"about {_STEPS} steps, at most 100 epochs; {found}")
     least = _PATIENT if transfer else 3
     most = 8 if start == "pools" else 15
@@ -132,9 +134,26 @@ def epochs(settings: Distill, rows: int, transfer: int = 0, start: str = "weight
     return Derived(value, f"about {_EXAMPLES_SEEN:,} examples seen, {least} to {most} epochs; {found}")
 
 
-def _patient(menu: Menu, rows: int, batch_size: int) -> int:
-    """Return the fewest epochs of convolutions from random weights."""
-    return min(_MOST_EPOCHS, -(-menu.conv_steps * batch_size // rows))
+def _patient(menu: Menu, rows: int, batch: float) -> int:
+    """Return the fewest epochs of a network from random weights."""
+    return min(_MOST_EPOCHS, ceil(menu.conv_steps * batch / rows))
+
+
+def batch_size(settings: Distill, rows: int, start: str = "weights", menu: Menu = MEDIA) -> Derived:
+    """Return the rows a step."""
+    if settings.batch_size is not None:
+        return Derived(settings.batch_size, "as given")
+    return _small_batch(rows, menu) if start == "random" and menu.conv_steps else Derived(_BATCH, "the default")
+
+
+def _small_batch(rows: int, menu: Menu) -> Derived:
+    why = f"8 below 2,000 rows, else 16, as {menu.conv_steps:,} steps are needed: there are {rows:,}"
+    return Derived(8 if rows < 2_000 else 16, why)
+
+
+def _random_rate(menu: Menu, batch: float) -> Derived:
+    value = menu.conv_rate * min(1.0, batch / 16) ** 0.5
+    return Derived(float(f"{value:.2g}"), f"{menu.conv_rate:g} from random weights, less below 16 rows a step")
 
 
 def views(sure: float, rows: int) -> Derived:
@@ -143,7 +162,9 @@ def views(sure: float, rows: int) -> Derived:
     return Derived(max(1, min(8, _MOST_VIEWS // rows)) if sure >= _SURE and rows <= _MOST_VIEWS else 0, reason)
 
 
-def learning_rate(settings: Distill, student: Student, name: str, width: int, menu: Menu = MEDIA) -> Derived:
+def learning_rate(
+    settings: Distill, student: Student, name: str, width: int, menu: Menu = MEDIA, batch: float = _BATCH
+) -> Derived:
     """Return the highest learning rate: smaller for wider transformers, halved for trained weights."""
     if settings.learning_rate is not None:
         return Derived(settings.learning_rate, "as given")
@@ -151,7 +172,7 @@ def learning_rate(settings: Distill, student: Student, name: str, width: int, me
     if weights == "pools":
         return Derived(1e-3, "1e-3 for students that pool over the teacher's embeddings")
     if weights == "random":
-        return Derived(menu.conv_rate, f"{menu.conv_rate:g} for convolutions with batch norms, from random weights")
+        return _random_rate(menu, batch)
     if not width:
         return Derived(2e-4, "2e-4 for a model that is trained already and has no one width")
     trained = shape_of(name).kind != "narrow"
@@ -167,17 +188,18 @@ def training(
     size = Derived(32 if rows >= 2_000 else 16, f"32 from 2,000 rows on, else 16: there are {rows:,}")
     if not trained:
         size = Derived(128 if rows >= 20_000 else 32, f"128 from 20,000 rows on, else 32: there are {rows:,}")
+        size = _small_batch(rows, menu) if menu.conv_steps and not width else size
     batch = _given(given.batch_size) or size
     if not trained:
         value = max(8, min(20, 2 * _EXAMPLES_SEEN // rows))
         passes = Derived(value, f"about {2 * _EXAMPLES_SEEN:,} examples from random weights, 8 to 20 epochs")
         rate = Derived(1e-3 * (batch.value / 32) ** 0.5, "1e-3 from random weights at 32 rows a step, more for more")
         if menu.conv_steps and not width:
-            least = max(value, _patient(menu, rows, int(batch.value)))
+            least = max(value, _patient(menu, rows, batch.value))
             passes = Derived(
                 least, f"about {menu.conv_steps:,} steps from random weights, at most {_MOST_EPOCHS} epochs"
             )
-            rate = Derived(menu.conv_rate, f"{menu.conv_rate:g} for convolutions with batch norms, from random weights")
+            rate = _random_rate(menu, batch.value)
     else:
         seen = _TEACHER_EXAMPLES + _EXAMPLES_A_LABEL * labels
         value = max(3, min(8, round(seen / rows)), min(40, -(-_TEACHER_STEPS * int(batch.value) // rows)))

@@ -216,7 +216,9 @@ class Distill(Section, frozen=True):
         Count | None, _help("stop after so many epochs without a better validation metric; the best epoch is used")
     ] = None
     learning_rate: Annotated[Positive | None, _help("the highest; derived from the student's width when absent")] = None
-    batch_size: Annotated[Count, _help("rows a step")] = 32
+    batch_size: Annotated[
+        Count | None, _help("rows a step; when absent 32, or 8 or 16 for speech from random weights, by their number")
+    ] = None
     augment: Annotated[
         Augment | None,
         _help("also train on augmented texts; absent: where the teacher is sure of its answers to the training texts"),

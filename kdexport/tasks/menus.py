@@ -65,7 +65,7 @@ SPEECH = MEDIA._replace(
     temperature=None,
     alpha=0.5,
     conv_rate=5e-3,
-    conv_steps=4_000,
+    conv_steps=8_000,
     unused=dict(MEDIA.unused) | {"teacher.combine": "Name one teacher"},
     ensemble=False,
 )

@@ -100,17 +100,22 @@ def test_the_learning_rate_follows_the_student(name, settings, rate):
     assert derive.learning_rate(spec.Distill(), spec.Student(**settings), name, width).value == rate
 
 
-def test_recognisers_from_random_weights_take_thousands_of_steps():
+def test_recognisers_from_random_weights_take_thousands_of_small_steps():
     conv, given = spec.Student(), spec.Distill()
+    of_rows = {rows: derive.batch_size(given, rows, "random", SPEECH).value for rows in (444, 2_400)}
+    assert of_rows == {444: 8, 2_400: 16}
+    assert derive.batch_size(given, 444, "random").value == derive.batch_size(given, 444, menu=SPEECH).value == 32
+    assert derive.batch_size(spec.Distill(batch_size=5), 444, "random", SPEECH).value == 5
     assert derive.learning_rate(given, conv, "conv:96", 0, SPEECH).value == 5e-3
+    assert derive.learning_rate(given, conv, "conv:96", 0, SPEECH, 8).value == 3.5e-3
     assert derive.learning_rate(given, conv, "conv", 0).value == 2e-3
     assert derive.epochs(given, 2_400, start="random", menu=SPEECH).value == 60
-    assert derive.epochs(given, 1_000, start="random", menu=SPEECH).value == 128
+    assert derive.epochs(given, 444, start="random", menu=SPEECH).value == 145
     assert derive.epochs(given, 100, start="random", menu=SPEECH).value == 200
     assert derive.epochs(given, 1_000, start="random").value == 60
-    for width, epochs, rate in ((0, 54, 5e-3), (384, 20, 1e-3)):
+    for width, *found in ((0, 54, 5e-3, 16), (384, 20, 1e-3, 32)):
         how = derive.training(spec.TeacherTraining(), 2_400, 100, 17, width, trained=False, menu=SPEECH)
-        assert (how.epochs.value, how.learning_rate.value) == (epochs, rate)
+        assert [how.epochs.value, how.learning_rate.value, how.batch_size.value] == found
 
 
 def test_changed_copies_are_gone_over_patiently():
