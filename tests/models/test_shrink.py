@@ -12,7 +12,7 @@ from kdexport.errors import ModelError
 from kdexport.models.shrink import keep_layers, layers_of, narrow
 
 FAMILIES = ["bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra"]
-OTHERS = ["deberta-v2", "modernbert", "mpnet", "albert"]
+OTHERS = ["deberta-v2", "modernbert", "mpnet", "albert", "convbert"]
 EXTRA = {
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 48},
     "modernbert": {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 3},
