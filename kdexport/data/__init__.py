@@ -16,7 +16,7 @@ import msgspec
 from kdexport import spec
 from kdexport.analysis.duplicates import Audit, audit, near_duplicates
 from kdexport.data.passages import Cut
-from kdexport.data.read import read_file
+from kdexport.data.read import read_lines
 from kdexport.data.sources import SPLITS, Checked, Columns, Labels, read_splits, read_unlabelled, to_rows, unify
 from kdexport.data.splits import check_classes, split_off
 from kdexport.errors import DataError, RunError, counted
@@ -25,7 +25,6 @@ from kdexport.progress import say, warn
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import MOST_LETTERS, MOST_WORDS
-from kdexport.tasks.inputs.transcripts import normalised
 
 Rows = list[dict[str, Any]]
 # Rows by split → rows with a label each, how many are left out by cause, and the language's code.
@@ -67,7 +66,8 @@ def prepare(
     """
     of_task = task_class(task, settings.problem)
     content = of_task.content
-    listed = set() if settings.words in ("open", "closed") else _listed(Path(settings.words))
+    lines = [] if settings.words in ("open", "closed") else read_lines(Path(settings.words))
+    listed = {word for line in lines for word in line.split()}
     read: dict[str, Checked] = {}
     sources = read_splits(settings, whole=cut is not None)
     for split, source in sources.items():
@@ -195,14 +195,6 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
         few = f"one label only: {', '.join(labels)}" if labels else "no labels"
         raise DataError(f"the rows have {few}", "Is --label the right column?")
     return task.ordered(labels)
-
-
-def _listed(file: Path) -> set[str]:
-    """Return the words of a file of words or sentences."""
-    lines = (row["text"] for row in read_file(file).rows if isinstance(row, dict) and row.get("text"))
-    if not (words := {word for line in lines for word in normalised(line).split()}):
-        raise DataError(f"{file} holds no words", "Write one a line")
-    return words
 
 
 def _closed(splits: dict[str, Rows], listed: set[str]) -> list[str]:

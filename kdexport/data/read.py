@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from kdexport.errors import DataError, MissingPackage, first_line
+from kdexport.tasks.inputs.transcripts import normalised
 
 _CONLL = {".conll", ".bio", ".iob2"}
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt"} | _CONLL
@@ -54,6 +55,14 @@ def read_file(path: Path, *, whole: bool = False) -> Source:
     if whole:
         return Source(path.name, ["text"], [{"text": path.read_bytes().decode(encoding)}])
     return Source(path.name, ["text"], ({"text": line} for line in _lines(path, encoding)), lines=True)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the texts of a file of words or sentences, in normal form."""
+    found = (normalised(str(row.get("text") or "")) for row in read_file(path).rows if isinstance(row, dict))
+    if not (lines := [line for line in found if line]):
+        raise DataError(f"{path} holds no words", "Write one a line, or in a column named text")
+    return lines
 
 
 def read_stream(stream: BinaryIO) -> Source:

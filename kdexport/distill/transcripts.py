@@ -17,14 +17,14 @@ from msgspec.structs import replace
 
 from kdexport import spec
 from kdexport.data import Summary
-from kdexport.data.read import read_file
+from kdexport.data.read import read_lines
 from kdexport.distill.store import cache_folder
-from kdexport.errors import DataError, ModelError
+from kdexport.errors import ModelError
 from kdexport.files import digest, hash_file, write_bytes, write_json
-from kdexport.models.loading import ModelAndProcessor, open_config
+from kdexport.models.loading import ModelAndProcessor
 from kdexport.models.saving import save_model, save_processor
 from kdexport.models.spoken import choose_language
-from kdexport.models.transcriber import Heard, Transcriber, audio_of, config_of, is_transcriber, writer_of
+from kdexport.models.transcriber import Heard, Transcriber, audio_of, config_of, writer_of
 from kdexport.progress import bar, say, warn
 from kdexport.tasks.config import Arrays, Row, TaskConfig
 from kdexport.tasks.inputs import audio
@@ -69,11 +69,8 @@ def transcribed(
 
     Returns:
         The rows, and how many each filter left out: `improbable`, `compressed`, `repeated`, `empty`, `no sentence`.
-
-    Raises:
-        ModelError: the teacher is no Whisper.
     """
-    allowed = _sentences(sentences) if sentences else []
+    allowed = read_lines(Path(sentences)) if sentences else []
     found = _heard(task, model, [row for row in rows if row["label"] is None], language)
     kept, dropped = Rows(), Counter[str]()
     for row in rows:
@@ -142,12 +139,6 @@ def heard_once(model: Any, task: SpeechSeq2Seq, rows: Rows, soft: Array | None) 
     return rows, soft, Encoded(rows, encode)
 
 
-def _refuse_others(model: str) -> None:
-    if not is_transcriber(open_config(model)):
-        what = f"recordings have no transcripts, and teacher {model} writes none"
-        raise ModelError(what, "Name a Whisper, or add transcripts")
-
-
 def _open(model: str, language: str = "") -> Any:
     """Open a Whisper that writes a language, if it knows several."""
     opened: Any = Transcriber.from_pretrained(model, dtype=torch.float32).eval()
@@ -164,9 +155,9 @@ def _heard(task: str, model: str, rows: Rows, language: str) -> dict[str, Heard]
     """Return what the teacher hears in each recording by its sha256, of which the cache has what was heard before."""
     if not rows:
         return {}
-    _refuse_others(model)
-    weights = {path.name: hash_file(path) for path in sorted(Path(model).glob("*.safetensors"))} or model
-    file = cache_folder() / "transcripts" / f"{digest([weights, _MOST_REPEATS, language])[:32]}.json"
+    kinds = ("*.safetensors", "*.bin", "*.json")  # weights, and what they write by
+    files = {path.name: hash_file(path) for kind in kinds for path in Path(model).glob(kind)} or model
+    file = cache_folder() / "transcripts" / f"{digest([files, _MOST_REPEATS, language])[:32]}.json"
     found = msgspec.json.decode(file.read_bytes(), type=dict[str, Heard]) if file.is_file() else {}
     missing = {row["sha256"]: row for row in rows if row["sha256"] not in found}
     if missing:
@@ -198,13 +189,6 @@ def _doubt(heard: Heard, text: str) -> str:
     if heard.compression > _MOST_COMPRESSION:
         return "compressed"
     return "repeated" if heard.repeats > _MOST_REPEATS else ""
-
-
-def _sentences(path: str) -> list[str]:
-    found = [normalised(row["text"]) for row in read_file(Path(path)).rows if isinstance(row, dict)]
-    if not (found := [one for one in found if one]):
-        raise DataError(f"{path} holds no sentences", "Write one a line")
-    return found
 
 
 def _nearest(text: str, allowed: list[str]) -> str:

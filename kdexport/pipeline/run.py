@@ -43,7 +43,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):
         # 1. Read, check, split and audit the rows.
         data = folder.stage(
-            "data", version=5, reads=files,
+            "data", version=5, reads=[*files, *local(*teachers.read_by(settings))],
             settings=[settings.task, settings.data, settings.seed, *teachers.read_by(settings)],
             build=lambda work: _data(settings, work),
         )  # fmt: skip

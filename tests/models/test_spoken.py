@@ -123,6 +123,28 @@ def test_texts_in_another_language_are_no_texts_of_the_cache(whisper, recordings
     assert len(set(found)) == len(found) == 2
 
 
+def test_another_rule_of_the_teacher_makes_other_transcripts(recordings, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDEXPORT_CACHE", str(tmp_path / "cache"))
+    teacher = write_whisper(tmp_path / "teacher", languages=("en", "de"))
+    rules = json.loads((teacher / "generation_config.json").read_text())
+    rows = [{"audio": str(recordings / "3.wav"), "label": None, "sha256": "3"}]
+    transcribed(rows, TASK, str(teacher), None, "de")
+    (teacher / "generation_config.json").write_text(json.dumps(rules | {"suppress_tokens": list(range(100))}))
+    transcribed(rows, TASK, str(teacher), None, "de")
+    first, second = (json.loads(file.read_bytes())["3"][0] for file in (tmp_path / "cache/transcripts").iterdir())
+    assert first != second
+
+
+def test_another_teacher_in_the_same_folder_transcribes_again(recordings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KDEXPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("kdexport.pipeline.run._teachers", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for seed, built in ((0, True), (0, False), (1, True)):
+        teacher = write_whisper(tmp_path / "teacher", languages=("en", "de"), seed=seed)
+        with pytest.raises(KeyboardInterrupt):
+            package.run(data=recordings, teacher=teacher, task=TASK, out=tmp_path / "run")
+        assert ("hears" in capsys.readouterr().err) is built
+
+
 def test_a_language_that_the_teacher_lacks_is_refused_before_any_work(whisper, recordings, tmp_path):
     with pytest.raises(
         SpecError, match=r"the language 'klingon' is none that teacher .* knows\. Name one of its 3, such as en, de, fr"
