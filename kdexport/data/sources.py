@@ -63,7 +63,8 @@ def local_files(data: spec.Data) -> list[Path]:
     paths += [Path(file) for file in (data.unlabelled, data.sentences, listed) if file]
     for path in paths:
         if not path.exists():
-            raise DataError(f"{path} does not exist", "Check the path")
+            fix = "Take open, closed, or a file of words" if str(path) == listed else "Check the path"
+            raise DataError(f"{path} does not exist", fix)
         if not path.is_file() and not folders.splits_in(path):
             raise DataError(f"{path} holds no images and no recordings", "Check the path")
         if path.stat().st_size == 0:

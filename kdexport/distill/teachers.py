@@ -25,6 +25,7 @@ from kdexport.files import write_json
 from kdexport.progress import say
 from kdexport.runtime import artifact
 from kdexport.spec import derive
+from kdexport.spec.checks import check_whisper
 from kdexport.spec.teachers import Kind, base_of, config_of, has_weights, is_adapter, kind_of, named, optimum_file
 from kdexport.tasks import DEFAULT, load_task, task_class
 
@@ -122,9 +123,7 @@ def transcriber_of(settings: spec.Spec) -> Transcribe | None:
         from kdexport.distill.transcripts import transcribe
 
         return partial(transcribe, task=settings.task, model=model, settings=settings.data)
-    if settings.data.language:
-        what = f"data.language has no effect: teacher {models_of(settings)[0]} is no Whisper"
-        raise ModelError(what, "Remove it")
+    check_whisper(settings, None)
     return None
 
 

@@ -59,8 +59,10 @@ def export(
     given = rows_in(data, text, text_pair, None, skip_bad_rows)
     if source and layout == "hub":
         raise SpecError(f"{model} is an artifact already", "Copy it, or choose another --layout")
-    if vocabulary not in (None, "whole", "corpus") or (vocabulary == "corpus" and not given):
-        raise SpecError(f"--vocabulary {vocabulary} is none", "Take whole, or corpus with the recordings as --data")
+    if vocabulary not in (None, "whole", "corpus"):
+        raise SpecError(f"--vocabulary {vocabulary} is unknown", "Take whole or corpus")
+    if vocabulary == "corpus" and not given:
+        raise SpecError("--vocabulary corpus needs recordings", "Name them with --data")
     if source and (variants or max_length or given or language or vocabulary):
         raise SpecError(f"{model} is an artifact already, so only its layout is left to choose")
     if max_length is not None and max_length < 8:

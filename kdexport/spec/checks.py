@@ -34,7 +34,7 @@ def checked(tree: dict[str, Any], spec: Spec) -> Spec:
     _check_students(spec, menu)
     _check_losses(spec)
     _check_teachers(spec, menu)
-    _check_language(spec)
+    _check_transcriber(spec)
     for key, why, fix in _without_effect(spec, menu):
         section, _, name = key.partition(".")
         if name in (tree.get(section) or {}) and getattr(getattr(spec, section), name) != _default(spec, section, name):
@@ -109,6 +109,8 @@ def _check_students(spec: Spec, menu: Menu) -> None:
         if kinds & menu.own_steps and (wrong := sorted(losses_of(spec) - {menu.losses[0]})):
             unlike = f"compares step by step, and {name} has other steps of time than its teacher"
             raise SpecError(f"distill.loss: {wrong[0]} {unlike}", f"Take {menu.losses[0]}")
+        if shape.network in menu.own_steps and shape.width == 1:
+            raise SpecError(f"student.model: {name!r} has no channel for each of two directions", "Take two or more")
     if menu.own_steps and (config := config_of(named(spec)[0])):
         layered = [name for name, shape in shapes.items() if shape.kind in LAYERS]
         if layered and "conv_stride" not in config:
@@ -174,15 +176,22 @@ def _check_teachers(spec: Spec, menu: Menu) -> None:
         raise SpecError(f"distill.loss: {layers[0]} reads the teacher's layers, and {what} shows none", "Take kl")
 
 
-def _check_language(spec: Spec) -> None:
-    """Refuse a language that the teacher lacks, as far as its files tell."""
+def _check_transcriber(spec: Spec) -> None:
+    """Refuse, as far as the teacher's files tell, settings of a Whisper for another, and a language that it lacks."""
     teacher, asked = named(spec)[0], spec.data.language
     config, rules = config_of(teacher), config_of(teacher, "generation_config.json")
-    if asked is None or not config or not task_class(spec.task).transcribes:
+    if not config or not task_class(spec.task).transcribes:
         return
-    if config.get("model_type") != TRANSCRIBER:
-        raise SpecError(f"data.language has no effect: teacher {teacher} is no Whisper", "Remove it")
-    known_language(asked, f"teacher {teacher}", codes_of(rules, config.get("vocab_size", 0)))
+    check_whisper(spec, config.get("model_type"))
+    if asked:
+        known_language(asked, f"teacher {teacher}", codes_of(rules, config.get("vocab_size", 0)))
+
+
+def check_whisper(spec: Spec, family: str | None) -> None:
+    """Refuse settings that only a Whisper reads for a teacher of another family."""
+    for key in ("language", "sentences"):
+        if getattr(spec.data, key) and family != TRANSCRIBER:
+            raise SpecError(f"data.{key} has no effect: teacher {named(spec)[0]} is no Whisper", "Remove it")
 
 
 def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
@@ -201,6 +210,8 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield "data.words", "on texts that are written token by token", "Remove it, or take a conv"
     else:
         yield "student.seconds", f"on {spec.task}", "Remove it: it is of a smaller Whisper"
+        if spec.distill.alpha == 0:
+            yield "distill.max_word_error", "with alpha 0", "Raise alpha, or remove it"
     if len(named(spec)) == 1:
         yield "teacher.weights", "with one teacher", "Remove it"
         if spec.teacher.passes == 1:

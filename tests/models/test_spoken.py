@@ -156,6 +156,13 @@ def test_a_language_that_the_teacher_lacks_is_refused_before_any_work(whisper, r
     ):
         settings(english, recordings, language="de")
     assert settings(english, recordings, language="english").data.language == "english"
+    unnamed = write_whisper(tmp_path / "unnamed", languages=("en", "de"))
+    rules = json.loads((unnamed / "generation_config.json").read_text())
+    (unnamed / "generation_config.json").write_text(json.dumps(rules | {"lang_to_id": {}}))
+    config = json.loads((unnamed / "config.json").read_text())
+    (unnamed / "config.json").write_text(json.dumps(config | {"vocab_size": 51_865}))  # as a multilingual one has
+    with pytest.raises(SpecError, match=r"Add lang_to_id to its generation_config\.json"):
+        settings(unnamed, recordings, language="de")
 
 
 def test_a_language_that_nobody_names_is_said(whisper, capsys):

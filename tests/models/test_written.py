@@ -132,6 +132,6 @@ def test_optimum_reads_it(recordings, exported, optimum):
 
 
 def test_a_vocabulary_needs_the_recordings_that_it_is_of(whole, tmp_path):
-    for name, more in (("corpus", {}), ("train", {"data": "orders"})):
-        with pytest.raises(SpecError, match=r"Take whole, or corpus with the recordings as --data"):
-            export(whole, tmp_path / "none", vocabulary=name, **more)
+    for name, said in (("corpus", "needs recordings. Name them with --data"), ("train", "is unknown. Take whole or")):
+        with pytest.raises(SpecError, match=f"--vocabulary {name} {said}"):
+            export(whole, tmp_path / "none", vocabulary=name)

@@ -59,6 +59,23 @@ def test_a_wrong_key_or_value_is_named_in_one_line(changes, says):
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("distill", {"alpha": 0, "max_word_error": 0.1}, "distill.max_word_error has no effect with alpha 0"),
+        ("student", {"model": "gru:1"}, "student.model: 'gru:1' has no channel for each of two directions"),
+        ("data", {"train": "a.csv", "sentences": "a.txt"}, "data.sentences has no effect: teacher .* is no Whisper"),
+        ("data", {"train": "a.csv", "language": "de"}, "data.language has no effect: teacher .* is no Whisper"),
+    ],
+)
+def test_a_setting_of_speech_without_effect_is_refused(tmp_path, key, value, says):
+    (tmp_path / "config.json").write_text('{"model_type": "wav2vec2", "conv_stride": [5], "num_hidden_layers": 2}')
+    speech = {"task": "automatic-speech-recognition", "data": {"train": "a.csv"}, "teacher": {"model": str(tmp_path)}}
+    spec.parse(speech, "s.yaml")
+    with pytest.raises(SpecError, match=says):
+        spec.parse(speech | {key: value}, "s.yaml")
+
+
+@pytest.mark.parametrize(
     ("text", "says"), [("a: [1", "line 1 is not valid YAML"), ("", "holds no settings"), ("- 1", "holds no settings")]
 )
 def test_a_file_that_is_no_spec_is_refused(tmp_path, text, says):

@@ -130,7 +130,8 @@ def test_a_closed_vocabulary_is_of_the_train_transcripts(tmp_path, capsys):
 def test_lists_of_speech_are_files_of_the_data(tmp_path):
     (tmp_path / "train.csv").write_text("audio,text\na.wav,ab\n")
     for key in ("words", "sentences"):
-        with pytest.raises(DataError, match=r"none\.txt does not exist"):
+        mend = "Take open, closed, or a file of words" if key == "words" else "Check the path"
+        with pytest.raises(DataError, match=rf"none\.txt does not exist\. {mend}"):
             local_files(spec.Data(train=str(tmp_path / "train.csv"), **{key: str(tmp_path / "none.txt")}))
 
 

@@ -49,5 +49,6 @@ def known_language(asked: str, model: str, known: Collection[str]) -> str:
     if code not in known:
         some = ", ".join([one for one in NAMES if one in known][:6])
         fix = f"Name one of its {len(known)}, such as {some}" if len(known) > 1 else "Name a multilingual Whisper"
+        fix = fix if known else "Add lang_to_id to its generation_config.json, which names no languages"
         raise SpecError(f"the language {asked!r} is none that {model} knows", fix)
     return code
