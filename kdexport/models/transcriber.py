@@ -92,7 +92,9 @@ class Transcriber(WhisperForConditionalGeneration):  # type: ignore[misc] # tran
     @property
     def language(self) -> str:
         """The code of the language that it writes; empty where that is not known."""
-        named = getattr(self.generation_config, "language", None)
+        rules = self.generation_config.to_dict()
+        forced = {token for _, token in rules.get("forced_decoder_ids") or ()}
+        named = rules.get("language") or next((code for code, i in tokens_of(rules).items() if i in forced), "")
         return code_of(named) if named else "en" if self.languages == ["en"] else ""
 
     @torch.inference_mode()

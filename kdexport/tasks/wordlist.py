@@ -46,10 +46,11 @@ class WordList:
         # The best path to each entry that is at a blank now, and at its last character.
         blank, spoken = np.full((2, len(self._label)), -inf)
         blank[0] = 0.0
-        was_spoken, entered = np.zeros((2, len(logs), len(self._label)), bool)
+        # A bit for each step and entry: a long list has a million of them, and a recording 1,500 steps.
+        was_spoken, entered = np.zeros((2, len(logs), len(self._label) // 8 + 1), np.uint8)
         left = np.zeros(len(logs), np.int64)  # the entry before a space
         for t, step in enumerate(logs):
-            was_spoken[t] = spoken > blank
+            _set_bits(was_spoken[t], spoken > blank)
             both = np.maximum(blank, spoken)
             if step[0] > _CERTAIN:
                 blank, spoken = both + step[0], np.full(len(both), -inf)
@@ -57,7 +58,7 @@ class WordList:
             before = np.where(self._twice, blank[self._parent], both[self._parent])
             left[t] = self._ends[both[self._ends].argmax()]
             before[0] = both[left[t]] if self._has_space else -inf
-            entered[t] = before > spoken
+            _set_bits(entered[t], before > spoken)
             spoken = np.maximum(before, spoken) + step[self._label]
             blank = both + step[0]
         place = self._ends[np.maximum(blank, spoken)[self._ends].argmax()]
@@ -65,9 +66,17 @@ class WordList:
         for t in range(len(logs) - 1, -1, -1):
             path[t] = self._label[place] if speaks else 0
             if not speaks:
-                speaks = was_spoken[t, place]
-            elif entered[t, place]:
+                speaks = _bit(was_spoken[t], place)
+            elif _bit(entered[t], place):
                 came = self._parent[place] if place else left[t]
-                speaks = was_spoken[t, came] and not self._twice[place]
+                speaks = _bit(was_spoken[t], came) and not self._twice[place]
                 place = came
         return path
+
+
+def _set_bits(packed: Array, values: Array) -> None:
+    packed[: -(-len(values) // 8)] = np.packbits(values, bitorder="little")
+
+
+def _bit(packed: Array, place: int) -> bool:
+    return bool(packed[place // 8] >> place % 8 & 1)

@@ -171,6 +171,14 @@ def test_a_language_that_nobody_names_is_said(whisper, capsys):
     assert "knows 3 languages, and writes English (en); --language names another" in capsys.readouterr().err
 
 
+def test_a_language_that_is_forced_stays(whisper):
+    model = Transcriber.from_pretrained(whisper)
+    rules = model.generation_config
+    rules.forced_decoder_ids = [[1, rules.lang_to_id["<|fr|>"]], *rules.forced_decoder_ids[1:]]
+    assert choose_language(model, str(whisper), None, [], task=TASK, key="--language") == "fr"
+    assert choose_language(model, str(whisper), "de", [], task=TASK, key="--language") == model.language == "de"
+
+
 @pytest.fixture(scope="module")
 def german(whisper, tmp_path_factory):
     folder = tmp_path_factory.mktemp("german") / "artifact"

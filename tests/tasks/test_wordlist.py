@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from kdexport.errors import DataError
+from kdexport.tasks.config import MOST_LETTERS, MOST_WORDS
 from kdexport.tasks.metrics import log_softmax
 from kdexport.tasks.wordlist import WordList
 
@@ -85,6 +87,18 @@ def test_an_alphabet_without_a_space_has_one_word():
     for seed in range(20):
         path = words.path(np.random.default_rng(seed).normal(0, 3, (9, 3)))
         assert spelled(["<pad>", "a", "b"], path) in ("", "ab", "b")
+
+
+def test_memory_is_bounded_for_long_lists_of_long_words():
+    """The most words and letters that an artifact may have, and 200 steps."""
+    random = np.random.default_rng(0)
+    words = ["".join(LABELS[2 + i] for i in random.integers(0, 26, MOST_LETTERS)) for _ in range(MOST_WORDS)]
+    listed, logits = WordList(words, LABELS), random.normal(size=(200, len(LABELS)))
+    tracemalloc.start()
+    listed.path(logits)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64e6
 
 
 def test_silence_and_steps_behind_the_recording_change_nothing():
