@@ -69,7 +69,7 @@ def variants(r: Report) -> Section:
 def _rows(r: Report) -> str:
     name = f"{read_by(r)}s"
     if lasted := r.bench.durations:
-        return f"{name} of {lasted['p5']:.2g} to {lasted['p95']:.2g} s (5th to 95th percentile)"
+        return f"{name} of {lasted['p5']:.3g} to {lasted['p95']:.3g} s (5th to 95th percentile)"
     if not (found := r.bench.tokens):
         return name
     cut = f", {found['cut_percent']} % fill all {found['limit']} that are read" if found.get("cut_percent") else ""

@@ -210,7 +210,7 @@ class Task:
         return [1] * len(encoded)
 
     def duration(self, row: Row) -> float | None:
-        """Return the seconds of a row's recording; None where rows are none."""
+        """Return the seconds of a row's recording that are read; None where rows are no recordings."""
         return None
 
     def lengths(self) -> list[int]:

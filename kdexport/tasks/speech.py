@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from kdexport.errors import TooLarge
 from kdexport.tasks.config import Row
-from kdexport.tasks.inputs.audio import Sounds, seconds_of
+from kdexport.tasks.inputs.audio import Sounds
 from kdexport.tasks.inputs.media import bytes_of
 from kdexport.tasks.inputs.recordings import read_header
 from kdexport.tasks.transcripts import Transcripts
@@ -34,7 +34,3 @@ class Speech(Sounds, Transcripts):
         lasts = read_header(bytes_of(row["audio"])).seconds
         if lasts > self.longest:
             raise TooLarge(f"it lasts {lasts:.1f} s; the model reads {self.longest:.1f}", "Cut it")
-
-    @property
-    def longest(self) -> float:
-        return seconds_of(self._how)

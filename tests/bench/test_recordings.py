@@ -148,10 +148,15 @@ def test_small_factors_keep_their_digits_and_texts_have_none():
     assert "real-time factor" in headers(made([text, heard], F1))
     assert table(made([text, heard], F1))[0][headers(made([text, heard], F1)).index("real-time factor")] == "–"
     assert "real-time" not in html(page_of(made([text], F1)))
+    report = made([heard], F1)
+    lasted = msgspec.structs.replace(report.bench, durations={"p5": 0.5, "p50": 30.0, "p95": 120.0, "p100": 121.0})
+    assert "of 0.5 to 120 s (5th to 95th" in html(page_of(msgspec.structs.replace(report, bench=lasted)))
 
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: f"{kind.name}-{kind.problem}")
-def test_rows_last_only_where_they_are_recordings(kind):
+def test_recordings_last_as_long_as_they_are_read_and_other_rows_do_not(kind, monkeypatch):
     task = kind.__new__(kind)
-    wanted = pytest.approx(0.5) if kind.modality == "audio" else None
-    assert task.duration({"text": "a", "audio": sound(0.5), "image": "i.png"}) == wanted
+    for longest in (0.5, 0.2):
+        monkeypatch.setattr(kind, "longest", longest, raising=False)
+        wanted = pytest.approx(min(0.4, longest)) if kind.modality == "audio" else None
+        assert task.duration({"text": "a", "audio": sound(0.4), "image": "i.png"}) == wanted

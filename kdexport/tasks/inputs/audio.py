@@ -85,8 +85,13 @@ class Sounds(Media):
         header = read_header(content, self._read)
         return header.decoding_seconds + header.frames * _SECONDS_PER_SAMPLE
 
+    @property
+    def longest(self) -> float:
+        """The seconds of the longest recording that is read whole."""
+        return seconds_of(self._how)
+
     def duration(self, row: Row) -> float:
-        return read_header(bytes_of(row[self.modality])).seconds
+        return min(read_header(bytes_of(row[self.modality])).seconds, self.longest)
 
     def shapes(self) -> dict[str, list[int]]:
         bands = [self._how.mels] if self._how.mels else []
