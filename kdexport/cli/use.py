@@ -56,7 +56,7 @@ def predict(
     import msgspec
 
     from kdexport import spec
-    from kdexport.data.read import read_file, read_lines, read_stream
+    from kdexport.data.read import read_lines, read_stream
     from kdexport.data.sources import read_test, to_answer
     from kdexport.progress import warn
     from kdexport.runtime.artifact import read_columns, split_name
@@ -64,7 +64,8 @@ def predict(
     from kdexport.runtime.predictor import load, row_of
     from kdexport.spec.flags import rows_in
 
-    model, columns = load(artifact, variant, threads, read_lines(words) if words else None), read_columns(split_name(artifact)[0])
+    model = load(artifact, variant, threads, read_lines(words) if words else None)
+    columns = read_columns(split_name(artifact)[0])
     reads, generates = model.task.modality, model.task.generates
     if inputs and file:
         raise SpecError("texts and --file were both given", "Give one of them")

@@ -95,8 +95,9 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
     if getattr(config, "num_hidden_groups", None) == 1:
         return nn.ModuleList()
     lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    # Wav2Vec2 and its kin have lists of convolutions as well, conv_layers and pos_conv_embed.
-    found = {name: part for name, part in lists.items() if len(part) == config.num_hidden_layers and "conv_" not in name}
+    # Wav2Vec2 and its kin have lists of convolutions as well: conv_layers and pos_conv_embed.
+    fitting = {name: part for name, part in lists.items() if len(part) == config.num_hidden_layers}
+    found = {name: part for name, part in fitting.items() if "conv_" not in name}
     outer = [part for name, part in found.items() if not any(name.startswith(f"{other}.") for other in found)]
     if len(outer) != 1:
         raise ModelError(f"of a {config.model_type} model the layers can't be told", "Take another teacher")

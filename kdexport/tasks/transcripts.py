@@ -53,6 +53,11 @@ class Transcripts(Task):
         """Return the text of each row."""
         raise NotImplementedError
 
+    @property
+    def longest(self) -> float:
+        """The seconds of the longest recording that is read."""
+        raise NotImplementedError
+
     @staticmethod
     def canonical(row: dict[str, Any]) -> dict[str, Any] | str:
         text = row["label"]

@@ -14,7 +14,7 @@ from tones import sentences, wav, write_folder
 import kdexport as package
 from kdexport import spec
 from kdexport.data import prepare, read_rows, read_summary
-from kdexport.errors import DataError, ModelError, SpecError
+from kdexport.errors import DataError, SpecError
 from kdexport.pipeline.run import run as run_pipeline
 from kdexport.results import read_report
 from kdexport.tasks.inputs.media import bytes_of
