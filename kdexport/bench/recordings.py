@@ -1,4 +1,4 @@
-"""What is known of recordings beyond a row's latency: by their durations, and by the parts of a recogniser."""
+"""Figures of recordings: real-time factor, latency by duration, and the times of a recogniser's encoder and decoder."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,7 +17,7 @@ _QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
 
 def start_of(number: int) -> int:
-    """Return the row where a round begins: each at another, so that slow variants see all of them."""
+    """Return the first row of a round; rounds begin at different rows, so that slow variants see all of them."""
     return number * _STEP
 
 
@@ -66,5 +66,5 @@ def parts(rounds: Iterable[Samples]) -> dict[str, float]:
 
 
 def _in_order(number: int, samples: Samples, of_rows: Array) -> Array:
-    """Return a fact of each row that a round measured, by those of all rows."""
+    """Return the values of the rows that a round measured, in its order."""
     return of_rows[(start_of(number) + np.arange(len(samples.total_us))) % len(of_rows)]

@@ -148,11 +148,12 @@ def export(
     text_pair: options.TextPair = None,
     skip_bad_rows: options.SkipBadRows = False,
     language: Annotated[
-        str | None, Flag(help="Of a multilingual Whisper: de, german.", show_default="heard in --data, else English")
+        str | None,
+        Flag(help="Language of a multilingual Whisper: de, german.", show_default="heard in --data, else English"),
     ] = None,
     vocabulary: Annotated[
         str | None,
-        Flag(help="Of a Whisper: whole, or corpus: the tokens that it writes for --data.", show_default="whole"),
+        Flag(help="Tokens of a Whisper: whole, or corpus, those that it writes for --data.", show_default="whole"),
     ] = None,
     name: Annotated[str | None, Flag(help="Name in triton and kserve.", show_default="the folder's")] = None,
     image: Annotated[str | None, Flag(help="Name of kserve's image.", show_default="<name>:<version>")] = None,
@@ -171,6 +172,7 @@ def export(
     [bold]Examples[/bold]
       kdexport export ./my-bert artifacts/tickets
       kdexport export ./my-bert artifacts/tickets --data tickets.csv --variants fp32,int8,fp16
+      kdexport export openai/whisper-base artifacts/orders --language german --data ./orders --vocabulary corpus
       kdexport export runs/demo:int8 repository --layout triton
     """
     given = arguments(locals())

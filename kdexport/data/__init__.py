@@ -39,7 +39,7 @@ class Summary(msgspec.Struct, frozen=True):
 
     `unlabelled` counts the texts beyond the splits, `columns` are the names of train's columns, `doubted` by split how
     many of the teacher's transcripts each filter left out, `heard` how many it gave to test rows, `words` the closed
-    vocabulary, if it is one, `language` the code of what is spoken, where it is known.
+    vocabulary, if it is one, `language` the code of the spoken language, where it is known.
     """
 
     rows: dict[str, int]

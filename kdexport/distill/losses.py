@@ -234,8 +234,8 @@ def ctc_of_teacher(student_logits: Tensor, teacher_logits: Tensor, labels: Tenso
 def by_step(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return both logits [M, C] at the M steps that the recordings of a batch [B, T, C] have, for losses of rows.
 
-    Behind a recording's end the teacher's are certain blanks, and where a text stands for what it hears they are those
-    of a path that no step of time belongs to: exactly 0 and `NEVER` both times.
+    Steps without logits of the teacher's own are left out: the certain blanks behind a recording's end, and paths made
+    of a transcript. Both are exactly 0 and `NEVER`.
     """
     steps = min(student_logits.shape[1], teacher_logits.shape[1])
     student_logits, teacher_logits = student_logits[:, :steps], teacher_logits[:, :steps]

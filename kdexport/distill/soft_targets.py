@@ -60,7 +60,7 @@ def write_targets(
     Args:
         run_teacher: rows → logits, in place of the teacher's own.
         samples: how many passages a language model generates, to train on as well.
-        max_word_error: of speech: see `Transcripts.corrected`.
+        max_word_error: for speech; see `Transcripts.corrected`.
 
     Raises:
         ModelError: a teacher is near chance on the labelled rows, or gives no finite logits.

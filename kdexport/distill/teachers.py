@@ -118,7 +118,7 @@ def transcribed_by(settings: spec.Spec) -> list[str]:
 
 
 def transcriber_of(settings: spec.Spec) -> Transcribe | None:
-    """Return what labels rows without a label by the teacher, where it can; refuse a language for others."""
+    """Return the function that transcribes by the teacher, if that is a Whisper; refuse settings of one for others."""
     for model in transcribed_by(settings):
         from kdexport.distill.transcripts import transcribe
 

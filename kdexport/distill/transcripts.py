@@ -140,7 +140,7 @@ def heard_once(model: Any, task: SpeechSeq2Seq, rows: Rows, soft: Array | None) 
 
 
 def _open(model: str, language: str = "") -> Any:
-    """Open a Whisper that writes a language, if it knows several."""
+    """Open a Whisper, set to a language if it knows several."""
     opened: Any = Transcriber.from_pretrained(model, dtype=torch.float32).eval()
     if language and len(opened.languages) > 1:
         opened.generation_config.language = language

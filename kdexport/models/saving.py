@@ -240,7 +240,7 @@ def save_writer(
     rules._from_model_config = False  # transformers would write the model's defaults in its place
     rules.return_timestamps, rules.is_multilingual = False, bool(getattr(rules, "is_multilingual", False))
     if len(model.languages) > 1:
-        rules.task, rules.forced_decoder_ids = "transcribe", None  # the language says what is forced
+        rules.task, rules.forced_decoder_ids = "transcribe", None  # `language` and `task` stand for them
     rules.no_timestamps_token_id = ids.get(NO_TIMES)
     written = load_task(out)
     model.writes(written, written)

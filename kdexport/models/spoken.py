@@ -1,4 +1,4 @@
-"""The language that a Whisper writes: as asked for, as its own settings name it, or as it hears."""
+"""The language that a Whisper writes: as asked for, as set in its generation_config.json, or as detected."""
 
 from collections.abc import Sequence
 from typing import Any

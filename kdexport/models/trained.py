@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdexport.errors import ModelError, SpecError
+from kdexport.errors import ModelError, SpecError, counted
 from kdexport.models.inference import logits_of
 from kdexport.models.loading import ModelAndProcessor, alphabet_of, open_classifier, open_config, own_labels
 from kdexport.models.registry import task_of
@@ -53,7 +53,8 @@ def take_trained(
         if vocabulary == "corpus":
             with bar("vocabulary", len(rows)) as advance:
                 kept = trim_writer(written, out, logits_of(written, load_task(out), rows, advance=advance))
-            say(f"vocabulary: {kept:,} of {config.vocab_size:,} tokens, those that it writes for --data")
+            of = f"those that it writes for {counted(len(rows), 'recording')} of --data"
+            say(f"vocabulary: {kept:,} of {config.vocab_size:,} tokens, {of}")
         _write(ModelAndProcessor(written, None), rows, out, model)
         return
     for flag, value in {"language": language, "vocabulary": vocabulary}.items():

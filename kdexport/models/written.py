@@ -1,4 +1,4 @@
-"""A Whisper with the tokens alone that it has to write: its table, tokenizer, rules of generation, and task."""
+"""A Whisper with a smaller vocabulary: its table, tokenizer, generation_config.json and task."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +19,8 @@ from kdexport.tasks.metrics import Array
 def trim_writer(model: Transcriber, folder: Path, outputs: Array) -> int:
     """Trim a Whisper in place, and its tokenizer and `task.json` in a folder; return how many tokens it has now.
 
-    The tokens that it wrote in `outputs` stay, those of these texts, and what `trim_vocabulary` says. So a text of
-    these is written as before, and any other can still be, in more tokens.
+    The tokens in `outputs` stay, those that spell these texts, and those that `trim_vocabulary` needs. So these texts
+    are written as before, and any other text can still be written, in more tokens.
     """
     tokenizer, task = open_tokenizer(str(folder)), load_task(folder)
     assert writes_speech(task)

@@ -98,8 +98,8 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     `max_length`, `pad_id`, `pad_type_id` and the sides are for texts, `image` for images, `audio` for sound; long texts
     are cut on their `truncation_side`. For language models, `kept` is the number of top tokens in an output, and
     `end_id` the token that ends a text; so too for speech that a `decoder` writes, of at most `max_length` tokens. Of
-    other speech, `words` are the only ones that are recognised, if there are any. `language` is the code of
-    what is spoken, where it is known.
+    other speech, `words` are the only ones that are recognised, if there are any. `language` is the code of the
+    spoken language, where it is known.
     """
 
     task: Name

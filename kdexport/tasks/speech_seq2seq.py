@@ -31,7 +31,7 @@ Read = Callable[[Array, Any], tuple[Array, Any]]
 
 # OpenAI's `transcribe` takes a recording for silence where both hold.
 _SILENT, _UNSURE = 0.6, -1.0
-# The least probability of all but a few tokens that losses of packed outputs read.
+# The probability of all other tokens together beside one of a transcript; losses of packed outputs read no less.
 _REST = 1e-6
 # So many last tokens that repeat with a period of at most so many are a loop.
 _LOOP, _LONGEST_PERIOD = 24, 8
@@ -208,7 +208,7 @@ class SpeechSeq2Seq(Speech):
         return packed
 
     def target_of(self, text: str) -> Array:
-        """A line for each token of a text, whose probability is 1 but for what is left of it in training."""
+        """Return a line for each token of a text, with a probability of nearly 1."""
         packed: Array = self.nothing(1, self.config.max_length)[0]
         tokens, vocabulary = self.tokens({"label": text})["tokens"], self._tokenizer.get_vocab_size()
         logs = np.full((len(tokens), vocabulary), math.log(_REST / vocabulary), np.float32)

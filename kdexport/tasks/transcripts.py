@@ -77,7 +77,7 @@ class Transcripts(Task):
         raise NotImplementedError
 
     def corrected(self, logits: Array, rows: Sequence[Row], most: float) -> tuple[Array, int]:
-        """Put the transcript in the place of a teacher's text that has a higher word error rate than `most`.
+        """Replace a teacher's text by the transcript where its word error rate is above `most`.
 
         Returns:
             The logits to teach by, and how many were corrected.

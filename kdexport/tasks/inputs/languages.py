@@ -23,13 +23,13 @@ _CODES = {name: code for code, name in NAMES.items()}
 
 
 def code_of(language: str) -> str:
-    """Return the code of a language: of `German`, `de-AT` or `<|de|>` it is `de`; one that is not known as it is."""
+    """Return the code of a language: `de` for `German`, `de-AT` and `<|de|>`; an unknown name stays as it is."""
     plain = language.strip().strip("<|>").lower()
     return _CODES.get(plain) or plain.replace("_", "-").partition("-")[0]
 
 
 def shown(code: str) -> str:
-    """Return a language as it is shown to people: `German (de)`."""
+    """Format a language: `German (de)`."""
     return f"{NAMES[code].title()} ({code})" if code in NAMES else code
 
 
@@ -44,7 +44,7 @@ def codes_of(rules: Mapping[str, Any], vocabulary: int) -> list[str]:
 
 
 def known_language(asked: str, model: str, known: Collection[str]) -> str:
-    """Return the code of a language that a Whisper is asked for, or raise a SpecError where it is none of the known."""
+    """Return the code of a language; raise SpecError if it is not among those that a Whisper knows."""
     code = code_of(asked)
     if code not in known:
         some = ", ".join([one for one in NAMES if one in known][:6])
