@@ -158,12 +158,9 @@ def _open_torch(target: Target, threads: int) -> Opened:
 
         return writing(task, read, run)._replace(gpu_peak_mb=gpu_peak_mb)
     if writes_speech(task) and target.runtime == "torch" and not cuda:
-
-        @torch.inference_mode()
-        def hear(inputs: Arrays) -> Any:
-            return model.encoded(torch.from_numpy(inputs[task.config.inputs[0]]))
-
-        return hearing(task, hear, lambda states: torch.inference_mode()(model.reader(states)))
+        bands, without_grad = task.config.inputs[0], torch.inference_mode()
+        hear = without_grad(lambda inputs: model.encoded(torch.from_numpy(inputs[bands])))
+        return hearing(task, hear, lambda states: without_grad(model.reader(states)))
     return Opened(task.encode, run, task.decode, gpu_peak_mb, device_ms)
 
 

@@ -67,17 +67,10 @@ def save_task(
             if ctc:
                 audio = replace(audio, steps=_steps(model, audio))
                 _save_alphabet(labels, out)
-        inputs = [model.main_input_name]
         config = TaskConfig(
-            task=task,
-            labels=list(labels),
-            inputs=inputs,
-            function=function,
-            image=image,
-            audio=audio,
-            words=list(words),
-            language=language,
-        )
+            task=task, labels=list(labels), inputs=[model.main_input_name], function=function, image=image, audio=audio,
+            words=list(words), language=language,
+        )  # fmt: skip
         tokenizer.save_pretrained(out)
         write_json(out / "task.json", config)
         return

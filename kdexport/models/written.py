@@ -1,6 +1,5 @@
 """A Whisper with a smaller vocabulary: its table, tokenizer, generation_config.json and task."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ def trim_writer(model: Transcriber, folder: Path, outputs: Array) -> int:
     new = {int(old): i for i, old in enumerate(kept)}
     rules = model.generation_config
     for name in ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids"):
-        if getattr(model.config, name, None) is not None:  # where older models have them
-            if name != "forced_decoder_ids":  # the language and the task say those
+        if getattr(model.config, name, None) is not None:  # older models have them in config.json
+            if name != "forced_decoder_ids":  # which follow from the language and the task
                 setattr(rules, name, getattr(rules, name, None) or getattr(model.config, name))
             setattr(model.config, name, None)
     for name, value in vars(rules).items():
@@ -43,17 +42,13 @@ def trim_writer(model: Transcriber, folder: Path, outputs: Array) -> int:
         elif name.endswith("_token_id") and value is not None:
             setattr(rules, name, new[value])
     save_whisper_tokenizer(tokenizer, folder)
-    write_json(folder / "task.json", _renumbered(task.config, new))
-    task = load_task(folder)
-    model.writes(task, task)
-    return len(kept)
-
-
-def _renumbered(config: Any, new: Mapping[int, int]) -> Any:
+    config: Any = task.config
     old = config.decoder
     decoder = replace(
         old, start=[new[token] for token in old.start], never=[new[token] for token in old.never if token in new],
-        never_first=[new[token] for token in old.never_first if token in new],
-        silence=None if old.silence is None else new[old.silence],
+        never_first=[new[token] for token in old.never_first if token in new], silence=new.get(old.silence),
     )  # fmt: skip
-    return replace(config, decoder=decoder, end_id=new[config.end_id])
+    write_json(folder / "task.json", replace(config, decoder=decoder, end_id=new[config.end_id]))
+    task = load_task(folder)
+    model.writes(task, task)
+    return len(kept)

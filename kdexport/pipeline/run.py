@@ -123,9 +123,7 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
         rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width, menu, batch.value)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
     if summary.language:
-        why = (
-            "as given" if settings.data.language else "what the teacher hears in the train recordings, or its only one"
-        )
+        why = "as given" if settings.data.language else "detected by the teacher in train, or its only one"
         derived["data.language"] = (summary.language, why)
     taught, judging = (sum(row["label"] is not None for row in split) for split in (train, validation))
     if training := teachers.training_of(settings, taught, judging, labels):
