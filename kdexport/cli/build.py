@@ -172,7 +172,7 @@ def export(
     [bold]Examples[/bold]
       kdexport export ./my-bert artifacts/tickets
       kdexport export ./my-bert artifacts/tickets --data tickets.csv --variants fp32,int8,fp16
-      kdexport export openai/whisper-base artifacts/orders --language german --data ./orders --vocabulary corpus
+      kdexport export openai/whisper-base artifacts/orders --language german --data ./orders/train --vocabulary corpus
       kdexport export runs/demo:int8 repository --layout triton
     """
     given = arguments(locals())
