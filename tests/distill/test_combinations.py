@@ -142,9 +142,12 @@ def stages(request, tmp_path_factory):
     rows = rows_of(task, problem, labels, data)
     for split in ("train", "validation", "test"):
         write_rows(data, split, rows)
+    counts = dict.fromkeys(("train", "validation", "test"), len(rows))
+    summary = Summary(counts, labels, 0, [], Audit(0, 0, 0, {}, {}, {}), 0, task, problem)
+    write_json(data / "data.json", summary)
     if problem == "seq2seq":
         whisper = str(write_whisper(run / "whisper"))
-        prepare_transcriber(task, whisper, problem, labels, read_rows(data, "train"), teacher)
+        prepare_transcriber(summary, whisper, read_rows(data, "train"), teacher)
     else:
         opened = teacher_of(task, labels, problem)
         function = task_class(task, problem).function
@@ -154,8 +157,6 @@ def stages(request, tmp_path_factory):
     model, opened_task = open_trained(teacher), load_task(teacher)
     for split in ("train", "validation", "test"):
         np.save(targets / f"{split}.npy", logits_of(model, opened_task, read_rows(data, split)))
-    counts = dict.fromkeys(("train", "validation", "test"), len(rows))
-    write_json(data / "data.json", Summary(counts, labels, 0, [], Audit(0, 0, 0, {}, {}, {}), 0, task, problem))
     return task, problem, data, teacher, targets
 
 
