@@ -99,7 +99,7 @@ def test_a_closed_vocabulary_writes_its_words_alone(task):
     assert closed.texts(logits) == [closed.decode(logits)[0].text] == ["ab cd"]
     assert closed.texts(path(task)) == [""]
     assert closed.decode(logits)[0].score < task.decode(logits)[0].score
-    heard = closed.path_of("ad b")[None]
+    heard = closed.target_of("ad b")[None]
     assert closed.texts(heard) == ["ad b"], "a transcript keeps the words that it has"
 
 
