@@ -152,7 +152,7 @@ def _small_batch(rows: int, menu: Menu) -> Derived:
 
 
 def _random_rate(menu: Menu, batch: float) -> Derived:
-    value = menu.conv_rate * min(1.0, batch / 16) ** 0.5
+    value = menu.conv_rate * min(1.0, batch / 16)
     return Derived(float(f"{value:.2g}"), f"{menu.conv_rate:g} from random weights, less below 16 rows a step")
 
 

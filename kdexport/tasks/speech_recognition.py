@@ -164,8 +164,9 @@ class SpeechRecognition(Speech):
         return Transcript(" ".join(word.word for word in words), score, words)
 
     def _path(self, logits: Array) -> Array:
-        """Return the label of each step of logits [T', V]."""
-        return self._words.path(logits) if self._words else np.asarray(logits.argmax(axis=1))
+        """Return the label of each step of logits [T', V]; a transcript's own path has words beyond the listed ones."""
+        is_transcript = np.count_nonzero(logits == NEVER) == logits.size - len(logits)
+        return self._words.path(logits) if self._words and not is_transcript else np.asarray(logits.argmax(axis=1))
 
     def _characters(self, path: Array) -> list[tuple[str, int, int]]:
         """Return each character of a path with its first step and the one behind its last."""

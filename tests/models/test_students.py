@@ -107,7 +107,7 @@ def test_recognisers_from_random_weights_take_thousands_of_small_steps():
     assert derive.batch_size(given, 444, "random").value == derive.batch_size(given, 444, menu=SPEECH).value == 32
     assert derive.batch_size(spec.Distill(batch_size=5), 444, "random", SPEECH).value == 5
     assert derive.learning_rate(given, conv, "conv:96", 0, SPEECH).value == 5e-3
-    assert derive.learning_rate(given, conv, "conv:96", 0, SPEECH, 8).value == 3.5e-3
+    assert derive.learning_rate(given, conv, "conv:96", 0, SPEECH, 8).value == 2.5e-3
     assert derive.learning_rate(given, conv, "conv", 0).value == 2e-3
     assert derive.epochs(given, 2_400, start="random", menu=SPEECH).value == 60
     assert derive.epochs(given, 444, start="random", menu=SPEECH).value == 145

@@ -99,6 +99,8 @@ def test_a_closed_vocabulary_writes_its_words_alone(task):
     assert closed.texts(logits) == [closed.decode(logits)[0].text] == ["ab cd"]
     assert closed.texts(path(task)) == [""]
     assert closed.decode(logits)[0].score < task.decode(logits)[0].score
+    heard = closed.target_of("ad b")[None]
+    assert closed.texts(heard) == ["ad b"], "a transcript keeps the words that it has"
 
 
 def test_a_closed_vocabulary_is_of_the_train_transcripts(tmp_path, capsys):
