@@ -50,7 +50,6 @@ def _heard(model: Transcriber, source: str, rows: Sequence[dict[str, Any]], task
     bands = (torch.from_numpy(writer.encode([row])["input_features"][:1]) for row in chosen)
     mean = np.mean([model.language_of(one.to(model.device))[0] for one in bands], axis=0)
     best = int(mean.argmax())
-    tell = say if mean[best] >= _SURE else warn
     heard = f"{shown(model.languages[best])} in {counted(len(chosen), 'recording')}, {mean[best]:.0%} sure"
-    tell(f"language: {source} hears {heard}; {key} names another")
+    (say if mean[best] >= _SURE else warn)(f"language: {source} hears {heard}; {key} names another")
     return model.languages[best]
