@@ -39,7 +39,8 @@ def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "small"
     shutil.copytree(ROOT / "examples" / "teachers" / "digits-ctc", folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"kind": "conv", "width": 48, "kernel": 5, "num_mel_bins": 40}))
+    config |= {"kind": "conv", "width": 48, "kernel": 5, "num_mel_bins": 40}
+    (folder / "config.json").write_text(json.dumps(config))
     extractor = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(extractor | {"num_mel_bins": 40}))
     return folder
