@@ -31,6 +31,7 @@ from kdexport.tasks.metrics import Array
 _MAX_ROWS, _MAX_ROUNDS = 256, 100
 _SWEEP_ROUNDS = 3
 _SHOWN = (5, 50, 95, 100)  # percentiles of the rows' lengths
+_CLOCKS = ("text to answer: tokenise, run, softmax", "recording to answer: features, run, decode")
 GRACE_S = 600.0  # for loading, compiling and sweeping, beside the measured time
 # Optional stopping at the first narrow interval stops too early too often, so the level is higher than 95 %.
 _STOP_LEVEL = 0.98
@@ -106,15 +107,14 @@ def bench(
     base, again = own.get(reference, {}), found.get(twin)
     new_tokens = max((measured_tokens(load_task(Path(target.task))) for target in active if target.task), default=0)
     p99 = {name: stats.pooled_ratio(*_totals(base, rounds), 0.99) for name, rounds in own.items()} if base else {}
-    clock = f"a prompt of at most {new_tokens} tokens to {new_tokens} more"
+    clock = f"a prompt of at most {new_tokens} tokens to {new_tokens} more" if new_tokens else _CLOCKS[any(durations)]
     conditions = Conditions(
         reference=reference, threads=settings.threads[0], rounds=max(map(len, own.values())),
         round_seconds=settings.round_seconds, rows=len(chosen),
         texts=hashlib.sha256(msgspec.json.encode(chosen)).hexdigest()[:12],
         tokens=_tokens(next((t for t in active if t.task), None), chosen),
         durations={f"p{q}": round(float(np.percentile(durations, q)), 3) for q in _SHOWN} if len(durations) else {},
-        clock=clock if new_tokens else "text to answer: tokenise, run, softmax",
-        seconds=round(time.monotonic() - started, 1), failed=failed, left_out=left_out,
+        clock=clock, seconds=round(time.monotonic() - started, 1), failed=failed, left_out=left_out,
         control=Control(str(control), _ratio(own[str(control)], again)) if again and control in own else None,
         price_per_hour=settings.price_per_hour,
     )  # fmt: skip
