@@ -257,7 +257,8 @@ def report(**found):
 def audited():
     near = "i want to know how many vacation days i have"
     given = splits(train=["x", near, "unlike | it"], validation=["x"], test=["x", f"{near} <b>", "y"])
-    kept, found = audit(given, content, drop=True)
+    places, found = audit(given, content, drop=True)
+    kept = {split: [given[split][i] for i in places[split]] for split in given}
     return msgspec.to_builtins(msgspec.structs.replace(found, near=near_duplicates(kept, content)[0]))
 
 
