@@ -27,8 +27,8 @@ _RUN, _SIMILAR = 4, 0.8
 # 21 bands of 6: of pairs with similarity 0.8, 99.8 % become candidates, with 0.4, 8 %; candidates are verified exactly.
 _BANDS, _BAND = 21, 6
 # Limits on time and memory, for template texts and millions of rows: candidates per text, the likeliest of them that
-# are verified, and sampled texts per split (10 kB and, for 20 words, 0.2 ms each).
-_CROWD, _EXACT, _MOST = 100, 10, 50_000
+# are verified, and sampled texts of all splits (10 kB and, for 20 words, 0.2 ms each).
+_CROWD, _EXACT, _MOST = 100, 10, 60_000
 _EXAMPLES, _CHARACTERS = 4, 160
 _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93], np.uint64)
 
@@ -121,7 +121,8 @@ def near_duplicates(splits: Splits, content: Content) -> tuple[NearDuplicates, l
     Datasets, ch. 3), and are verified exactly. Equal contents are not counted: `audit` does that.
     """
     distinct = {split: first_of_each(keys_of(rows, content)) for split, rows in splits.items()}
-    chosen = ((split, splits[split][f[i]]) for split, f in distinct.items() for i in sampled(len(f), _MOST))
+    most = _level([len(found) for found in distinct.values()], _MOST)
+    chosen = ((split, splits[split][f[i]]) for split, f in distinct.items() for i in sampled(len(f), most))
     looked_at = [(split, content(row), row) for split, row in chosen]
     pairs = []
     for i, j, similarity in _nearest([split for split, _, _ in looked_at], [text for _, text, _ in looked_at]):
@@ -159,6 +160,15 @@ def jaccard(a: Array, b: Array) -> float:
     """Return the Jaccard index (Jaccard 1901) of two sets, given as ascending arrays [S] and [T]."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
+
+
+def _level(sizes: Sequence[int], most: int) -> int:
+    """Return how many of each group make at most `most` in all, where small groups are taken whole."""
+    for left, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
+        if size * left >= most:
+            return most // left
+        most -= size
+    return max(sizes)
 
 
 def _hashed(content: bytes) -> bytes:

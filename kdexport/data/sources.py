@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from kdexport import spec
 from kdexport.data import folders, hub
 from kdexport.data.passages import Cut
-from kdexport.data.read import SUFFIXES, Raw, Source, from_arrow, read_file
+from kdexport.data.read import AT_ONCE, SUFFIXES, Raw, Source, from_arrow, read_file
 from kdexport.errors import DataError, MissingPackage, counted, first_line
 from kdexport.files import is_place
 from kdexport.progress import say, warn
@@ -317,5 +317,6 @@ def _read_hub(sources: dict[str, str]) -> dict[str, Source]:
         raise DataError(f"no file and no data set on the hub: {sources['train']!r} ({reason})") from None
     if "train" not in splits:
         raise DataError(f"hub data set {name!r} has no train split", f"Its splits: {', '.join(splits)}")
-    found = {split: from_arrow(f"{name}/{split}", splits[split].data.table) for split in SPLITS if split in splits}
+    tables = {split: splits[split].data.table for split in SPLITS if split in splits}
+    found = {split: from_arrow(f"{name}/{split}", t.schema, t.to_batches(AT_ONCE)) for split, t in tables.items()}
     return found | {split: read_file(Path(path)) for split, path in sources.items() if split != "train"}

@@ -156,7 +156,7 @@ def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None =
             rows: Sequence[Row] = read_given(texts, type(load_task(Path(task))), "some", known)[0]
         else:
             rows = _read_for_any(texts)
-        return [row | {key: inline(value) for key, value in row.items() if isinstance(value, bytes)} for row in rows]
+        return [{**row} | {key: inline(v) for key, v in row.items() if isinstance(v, bytes)} for row in rows]
     for name in names:
         place = artifact.split_name(name)[0]
         for run in (place, *list(place.resolve().parents)[:3]):
