@@ -131,7 +131,9 @@ def run(data: Path, teacher: Path, out: Path, settings: list[str]) -> subprocess
     task = ["--task", "causal-lm"] if lm else ["--task", "text-classification"]
     command = [sys.executable, "-m", "kdexport", "run", "--teacher", teacher, "--data", data, "--student", student]
     env = os.environ | {"KDEXPORT_CACHE": str(out.parent / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*map(str, command), *task, *sets, "--out", str(out), "--augment", "0"][: None if not lm else -2], env=env)
+    return subprocess.Popen(
+        [*map(str, command), *task, *sets, "--out", str(out), "--augment", "0"][: None if not lm else -2], env=env
+    )
 
 
 def measured(data: Path, teacher: Path, out: Path, settings: list[str]) -> dict:
@@ -166,7 +168,11 @@ def memory(pid: int) -> tuple[float, float]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0.0, 0.0
-    facts = {name: int(rest.split()[0]) / 1e3 for name, _, rest in (line.partition(":") for line in lines) if name.startswith(("VmRSS", "RssFile"))}
+    facts = {
+        name: int(rest.split()[0]) / 1e3
+        for name, _, rest in (line.partition(":") for line in lines)
+        if name.startswith(("VmRSS", "RssFile"))
+    }
     return facts.get("VmRSS", 0.0), facts.get("VmRSS", 0.0) - facts.get("RssFile", 0.0)
 
 

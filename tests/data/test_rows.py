@@ -4,8 +4,10 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 
 from kdexport.data.rows import Rows, copy_rows, write_rows
+from kdexport.distill.losses import objective, total
 from kdexport.distill.targets import SoftTargets, writing
 from kdexport.errors import RunError
 from kdexport.tasks.inputs import ragged
@@ -108,3 +110,30 @@ def test_probabilities_of_tokens_take_half_the_bytes_and_lose_a_thousandth(vocab
     assert (found[..., 0] == packed[..., 0]).all()
     assert (found[..., 1::2] == packed[..., 1::2]).all()
     assert np.abs(found[..., 2::2] / packed[..., 2::2] - 1).max() < 1e-3
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_a_student_learns_the_same_from_half_the_bytes(spread):
+    random = np.random.default_rng(0)
+    logits = random.normal(0, spread, (32, 2_000))
+    logs = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))).astype(np.float32)
+    ids = random.integers(0, 2_000, 32)
+    packed = packed_lines(logs, ids, 64, ids)
+    start = torch.tensor(logits + random.normal(0, 1, logits.shape), dtype=torch.float32)
+
+    def gradient(targets):
+        student = start.clone().requires_grad_()
+        terms = objective(
+            student,
+            torch.from_numpy(ids),
+            torch.from_numpy(targets),
+            {"kl": 1.0},
+            temperature=1.0,
+            alpha=1.0,
+            packed=True,
+        )
+        total(terms).backward()
+        return student.grad
+
+    exact, found = gradient(packed), gradient(whole(compact(packed[None], 2_000))[0])
+    assert (found - exact).norm() < 0.01 * exact.norm()
