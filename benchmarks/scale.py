@@ -25,6 +25,12 @@ import psutil
 
 HERE = Path(__file__).parent
 WORDS, LENGTH = 3_000, 10
+TOKENS_A_WORD = 2.0
+# Of a data file: task, student, further flags.
+KINDS = {
+    ".csv": ("text-classification", "bag", ["--augment", "0"]),
+    "": ("causal-lm", "1x32", []),
+}
 SMALL = ["bench.rounds=3", "bench.round_seconds=0.1", "bench.time_limit_s=5", "bench.batch_sizes=[]"]
 LIGHT = [*SMALL, "distill.epochs=1", "distill.batch_size=256", "distill.baseline=false"]
 
@@ -38,13 +44,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = given.work or Path(folder)
         work.mkdir(exist_ok=True)
-        write, teach, flags = (write_texts, text_teacher, []) if given.kind == "texts" else (write_lm, lm_teacher, [])
+        texts = given.kind == "texts"
+        write, teach, suffix = (write_texts, text_teacher, ".csv") if texts else (write_lm, lm_teacher, "")
         teacher = teach(work)
         found = {}
         for size in given.sizes:
-            data = work / f"{given.kind}-{size}{'.csv' if given.kind == 'texts' else '.txt'}"
+            data = work / f"{given.kind}-{size}{suffix}"
             write(data, size)
-            found[size] = measured(data, teacher, work / f"run-{given.kind}-{size}", flags)
+            found[size] = measured(data, teacher, work / f"run-{given.kind}-{size}")
             show(size, found[size])
             file = HERE / "results" / f"scale-{given.kind}.json"
             before = json.loads(file.read_text()) if file.is_file() else {}
@@ -70,9 +77,16 @@ def write_texts(path: Path, rows: int) -> None:
                 file.write(f"{' '.join(known[random.permutation(one)])},topic {label}\n")
 
 
-def write_lm(path: Path, tokens: int) -> None:
-    """Sentences of a Markov chain over words; a word is about 2.2 tokens of the tokenizer below."""
-    random, known, written = np.random.default_rng(tokens), np.array([word[:4] for word in words()]), 0
+def write_lm(folder: Path, tokens: int) -> None:
+    """A train file of so many tokens; validation and test have a hundred thousand each."""
+    folder.mkdir(exist_ok=True)
+    for split, count in (("train", tokens), ("validation", 100_000), ("test", 100_000)):
+        write_words(folder / f"{split}.txt", count)
+
+
+def write_words(path: Path, tokens: int) -> None:
+    """Sentences of a Markov chain over words; a word is about two tokens."""
+    random, known, written = np.random.default_rng([tokens, len(path.stem)]), np.array([w[:4] for w in words()]), 0
     with path.open("w") as file:
         while written < tokens:
             starts = random.integers(0, WORDS, (5_000, 1))
@@ -80,9 +94,6 @@ def write_lm(path: Path, tokens: int) -> None:
             chosen = (starts + np.cumsum(steps, axis=1)) % WORDS
             file.write("".join(" ".join(known[one]) + ".\n" for one in chosen))
             written += round(5_000 * 11 * TOKENS_A_WORD)
-
-
-TOKENS_A_WORD = 2.0
 
 
 def text_teacher(work: Path) -> Path:
@@ -110,37 +121,34 @@ def lm_teacher(work: Path) -> Path:
 
     if not (work / "teach-tokens" / "teacher" / "stage.json").is_file():
         start = work / "gpt2"
-        write_lm(work / "few.txt", 400_000)
+        write_lm(work / "few", 400_000)
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-        tokenizer.train([str(work / "few.txt")], trainer)
+        tokenizer.train([str(work / "few" / "train.txt")], trainer)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(start)
         config = GPT2Config(vocab_size=512, n_positions=128, n_embd=64, n_layer=1, n_head=1)
         GPT2LMHeadModel(config).save_pretrained(start)
         trained = ["teacher.train.epochs=3", "teacher.train.learning_rate=0.002"]
-        run(work / "few.txt", start, work / "teach-tokens", [*LIGHT, *trained]).wait()
+        run(work / "few", start, work / "teach-tokens", [*LIGHT, *trained]).wait()
     return work / "teach-tokens" / "teacher"
 
 
 def run(data: Path, teacher: Path, out: Path, settings: list[str]) -> subprocess.Popen:
-    lm = data.suffix == ".txt"
-    student = "1x32" if lm else "bag"
+    task, student, more = KINDS[data.suffix]
+    command = [sys.executable, "-m", "kdexport", "run", "--task", task, "--student", student, *more]
+    command += ["--teacher", str(teacher), "--data", str(data), "--out", str(out)]
     sets = [part for one in settings for part in ("--set", one)]
-    task = ["--task", "causal-lm"] if lm else ["--task", "text-classification"]
-    command = [sys.executable, "-m", "kdexport", "run", "--teacher", teacher, "--data", data, "--student", student]
     env = os.environ | {"KDEXPORT_CACHE": str(out.parent / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*map(str, command), *task, *sets, "--out", str(out), "--augment", "0"][: None if not lm else -2], env=env
-    )
+    return subprocess.Popen([*command, *sets], env=env)
 
 
-def measured(data: Path, teacher: Path, out: Path, settings: list[str]) -> dict:
+def measured(data: Path, teacher: Path, out: Path) -> dict:
     """Run, and return of each stage its peak memory in MB, with and without mapped files, and its seconds."""
     started = time.monotonic()
-    process, peaks, seconds, before = run(data, teacher, out, [*LIGHT, *settings]), {}, defaultdict(float), 0.0
-    peaks = defaultdict(lambda: [0.0, 0.0])
+    process, seconds, before = run(data, teacher, out, LIGHT), defaultdict(float), 0.0
+    peaks: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     main_one = psutil.Process(process.pid)
     while process.poll() is None:
         stage = next((p.name.removeprefix(".kdexport-") for p in out.glob(".kdexport-*")), "report")
@@ -168,11 +176,8 @@ def memory(pid: int) -> tuple[float, float]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0.0, 0.0
-    facts = {
-        name: int(rest.split()[0]) / 1e3
-        for name, _, rest in (line.partition(":") for line in lines)
-        if name.startswith(("VmRSS", "RssFile"))
-    }
+    fields = (line.partition(":") for line in lines if line.startswith(("VmRSS", "RssFile")))
+    facts = {name: int(rest.split()[0]) / 1e3 for name, _, rest in fields}
     return facts.get("VmRSS", 0.0), facts.get("VmRSS", 0.0) - facts.get("RssFile", 0.0)
 
 

@@ -15,10 +15,6 @@ from kdexport.tasks.metrics import Array, Metric, f1_of, mid_ranks
 BETWEEN = "\x1f"
 
 
-# A variance below this fraction of the mean square is rounding.
-_CONSTANT = 1e-13
-
-
 class SeveralLabels(Classes):
     """A row's `label` is all its labels, joined by `BETWEEN`; in a file a list, or a text separated by |."""
 
@@ -100,6 +96,8 @@ class Number(Classes):
     function: ClassVar[Function] = "none"
     one_label: ClassVar[bool] = False
     has_names: ClassVar[bool] = False
+    # A logit and a label to count from, the same in all calls, so that sums over parts of the data add up.
+    _near: tuple[float, float] | None = None
 
     @classmethod
     def signs(cls, rows: Sequence[Row]) -> str:
@@ -134,22 +132,24 @@ class Number(Classes):
         return np.array([[np.nan if value is None else float(value)] for value in values], dtype=np.float32)
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
-        return _products(logits[:, 0], self.label_array(rows)[:, 0])
+        x, y = logits[:, 0].astype(np.float64), self.label_array(rows)[:, 0].astype(np.float64)
+        if self._near is None and len(rows):
+            self._near = x[0], y[0]
+        near_x, near_y = self._near or (0.0, 0.0)
+        return _products(x - near_x, y - near_y)
 
     def value(self, sums: Array) -> Array:
         """Pearson's correlation; 0 where one side does not vary."""
         n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums), -1, 0)
-        of_x, of_y = (np.where((v := n * ss - s * s) > _CONSTANT * n * ss, v, 0.0) for s, ss in ((x, xx), (y, yy)))
-        spread = of_x * of_y
+        spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
         return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Spearman's correlation: Pearson's of the ranks."""
         x, y = (mid_ranks(side[:, 0]) for side in (logits, self.label_array(rows)))
-        return {"Spearman correlation": float(self.value(_products(x, y).sum(axis=0)))}
+        return {"Spearman correlation": float(self.value(_products(x - x.mean(), y - y.mean()).sum(axis=0)))}
 
 
 def _products(x: Array, y: Array) -> Array:
-    """Return 1, x, y, x², y² and xy of each row, float64 [N, 6]."""
-    x, y = (side.astype(np.float64) for side in (x, y))
+    """Return 1, x, y, x², y² and xy of each row, float64 [N, 6]; sums of numbers near 0 lose fewer digits."""
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)

@@ -20,10 +20,12 @@ from kdexport import spec
 from kdexport.data import read_rows
 from kdexport.data.passages import cutter
 from kdexport.distill.losses import jsd, kl, reverse_kl, with_rest
+from kdexport.distill.targets import SoftTargets
 from kdexport.errors import KdexportError, SpecError
 from kdexport.results import read_report
 from kdexport.runtime.generation import Sampling, choose, stream, write
 from kdexport.runtime.predictor import load
+from kdexport.tasks import load_task
 from kdexport.tasks.causal_lm import CausalLM, log_softmax
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.judging import metric
@@ -204,7 +206,8 @@ def test_the_teacher_wrote_what_the_student_also_learned(shakespeare):
     assert len(rows) == 30
     train = {row["text"] for row in read_rows(shakespeare / "data", "train")}
     assert not {row["text"] for row in rows} & train
-    assert np.load(shakespeare / "targets" / "transfer.npy").shape == (30, 128, 129)
+    targets = SoftTargets(load_task(shakespeare / "teacher"), shakespeare / "targets" / "transfer.npy")
+    assert targets[:].shape == (30, 128, 129)
 
 
 @pytest.mark.parametrize(("variant", "file"), [("fp32", "model.onnx"), ("int4", "model_q4.onnx")])
