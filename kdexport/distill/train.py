@@ -24,12 +24,12 @@ from kdexport.distill.layer_losses import Matching, matched
 from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_at
 from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
 from kdexport.errors import SpecError, counted
-from kdexport.models.inference import logits_of
+from kdexport.models.inference import logits_of, tokenized
 from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Arrays
-from kdexport.tasks.inputs.media import Encoded
+from kdexport.tasks.inputs.media import cached, taken
 from kdexport.tasks.judging import metric
 from kdexport.tasks.menus import OF_LAYERS
 from kdexport.tasks.metrics import Array
@@ -42,8 +42,6 @@ _MIXED = "ACCELERATE_MIXED_PRECISION"
 
 # Weights that begin at random, most often a head, learn so many times as fast as trained ones: docs/decisions.md.
 _FRESH_RATE = 10.0
-
-_KEPT_BYTES = 1 << 30  # of decoded images and recordings, which every epoch reads
 
 _SHARES_EVERY = 200  # steps; measuring them costs one more backward pass a term
 
@@ -104,18 +102,16 @@ def fit(
         ModelError: training diverged; or student and teacher don't fit for losses of layers.
     """
     layers = _layer_losses(config, soft_targets)
-    judge, higher_is_better = _judge(task, validation, validation_targets)
+    judge, higher_is_better, judged = _judge(task, validation, validation_targets)
     if config.patience is not None and judge is None:
         raise SpecError(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
         )
-    encoded, labels = task.tokenize(rows) if encoded is None else encoded, task.label_array(rows)
-    if isinstance(encoded, Encoded):
-        encoded.keep = _KEPT_BYTES
+    encoded, labels = tokenized(task, rows) if encoded is None else encoded, task.label_array(rows)
     lengths = task.sizes(encoded)
 
     def collate(chosen: list[int]) -> dict[str, Tensor]:
-        batch = task.collate([encoded[i] for i in chosen]) | {"labels": labels[chosen]}
+        batch = task.collate(taken(encoded, chosen)) | {"labels": labels[chosen]}
         if soft_targets is not None:
             batch["teacher_logits"] = soft_targets[chosen]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -126,6 +122,7 @@ def fit(
     attached = matched(model, teacher, layers, token_ids, task=task, rows=rows[:100]) if teacher and layers else None
     with (
         attached or nullcontext() as matching,
+        cached(work, encoded, judged),
         bar(title, config.epochs * -(-len(rows) // config.batch_size)) as advance,
     ):
         trainer = _Trainer(
@@ -195,6 +192,10 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
             self._ledger.add_shares(gradient_shares(terms, self._of_student))
         self._ledger.add(self.state.global_step + 1, terms, loss)
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Skip a count that nobody reads: it visits every module at every step."""
+        return 0
 
     def create_optimizer(self, *models: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(*models)
@@ -320,8 +321,8 @@ def _layer_losses(config: TrainConfig, soft_targets: Array | None) -> list[str]:
 
 def _judge(
     task: Task, validation: Rows, targets: Array | None
-) -> tuple[Callable[[PreTrainedModel], float] | None, bool]:
-    """Return the validation metric of a model, and whether higher is better.
+) -> tuple[Callable[[PreTrainedModel], float] | None, bool, Sequence[Arrays]]:
+    """Return the validation metric of a model, whether higher is better, and the encoded rows that it reads.
 
     It is the task's metric on labelled rows; agreement with the targets where there are none; else None.
     """
@@ -333,13 +334,14 @@ def _judge(
     elif targets is not None and len(validation):
         read, good = validation, lambda logits: float(task.agrees(logits, targets).mean())
     else:
-        return None, True
+        return None, True, ()
+    encoded = tokenized(task, read)
 
     def judge(model: PreTrainedModel) -> float:
-        logits = logits_of(model, task, read)
+        logits = logits_of(model, task, read, encoded=encoded)
         return good(logits) if np.isfinite(logits).all() else float("nan")
 
-    return judge, task.metric.higher_is_better or not labelled
+    return judge, task.metric.higher_is_better or not labelled, encoded
 
 
 def _last_checkpoint(folder: Path) -> str | None:
