@@ -141,8 +141,10 @@ class Encoded(Sequence[Arrays]):
         new = sum(not self.cache or self.first + i not in self.cache for i in chosen)
         if min(self.threads, new) < 2:
             return [self[i] for i in chosen]
+        parts = [chosen[i :: self.threads] for i in range(self.threads)]
         with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(self.__getitem__, chosen))
+            found = list(pool.map(lambda part: [self[i] for i in part], parts))
+        return [found[i % self.threads][i // self.threads] for i in range(len(chosen))]
 
 
 @contextmanager
