@@ -41,7 +41,7 @@ def rows(data):
 def teacher(data, tmp_path_factory) -> Path:
     folder, source = tmp_path_factory.mktemp("teacher"), str(demo.teacher())
     labels = read_summary(data).labels
-    opened = open_model(source, open_config(source), labels)
+    opened = open_model(source, open_config(source), "text-classification", labels)
     save_task(opened, 96, labels, folder)
     save_model(opened, folder)
     return folder
@@ -57,7 +57,7 @@ def student(data, teacher, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(student, tmp_path_factory) -> Path:
+def exported(data, student, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export")
-    export_student(spec.Export(), student, folder)
+    export_student(spec.Export(), student, folder, read_rows(data, "train"))
     return folder

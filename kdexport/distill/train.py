@@ -25,12 +25,12 @@ from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_
 from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
 from kdexport.distill.targets import SoftTargets
 from kdexport.errors import SpecError, counted
-from kdexport.models.inference import logits_of
+from kdexport.models.inference import logits_of, tokenized
 from kdexport.progress import bar, say
 from kdexport.spec import Schedule, Weight
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Arrays
-from kdexport.tasks.inputs.media import Encoded
+from kdexport.tasks.inputs.media import cached, taken
 from kdexport.tasks.inputs.ragged import MANY
 from kdexport.tasks.judging import metric
 from kdexport.tasks.menus import OF_LAYERS
@@ -44,8 +44,6 @@ _MIXED = "ACCELERATE_MIXED_PRECISION"
 
 # Weights that begin at random, most often a head, learn so many times as fast as trained ones: docs/decisions.md.
 _FRESH_RATE = 10.0
-
-_KEPT_BYTES = 1 << 30  # of decoded images and recordings, which every epoch reads
 
 _SHARES_EVERY = 200  # steps; measuring them costs one more backward pass a term
 
@@ -107,19 +105,17 @@ def fit(
         ModelError: training diverged; or student and teacher don't fit for losses of layers.
     """
     layers = _layer_losses(config, soft_targets)
-    judge, higher_is_better = _judge(task, validation, validation_targets)
+    judge, higher_is_better, judged = _judge(task, validation, validation_targets)
     if config.patience is not None and judge is None:
         raise SpecError(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
         )
-    encoded = task.tokenize(rows) if encoded is None else encoded
+    encoded = tokenized(task, rows) if encoded is None else encoded
     labels = task.label_array(rows) if len(rows) <= MANY else None
-    if isinstance(encoded, Encoded):
-        encoded.keep = _KEPT_BYTES
     lengths = task.sizes(encoded)
 
     def collate(chosen: list[int]) -> dict[str, Tensor]:
-        read = [encoded[i] for i in chosen]
+        read = taken(encoded, chosen)
         of_rows = task.batch_labels([rows[i] for i in chosen], read) if labels is None else labels[chosen]
         batch = task.collate(read) | {"labels": of_rows}
         if soft_targets is not None:
@@ -132,6 +128,7 @@ def fit(
     attached = matched(model, teacher, layers, token_ids, task=task, rows=rows[:100]) if teacher and layers else None
     with (
         attached or nullcontext() as matching,
+        cached(work, encoded, judged),
         bar(title, config.epochs * -(-len(rows) // config.batch_size)) as advance,
     ):
         trainer = _Trainer(
@@ -201,6 +198,10 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
             self._ledger.add_shares(gradient_shares(terms, self._of_student))
         self._ledger.add(self.state.global_step + 1, terms, loss)
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Skip a count that nobody reads: it visits every module at every step."""
+        return 0
 
     def create_optimizer(self, *models: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(*models)
@@ -326,8 +327,8 @@ def _layer_losses(config: TrainConfig, soft_targets: object) -> list[str]:
 
 def _judge(
     task: Task, validation: Rows, targets: Array | None
-) -> tuple[Callable[[PreTrainedModel], float] | None, bool]:
-    """Return the validation metric of a model, and whether higher is better.
+) -> tuple[Callable[[PreTrainedModel], float] | None, bool, Sequence[Arrays]]:
+    """Return the validation metric of a model, whether higher is better, and the encoded rows that it reads.
 
     It is the task's metric on labelled rows; agreement with the targets where there are none; else None.
     """
@@ -339,13 +340,14 @@ def _judge(
     elif targets is not None and len(validation):
         read, good = validation, lambda logits: float(task.agrees(logits, targets).mean())
     else:
-        return None, True
+        return None, True, ()
+    encoded = tokenized(task, read)
 
     def judge(model: PreTrainedModel) -> float:
-        logits = logits_of(model, task, read)
+        logits = logits_of(model, task, read, encoded=encoded)
         return good(logits) if np.isfinite(logits).all() else float("nan")
 
-    return judge, task.metric.higher_is_better or not labelled
+    return judge, task.metric.higher_is_better or not labelled, encoded
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Batched inference of PyTorch models."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from kdexport.errors import ModelError, first_line
+from kdexport.runtime.predictor import allowed_cores
 from kdexport.tasks.base import Task
 from kdexport.tasks.batches import in_batches
 from kdexport.tasks.config import Arrays
+from kdexport.tasks.inputs.media import Encoded
 from kdexport.tasks.metrics import Array
 
 # Of logits, relative to the largest: above this, a text's scores depend on its batch.
@@ -24,11 +27,12 @@ def logits_of(
     *,
     batch_size: int | None = None,
     advance: Callable[[int], object] = lambda done: None,
+    encoded: Sequence[Arrays] | None = None,
 ) -> Array:
-    """A model's logits float32 [N, *answer_shape] in the rows' order, without dropout."""
+    """A model's logits float32 [N, *answer_shape] in the rows' order, without dropout; `encoded`: see `tokenized`."""
     was_training = model.training
     model.eval()
-    logits = run_model(model, task, rows, batch_size, advance)
+    logits = run_model(model, task, rows, batch_size, advance, encoded)
     model.train(was_training)
     return logits
 
@@ -56,6 +60,7 @@ def run_model(
     rows: Sequence[dict[str, Any]],
     batch_size: int | None,
     advance: Callable[[int], object],
+    encoded: Sequence[Arrays] | None = None,
 ) -> Array:
     """A model's logits, in training mode or not, as it is."""
 
@@ -64,4 +69,12 @@ def run_model(
         inputs = {n: torch.from_numpy(array).to(model.device) for n, array in task.graph_inputs(arrays).items()}
         return task.gather(model(**inputs).logits.float().cpu().numpy(), arrays)
 
-    return in_batches(task, rows, run, batch_size, advance)
+    return in_batches(task, rows, run, batch_size, advance, tokenized(task, rows) if encoded is None else encoded)
+
+
+def tokenized(task: Task, rows: Sequence[dict[str, Any]]) -> Sequence[Arrays]:
+    """Return encoded rows; images and recordings are decoded by as many threads as this process has cores."""
+    encoded = task.tokenize(rows)
+    if isinstance(encoded, Encoded):
+        encoded.threads = max(1, allowed_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return encoded

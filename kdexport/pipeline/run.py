@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from kdexport import spec
 from kdexport.bench.engine import bench as measure
@@ -32,11 +33,13 @@ from kdexport.runtime.predictor import golden_answers
 from kdexport.spec import derive
 from kdexport.stages import Run
 from kdexport.tasks import load_task, task_class
+from kdexport.tasks.inputs.cache import limit_memory
 
 
 def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     """Run the unfinished stages of the run folder `out`, and return the report."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    limit_memory(settings.data.cache_mb)
     names = derive.students(settings)
     files = local_files(settings.data)
     sources = [*files, *teachers.files(settings), *local(*names)]
@@ -44,7 +47,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
         # 1. Read, check, split and audit the rows.
         data = folder.stage(
             "data", version=5, reads=[*files, *local(*teachers.read_by(settings))],
-            settings=[settings.task, settings.data, settings.seed, *teachers.read_by(settings)],
+            settings=[settings.task, replace(settings.data, cache_mb=None), settings.seed, *teachers.read_by(settings)],
             build=lambda work: _data(settings, work),
         )  # fmt: skip
 
@@ -79,7 +82,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
         # 7. Measure its speed, side by side with the teacher.
         bench = folder.stage(
             "bench", version=4, reads=[data, teacher, export],
-            settings=[msgspec.structs.replace(settings.bench, price_per_hour=None), settings.seed],
+            settings=[replace(settings.bench, price_per_hour=None), settings.seed],
             build=lambda work: _bench(settings, data, teacher, student, export, work),
         )  # fmt: skip
 

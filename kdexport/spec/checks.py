@@ -203,6 +203,8 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield "distill.temperature", f"on the loss {', '.join(sorted(losses))}", "Remove it, or take kl"
     for key, fix in menu.unused.items():
         yield key, f"on {spec.task}", fix
+    if task_class(spec.task).modality == "text":
+        yield "data.cache_mb", f"on {spec.task}", "Remove it: it is of images and sound"
     if not task_class(spec.task).transcribes:
         for key in ("data.sentences", "data.words", "data.language", "distill.max_word_error"):
             yield key, f"on {spec.task}", "Remove it: it is of speech"

@@ -96,6 +96,13 @@ class Data(Section, frozen=True):
         Length | None, _help("tokens of each text, with special ones; 128 when absent, or what the teacher reads")
     ] = None
     max_chars: Annotated[Count, _help("a longer text is a bad row: most often a quote that was never closed")] = 100_000
+    cache_mb: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        _help(
+            "of images and sound: memory for what is decoded in training, in MB; what does not fit is in a temporary "
+            "file; an eighth of the machine's memory when absent"
+        ),
+    ] = None
     skip_bad_rows: Annotated[bool, _help("skip and count bad rows, instead of stopping")] = False
     drop_duplicates: Annotated[bool, _help("drop texts from train that are in validation or test as well")] = True
 

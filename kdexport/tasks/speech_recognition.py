@@ -79,7 +79,7 @@ class SpeechRecognition(Speech):
         """Wav2Vec2 and its kin norm each channel over all samples, those of the padding too."""
         return not self._how.mels
 
-    def array(self, content: bytes) -> Array:
+    def compact(self, content: bytes) -> Array:
         """float32 [T], or [T, mels], as long as the recording; a waveform has as many samples as the model needs."""
         return self._features(content, 0 if self._how.mels else _FEWEST_SAMPLES)
 

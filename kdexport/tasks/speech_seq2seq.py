@@ -91,9 +91,9 @@ class SpeechSeq2Seq(Speech):
     def tokenize(self, rows: Sequence[Row]) -> Sequence[Arrays]:
         """Return bands, and for training the tokens of transcripts."""
         name = self.config.inputs[0]
-        return Encoded(rows, lambda row: {name: self._array(row)} | self.tokens(row))
+        return Encoded(rows, lambda row: {name: self._compact(row)} | self.tokens(row))
 
-    def array(self, content: bytes) -> Array:
+    def compact(self, content: bytes) -> Array:
         """float32 [W, mels, length], by window, the last padded with silence."""
         how, needed = self._how, math.ceil(self.longest * self._how.rate)
         with self._samples(content, self.longest + 1, needed) as samples:

@@ -392,7 +392,7 @@ def test_best_weights_are_kept_of_this_epoch_and_of_what_the_last_checkpoint_kno
     def run(every_s, metrics):
         left = iter(metrics)
         monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", every_s)
-        monkeypatch.setattr(train, "_judge", lambda *_: (lambda model: next(left), True))
+        monkeypatch.setattr(train, "_judge", lambda *_: (lambda model: next(left), True, ()))
         fit(student(), task, rows, soft, change(patience=2), validation=rows, work=tmp_path, title="t")
 
     monkeypatch.setattr(monitor.Watch, "_keep", noted)

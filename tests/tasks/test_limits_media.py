@@ -403,7 +403,7 @@ def test_a_large_photo_is_nearly_what_it_is_at_its_full_size():
     photo, file = drawn(7600, 5700), io.BytesIO()
     photo.save(file, "JPEG", quality=90)
     shrunk = image_task(CROPPED).array(file.getvalue())
-    whole = images.array_of(photo, CROPPED, images.scaling(CROPPED))
+    whole = images.scaled(images.pixels_of(photo, CROPPED), images.scaling(CROPPED))
     assert np.abs(shrunk - whole).mean() < 0.005  # of −1 … 1
     assert np.abs(shrunk - whole).max() < 0.05
 

@@ -55,7 +55,7 @@ class Sounds(Media):
         """Seconds to decode: one more than the model reads, for the resampling filter."""
         return seconds_of(self._how) + 1
 
-    def array(self, content: bytes) -> Array:
+    def compact(self, content: bytes) -> Array:
         """float32 [length], or [length, mels]."""
         return self._features(content, self._how.length)
 

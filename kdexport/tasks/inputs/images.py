@@ -40,10 +40,14 @@ class Images(Media):
     def inspect(cls, content: bytes) -> None:
         decoded(content)
 
-    def array(self, content: bytes) -> Array:
+    def compact(self, content: bytes) -> Array:
+        """uint8 [channels, height, width]."""
         image, size = opened(content)
         with DECODING.room(size):
-            return array_of(_loaded(image), self._how, self._scaling)
+            return pixels_of(_loaded(image), self._how)
+
+    def expand(self, compact: Array) -> Array:
+        return scaled(compact, self._scaling)
 
     def seconds(self, row: Row) -> float:
         return read_header(bytes_of(row[self.modality])).bytes * _SECONDS_PER_BYTE
@@ -117,8 +121,8 @@ def _pillow() -> Any:
     return image
 
 
-def array_of(image: Any, how: ImageConfig, scale: tuple[Array, Array]) -> Array:
-    """Return float32 [channels, height, width] of a Pillow image; `scale` comes from `scaling`."""
+def pixels_of(image: Any, how: ImageConfig) -> Array:
+    """Return a Pillow image resized and cropped, uint8 [channels, height, width]."""
     mode = "L" if how.channels == 1 else "RGB"
     if image.mode != mode:
         if image.mode.startswith("I;16"):  # Pillow clips 16 bits to 8
@@ -136,9 +140,15 @@ def array_of(image: Any, how: ImageConfig, scale: tuple[Array, Array]) -> Array:
     if how.crop:  # the centre; a smaller image gets a black border
         left, top = (image.width - how.crop[1]) // 2, (image.height - how.crop[0]) // 2
         image = image.crop((left, top, left + how.crop[1], top + how.crop[0]))
-    values = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, how.channels)
-    gain, shift = scale
-    return np.ascontiguousarray((values * gain + shift).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(image).reshape(image.height, image.width, how.channels).transpose(2, 0, 1))
+
+
+def scaled(pixels: Array, scale: tuple[Array, Array]) -> Array:
+    """Return float32 values of uint8 pixels; `scale` comes from `scaling`."""
+    gain, shift = (each[:, None, None] for each in scale)
+    values = pixels * gain
+    values += shift
+    return np.asarray(values)
 
 
 def scaling(how: ImageConfig) -> tuple[Array, Array]:
@@ -201,7 +211,7 @@ def fitted(rows: Sequence[Row], largest: tuple[int, int]) -> ImageConfig:
     channels = 1 if all(image.mode in ("1", "L", "I;16", "LA") for image in images) else 3
     size = [min(height, largest[0]), min(width, largest[1])]
     plain = ImageConfig(channels=channels, resize=size, resample=_BICUBIC, mean=[0.0] * channels, std=[1.0] * channels)
-    values = np.stack([array_of(image, plain, scaling(plain)) for image in images]).astype(np.float64)
+    values = np.stack([scaled(pixels_of(image, plain), scaling(plain)) for image in images]).astype(np.float64)
     mean, std = values.mean(axis=(0, 2, 3)), np.maximum(values.std(axis=(0, 2, 3)), 1e-3)
     return msgspec.structs.replace(plain, mean=mean.round(4).tolist(), std=std.round(4).tolist())
 

@@ -10,6 +10,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Self
 from kdexport.errors import DataError, MissingPackage
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
+from kdexport.tasks.inputs.cache import Cache, memory_for_cache
 from kdexport.tasks.metrics import Array
 
 _PART = re.compile(r"(.+)#(\d+)\+(\d+)", re.DOTALL)
@@ -106,23 +108,65 @@ DECODING = Decoding(_MOST_DECODED)
 
 
 class Encoded(Sequence[Arrays]):
-    """Rows that are encoded on access; the first `keep` bytes of arrays stay in memory, for training."""
+    """Rows that are encoded on access, in training by several threads and with a cache.
 
-    def __init__(self, rows: Sequence[Row], encode: Callable[[Row], Arrays]) -> None:
-        self.rows, self.keep = rows, 0
-        self._encode, self._kept = encode, dict[int, Arrays]()
+    `encode` returns the compact arrays of a row, which are cached, and `finish` those that are read.
+    """
+
+    threads = 1
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        encode: Callable[[Row], Arrays],
+        finish: Callable[[Arrays], Arrays] = lambda arrays: arrays,
+    ) -> None:
+        self.rows, self._encode, self._finish = rows, encode, finish
+        self.cache: Cache | None = None
+        self.first = 0  # the cache's number of the first row
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Arrays:  # type: ignore[override] # no slices
-        if i in self._kept:
-            return self._kept[i]
-        arrays = self._encode(self.rows[i])
-        size = sum(array.nbytes for array in arrays.values())
-        if size <= self.keep:
-            self._kept[i], self.keep = arrays, self.keep - size
-        return arrays
+        arrays = self.cache.get(self.first + i) if self.cache else None
+        if arrays is None:
+            arrays = self._encode(self.rows[i])
+            if self.cache:
+                self.cache.put(self.first + i, arrays)
+        return self._finish(arrays)
+
+    def take(self, chosen: Sequence[int]) -> list[Arrays]:
+        """Return some rows, decoded by several threads."""
+        new = sum(not self.cache or self.first + i not in self.cache for i in chosen)
+        if min(self.threads, new) < 2:
+            return [self[i] for i in chosen]
+        parts = [chosen[i :: self.threads] for i in range(self.threads)]
+        with ThreadPoolExecutor(self.threads) as pool:
+            found = list(pool.map(lambda part: [self[i] for i in part], parts))
+        return [found[i % self.threads][i // self.threads] for i in range(len(chosen))]
+
+
+@contextmanager
+def cached(folder: Path, *sequences: Sequence[Arrays]) -> Iterator[None]:
+    """Cache rows within the context, in memory and in a file in the folder, so that each is decoded once."""
+    decoding = [each for each in sequences if isinstance(each, Encoded)]
+    if not decoding:
+        yield
+        return
+    with Cache(folder, memory_for_cache()) as cache:
+        for each in decoding:
+            each.cache, each.first = cache, cache.claim(len(each))
+        try:
+            yield
+        finally:
+            for each in decoding:
+                each.cache = None
+
+
+def taken(encoded: Sequence[Arrays], chosen: Sequence[int]) -> list[Arrays]:
+    """Return some encoded rows."""
+    return encoded.take(chosen) if isinstance(encoded, Encoded) else [encoded[i] for i in chosen]
 
 
 class Media(Task):
@@ -186,17 +230,25 @@ class Media(Task):
         cls.inspect(bytes_of(value))
         return {cls.modality: value}
 
+    def compact(self, content: bytes) -> Array:
+        """Return what `expand` makes a row's input of the graph from, in the fewest bytes."""
+        raise NotImplementedError
+
+    def expand(self, compact: Array) -> Array:
+        """Return a row's input of the graph, float32, without the batch axis."""
+        return compact
+
     def array(self, content: bytes) -> Array:
         """Return a row's input of the graph, float32, without the batch axis."""
-        raise NotImplementedError
+        return self.expand(self.compact(content))
 
     def tokenize(self, rows: Sequence[Row]) -> Sequence[Arrays]:
         name = self.config.inputs[0]
-        return Encoded(rows, lambda row: {name: self._array(row)})
+        return Encoded(rows, lambda row: {name: self._compact(row)}, lambda arrays: {name: self.expand(arrays[name])})
 
-    def _array(self, row: Row) -> Array:
+    def _compact(self, row: Row) -> Array:
         try:
-            return self.array(bytes_of(row[self.modality]))
+            return self.compact(bytes_of(row[self.modality]))
         except DataError as error:
             if "id" not in row:
                 raise
