@@ -28,14 +28,14 @@ LEVELS = [
     {"tasks"},
     {"results"},
     {"stages"},
-    {"output"},
+    {"output", "ranks"},
     {"files"},
     {"progress"},
     {"errors"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 TORCH = {"torch", "transformers", "optimum", "accelerate", "safetensors"}
-TORCH_ROOMS = {"distill", "models", "export/onnx.py", "export/speech.py", "bench/subjects.py"}
+TORCH_ROOMS = {"distill", "models", "export/onnx.py", "export/speech.py", "bench/subjects.py", "ranks.py"}
 
 
 def imports(path: Path, top_level_only=False):

@@ -7,6 +7,7 @@ A shard is named after the hash of its content, which shows damage.
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,14 +29,27 @@ class Store:
     def __init__(self, folder: Path, shape: tuple[int, ...] | None = None, *, optional: bool = False) -> None:
         self._folder, self._shape, self._optional = folder, shape, optional
         self._logits: dict[bytes, Array] = {}
+        self._read_already: set[str] = set()
+        self.refresh()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle it for a process that only adds."""
+        return self.__dict__ | {"_logits": {}}
+
+    def refresh(self) -> None:
+        """Take shards that other processes added to the folder."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self._give_up(error)
-        skipped = [(shard, why) for shard in sorted(folder.glob("*.npz")) if (why := self._read(shard))]
+        new = [shard for shard in sorted(self._folder.glob("*.npz")) if shard.name not in self._read_already]
+        self._read_already |= {shard.name for shard in new}
+        skipped = [(shard, why) for shard in new if (why := self._read(shard))]
         if skipped:
             shard, why = skipped[0]
-            warn(f"soft targets: {counted(len(skipped), 'file')} of {folder} computed again ({shard.name}: {why})")
+            warn(
+                f"soft targets: {counted(len(skipped), 'file')} of {self._folder} computed again ({shard.name}: {why})"
+            )
 
     def missing(self, contents: Iterable[str]) -> list[str]:
         """Return the distinct contents that have no logits yet, in order."""
@@ -45,7 +59,7 @@ class Store:
         """Write one shard, atomically."""
         keys = np.frombuffer(b"".join(map(content_key, contents)), np.uint8).reshape(-1, 16)
         name = _name(keys, logits)
-        neighbour = self._folder / f".{os.getpid()}.tmp"
+        neighbour = self._folder / f".{secrets.token_hex(6)}.tmp"
         try:
             with neighbour.open("wb") as file:
                 np.savez(file, keys=keys, logits=logits)

@@ -1,0 +1,381 @@
+"""Several processes that share one run, as torchrun and accelerate launch start them.
+
+The first one, rank 0, runs the commands as a single process does. The others wait: when it calls a function that is
+marked `together`, they get its name and arguments and run it too, each its part; else they do nothing.
+"""
+
+import os
+import pickle
+import re
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import wraps
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from kdexport.errors import ElsewhereError, Interrupted, KdexportError, RunError, first_line
+from kdexport.files import TEMPORARY
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# The launcher's variables, which no process that this one starts may inherit.
+_LAUNCHED = re.compile(
+    "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|TORCH_NCCL_.*"
+)
+_WAIT = timedelta(days=30)  # followers wait while rank 0 exports and measures
+_PASS = timedelta(hours=2)  # the longest step, or difference between ranks, in what they do together
+_SEEN_S = 10.0  # until a file of another machine shows in a shared folder
+_GRACE_S = 10.0  # until a process that waits for one that ended is ended too
+_KEY = "end"  # in the store: who failed first, and the exit code
+
+_begun = 0  # worlds of this process
+_world: "_World | None" = None
+
+
+@dataclass(kw_only=True)
+class _World:
+    rank: int
+    size: int
+    local: int
+    store: Any  # of keys, shared by all
+    group: Any  # of the calls; `pulse` shows who ended
+    pulse: Any
+    owned: bool  # whether the process group is ours
+    variables: dict[str, str]
+    leads: bool = False  # rank 0 runs the command, the others wait for calls
+    inside: bool = False  # a call that all run
+    over: threading.Event = field(default_factory=threading.Event)
+    watchers: list[threading.Thread] = field(default_factory=list)
+
+    @property
+    def alone(self) -> bool:
+        """Whether rank 0 does what the others don't."""
+        return self.leads and not self.inside
+
+    def sent(self, value: Any = None) -> Any:
+        """Return rank 0's value on every rank."""
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def run(self, call: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Run a call that all ranks run, in the environment that the launcher made."""
+        self.inside = True
+        os.environ.update(self.variables)
+        try:
+            return call(*arguments, **options)
+        finally:
+            self.inside = False
+            _take_variables()
+
+    def claim(self, code: int) -> int | None:
+        """Be the rank that failed, and return None; or return the exit code of the one that was first."""
+        mine = f"{self.rank} {code}"
+        first = self.store.compare_set(_KEY, "", mine).decode()
+        return None if first == mine else int(first.split()[1])
+
+
+def size() -> int:
+    """Return the number of processes."""
+    return _world.size if _world else int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def leads() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return _world.rank == 0 if _world else int(os.environ.get("RANK") or 0) == 0 or size() == 1
+
+
+def together(function: Callable[P, T]) -> Callable[P, T]:
+    """Mark a function of a module that all ranks run when rank 0 calls it; its arguments are pickled."""
+
+    @wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
+        world = _world
+        if world is None or world.inside:
+            return function(*arguments, **options)
+        world.sent(pickle.dumps((function.__module__, function.__name__, arguments, options)))
+        return world.run(function, *arguments, **options)
+
+    return call
+
+
+# --- in a call that all run; where one process is alone it gets all
+
+
+def share(items: Sequence[T], chunk: int = 1, one_a_machine: bool = False) -> list[T]:
+    """Return this rank's part of items that are dealt out in chunks."""
+    if _world is None or _world.alone:
+        return list(items)
+    members = [i for i, local in enumerate(gathered(_world.local)) if local == 0 or not one_a_machine]
+    if _world.rank not in members:
+        return []
+    starts = range(members.index(_world.rank) * chunk, len(items), len(members) * chunk)
+    return [item for start in starts for item in items[start : start + chunk]]
+
+
+def gathered(value: T) -> list[T]:
+    """Return every rank's value, in order, on every rank."""
+    if _world is None or _world.alone:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * _world.size
+    dist.all_gather_object(found, value, group=_world.group)
+    return found
+
+
+def agreed(decide: Callable[[], T]) -> T:
+    """Return what rank 0 decides."""
+    if _world is None or _world.alone:
+        return decide()
+    found: T = _world.sent(decide() if _world.rank == 0 else None)
+    return found
+
+
+def part() -> tuple[int, int]:
+    """Return this rank and the number of ranks."""
+    return (0, 1) if _world is None or _world.alone else (_world.rank, _world.size)
+
+
+def check_shared(folder: Path, what: str, fix: str) -> None:
+    """Raise RunError unless every process sees in a folder what rank 0 writes there."""
+    if _world is None:
+        return
+    token = folder / f".{secrets.token_hex(6)}{TEMPORARY}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.touch()
+        blind = _blind(token)
+    except OSError as error:
+        raise RunError(f"{what} {folder} can't be written: {error.strerror}", fix) from None
+    finally:
+        with suppress(OSError):
+            token.unlink(missing_ok=True)
+    if blind:
+        raise RunError(f"{what} {folder} is not the same folder for process {blind[0]} of {size()}", fix)
+
+
+@together
+def _blind(token: Path) -> list[int]:
+    """Return the ranks that don't see a file."""
+    return [rank for rank, sees in enumerate(gathered(seen(token.exists))) if not sees]
+
+
+def seen(is_there: Callable[[], bool]) -> bool:
+    """Return whether something is there, after a while if need be: shared folders show others' files late."""
+    until = time.monotonic() + _SEEN_S
+    while not (found := is_there()) and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
+
+
+# --- joining, leading and following
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the other processes, if there are any, and end with them: one prints its error, the others nothing."""
+    global _world
+    if _world is not None or size() == 1:
+        yield
+        return
+    world = _world = _join()
+    before = _on_terminate(world)
+    try:
+        with _silent() if world.rank else nullcontext():
+            yield
+        _say_goodbye(world)
+    except SystemExit:
+        _say_goodbye(world)
+        raise
+    except BaseException as error:
+        raise _ending(world, error) from (error if "--debug" in sys.argv else None)
+    finally:
+        world.over.set()
+        _world = None
+        os.environ.update(world.variables)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+        _leave(world)
+
+
+@contextmanager
+def led(facts: Callable[[], Mapping[str, str]]) -> Iterator[bool]:
+    """Yield True on rank 0; on the others do its calls until it is done, then yield False.
+
+    Raises:
+        RunError: `facts` (name → value), such as the spec's keys, differ between the processes.
+    """
+    world = _world
+    if world is None:
+        yield True
+        return
+    _compare(dict(facts()))
+    if world.rank == 0:
+        world.leads = True
+        yield True
+        world.leads = False
+        world.sent(None)
+        return
+    while call := world.sent():
+        module, name, arguments, options = pickle.loads(call)
+        world.run(getattr(import_module(module), name).__wrapped__, *arguments, **options)
+    yield False
+
+
+def _compare(mine: dict[str, str]) -> None:
+    every = gathered(mine)
+    for rank, theirs in enumerate(every):
+        for name in [*every[0], *theirs]:
+            if (first := every[0].get(name)) != (other := theirs.get(name)):
+                what = f"the processes were not started alike: {name} is {first} for process 0, {other} for {rank}"
+                raise RunError(what, "Start all of them with the same command, in the same folder")
+
+
+def _join() -> _World:
+    global _begun
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings would come from every process
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        owned = not dist.is_initialized()
+        if owned:
+            shared, rank, size = next(rendezvous("env://"))
+            store = distributed_c10d.PrefixStore(f"kdexport/{_begun}", shared)
+            local = int(os.environ.get("LOCAL_RANK") or 0)
+            cuda = torch.cuda.is_available()
+            if cuda:
+                torch.cuda.set_device(local % torch.cuda.device_count())
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PASS)
+        else:
+            store = distributed_c10d.PrefixStore(f"kdexport/{_begun}", distributed_c10d._get_default_store())
+        _begun += 1
+        groups = [dist.new_group(backend="gloo", timeout=_WAIT) for _ in range(2)]
+    except (RuntimeError, ValueError, OSError) as error:
+        what = f"the processes that were started together don't reach each other: {first_line(error)}"
+        raise RunError(what, "Look at the launcher's address and port, and at the firewall") from None
+    world = _World(
+        rank=dist.get_rank(), size=dist.get_world_size(), local=int(os.environ.get("LOCAL_RANK") or 0),
+        store=store, group=groups[0], pulse=groups[1], owned=owned, variables=_take_variables(),
+    )  # fmt: skip
+    for peer in range(1, world.size) if world.rank == 0 else [0]:
+        watcher = threading.Thread(target=_watch, args=(world, peer), name=f"watch {peer}", daemon=True)
+        watcher.start()
+        world.watchers.append(watcher)
+    return world
+
+
+def _take_variables() -> dict[str, str]:
+    return {name: os.environ.pop(name) for name in list(os.environ) if _LAUNCHED.fullmatch(name)}
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
+
+
+# --- how it ends
+
+
+def _watch(world: _World, peer: int) -> None:
+    """Wait until a peer leaves; where it ended otherwise, end this process unless it does so itself."""
+    import torch
+    import torch.distributed as dist
+
+    try:
+        dist.recv(torch.zeros(1), src=peer, group=world.pulse)
+    except RuntimeError:
+        if not world.over.wait(_GRACE_S):
+            with suppress(RuntimeError):
+                if (code := world.claim(2)) is not None:
+                    os._exit(code)
+            os.write(2, f"error: {_lost(peer, world.size)}\n".encode())
+            os._exit(2)
+
+
+def _say_goodbye(world: _World) -> None:
+    import torch
+    import torch.distributed as dist
+
+    with suppress(RuntimeError):
+        for peer in range(1, world.size) if world.rank == 0 else [0]:
+            dist.send(torch.zeros(1), dst=peer, group=world.pulse)
+        for watcher in world.watchers:
+            watcher.join()
+
+
+def _leave(world: _World) -> None:
+    """Close the connections, so that ranks that still wait see the end of this one."""
+    import torch.distributed as dist
+
+    with suppress(RuntimeError, ValueError):
+        if not world.owned:
+            for group in (world.group, world.pulse):
+                dist.destroy_process_group(group)
+        elif dist.get_backend() == "gloo" or not world.watchers or not any(w.is_alive() for w in world.watchers):
+            dist.destroy_process_group()
+
+
+def _ending(world: _World, error: BaseException) -> BaseException:
+    """Return the error to raise: the rank's own where it is the first to fail."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if isinstance(error, KeyboardInterrupt | Interrupted):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
+    lost = isinstance(error, RuntimeError) and _is_of_connection(error)
+    code = 130 if interrupted else 2 if lost or isinstance(error, KdexportError | OSError) else 1
+    try:
+        first = world.claim(code)
+    except RuntimeError:  # the store's process ended too
+        first = None
+    if first is not None:
+        return ElsewhereError(first)
+    return RunError(*_lost_words(None, world.size)) if lost else error
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    words = ("onnection closed", "onnection reset", "Broken pipe", "gloo", "Socket", "NCCL")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def _lost_words(peer: int | None, size: int) -> tuple[str, str]:
+    who = "another" if peer is None else f"number {peer}"
+    what = f"of the {size} processes of this run {who} ended without a word, killed or out of memory"
+    return what, "Run the same command again: finished stages are kept"
+
+
+def _lost(peer: int, size: int) -> str:
+    return str(RunError(*_lost_words(peer, size)))
+
+
+def _on_terminate(world: _World) -> Any:
+    """Let SIGTERM, by which a launcher ends the others when one has failed, end with that one's exit code."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def end(number: int, _: Any) -> None:
+        with suppress(RuntimeError):
+            if world.store.check([_KEY]):
+                os._exit(int(world.store.get(_KEY).decode().split()[1]))
+        os._exit(128 + number)
+
+    return signal.signal(signal.SIGTERM, end)
