@@ -8,7 +8,9 @@ import os
 import pickle
 import re
 import secrets
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -47,14 +49,14 @@ class _World:
     size: int
     local: int
     store: Any  # of keys, shared by all
-    group: Any  # of the calls; `pulse` shows who ended
-    pulse: Any
+    group: Any  # of the calls
+    links: list[socket.socket]  # of rank 0 to each other, of the others to it: they show who ended, and how
     owned: bool  # whether the process group is ours
     variables: dict[str, str]
     leads: bool = False  # rank 0 runs the command, the others wait for calls
     inside: bool = False  # a call that all run
     over: threading.Event = field(default_factory=threading.Event)
-    watchers: list[threading.Thread] = field(default_factory=list)
+    heard: int | None = None  # the exit code of a rank that failed
 
     @property
     def alone(self) -> bool:
@@ -82,8 +84,18 @@ class _World:
     def claim(self, code: int) -> int | None:
         """Be the rank that failed, and return None; or return the exit code of the one that was first."""
         mine = f"{self.rank} {code}"
-        first = self.store.compare_set(_KEY, "", mine).decode()
+        try:
+            first = self.store.compare_set(_KEY, "", mine).decode()
+        except RuntimeError:  # the store's process ended too
+            seen(lambda: self.heard is not None, 2.0)
+            return self.heard
         return None if first == mine else int(first.split()[1])
+
+    def tell(self, code: int) -> None:
+        """Let the others know how this rank ends."""
+        for link in self.links:
+            with suppress(OSError):
+                link.sendall(bytes([code]))
 
 
 def size() -> int:
@@ -172,9 +184,9 @@ def _blind(token: Path) -> list[int]:
     return [rank for rank, sees in enumerate(gathered(seen(token.exists))) if not sees]
 
 
-def seen(is_there: Callable[[], bool]) -> bool:
+def seen(is_there: Callable[[], bool], seconds: float = _SEEN_S) -> bool:
     """Return whether something is there, after a while if need be: shared folders show others' files late."""
-    until = time.monotonic() + _SEEN_S
+    until = time.monotonic() + seconds
     while not (found := is_there()) and time.monotonic() < until:
         time.sleep(0.1)
     return found
@@ -195,11 +207,12 @@ def joined() -> Iterator[None]:
     try:
         with _silent() if world.rank else nullcontext():
             yield
-        _say_goodbye(world)
+        world.tell(0)
     except SystemExit:
-        _say_goodbye(world)
+        world.tell(0)
         raise
     except BaseException as error:
+        before = None  # the launcher may end this process before it has printed its line
         raise _ending(world, error) from (error if "--debug" in sys.argv else None)
     finally:
         world.over.set()
@@ -265,19 +278,41 @@ def _join() -> _World:
         else:
             store = distributed_c10d.PrefixStore(f"kdexport/{_begun}", distributed_c10d._get_default_store())
         _begun += 1
-        groups = [dist.new_group(backend="gloo", timeout=_WAIT) for _ in range(2)]
+        group = dist.new_group(backend="gloo", timeout=_WAIT)
+        links = _connected(store, dist.get_rank(), dist.get_world_size())
     except (RuntimeError, ValueError, OSError) as error:
         what = f"the processes that were started together don't reach each other: {first_line(error)}"
         raise RunError(what, "Look at the launcher's address and port, and at the firewall") from None
     world = _World(
         rank=dist.get_rank(), size=dist.get_world_size(), local=int(os.environ.get("LOCAL_RANK") or 0),
-        store=store, group=groups[0], pulse=groups[1], owned=owned, variables=_take_variables(),
+        store=store, group=group, links=links, owned=owned, variables=_take_variables(),
     )  # fmt: skip
-    for peer in range(1, world.size) if world.rank == 0 else [0]:
-        watcher = threading.Thread(target=_watch, args=(world, peer), name=f"watch {peer}", daemon=True)
-        watcher.start()
-        world.watchers.append(watcher)
+    threading.Thread(target=_watch, args=(world,), name="watch", daemon=True).start()
     return world
+
+
+def _connected(store: Any, rank: int, size: int) -> list[socket.socket]:
+    """Connect rank 0 with each of the others."""
+    if rank:
+        port, token = store.get("link").decode().split()
+        link = socket.create_connection((os.environ.get("MASTER_ADDR") or "localhost", int(port)), timeout=60.0)
+        link.sendall(token.encode())
+        return [link]
+    token, links = secrets.token_hex(16), list[socket.socket]()
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
+        server.settimeout(300.0)
+        store.set("link", f"{server.getsockname()[1]} {token}")
+        while len(links) < size - 1:
+            link, _ = server.accept()
+            link.settimeout(10.0)
+            with suppress(OSError):
+                if link.recv(len(token), socket.MSG_WAITALL) == token.encode():
+                    links.append(link)
+                    continue
+            link.close()
+    return links
 
 
 def _take_variables() -> dict[str, str]:
@@ -293,61 +328,51 @@ def _silent() -> Iterator[None]:
 # --- how it ends
 
 
-def _watch(world: _World, peer: int) -> None:
-    """Wait until a peer leaves; where it ended otherwise, end this process unless it does so itself."""
-    import torch
-    import torch.distributed as dist
-
-    try:
-        dist.recv(torch.zeros(1), src=peer, group=world.pulse)
-    except RuntimeError:
-        if not world.over.wait(_GRACE_S):
-            with suppress(RuntimeError):
-                if (code := world.claim(2)) is not None:
-                    os._exit(code)
-            os.write(2, f"error: {_lost(peer, world.size)}\n".encode())
-            os._exit(2)
-
-
-def _say_goodbye(world: _World) -> None:
-    import torch
-    import torch.distributed as dist
-
-    with suppress(RuntimeError):
-        for peer in range(1, world.size) if world.rank == 0 else [0]:
-            dist.send(torch.zeros(1), dst=peer, group=world.pulse)
-        for watcher in world.watchers:
-            watcher.join()
+def _watch(world: _World) -> None:
+    """Hear how the others end; where one ended without a word, end this process unless it does so itself."""
+    links = list(world.links)
+    while links and not world.over.is_set():
+        try:
+            ready, _, _ = select.select(links, [], [], 0.5)
+        except (OSError, ValueError):  # closed, as this process ends
+            return
+        for link in ready:
+            said = b""
+            with suppress(OSError):
+                said = link.recv(1)
+            links.remove(link)
+            if said == b"\0":
+                continue
+            world.heard = said[0] if said else None
+            if not world.over.wait(_GRACE_S):
+                if (code := world.claim(2)) is None:
+                    os.write(2, f"error: {_lost(world.size)}\n".encode())
+                os._exit(code or 2)
 
 
 def _leave(world: _World) -> None:
     """Close the connections, so that ranks that still wait see the end of this one."""
     import torch.distributed as dist
 
+    for link in world.links:
+        link.close()
     with suppress(RuntimeError, ValueError):
-        if not world.owned:
-            for group in (world.group, world.pulse):
-                dist.destroy_process_group(group)
-        elif dist.get_backend() == "gloo" or not world.watchers or not any(w.is_alive() for w in world.watchers):
-            dist.destroy_process_group()
+        dist.destroy_process_group(None if world.owned else world.group)
 
 
 def _ending(world: _World, error: BaseException) -> BaseException:
     """Return the error to raise: the rank's own where it is the first to fail."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if isinstance(error, KeyboardInterrupt | Interrupted):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
     interrupted = isinstance(error, KeyboardInterrupt | Interrupted)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, *([signal.SIGINT] if interrupted else [])):
+            signal.signal(number, signal.SIG_IGN)
     lost = isinstance(error, RuntimeError) and _is_of_connection(error)
     code = 130 if interrupted else 2 if lost or isinstance(error, KdexportError | OSError) else 1
-    try:
-        first = world.claim(code)
-    except RuntimeError:  # the store's process ended too
-        first = None
+    first = world.claim(code)
+    world.tell(code if first is None else first)
     if first is not None:
         return ElsewhereError(first)
-    return RunError(*_lost_words(None, world.size)) if lost else error
+    return _lost(world.size) if lost else error
 
 
 def _is_of_connection(error: RuntimeError) -> bool:
@@ -357,14 +382,9 @@ def _is_of_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
-def _lost_words(peer: int | None, size: int) -> tuple[str, str]:
-    who = "another" if peer is None else f"number {peer}"
-    what = f"of the {size} processes of this run {who} ended without a word, killed or out of memory"
-    return what, "Run the same command again: finished stages are kept"
-
-
-def _lost(peer: int, size: int) -> str:
-    return str(RunError(*_lost_words(peer, size)))
+def _lost(size: int) -> RunError:
+    what = f"one of the {size} processes of this run ended without a word, killed or out of memory"
+    return RunError(what, "Run the same command again: finished stages are kept")
 
 
 def _on_terminate(world: _World) -> Any:

@@ -318,9 +318,9 @@ class Parts(Sampler[list[int]]):
 
     def weight(self, rows: int, step: int) -> float:
         """Return the weight of a part's mean in a step's, relative to that of an equal part."""
-        rest = len(self.sampler) % self.sampler.batch_size
-        last = rest and (step + 1) % (len(self) // self._parts) == 0
-        return rows * self._parts / max(rest, self._parts) if last and self._parts > 1 else 1.0
+        size, steps = self.sampler.batch_size, len(self) // self._parts
+        of_step = len(self.sampler) - size * (steps - 1) if (step + 1) % steps == 0 else size
+        return rows * self._parts / max(of_step, self._parts)
 
 
 # transformers 5 takes a count or a fraction by one name; in 4.57 that name is a count.
