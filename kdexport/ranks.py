@@ -56,7 +56,9 @@ class _World:
     leads: bool = False  # rank 0 runs the command, the others wait for calls
     inside: bool = False  # a call that all run
     over: threading.Event = field(default_factory=threading.Event)
+    watcher: threading.Thread | None = None
     heard: int | None = None  # the exit code of a rank that failed
+    lost: bool = False  # whether one ended without a word
 
     @property
     def alone(self) -> bool:
@@ -90,6 +92,13 @@ class _World:
             seen(lambda: self.heard is not None, 2.0)
             return self.heard
         return None if first == mine else int(first.split()[1])
+
+    def end(self) -> None:
+        """End this process because of another, with a line unless one was printed."""
+        code = self.claim(2)
+        if code is None:
+            os.write(2, f"error: {_lost(self.size)}\n".encode())
+        os._exit(code or 2)
 
     def tell(self, code: int) -> None:
         """Let the others know how this rank ends."""
@@ -252,7 +261,9 @@ def _compare(mine: dict[str, str]) -> None:
     for rank, theirs in enumerate(every):
         for name in [*every[0], *theirs]:
             if (first := every[0].get(name)) != (other := theirs.get(name)):
-                what = f"the processes were not started alike: {name} is {first} for process 0, {other} for {rank}"
+                what = (
+                    f"the processes were not started alike: {name} is {first} for process 0, {other} for process {rank}"
+                )
                 raise RunError(what, "Start all of them with the same command, in the same folder")
 
 
@@ -287,7 +298,8 @@ def _join() -> _World:
         rank=dist.get_rank(), size=dist.get_world_size(), local=int(os.environ.get("LOCAL_RANK") or 0),
         store=store, group=group, links=links, owned=owned, variables=_take_variables(),
     )  # fmt: skip
-    threading.Thread(target=_watch, args=(world,), name="watch", daemon=True).start()
+    world.watcher = threading.Thread(target=_watch, args=(world,), name="watch", daemon=True)
+    world.watcher.start()
     return world
 
 
@@ -343,17 +355,17 @@ def _watch(world: _World) -> None:
             links.remove(link)
             if said == b"\0":
                 continue
-            world.heard = said[0] if said else None
+            world.heard, world.lost = (said[0], False) if said else (None, True)
             if not world.over.wait(_GRACE_S):
-                if (code := world.claim(2)) is None:
-                    os.write(2, f"error: {_lost(world.size)}\n".encode())
-                os._exit(code or 2)
+                world.end()
 
 
 def _leave(world: _World) -> None:
     """Close the connections, so that ranks that still wait see the end of this one."""
     import torch.distributed as dist
 
+    if world.watcher:  # a thread that is there when Python ends may abort it
+        world.watcher.join(5.0)
     for link in world.links:
         link.close()
     with suppress(RuntimeError, ValueError):
@@ -388,14 +400,13 @@ def _lost(size: int) -> RunError:
 
 
 def _on_terminate(world: _World) -> Any:
-    """Let SIGTERM, by which a launcher ends the others when one has failed, end with that one's exit code."""
+    """Let SIGTERM, by which a launcher ends all when one has failed, end this process as that one's end does."""
     if threading.current_thread() is not threading.main_thread():
         return None
 
     def end(number: int, _: Any) -> None:
-        with suppress(RuntimeError):
-            if world.store.check([_KEY]):
-                os._exit(int(world.store.get(_KEY).decode().split()[1]))
+        if seen(lambda: world.lost or world.store.check([_KEY]), 1.0):
+            world.end()
         os._exit(128 + number)
 
     return signal.signal(signal.SIGTERM, end)

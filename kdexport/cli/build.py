@@ -76,8 +76,9 @@ def run(
 
     settings = api.settings_of(spec, given)
     if plan:
-        if ranks.leads():
-            _print_plan(settings, as_json)
+        with ranks.led(dict) as leads:
+            if leads:
+                _print_plan(settings, as_json)
     else:
         folder = out or api.run_folder(spec, settings)
         _run({"spec": settings, "out": folder, "move_aside": move_aside}, as_json)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from itertools import chain
 
 import msgspec
@@ -525,3 +526,33 @@ def test_two_processes_and_two_passes_learn_what_one_does(kind, task, rows, soft
     moved = {name: (value - weights[name]).abs().mean().item() for name, value in student(**still).state_dict().items()}
     assert sum(apart.values()) < max(3 * near, 0.01) * sum(moved.values())
     assert not list((tmp_path / "work").glob("*"))
+
+
+def test_gradients_that_are_computed_again_are_the_same(task, rows, soft, still, tmp_path):
+    learned = []
+    for again in (False, True):
+        model = student(**still)
+        how = change(epochs=1, checkpoint_gradients=again)
+        fit(model, task, rows, soft, how, validation=rows[:8], work=tmp_path / str(again), title="t")
+        assert not model.is_gradient_checkpointing
+        learned.append(model.classifier.weight.detach())
+    assert torch.equal(*learned)
+
+
+def test_a_model_that_cannot_compute_layers_again_is_refused(task, rows, soft, tmp_path):
+    model = student()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(SpecError, match="checkpoint_gradients: models of the family 'bert' don't offer it"):
+        fit(model, task, rows, soft, change(checkpoint_gradients=True), validation=[], work=tmp_path, title="t")
+
+
+@pytest.mark.slow
+def test_a_compiled_training_learns_the_same_and_leaves_no_trace(task, rows, soft, still, tmp_path):
+    before, learned = set(os.environ), []
+    for compiled in (False, True):
+        model = student(**still)
+        fit(model, task, rows, soft, change(epochs=1, compile=compiled), validation=[], work=tmp_path, title="t")
+        learned.append({name: value.numpy() for name, value in model.state_dict().items()})
+    assert learned[0].keys() == learned[1].keys()
+    assert all(np.abs(learned[0][name] - learned[1][name]).max() < 1e-3 for name in learned[0])
+    assert not [name for name in {*os.environ} - before if name.startswith("ACCELERATE_")]
