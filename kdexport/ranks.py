@@ -30,20 +30,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 # The launcher's variables, which no process that this one starts may inherit.
-_LAUNCHED = re.compile(
-    "(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|TORCH_NCCL_.*"
-)
+_LAUNCHED = re.compile("(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCH(ELASTIC|_NCCL)_.*")
 _WAIT = timedelta(days=30)  # followers wait while rank 0 exports and measures
 _PASS = timedelta(hours=2)  # the longest step, or difference between ranks, in what they do together
-_SEEN_S = 10.0  # until a file of another machine shows in a shared folder
-_GRACE_S = 10.0  # until a process that waits for one that ended is ended too
+_SEEN_S, _GRACE_S = 10.0, 10.0  # for a file of another machine to show; for a process to end by itself after another
 _KEY = "end"  # in the store: who failed first, and the exit code
 
 _begun = 0  # worlds of this process
 _world: "_World | None" = None
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _World:
     rank: int
     size: int
@@ -62,7 +59,6 @@ class _World:
 
     @property
     def alone(self) -> bool:
-        """Whether rank 0 does what the others don't."""
         return self.leads and not self.inside
 
     def sent(self, value: Any = None) -> Any:
@@ -261,10 +257,9 @@ def _compare(mine: dict[str, str]) -> None:
     for rank, theirs in enumerate(every):
         for name in [*every[0], *theirs]:
             if (first := every[0].get(name)) != (other := theirs.get(name)):
-                what = (
-                    f"the processes were not started alike: {name} is {first} for process 0, {other} for process {rank}"
-                )
-                raise RunError(what, "Start all of them with the same command, in the same folder")
+                both = f"{name} is {first} for process 0, {other} for process {rank}"
+                fix = "Start all of them with the same command, in the same folder"
+                raise RunError(f"the processes were not started alike: {both}", fix)
 
 
 def _join() -> _World:
@@ -275,29 +270,25 @@ def _join() -> _World:
     from torch.distributed import distributed_c10d
     from torch.distributed.rendezvous import rendezvous
 
+    local, cuda = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.is_available()
     try:
-        owned = not dist.is_initialized()
-        if owned:
+        if owned := not dist.is_initialized():
             shared, rank, size = next(rendezvous("env://"))
-            store = distributed_c10d.PrefixStore(f"kdexport/{_begun}", shared)
-            local = int(os.environ.get("LOCAL_RANK") or 0)
-            cuda = torch.cuda.is_available()
             if cuda:
                 torch.cuda.set_device(local % torch.cuda.device_count())
+            store = distributed_c10d.PrefixStore(f"kdexport/{_begun}", shared)
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PASS)
         else:
             store = distributed_c10d.PrefixStore(f"kdexport/{_begun}", distributed_c10d._get_default_store())
         _begun += 1
+        rank, size = dist.get_rank(), dist.get_world_size()
         group = dist.new_group(backend="gloo", timeout=_WAIT)
-        links = _connected(store, dist.get_rank(), dist.get_world_size())
+        links = _connected(store, rank, size)
     except (RuntimeError, ValueError, OSError) as error:
         what = f"the processes that were started together don't reach each other: {first_line(error)}"
         raise RunError(what, "Look at the launcher's address and port, and at the firewall") from None
-    world = _World(
-        rank=dist.get_rank(), size=dist.get_world_size(), local=int(os.environ.get("LOCAL_RANK") or 0),
-        store=store, group=group, links=links, owned=owned, variables=_take_variables(),
-    )  # fmt: skip
+    world = _World(rank, size, local, store, group, links, owned, _take_variables())
     world.watcher = threading.Thread(target=_watch, args=(world,), name="watch", daemon=True)
     world.watcher.start()
     return world
@@ -312,8 +303,7 @@ def _connected(store: Any, rank: int, size: int) -> list[socket.socket]:
         return [link]
     token, links = secrets.token_hex(16), list[socket.socket]()
     dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
+    with socket.create_server(("", 0), family=[socket.AF_INET, socket.AF_INET6][dual], dualstack_ipv6=dual) as server:
         server.settimeout(300.0)
         store.set("link", f"{server.getsockname()[1]} {token}")
         while len(links) < size - 1:
@@ -343,21 +333,17 @@ def _silent() -> Iterator[None]:
 def _watch(world: _World) -> None:
     """Hear how the others end; where one ended without a word, end this process unless it does so itself."""
     links = list(world.links)
-    while links and not world.over.is_set():
-        try:
-            ready, _, _ = select.select(links, [], [], 0.5)
-        except (OSError, ValueError):  # closed, as this process ends
-            return
-        for link in ready:
-            said = b""
-            with suppress(OSError):
-                said = link.recv(1)
-            links.remove(link)
-            if said == b"\0":
-                continue
-            world.heard, world.lost = (said[0], False) if said else (None, True)
-            if not world.over.wait(_GRACE_S):
-                world.end()
+    with suppress(OSError, ValueError):  # of links that are closed, as this process ends
+        while links and not world.over.is_set():
+            for link in select.select(links, [], [], 0.5)[0]:
+                said = b""
+                with suppress(OSError):
+                    said = link.recv(1)
+                links.remove(link)
+                if said != b"\0":
+                    world.heard, world.lost = (said[0], False) if said else (None, True)
+                    if not world.over.wait(_GRACE_S):
+                        world.end()
 
 
 def _leave(world: _World) -> None:

@@ -16,7 +16,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from kdexport.distill import monitor, train
 from kdexport.distill.losses import Term, objective
-from kdexport.distill.train import ByLength, Parts, TrainConfig, fit
+from kdexport.distill.order import ByLength, Parts
+from kdexport.distill.train import TrainConfig, fit
 from kdexport.errors import ModelError, SpecError
 from kdexport.files import write_json
 from kdexport.models.inference import logits_of
