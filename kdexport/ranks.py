@@ -105,12 +105,13 @@ class _World:
 
 def size() -> int:
     """Return the number of processes."""
-    return _world.size if _world else int(os.environ.get("WORLD_SIZE") or 1)
+    launched = int(os.environ.get("WORLD_SIZE") or 1) if os.environ.get("RANK") else 1
+    return _world.size if _world else launched
 
 
 def leads() -> bool:
     """Whether this is rank 0, or the only process."""
-    return _world.rank == 0 if _world else int(os.environ.get("RANK") or 0) == 0 or size() == 1
+    return _world.rank == 0 if _world else size() == 1 or os.environ["RANK"] == "0"
 
 
 def together(function: Callable[P, T]) -> Callable[P, T]:

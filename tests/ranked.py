@@ -60,16 +60,21 @@ def dealt(items):
 
 def calls():
     """What rank 0 does alone, and what all do."""
+    if CASE == "apart":
+        (FOLDER / RANK).mkdir()
+        os.chdir(FOLDER / RANK)
     with ranks.joined():
         print("only rank 0 prints", file=sys.stderr)
         with ranks.led(lambda: {"distill.epochs": RANK if CASE == "differ" else "3"}) as leads:
             if leads:
                 started = [name for name in os.environ if name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")]
                 (FOLDER / "calls.json").write_text(json.dumps({"inherited": started, "dealt": dealt(range(7))}))
+                if CASE == "apart":  # a folder of each process's own, as on two machines
+                    ranks.check_shared(Path("/proc/self/cwd"), "the cache", "Set KDEXPORT_CACHE")
                 if CASE == "alone":
                     raise SpecError("rank 0 found a fault", "Mend it")
                 if CASE == "wait":
-                    time.sleep(8)
+                    time.sleep(4)
         if CASE == "wait":
             (FOLDER / f"{RANK}.seconds").write_text(str(time.process_time()))
         if CASE == "late kill":
@@ -118,6 +123,7 @@ def resume():
 
 if __name__ == "__main__":
     CASE, FOLDER = sys.argv[1], Path(sys.argv[2])
+    ranks._GRACE_S = 2.0
     cases = {"train": train, "targets": targets, "resume": resume}
     cli.app = cases.get(CASE.partition(" ")[0], calls)
     sys.argv = ["kdexport", "run"]

@@ -34,9 +34,9 @@ def test_rank_0_calls_and_all_do_their_part(tmp_path):
 @pytest.mark.parametrize(
     ("case", "line"),
     [
-        ("error 0", "process 0 found a fault. Mend it"),
         ("error 1", "process 1 found a fault. Mend it"),
         ("alone", "rank 0 found a fault. Mend it"),
+        ("apart", "the cache /proc/self/cwd is not the same folder for process 1 of 2. Set KDEXPORT_CACHE"),
         ("differ", "the processes were not started alike: distill.epochs is 0 for process 0, 1 for process 1."),
     ],
 )
@@ -54,11 +54,11 @@ def test_our_own_mistake_has_one_traceback(tmp_path):
     assert "process 1 has a bug" in second.stderr
 
 
-@pytest.mark.parametrize("case", ["kill 0", "kill 1", "late kill"])
+@pytest.mark.parametrize("case", ["kill 0", "late kill"])
 def test_where_one_is_killed_the_others_end_with_a_line(case, tmp_path):
     began = time.monotonic()
     ended = run_case(case, tmp_path)
-    killed = int(case == "kill 1" or case == "late kill")
+    killed = int(case == "late kill")
     assert ended[killed].returncode == -signal.SIGKILL
     assert ended[1 - killed].returncode == 2
     [error] = errors_of(ended)
@@ -70,7 +70,7 @@ def test_where_one_is_killed_the_others_end_with_a_line(case, tmp_path):
 def test_waiting_takes_no_processor_time(tmp_path):
     assert [each.returncode for each in run_case("wait", tmp_path)] == [0, 0]
     began = float((tmp_path / "0.seconds").read_text())  # rank 0 slept
-    assert float((tmp_path / "1.seconds").read_text()) < began + 2
+    assert float((tmp_path / "1.seconds").read_text()) < began + 1.5
 
 
 def test_soft_targets_are_those_of_one_process(finished, tmp_path):
