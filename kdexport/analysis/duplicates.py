@@ -3,10 +3,11 @@
 Test rows that occur in train, exactly or nearly, measure memorisation instead of generalisation.
 """
 
+import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import combinations
 
 import msgspec
 import numpy as np
@@ -14,9 +15,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from kdexport.analysis import sampled, shortened
 from kdexport.errors import MissingPackage
+from kdexport.tasks.config import Row
 from kdexport.tasks.metrics import Array
 
-Rows = list[dict[str, Any]]
+Splits = Mapping[str, Sequence[Row]]
+Content = Callable[[Row], str]
 
 # 4-grams: at 0.8 a sentence of eight words may differ in a letter, an ending or a short word, but not in a word more.
 # (On clinc150's test texts, 5-grams found half as many; 3-grams match the same words in another order.)
@@ -24,8 +27,8 @@ _RUN, _SIMILAR = 4, 0.8
 # 21 bands of 6: of pairs with similarity 0.8, 99.8 % become candidates, with 0.4, 8 %; candidates are verified exactly.
 _BANDS, _BAND = 21, 6
 # Limits on time and memory, for template texts and millions of rows: candidates per text, the likeliest of them that
-# are verified, and sampled texts per split (10 kB and, for 20 words, 0.2 ms each).
-_CROWD, _EXACT, _MOST = 100, 10, 50_000
+# are verified, and sampled texts of all splits (10 kB and, for 20 words, 0.2 ms each).
+_CROWD, _EXACT, _MOST = 100, 10, 60_000
 _EXAMPLES, _CHARACTERS = 4, 160
 _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93], np.uint64)
 
@@ -73,40 +76,54 @@ class Audit(msgspec.Struct, frozen=True):
     near: NearDuplicates | None = None
 
 
-def audit(
-    splits: dict[str, Rows], content: Callable[[dict[str, Any]], str], drop: bool
-) -> tuple[dict[str, Rows], Audit]:
-    """Count duplicates by `content`; `drop` from each split the contents of later ones, so that test stays complete."""
-    seen = {split: Counter(content(row) for row in rows) for split, rows in splits.items()}
-    labels: dict[str, set[str | None]] = defaultdict(set)
-    for rows in splits.values():
-        for row in rows:
-            labels[content(row)].add(row["label"])
-    names, kept = list(splits), dict(splits)
-    across, dropped = dict[str, int](), dict[str, int]()
-    for i, early in enumerate(names[:-1]):
-        later = set().union(*(seen[late] for late in names[i + 1 :]))
-        across |= {f"{early}–{late}": len(seen[early].keys() & seen[late].keys()) for late in names[i + 1 :]}
-        if drop:
-            kept[early] = [row for row in splits[early] if content(row) not in later]
-            dropped[early] = len(splits[early]) - len(kept[early])
-    n = sum(len(rows) for rows in splits.values())
-    conflicting = sum(len(found - {None}) > 1 for found in labels.values())
-    within = {split: counts.total() - len(counts) for split, counts in seen.items()}
-    return kept, Audit(n, n - len(labels), conflicting, within, across, dropped)
+def keys_of(rows: Iterable[Row], content: Content) -> Array:
+    """Return a hash of each row's content: uint64 [N].
+
+    Of a million contents two share one with a probability of 3e-8.
+    """
+    texts = (content(row).encode("utf-8", "surrogatepass") for row in rows)
+    return np.frombuffer(b"".join(_hashed(text) for text in texts), np.uint64)
 
 
-def near_duplicates(
-    splits: dict[str, Rows], content: Callable[[dict[str, Any]], str]
-) -> tuple[NearDuplicates, list[NearPair]]:
+def first_of_each(keys: Array) -> Array:
+    """Return where each distinct key occurs first, ascending."""
+    return np.sort(np.unique(keys, return_index=True)[1])
+
+
+def audit(splits: Splits, content: Content, drop: bool) -> tuple[dict[str, Array], Audit]:
+    """Count duplicates by `content`; return the places of the rows of each split that stay.
+
+    With `drop`, contents of later splits are dropped, so that test stays complete.
+    """
+    keys = {split: keys_of(rows, content) for split, rows in splits.items()}
+    distinct = {split: np.unique(found) for split, found in keys.items()}
+    across = {
+        f"{early}–{late}": len(np.intersect1d(distinct[early], distinct[late], assume_unique=True))
+        for early, late in combinations(splits, 2)
+    }
+    names, kept = list(splits), {split: np.arange(len(found)) for split, found in keys.items()}
+    dropped = dict[str, int]()
+    for i, early in enumerate(names[:-1] if drop else ()):
+        later = np.concatenate([distinct[late] for late in names[i + 1 :]])
+        kept[early] = np.flatnonzero(~np.isin(keys[early], later))
+        dropped[early] = len(keys[early]) - len(kept[early])
+    every = np.concatenate(list(keys.values()))
+    n = len(every)
+    within = {split: len(found) - len(distinct[split]) for split, found in keys.items()}
+    conflicting = _conflicting(every, (row["label"] for rows in splits.values() for row in rows))
+    return kept, Audit(n, n - len(np.unique(every)), conflicting, within, across, dropped)
+
+
+def near_duplicates(splits: Splits, content: Content) -> tuple[NearDuplicates, list[NearPair]]:
     """Count texts that are nearly like another, with examples; pair each with its nearest in every other split.
 
     Candidates come from MinHash (Broder 1997) with banding (Leskovec, Rajaraman and Ullman, Mining of Massive
     Datasets, ch. 3), and are verified exactly. Equal contents are not counted: `audit` does that.
     """
-    # each content with its first row
-    distinct = {split: list({content(r): r for r in reversed(rows)}.items())[::-1] for split, rows in splits.items()}
-    looked_at = [(split, *found[i]) for split, found in distinct.items() for i in sampled(len(found), _MOST)]
+    distinct = {split: first_of_each(keys_of(rows, content)) for split, rows in splits.items()}
+    most = _level([len(found) for found in distinct.values()], _MOST)
+    chosen = ((split, splits[split][f[i]]) for split, f in distinct.items() for i in sampled(len(f), most))
+    looked_at = [(split, content(row), row) for split, row in chosen]
     pairs = []
     for i, j, similarity in _nearest([split for split, _, _ in looked_at], [text for _, text, _ in looked_at]):
         (late, text, row), (early, other, first) = looked_at[i], looked_at[j]
@@ -143,6 +160,28 @@ def jaccard(a: Array, b: Array) -> float:
     """Return the Jaccard index (Jaccard 1901) of two sets, given as ascending arrays [S] and [T]."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
+
+
+def _level(sizes: Sequence[int], most: int) -> int:
+    """Return how many of each group make at most `most` in all, where small groups are taken whole."""
+    for left, size in zip(range(len(sizes), 0, -1), sorted(sizes), strict=True):
+        if size * left >= most:
+            return most // left
+        most -= size
+    return max(sizes)
+
+
+def _hashed(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()
+
+
+def _conflicting(keys: Array, labels: Iterable[object]) -> int:
+    """Count the contents that have several labels; None is no label."""
+    none = _hashed(b"")
+    each = b"".join(none if label is None else _hashed(msgspec.json.encode(label)) for label in labels)
+    pairs = np.stack([keys, np.frombuffer(each, np.uint64)], axis=1)
+    pairs = np.unique(pairs[pairs[:, 1] != np.frombuffer(none, np.uint64)[0]], axis=0)
+    return int((np.unique(pairs[:, 0], return_counts=True)[1] > 1).sum())
 
 
 def _nearest(splits: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[int, int, float]]:

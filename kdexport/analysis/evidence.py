@@ -1,19 +1,19 @@
 """Teacher and student compared by class, by confidence, and where they differ."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from kdexport.analysis import shortened
 from kdexport.results import Answer, Bin, Calibration, ClassScore, Evidence, Example
 from kdexport.tasks.base import Task
-from kdexport.tasks.config import Items
+from kdexport.tasks.config import Items, Row
 from kdexport.tasks.metrics import Array, reliability, softmax
 
 _EXAMPLES, _CHARACTERS = 12, 240
 
 
-def look_closely(task: Task, rows: list[dict[str, Any]], teacher: Array, student: Array) -> Evidence:
+def look_closely(task: Task, rows: Sequence[Row], teacher: Array, student: Array) -> Evidence:
     """Compare two models' logits [N, *answer_shape] on the test split."""
     items, of_teacher = task.items(rows, student), task.items(rows, teacher)
     classes = _classes(task.labels, items.labels, task.chosen(of_teacher), task.chosen(items))
@@ -41,7 +41,7 @@ def _classes(names: list[str], labels: Array, teacher: Array, student: Array) ->
     return sorted(found, key=lambda c: (c.student_recall - c.teacher_recall, c.student_recall, c.label))
 
 
-def _examples(task: Task, rows: list[dict[str, Any]], items: Items, teacher: Array, student: Array) -> list[Example]:
+def _examples(task: Task, rows: Sequence[Row], items: Items, teacher: Array, student: Array) -> list[Example]:
     """Return rows with different answers, the most confident disagreements first."""
     names = task.labels
     theirs, ours = teacher.argmax(axis=1), student.argmax(axis=1)

@@ -8,6 +8,7 @@ import hashlib
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kdexport.files import digest, write_bytes, write_json
 from kdexport.progress import bar, say, warn
 from kdexport.results import QUANTILES, Cell, Conditions, Control, Footprint, Latency, Ratio
 from kdexport.tasks import load_task
+from kdexport.tasks.config import Row
 from kdexport.tasks.metrics import Array
 
 _MAX_ROWS, _MAX_ROUNDS = 256, 100
@@ -56,7 +58,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 def bench(
     settings: spec.Bench,
     targets: list[Target],
-    rows: list[dict[str, Any]],
+    rows: Sequence[Row],
     reference: str,
     seed: int,
     out: Path,
@@ -289,7 +291,7 @@ def _total(samples: Samples) -> Array:
     return np.array(samples.total_us) / 1e3
 
 
-def _tokens(target: Target | None, rows: list[dict[str, Any]]) -> dict[str, int]:
+def _tokens(target: Target | None, rows: Sequence[Row]) -> dict[str, int]:
     task = load_task(Path(target.task)) if target else None
     if task is None or not task.lengths():
         return {}

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from kdexport.errors import KdexportError
+from kdexport.tasks.config import Row
 from kdexport.tasks.inputs.media import bytes_of
 
 _TIMEOUT_S = 30.0
@@ -110,7 +111,7 @@ class Connection:
         raise ConnectionResetError("the server closed the connection")
 
 
-def body_of(url: str, rows: list[dict[str, Any]]) -> bytes:
+def body_of(url: str, rows: Sequence[Row]) -> bytes:
     """Encode rows in the URL's protocol.
 
     `…/infer` is the Open Inference Protocol, `…/predict` text-embeddings-inference, anything else Hugging Face's

@@ -13,11 +13,11 @@ from kdexport.runtime.generation import timed
 from kdexport.runtime.predictor import Predictor, providers
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Generates, Task, can_generate, writes_speech
-from kdexport.tasks.config import Arrays
+from kdexport.tasks.config import Arrays, Row
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.speech_seq2seq import Read, SpeechSeq2Seq
 
-Rows = list[dict[str, Any]]
+Rows = Sequence[Row]
 
 _TOKENS = 32  # of a language model's measured prompt, and as many new ones
 # torch.compile's modes; reduce-overhead replays CUDA graphs.

@@ -150,7 +150,7 @@ def _batches(opened: Opened, job: Round, rows: Rows, size: int) -> list[float]:
 def _runs(opened: Opened, job: Round, rows: Rows, length: int) -> list[float]:
     """Ms per run of the model alone, on real texts joined and cut to one length."""
     task = load_task(Path(job.target.task))
-    inputs = [task.sized(rows[(job.start + 7 * k) % len(rows) :] + rows, length) for k in range(8)]
+    inputs = [task.sized([*rows[(job.start + 7 * k) % len(rows) :], *rows], length) for k in range(8)]
     run = opened.read or opened.run
     return _repeat(lambda i: run(inputs[i % len(inputs)]))
 

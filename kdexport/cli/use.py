@@ -81,12 +81,12 @@ def predict(
     if inputs:
         # Invalid UTF-8 comes as lone surrogates, which JSON can't hold.
         clean = [one.encode("utf-8", "replace").decode() if reads == "text" else one for one in inputs]
-        rows: Iterator[Any] = ([{"asked": one, "row": row_of(model.task, one, i)}] for i, one in enumerate(clean))
+        rows: Iterator[Any] = ({"asked": one, "row": row_of(model.task, one, i)} for i, one in enumerate(clean))
     else:
         rows = to_answer(read_test(given) if file else read_stream(sys.stdin.buffer), given, model.task, columns)
     bad = 0
     while chunk := list(islice(rows, 32 * batch_size)):
-        good, bad = [one for found in chunk for one in found or ()], bad + chunk.count(None)
+        good, bad = [one for one in chunk if one is not None], bad + chunk.count(None)
         if generates and not perplexity:
             answers: Iterable[Any] = (write(model, one["asked"], sampling) for one in good)
         else:

@@ -5,11 +5,11 @@ if any; later stages read rows from these files only. `near_duplicates.jsonl` is
 validation may have the label None: the teacher labels them.
 """
 
-import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import msgspec
 
@@ -17,21 +17,20 @@ from kdexport import spec
 from kdexport.analysis.duplicates import Audit, audit, near_duplicates
 from kdexport.data.passages import Cut
 from kdexport.data.read import read_lines
-from kdexport.data.sources import SPLITS, Checked, Columns, Labels, read_splits, read_unlabelled, to_rows, unify
-from kdexport.data.splits import check_classes, split_off
-from kdexport.errors import DataError, RunError, counted
+from kdexport.data.rows import Row, Rows, copy_rows, write_rows
+from kdexport.data.sources import SPLITS, Columns, Labels, read_splits, read_unlabelled, to_rows, unify
+from kdexport.data.splits import check_classes, new_rows, split_off
+from kdexport.errors import DataError, counted
 from kdexport.files import write_bytes, write_json
 from kdexport.progress import say, warn
 from kdexport.tasks import DEFAULT, task_class
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import MOST_LETTERS, MOST_WORDS
 
-Rows = list[dict[str, Any]]
 # Rows by split → rows with a label each, how many are left out by cause, and the language's code.
-Transcribe = Callable[[dict[str, Rows]], tuple[dict[str, Rows], dict[str, dict[str, int]], str]]
+Transcribe = Callable[[Mapping[str, Rows]], tuple[Mapping[str, Iterable[Row]], dict[str, dict[str, int]], str]]
 
 _TEST_FRACTION, _VALIDATION_FRACTION = 0.2, 0.1
-_FILES = {"image", "audio"}  # columns of paths
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -68,20 +67,30 @@ def prepare(
     content = of_task.content
     lines = [] if settings.words in ("open", "closed") else read_lines(Path(settings.words))
     listed = {word for line in lines for word in line.split()}
-    read: dict[str, Checked] = {}
+
+    def spool(step: str, split: str) -> Callable[[Iterable[Row]], Rows]:
+        """Return what writes rows on their way through a step, so that memory holds few of them."""
+        return partial(write_rows, out, f"{step}-{split}", blob=split)
+
+    for left in (*out.glob("*.blob"), *out.glob("*-*.jsonl")):  # of a call that was killed
+        left.unlink()
+    read = {}
     sources = read_splits(settings, whole=cut is not None)
     for split, source in sources.items():
         # Test rows need labels; without a test split they are taken from train.
         labels: Labels = "all" if split == "test" or "test" not in sources else "if any"
         labels = "if any" if transcribe else labels
-        read[split] = to_rows(source, settings, of_task, labels, cut)
-    read = unify(read, settings, of_task)
-    beyond = read_unlabelled(settings, of_task, cut) if settings.unlabelled else Checked([], 0, {})
-    splits, columns = {split: one.rows for split, one in read.items()}, read["train"].columns
+        read[split] = to_rows(source, settings, of_task, labels, cut, keep=spool("read", split))
+    read = unify(read, settings, of_task, partial(spool, "unified"))
+    beyond = []
+    if settings.unlabelled:
+        beyond = [read_unlabelled(settings, of_task, cut, keep=spool("read", "unlabelled"))]
+    splits, columns = {split: cast(Rows, one.rows) for split, one in read.items()}, read["train"].columns
     doubted, language = dict[str, dict[str, int]](), ""
     if transcribe:
-        splits, doubted, language = transcribe(splits)
-    if bad_rows := sum(one.bad for one in (*read.values(), beyond)):
+        heard_in, doubted, language = transcribe(splits)
+        splits = {split: spool("heard", split)(rows) for split, rows in heard_in.items()}
+    if bad_rows := sum(one.bad for one in (*read.values(), *beyond)):
         warn(f"data: {counted(bad_rows, 'bad row')} left out")
     if settings.skip_bad_rows and of_task.one_label:
         splits["train"], lone = _without_lone_classes(splits["train"])
@@ -92,62 +101,40 @@ def prepare(
     for split, fraction in (("test", _TEST_FRACTION), ("validation", _VALIDATION_FRACTION)):
         if split in missing:
             splits["train"], splits[split] = split_off(splits["train"], fraction, seed, of_task)
-    splits, found = audit({split: splits[split] for split in SPLITS}, content, settings.drop_duplicates)
+    kept, found = audit({split: splits[split] for split in SPLITS}, content, settings.drop_duplicates)
+    splits = {split: splits[split].take(kept[split]) for split in SPLITS}
     for split, rows in splits.items():
         if not rows:
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
     if heard := sum(bool(row.get("heard")) for row in splits["test"]):
         warn(f"data: errors are against the teacher's words in {counted(heard, 'test row')}, which had no transcript")
-    unlabelled = _new(beyond.rows, splits, content)
+    unlabelled = [new_rows(cast(Rows, one.rows), splits.values(), content) for one in beyond]
     names = _label_names(splits, of_task)
     words = [] if settings.words == "open" else _closed(splits, listed)
     if of_task.modality == "text":
         near, pairs = near_duplicates(splits, content)
         found = msgspec.structs.replace(found, near=near)
         write_bytes(out / "near_duplicates.jsonl", b"".join(msgspec.json.encode(pair) + b"\n" for pair in pairs))
-    for name, rows in (splits | ({"unlabelled": unlabelled} if unlabelled else {})).items():
-        write_rows(out, name, rows)
-    counts = {split: len(rows) for split, rows in splits.items()}
+    for name, rows in (*splits.items(), *(("unlabelled", rows) for rows in unlabelled)):
+        copy_rows(out, name, rows)
+    for path in out.glob("*-*.jsonl"):
+        path.unlink()
+    counts, beyond_splits = {split: len(rows) for split, rows in splits.items()}, sum(map(len, unlabelled))
     given = (task, settings.problem, columns)
-    summary = Summary(counts, names, bad_rows, missing, found, len(unlabelled), *given, doubted, heard, words, language)
+    summary = Summary(counts, names, bad_rows, missing, found, beyond_splits, *given, doubted, heard, words, language)
     write_json(out / "data.json", summary)
     if guessed := _guessed(columns, settings):
         say(f"data: columns {guessed}")
     _tell(counts, names, of_task.label_word, missing, found)
     alone = [split for split, rows in splits.items() if not _has_labels(rows)]
-    if alone or unlabelled:
-        more = [f"{counted(len(unlabelled), 'text')} beyond the splits"] if unlabelled else []
+    if alone or beyond_splits:
+        more = [f"{counted(beyond_splits, 'text')} beyond the splits"] if beyond_splits else []
         say(f"data: without labels, so the teacher labels them: {', '.join([*alone, *more])}")
 
 
-def write_rows(folder: Path, name: str, rows: Rows) -> None:
-    """Write `<name>.jsonl`, and `<name>.blob` with the rows' bytes values, which become `<name>.blob#offset+length`.
-
-    Paths to blobs of the run are relative to `folder`, so that a run can be moved.
-    """
-    with (folder / f"{name}.jsonl").open("wb") as lines, (folder / f"{name}.blob").open("wb") as blob:
-        for row in rows:
-            for column in _FILES & row.keys():
-                value = row[column]
-                if isinstance(value, bytes):
-                    row = row | {column: f"{name}.blob#{blob.tell()}+{len(value)}"}
-                    blob.write(value)
-                elif ".blob#" in value:
-                    row = row | {column: os.path.relpath(value, folder.absolute())}
-            lines.write(msgspec.json.encode(row) + b"\n")
-        empty = not blob.tell()
-    if empty:
-        (folder / f"{name}.blob").unlink()
-
-
 def read_rows(folder: Path, split: str) -> Rows:
-    """Read the rows of one split of a finished data stage, with absolute paths."""
-    try:
-        rows = [msgspec.json.decode(line) for line in (folder / f"{split}.jsonl").read_bytes().splitlines()]
-    except (OSError, msgspec.DecodeError) as error:
-        raise RunError(f"{folder}: its {split} rows can't be read ({error})", "Run kdexport run again") from None
-    here = folder.absolute()
-    return [row | {column: str(here / row[column]) for column in _FILES & row.keys()} for row in rows]
+    """Return the rows of one split of a finished data stage."""
+    return Rows(folder / f"{split}.jsonl")
 
 
 def read_summary(folder: Path) -> Summary:
@@ -155,22 +142,13 @@ def read_summary(folder: Path) -> Summary:
     return msgspec.json.decode((folder / "data.json").read_bytes(), type=Summary)
 
 
-def _has_labels(rows: Rows) -> bool:
+def _has_labels(rows: Iterable[Row]) -> bool:
     return any(row["label"] is not None for row in rows)
-
-
-def _new(rows: Rows, splits: dict[str, Rows], content: Callable[[dict[str, Any]], str]) -> Rows:
-    """Return distinct rows whose content is in no split: training must not see a text of test, labelled or not."""
-    taken = {content(row) for split in splits.values() for row in split}
-    kept = [row for row in {content(row): row for row in reversed(rows)}.values() if content(row) not in taken][::-1]
-    if rows and not kept:
-        raise DataError("all unlabelled texts occur in train, validation or test as well", "Leave data.unlabelled out")
-    return kept
 
 
 def _without_lone_classes(rows: Rows) -> tuple[Rows, int]:
     counts = Counter(row["label"] for row in rows)
-    kept = [row for row in rows if row["label"] is None or counts[row["label"]] > 1]
+    kept = rows.where(lambda row: row["label"] is None or counts[row["label"]] > 1)
     if len(kept) < len(rows):
         warn(f"data: {counted(len(rows) - len(kept), 'class', 'classes')} with a single row left out")
     return kept, len(rows) - len(kept)
@@ -181,7 +159,7 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
 
     An unlabelled train split has the labels of the other splits.
     """
-    found = {split: set().union(*map(task.labels_of, rows)) for split, rows in splits.items()}
+    found = {split: {label for row in rows for label in task.labels_of(row)} for split, rows in splits.items()}
     labels = found["train"] or found["validation"] | found["test"]
     for split in ("validation", "test"):
         for row in splits[split] if found[split] - labels else []:

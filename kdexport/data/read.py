@@ -16,7 +16,7 @@ from kdexport.tasks.inputs.transcripts import normalised
 _CONLL = {".conll", ".bio", ".iob2"}
 SUFFIXES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt"} | _CONLL
 # JSON rows that determine the columns; Parquet rows converted together.
-_PEEKED, _AT_ONCE = 1000, 256
+_PEEKED, AT_ONCE = 1000, 256
 csv.field_size_limit(2**31 - 1)  # a field that is too long is a bad row, not a csv.Error
 
 Raw = dict[str, Any]
@@ -79,9 +79,9 @@ def read_stream(stream: BinaryIO) -> Source:
     return Source("stdin", ["text"], rows(), lines=True)
 
 
-def from_arrow(name: str, table: Any, folder: Path = Path()) -> Source:
-    """Read an Arrow table; class numbers become the names in Hugging Face's schema metadata."""
-    info = msgspec.json.decode((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+def from_arrow(name: str, schema: Any, batches: Iterable[Any], folder: Path = Path()) -> Source:
+    """Read Arrow batches of a schema; class numbers become the names in Hugging Face's schema metadata."""
+    info = msgspec.json.decode((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = (info.get("info") or {}).get("features") or {}
     names = {column: found for column, feature in features.items() if (found := _class_names(feature))}
 
@@ -91,11 +91,11 @@ def from_arrow(name: str, table: Any, folder: Path = Path()) -> Source:
         return None if value is None or value < 0 else known[value]
 
     def rows() -> Iterator[Raw]:
-        for batch in table.to_batches(max_chunksize=_AT_ONCE):
+        for batch in batches:
             for row in batch.to_pylist():
                 yield row | {column: named(row[column], known) for column, known in names.items()}
 
-    return Source(name, list(table.column_names), rows(), folder)
+    return Source(name, list(schema.names), rows(), folder)
 
 
 def _class_names(feature: Any) -> list[str] | None:
@@ -112,11 +112,21 @@ def _read_parquet(path: Path) -> Source:
         import pyarrow.parquet
     except ModuleNotFoundError:
         raise MissingPackage("pyarrow", "parquet") from None
+
+    def unreadable(error: Exception) -> DataError:
+        return DataError(f"{path} can't be read: {first_line(error)}")
+
+    def batches() -> Iterator[Any]:
+        try:
+            yield from file.iter_batches(AT_ONCE)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise unreadable(error) from None
+
     try:
-        table = pyarrow.parquet.read_table(path)
+        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} can't be read: {first_line(error)}") from None
-    return from_arrow(path.name, table, path.parent)
+        raise unreadable(error) from None
+    return from_arrow(path.name, file.schema_arrow, batches(), path.parent)
 
 
 def _read_csv(path: Path, encoding: str) -> Source:

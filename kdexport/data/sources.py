@@ -1,15 +1,17 @@
 """Files, folders and Hub ids → validated rows with the task's columns; errors name the bad row."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import islice
+from operator import add
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from kdexport import spec
 from kdexport.data import folders, hub
 from kdexport.data.passages import Cut
-from kdexport.data.read import SUFFIXES, Raw, Source, from_arrow, read_file
+from kdexport.data.read import AT_ONCE, SUFFIXES, Raw, Source, from_arrow, read_file
 from kdexport.errors import DataError, MissingPackage, counted, first_line
 from kdexport.files import is_place
 from kdexport.progress import say, warn
@@ -30,13 +32,15 @@ Labels = Literal["all", "if any", "some", "none"]
 _SHOWING = 100
 # Our column → the file's.
 Columns = dict[str, str]
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+# Where valid rows are put, in memory or on disk.
+Keep = Callable[[Iterable[Row]], Sequence[Row]]
 
 
 class Checked(NamedTuple):
     """Valid rows with a stable id `<file>:<row>`, counted from 1; the number of bad rows; the source's columns."""
 
-    rows: Rows
+    rows: Sequence[Row]
     bad: int
     columns: Columns
 
@@ -121,7 +125,7 @@ def rows_of_sources(data: spec.Data) -> dict[str, int]:
 
 
 def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = "all", cut: Cut | None = None,
-            known: Mapping[str, str] | None = None) -> Checked:  # fmt: skip
+            known: Mapping[str, str] | None = None, keep: Keep = list) -> Checked:  # fmt: skip
     """Select the columns and validate every row.
 
     Rows without a label, where `labels` allows it, have the label None. `cut` splits a text into passages, each a row
@@ -140,69 +144,89 @@ def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = 
         assert not isinstance(found, str)
         return {"id": name} | found
 
-    def take(name: str, raw: Raw) -> Rows:
+    def take(name: str, raw: Raw) -> Iterator[Row]:
         if source.lines and not raw["text"].strip():
-            return []
-        text = raw.get(columns.get("text", ""))
-        parts = enumerate(cut(text), 1) if cut and isinstance(text, str) else ()
-        return [ready(f"{name}.{i}", raw | {columns["text"]: part}) for i, part in parts] or [ready(name, raw)]
+            return
+        text, i = raw.get(columns.get("text", "")), 0
+        for i, part in enumerate(cut(text), 1) if cut and isinstance(text, str) else ():
+            yield ready(f"{name}.{i}", raw | {columns["text"]: part})
+        if not i:
+            yield ready(name, raw)
 
-    groups = list(_taken(source, data, take))
-    rows, bad = [row for group in groups for row in group or ()], groups.count(None)
+    bad = 0
+
+    def good() -> Iterator[Row]:
+        nonlocal bad
+        for row in _taken(source, data, take):
+            if row is None:
+                bad += 1
+            else:
+                yield row
+
+    rows = keep(good())
     if not rows:
         raise DataError(f"{source.name}: none of its {bad} rows can be used" if bad else f"{source.name} holds no rows")
     return Checked(rows, bad, columns)
 
 
-def unify(read: dict[str, Checked], data: spec.Data, task: type[Task]) -> dict[str, Checked]:
+def unify(
+    read: dict[str, Checked], data: spec.Data, task: type[Task], keep: Callable[[str], Keep] = lambda split: list
+) -> dict[str, Checked]:
     """Convert labels that only all rows explain; name or leave out rows that don't fit."""
-    rows, remark = task.unified([row for one in read.values() for row in one.rows])
+    every: Sequence[Row] = reduce(add, (one.rows for one in read.values()))
+    rows, remark = task.unified(every)
     if remark:
         say(f"data: {remark}")
-    found, left = {}, iter(rows)
-    for split, one in read.items():
-        good: Rows = []
-        for before, after in zip(one.rows, left, strict=False):
+    if rows is every:
+        return read
+    left = iter(rows)
+
+    def good(rows: Sequence[Row]) -> Iterator[Row]:
+        for before, after in zip(rows, left, strict=False):
             if not isinstance(after, str):
-                good.append(dict(after))
+                yield dict(after)
             elif not data.skip_bad_rows:
                 raise _bad(before["id"].replace(":", ", row "), after)
-        found[split] = one._replace(rows=good, bad=one.bad + len(one.rows) - len(good))
+
+    found = {}
+    for split, one in read.items():
+        kept = keep(split)(good(one.rows))
+        found[split] = one._replace(rows=kept, bad=one.bad + len(one.rows) - len(kept))
     return found
 
 
 def read_given(
     data: spec.Data, task: type[Task], labels: Labels, known: Mapping[str, str] | None = None
-) -> tuple[Rows, Columns]:
+) -> tuple[list[Row], Columns]:
     """Read the rows and columns of the data that a command is given beside a model."""
     found = unify({"": to_rows(read_test(data), data, task, labels, known=known)}, data, task)[""]
     if found.bad:
         warn(f"data: {counted(found.bad, 'bad row')} left out")
-    return found.rows, found.columns
+    return list(found.rows), found.columns
 
 
-def to_answer(source: Source, data: spec.Data, task: Task, known: Mapping[str, str]) -> Iterator[Rows | None]:
+def to_answer(source: Source, data: spec.Data, task: Task, known: Mapping[str, str]) -> Iterator[Row | None]:
     """Yield each row's `id`, the input as `asked`, and the task's `row`; None for a bad row.
 
     An empty text is valid.
     """
     columns = choose_columns(source, data, type(task), "none", known)
 
-    def take(name: str, raw: Raw) -> Rows:
+    def take(name: str, raw: Raw) -> Iterator[Row]:
         given, second = raw.get(columns[task.modality]), raw.get(columns.get("text_pair", ""))
         for name_of, text in (("text", given), ("text_pair", second)):
             if task.modality == "text" and isinstance(text, str) and len(text) > data.max_chars:
                 raise DataError(f"{name_of} has {len(text):,} characters (a quote left open?)")
         given = given if source.lines else _placed(given, task, source)
         asked = (given, second) if second else given
-        return [{"id": name, "asked": asked, "row": task.row(asked)}]
+        yield {"id": name, "asked": asked, "row": task.row(asked)}
 
     return _taken(source, data, take)
 
 
-def read_unlabelled(data: spec.Data, task: type[Task], cut: Cut | None = None) -> Checked:
+def read_unlabelled(data: spec.Data, task: type[Task], cut: Cut | None = None, keep: Keep = list) -> Checked:
     """Read `data.unlabelled`, with the label None. See `to_rows`."""
-    return to_rows(read_file(Path(data.unlabelled or ""), whole=cut is not None), data, task, "none", cut)
+    return to_rows(read_file(Path(data.unlabelled or ""), whole=cut is not None), data, task, "none", cut, keep=keep)
 
 
 def choose_columns(
@@ -237,13 +261,13 @@ def choose_columns(
     return {ours: theirs for ours, theirs in named.items() if theirs}
 
 
-def _taken(source: Source, data: spec.Data, take: Callable[[str, Raw], Rows]) -> Iterator[Rows | None]:
-    """Apply `take` to each row; a bad row is an error, or None with `skip_bad_rows`."""
+def _taken(source: Source, data: spec.Data, take: Callable[[str, Raw], Iterator[Row]]) -> Iterator[Row | None]:
+    """Yield what `take` makes of each row; a bad row is an error, or None with `skip_bad_rows`."""
     for number, raw in enumerate(source.rows, 1):
         try:
             if isinstance(raw, str):
                 raise DataError(raw)
-            yield take(f"{source.name}:{number}", raw)
+            yield from take(f"{source.name}:{number}", raw)
         except DataError as error:
             if not data.skip_bad_rows:
                 raise _bad(f"{source.name}, row {number}", error.what) from None
@@ -293,5 +317,6 @@ def _read_hub(sources: dict[str, str]) -> dict[str, Source]:
         raise DataError(f"no file and no data set on the hub: {sources['train']!r} ({reason})") from None
     if "train" not in splits:
         raise DataError(f"hub data set {name!r} has no train split", f"Its splits: {', '.join(splits)}")
-    found = {split: from_arrow(f"{name}/{split}", splits[split].data.table) for split in SPLITS if split in splits}
+    tables = {split: splits[split].data.table for split in SPLITS if split in splits}
+    found = {split: from_arrow(f"{name}/{split}", t.schema, t.to_batches(AT_ONCE)) for split, t in tables.items()}
     return found | {split: read_file(Path(path)) for split, path in sources.items() if split != "train"}

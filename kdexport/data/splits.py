@@ -2,10 +2,15 @@
 
 import random
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
-from kdexport.data.sources import Rows
+import numpy as np
+
+from kdexport.analysis.duplicates import Content, first_of_each, keys_of
+from kdexport.data.rows import Rows
 from kdexport.errors import DataError
 from kdexport.tasks.base import Task
+from kdexport.tasks.config import Row
 
 
 def split_off(rows: Rows, fraction: float, seed: int, task: type[Task]) -> tuple[Rows, Rows]:
@@ -14,21 +19,19 @@ def split_off(rows: Rows, fraction: float, seed: int, task: type[Task]) -> tuple
     Each class contributes its rounded fraction of distinct contents, at least one, and keeps at least one; a class
     with one distinct text stays in the rest, for training.
     """
-    content = task.content
-    groups: dict[str, str] = {}  # content → stratum of its first row
-    for row in rows:
-        groups.setdefault(content(row), task.stratum(row))
-    by_label: dict[str, list[str]] = defaultdict(list)
-    for text, label in groups.items():
-        by_label[label].append(text)
-    chosen: set[str] = set()
-    for label, texts in sorted(by_label.items()):
-        n = min(max(1, round(fraction * len(texts))), len(texts) - 1)
-        chosen.update(random.Random(f"{seed}:{label}").sample(texts, n))
-    return [r for r in rows if content(r) not in chosen], [r for r in rows if content(r) in chosen]
+    keys = keys_of(rows, task.content)
+    by_label: dict[str, list[int]] = defaultdict(list)
+    for i in first_of_each(keys).tolist():
+        by_label[task.stratum(rows[i])].append(i)
+    chosen: list[int] = []
+    for label, places in sorted(by_label.items()):
+        n = min(max(1, round(fraction * len(places))), len(places) - 1)
+        chosen += random.Random(f"{seed}:{label}").sample(places, n)
+    part = np.isin(keys, keys[chosen])
+    return rows.take(np.flatnonzero(~part)), rows.take(np.flatnonzero(part))
 
 
-def check_classes(rows: Rows, name: str) -> None:
+def check_classes(rows: Sequence[Row], name: str) -> None:
     """Refuse labels that can't be learned: a single class, or a class with a single row."""
     counts = Counter(row["label"] for row in rows)
     if len(counts) < 2:
@@ -41,3 +44,14 @@ def check_classes(rows: Rows, name: str) -> None:
         what = f"class {lone[0]!r} has this row alone{more}, so it can't be both learned and tested"
         fix = "Add rows, or leave it out: --skip-bad-rows"
         raise DataError(f"{row['id'].replace(':', ', row ')}: {what}", fix)
+
+
+def new_rows(rows: Rows, splits: Iterable[Rows], content: Content) -> Rows:
+    """Return distinct rows whose content is in no split: training must not see a text of test, labelled or not."""
+    keys = keys_of(rows, content)
+    places = first_of_each(keys)
+    for split in splits:
+        places = places[~np.isin(keys[places], keys_of(split, content))]
+    if len(rows) and not len(places):
+        raise DataError("all unlabelled texts occur in train, validation or test as well", "Leave data.unlabelled out")
+    return rows.take(places)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kdexport import spec
+from kdexport.distill.store import content_key
 from kdexport.errors import ModelError
 from kdexport.progress import say
-from kdexport.tasks import task_class
+from kdexport.tasks.base import Task
 from kdexport.tasks.inputs.words import pattern
 from kdexport.tasks.metrics import Array
 
-Rows = list[dict[str, Any]]
+Rows = Sequence[dict[str, Any]]
 Change = Callable[[Sequence[str]], list[list[str]]]
 
 _WORD = pattern("'’")
@@ -31,33 +33,39 @@ _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])\s*|\s*\n\s*")
 # p_ng of Tang et al.
 _WHOLE_CHANCE = 0.25
 _NEAREST = 10
-_BLOCK = 1024
+_BLOCK, _AT_ONCE = 1024, 4096
 
 
-def transfer_rows(train: Rows, unlabelled: Rows, change: Change | None, task: str, seen: Collection[str] = ()) -> Rows:
-    """Return rows without a label, which the teacher alone labels: unlabelled texts, then augmented ones of all texts.
+def transfer_rows(
+    train: Rows, unlabelled: Rows, change: Change | None, task: type[Task], seen: Sequence[Rows] = ()
+) -> Iterator[dict[str, Any]]:
+    """Yield rows without a label, which the teacher alone labels: unlabelled texts, then augmented ones of all texts.
 
     Each content occurs once, and none of `train` and `seen` (validation and test). A row's third augmented text has the
     id `<id>~3`; of a pair of texts the first is changed.
     """
-    content = task_class(task).content
-    taken = {*seen, *(content(row) for row in train)}
-    unknown = None if task_class(task).has_labels else ""  # texts are their own labels where there are none
-    rows: Rows = []
+    taken = {content_key(task.content(row)) for rows in (train, *seen) for row in rows}
+    unknown = None if task.has_labels else ""  # texts are their own labels where there are none
 
-    def take(row: dict[str, Any]) -> None:
-        if (key := content(row)) not in taken:
-            taken.add(key)
-            rows.append(row | {"label": unknown})
+    def new(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            if (key := content_key(task.content(row))) not in taken:
+                taken.add(key)
+                yield row | {"label": unknown}
 
-    for row in unlabelled:
-        take(row)
+    fresh = []
+    for i, row in enumerate(unlabelled):
+        for one in new([row]):
+            fresh.append(i)
+            yield one
     if change:
-        originals = [*train, *rows]
-        for row, copies in zip(originals, change([row["text"] for row in originals]), strict=True):
-            for i, text in enumerate(copies, 1):
-                take(row | {"id": f"{row['id']}~{i}", "text": text})
-    return rows
+        for block in chain(_blocks(train, range(len(train))), _blocks(unlabelled, fresh)):
+            for row, copies in zip(block, change([row["text"] for row in block]), strict=True):
+                yield from new(row | {"id": f"{row['id']}~{i}", "text": text} for i, text in enumerate(copies, 1))
+
+
+def _blocks(rows: Rows, places: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+    return ([rows[i] for i in places[start : start + _AT_ONCE]] for start in range(0, len(places), _AT_ONCE))
 
 
 def changer(teacher: Path, how: spec.Augment, seed: int) -> Change:

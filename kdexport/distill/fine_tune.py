@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -10,7 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from kdexport import ranks, spec
+from kdexport.analysis import sampled
 from kdexport.data import read_rows
+from kdexport.data.rows import Rows
 from kdexport.distill.train import TrainConfig, fit
 from kdexport.errors import ModelError, counted
 from kdexport.files import write_json
@@ -19,6 +20,7 @@ from kdexport.models.registry import width_of
 from kdexport.progress import say
 from kdexport.spec import derive
 from kdexport.tasks.base import Task
+from kdexport.tasks.inputs.ragged import MANY
 from kdexport.tasks.metrics import Array
 
 _RECORD = "training.json"
@@ -59,7 +61,8 @@ def fine_tune(
         compile=given.compile,
         seed=seed,
     )
-    _start_at_base_rates(model, opened.fresh, task, task.label_array(train))
+    some = train.take(sampled(len(train), MANY))
+    _start_at_base_rates(model, opened.fresh, task, task.label_array(some))
     say(f"teacher: fine-tuning on {counted(len(train), 'row')}, {counted(recipe.epochs, 'epoch')}")
     title = "fine-tune teacher"
     curve = fit(model, task, train, None, recipe, validation=validation, work=out, title=title, fresh=opened.fresh)
@@ -84,8 +87,8 @@ def cause_of_chance(teacher: Path) -> str | None:
     return f"Most likely it was trained too little: {slow}. Raise teacher.train.epochs or teacher.train.learning_rate"
 
 
-def _labelled(data: Path, split: str) -> list[dict[str, Any]]:
-    rows = [row for row in read_rows(data, split) if row["label"] is not None]
+def _labelled(data: Path, split: str) -> Rows:
+    rows = read_rows(data, split).where(lambda row: row["label"] is not None)
     if not rows:
         raise ModelError(
             f"the {split} rows have no labels to fine-tune the teacher on",

@@ -4,8 +4,9 @@ Each teacher computes each text once, in a shared cache (`teacher_outputs`, `sto
 combined logits of its rows, and of the transfer rows, which the teachers alone label: unlabelled and augmented texts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,17 @@ from scipy.optimize import linear_sum_assignment
 
 from kdexport import spec
 from kdexport.analysis import sampled
-from kdexport.data import read_rows, write_rows
+from kdexport.analysis.duplicates import keys_of
+from kdexport.data import read_rows
+from kdexport.data.rows import Row, Rows, write_rows
 from kdexport.data.sources import SPLITS
 from kdexport.distill.augment import changer, transfer_rows
 from kdexport.distill.combine import columns_of, combine
 from kdexport.distill.fine_tune import cause_of_chance
 from kdexport.distill.samples import written_by
 from kdexport.distill.store import cache_folder
-from kdexport.distill.teacher_outputs import Rows, Run, Teacher
+from kdexport.distill.targets import writing
+from kdexport.distill.teacher_outputs import Run, Teacher
 from kdexport.distill.teachers import teachers_of
 from kdexport.errors import ModelError, counted
 from kdexport.files import write_json
@@ -33,6 +37,7 @@ from kdexport.tasks.judging import metric
 from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix, softmax
 
 TRANSFER = "transfer"
+_SAMPLES = "samples"
 _PREFLIGHT_ROWS = 256
 _CHANCE_KAPPA = 0.1
 _BLOCK = 8192
@@ -55,7 +60,8 @@ def write_targets(
     """Write the teachers' combined logits for every row of every split, and check each teacher on labelled rows.
 
     `out` gets `train.npy`, `validation.npy`, `test.npy` (float32 [N, C], in the rows' order and that of the first
-    teacher's labels), where there are transfer rows `transfer.jsonl` and `transfer.npy`; and `targets.json`.
+    teacher's labels), where there are transfer rows `transfer.jsonl` and `transfer.npy`; and `targets.json`. Those that
+    a student learns from are in the task's format for disks; of others there is what metrics read.
 
     Args:
         run_teacher: rows → logits, in place of the teacher's own.
@@ -68,51 +74,45 @@ def write_targets(
     how = how or spec.Teacher(model=str(teacher))
     task = load_task(teacher)
     splits = {split: read_rows(data, split) for split in SPLITS}
-    unlabelled = read_rows(data, "unlabelled") if (data / "unlabelled.jsonl").is_file() else []
-    seen = {task.content(row) for split in ("validation", "test") for row in splits[split]}
+    unlabelled = read_rows(data, "unlabelled") if (data / "unlabelled.jsonl").is_file() else Rows()
     if samples:
-        unlabelled = [*unlabelled, *written_by(teacher, splits["train"], samples, seed)]
-    labelled = {split: [i for i, row in enumerate(rows) if row["label"] is not None] for split, rows in splits.items()}
+        unlabelled += write_rows(out, _SAMPLES, written_by(teacher, splits["train"], samples, seed))
+    labelled = {split: rows.where(lambda row: row["label"] is not None) for split, rows in splits.items()}
     outputs = read_record(teacher).outputs
     members = [Teacher(named, outputs, how, seed, run_teacher) for named in teachers_of(teacher)]
     names = [f"teacher {member.named.model}" if len(members) > 1 else "the teacher" for member in members]
-    everything = [row for rows in splits.values() for row in rows]
+    everything = reduce(add, splits.values())
     computed = sum(
-        _read(member, everything, who, partial(_check, member, splits, labelled, who))
+        _read(member, everything, who, partial(_check, member, labelled, splits["test"], who))
         for member, who in zip(members, names, strict=True)
     )
-    places = [columns_of(task.labels, m.task.labels, members[0].named.model, m.named.model) for m in members]
-
-    def answers_to(rows: Rows) -> list[Array]:
-        answers = [member.answers(rows) for member in members]
-        return [a[..., columns] if columns else a for a, columns in zip(answers, places, strict=True)]
-
+    ours = Combined(task, members, how)
     if augment is None and not unlabelled and all(member.named.kind != "stored" for member in members):
-        augment = _needed(task, _combine(answers_to(splits["train"]), how))
+        augment = _needed(ours, splits["train"])
     change = changer(teacher, augment, seed) if augment and augment.views else None
-    if transfer := transfer_rows(splits["train"], unlabelled, change, task.name, seen):
-        write_rows(out, TRANSFER, transfer)
-        splits[TRANSFER], labelled[TRANSFER] = transfer, []
-        computed += sum(_read(member, transfer, who) for member, who in zip(members, names, strict=True))
+    if unlabelled or change:
+        seen = [splits["validation"], splits["test"]]
+        transfer = write_rows(out, TRANSFER, transfer_rows(splits["train"], unlabelled, change, type(task), seen))
+        if transfer:
+            splits[TRANSFER] = transfer
+            computed += sum(_read(member, transfer, who) for member, who in zip(members, names, strict=True))
+        else:
+            (out / f"{TRANSFER}.jsonl").unlink()
+    (out / f"{_SAMPLES}.jsonl").unlink(missing_ok=True)
     accuracy, corrected = dict[str, float](), 0
     each: list[dict[str, float]] = [{} for _ in members]
     for split, rows in splits.items():
-        answers = answers_to(rows)
-        logits = taught = _combine(answers, how)
-        if split == "train" and max_word_error is not None and can_transcribe(task):
-            taught, corrected = task.corrected(logits, rows, max_word_error)
-            over = f"word error rate over {max_word_error:.0%}"
-            say(f"soft targets: {corrected:,} of {len(rows):,} are transcripts, where the teacher's text has a {over}")
-        np.save(out / f"{split}.npy", taught)
-        if chosen := labelled[split]:
-            rows_with = [rows[i] for i in chosen]
-            accuracy[split] = metric(task, logits[chosen], rows_with)
-            for found, theirs in zip(each, answers, strict=True):
-                found[split] = metric(task, theirs[chosen], rows_with)
+        limit = max_word_error if split == "train" and can_transcribe(task) else None
+        values, of_split = _write(out / f"{split}.npy", ours, rows, split, limit)
+        corrected += of_split
+        if values:
+            accuracy[split], *theirs = values
+            for found, value in zip(each, theirs, strict=True):
+                found[split] = value
     shown = "validation" if "validation" in accuracy else "test"
     say(f"soft targets: teacher's {task.metric.name} on {shown} {task.metric.text(accuracy[shown])}")
     record = {
-        "texts": len({task.content(row) for rows in splits.values() for row in rows}),
+        "texts": len(np.unique(np.concatenate([keys_of(rows, task.content) for rows in splits.values()]))),
         "computed": computed,
         "metric": task.metric.name,
         "teacher": accuracy,
@@ -126,11 +126,60 @@ def write_targets(
     write_json(out / "targets.json", record)
 
 
-def _check(teacher: Teacher, splits: Mapping[str, Rows], labelled: dict[str, list[int]], who: str) -> None:
+class Combined:
+    """Several teachers' answers as one; labels are the first one's."""
+
+    def __init__(self, task: Task, members: Sequence[Teacher], how: spec.Teacher) -> None:
+        self.task, self._members, self._how = task, members, how
+        first = members[0].named.model
+        self._places = [columns_of(task.labels, m.task.labels, first, m.named.model) for m in members]
+
+    def answers(self, rows: Sequence[Row]) -> tuple[Array, list[Array]]:
+        """Return the combined logits float32 [N, C] of computed rows, and each teacher's."""
+        answers = [member.answers(rows) for member in self._members]
+        each = [a[..., columns] if columns else a for a, columns in zip(answers, self._places, strict=True)]
+        return combine(each, self._how.weights, self._how.combine), each
+
+
+def _blocks(rows: Rows) -> Iterator[list[Row]]:
+    """Yield rows in blocks, which save memory."""
+    return (list(rows[start : start + _BLOCK]) for start in range(0, len(rows), _BLOCK))
+
+
+def _write(
+    path: Path, teachers: Combined, rows: Rows, split: str, max_word_error: float | None
+) -> tuple[list[float], int]:
+    """Write the soft targets of a split, whole where a student learns from them, else what metrics read.
+
+    Returns:
+        The metric of the combined logits and of each teacher on labelled rows, empty where there are none; and the
+        number of rows whose transcript replaces what the teacher heard.
+    """
+    task, sums, corrected = teachers.task, None, 0
+    teaches = split in ("train", TRANSFER)
+    with writing(path, len(rows)) as file:
+        for block in _blocks(rows):
+            logits, each = teachers.answers(block)
+            taught = logits
+            if max_word_error is not None and can_transcribe(task):
+                taught, count = task.corrected(logits, block, max_word_error)
+                corrected += count
+            file.add(task.pack(taught) if teaches else task.judged(taught))
+            chosen = [i for i, row in enumerate(block) if row["label"] is not None]
+            if chosen and split != TRANSFER:
+                with_label = [block[i] for i in chosen]
+                stats = np.stack([task.stats(one[chosen], with_label).sum(axis=0) for one in (logits, *each)])
+                sums = stats if sums is None else sums + stats
+    if max_word_error is not None:
+        over = f"word error rate over {max_word_error:.0%}"
+        say(f"soft targets: {corrected:,} of {len(rows):,} are transcripts, where the teacher's text has a {over}")
+    return [] if sums is None else [float(task.value(one)) for one in sums], corrected
+
+
+def _check(teacher: Teacher, labelled: Mapping[str, Rows], test: Rows, who: str) -> None:
     """Refuse a teacher that is near chance on labelled rows."""
-    trained_for = [splits[split][i] for split in ("validation", "train") for i in labelled[split]]
-    asked = trained_for or splits["test"]
-    sample = [asked[i] for i in sampled(len(asked), _PREFLIGHT_ROWS)]
+    asked = labelled["validation"] + labelled["train"] or test
+    sample = list(asked.take(sampled(len(asked), _PREFLIGHT_ROWS)))
     teacher.read(sample, "soft targets (preflight)")
     _preflight(teacher, sample, who)
 
@@ -147,24 +196,19 @@ def _read(teacher: Teacher, rows: Rows, who: str, check: Callable[[], None] = la
     return missing
 
 
-def _needed(task: Task, logits: Array) -> spec.Augment | None:
+def _needed(teachers: Combined, rows: Rows) -> spec.Augment | None:
     """Return augmented texts where teachers are so sure of the training rows that they say hardly more than labels."""
-    if task.objective != "classes" or not task.menu.augment:
+    if teachers.task.objective != "classes" or not teachers.task.menu.augment:
         return None
-    copies = derive.views(float(softmax(logits).max(axis=1).mean()), len(logits))
+    sure = sum(float(softmax(teachers.answers(block)[0]).max(axis=1).sum()) for block in _blocks(rows)) / len(rows)
+    copies = derive.views(sure, len(rows))
     if not copies.value:
         return None
     say(f"soft targets: {copies.value:g} augmented copies of each text: {copies.reason}; --augment 0 makes none")
     return spec.Augment(views=int(copies.value))
 
 
-def _combine(answers: Sequence[Array], how: spec.Teacher) -> Array:
-    """Combine in blocks of rows, which saves memory."""
-    starts = range(0, len(answers[0]), _BLOCK)
-    return np.concatenate([combine([a[i : i + _BLOCK] for a in answers], how.weights, how.combine) for i in starts])
-
-
-def _preflight(teacher: Teacher, rows: Rows, who: str) -> None:
+def _preflight(teacher: Teacher, rows: Sequence[Row], who: str) -> None:
     """Refuse a teacher that is near chance, naming the likely cause."""
     task, logits = teacher.task, teacher.answers(rows)
     if task.config.function != "softmax":

@@ -8,7 +8,7 @@ import numpy as np
 
 from kdexport.data import read_rows, read_summary
 from kdexport.data.sources import SPLITS
-from kdexport.distill.store import Store
+from kdexport.distill.store import Store, content_keys
 from kdexport.distill.teacher import match_labels
 from kdexport.errors import ModelError, first_line
 from kdexport.progress import say
@@ -60,7 +60,7 @@ def take_stored(path: Path, data: Path, source_rows: Mapping[str, int], task: st
             logits = _find(path, stored, source, rows, source_rows.get(source, 0), content)
             for row, answer in zip(rows, logits, strict=True):
                 found.setdefault(content(row), answer)  # a text that occurs twice has one answer, the first
-    Store(out / "logits").add(list(found), np.stack(list(found.values())))
+    Store(out / "logits").add(content_keys(found), np.stack(list(found.values())))
     return labels
 
 

@@ -1,6 +1,6 @@
 """Build a student, with first weights from the teacher's, and train it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 from kdexport import ranks, spec
 from kdexport.analysis import sampled
 from kdexport.data import read_rows, read_summary
+from kdexport.data.rows import Row, Rows
 from kdexport.distill.soft_targets import TRANSFER
+from kdexport.distill.targets import SoftTargets
 from kdexport.distill.teacher import some_rows
 from kdexport.distill.train import TrainConfig, fit
 from kdexport.distill.transcripts import heard_once
@@ -75,9 +77,8 @@ def train_student(
     task = load_task(out)
     rows, validation = read_rows(data, "train"), read_rows(data, "validation")
     if hard:  # what the teacher wrote is no label
-        rows = [row for row in rows if not row.get("heard")]
-    soft = None if hard else np.load(targets / "train.npy")
-    unlabelled = [] if hard else transfer_rows(targets)
+        rows = rows.where(lambda row: not row.get("heard"))
+    unlabelled = Rows() if hard else transfer_rows(targets)
     start = derive.start_of(student, name, task.menu)
     epochs = derive.epochs(distill, len(rows), len(unlabelled), start, task.menu).value
     usual = derive.batch_size(distill, len(rows), start, task.menu)
@@ -87,10 +88,10 @@ def train_student(
     batch = int(dealt.value)
     if share < 1:  # a trial sees rows of train only, and as many whatever the student, so that trials compare
         passes = derive.epochs(distill, len(rows), len(unlabelled)).value
-        whole, unlabelled = passes * (len(rows) + len(unlabelled)), []
+        whole, unlabelled = passes * (len(rows) + len(unlabelled)), Rows()
         examples = max(round(share * whole), min(_LEAST_STEPS * batch, round(whole)))
         places = sampled(len(rows), max(examples, batch))
-        rows, soft = [rows[i] for i in places], soft if soft is None else soft[places]
+        rows = rows.take(places)
         epochs = max(1, examples // len(rows))
     how = TrainConfig(
         epochs=int(epochs),
@@ -108,20 +109,25 @@ def train_student(
         checkpoint_gradients=distill.checkpoint_gradients,
         compile=distill.compile,
     )
+    soft = None if hard else SoftTargets(load_task(teacher), targets / "train.npy")
+    if soft is not None and share < 1:
+        soft = soft.take(places)
     if soft is not None and unlabelled:
-        rows, soft = [*rows, *unlabelled], np.concatenate([soft, np.load(targets / f"{TRANSFER}.npy")])
+        soft = SoftTargets(load_task(teacher), targets / "train.npy", targets / f"{TRANSFER}.npy")
+        rows += unlabelled
+    learned: Sequence[Row] = rows
     encoded = None
     if writes_speech(task):
-        rows, soft, encoded = heard_once(model, task, rows, soft)
+        learned, soft, encoded = heard_once(model, task, rows, soft)
     parameters = model.num_parameters()
     say(
         f"{title}: {name}, {parameters / 1e6:.2g} M parameters, {built.origin}; "
-        f"{counted(how.epochs, 'epoch')} over {counted(len(rows), 'row')}, learning rate {how.learning_rate:g}"
+        f"{counted(how.epochs, 'epoch')} over {counted(len(learned), 'row')}, learning rate {how.learning_rate:g}"
     )
     curve = fit(
         model,
         task,
-        rows,
+        learned,
         soft,
         how,
         encoded=encoded,
@@ -154,7 +160,7 @@ def _start(
     student: spec.Student, name: str, data: Path, teacher: Path, targets: Path, seed: int, out: Path
 ) -> Untrained:
     set_seed(seed)
-    rows = [*read_rows(data, "train"), *transfer_rows(targets)]
+    rows = read_rows(data, "train") + transfer_rows(targets)
     texts = (row[column] for row in rows for column in ("text", "text_pair") if row.get(column))
     some, config = some_rows(data), read_config(teacher)
     if config.decoder:
@@ -186,9 +192,9 @@ def build_writer(
     return Untrained(ModelAndProcessor(model, None), f"{origin}, {how.length // 100} s of sound")
 
 
-def transfer_rows(targets: Path) -> list[dict[str, Any]]:
+def transfer_rows(targets: Path) -> Rows:
     """Return the rows of a finished targets stage that the teachers alone label."""
-    return read_rows(targets, TRANSFER) if (targets / f"{TRANSFER}.jsonl").exists() else []
+    return read_rows(targets, TRANSFER) if (targets / f"{TRANSFER}.jsonl").exists() else Rows()
 
 
 def build_student(student: spec.Student, name: str, teacher_folder: Path, texts: Iterable[str] = ()) -> Untrained:

@@ -12,7 +12,7 @@ from torch import nn
 from kdexport import ranks, spec
 from kdexport.distill.augment import Change, changer
 from kdexport.distill.combine import combine
-from kdexport.distill.store import Store, cache_folder, content_key
+from kdexport.distill.store import Store, cache_folder, content_key, content_keys, targets_folder
 from kdexport.distill.stored import place_of
 from kdexport.distill.teachers import TeacherFolder
 from kdexport.errors import ModelError, RunError
@@ -29,7 +29,7 @@ Rows = Sequence[dict[str, Any]]
 # Rows, and a callback with the number done → logits float32 [N, C].
 Run = Callable[[Rows, Callable[[int], None]], Array]
 
-_SHARD_EVERY_S = 20.0
+_SHARD_EVERY_S, _SHARD_BYTES = 20.0, 1 << 28
 _CHUNK = 1024
 _TOGETHER_FROM = 256  # rows; opening the teacher takes every process longer than fewer
 _DROPOUT_BATCH = 32  # which rows share a batch decides the noise of each
@@ -57,8 +57,8 @@ class Teacher:
 
     def count(self, rows: Rows) -> tuple[int, int]:
         """Return the number of texts still to compute, and of all; each pass counts."""
-        contents = [(store, {self.task.content(row) for row in asked}) for store, _, asked in self._passes(rows)]
-        return sum(len(store.missing(some)) for store, some in contents), sum(len(some) for _, some in contents)
+        passes = [(store, np.unique(self._keys(asked), axis=0)) for store, _, asked in self._passes(rows)]
+        return sum(int((~store.has(keys)).sum()) for store, keys in passes), sum(len(keys) for _, keys in passes)
 
     def read(self, rows: Rows, title: str) -> None:
         """Compute what is missing; raise ModelError where logits are not finite, or not in a file of logits."""
@@ -67,8 +67,11 @@ class Teacher:
 
     def answers(self, rows: Rows) -> Array:
         """Return logits float32 [N, C] of computed rows, by its own labels; passes are combined."""
-        passes = [store.look_up(map(self.task.content, asked)) for store, _, asked in self._passes(rows)]
+        passes = [self.task.unpack(store.look_up(self._keys(asked))) for store, _, asked in self._passes(rows)]
         return combine(passes, None, self._how.combine)
+
+    def _keys(self, rows: Rows) -> Array:
+        return content_keys(map(self.task.content, rows))
 
     def _passes(self, rows: Rows) -> Iterator[tuple[Store, Run, Rows]]:
         """Yield each pass: the store of its logits, what computes them, and the rows that it reads."""
@@ -85,7 +88,7 @@ class Teacher:
     @cached_property
     def _plain(self) -> Store:
         if self.named.kind == "stored":
-            return Store(self.named.folder / "logits", self.task.answer_shape)
+            return Store(self.named.folder / "logits", self._dtype)
         return self._cached(self._identity, *self._rounded)
 
     @cached_property
@@ -99,7 +102,12 @@ class Teacher:
 
     def _cached(self, *identity: object) -> Store:
         what = identity if len(identity) > 1 else identity[0]
-        return Store(cache_folder() / "targets" / digest(what)[:32], self.task.answer_shape, optional=True)
+        return Store(targets_folder(digest(what)[:32]), self._dtype, optional=True)
+
+    @property
+    def _dtype(self) -> np.dtype:
+        nothing = self.task.pack(np.empty((0, *self.task.answer_shape), np.float32))
+        return np.dtype((nothing.dtype, nothing.shape[1:]))
 
     # --- passes
 
@@ -171,46 +179,63 @@ def _files(named: TeacherFolder) -> list[str]:
 
 def _compute(store: Store, run: Run, rows: Rows, task: Task, title: str, one_a_machine: bool = False) -> None:
     """Run what is missing, the longest texts first; many rows are dealt to all processes."""
-    by_content = {task.content(row): row for row in rows}
-    missing = sorted(store.missing(by_content), key=len, reverse=True)
-    asked = [by_content[content] for content in missing]
-    if ranks.size() == 1 or len(asked) <= _TOGETHER_FROM:
-        _add(store, run, asked, task, title)
+    missing = _missing(store, rows, task)
+    if ranks.size() == 1 or len(missing) <= _TOGETHER_FROM:
+        _add(store, run, rows, missing, task, title)
         return
     fix = "Set KDEXPORT_CACHE to a folder that all machines share, with room"
     ranks.check_shared(cache_folder(), "the cache", fix)
-    _add_dealt(store, run, asked, task, title, one_a_machine)
+    _add_dealt(store, run, rows, missing, task, title, one_a_machine)
 
     def all_there() -> bool:
         store.refresh()
-        return not store.missing(missing)
+        return not _missing(store, rows, task)
 
     if not ranks.seen(all_there):
         raise RunError(f"soft targets of other processes are not in the cache {cache_folder()}", fix)
 
 
 @ranks.together
-def _add_dealt(store: Store, run: Run, rows: Rows, task: Task, title: str, one_a_machine: bool) -> None:
+def _add_dealt(
+    store: Store, run: Run, rows: Rows, places: Sequence[int], task: Task, title: str, one_a_machine: bool
+) -> None:
     # Which texts share a chunk decides the noise of dropout.
     chunk = _CHUNK if isinstance(run, partial) else task.at_once
-    _add(store, run, ranks.share(rows, chunk, one_a_machine), task, title)
+    _add(store, run, rows, ranks.share(places, chunk, one_a_machine), task, title)
     ranks.gathered(None)
 
 
-def _add(store: Store, run: Run, rows: Rows, task: Task, title: str) -> None:
-    """Add the logits of rows, a shard every 20 s."""
-    if not rows:
-        return
+def _add(store: Store, run: Run, rows: Rows, places: Sequence[int], task: Task, title: str) -> None:
+    """Add the logits of the rows at these places, a shard every 20 s."""
     done, outputs, written = 0, list[Array](), time.monotonic()
-    with bar(title, len(rows)) as advance:
-        for start in range(0, len(rows), _CHUNK):
-            chunk = rows[start : start + _CHUNK]
+    if not places:
+        return
+    with bar(title, len(places)) as advance:
+        for start in range(0, len(places), _CHUNK):
+            chunk = [rows[i] for i in places[start : start + _CHUNK]]
             logits = run(chunk, advance)
             if not np.isfinite(logits).all():
                 bad = chunk[int(np.isfinite(logits.reshape(len(logits), -1)).all(axis=1).argmin())]
                 raise ModelError(f"the teacher's logits for {place_of(bad)} are not finite")
-            outputs.append(logits)
-            if time.monotonic() - written > _SHARD_EVERY_S or start + _CHUNK >= len(rows):
-                found = np.concatenate(outputs)
-                store.add([task.content(row) for row in rows[done : done + len(found)]], found)
-                done, outputs, written = done + len(found), [], time.monotonic()
+            outputs.append(task.pack(logits))
+            if _is_due(outputs, written) or start + _CHUNK >= len(places):
+                count = sum(map(len, outputs))
+                keys = content_keys(task.content(rows[i]) for i in places[done : done + count])
+                store.add(keys, np.concatenate(outputs))
+                done, outputs, written = done + count, [], time.monotonic()
+
+
+def _missing(store: Store, rows: Rows, task: Task) -> list[int]:
+    """Return the places of the first row of each content that the store lacks, the longest content first."""
+    sizes, keys = np.empty(len(rows), np.int64), bytearray()
+    for i, content in enumerate(map(task.content, rows)):
+        sizes[i] = len(content)
+        keys += content_key(content)
+    distinct, first = np.unique(np.frombuffer(keys, np.uint64).reshape(-1, 2), axis=0, return_index=True)
+    places = np.sort(first[~store.has(distinct)])
+    order: list[int] = places[np.argsort(-sizes[places], kind="stable")].tolist()
+    return order
+
+
+def _is_due(outputs: Sequence[Array], written: float) -> bool:
+    return time.monotonic() - written > _SHARD_EVERY_S or sum(each.nbytes for each in outputs) > _SHARD_BYTES

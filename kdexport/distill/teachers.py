@@ -85,7 +85,9 @@ def settings_of(settings: spec.Spec) -> list[Any]:
     asked = {"weights": None, "combine": "log-mean", "passes": 1, "noise": "dropout"}
     teacher = spec.of_results(settings.teacher) | asked
     del teacher["dtype"]
-    return [teacher, settings.data.max_length, settings.seed, tokenizer_for_stored(settings)]
+    stored = any(kind_of(model) == "stored" for model in named(settings))
+    format_of_logits = [2] if stored else []
+    return [teacher, settings.data.max_length, settings.seed, tokenizer_for_stored(settings), *format_of_logits]
 
 
 def asked_of(settings: spec.Spec) -> list[Any]:

@@ -25,6 +25,7 @@ from kdexport.distill.layer_losses import Matching, matched
 from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_at
 from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
 from kdexport.distill.order import ByLength, Parts
+from kdexport.distill.targets import SoftTargets
 from kdexport.errors import SpecError, counted
 from kdexport.models.inference import logits_of
 from kdexport.progress import bar, say
@@ -32,6 +33,7 @@ from kdexport.spec import Schedule, Weight
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Arrays
 from kdexport.tasks.inputs.media import Encoded
+from kdexport.tasks.inputs.ragged import MANY
 from kdexport.tasks.judging import metric
 from kdexport.tasks.menus import OF_LAYERS
 from kdexport.tasks.metrics import Array
@@ -76,7 +78,7 @@ def fit(
     model: PreTrainedModel,
     task: Task,
     rows: Rows,
-    soft_targets: Array | None,
+    soft_targets: SoftTargets | Array | None,
     config: TrainConfig,
     *,
     validation: Rows,
@@ -92,7 +94,8 @@ def fit(
 
     Args:
         rows: those without a label (None) learn from the teacher alone.
-        soft_targets: the teacher's logits float [N, *answer_shape] for `rows`; None trains on labels alone.
+        soft_targets: the teacher's logits float [N, *answer_shape] for `rows`, in memory or on disk; None trains on
+            labels alone.
         work: a folder for checkpoints; a call with the same arguments resumes from the last one.
         fresh: names of parameters that begin at random in a trained model; they learn ten times as fast.
         teacher: its folder, for losses of layers.
@@ -114,13 +117,16 @@ def fit(
         raise SpecError(
             "distill.patience needs a metric, and the validation rows have neither labels nor soft targets", "Remove it"
         )
-    encoded, labels = task.tokenize(rows) if encoded is None else encoded, task.label_array(rows)
+    encoded = task.tokenize(rows) if encoded is None else encoded
+    labels = task.label_array(rows) if len(rows) <= MANY else None
     if isinstance(encoded, Encoded):
         encoded.keep = _KEPT_BYTES
     lengths = task.sizes(encoded)
 
     def collate(chosen: list[int]) -> dict[str, Tensor]:
-        batch = task.collate([encoded[i] for i in chosen]) | {"labels": labels[chosen]}
+        read = [encoded[i] for i in chosen]
+        of_rows = task.batch_labels([rows[i] for i in chosen], read) if labels is None else labels[chosen]
+        batch = task.collate(read) | {"labels": of_rows}
         if soft_targets is not None:
             batch["teacher_logits"] = soft_targets[chosen]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -309,7 +315,7 @@ def _accelerates() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
 
 
-def _layer_losses(config: TrainConfig, soft_targets: Array | None) -> list[str]:
+def _layer_losses(config: TrainConfig, soft_targets: object) -> list[str]:
     """Return the losses of layers in use; raise SpecError if nothing would teach the head."""
     if soft_targets is None or config.alpha == 0:
         return []

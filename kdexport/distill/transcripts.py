@@ -7,7 +7,7 @@ said are given, the nearest one is taken.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kdexport import spec
 from kdexport.data import Summary
 from kdexport.data.read import read_lines
 from kdexport.distill.store import cache_folder
+from kdexport.distill.targets import SoftTargets
 from kdexport.errors import ModelError
 from kdexport.files import digest, hash_file, write_bytes, write_json
 from kdexport.models.loading import ModelAndProcessor
@@ -30,7 +31,6 @@ from kdexport.tasks.config import Arrays, Row, TaskConfig
 from kdexport.tasks.inputs import audio
 from kdexport.tasks.inputs.media import Encoded
 from kdexport.tasks.inputs.transcripts import normalised
-from kdexport.tasks.metrics import Array
 from kdexport.tasks.speech_seq2seq import SpeechSeq2Seq
 
 Rows = list[dict[str, Any]]
@@ -45,7 +45,7 @@ _TOP_K = 16  # tokens with a probability in soft targets, as Whisper is sure of 
 
 
 def transcribe(
-    splits: dict[str, Rows], task: str, model: str, settings: spec.Data
+    splits: Mapping[str, Sequence[dict[str, Any]]], task: str, model: str, settings: spec.Data
 ) -> tuple[dict[str, Rows], dict[str, dict[str, int]], str]:
     """Transcribe the rows of all splits that have no label, in the language of the spec, else of the train recordings.
 
@@ -63,7 +63,7 @@ def transcribe(
 
 
 def transcribed(
-    rows: Rows, task: str, model: str, sentences: str | None, language: str = ""
+    rows: Sequence[dict[str, Any]], task: str, model: str, sentences: str | None, language: str = ""
 ) -> tuple[Rows, dict[str, int]]:
     """Give rows without a label what the teacher hears, marked `heard`; drop those that are not to be trusted.
 
@@ -111,7 +111,9 @@ def prepare_transcriber(data: Summary, model: str, rows: Rows, out: Path) -> Non
     save_model(ModelAndProcessor(opened, None), out)
 
 
-def heard_once(model: Any, task: SpeechSeq2Seq, rows: Rows, soft: Array | None) -> tuple[Rows, Array | None, Encoded]:
+def heard_once(
+    model: Any, task: SpeechSeq2Seq, rows: Sequence[dict[str, Any]], soft: SoftTargets | None
+) -> tuple[Rows, SoftTargets | None, Encoded]:
     """Return the rows that one window holds, their soft targets, and what a decoder learns them from.
 
     The encoder is frozen, so its states `heard` float16 [T, H] are computed once. The tokens are the teacher's, or
@@ -127,7 +129,7 @@ def heard_once(model: Any, task: SpeechSeq2Seq, rows: Rows, soft: Array | None) 
         say(f"student: {len(rows) - len(chosen):,} of {len(rows):,} recordings are longer than a window, and left out")
     rows = [rows[i] for i in chosen]
     if soft is not None:
-        soft = soft[chosen]
+        soft = soft.take(chosen)
         rows = [row | {"tokens": task.ids_of(packed)} for row, packed in zip(rows, soft, strict=True)]
 
     def encode(row: Row) -> Arrays:

@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -17,7 +16,7 @@ from kdexport.progress import say
 from kdexport.runtime.artifact import files_of, size_of
 from kdexport.tasks import load_task
 from kdexport.tasks.base import writes_speech
-from kdexport.tasks.config import Arrays
+from kdexport.tasks.config import Arrays, Row
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -32,7 +31,7 @@ class Candidate(msgspec.Struct, frozen=True):
 CALIBRATION_ROWS = 320
 
 
-def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequence[dict[str, Any]] = ()) -> None:
+def export_student(settings: spec.Export, student: Path, out: Path, rows: Sequence[Row] = ()) -> None:
     """Write every candidate file `model*.onnx`, and `candidates.json`.
 
     Beside the plain graph stands one that may be faster: fused, or where ONNX Runtime fuses no attention, dynamo's.
@@ -118,7 +117,7 @@ def _write_candidates(found: list[Candidate], out: Path) -> None:
     write_json(out / "candidates.json", found)
 
 
-def _batches(student: Path, rows: Sequence[dict[str, Any]]) -> Iterator[Arrays]:
+def _batches(student: Path, rows: Sequence[Row]) -> Iterator[Arrays]:
     task, chosen = load_task(student), [rows[i] for i in sampled(len(rows), CALIBRATION_ROWS)]
     return (task.graph_inputs(task.encode(chosen[i : i + 32])) for i in range(0, len(chosen), 32))
 

@@ -4,7 +4,7 @@ The student's logits in PyTorch were written when it was trained (`reference.npy
 task's probes). Here every candidate answers the same rows through the predictor, in several shapes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from kdexport.results import Metric, Quality
 from kdexport.runtime.predictor import Predictor
 from kdexport.tasks import load_task, metrics
 from kdexport.tasks.base import Generates, Task, can_generate
+from kdexport.tasks.config import Row
 from kdexport.tasks.judging import mcnemar, metric, metric_interval
 from kdexport.tasks.metrics import Array, log_softmax
 from kdexport.tasks.packed import LOG_P
@@ -86,7 +87,7 @@ def verify(data: Path, targets: Path, student: Path, baseline: Path | None, expo
 
 
 def compare(
-    task: Task, export: Path, rows: list[dict[str, Any]], reference: Array, allowed: float = FP32_TOLERANCE
+    task: Task, export: Path, rows: Sequence[Row], reference: Array, allowed: float = FP32_TOLERANCE
 ) -> Iterator[tuple[Candidate, Array, float]]:
     """Every candidate with its logits [N, C] on the rows, and how far one of them is at most from PyTorch's.
 
@@ -109,7 +110,7 @@ def compare(
         yield candidate, found, difference
 
 
-def judge(task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array, difference: float | None) -> Quality:
+def judge(task: Task, rows: Sequence[Row], logits: Array, teacher: Array, difference: float | None) -> Quality:
     """The metric of logits [N, C] on labelled rows, and how they stand to the teacher's."""
     return Quality(
         metric=Metric(*metric_interval(task, logits, rows), len(rows)),
@@ -120,12 +121,12 @@ def judge(task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array,
     )
 
 
-def decisive(task: Task | type[Task], validation: list[dict[str, Any]]) -> metrics.Metric:
+def decisive(task: Task | type[Task], validation: Sequence[Row]) -> metrics.Metric:
     """The metric that decides on the validation split: agreement where no row has a label."""
     return task.metric if any(row["label"] is not None for row in validation) else AGREEMENT
 
 
-def on_validation(task: Task, rows: list[dict[str, Any]], logits: Array, teacher: Array) -> float:
+def on_validation(task: Task, rows: Sequence[Row], logits: Array, teacher: Array) -> float:
     """The decisive metric of logits [N, C] on the validation split, by the rows that have labels."""
     labelled = [i for i, row in enumerate(rows) if row["label"] is not None]
     if not labelled:
@@ -143,7 +144,7 @@ def read_validation(verify: Path) -> Validation:
     return msgspec.json.decode((verify / "validation.json").read_bytes(), type=Validation)
 
 
-def _small_shapes(predictor: Predictor, rows: list[dict[str, Any]], reference: Array) -> float:
+def _small_shapes(predictor: Predictor, rows: Sequence[Row], reference: Array) -> float:
     """Batches of 1, and of 7 mixed lengths (much padding), against the same reference."""
     few = rows[:_SMALL_SHAPE_ROWS]
     single = predictor.logits(few, 1)
@@ -157,7 +158,7 @@ def _small_shapes(predictor: Predictor, rows: list[dict[str, Any]], reference: A
     return max(differences)
 
 
-def _by_steps(predictor: Predictor, task: Generates, row: dict[str, Any], reference: Array) -> float:
+def _by_steps(predictor: Predictor, task: Generates, row: Row, reference: Array) -> float:
     """max |Δ log p| of a text's tokens, read one by one through the cache."""
     first, *rest = task.tokenize([row])[0]["input_ids"].tolist() or [0]
     logits, past = predictor.read([first])

@@ -20,7 +20,7 @@ from kdexport.bench.loads import Loads
 from kdexport.bench.process import Crashed
 from kdexport.bench.subjects import Target, of_file, of_model
 from kdexport.bench.worker import logits_of
-from kdexport.data import Rows, hub, read_rows
+from kdexport.data import hub, read_rows
 from kdexport.data.sources import read_given
 from kdexport.errors import ArtifactError, DataError, SpecError
 from kdexport.output import Output
@@ -33,6 +33,7 @@ from kdexport.runtime import artifact
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks import names as task_names
 from kdexport.tasks.base import Task
+from kdexport.tasks.config import Row
 from kdexport.tasks.inputs.media import inline
 from kdexport.tasks.judging import mcnemar, metric_interval, wrong_rows
 from kdexport.tasks.metrics import Array
@@ -78,7 +79,7 @@ def measure(
     return report
 
 
-def _read_for_any(texts: spec.Data) -> Rows:
+def _read_for_any(texts: spec.Data) -> Sequence[Row]:
     """Read the rows for a server, whose task is unknown, by the first task that can."""
     errors = []
     for name in task_names():
@@ -144,17 +145,18 @@ def _task_beside(file: Path) -> Path:
     raise ArtifactError(f"{file} lies in no artifact: no {artifact.MANIFEST} beside it", "Name the artifact's folder")
 
 
-def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None = None) -> Rows:
+def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None = None) -> Sequence[Row]:
     """Read the rows of a file, else the test split of the first run among the names.
 
     Columns are by default those of the training rows of the model in the folder `task`.
     """
     if texts:
         if task:
-            rows = read_given(texts, type(load_task(Path(task))), "some", artifact.read_columns(Path(task)))[0]
+            known = artifact.read_columns(Path(task))
+            rows: Sequence[Row] = read_given(texts, type(load_task(Path(task))), "some", known)[0]
         else:
             rows = _read_for_any(texts)
-        return [row | {key: inline(value) for key, value in row.items() if isinstance(value, bytes)} for row in rows]
+        return [{**row} | {key: inline(v) for key, v in row.items() if isinstance(v, bytes)} for row in rows]
     for name in names:
         place = artifact.split_name(name)[0]
         for run in (place, *list(place.resolve().parents)[:3]):
@@ -164,7 +166,7 @@ def read_texts(texts: spec.Data | None, names: Sequence[str], task: str | None =
     raise SpecError("there are no texts to measure with", "Name a file of real ones: --data texts.csv")
 
 
-def _report(targets: list[Target], measured: Measured, rows: Rows, first: str, command: str) -> Report:
+def _report(targets: list[Target], measured: Measured, rows: Sequence[Row], first: str, command: str) -> Report:
     known = [t for t in targets if t.name in measured.latency or t.name in measured.conditions.failed]
     folder = next((t.task for t in known if t.task), None)
     task = load_task(Path(folder)) if folder else None
@@ -191,7 +193,7 @@ def _variant(target: Target, measured: Measured, quality: dict[str, Any]) -> Var
     )  # fmt: skip
 
 
-def labelled_rows(task: Task, rows: Rows, name: str) -> Rows:
+def labelled_rows(task: Task, rows: Sequence[Row], name: str) -> Sequence[Row]:
     """Return the rows, or none if any row lacks a label that the task knows."""
     for row in rows:
         if row.get("label") is None or (task.one_label and not row["label"]):
@@ -203,7 +205,7 @@ def labelled_rows(task: Task, rows: Rows, name: str) -> Rows:
     return rows
 
 
-def _quality(target: Target, logits: dict[str, Array], rows: Rows, first: str) -> dict[str, Any]:
+def _quality(target: Target, logits: dict[str, Array], rows: Sequence[Row], first: str) -> dict[str, Any]:
     """Return agreement with the reference, and the metric where rows have labels."""
     own, theirs, task = logits[target.name], logits.get(first), load_task(Path(target.task))
     found: dict[str, Any] = {}
@@ -220,7 +222,7 @@ def _quality(target: Target, logits: dict[str, Array], rows: Rows, first: str) -
     return found
 
 
-def _answers(targets: list[Target], rows: Rows, measured: Measured) -> dict[str, Array]:
+def _answers(targets: list[Target], rows: Sequence[Row], measured: Measured) -> dict[str, Array]:
     """Return the logits of every row from each target, by its name."""
     found = {}
     with tempfile.TemporaryDirectory() as work, bar("answers for accuracy", len(targets)) as advance:

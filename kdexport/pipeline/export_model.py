@@ -5,6 +5,7 @@ import timeit
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,7 +14,7 @@ from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.bench.stats import ratio
 from kdexport.data import hub
-from kdexport.data.sources import Rows, read_given
+from kdexport.data.sources import read_given
 from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
 from kdexport.export.verify import FP32_TOLERANCE, compare
@@ -30,6 +31,7 @@ from kdexport.spec.flags import listed, rows_in
 from kdexport.spec.teachers import is_adapter
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.base import Task
+from kdexport.tasks.config import Row
 
 # int8 is recommended if it agrees with fp32 on this fraction of at least so many rows.
 AGREEMENT, ENOUGH_ROWS = 0.99, 100
@@ -111,7 +113,7 @@ def _variants(names: str | Sequence[str] | None) -> spec.Export:
         raise SpecError(f"--variants {names!r} can't be read", "Write some of fp32,int8,fp16") from None
 
 
-def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[Rows, dict[str, str]]:
+def read_rows(data: spec.Data | None, task: type[Task]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Return at most 2,000 rows to verify on, which need no labels, and the names of their columns."""
     rows, columns = read_given(data, task, "none") if data else ([], {})
     if len(rows) > _MOST_ROWS:
@@ -161,7 +163,7 @@ def _make(
 
 
 def _verify(
-    task: Task, source: Path, graphs: Path, rows: Rows
+    task: Task, source: Path, graphs: Path, rows: Sequence[Row]
 ) -> tuple[list[ExportedFile], dict[str, tuple[Path, str]], Ratio | None]:
     """Compare every file with PyTorch.
 
@@ -210,7 +212,9 @@ def recommend(files: Sequence[ExportedFile], rows: int, gain: Ratio | None = Non
     return ("fp32" if gain.verdict == "slower" else "int8"), f"{kept}, and is {times} ({how})"
 
 
-def _shipped(task: Task, graphs: Path, candidates: list[Candidate], rows: Rows) -> tuple[list[str], Ratio | None]:
+def _shipped(
+    task: Task, graphs: Path, candidates: list[Candidate], rows: Sequence[Row]
+) -> tuple[list[str], Ratio | None]:
     """Return the names of the files to ship, and the speedup of int8 over fp32.
 
     Of each precision the graph that measures best ships, see `choose.better_graph`.
@@ -230,7 +234,7 @@ def _shipped(task: Task, graphs: Path, candidates: list[Candidate], rows: Rows) 
     return list(names.values()), ratio(times[names["fp32"]], times[names["int8"]]) if "int8" in names else None
 
 
-def _times(task: Task, files: dict[str, Path], rows: Rows) -> dict[str, list[float]]:
+def _times(task: Task, files: dict[str, Path], rows: Sequence[Row]) -> dict[str, list[float]]:
     """Measure the seconds of each file in each round, in turns, on one text of median length."""
     arrays = task.sized(rows, int(np.median(task.sizes(task.tokenize(rows)))))
     predictors = {name: Predictor(task, file, threads=1) for name, file in files.items()}

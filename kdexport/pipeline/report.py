@@ -14,7 +14,9 @@ from kdexport.analysis.membership import membership
 from kdexport.bench.engine import Measured, read_measured
 from kdexport.bench.machine import elsewhere
 from kdexport.bench.subjects import Target
-from kdexport.data import Rows, read_rows, read_summary
+from kdexport.data import read_rows, read_summary
+from kdexport.data.rows import Rows
+from kdexport.distill.targets import SoftTargets
 from kdexport.distill.teachers import kind_of_first
 from kdexport.export import Candidate, read_candidates
 from kdexport.export.verify import read_quality, read_validation
@@ -86,7 +88,7 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
 
 def _labelled(data: Path) -> int:
     """Return the number of labelled rows of train and validation."""
-    rows = [row for split in ("train", "validation") for row in read_rows(data, split)]
+    rows = read_rows(data, "train") + read_rows(data, "validation")
     return sum(row["label"] is not None and not row.get("heard") for row in rows)
 
 
@@ -217,7 +219,7 @@ def _membership(stages: Stages, task: Task, rows: Rows, logits: dict[str, Array]
     plain = f"student-{precision if precision != 'fp16' else 'fp32'}"  # fused or not, the logits are the same
     with np.load(stages.verify / "members.npz") as found:
         student = membership(task, members, found[plain], rows, logits[plain])
-    taught = np.load(stages.targets / "train.npy")[places]
+    taught = SoftTargets(load_task(stages.teacher), stages.targets / "train.npy")[places]
     teacher = membership(task, members, taught, rows, logits["teacher"])
     return {"teacher": msgspec.to_builtins(teacher), "student": msgspec.to_builtins(student)}
 

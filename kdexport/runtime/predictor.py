@@ -17,7 +17,7 @@ from kdexport.runtime.transcription import PAST, PRESENT, reader
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task, writes_speech
 from kdexport.tasks.batches import in_batches
-from kdexport.tasks.config import Arrays
+from kdexport.tasks.config import Arrays, Row
 from kdexport.tasks.inputs.media import inline_bytes
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.speech_seq2seq import Read
@@ -120,7 +120,7 @@ class Predictor:
     def _value(self, array: Array) -> Any:
         return _onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
-    def logits(self, rows: Sequence[dict[str, Any]], batch_size: int | None = None) -> Array:
+    def logits(self, rows: Sequence[Row], batch_size: int | None = None) -> Array:
         """Return the logits of many rows, float32 [N, *answer_shape], in their order."""
         return in_batches(self.task, rows, self.run, batch_size)
 

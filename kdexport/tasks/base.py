@@ -123,12 +123,13 @@ class Task:
         raise NotImplementedError
 
     @classmethod
-    def unified(cls, rows: Sequence[Row]) -> tuple[list[Row | str], str]:
+    def unified(cls, rows: Sequence[Row]) -> tuple[Iterable[Row | str], str]:
         """Convert labels that only all rows of the data explain, such as tags.
 
-        Return each row, or the reason why it is invalid; and a remark for the user, or an empty text.
+        Return each row, or the reason why it is invalid, or `rows` where nothing changes; and a remark for the user, or
+        an empty text.
         """
-        return list(rows), ""
+        return rows, ""
 
     @classmethod
     def content(cls, row: Row) -> str:
@@ -251,6 +252,18 @@ class Task:
         """
         return _FUNCTIONS[function or self.config.function](logits.astype(np.float64))
 
+    def pack(self, logits: Array) -> Array:
+        """Return soft targets [B, *answer_shape] as they stand on disk, [B, …]: see `unpack`."""
+        return logits
+
+    def unpack(self, packed: Array) -> Array:
+        """Return soft targets from disk as float32 [B, *answer_shape]."""
+        return packed
+
+    def judged(self, logits: Array) -> Array:
+        """Return the part of logits [B, …] that metrics and comparisons read."""
+        return logits
+
     def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Return each row's confidence, float64 [N]."""
         raise NotImplementedError
@@ -266,6 +279,10 @@ class Task:
     def label_array(self, rows: Iterable[Row]) -> Array:
         """Return the labels in the format of the objective's label loss; missing ones are marked."""
         raise NotImplementedError
+
+    def batch_labels(self, rows: Sequence[Row], encoded: Sequence[Arrays]) -> Array:
+        """Return the labels of a few encoded rows, as `label_array` does."""
+        return self.label_array(rows)
 
     def correct(self, logits: Array, rows: Sequence[Row]) -> Array | None:
         """Return whether each row's answer is correct, bool [N]; None where answers aren't right or wrong."""

@@ -6,7 +6,7 @@ A row's output is packed, [max_length, 1 + 2k], as full [T, V] logits would take
 
 Metrics read the first three columns only. A teacher's outputs have k = 64 and are soft targets: the 48 most probable
 tokens, and 16 samples of the rest, which make the estimate of its distribution unbiased (Anshumann et al. 2025,
-https://arxiv.org/abs/2503.16870).
+https://arxiv.org/abs/2503.16870). On disk a token takes 260 bytes (`packed.compact`).
 """
 
 import math
@@ -21,7 +21,7 @@ from kdexport.tasks.config import NO_LABEL, Arrays, Function, Row
 from kdexport.tasks.inputs.texts import CHARS_PER_TOKEN, SPARE, Texts, padded
 from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.metrics import Array, Metric, log_softmax
-from kdexport.tasks.packed import BEST, LOG_P, packed_lines
+from kdexport.tasks.packed import BEST, LOG_P, compact, packed_lines, whole
 
 # Below this token accuracy a teacher is no better than chance.
 _CHANCE = 0.02
@@ -154,6 +154,19 @@ class CausalLM(Texts, Generates):
         """The predicted tokens, int64 [N, max_length]; −100, the index that losses ignore, elsewhere."""
         predicted = [arrays["input_ids"][1:] for arrays in self.tokenize(list(rows))]
         return padded(predicted, self.config.max_length, NO_LABEL)
+
+    def batch_labels(self, rows: Sequence[Row], encoded: Sequence[Arrays]) -> Array:
+        return padded([arrays["input_ids"][1:] for arrays in encoded], self.config.max_length, NO_LABEL)
+
+    def pack(self, logits: Array) -> Array:
+        return compact(logits, self.vocabulary)
+
+    def unpack(self, packed: Array) -> Array:
+        return whole(packed)
+
+    def judged(self, logits: Array) -> Array:
+        """The actual token's log p, the most probable token and its log p."""
+        return logits[..., : BEST + 2]
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """Top-1 correct tokens, tokens, nats, and the bytes of these tokens: float64 [N, 4]."""

@@ -50,3 +50,23 @@ def most_probable(logs: Array, k: int) -> Array:
     some = np.argpartition(logs, -k, axis=1)[:, -k:] if k < logs.shape[1] else np.arange(k)[None].repeat(len(logs), 0)
     order = np.argsort(-np.take_along_axis(logs, some, axis=1), axis=1, kind="stable")
     return np.take_along_axis(some, order, axis=1)
+
+
+def compact(packed: Array, vocabulary: int) -> Array:
+    """Return packed outputs [B, T, 1 + 2k] as records [B] of half their size.
+
+    Ids have 16 bits where the vocabulary allows it, and log probabilities of tokens too, but for the actual token's.
+    """
+    length, k = packed.shape[1], packed.shape[2] // 2
+    ids = np.uint16 if vocabulary <= 2**16 else np.uint32
+    fields = [("log_p", np.float32, (length,)), ("ids", ids, (length, k)), ("logs", np.float16, (length, k))]
+    records = np.empty(len(packed), fields)
+    records["log_p"], records["ids"], records["logs"] = packed[..., LOG_P], packed[..., 1::2], packed[..., 2::2]
+    return records
+
+
+def whole(records: Array) -> Array:
+    """Return the packed outputs float32 [B, T, 1 + 2k] of records [B]."""
+    packed = np.empty((*records["log_p"].shape, 1 + 2 * records["ids"].shape[2]), np.float32)
+    packed[..., LOG_P], packed[..., 1::2], packed[..., 2::2] = records["log_p"], records["ids"], records["logs"]
+    return packed

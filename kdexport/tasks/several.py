@@ -15,6 +15,10 @@ from kdexport.tasks.metrics import Array, Metric, f1_of, mid_ranks
 BETWEEN = "\x1f"
 
 
+# A variance below this fraction of the mean square is rounding.
+_CONSTANT = 1e-13
+
+
 class SeveralLabels(Classes):
     """A row's `label` is all its labels, joined by `BETWEEN`; in a file a list, or a text separated by |."""
 
@@ -135,7 +139,8 @@ class Number(Classes):
     def value(self, sums: Array) -> Array:
         """Pearson's correlation; 0 where one side does not vary."""
         n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums), -1, 0)
-        spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
+        of_x, of_y = (np.where((v := n * ss - s * s) > _CONSTANT * n * ss, v, 0.0) for s, ss in ((x, xx), (y, yy)))
+        spread = of_x * of_y
         return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
@@ -145,6 +150,6 @@ class Number(Classes):
 
 
 def _products(x: Array, y: Array) -> Array:
-    """Return 1, x, y, x², y² and xy of each row, float64 [N, 6]; centred, which costs sums fewer digits."""
-    x, y = (side.astype(np.float64) - side.mean(dtype=np.float64) for side in (x, y))
+    """Return 1, x, y, x², y² and xy of each row, float64 [N, 6]."""
+    x, y = (side.astype(np.float64) for side in (x, y))
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)

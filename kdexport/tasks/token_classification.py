@@ -9,7 +9,7 @@ with the last word within the model's max_length; metrics count later entities a
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import eq
 from typing import Any, ClassVar
 
@@ -106,18 +106,20 @@ class TokenClassification(Texts):
         return row | {"text": " ".join(words), "label": None if tags is None else " ".join(tags)}
 
     @classmethod
-    def unified(cls, rows: Sequence[Row]) -> tuple[list[Row | str], str]:
+    def unified(cls, rows: Sequence[Row]) -> tuple[Iterable[Row | str], str]:
         """Tags as BIO, unless they are plain."""
-        every = [(row["label"] or "").split() for row in rows]
-        labels = {tag for tags in every for tag in tags}
+        one_of = dict[str, str]()  # each tag once in memory
+        every = [[one_of.setdefault(tag, tag) for tag in (row["label"] or "").split()] for row in rows]
+        labels = one_of.keys()
         strange, plain = misfit(labels), are_plain(labels)
-        found: list[Row | str] = []
-        for row, tags in zip(rows, every, strict=True):
+
+        def converted(row: Row, tags: list[str]) -> Row | str:
             if wrong := [i for i, tag in enumerate(tags) if tag in strange]:
-                found.append(f"tag {tags[wrong[0]]!r} of word {wrong[0] + 1} is none of O, B-… and I-…")
-            else:
-                found.append({**row, "label": " ".join(bio(tags))} if tags and not plain else row)
-        return found, scheme_of([tags for tags in every if not strange & {*tags}])
+                return f"tag {tags[wrong[0]]!r} of word {wrong[0] + 1} is none of O, B-… and I-…"
+            return {**row, "label": " ".join(bio(tags))} if tags and not plain else row
+
+        remark = scheme_of([tags for tags in every if not strange & {*tags}])
+        return (converted(row, tags) for row, tags in zip(rows, every, strict=True)), remark
 
     def row(self, given: object) -> dict[str, Any]:
         return self.ready({"text": given} if isinstance(given, list) else super().row(given))
@@ -255,17 +257,15 @@ class TokenClassification(Texts):
         words = [(text or ".").split(" ") for text in texts]
         return list(self._tokenizer.encode_batch(words, is_pretokenized=True, add_special_tokens=False))
 
-    def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
+    def _tokenized(self, rows: Sequence[Row]) -> Iterator[Arrays]:
         """Add `places` [W]: the index of each word's first token."""
-        encoded = []
         for row, encoding in zip(rows, self._encodings(rows), strict=True):
             words = min(row["text"].count(" ") + 1, self.config.max_length) if row["text"] else 0
             places = np.full(words, _CUT_OFF, dtype=np.int64)
             for token in range(len(encoding.ids) - 1, -1, -1):
                 if (word := encoding.word_ids[token]) is not None and word < len(places):
                     places[word] = token
-            encoded.append(self._arrays(encoding) | {"places": places})
-        return encoded
+            yield self._arrays(encoding) | {"places": places}
 
 
 class PlainTags(TokenClassification):
@@ -274,8 +274,8 @@ class PlainTags(TokenClassification):
     metric: ClassVar = Metric("accuracy")
 
     @classmethod
-    def unified(cls, rows: Sequence[Row]) -> tuple[list[Row | str], str]:
-        return list(rows), ""
+    def unified(cls, rows: Sequence[Row]) -> tuple[Iterable[Row | str], str]:
+        return rows, ""
 
     def _spelled(self, row: Row) -> list[str]:
         return (row.get("label") or "").split()

@@ -141,13 +141,13 @@ def test_of_more_texts_than_can_be_looked_at_some_are_and_it_is_said(monkeypatch
     monkeypatch.setattr("kdexport.analysis.duplicates._MOST", 10)
     texts = [f"{word} is text number {i}" for i, word in enumerate(["quite", "another"] * 12)]
     found, _ = near_duplicates(splits(train=texts, test=["new"]), content)
-    assert found.compared == {"train": 10, "test": 1}
+    assert found.compared == {"train": 9, "test": 1}
     assert found.texts == {"train": 24, "validation": 0, "test": 1}
     (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(texts)))
     settings = spec.load(None, {"data.train": str(tmp_path / "t.csv"), "teacher.model": "t"}).data
     prepare(settings, "text-classification", 0, tmp_path)
     said = " ".join(capfd.readouterr().err.split())
-    assert f"random sample of train: 10 of {read_summary(tmp_path).rows['train']} texts" in said
+    assert f"random sample of train: 4 of {read_summary(tmp_path).rows['train']} texts" in said
     assert read_summary(tmp_path).duplicates.near.texts["train"] > 10
 
 
@@ -257,7 +257,8 @@ def report(**found):
 def audited():
     near = "i want to know how many vacation days i have"
     given = splits(train=["x", near, "unlike | it"], validation=["x"], test=["x", f"{near} <b>", "y"])
-    kept, found = audit(given, content, drop=True)
+    places, found = audit(given, content, drop=True)
+    kept = {split: [given[split][i] for i in places[split]] for split in given}
     return msgspec.to_builtins(msgspec.structs.replace(found, near=near_duplicates(kept, content)[0]))
 
 

@@ -40,7 +40,7 @@ def by_run(given, model):
 
 def by_predict(given, model):
     found = to_answer(read_test(given), given, load_task(model), artifact.read_columns(model))
-    return [{"id": one["id"]} | one["row"] for group in found for one in group or ()]
+    return [{"id": one["id"]} | one["row"] for one in found if one]
 
 
 def by_bench(given, model):
@@ -207,7 +207,7 @@ def test_images_of_a_folder_a_table_and_parquet_are_read_by_all_commands(tmp_pat
     task = load_task(model)
     for name, images in (("", paths), ("table.csv", paths), ("list.txt", paths), ("bytes.parquet", content)):
         given = data(folder / name)
-        predicted = [row for group in to_answer(read_test(given), given, task, {}) for row in group]
+        predicted = list(to_answer(read_test(given), given, task, {}))
         assert [row["asked"] for row in predicted] == images
         assert [row["image"] for row in export_model.read_rows(given, type(task))[0]] == images
         rows = bench.read_texts(given, [], str(model))
@@ -246,7 +246,7 @@ def test_lines_of_stdin_come_one_by_one_and_bytes_that_are_no_utf8_are_named(mod
     source, asked = read_stream(lines), []
     answers = to_answer(source, data("stdin"), load_task(model), {})
     for _ in range(3):
-        asked.append(next(answers)[0]["asked"])
+        asked.append(next(answers)["asked"])
     assert asked == ["one", "", "two\u2028\x0c\x85 halves"]
     with pytest.raises(DataError, match="stdin, line 4: byte 0xe9 is not UTF-8"):
         next(answers)

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from kdexport import spec
 from kdexport.data import demo
 from kdexport.distill.augment import Nearest, changer, mask_token, transfer_rows, views
+from kdexport.tasks.text_classification import TextClassification
 
 NEWS = (
     "Shares in the airline rose after it beat profit forecasts. Analysts had expected a loss! "
@@ -178,7 +179,8 @@ def test_transfer_rows_are_unlabelled_texts_and_copies_each_once_without_label()
         {"id": "u:3", "text": "c"},
         {"id": "u:4", "text": "z"},
     ]
-    found = transfer_rows(train, more, change, "text-classification", seen={"z", "c two"})
+    seen = [[{"text": "z"}], [{"text": "c two"}]]
+    found = list(transfer_rows(train, more, change, TextClassification, seen))
     assert [(row["id"], row["text"]) for row in found] == [
         ("u:1", "c"),
         ("t:1~1", "a one"),
@@ -191,4 +193,4 @@ def test_transfer_rows_are_unlabelled_texts_and_copies_each_once_without_label()
     ]
     assert all(row["label"] is None for row in found)
     assert [row.get("text_pair") for row in found] == [None] * 4 + ["p"] * 3 + [None]
-    assert [row["id"] for row in transfer_rows(train, more, None, "text-classification")] == ["u:1", "u:4"]
+    assert [row["id"] for row in transfer_rows(train, more, None, TextClassification)] == ["u:1", "u:4"]

@@ -31,7 +31,7 @@ from kdexport.data import read_rows
 from kdexport.distill import teachers
 from kdexport.distill.augment import changer
 from kdexport.distill.combine import columns_of, combine
-from kdexport.distill.store import Store
+from kdexport.distill.store import Store, content_keys
 from kdexport.errors import ModelError
 from kdexport.models.inference import logits_of
 from kdexport.tasks import load_task
@@ -195,9 +195,9 @@ def test_passes_with_dropout_differ_are_combined_and_kept(tmp_path, data, news, 
     plain = torch_logits(first, data, "test")
     noisy = softmax(np.load(targets / "test.npy"))
     assert np.abs(noisy - softmax(plain)).max() > 0.001
-    passes = [Store(folder) for folder in (tmp_path / "cache/targets").iterdir()]
+    passes = [Store(folder) for folder in (tmp_path / "cache/targets-2").iterdir()]
     contents = [row["text"] for row in read_rows(data, "test")]
-    each = [softmax(store.look_up(contents)) for store in passes]
+    each = [softmax(store.look_up(content_keys(contents))) for store in passes]
     assert len(each) == 3
     assert noisy == pytest.approx(np.mean(each, axis=0), abs=1e-5)
     assert np.abs(each[0] - each[1]).max() > 0.01

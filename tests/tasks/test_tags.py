@@ -83,7 +83,7 @@ def test_other_tags_are_recognised_from_all_rows(labels, found, remark):
 
 
 def test_a_tag_that_fits_no_scheme_is_named():
-    rows, _ = TokenClassification.unified(rows_of("O B-x", "O O NOUN"))
+    rows = list(TokenClassification.unified(rows_of("O B-x", "O O NOUN"))[0])
     assert rows[0]["label"] == "O B-x"
     assert rows[1] == "tag 'NOUN' of word 3 is none of O, B-… and I-…"
 

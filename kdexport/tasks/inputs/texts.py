@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from kdexport.errors import ArtifactError, DataError
 from kdexport.tasks.base import Modality, Task
 from kdexport.tasks.config import Arrays, Row, TaskConfig, read_config
+from kdexport.tasks.inputs.ragged import MANY, Ragged
 from kdexport.tasks.metrics import Array
 
 # Characters per token for cutting a text before tokenisation. English has about 5.
@@ -92,9 +93,13 @@ class Texts(Task):
         clean = (part and part.encode("utf-8", "replace").decode("utf-8") for part in (first, second))
         return dict(zip(("text", "text_pair"), clean, strict=True))
 
-    def tokenize(self, rows: Sequence[Row]) -> list[Arrays]:
+    def tokenize(self, rows: Sequence[Row]) -> Sequence[Arrays]:
         """int64 [T], T ≤ max_length."""
-        return [self._arrays(encoding) for encoding in self._encodings(rows)]
+        found = self._tokenized(rows)
+        return Ragged(found) if len(rows) > MANY else list(found)
+
+    def _tokenized(self, rows: Sequence[Row]) -> Iterator[Arrays]:
+        return (self._arrays(encoding) for encoding in self._encodings(rows))
 
     def collate(self, encoded: Sequence[Arrays]) -> Arrays:
         longest = max(len(next(iter(arrays.values()))) for arrays in encoded)
@@ -105,6 +110,8 @@ class Texts(Task):
         }
 
     def sizes(self, encoded: Sequence[Arrays]) -> list[int]:
+        if isinstance(encoded, Ragged):
+            return encoded.sizes(self.config.inputs[0])
         return [len(arrays[self.config.inputs[0]]) for arrays in encoded]
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
@@ -195,7 +202,7 @@ class Texts(Task):
             yield self._finisher.post_process(self._split([rows[0]["text"]], offsets)[0])
             return
         for start in range(0, len(rows), _AT_ONCE):
-            some = rows[start : start + _AT_ONCE]
+            some = list(rows[start : start + _AT_ONCE])
             paired = [row for row in some if row.get("text_pair")]
             sides = self._heads([row["text"] for row in some] + [row["text_pair"] for row in paired], offsets)
             others = iter(sides[len(some) :])
