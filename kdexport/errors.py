@@ -47,6 +47,14 @@ class RunError(KdexportError):
     """A run folder cannot be used: in use, full, or not one of ours."""
 
 
+class ElsewhereError(KdexportError):
+    """Another process of the run failed, and has printed why; this one ends with its exit code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        super().__init__("another process of this run failed", "Look at its error")
+
+
 class MissingPackage(KdexportError):
     """A package of an extra that was not installed."""
 

@@ -28,14 +28,14 @@ LEVELS = [
     {"tasks"},
     {"results"},
     {"stages"},
-    {"output"},
+    {"output", "ranks"},
     {"files"},
     {"progress"},
     {"errors"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 TORCH = {"torch", "transformers", "optimum", "accelerate", "safetensors"}
-TORCH_ROOMS = {"distill", "models", "export/onnx.py", "export/speech.py", "bench/subjects.py"}
+TORCH_ROOMS = {"distill", "models", "export/onnx.py", "export/speech.py", "bench/subjects.py", "ranks.py"}
 
 
 def imports(path: Path, top_level_only=False):
@@ -129,7 +129,7 @@ def name(requirement):
 def test_the_package_stays_small():
     lines = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
     assert max(lines.values()) <= 400, max(lines, key=lines.get)
-    assert sum(lines.values()) <= 26850
+    assert sum(lines.values()) <= 27600
 
 
 def test_nothing_outside_its_file_names_a_task():

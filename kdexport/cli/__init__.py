@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from kdexport import ranks
 from kdexport.cli import bench, build, use
 from kdexport.cli.options import Flag
-from kdexport.errors import Interrupted, KdexportError
+from kdexport.errors import ElsewhereError, Interrupted, KdexportError, RunError
 from kdexport.progress import Outlet
 
 app = typer.Typer(
@@ -36,7 +37,14 @@ def _root(
 def main() -> None:
     """Run the command line; errors end in one line, not a traceback."""
     try:
-        app()
+        if ranks.size() > 1 and not {"run", "demo"} & {*sys.argv[1:2]}:
+            if not ranks.leads():
+                raise ElsewhereError(2)
+            raise RunError("kdexport run and demo alone work in several processes", "Start this one by itself")
+        with ranks.joined():
+            app()
+    except ElsewhereError as error:
+        raise SystemExit(error.code) from None
     except KdexportError as error:
         _fail(str(error), 2)
     except Interrupted as error:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kdexport import ranks
 from kdexport.cli import options
 from kdexport.cli.options import BUDGET_NOT_MET, Flag, arguments, interruptible, parse_sets, print_json, show_report
 from kdexport.errors import SpecError
@@ -75,7 +76,9 @@ def run(
 
     settings = api.settings_of(spec, given)
     if plan:
-        _print_plan(settings, as_json)
+        with ranks.led(dict) as leads:
+            if leads:
+                _print_plan(settings, as_json)
     else:
         folder = out or api.run_folder(spec, settings)
         _run({"spec": settings, "out": folder, "move_aside": move_aside}, as_json)
@@ -106,9 +109,13 @@ def demo(
     from kdexport.data import demo as embedded
 
     data = out.with_name("bbc-news")
-    if not (data / "unlabelled.jsonl").exists():  # the last one that is written
-        data.mkdir(parents=True, exist_ok=True)
-        embedded.write_few_labels(data)
+
+    def write() -> None:
+        if not (data / "unlabelled.jsonl").exists():  # the last one that is written
+            data.mkdir(parents=True, exist_ok=True)
+            embedded.write_few_labels(data)
+
+    ranks.agreed(write)
     unlabelled = data / "unlabelled.jsonl"
     recipe = {"max_length": 96, "data": data, "unlabelled": unlabelled, "teacher": embedded.teacher()}
     _run(given | recipe | {"set": {"bench.time_limit_s": 90} | parse_sets(set)}, as_json)

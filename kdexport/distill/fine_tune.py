@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from kdexport import spec
+from kdexport import ranks, spec
 from kdexport.analysis import sampled
 from kdexport.data import read_rows
 from kdexport.data.rows import Rows
@@ -45,6 +45,8 @@ def fine_tune(
     model, (train, validation) = opened.model, (_labelled(data, split) for split in ("train", "validation"))
     rows, width = (len(train), len(validation), len(task.labels)), width_of(model.config)
     how = derive.training(given, *rows, width, trained=trained, menu=task.menu)
+    batch = derive.dealt(how.batch_size, ranks.size(), given.accumulate, "teacher.train.batch_size")
+    how = how._replace(batch_size=batch)
     for name, derived in how._asdict().items():
         if derived and derived.reason != "as given":
             say(f"teacher: {name.replace('_', ' ')} {derived.value:g}: {derived.reason}")
@@ -54,6 +56,9 @@ def fine_tune(
         batch_size=int(how.batch_size.value),
         patience=int(how.patience.value) if how.patience else None,
         dtype=given.dtype,
+        accumulate=given.accumulate,
+        checkpoint_gradients=given.checkpoint_gradients,
+        compile=given.compile,
         seed=seed,
     )
     some = train.take(sampled(len(train), MANY))

@@ -12,6 +12,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from kdexport import ranks
 from kdexport.distill.losses import Term
 from kdexport.errors import ModelError
 from kdexport.progress import say, warn
@@ -30,28 +31,31 @@ class Ledger:
     def __init__(self, learning_rate: float) -> None:
         self._learning_rate = learning_rate
         self._unread: dict[str, list[Tensor]] = {}
+        self._steps: list[int] = []  # of the unread
         self._read: dict[str, list[float]] = {}
         self._shares: dict[str, float] = {}
         self._last_loss = math.nan
 
     def add(self, step: int, terms: Sequence[Term], loss: Tensor) -> None:
-        """Record step `step`, from 1: unweighted terms and their weighted sum; see `close_epoch` for errors."""
+        """Record a pass of step `step`, from 1: unweighted terms and their sum; see `close_epoch` for errors."""
+        self._steps.append(step)
         for name, size in [("loss", loss), *((term.name, term.size) for term in terms)]:
             self._unread.setdefault(name, []).append(size.detach())
-        if len(self._unread["loss"]) == _LOOK_EVERY:
-            self._look(step)
+        if len(self._steps) == _LOOK_EVERY:
+            self._look()
 
     def add_shares(self, shares: dict[str, float]) -> None:
         """Record each term's fraction of the gradient, as measured on one batch of this epoch."""
         self._shares = shares
 
-    def close_epoch(self, step: int) -> dict[str, float]:
+    def close_epoch(self) -> dict[str, float]:
         """Return the epoch's `terms/NAME` (mean size) and `shares/NAME`; raise ModelError if a loss is not finite."""
-        self._look(step)
+        self._look()
         sizes = {f"terms/{name}": sum(read) / len(read) for name, read in self._read.items() if name != "loss"}
         shares = {f"shares/{name}": share for name, share in self._shares.items()}
         self._read, self._shares = {}, {}
-        return sizes | shares if len(sizes) > 1 else {}
+        found = ranks.gathered(sizes | shares if len(sizes) > 1 else {})
+        return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
     def diverged(self, found: str, step: int) -> ModelError:
         """Return the error for losses or outputs that are not finite, with its likely cause."""
@@ -62,11 +66,10 @@ class Ledger:
             f"Lower the learning rate, to {self._learning_rate / 5:.1g} say",
         )
 
-    def _look(self, step: int) -> None:
+    def _look(self) -> None:
         unread = {name: torch.stack(sizes).tolist() for name, sizes in self._unread.items()}
-        self._unread = {}
-        losses = unread.get("loss", [])
-        for at, loss in enumerate(losses, start=step - len(losses) + 1):
+        steps, self._steps, self._unread = self._steps, [], {}
+        for at, loss in zip(steps, unread.get("loss", []), strict=True):
             if not math.isfinite(loss):
                 raise self.diverged(f"the loss of step {at} is {loss}, that before was {self._last_loss:.3g}", at)
             self._last_loss = loss
@@ -101,7 +104,7 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:  # noqa: D102
         epoch = round(state.epoch)
-        record = {"epoch": state.epoch} | self.ledger.close_epoch(state.global_step)
+        record = {"epoch": state.epoch} | self.ledger.close_epoch()
         if self.judge:
             record["validation"] = metric = self.judge(model)
             if math.isnan(metric):
@@ -113,7 +116,8 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
                 self._keep(model, epoch)
             control.should_training_stop |= epoch - best >= self.patience
         # No checkpoint of the epoch that stops it: what goes on from there would not know that it has to stop.
-        if time.monotonic() - self._saved_at >= self.checkpoint_every_s and not control.should_training_stop:
+        due = ranks.agreed(lambda: time.monotonic() - self._saved_at >= self.checkpoint_every_s)
+        if due and not control.should_training_stop:
             control.should_save = True
             self._saved_at = time.monotonic()
 

@@ -8,6 +8,7 @@ damage.
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -60,7 +61,7 @@ class Store:
         records = np.empty(len(keys), _record(logits.dtype, logits.shape[1:]))
         records["key"], records["logits"] = keys, logits
         self._dtype = self._dtype or records.dtype["logits"]
-        neighbour = self._folder / f".{os.getpid()}.tmp"
+        neighbour = self._folder / f".{secrets.token_hex(6)}.tmp"
         name = self._folder / f"{_name(records)}.npy"
         shard: Path | Array = name
         try:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from kdexport import spec
+from kdexport import ranks, spec
 from kdexport.analysis import sampled
 from kdexport.data import read_rows, read_summary
 from kdexport.data.rows import Row, Rows
@@ -81,7 +81,11 @@ def train_student(
     unlabelled = Rows() if hard else transfer_rows(targets)
     start = derive.start_of(student, name, task.menu)
     epochs = derive.epochs(distill, len(rows), len(unlabelled), start, task.menu).value
-    batch = int(derive.batch_size(distill, len(rows), start, task.menu).value)
+    usual = derive.batch_size(distill, len(rows), start, task.menu)
+    dealt = derive.dealt(usual, ranks.size(), distill.accumulate, "distill.batch_size")
+    if dealt != usual:
+        say(f"{title}: {dealt.value:g} rows a step: {dealt.reason}")
+    batch = int(dealt.value)
     if share < 1:  # a trial sees rows of train only, and as many whatever the student, so that trials compare
         passes = derive.epochs(distill, len(rows), len(unlabelled)).value
         whole, unlabelled = passes * (len(rows) + len(unlabelled)), Rows()
@@ -101,6 +105,9 @@ def train_student(
         alpha=distill.alpha,
         patience=distill.patience if share == 1 else None,
         dtype=distill.dtype,
+        accumulate=distill.accumulate,
+        checkpoint_gradients=distill.checkpoint_gradients,
+        compile=distill.compile,
     )
     soft = None if hard else SoftTargets(load_task(teacher), targets / "train.npy")
     if soft is not None and share < 1:

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from kdexport import spec
+from kdexport import ranks, spec
 from kdexport.distill.augment import Change, changer
 from kdexport.distill.combine import combine
-from kdexport.distill.store import Store, content_key, content_keys, targets_folder
+from kdexport.distill.store import Store, cache_folder, content_key, content_keys, targets_folder
 from kdexport.distill.stored import place_of
 from kdexport.distill.teachers import TeacherFolder
-from kdexport.errors import ModelError
+from kdexport.errors import ModelError, RunError
 from kdexport.files import digest
 from kdexport.models.inference import logits_of, run_model
-from kdexport.models.registry import open_trained
+from kdexport.models.registry import open_to_read
 from kdexport.progress import bar
 from kdexport.runtime.predictor import Predictor, providers
 from kdexport.tasks import load_task
@@ -31,6 +31,7 @@ Run = Callable[[Rows, Callable[[int], None]], Array]
 
 _SHARD_EVERY_S, _SHARD_BYTES = 20.0, 1 << 28
 _CHUNK = 1024
+_TOGETHER_FROM = 256  # rows; opening the teacher takes every process longer than fewer
 _DROPOUT_BATCH = 32  # which rows share a batch decides the noise of each
 
 
@@ -49,6 +50,11 @@ class Teacher:
         self._run = run or {"torch": self._torch, "onnx": self._onnx, "stored": self._stored}[named.kind]
         self._views: dict[str, list[str]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle it without what it opens by itself."""
+        opened = {"_model", "_predictor", "_plain", "_noisy", "_change"}
+        return {name: value for name, value in self.__dict__.items() if name not in opened} | {"_views": {}}
+
     def count(self, rows: Rows) -> tuple[int, int]:
         """Return the number of texts still to compute, and of all; each pass counts."""
         passes = [(store, np.unique(self._keys(asked), axis=0)) for store, _, asked in self._passes(rows)]
@@ -57,7 +63,7 @@ class Teacher:
     def read(self, rows: Rows, title: str) -> None:
         """Compute what is missing; raise ModelError where logits are not finite, or not in a file of logits."""
         for store, run, asked in self._passes(rows):
-            _compute(store, run, asked, self.task, title)
+            _compute(store, run, asked, self.task, title, self._how.devices == "all")
 
     def answers(self, rows: Rows) -> Array:
         """Return logits float32 [N, C] of computed rows, by its own labels; passes are combined."""
@@ -83,14 +89,20 @@ class Teacher:
     def _plain(self) -> Store:
         if self.named.kind == "stored":
             return Store(self.named.folder / "logits", self._dtype)
-        return self._cached(self._identity)
+        return self._cached(self._identity, *self._rounded)
 
     @cached_property
     def _noisy(self) -> list[Store]:
-        return [self._cached([self._identity, "dropout", self._seed, i]) for i in range(self._how.passes)]
+        noise = ["dropout", self._seed]
+        return [self._cached(self._identity, *noise, i, *self._rounded) for i in range(self._how.passes)]
 
-    def _cached(self, identity: object) -> Store:
-        return Store(targets_folder(digest(identity)[:32]), self._dtype, optional=True)
+    @property
+    def _rounded(self) -> list[str]:
+        return [] if self._how.dtype == "float32" else [self._how.dtype]
+
+    def _cached(self, *identity: object) -> Store:
+        what = identity if len(identity) > 1 else identity[0]
+        return Store(targets_folder(digest(what)[:32]), self._dtype, optional=True)
 
     @property
     def _dtype(self) -> np.dtype:
@@ -130,8 +142,7 @@ class Teacher:
 
     @cached_property
     def _model(self) -> Any:
-        model: Any = open_trained(self.named.folder)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return open_to_read(self.named.folder, self._how.dtype, all_devices=self._how.devices == "all")
 
     def _torch(self, rows: Rows, advance: Callable[[int], None]) -> Array:
         known = [self.task.known(row) for row in rows]
@@ -166,23 +177,50 @@ def _files(named: TeacherFolder) -> list[str]:
     return [*weights, "tokenizer.json", "task.json"] if weights else []
 
 
-def _compute(store: Store, run: Run, rows: Rows, task: Task, title: str) -> None:
-    """Run what is missing, the longest texts first, and write a shard every 20 s."""
+def _compute(store: Store, run: Run, rows: Rows, task: Task, title: str, one_a_machine: bool = False) -> None:
+    """Run what is missing, the longest texts first; many rows are dealt to all processes."""
     missing = _missing(store, rows, task)
-    done, outputs, written = 0, list[Array](), time.monotonic()
-    if not missing:
+    if ranks.size() == 1 or len(missing) <= _TOGETHER_FROM:
+        _add(store, run, rows, missing, task, title)
         return
-    with bar(title, len(missing)) as advance:
-        for start in range(0, len(missing), _CHUNK):
-            chunk = [rows[i] for i in missing[start : start + _CHUNK]]
+    fix = "Set KDEXPORT_CACHE to a folder that all machines share, with room"
+    ranks.check_shared(cache_folder(), "the cache", fix)
+    _add_dealt(store, run, rows, missing, task, title, one_a_machine)
+
+    def all_there() -> bool:
+        store.refresh()
+        return not _missing(store, rows, task)
+
+    if not ranks.seen(all_there):
+        raise RunError(f"soft targets of other processes are not in the cache {cache_folder()}", fix)
+
+
+@ranks.together
+def _add_dealt(
+    store: Store, run: Run, rows: Rows, places: Sequence[int], task: Task, title: str, one_a_machine: bool
+) -> None:
+    # Which texts share a chunk decides the noise of dropout.
+    chunk = _CHUNK if isinstance(run, partial) else task.at_once
+    _add(store, run, rows, ranks.share(places, chunk, one_a_machine), task, title)
+    ranks.gathered(None)
+
+
+def _add(store: Store, run: Run, rows: Rows, places: Sequence[int], task: Task, title: str) -> None:
+    """Add the logits of the rows at these places, a shard every 20 s."""
+    done, outputs, written = 0, list[Array](), time.monotonic()
+    if not places:
+        return
+    with bar(title, len(places)) as advance:
+        for start in range(0, len(places), _CHUNK):
+            chunk = [rows[i] for i in places[start : start + _CHUNK]]
             logits = run(chunk, advance)
             if not np.isfinite(logits).all():
                 bad = chunk[int(np.isfinite(logits.reshape(len(logits), -1)).all(axis=1).argmin())]
                 raise ModelError(f"the teacher's logits for {place_of(bad)} are not finite")
             outputs.append(task.pack(logits))
-            if _is_due(outputs, written) or start + _CHUNK >= len(missing):
+            if _is_due(outputs, written) or start + _CHUNK >= len(places):
                 count = sum(map(len, outputs))
-                keys = content_keys(task.content(rows[i]) for i in missing[done : done + count])
+                keys = content_keys(task.content(rows[i]) for i in places[done : done + count])
                 store.add(keys, np.concatenate(outputs))
                 done, outputs, written = done + count, [], time.monotonic()
 

@@ -10,6 +10,7 @@ on. Each holds `task.json`, a tokenizer, `teacher.json` (kind and name), and
 
 import shutil
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from kdexport.data import Transcribe, demo, hub, read_summary
 from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
 from kdexport.distill.combine import columns_of
-from kdexport.errors import ModelError
+from kdexport.errors import ModelError, SpecError
 from kdexport.files import write_json
 from kdexport.progress import say
 from kdexport.runtime import artifact
@@ -62,16 +63,28 @@ def files(settings: spec.Spec) -> list[Path]:
 
 def check(settings: spec.Spec) -> None:
     """Raise ModelError if a teacher, or a student that is another model, can't be opened."""
+    if settings.teacher.dtype == "int8":
+        _check_int8()
     students = [name for name in derive.students(settings) if derive.shape_of(name).kind == "model"]
     for model in (*models_of(settings), *students):
         if kind_of(model) == "torch":
             hub.check_model(base_of(Path(model)) if is_adapter(Path(model)) else model)
 
 
+def _check_int8() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SpecError("teacher.dtype: int8 needs a CUDA device, and there is none here", "Take bfloat16")
+    if find_spec("bitsandbytes") is None:
+        raise SpecError("teacher.dtype: int8 needs bitsandbytes", "pip install bitsandbytes, or take bfloat16")
+
+
 def settings_of(settings: spec.Spec) -> list[Any]:
     """Return the part of the spec that the teacher stage depends on."""
     asked = {"weights": None, "combine": "log-mean", "passes": 1, "noise": "dropout"}
-    teacher = msgspec.structs.replace(settings.teacher, **asked)
+    teacher = spec.of_results(settings.teacher) | asked
+    del teacher["dtype"]
     stored = any(kind_of(model) == "stored" for model in named(settings))
     format_of_logits = [2] if stored else []
     return [teacher, settings.data.max_length, settings.seed, tokenizer_for_stored(settings), *format_of_logits]
@@ -81,7 +94,8 @@ def asked_of(settings: spec.Spec) -> list[Any]:
     """Return the part of the spec that the soft targets depend on."""
     teacher, distill = settings.teacher, settings.distill
     asked = [teacher.weights, teacher.combine, teacher.passes, teacher.noise, distill.augment, settings.seed]
-    return [*asked, *(more for more in (distill.samples, distill.max_word_error) if more is not None)]
+    dtype = None if teacher.dtype == "float32" else teacher.dtype
+    return [*asked, *(more for more in (distill.samples, distill.max_word_error, dtype) if more is not None)]
 
 
 def cut_by(settings: spec.Spec) -> list[str]:

@@ -1,12 +1,12 @@
 """Train a model, teacher or student, with the Transformers `Trainer` and our loss.
 
-Mixed precision, several processes (`torchrun`, `accelerate launch`), gradient clipping and checkpoints are the
-Trainer's. Ours are the loss, the order of rows, and that a resumed training ends with the same weights.
+Mixed precision, gradients of several processes, their clipping, and checkpoints are the Trainer's. Ours are the loss,
+the order of rows, which no number of processes changes, and that a resumed training ends with the same weights.
 """
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from kdexport import ranks
 from kdexport.distill.layer_losses import Matching, matched
 from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_at
 from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
+from kdexport.distill.order import ByLength, Parts
 from kdexport.distill.targets import SoftTargets
 from kdexport.errors import SpecError, counted
 from kdexport.models.inference import logits_of, tokenized
@@ -40,8 +42,6 @@ CHECKPOINT_EVERY_S = 20.0  # one holds weights and optimizer, three times the mo
 
 Rows = Sequence[dict[str, Any]]
 
-_MIXED = "ACCELERATE_MIXED_PRECISION"
-
 # Weights that begin at random, most often a head, learn so many times as fast as trained ones: docs/decisions.md.
 _FRESH_RATE = 10.0
 
@@ -52,8 +52,9 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Hyper-parameters of a training; see `losses` for the objective.
 
     A `Schedule` moves linearly from the first planned step to the last. Without `patience` the last epoch's weights are
-    used; with it, training stops after so many epochs without a better validation metric, and the best epoch's are.
-    With `dtype` bfloat16, matrix products are in half precision and weights stay float32.
+    used; with it, training stops after so many epochs without a better validation metric, and the best epoch's are. A
+    step's `batch_size` rows are dealt to the processes, and each takes its part in `accumulate` passes. With `dtype`
+    bfloat16, matrix products are in half precision and weights stay float32.
     """
 
     epochs: int
@@ -65,8 +66,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     alpha: float | Schedule = 0.0
     patience: int | None = None
     dtype: str = "float32"
+    accumulate: int = 1
+    checkpoint_gradients: bool = False
+    compile: bool = False
 
 
+@ranks.together
 def fit(
     model: PreTrainedModel,
     task: Task,
@@ -122,8 +127,15 @@ def fit(
             batch["teacher_logits"] = soft_targets[chosen]
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    # Half precision ends with this training: transformers leaves a variable, and the model's forward wrapped.
-    launched = os.environ.get(_MIXED)
+    processes = ranks.part()[1]
+    if (parts := processes * config.accumulate) > 1:
+        dealt = f"{config.batch_size} rows a step, {config.batch_size // parts} a pass"
+        of = f"{counted(processes, 'process', 'processes')}, {counted(config.accumulate, 'pass', 'passes')} each"
+        say(f"{title}: {dealt}: {of}; learning rate {config.learning_rate:g}")
+    if config.checkpoint_gradients:
+        _checkpoint_gradients(model)
+    # What transformers leaves ends with this training: variables of the environment, and the model's forward wrapped.
+    launched = _accelerates()
     ledger = Ledger(config.learning_rate)
     attached = matched(model, teacher, layers, token_ids, task=task, rows=rows[:100]) if teacher and layers else None
     with (
@@ -139,7 +151,7 @@ def fit(
             task.objective,
             fresh,
             model=model,
-            args=_arguments(config, work / "checkpoints", bool(layers)),
+            args=_arguments(config, work / "checkpoints", parts, bool(layers)),
             train_dataset=range(len(rows)),
             data_collator=collate,
         )
@@ -154,18 +166,21 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(work / "checkpoints"))
+        trainer.train(resume_from_checkpoint=ranks.agreed(lambda: _last_checkpoint(work / "checkpoints")))
         curve = curve_of(trainer.state.log_history)
-        if config.patience is not None:
-            trainer.accelerator.wait_for_everyone()
+        if config.patience is not None and ranks.leads():
             best = watch.restore(model, trainer.state.log_history)
             why = f"stopped early, as {counted(config.patience, 'epoch')} brought nothing better on validation; "
             early = why if len(curve) < config.epochs else ""
             say(f"{title}: {early}epoch {best} of {len(curve)} was the best, and its weights are used")
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
-    os.environ.pop(_MIXED, None) if launched is None else os.environ.update({_MIXED: launched})
+    if config.checkpoint_gradients:
+        model.gradient_checkpointing_disable()
+    for name in _accelerates().keys() - launched.keys():
+        del os.environ[name]
+    os.environ.update(launched)
     say_shares(curve, title)
-    for name in ("checkpoints", "best"):  # in this order: a checkpoint without the best weights is no use
+    for name in ("checkpoints", "best") if ranks.leads() else ():  # a checkpoint without the best weights is no use
         shutil.rmtree(work / name, ignore_errors=True)
     return curve
 
@@ -183,7 +198,10 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
     ) -> None:
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over rows: there is nothing to count beforehand
-        self._config, self._lengths, self._matching, self._ledger = config, lengths, matching, ledger
+        self._config, self._matching, self._ledger = config, matching, ledger
+        self._parts = Parts(ByLength(lengths, config.batch_size, config.seed), self.args.world_size * config.accumulate)
+        if rank := self.args.process_index:  # else the noise of dropout were the same on all
+            torch.manual_seed(config.seed + rank)
         self._label_loss, self._packed = OF_OBJECTIVE[trained_for], trained_for == "next-token"
         named = self.model.named_parameters()
         self._fresh = {id(each) for name, each in self.model.named_parameters() if name in fresh}
@@ -192,10 +210,13 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
+        weight = self._parts.weight(len(inputs["labels"]), self.state.global_step)
         terms = self._terms(model, inputs)
-        loss = total(terms)
         if len(terms) > 1 and self._is_measured(self.state.global_step):
             self._ledger.add_shares(gradient_shares(terms, self._of_student))
+        if weight != 1:
+            terms = [term._replace(size=term.size * weight) for term in terms]
+        loss = total(terms)
         self._ledger.add(self.state.global_step + 1, terms, loss)
         return loss
 
@@ -245,52 +266,24 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         epoch, place = divmod(step, a_pass)
         return place == 0 and (epoch % -(-_SHARES_EVERY // a_pass) == 0 or epoch == self._config.epochs - 1)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return ByLength(self._lengths, self.args.train_batch_size, self._config.seed)
-
-
-class ByLength(Sampler[int]):
-    """A random order every epoch with batches of similar length, so that little is padding.
-
-    Rows are shuffled, cut into pools of 50 batches, sorted by length inside each pool, and the batches are shuffled
-    again. The order is a function of seed and epoch alone: a resumed training sees the same one.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self._lengths = np.asarray(lengths)
-        self._batch_size, self._seed, self._epoch = batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        random, size = np.random.default_rng([self._seed, self._epoch]), self._batch_size
-        shuffled = random.permutation(len(self._lengths))
-        batches: list[list[int]] = []
-        for start in range(0, len(shuffled), 50 * size):
-            pool = shuffled[start : start + 50 * size]
-            pool = pool[np.argsort(self._lengths[pool], kind="stable")].tolist()
-            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-        rest = [batches.pop()] if batches and len(batches[-1]) < size else []
-        random.shuffle(batches)
-        for batch in batches + rest:
-            yield from batch
+    def get_train_dataloader(self) -> Any:
+        pin = self.args.dataloader_pin_memory
+        rows = DataLoader(self.train_dataset, batch_sampler=self._parts, collate_fn=self.data_collator, pin_memory=pin)
+        return self.accelerator.prepare(rows)
 
 
 # transformers 5 takes a count or a fraction by one name; in 4.57 that name is a count.
 _WARMUP = "warmup_ratio" if "warmup_ratio" in TrainingArguments.__dataclass_fields__ else "warmup_steps"
 
 
-def _arguments(config: TrainConfig, folder: Path, looks_inside: bool) -> TrainingArguments:
+def _arguments(config: TrainConfig, folder: Path, parts: int, looks_inside: bool) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=max(1, config.batch_size // parts),
+        gradient_accumulation_steps=config.accumulate,
+        torch_compile=config.compile,
         **{_WARMUP: 0.1},  # a fraction of the steps
         weight_decay=0.01,
         lr_scheduler_type="linear",
@@ -308,8 +301,19 @@ def _arguments(config: TrainConfig, folder: Path, looks_inside: bool) -> Trainin
     )
     if looks_inside:  # projections are used outside the model's forward, where no search for unused ones finds them;
         arguments.ddp_find_unused_parameters = False
-        arguments._n_gpu = min(1, arguments.n_gpu)  # and threads with a copy of the model each would share its hooks
+    arguments._n_gpu = min(1, arguments.n_gpu)  # a process a device: threads with a copy of the model each are slow
     return arguments
+
+
+def _checkpoint_gradients(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        what = f"checkpoint_gradients: models of the family {model.config.model_type!r} don't offer it"
+        raise SpecError(what, "Remove it, or raise accumulate")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _accelerates() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
 
 
 def _layer_losses(config: TrainConfig, soft_targets: object) -> list[str]:
@@ -341,10 +345,15 @@ def _judge(
         read, good = validation, lambda logits: float(task.agrees(logits, targets).mean())
     else:
         return None, True, ()
-    encoded = tokenized(task, read)
+    rank, count = ranks.part()
+    own = read[rank::count]
+    encoded = tokenized(task, own)
 
     def judge(model: PreTrainedModel) -> float:
-        logits = logits_of(model, task, read, encoded=encoded)
+        parts = ranks.gathered(logits_of(model, task, own, encoded=encoded))
+        logits = np.empty((len(read), *parts[0].shape[1:]), parts[0].dtype)
+        for i, part in enumerate(parts):
+            logits[i::count] = part
         return good(logits) if np.isfinite(logits).all() else float("nan")
 
     return judge, task.metric.higher_is_better or not labelled, encoded

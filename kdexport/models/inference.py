@@ -67,6 +67,7 @@ def run_model(
     @torch.inference_mode()
     def run(arrays: Arrays) -> Array:
         inputs = {n: torch.from_numpy(array).to(model.device) for n, array in task.graph_inputs(arrays).items()}
+        inputs = {n: x.to(model.dtype) if x.is_floating_point() else x for n, x in inputs.items()}
         return task.gather(model(**inputs).logits.float().cpu().numpy(), arrays)
 
     return in_batches(task, rows, run, batch_size, advance, tokenized(task, rows) if encoded is None else encoded)

@@ -87,3 +87,16 @@ def open_trained(folder: Path, task: Task | None = None) -> PreTrainedModel:
     if is_transcriber(AutoConfig.from_pretrained(folder)):
         return Transcriber.open(folder, task or load_task(folder))
     return auto_class(task.name if task else task_name(folder)).from_pretrained(folder)
+
+
+def open_to_read(folder: Path, dtype: str, *, all_devices: bool) -> Any:
+    """Open the model of a folder for inference, its weights in `dtype`, on this process's device or on all of them."""
+    if dtype == "float32" and not all_devices:
+        model: Any = open_trained(folder)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"device_map": "auto" if all_devices else "cuda" if torch.cuda.is_available() else "cpu"}
+    if dtype == "int8":
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        options["dtype"] = getattr(torch, dtype)
+    return auto_class(task_name(folder)).from_pretrained(folder, **options)

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdexport import ranks
 from kdexport.errors import RunError, SpecError
 from kdexport.spec.flags import SECONDS, listed, numbers, overrides, quantity, rows_in
 
@@ -41,6 +42,8 @@ def run(
 ) -> Report:  # fmt: skip
     """Distil a teacher into a verified, measured ONNX artifact; a second call resumes after the finished stages.
 
+    In a script that torchrun starts several times the processes share the run, and each returns its report.
+
     Args:
         spec: a file, or its content; the other arguments override it.
         set: further keys of the spec, like `{"distill.batch_size": 64}`.
@@ -49,10 +52,12 @@ def run(
     Returns:
         The report; `report.budget.met` is None without a budget.
     """
-    settings = settings_of(spec, locals())
-    from kdexport.pipeline.run import run as run_stages
+    given = locals()
+    with ranks.joined():
+        settings = settings_of(spec, given)
+        from kdexport.pipeline.run import run as run_stages
 
-    return run_stages(settings, Path(out or run_folder(spec, settings)), move_aside=move_aside)
+        return run_stages(settings, Path(out or run_folder(spec, settings)), move_aside=move_aside)
 
 
 def bench(

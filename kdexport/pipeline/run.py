@@ -8,10 +8,9 @@ import os
 import tempfile
 from pathlib import Path
 
-import msgspec
 from msgspec.structs import replace
 
-from kdexport import spec
+from kdexport import ranks, spec
 from kdexport.bench.engine import bench as measure
 from kdexport.bench.subjects import of_file, of_model
 from kdexport.data import prepare, read_rows, read_summary
@@ -20,6 +19,7 @@ from kdexport.distill import teachers
 from kdexport.export import read_candidates
 from kdexport.export.verify import verify
 from kdexport.files import disk_errors
+from kdexport.output import PRIVATE
 from kdexport.pipeline.choose import Choice
 from kdexport.pipeline.rehearse import rehearse
 from kdexport.pipeline.report import Stages, assemble, made_from
@@ -28,6 +28,7 @@ from kdexport.pipeline.students import Students, local
 from kdexport.progress import say
 from kdexport.report import write_card, write_reports
 from kdexport.results import Report
+from kdexport.results.report import read_report
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import golden_answers
 from kdexport.spec import derive
@@ -38,12 +39,27 @@ from kdexport.tasks.inputs.cache import limit_memory
 
 def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     """Run the unfinished stages of the run folder `out`, and return the report."""
+    derive.check_dealt(settings, ranks.size())
+    with ranks.led(lambda: _facts(settings, out, move_aside)) as leads:
+        report = _run(settings, out, move_aside) if leads else None
+    return report or read_report(out / "report.json")
+
+
+def _facts(settings: spec.Spec, out: Path, move_aside: bool) -> dict[str, str]:
+    """Return what has to be the same in all processes of a run."""
+    return {"--out": str(out.resolve()), "--move-aside": str(move_aside)} | {
+        key: str(value) for key, value in spec.values(settings)
+    }
+
+
+def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     limit_memory(settings.data.cache_mb)
     names = derive.students(settings)
     files = local_files(settings.data)
     sources = [*files, *teachers.files(settings), *local(*names)]
     with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):
+        ranks.check_shared(out / PRIVATE, "the run's folder", "Name one with --out that all machines share")
         # 1. Read, check, split and audit the rows.
         data = folder.stage(
             "data", version=5, reads=[*files, *local(*teachers.read_by(settings))],
@@ -101,6 +117,7 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
 
 def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     """List every setting with its value and its meaning or reason; reads the data, as epochs depend on its size."""
+    derive.check_dealt(settings, ranks.size())
     local_files(settings.data)
     with tempfile.TemporaryDirectory() as work:
         _data(settings, Path(work))
@@ -114,7 +131,8 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     copies = rows * settings.distill.augment.views if settings.distill.augment else 0  # at most
     start = starts.pop() if len(starts) == 1 else "weights"
     epochs = derive.epochs(settings.distill, rows, copies, start, menu)
-    batch = derive.batch_size(settings.distill, rows, start, menu)
+    usual = derive.batch_size(settings.distill, rows, start, menu)
+    batch = _dealt(usual, settings.distill.accumulate, "distill.batch_size")
     unnamed = "there is a budget: the ladder that is searched" if settings.budget.binds() else "there is no budget"
     derived = {
         "distill.epochs": (f"{epochs.value:g}", epochs.reason),
@@ -130,22 +148,28 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
         derived["data.language"] = (summary.language, why)
     taught, judging = (sum(row["label"] is not None for row in split) for split in (train, validation))
     if training := teachers.training_of(settings, taught, judging, labels):
+        accumulate = settings.teacher.train.accumulate if settings.teacher.train else 1
+        batch = _dealt(training.batch_size, accumulate, "teacher.train.batch_size")
+        training = training._replace(batch_size=batch)
         of_teacher = {name: d for name, d in training._asdict().items() if d}
         derived |= {f"teacher.train.{name}": (f"{d.value:g}", d.reason) for name, d in of_teacher.items()}
     if task_class(settings.task).modality == "text":
         why = "as given" if settings.data.max_length else "128, or the teacher's limit if that is less"
         derived["data.max_length"] = (str(settings.data.max_length or 128), why)
-    values = msgspec.to_builtins(settings)
-    table = []
-    for key, text in spec.settings().items():
-        value = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+    table, helps = [], spec.settings()
+    for key, value in spec.values(settings):
+        text = helps[key]
         if value is None and key.startswith("teacher.train.") and key not in derived:
             continue
         shown, reason = derived.get(key, ("–" if value is None else str(value), text))
         table.append((key, shown, reason))
     return table
+
+
+def _dealt(batch: derive.Derived, accumulate: int, key: str) -> derive.Derived:
+    batch = derive.dealt(batch, ranks.size(), accumulate, key)
+    a_pass = f"; {batch.value / ranks.size() / accumulate:g} in a pass of each of {ranks.size()} processes"
+    return batch._replace(reason=batch.reason + a_pass) if ranks.size() * accumulate > 1 else batch
 
 
 def _data(settings: spec.Spec, work: Path) -> None:

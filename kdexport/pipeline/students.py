@@ -38,6 +38,7 @@ class Students(NamedTuple):
                 distill, loss="kl", temperature=1.0, alpha=0.0, augment=None, max_word_error=None
             )
         seed = self.settings.seed if seed is None else seed
+        student = msgspec.structs.replace(self.settings.student, model=name)
 
         def build(work: Path) -> None:
             from kdexport.distill.student import train_student
@@ -48,7 +49,7 @@ class Students(NamedTuple):
         return self.folder.stage(
             stage,
             version=3,
-            settings=[msgspec.structs.replace(self.settings.student, model=name), distill, seed, share],
+            settings=[student, spec.of_results(distill), seed, share],
             reads=[self.data, self.teacher, self.targets, *local(name)],
             build=build,
         )

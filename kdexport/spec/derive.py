@@ -4,7 +4,7 @@ import re
 from math import ceil
 from typing import NamedTuple
 
-from kdexport.errors import SpecError
+from kdexport.errors import SpecError, counted
 from kdexport.spec.sections import Distill, Spec, Student, TeacherTraining
 from kdexport.spec.teachers import config_of, named
 from kdexport.tasks import task_class
@@ -144,6 +144,28 @@ def batch_size(settings: Distill, rows: int, start: str = "weights", menu: Menu 
     if settings.batch_size is not None:
         return Derived(settings.batch_size, "as given")
     return _small_batch(rows, menu) if start == "random" and menu.conv_steps else Derived(_BATCH, "the default")
+
+
+def dealt(batch: Derived, processes: int, accumulate: int, key: str) -> Derived:
+    """Return the rows a step that processes and passes share evenly; raise SpecError where a given number can't be."""
+    parts, value = processes * accumulate, int(batch.value)
+    if value % parts == 0:
+        return batch
+    whom = " and ".join([
+        *([counted(processes, "process", "processes")] if processes > 1 else []),
+        *([counted(accumulate, "pass", "passes")] if accumulate > 1 else []),
+    ])  # fmt: skip
+    near = max(1, round(value / parts)) * parts
+    if batch.reason == "as given":
+        raise SpecError(f"{key}: {counted(value, 'row')} a step can't be dealt evenly to {whom}", f"Take {near}, say")
+    return Derived(near, f"the multiple of {parts} nearest to {value}, for {whom}; {batch.reason}")
+
+
+def check_dealt(settings: Spec, processes: int) -> None:
+    """Raise SpecError where a batch size that is given can't be dealt evenly."""
+    for key, section in {"distill": settings.distill, "teacher.train": settings.teacher.train}.items():
+        if section and section.batch_size is not None:
+            dealt(Derived(section.batch_size, "as given"), processes, section.accumulate, f"{key}.batch_size")
 
 
 def _small_batch(rows: int, menu: Menu) -> Derived:

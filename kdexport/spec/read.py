@@ -166,6 +166,25 @@ def settings() -> dict[str, str]:
     return dict(_settings(inspect.type_info(Spec), ""))
 
 
+def of_results(section: Section) -> dict[str, Any]:
+    """Return the plain values of a section that decide its results; the others say only how they are computed."""
+    values: dict[str, Any] = msgspec.to_builtins(section)
+    for place in (values, values.get("train") or {}):
+        for name in ("accumulate", "checkpoint_gradients", "compile", "devices"):
+            place.pop(name, None)
+    return values
+
+
+def values(spec: Spec) -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key of a spec with its plain value, None where its section is absent."""
+    tree = msgspec.to_builtins(spec)
+    for key in settings():
+        value = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        yield key, value
+
+
 def _settings(kind: inspect.Type, prefix: str) -> Iterator[tuple[str, str]]:
     for section in kind.types if isinstance(kind, inspect.UnionType) else (kind,):
         if isinstance(section, inspect.StructType) and issubclass(section.cls, Section):

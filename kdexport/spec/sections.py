@@ -122,6 +122,13 @@ class TeacherTraining(Section, frozen=True):
         Count | None, _help("stop after so many epochs without a better validation metric; absent: never")
     ] = None
     dtype: Annotated[Dtype, _help("of products; bfloat16 is quicker where supported; weights stay float32")] = "float32"
+    accumulate: Annotated[
+        Count, _help("passes over a step's rows, each with a part of them, where memory lacks; the steps stay the same")
+    ] = 1
+    checkpoint_gradients: Annotated[
+        bool, _help("compute layers again for the gradient instead of storing them: less memory, slower steps")
+    ] = False
+    compile: Annotated[bool, _help("run the model through torch.compile, which needs a C compiler")] = False
 
 
 class Teacher(Section, frozen=True):
@@ -141,6 +148,14 @@ class Teacher(Section, frozen=True):
     ] = "log-mean"
     passes: Annotated[Count, _help("stochastic passes over each text, combined; see `noise`")] = 1
     noise: Annotated[Literal["dropout", "augment"], _help("of passes: MC dropout, or augmented texts")] = "dropout"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "int8"],
+        _help("of the weights while it computes soft targets; int8 needs a CUDA device and bitsandbytes"),
+    ] = "float32"
+    devices: Annotated[
+        Literal["one", "all"],
+        _help("that hold the teacher while it computes soft targets: all is for one too large for a single GPU"),
+    ] = "one"
     train: Annotated[
         TeacherTraining | None,
         _help("fine-tune it on the data first; absent: only where it has no trained head for the task"),
@@ -241,6 +256,9 @@ class Distill(Section, frozen=True):
         ),
     ] = None
     dtype: Annotated[Dtype, _help("of products in training; see teacher.train.dtype")] = "float32"
+    accumulate: Annotated[Count, _help("passes over a step's rows; see teacher.train.accumulate")] = 1
+    checkpoint_gradients: Annotated[bool, _help("less memory; see teacher.train.checkpoint_gradients")] = False
+    compile: Annotated[bool, _help("by torch.compile; see teacher.train.compile")] = False
     seeds: Annotated[Count, _help("train student and baseline so many times: mean and standard deviation")] = 1
     baseline: Annotated[bool, _help("also train the same student on labels alone, for comparison")] = True
 

@@ -10,11 +10,12 @@ from transformers import AutoModelForSequenceClassification
 
 from kdexport import spec
 from kdexport.data import read_rows
+from kdexport.distill.order import ByLength
 from kdexport.distill.soft_targets import write_targets
 from kdexport.distill.store import Store, content_keys
 from kdexport.distill.student import build_student
 from kdexport.distill.teacher import match_labels, prepare_teacher
-from kdexport.distill.train import ByLength, TrainConfig, fit
+from kdexport.distill.train import TrainConfig, fit
 from kdexport.errors import ModelError
 from kdexport.models.inference import logits_of
 from kdexport.spec import derive

@@ -270,3 +270,34 @@ def test_the_files_that_decide_are_named(adapter, base_model, tmp_path):
         adapter[0],
         base_model,
     ]
+
+
+# --- large teachers
+
+
+def test_a_teacher_in_half_precision_has_soft_targets_of_its_own(tmp_path, data, news, first):
+    whole = settings(news, str(first))
+    half = settings(news, str(first), **{"teacher.dtype": "bfloat16", "teacher.devices": "all"})
+    _, targets = stage(tmp_path / "run", data, whole)
+    _, rounded = stage(tmp_path / "half", data, half)
+    ours, theirs = targets_of(rounded)["train"], targets_of(targets)["train"]
+    assert np.abs(ours - theirs).max() > 1e-6
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.9
+    assert json.loads((rounded / "targets.json").read_bytes())["computed"] > 0
+    assert teachers.settings_of(half) == teachers.settings_of(whole)
+    assert teachers.asked_of(half) != teachers.asked_of(whole)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_weights_of_8_bits_need_a_gpu(news, first):
+    with pytest.raises(SpecError) as error:
+        teachers.check(settings(news, str(first), **{"teacher.dtype": "int8"}))
+    assert one_line(error) == "teacher.dtype: int8 needs a CUDA device, and there is none here. Take bfloat16"
+
+
+def test_how_a_training_is_computed_is_no_part_of_its_result(news, first):
+    given = {"teacher.train.epochs": 1, "teacher.train.accumulate": 2, "teacher.train.compile": True}
+    plain = settings(news, str(first), **{"teacher.train.epochs": 1})
+    assert teachers.settings_of(settings(news, str(first), **given)) == teachers.settings_of(plain)
+    names = spec.of_results(plain.distill).keys() | spec.of_results(plain.teacher)["train"].keys()
+    assert not names & {"accumulate", "checkpoint_gradients", "compile", "devices"}

@@ -1,17 +1,22 @@
 """Training: rows without labels, schedules, patience, the log of terms, kills; a tiny model on made-up sentences."""
 
 import functools
+import json
+import os
+from itertools import chain
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from ranked import run_case
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from kdexport.distill import monitor, train
 from kdexport.distill.losses import Term, objective
+from kdexport.distill.order import ByLength, Parts
 from kdexport.distill.train import TrainConfig, fit
 from kdexport.errors import ModelError, SpecError
 from kdexport.files import write_json
@@ -194,7 +199,7 @@ def test_a_ledger_means_the_steps_of_one_epoch():
             ledger.add(
                 step, [Term("kl", 0.5, torch.tensor(size)), Term("ce", 0.5, torch.tensor(1.0))], torch.tensor(9.0)
             )
-        return ledger.close_epoch(after + len(sizes))
+        return ledger.close_epoch()
 
     assert epoch([float(n) for n in range(120)]) == {"terms/kl": 59.5, "terms/ce": 1.0}
     ledger.add_shares({"kl": 0.75, "ce": 0.25})
@@ -456,3 +461,99 @@ def test_settings_that_teach_no_answers_are_refused(task, rows, soft, teacher, t
     how = change(losses={"hidden": 1.0, "relation": 1.0}, alpha=1.0)
     with pytest.raises(SpecError, match="nothing teaches the student to answer"):
         fit(student(), task, rows, soft, how, validation=rows[:8], work=tmp_path, title="t", teacher=teacher)
+
+
+# --- several processes
+
+
+@pytest.mark.parametrize(("parts", "size"), [(1, 16), (2, 16), (4, 16), (6, 12), (4, 5)])
+def test_the_rows_of_a_step_are_the_same_for_any_number_of_parts(parts, size):
+    lengths = np.random.default_rng(0).integers(1, 60, 9 * size + 3)
+    order = ByLength(lengths, size, seed=1)
+    order.set_epoch(2)
+    whole = [[*order][i : i + size] for i in range(0, len(lengths), size)]
+    dealt = [*Parts(order, parts)]
+    steps = [dealt[i : i + parts] for i in range(0, len(dealt), parts)]
+    assert len(dealt) == len(Parts(order, parts)) == parts * len(whole)
+    assert [[*chain(*step)] for step in steps[:-1]] == whole[:-1]
+    assert {*chain(*steps[-1])} == {*whole[-1]}
+    assert all(steps[-1])
+    for i, (step, rows) in enumerate(zip(steps, whole, strict=True)):
+        weights = [Parts(order, parts).weight(len(part), i) for part in step]
+        assert sum(weights) == pytest.approx(parts)
+        if len(rows) >= parts:  # the mean of the parts' weighted means is the step's mean
+            means = [weight * np.mean(part) for weight, part in zip(weights, step, strict=True)]
+            assert np.mean(means) == pytest.approx(np.mean(rows))
+
+
+@pytest.fixture(scope="module")
+def still() -> dict:
+    return {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+# Losses of layers are means over tokens, of each part by itself, so they differ a little.
+LEARNT = {
+    "logits": (1e-3, change(epochs=6, patience=1, losses={"kl": 1.0, "mse": 0.1}, accumulate=2)),
+    "layers": (0.1, change(epochs=3, losses={"kl": 1.0, "hidden": 1.0})),
+}
+
+
+def without_shares(point) -> dict:
+    return {name: value for name, value in point.items() if not name.startswith("shares/")}
+
+
+@pytest.mark.parametrize("kind", LEARNT)
+def test_two_processes_and_two_passes_learn_what_one_does(kind, task, rows, soft, teacher, still, tmp_path):
+    some, (near, how) = rows[:93], LEARNT[kind]
+    alone = student(**still)
+    alone.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((teacher / "tokenizer.json").read_bytes())
+    (tmp_path / "teacher").symlink_to(teacher)
+    write_json(tmp_path / "task.json", task.config)
+    write_json(tmp_path / "given.json", {"rows": some, "how": how})
+    np.save(tmp_path / "soft.npy", soft[:93])
+    first, second = run_case("train", tmp_path)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "16 rows a step" in first.stderr
+    assert second.stderr == ""
+    options = {"validation": some[:25], "work": tmp_path / "alone", "title": "t", "teacher": teacher}
+    curve = fit(alone, task, some, soft[:93], msgspec.structs.replace(how, accumulate=1), **options)
+    theirs = json.loads((tmp_path / "curve.json").read_text())
+    assert [point.keys() for point in theirs] == [point.keys() for point in curve]
+    for point, other in zip(theirs, curve, strict=True):
+        assert without_shares(point) == pytest.approx(without_shares(other), rel=near, abs=1e-4)
+    weights = torch.load(tmp_path / "weights.pt")
+    apart = {name: (value - weights[name]).abs().mean().item() for name, value in alone.state_dict().items()}
+    moved = {name: (value - weights[name]).abs().mean().item() for name, value in student(**still).state_dict().items()}
+    assert sum(apart.values()) < max(3 * near, 0.01) * sum(moved.values())
+    assert not list((tmp_path / "work").glob("*"))
+
+
+def test_gradients_that_are_computed_again_are_the_same(task, rows, soft, still, tmp_path):
+    learned = []
+    for again in (False, True):
+        model = student(**still)
+        how = change(epochs=1, checkpoint_gradients=again)
+        fit(model, task, rows, soft, how, validation=rows[:8], work=tmp_path / str(again), title="t")
+        assert not model.is_gradient_checkpointing
+        learned.append(model.classifier.weight.detach())
+    assert torch.equal(*learned)
+
+
+def test_a_model_that_cannot_compute_layers_again_is_refused(task, rows, soft, tmp_path):
+    model = student()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(SpecError, match="checkpoint_gradients: models of the family 'bert' don't offer it"):
+        fit(model, task, rows, soft, change(checkpoint_gradients=True), validation=[], work=tmp_path, title="t")
+
+
+@pytest.mark.slow
+def test_a_compiled_training_learns_the_same_and_leaves_no_trace(task, rows, soft, still, tmp_path):
+    before, learned = set(os.environ), []
+    for compiled in (False, True):
+        model = student(**still)
+        fit(model, task, rows, soft, change(epochs=1, compile=compiled), validation=[], work=tmp_path, title="t")
+        learned.append({name: value.numpy() for name, value in model.state_dict().items()})
+    assert learned[0].keys() == learned[1].keys()
+    assert all(np.abs(learned[0][name] - learned[1][name]).max() < 1e-3 for name in learned[0])
+    assert not [name for name in {*os.environ} - before if name.startswith("ACCELERATE_")]
