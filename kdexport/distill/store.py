@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from kdexport.errors import counted, first_line
+from kdexport.files import sync_one
 from kdexport.progress import warn
 from kdexport.tasks.metrics import Array
 
@@ -49,7 +50,9 @@ class Store:
         try:
             with neighbour.open("wb") as file:
                 np.savez(file, keys=keys, logits=logits)
+            sync_one(neighbour)
             neighbour.replace(self._folder / f"{name}.npz")
+            sync_one(self._folder)
         except OSError as error:
             self._give_up(error)
         finally:
