@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from kdexport.cli import bench, build, use
 from kdexport.cli.options import Flag
 from kdexport.errors import Interrupted, KdexportError
+from kdexport.files import fault_of
 from kdexport.progress import Outlet
 
 app = typer.Typer(
@@ -45,7 +47,12 @@ def main() -> None:
         if isinstance(error, BrokenPipeError):  # `kdexport predict … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+        fault = fault_of(error, Path(str(error.filename)) if error.filename else None)
+        _fail(str(fault) if fault else f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+    except ImportError as error:  # of a package that can't be read
+        if not (fault := fault_of(error, None)):
+            raise
+        _fail(str(fault), 2)
 
 
 def _fail(line: str, code: int) -> None:
