@@ -12,6 +12,7 @@ import msgspec
 
 from kdexport import spec
 from kdexport.bench.engine import bench as measure
+from kdexport.bench.machine import maker
 from kdexport.bench.subjects import of_file, of_model
 from kdexport.data import prepare, read_rows, read_summary
 from kdexport.data.sources import local_files
@@ -40,7 +41,8 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     names = derive.students(settings)
     files = local_files(settings.data)
     sources = [*files, *teachers.files(settings), *local(*names)]
-    with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):
+    here = maker()
+    with Run(out, sources, spec.dump(settings), here, move_aside=move_aside) as folder, disk_errors(out):
         # 1. Read, check, split and audit the rows.
         data = folder.stage(
             "data", version=5, reads=[*files, *local(*teachers.read_by(settings))],
@@ -76,10 +78,10 @@ def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
             build=lambda work: verify(data, targets, student, baseline, export, work),
         )  # fmt: skip
 
-        # 7. Measure its speed, side by side with the teacher.
+        # 7. Measure its speed, side by side with the teacher; on another machine again.
         bench = folder.stage(
             "bench", version=4, reads=[data, teacher, export],
-            settings=[msgspec.structs.replace(settings.bench, price_per_hour=None), settings.seed],
+            settings=[msgspec.structs.replace(settings.bench, price_per_hour=None), settings.seed, here["hardware"]],
             build=lambda work: _bench(settings, data, teacher, student, export, work),
         )  # fmt: skip
 
