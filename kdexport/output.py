@@ -86,16 +86,16 @@ class Output:
                 )
             self._private.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self._private / _LOCK, folder)
+            try:
+                self._record = read_record(folder) or Record(by, {})
+                _remove(self._private / _OLD)
+                write_json(self._private / _RECORD, self._record)
+            except BaseException:
+                self._lock.close()
+                raise
         except OSError as error:
             fault = RunError(f"{folder} can't be used: {error.strerror}", "Name another folder")
             raise fault_of(error, folder) or fault from None
-        try:
-            self._record = read_record(folder) or Record(by, {})
-            _remove(self._private / _OLD)
-            write_json(self._private / _RECORD, self._record)
-        except BaseException:
-            self._lock.close()
-            raise
 
     def __enter__(self) -> Self:
         return self

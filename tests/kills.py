@@ -26,7 +26,17 @@ STAGES = ("data", "teacher", "targets", "student", "export", "baseline", "verify
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM}
 FAULTS = (*SIGNALS, "full disk", "read-only", "open files")
 # A checkpoint after each epoch: the next is due at once, where it is 20 seconds later otherwise.
-CALL = "import kdexport.distill.train as t; t.CHECKPOINT_EVERY_S = 0; from kdexport.cli import main; main()"
+CALL = """
+import kdexport.pipeline.run as pipeline
+from kdexport.cli import main
+run = pipeline.run
+def often(*arguments, **named):
+    import kdexport.distill.train as train
+    train.CHECKPOINT_EVERY_S = 0
+    return run(*arguments, **named)
+pipeline.run = often
+main()
+"""
 _DISK_MB, _LONGEST_S = 1500, 300
 # What is measured, and what says how much was found done before: no two runs have the same.
 _MEASURED = re.compile(
@@ -241,14 +251,14 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     with disk(home / "disk") as mounted:
         faults = FAULTS if mounted else (*SIGNALS, "open files")
-        undisturbed = {}
-        for name, settings in specs(home).items():
-            undisturbed[name] = Attempt(settings, home / "disk", f"{name}-undisturbed")
-            undisturbed[name].finish()
-            print(f"{name}: {undisturbed[name].seconds()}", flush=True)
+        undisturbed: dict[str, Attempt] = {}
         seed = asked.seed
         while len(rows) < asked.moments:
-            name = list(undisturbed)[seed % 2]
+            name = list(specs(home))[seed % 2]
+            if name not in undisturbed:
+                undisturbed[name] = Attempt(specs(home)[name], home / "disk", f"{name}-undisturbed")
+                undisturbed[name].finish()
+                print(f"{name}: {undisturbed[name].seconds()}", flush=True)
             attempt = Attempt(specs(home)[name], home / "disk", "disturbed")
             for row in disturb(name, undisturbed[name], attempt, asked.a_run, seed, faults):
                 rows.append({"moment": len(rows) + 1} | row)

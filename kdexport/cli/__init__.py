@@ -49,7 +49,7 @@ def main() -> None:
             raise SystemExit(0) from None
         fault = fault_of(error, Path(str(error.filename)) if error.filename else None)
         _fail(str(fault) if fault else f"{error.filename or 'a file'}: {error.strerror or error}", 2)
-    except ImportError as error:  # of a package that can't be read
+    except Exception as error:
         if not (fault := fault_of(error, None)):
             raise
         _fail(str(fault), 2)
