@@ -128,7 +128,7 @@ def fault_of(error: BaseException, folder: Path | None) -> RunError | None:
     chain = list(_chain(error))
     unknown = not any(isinstance(each, KdexportError) or getattr(each, "errno", None) for each in chain)
     ask = folder if unknown else None
-    if _names(chain, errno.EMFILE, errno.ENFILE) or (unknown and _cannot_open()):
+    if _names(chain, errno.EMFILE, errno.ENFILE) or _cannot_open():  # safetensors says that a file is missing
         return RunError("too many files are open", f"Raise the limit (ulimit -n 1024) and {again}")
     if _names(chain, errno.EROFS) or (ask and os.statvfs(_existing(ask)).f_flag & os.ST_RDONLY):
         return RunError(f"{folder or 'a folder'} is on a read-only file system", f"Mount it for writing and {again}")
