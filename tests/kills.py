@@ -39,9 +39,7 @@ main()
 """
 _DISK_MB, _LONGEST_S = 1500, 300
 # What is measured, and what says how much was found done before: no two runs have the same.
-_MEASURED = re.compile(
-    r"(bench/.*|(.*/)?stage\.json|targets/targets\.json|report\.(md|html)|\.kdexport.*|data/duplicates\.json)"
-)
+_MEASURED = re.compile(r"(bench/.*|(.*/)?stage\.json|report\.(md|html)|(.*/)?\.kdexport.*|data/duplicates\.json)")
 _TIMES = ("latency_ms", "footprint", "speedup_p50", "speedup_p99", "cells", "environment", "bench", "seconds", "note")
 
 
