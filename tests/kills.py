@@ -27,14 +27,13 @@ SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM}
 FAULTS = (*SIGNALS, "full disk", "read-only", "open files")
 # A checkpoint after each epoch: the next is due at once, where it is 20 seconds later otherwise.
 CALL = """
-import kdexport.pipeline.run as pipeline
-from kdexport.cli import main
-run = pipeline.run
+from kdexport.cli import build, main
+run = build._run
 def often(*arguments, **named):
     import kdexport.distill.train as train
     train.CHECKPOINT_EVERY_S = 0
     return run(*arguments, **named)
-pipeline.run = often
+build._run = often
 main()
 """
 _DISK_MB, _LONGEST_S = 1500, 300
