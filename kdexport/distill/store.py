@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from kdexport.errors import counted, first_line
+from kdexport.files import sync_one
 from kdexport.progress import warn
 from kdexport.tasks.metrics import Array
 
@@ -67,9 +68,9 @@ class Store:
         try:
             with neighbour.open("wb") as file:
                 np.save(file, records)
-                file.flush()
-                os.fsync(file.fileno())
+            sync_one(neighbour)
             neighbour.replace(name)
+            sync_one(self._folder)
         except OSError as error:
             self._give_up(error)
             shard = records
