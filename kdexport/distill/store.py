@@ -45,7 +45,8 @@ class Store:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self._give_up(error)
-        new = [shard for shard in sorted(self._folder.glob("*.npy")) if shard not in self._shards]
+        known = {shard for shard in self._shards if isinstance(shard, Path)}
+        new = sorted({*self._folder.glob("*.npy")} - known)
         skipped = [(shard, why) for shard in new if (why := self._read(shard))]
         if skipped:
             shard, why = skipped[0]
