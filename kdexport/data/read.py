@@ -228,7 +228,8 @@ def _encoding(path: Path) -> str:
         head = file.read(4)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             try:
-                path.read_text(encoding="utf-16")
+                for _ in _lines(path, "utf-16"):
+                    pass
             except UnicodeDecodeError as error:
                 raise DataError(f"{path} is no valid UTF-16: {error.reason}", "Save it as UTF-8") from None
             return "utf-16"

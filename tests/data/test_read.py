@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,15 @@ def test_what_is_wrong_is_the_same_line_for_all_commands(model, tmp_path, name, 
         lines.add(str(caught.value))
     assert len(lines) == 1
     assert says in lines.pop()
+
+
+def test_a_file_of_utf_16_is_not_read_as_a_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("a text of some words\n" * 50_000, encoding="utf-16")
+    tracemalloc.start()
+    assert sum(1 for _ in read_file(tmp_path / "a.txt").rows) == 50_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 500_000
 
 
 def test_bad_rows_are_left_out_by_all_commands(model, tmp_path):
