@@ -90,12 +90,22 @@ def from_arrow(name: str, schema: Any, batches: Iterable[Any], folder: Path = Pa
             return [named(one, known) for one in value]
         return None if value is None or value < 0 else known[value]
 
-    def rows() -> Iterator[Raw]:
-        for batch in batches:
-            for row in batch.to_pylist():
-                yield row | {column: named(row[column], known) for column, known in names.items()}
+    def rows() -> Iterator[Raw | str]:
+        for row in (row for batch in batches for row in _of_batch(batch)):
+            try:
+                yield row | {column: named(row[column], known) for column, known in names.items()} if row else _NO_UTF8
+            except IndexError:
+                yield "it has a number of a class that has no name"
 
     return Source(name, list(schema.names), rows(), folder)
+
+
+def _of_batch(batch: Any) -> list[Raw | None]:
+    """Return the rows of an Arrow batch; None where one has a text that is not UTF-8."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        return [None] if len(batch) == 1 else [row for i in range(len(batch)) for row in _of_batch(batch.slice(i, 1))]
 
 
 def _class_names(feature: Any) -> list[str] | None:
@@ -187,7 +197,7 @@ def _read_json(path: Path, encoding: str) -> Source:
     return Source(path.name, list(columns), chain(some, rows), path.parent)
 
 
-_NO_OBJECT = "it is no JSON object"
+_NO_OBJECT, _NO_UTF8 = "it is no JSON object", "it has a text that is not UTF-8"
 
 
 def _decoded(text: str) -> Raw | str:

@@ -174,6 +174,24 @@ def test_classes_of_hugging_face_data_sets_have_their_names(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("texts", "classes", "says"),
+    [([b"a", b"\xff", b"c"], [0, 1, 0], "a text that is not UTF-8"), ([b"a", b"b", b"c"], [0, 2, 1], "has no name")],
+)
+def test_a_bad_row_of_parquet_is_named_or_left_out(model, tmp_path, texts, classes, says):
+    import pyarrow
+    from pyarrow import parquet
+
+    names = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["x", "y"]}}}}
+    strings = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"text": strings, "label": classes})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), tmp_path / "a.parquet")
+    for read in COMMANDS.values():
+        with pytest.raises(DataError, match=rf"a\.parquet, row 2: .*{says}"):
+            read(data(tmp_path / "a.parquet"), model)
+        assert len(read(data(tmp_path / "a.parquet", skip_bad_rows=True), model)) == 2
+
+
 def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
