@@ -25,7 +25,7 @@ _HASHED_AT_ONCE = 1 << 24  # bytes
 
 
 class Store:
-    """Content → logits, in a folder of shards that only ever grows; in memory are 36 bytes a content.
+    """Content → logits, in a folder of shards that only ever grows; in memory are 32 bytes a content.
 
     `dtype` is that of one content's logits; shards of another are skipped. An `optional` store is a cache: where it
     can't be written or read, it goes on in memory with a warning, and renames damaged shards to `NAME.npy.damaged`. Any
