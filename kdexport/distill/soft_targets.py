@@ -204,10 +204,9 @@ def _needed(teachers: Combined, rows: Rows) -> spec.Augment | None:
     """Return augmented texts where teachers are so sure of the training rows that they say hardly more than labels."""
     if teachers.task.objective != "classes" or not teachers.task.menu.augment:
         return None
-    sure = sum(
-        float(softmax(teachers.answers(block)[0]).max(axis=1).sum()) for block in _blocks(teachers.task, rows)
-    ) / len(rows)
-    copies = derive.views(sure, len(rows))
+    blocks = _blocks(teachers.task, rows)
+    sure = sum(float(softmax(teachers.answers(block)[0]).max(axis=1).sum()) for block in blocks)
+    copies = derive.views(sure / len(rows), len(rows))
     if not copies.value:
         return None
     say(f"soft targets: {copies.value:g} augmented copies of each text: {copies.reason}; --augment 0 makes none")

@@ -38,9 +38,8 @@ class SoftTargets:
 
     def judged(self, places: Sequence[int]) -> Array:
         """Return the part of them that metrics read."""
-        return np.concatenate(
-            [self._task.judged(self[places[i : i + _AT_ONCE]]) for i in range(0, len(places), _AT_ONCE)]
-        )
+        blocks = (places[i : i + _AT_ONCE] for i in range(0, len(places), _AT_ONCE))
+        return np.concatenate([self._task.judged(self[block]) for block in blocks])
 
     def __iter__(self) -> Iterator[Array]:
         return (self[[i]][0] for i in range(len(self)))
