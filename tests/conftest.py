@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import msgspec
 import pytest
 from filelock import FileLock
@@ -42,6 +43,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     own_home()
 # Background jobs ignore Ctrl-C, and so would the processes that tests start to interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples every time; `--hypothesis-profile default` looks for new ones.
+hypothesis.settings.register_profile(
+    "kdexport",
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("kdexport")
 
 
 def pytest_report_header() -> str:
