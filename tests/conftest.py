@@ -44,15 +44,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
 # Background jobs ignore Ctrl-C, and so would the processes that tests start to interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples every time; `--hypothesis-profile default` looks for new ones.
-hypothesis.settings.register_profile(
-    "kdexport",
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
-)
-hypothesis.settings.load_profile("kdexport")
+# The same examples every time; `--hypothesis-profile search` looks for new ones.
+for name, examples in (("same", 40), ("search", 400)):
+    hypothesis.settings.register_profile(
+        name,
+        max_examples=examples,
+        deadline=None,
+        derandomize=name == "same",
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile("same")
 
 
 def pytest_report_header() -> str:
