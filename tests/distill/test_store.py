@@ -1,11 +1,13 @@
 """Logits by content, on disk: what is damaged, of another shape, or can't be written."""
 
 import errno
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kdexport.distill.store import Store, content_keys
+from kdexport.distill import store as store_module
+from kdexport.distill.store import Store, cache_folder, content_keys, targets_folder
 
 
 def keys(*contents):
@@ -83,3 +85,33 @@ def test_a_cache_that_can_t_be_written_is_gone_on_without(tmp_path, capfd):
     assert "can't be written" in capfd.readouterr().err
     with pytest.raises(OSError, match="Not a directory"):
         Store(tmp_path / "file" / "logits")
+
+
+def test_the_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.delenv("KDEXPORT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == Path.home() / ".cache" / "kdexport"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "kdexport"
+    monkeypatch.setenv("KDEXPORT_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    assert targets_folder("abc").parent.parent == tmp_path / "own"
+    assert targets_folder("abc") != targets_folder("abd")
+
+
+def test_a_shard_has_one_name_however_much_of_it_is_hashed_at_once(tmp_path, monkeypatch):
+    Store(tmp_path).add(keys(*"abcdefg"), np.arange(14, dtype=np.float32).reshape(7, 2))
+    for size in (1, 24, 50, 1000):
+        monkeypatch.setattr(store_module, "_HASHED_AT_ONCE", size)
+        assert Store(tmp_path).has(keys(*"abcdefg")).all()
+
+
+def test_what_was_written_a_part_at_a_time_is_looked_up_in_one_array_of_its_type(tmp_path):
+    store = Store(tmp_path)
+    assert store.look_up(keys()).shape == (0,)
+    for i, name in enumerate("abc"):
+        store.add(keys(name), np.full((1, 2, 3), i, np.float16))
+    found = store.look_up(keys("c", "a", "c"))
+    assert found.dtype == np.float16
+    assert found[:, 1, 2].tolist() == [2, 0, 2]
+    assert len([*tmp_path.iterdir()]) == 3  # no neighbour is left

@@ -118,20 +118,22 @@ def _pytest(folder: str, tests: list[str]) -> int:
     return pytest.main([*plain, *quiet, f"--basetemp={folder}/base", *(str(ROOT / "tests" / test) for test in tests)])
 
 
-def judge(module: str, most: int, known: dict[str, Any]) -> dict[str, Any]:
-    """Return how many mutants of a module its tests notice, and the survivors."""
+def judge(module: str, most: int, known: dict[str, Any], again: bool) -> dict[str, Any]:
+    """Return how many mutants of a module its tests notice, and the survivors; `again`: try only those `known`."""
     path = ROOT / "kdexport" / module
     source, tests = path.read_text(), TESTS[module]
     assert passes(path, ast.parse(source), tests), f"the tests of {module} fail without any change"
     every = len([*places(ast.parse(source))])
     chosen = sorted(random.Random(0).sample(range(every), min(most, every)))
+    lived = {(one["was"], one["became"]): one for one in known.get("survivors", [])}
     survivors = []
     for at, i in enumerate(chosen, 1):
         tree, facts = mutant(source, i)  # type: ignore[misc]
+        before = lived.get((facts["was"], facts["became"]), {})
+        if again and not before:
+            continue
         if lives := passes(path, tree, tests):
-            whys = {(one["was"], one["became"]): one["why"] for one in known.get("survivors", []) if "why" in one}
-            why = whys.get((facts["was"], facts["became"]))
-            survivors.append(facts | ({"why": why} if why else {}))
+            survivors.append(facts | ({"why": before["why"]} if "why" in before else {}))
         print(f"{module} {at}/{len(chosen)} {'LIVES' if lives else 'killed'} {facts}", flush=True)
     killed = len(chosen) - len(survivors)
     found = {"places": every, "mutants": len(chosen), "killed": killed, "share": round(killed / len(chosen), 3)}
@@ -143,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="*", default=[*TESTS], help=f"of {', '.join(TESTS)}; all")
     parser.add_argument("--most", type=int, default=10_000, help="mutants of each module, drawn by a fixed seed")
+    parser.add_argument("--again", action="store_true", help="only the survivors of the results, after new tests")
     asked = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -161,7 +164,7 @@ def main() -> None:
         suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
     )  # fmt: skip
     for module in asked.modules:
-        found = judge(module, asked.most, _read().get(module, {}))
+        found = judge(module, asked.most, _read().get(module, {}), asked.again)
         results = {name: found if name == module else one for name, one in ({module: found} | _read()).items()}
         RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1, ensure_ascii=False) + "\n")
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from kdexport.tasks.metrics import log_softmax
-from kdexport.tasks.packed import compact, drawn_of, most_probable, packed_lines, whole
+from kdexport.tasks.packed import compact, drawn, drawn_of, most_probable, packed_lines, whole
 
 
 @st.composite
@@ -33,7 +33,23 @@ def test_lines_hold_the_actual_token_the_best_ones_in_order_and_samples_of_the_r
         rest = np.exp(row.astype(float))
         rest[of_row[:top]] = 0
         assert not {*of_row[top:]} & {*of_row[:top]} or rest.sum() < 1e-12
+    assert (ids[:, top:] == drawn(logs, ids[:, :top], k - top, np.array([3, 1]))).all()
     assert (packed_lines(logs, actual, k, [3, 1]) == lines).all()
+
+
+def test_a_quarter_of_the_tokens_is_sampled_unless_they_are_all():
+    assert [drawn_of(k, 8) for k in (3, 4, 7, 8, 9)] == [0, 1, 1, 0, 0]
+
+
+def test_of_many_tokens_the_most_probable_are_those_of_a_sort_too():
+    logs = np.random.default_rng(0).normal(size=(3, 3000))
+    for k in (1, 48, 2999, 3000):
+        assert (most_probable(logs, k) == np.argsort(-logs, axis=1)[:, :k]).all()
+
+
+def test_samples_of_a_rest_without_mass_are_tokens_all_the_same():
+    logs = np.array([[0.0, -1000.0, -1000.0, -1000.0, -1000.0, -1000.0]])
+    assert drawn(logs, np.array([[0]]), 3, np.array([1])).max() < 6
 
 
 @given(log_probabilities())
@@ -51,7 +67,9 @@ def test_records_come_back_whole(data, vocabulary):
     packed = data.draw(arrays(np.float32, (rows, length, 1 + 2 * k), elements=logs))
     ids = data.draw(arrays(np.int64, (rows, length, k), elements=st.integers(0, vocabulary - 1)))
     packed[..., 1::2] = ids
-    found = whole(compact(packed, vocabulary))
+    records = compact(packed, vocabulary)
+    assert records.dtype["ids"].base.itemsize == (2 if vocabulary <= 2**16 else 4)  # bytes of an id
+    found = whole(records)
     assert found.shape == packed.shape
     assert found.dtype == np.float32
     assert (found[..., 0] == packed[..., 0]).all()
