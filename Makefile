@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 # A worker takes whole files, so that what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-4.57 test-lowest lint docs fuzz mutants audit bench schemas proto release clean
+.PHONY: demo test test-all test-4.57 test-lowest lint docs fuzz kills mutants audit bench schemas proto release clean
 
 demo: $(VENV)/.made
 	$(BIN)/kdexport demo --student tiny --max-size 5MB --min-retention 0.97 --out runs/demo
@@ -47,6 +47,10 @@ docs: $(VENV)/.made
 
 fuzz: $(VENV)/.made
 	$(BIN)/python tests/fuzz --seconds $(FUZZ_SECONDS)
+
+# As root, which mounts a small disk to fill it and to make it read-only.
+kills: $(VENV)/.made
+	$(BIN)/python tests/kills.py --moments 50 --out benchmarks/results/kills.json
 
 # Which changes of the code no test notices, in a sample of each module.
 mutants: $(VENV)/.made

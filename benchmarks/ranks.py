@@ -39,8 +39,9 @@ def main() -> None:
 def prepare(data: str, rows: int, folder: Path) -> None:
     """Write the data stage and the teacher, with a fresh head, as stages of a run."""
     from kdexport import spec
-    from kdexport.data import demo, read_rows, read_summary, write_rows
+    from kdexport.data import demo, read_rows, read_summary
     from kdexport.data import prepare as prepare_data
+    from kdexport.data.rows import write_rows
     from kdexport.models.loading import open_config, open_model
     from kdexport.models.saving import save_model, save_task
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,6 +65,28 @@ def as_json(value: object) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
 
 
+def sync(place: Path) -> None:
+    """Push a file, or a folder with all that is below it, to the disk, so that a power cut after it loses nothing."""
+    if place.is_dir():
+        for path in place.iterdir():
+            if not path.is_symlink():
+                sync(path)
+    sync_one(place)
+
+
+def sync_one(place: Path) -> None:
+    """Push a file's bytes, or a folder's own names, to the disk."""
+    try:
+        opened = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):  # some file systems sync no folders
+            raise
+
+
 def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
     """Write a file atomically: into a neighbour of a random name, synced, then renamed. `new`: replace none."""
     neighbour = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}{TEMPORARY}")
@@ -77,6 +99,7 @@ def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
             os.link(neighbour, path)
         else:
             neighbour.replace(path)
+        sync_one(path.parent)
     except OSError as error:
         error.filename, error.filename2 = str(path), None  # a full disk names no file
         raise
@@ -86,20 +109,58 @@ def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Raise one line for the user where the disk is full, however a library reports it."""
+    """Raise one line for the user where the machine is at fault, however a library reports it; see `fault_of`."""
     try:
         yield
-    except KdexportError:
+    except Exception as error:
+        if fault := fault_of(error, folder):
+            raise fault from error
         raise
-    except Exception as error:  # safetensors, torch and onnxruntime each raise a class of their own for ENOSPC
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not (full or "No space left" in str(error) or _is_full(folder)):
-            raise
-        fix = "Make room and run the same command again: finished stages are kept"
-        raise RunError(f"the disk is full: {folder}", fix) from error
 
 
-def _is_full(folder: Path) -> bool:
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+def fault_of(error: BaseException, folder: Path | None) -> RunError | None:
+    """Return the line for an error that comes of a full or read-only disk, or of too many open files; else None.
+
+    safetensors, torch, onnxruntime and imports each raise classes and words of their own: where an error has no number,
+    the process and the folder, if one is known, are asked.
+    """
+    again = "run the same command again: finished stages are kept"
+    chain = list(_chain(error))
+    unknown = not any(isinstance(each, KdexportError) or getattr(each, "errno", None) for each in chain)
+    ask = folder if unknown else None
+    if _names(chain, errno.EMFILE, errno.ENFILE) or _cannot_open():  # safetensors says that a file is missing
+        return RunError("too many files are open", f"Raise the limit (ulimit -n 1024) and {again}")
+    if _names(chain, errno.EROFS) or (ask and os.statvfs(_existing(ask)).f_flag & os.ST_RDONLY):
+        return RunError(f"{folder or 'a folder'} is on a read-only file system", f"Mount it for writing and {again}")
+    if _names(chain, errno.ENOSPC, errno.EDQUOT) or (ask and _is_full(_existing(ask))):
+        return RunError(f"the disk is full: {folder or 'nothing more can be written'}", f"Make room and {again}")
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _names(chain: Iterable[BaseException], *codes: int) -> bool:
+    return any(
+        getattr(each, "errno", None) == code or os.strerror(code) in str(each) for each in chain for code in codes
+    )
+
+
+def _cannot_open() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return True
+    return False
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _is_full(there: Path) -> bool:
     usage = shutil.disk_usage(there)
     return usage.total > 0 and usage.free < 2**16  # /proc and its kind have no size

@@ -7,7 +7,6 @@ progress.
 """
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import itertools
@@ -21,7 +20,8 @@ from typing import Literal, Self
 import msgspec
 
 from kdexport.errors import RunError
-from kdexport.files import TEMPORARY, entries, hash_file, hash_files, write_bytes, write_json
+from kdexport.files import TEMPORARY, entries, fault_of, hash_file, hash_files, sync, sync_one, write_bytes, write_json
+from kdexport.locks import Lock
 from kdexport.progress import say
 
 PRIVATE = ".kdexport"
@@ -85,15 +85,17 @@ class Output:
                     "Name another folder, or pass --move-aside to rename what is in the way",
                 )
             self._private.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._private / _LOCK).open("a")
+            self._lock = Lock(self._private / _LOCK, folder)
+            try:
+                self._record = read_record(folder) or Record(by, {})
+                _remove(self._private / _OLD)
+                write_json(self._private / _RECORD, self._record)
+            except BaseException:
+                self._lock.close()
+                raise
         except OSError as error:
-            raise RunError(f"{folder} can't be used: {error.strerror}", "Name another folder") from None
-        if not _locked(self._lock):
-            self._lock.close()
-            raise RunError(f"{folder} is in use by another kdexport", "Wait for it, or name another folder")
-        self._record = read_record(folder) or Record(by, {})
-        _remove(self._private / _OLD)
-        write_json(self._private / _RECORD, self._record)
+            fault = RunError(f"{folder} can't be used: {error.strerror}", "Name another folder")
+            raise fault_of(error, folder) or fault from None
 
     def __enter__(self) -> Self:
         return self
@@ -135,11 +137,13 @@ class Output:
         with self._writing(name, {name: found}):
             write_bytes(self._private / "new", content)
             (self._private / "new").replace(self.folder / name)
+            sync_one(self.folder)
 
     def replace(self, made: Path, name: str) -> None:
         """Move a file or folder that was made in this folder to its name; see `check`. A kill loses nothing."""
         if self._stands_in_the_way(name):
             move_aside(self.folder / name)
+        sync(made)
         below = hash_files(made) if made.is_dir() else {"": hash_file(made)}
         with self._writing(name, {f"{name}/{path}".rstrip("/"): found for path, found in below.items()}):
             _swap(made, self.folder / name, self._private / _OLD)
@@ -147,6 +151,7 @@ class Output:
     @contextlib.contextmanager
     def _writing(self, name: str, sums: dict[str, str]) -> Iterator[None]:
         """Record the new checksums beside the old ones while files are replaced, and alone once they are."""
+        self._lock.check()
         files = self._record.files
         for path, found in sums.items():
             files[path] = [*(one for one in files.get(path, []) if one != found), found]
@@ -175,15 +180,13 @@ def making(place: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `place` to make it in; clear what killed calls left there."""
     place.parent.mkdir(parents=True, exist_ok=True)
     for left in place.parent.glob(f".{glob.escape(place.name)}{PRIVATE}-*"):
-        with contextlib.suppress(OSError), (left / _LOCK).open("a") as lock:
-            if _locked(lock):
-                if (left / _OLD).exists() and not place.exists():  # killed between two renames
-                    (left / _OLD).rename(place)
-                shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError, RunError), contextlib.closing(Lock(left / _LOCK, left)):
+            if (left / _OLD).exists() and not place.exists():  # killed between two renames
+                (left / _OLD).rename(place)
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}{PRIVATE}-", dir=place.parent) as work:
-        with (Path(work) / "lock.new").open("a") as lock:
-            _locked(lock)
-            (Path(work) / "lock.new").rename(Path(work) / _LOCK)  # never seen unlocked
+        with contextlib.closing(Lock(Path(work) / "lock.new", place)) as lock:
+            lock.rename(Path(work) / _LOCK)  # never seen unlocked
             yield Path(work)
 
 
@@ -213,11 +216,13 @@ def publish(made: Path, place: Path, work: Path, mine: Iterable[str] | None = No
         before = read_record(place)
         both = {name: (before.files if before else {}).get(name, []) + found for name, found in made_now.items()}
         _write_record(place, both)
+        sync(made)
         for path in sorted(made.iterdir()):
             _swap(path, place / path.name, work / _OLD)
         _write_record(place, made_now)
     else:
         _write_record(made, made_now)
+        sync(made)
         place.parent.mkdir(parents=True, exist_ok=True)
         _swap(made, place, work / _OLD)
 
@@ -238,6 +243,7 @@ def _swap(made: Path, place: Path, old: Path) -> None:
     if place.exists():
         place.rename(old)
     made.rename(place)
+    sync_one(place.parent)
     _remove(old)
 
 
@@ -262,14 +268,6 @@ def _is_fresh(folder: Path) -> bool:
     if {path.name for path in folder.iterdir()} - {PRIVATE} or private.is_symlink():
         return False
     return not private.exists() or all(path.name == _LOCK or path.suffix == TEMPORARY for path in private.iterdir())
-
-
-def _locked(file: object) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[arg-type]
-    except OSError:
-        return False
-    return True
 
 
 def _remove(path: Path) -> None:

@@ -1,10 +1,13 @@
+import errno
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from kdexport.errors import RunError
-from kdexport.files import write_bytes
+from kdexport.files import fault_of, write_bytes
 from kdexport.stages import Run, read_record
 
 
@@ -101,6 +104,82 @@ def test_a_stage_killed_before_its_rename_is_taken_as_it_is(tmp_path):
     assert read_record(one).outputs.keys() == {"file"}
 
 
+def test_a_damaged_stage_is_put_aside_and_made_again(tmp_path, capsys):
+    calls = []
+
+    def go() -> Path:
+        with Run(tmp_path) as run:
+            one = run.stage("one", version=1, settings=None, reads=[], build=build(calls, "weights"))
+            run.stage("two", version=1, settings=None, reads=[one], build=build(calls))
+        return one / "file"
+
+    def flip(path: Path) -> None:
+        path.write_text("weighty")
+
+    go()
+    for number, damage in enumerate((flip, Path.unlink, lambda path: os.truncate(path, 3)), 1):
+        damage(tmp_path / "one" / "file")
+        assert go().read_text() == "weights"
+        assert "is put aside and made again" in capsys.readouterr().err
+        assert (tmp_path / f"one.old-{number}" / "stage.json").is_file()
+    assert calls == [".kdexport-one", ".kdexport-two", *[".kdexport-one"] * 3]  # what reads the same is not made again
+    for name in ("one", "two"):
+        flip(tmp_path / name / "file")
+    go()
+    assert calls[5:] == [".kdexport-one", ".kdexport-two"]
+
+
+def test_what_was_put_aside_is_in_no_later_runs_way(tmp_path):
+    for call, version in enumerate((1, 1, 2)):
+        with Run(tmp_path) as run:
+            one = run.stage("student-seed1", version=version, settings=None, reads=[], build=build([]))
+            run.stage("verify", version=version, settings=None, reads=[], build=build([]))
+        if call == 0:
+            (one / "file").write_text("damaged")
+    assert (tmp_path / "student-seed1.old-1" / "file").read_text() == "damaged"
+
+
+def test_a_copied_run_whose_files_have_other_times_is_as_finished_as_before(tmp_path, capsys):
+    calls = []
+    for folder in ("here", "there"):
+        with Run(tmp_path / folder) as run:
+            run.stage("one", version=1, settings=None, reads=[], build=build(calls))
+        if folder == "here":
+            shutil.copytree(tmp_path / "here", tmp_path / "there", copy_function=shutil.copyfile)
+    assert len(calls) == 1
+    assert "put aside" not in capsys.readouterr().err
+
+
+def test_what_a_power_cut_left_of_a_stage_before_its_rename_is_not_taken(tmp_path):
+    with Run(tmp_path) as run:
+        one = run.stage("one", version=1, settings=None, reads=[], build=build([]))
+    one.rename(tmp_path / ".kdexport-one")
+    os.truncate(tmp_path / ".kdexport-one" / "file", 0)
+    with Run(tmp_path) as run:
+        run.stage("one", version=1, settings=None, reads=[], build=build([]))
+    assert (one / "file").read_text() == "x"
+
+
+def test_every_file_of_a_stage_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(os, "fsync", lambda fd: order.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
+
+    def nested(folder: Path) -> None:
+        (folder / "onnx").mkdir()
+        (folder / "onnx" / "model").write_text("x")
+
+    with Run(tmp_path) as run:
+        rename = Path.rename
+        monkeypatch.setattr(Path, "rename", lambda self, to: (order.append(f"→ {Path(to).name}"), rename(self, to))[1])
+        run.stage("one", version=1, settings=None, reads=[], build=nested)
+    named = order.index("→ one")
+    work = tmp_path / ".kdexport-one"
+    assert {str(work / "onnx" / "model"), str(work / "onnx"), str(work), str(work / "stage.json")} <= {
+        path.partition(".stage.json")[0] + "stage.json" if ".stage.json" in path else path for path in order[:named]
+    }
+    assert order[named + 1] == str(tmp_path)
+
+
 def test_two_processes_cannot_share_a_run(tmp_path):
     with Run(tmp_path), pytest.raises(RunError, match="in use"):
         Run(tmp_path)
@@ -121,6 +200,26 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small disk wants root")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (errno.ENOSPC, "the disk is full: FOLDER. Make room"),
+        (errno.EDQUOT, "the disk is full: FOLDER. Make room"),
+        (errno.EROFS, "FOLDER is on a read-only file system. Mount it for writing"),
+        (errno.EMFILE, "too many files are open. Raise the limit (ulimit -n 1024)"),
+    ],
+)
+def test_a_fault_of_the_machine_is_one_line_however_a_library_words_it(tmp_path, code, line):
+    own = OSError(code, os.strerror(code))
+    words = RuntimeError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+    behind = ValueError("can't save")
+    behind.__cause__ = own
+    for error in (own, words, behind):
+        assert str(fault_of(error, tmp_path)).startswith(line.replace("FOLDER", str(tmp_path)))
+    assert fault_of(FileNotFoundError(errno.ENOENT, "No such file"), Path("/proc/self")) is None
+    assert fault_of(KeyError("logits"), tmp_path) is None
 
 
 def test_a_file_that_finds_no_room_is_named_and_nothing_is_left_of_it(small_disk):

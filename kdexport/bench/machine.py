@@ -33,14 +33,12 @@ def identity() -> dict[str, Any]:
     return facts | {"hardware": hardware(facts)}
 
 
-def elsewhere(facts: dict[str, Any]) -> list[str]:
-    """Return a warning if these facts are another machine's."""
+def maker() -> dict[str, Any]:
+    """Name this machine, for the records of what it makes; with the threads that sums are split over."""
     here = identity()
-    if facts.get("hardware") in (None, here["hardware"]):
-        return []
-    where = f"on another machine ({machine_name(facts)}), not on this one ({machine_name(here)})"
-    mend = "to measure here, delete the folder bench/ and run again"
-    return [f"times, memory and speedups were measured {where}: {mend}"]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(here["cores_allowed"])
+    gpu = bool(here["gpus"])
+    return {"name": machine_name(here), "hardware": here["hardware"], "threads": threads, "gpu": gpu}
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import runpy
@@ -42,6 +43,8 @@ def call(module: str, job: bytes, threads: int, deadline_s: float = 600.0) -> by
         raise
     if process.returncode < 0:
         raise Crashed(f"was killed while it was measured ({signal.Signals(-process.returncode).name}; out of memory?)")
+    if os.strerror(errno.EMFILE).encode() in errors:  # not of the target: the whole command has too few
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     if process.returncode:
         reason = (errors.decode(errors="replace").strip().splitlines() or ["no reason given"])[-1]
         raise Crashed(f"stopped while it was measured: {re.sub(r'^kdexport[.][a-z.]*[A-Za-z]+: ', '', reason)}")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from kdexport import ranks
 from kdexport.cli import bench, build, use
 from kdexport.cli.options import Flag
 from kdexport.errors import ElsewhereError, Interrupted, KdexportError, RunError
+from kdexport.files import fault_of
 from kdexport.progress import Outlet
 
 app = typer.Typer(
@@ -53,7 +55,12 @@ def main() -> None:
         if isinstance(error, BrokenPipeError):  # `kdexport predict … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(0) from None
-        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+        fault = fault_of(error, Path(str(error.filename)) if error.filename else None)
+        _fail(str(fault) if fault else f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+    except Exception as error:
+        if not (fault := fault_of(error, None)):
+            raise
+        _fail(str(fault), 2)
 
 
 def _fail(line: str, code: int) -> None:

@@ -1,6 +1,7 @@
 """Monitor a training: the size and gradient of each term, the metric, the best epoch."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +16,13 @@ from transformers import TrainerCallback
 from kdexport import ranks
 from kdexport.distill.losses import Term
 from kdexport.errors import ModelError
+from kdexport.files import sync, write_bytes
 from kdexport.progress import say, warn
 
 Curve = list[dict[str, float]]
 History = list[dict[str, Any]]
 
+WHOLE = "whole"  # is in a checkpoint all of which is on the disk
 _LOOK_EVERY = 50  # steps; a look at the losses waits for the device
 _ONE_SIDED = 0.99
 _CURVE_KEYS = ("loss", "validation", "terms/", "shares/")
@@ -123,6 +126,18 @@ class Watch(TrainerCallback):  # type: ignore[misc] # transformers ships no type
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: D102
         self._best_in_checkpoint = best_epoch(state.log_history, self.higher_is_better)
+        ranks.gathered(None)  # each process has written its random state
+        if not state.is_world_process_zero:
+            return
+        whole = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for folder in (whole, self.folder):
+            if folder.is_dir():
+                sync(folder)
+        write_bytes(whole / WHOLE, b"")
+        # Not by transformers, which goes by their times: a clock that jumps back would make the newest the oldest.
+        for path in whole.parent.glob("checkpoint-*"):
+            if path != whole:
+                shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, model: nn.Module, history: History) -> int:
         """Load the weights of the best epoch, and return its number."""

@@ -28,6 +28,7 @@ from kdexport.distill.teacher_outputs import Run, Teacher
 from kdexport.distill.teachers import teachers_of
 from kdexport.errors import ModelError, counted
 from kdexport.files import write_json
+from kdexport.output import PRIVATE
 from kdexport.progress import say, warn
 from kdexport.spec import derive
 from kdexport.stages import read_record
@@ -113,7 +114,6 @@ def write_targets(
     say(f"soft targets: teacher's {task.metric.name} on {shown} {task.metric.text(accuracy[shown])}")
     record = {
         "texts": len(np.unique(np.concatenate([keys_of(rows, task.content) for rows in splits.values()]))),
-        "computed": computed,
         "metric": task.metric.name,
         "teacher": accuracy,
         "corrected": corrected,
@@ -124,6 +124,8 @@ def write_targets(
             for member, found in zip(members, each, strict=True)
         ]
     write_json(out / "targets.json", record)
+    (out / PRIVATE).mkdir(exist_ok=True)  # apart from the stage's content: made again, it is the same
+    write_json(out / PRIVATE / "computed.json", computed)
 
 
 class Combined:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from kdexport.errors import counted, first_line
+from kdexport.files import sync_one
 from kdexport.progress import warn
 from kdexport.tasks.metrics import Array
 
@@ -24,7 +25,7 @@ _HASHED_AT_ONCE = 1 << 24  # bytes
 
 
 class Store:
-    """Content → logits, in a folder of shards that only ever grows; in memory are 36 bytes a content.
+    """Content → logits, in a folder of shards that only ever grows; in memory are 32 bytes a content.
 
     `dtype` is that of one content's logits; shards of another are skipped. An `optional` store is a cache: where it
     can't be written or read, it goes on in memory with a warning, and renames damaged shards to `NAME.npy.damaged`. Any
@@ -67,9 +68,9 @@ class Store:
         try:
             with neighbour.open("wb") as file:
                 np.save(file, records)
-                file.flush()
-                os.fsync(file.fileno())
+            sync_one(neighbour)
             neighbour.replace(name)
+            sync_one(self._folder)
         except OSError as error:
             self._give_up(error)
             shard = records

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from kdexport import ranks
 from kdexport.distill.layer_losses import Matching, matched
 from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_at
-from kdexport.distill.monitor import Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
+from kdexport.distill.monitor import WHOLE, Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
 from kdexport.distill.order import ByLength, Parts
 from kdexport.distill.targets import SoftTargets
 from kdexport.errors import SpecError, counted
@@ -290,7 +290,6 @@ def _arguments(config: TrainConfig, folder: Path, parts: int, looks_inside: bool
         seed=config.seed,
         logging_strategy="epoch",
         save_strategy="no",  # Watch asks for checkpoints, by time
-        save_total_limit=1,
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -360,12 +359,10 @@ def _judge(
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint: its state file is written last."""
+    """Return the newest complete checkpoint."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in reversed(found):
-        try:
-            msgspec.json.decode((path / "trainer_state.json").read_bytes())
+        if (path / WHOLE).is_file():
             return str(path)
-        except (OSError, msgspec.DecodeError):
-            shutil.rmtree(path)
+        shutil.rmtree(path)
     return None

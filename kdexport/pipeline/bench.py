@@ -227,7 +227,7 @@ def _answers(targets: list[Target], rows: Sequence[Row], measured: Measured) -> 
     found = {}
     with tempfile.TemporaryDirectory() as work, bar("answers for accuracy", len(targets)) as advance:
         file = Path(work) / "rows.json"
-        file.write_bytes(msgspec.json.encode(rows))
+        file.write_bytes(msgspec.json.encode(list(rows)))
         for target in targets:
             expected = len(rows) * measured.latency[target.name].p50 / 1e3
             try:

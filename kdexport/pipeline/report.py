@@ -12,7 +12,6 @@ from kdexport.analysis import sampled
 from kdexport.analysis.evidence import look_closely
 from kdexport.analysis.membership import membership
 from kdexport.bench.engine import Measured, read_measured
-from kdexport.bench.machine import elsewhere
 from kdexport.bench.subjects import Target
 from kdexport.data import read_rows, read_summary
 from kdexport.data.rows import Rows
@@ -64,10 +63,9 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
         measured.latency.get(best), sizes[choice.recommended.name],
     )  # fmt: skip
     summary, leaked = read_summary(stages.data), _membership(stages, task, rows, logits, choice)
-    conditions = msgspec.structs.replace(
-        measured.conditions, price_per_hour=settings.bench.price_per_hour,
-        warnings=[*elsewhere(measured.environment), *measured.conditions.warnings],
-    )  # fmt: skip
+    conditions = msgspec.structs.replace(measured.conditions, price_per_hour=settings.bench.price_per_hour)
+    records = {path.name: read_record(path) for path in stages[1:] if isinstance(path, Path)}
+    machines = {name: record.machine for name, record in records.items() if record.machine}
     report = Report(
         kdexport=__version__, task=settings.task, **described(task.metric), labels=task.labels, recommended=best,
         reason=choice.reason, variants=_variants(stages, candidates, choice, quality, measured, wrong), budget=verdict,
@@ -80,10 +78,25 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
               "sha256": read_record(stages.data).outputs},
         leakage=msgspec.to_builtins(summary.duplicates) | {"membership": leaked}, bench=conditions,
         environment=measured.environment, spec=msgspec.to_builtins(settings),
-        seconds={p.name: read_record(p).seconds for p in stages[1:] if isinstance(p, Path)},
+        seconds={name: record.seconds for name, record in records.items()},
+        machines=machines, varies=_varies(machines.get(stages.student.name, {}), stages.search),
         command=f"kdexport run {stages.run}/spec.yaml --out {stages.run}",
     )  # fmt: skip
     return report, choice
+
+
+def _varies(trained_by: dict[str, Any], search: Search | None) -> list[str]:
+    """Return what a second run of the same spec may give otherwise; all else has the same bytes."""
+    threads, on = trained_by.get("threads", "?"), trained_by.get("name", "an unknown machine")
+    found = [
+        "times, memory and speedups, which are measured, and a choice between files that are nearly as fast",
+        f"the last digits of weights and logits with other than {threads} threads, or on another machine than {on}",
+    ]
+    if trained_by.get("gpu"):
+        found.append("weights and logits of a GPU, whose kernels sum in no fixed order")
+    if search:
+        found.append("which student the search tried first, as that rests on measured times")
+    return found
 
 
 def _labelled(data: Path) -> int:

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from kdexport import ranks, spec
 from kdexport.bench.engine import bench as measure
+from kdexport.bench.machine import maker
 from kdexport.bench.subjects import of_file, of_model
 from kdexport.data import prepare, read_rows, read_summary
 from kdexport.data.sources import local_files
@@ -58,7 +59,8 @@ def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
     names = derive.students(settings)
     files = local_files(settings.data)
     sources = [*files, *teachers.files(settings), *local(*names)]
-    with Run(out, sources, spec.dump(settings), move_aside=move_aside) as folder, disk_errors(out):
+    here = maker()
+    with Run(out, sources, spec.dump(settings), here, move_aside=move_aside) as folder, disk_errors(out):
         ranks.check_shared(out / PRIVATE, "the run's folder", "Name one with --out that all machines share")
         # 1. Read, check, split and audit the rows.
         data = folder.stage(
@@ -95,10 +97,10 @@ def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
             build=lambda work: verify(data, targets, student, baseline, export, work),
         )  # fmt: skip
 
-        # 7. Measure its speed, side by side with the teacher.
+        # 7. Measure its speed, side by side with the teacher; on another machine again.
         bench = folder.stage(
             "bench", version=4, reads=[data, teacher, export],
-            settings=[replace(settings.bench, price_per_hour=None), settings.seed],
+            settings=[replace(settings.bench, price_per_hour=None), settings.seed, here["hardware"]],
             build=lambda work: _bench(settings, data, teacher, student, export, work),
         )  # fmt: skip
 

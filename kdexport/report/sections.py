@@ -14,7 +14,7 @@ from kdexport.report.quality import calibration, classes, differences, quality, 
 from kdexport.report.search import search
 from kdexport.report.speed import budget, latency, steps, trade_off, variants
 from kdexport.report.table import trimmed
-from kdexport.results import Report
+from kdexport.results import Report, made_elsewhere
 from kdexport.tasks import task_class
 
 
@@ -69,6 +69,8 @@ def machine(r: Report) -> Section:
     """List the facts of the machine."""
     rows = [(key.replace("_", " "), text) for key, value in r.environment.items() if (text := written(value))]
     lead = "Milliseconds are valid for this machine only."
+    if strangers := made_elsewhere(r):
+        lead += "".join(f" {', '.join(stages)}: made on {name}." for name, stages in strangers.items())
     return Section("Environment", lead, tables=[Table(("what", "found"), rows)])
 
 
@@ -78,6 +80,8 @@ def reproduce(r: Report) -> Section:
     files = "".join(f"\n# sha256 {v.sha256}  {v.name}" for v in r.variants if v.sha256)
     settings = f"\n\n{msgspec.yaml.encode(r.spec).decode().rstrip()}" if r.spec else ""
     lead = "The command, the hashes of data and files, and the whole spec."
+    if r.varies:
+        lead += f" A second run makes the same files, byte by byte. What may differ: {'; '.join(r.varies)}."
     return Section("How to reproduce", lead, code=f"{r.command}{sums}{files}{settings}")
 
 

@@ -21,7 +21,7 @@ from kdexport.report.table import (
     table,
     times,
 )
-from kdexport.results import Report, machine_name
+from kdexport.results import Report, machine_name, made_elsewhere
 
 
 def show(report: Report, folder: Path) -> None:
@@ -82,6 +82,7 @@ def summary(report: Report) -> list[str]:
         for check in report.budget.checks
     ]
     lines.append(f"measured on {machine_name(report.environment)}, {counted(report.bench.threads, 'thread')}")
+    lines += [f"{', '.join(stages)}: made on {name}" for name, stages in made_elsewhere(report).items()]
     if report.bench.warnings:
         first, *others = report.bench.warnings
         lines.append(f"warning: {first}{f' ({len(others)} more in report.html)' if others else ''}")

@@ -144,8 +144,9 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
 
 def machine_name(environment: dict[str, Any]) -> str:
     """Name the machine of an environment."""
-    cores = environment.get("cores_allowed")
-    return f"{environment.get('cpu') or 'an unknown CPU'}, {counted(cores, 'core') if cores else '? cores'}"
+    cores, gpus = environment.get("cores_allowed"), environment.get("gpus") or []
+    name = f"{environment.get('cpu') or 'an unknown CPU'}, {counted(cores, 'core') if cores else '? cores'}"
+    return ", ".join([name, *(gpu["name"] for gpu in gpus)])
 
 
 class Control(msgspec.Struct, frozen=True):

@@ -16,6 +16,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """`report.json` of a run, or of `kdexport bench`, with fewer fields.
 
     `metric_kind`: fraction (of rows that are correct), ratio (between 0 and 1) or number (in a unit of its own).
+    `machines`: name, hash of the hardware, and threads of the machine that made each stage. `varies`: what a second run
+    of the same spec may give otherwise.
     """
 
     schema: int = SCHEMA
@@ -38,11 +40,22 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, Any]
     spec: dict[str, Any] = {}
     seconds: dict[str, float] = {}
+    machines: dict[str, dict[str, Any]] = {}
+    varies: list[str] = []
     command: str = ""
 
     def variant(self, name: str | None) -> Variant:
         """Return a variant by its name."""
         return next(variant for variant in self.variants if variant.name == name)
+
+
+def made_elsewhere(report: Report) -> dict[str, list[str]]:
+    """Return the stages by each machine that made them, other than that of the measurement."""
+    found: dict[str, list[str]] = {}
+    for stage, machine in report.machines.items():
+        if machine["hardware"] != report.environment.get("hardware"):
+            found.setdefault(machine["name"], []).append(stage)
+    return found
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):

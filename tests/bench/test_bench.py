@@ -24,13 +24,12 @@ from kdexport.bench.subjects import Target, of_file, of_model, open_target
 from kdexport.data import read_rows
 from kdexport.errors import RunError
 from kdexport.export import export_student
-from kdexport.files import write_json
 from kdexport.pipeline.bench import labelled_rows, measure
-from kdexport.pipeline.report import Stages, assemble
+from kdexport.pipeline.run import run as kdexport_run
 from kdexport.report import page_of
-from kdexport.report.page import markdown
+from kdexport.report.page import html, markdown
 from kdexport.report.terminal import summary
-from kdexport.results import Control, Ratio
+from kdexport.results import Control, Ratio, machine_name
 from kdexport.runtime.predictor import Predictor
 from kdexport.tasks import load_task, task_class
 from kdexport.tasks.config import TaskConfig
@@ -260,18 +259,28 @@ def test_the_environment_names_the_machine():
     assert "CPUExecutionProvider" in found["providers"]
 
 
-def test_a_run_that_was_measured_elsewhere_says_so(copied, settings):
-    """A copied folder's figures are those of the machine that made them."""
-    folders = [copied / n for n in ("data", "teacher", "targets", "student", "baseline", "export", "verify", "bench")]
-    here, _ = assemble(spec.load(None, settings), Stages(copied, *folders))
-    assert not any("another machine" in line for line in here.bench.warnings)
-    measured = read_measured(copied / "bench")
-    facts = measured.environment | {"cpu": "Other CPU", "cores_allowed": 64, "hardware": "other"}
-    write_json(copied / "bench" / "bench.json", msgspec.structs.replace(measured, environment=facts))
-    report, _ = assemble(spec.load(None, settings), Stages(copied, *folders))
-    assert "measured on another machine (Other CPU, 64 cores), not on this one" in report.bench.warnings[0]
-    assert any(line.startswith("measured on Other CPU, 64 cores") for line in summary(report))
-    assert "on Other CPU, 64 cores" in markdown(page_of(report))
+@pytest.mark.slow
+def test_a_run_that_is_copied_to_another_machine_is_measured_there_and_names_both(copied, settings, monkeypatch):
+    here = machine.identity()
+    there = here | {"cpu": "Other CPU", "cores_allowed": 64, "hardware": "other"}
+    monkeypatch.setattr(machine, "identity", lambda: there)
+    report = kdexport_run(spec.load(None, settings), copied)
+    assert read_measured(copied / "bench").environment["cpu"] == "Other CPU"
+    trained_by = machine_name(here)
+    assert report.machines["student"]["name"] == trained_by
+    assert report.machines["bench"] == {
+        "name": "Other CPU, 64 cores",
+        "hardware": "other",
+        "threads": "1",
+        "gpu": False,
+    }
+    lines = summary(report)
+    assert any(line.startswith("measured on Other CPU, 64 cores") for line in lines)
+    assert f"data, teacher, targets, student, baseline, export, verify: made on {trained_by}" in lines
+    drawn = markdown(page_of(report))
+    assert "on Other CPU, 64 cores" in drawn
+    assert f"made on {trained_by}" in html(page_of(report))
+    assert f"with other than 1 threads, or on another machine than {trained_by}" in html(page_of(report))
 
 
 def test_milliseconds_may_be_compared_only_on_the_same_hardware():

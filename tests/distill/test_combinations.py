@@ -156,7 +156,7 @@ def stages(request, tmp_path_factory):
         save_model(opened, teacher)
     model, opened_task = open_trained(teacher), load_task(teacher)
     for split in ("train", "validation", "test"):
-        np.save(targets / f"{split}.npy", logits_of(model, opened_task, read_rows(data, split)))
+        np.save(targets / f"{split}.npy", opened_task.pack(logits_of(model, opened_task, read_rows(data, split))))
     return task, problem, data, teacher, targets
 
 

@@ -126,9 +126,9 @@ def load_task_ids(folder, rows):
 def test_a_teachers_answers_are_kept_for_itself_whoever_stands_beside_it(tmp_path, data, news, first, second):
     stage(tmp_path / "one", data, settings(news, str(first)))
     _, targets = stage(tmp_path / "two", data, settings(news, [str(second), str(first)]))
-    assert json.loads((targets / "targets.json").read_text())["computed"] == 120  # the second's alone
+    assert json.loads((targets / ".kdexport/computed.json").read_text()) == 120  # the second's alone
     _, again = stage(tmp_path / "three", data, settings(news, [str(second), str(first)], **{"teacher.weights": [2, 1]}))
-    assert json.loads((again / "targets.json").read_text())["computed"] == 0
+    assert json.loads((again / ".kdexport/computed.json").read_text()) == 0
 
 
 def test_stored_logits_can_stand_beside_a_model(tmp_path, data, news, first, second):
@@ -201,9 +201,9 @@ def test_passes_with_dropout_differ_are_combined_and_kept(tmp_path, data, news, 
     assert len(each) == 3
     assert noisy == pytest.approx(np.mean(each, axis=0), abs=1e-5)
     assert np.abs(each[0] - each[1]).max() > 0.01
-    assert json.loads((targets / "targets.json").read_text())["computed"] == 360
+    assert json.loads((targets / ".kdexport/computed.json").read_text()) == 360
     _, again = stage(tmp_path / "again", data, given)
-    assert json.loads((again / "targets.json").read_text())["computed"] == 0
+    assert json.loads((again / ".kdexport/computed.json").read_text()) == 0
     monkeypatch.setenv("KDEXPORT_CACHE", str(tmp_path / "other"))
     _, anew = stage(tmp_path / "anew", data, given)
     assert np.array_equal(np.load(anew / "test.npy"), np.load(targets / "test.npy"))  # seeded

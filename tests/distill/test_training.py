@@ -385,6 +385,33 @@ def test_a_killed_training_ends_as_one_that_was_not(kind, place, trained, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_clock_that_jumps_back_makes_no_older_checkpoint_the_newest(trained, tmp_path, monkeypatch):
+    end = monitor.Watch.on_epoch_end
+
+    def in_the_future(self, *arguments, **named):
+        for path in (tmp_path / "checkpoints").glob("*"):
+            os.utime(path, (path.stat().st_mtime + 86400,) * 2)
+        return end(self, *arguments, **named)
+
+    monkeypatch.setattr(monitor.Watch, "on_epoch_end", in_the_future)
+    kill_after(monitor.Watch, "on_save", times=2)(monkeypatch)
+    with pytest.raises(Killed):
+        trained("patience", tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-6"]
+
+
+def test_a_checkpoint_that_a_power_cut_left_unfinished_is_not_taken(trained, tmp_path, monkeypatch):
+    expected, _ = trained.whole("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(monitor, "sync")(patch)  # before it is marked as whole
+        with pytest.raises(Killed):
+            trained("plain", tmp_path)
+    (torn,) = (tmp_path / "checkpoints").iterdir()
+    os.truncate(torn / "model.safetensors", 10)
+    found, _ = trained("plain", tmp_path)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_best_weights_are_kept_of_this_epoch_and_of_what_the_last_checkpoint_knows(
     task, rows, soft, tmp_path, monkeypatch
 ):
