@@ -35,7 +35,7 @@ TESTS = {
     "distill/store.py": ["distill/test_store.py", "distill/test_target_properties.py"],
     "tasks/metrics.py": ["tasks/test_metrics.py", "tasks/test_metric_properties.py"],
     "tasks/packed.py": ["tasks/test_packed_properties.py", "data/test_rows.py"],
-    "runtime/artifact.py": ["runtime/test_artifact_security.py", "runtime/test_artifact_values.py"],
+    "runtime/artifact.py": ["runtime/test_manifest.py"],
 }
 _SECONDS = 120  # more than any of them takes; a mutant that loops is killed by it
 _SWAPPED: dict[type, type] = {

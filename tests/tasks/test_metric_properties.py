@@ -162,6 +162,37 @@ def test_gain_and_retention_say_the_same_whichever_way_is_better(higher, before,
     assert metric.retention(after, before) * metric.retention(before, after) == pytest.approx(1)
 
 
+def test_what_metrics_are_where_there_is_nothing_to_count():
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert mcnemar_p(np.array([True]), np.array([True])) == 1.0
+    assert cohen_kappa(np.zeros((2, 2), int)) == 0.0
+    assert cohen_kappa(np.array([[5, 0], [0, 0]])) == 0.0
+    assert f1_of(np.zeros(3)) == 1.0
+    assert Metric("m").retention(0.5, 0.0) == 0.0
+    assert best_threshold(np.ones(1), np.ones(1)) == (0.0, 1.0)
+
+
+def test_a_paired_difference_by_hand():
+    """Agresti and Min 2005: half a row more in each cell."""
+    a = np.array([True] + [False] * 3 + [True] * 6)
+    b = np.array([False] + [True] * 3 + [True] * 6)
+    half = 1.959964 * np.sqrt(5 - 4 / 12) / 12
+    assert paired_difference(a, b) == (pytest.approx(0.2), pytest.approx((2 / 12 - half, 2 / 12 + half)))
+
+
+def test_calibration_has_ten_bins_of_equal_width_unless_others_are_asked_for():
+    confidence = np.array([0.5, 0.59, 0.61, 0.7, 0.95, 1.0])
+    probabilities = np.stack([confidence, 1 - confidence], axis=1)
+    _, table = reliability(probabilities, np.zeros(6, int))
+    assert [n for *_, n in table] == [2, 1, 1, 2]  # 0.5 to 0.6, to 0.7, to 0.8, and from 0.9
+    assert [n for *_, n in reliability(probabilities, np.zeros(6, int), 2)[1]] == [6]
+
+
+def test_metrics_are_shown_in_percent_but_for_numbers():
+    assert Metric("m").text(0.12345) == "12.35%"
+    assert Metric("m", kind="number").text(0.12345) == "0.123"
+
+
 # --- tasks: rows, their logits, and what their metric is by definition
 
 
