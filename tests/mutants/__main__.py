@@ -48,12 +48,11 @@ _SWAPPED: dict[type, type] = {
 
 def places(tree: ast.AST) -> Iterator[tuple[ast.AST, str, Any]]:
     """Yield node, field and new value of each change (`not x` becomes None); types and texts are left alone."""
+    types = [getattr(node, field, None) for node in ast.walk(tree) for field in ("annotation", "returns")]
+    of_types = {part for one in types if one for part in ast.walk(one)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.arg | ast.AnnAssign):
-            node.annotation = ast.Constant("")
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-    for node in ast.walk(tree):
+        if node in of_types:
+            continue
         if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPPED:
             yield node, "ops", [_SWAPPED[type(node.ops[0])](), *node.ops[1:]]
         elif isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in _SWAPPED:

@@ -57,6 +57,46 @@ def test_a_run_leads_to_its_artifact(folder):
     assert artifact.resolve(run) == artifact.resolve(folder) == folder
     assert artifact.read_manifest(run) == artifact.read_manifest(folder)
     assert artifact.read_columns(run / "elsewhere") == {}
+    assert artifact.resolve(run / "elsewhere") == run / "elsewhere"
+    shutil.copytree(folder, folder / "artifact")  # a manifest of one's own comes first
+    assert artifact.resolve(folder) == folder
+
+
+def test_an_artifact_without_golden_answers_has_no_file_of_them(packed, tmp_path):
+    (tmp_path / "bare" / "onnx").mkdir(parents=True)
+    models = {"fp32": (packed / "onnx/model.onnx", "plain")}
+    artifact.pack(packed.parent / "student", models, "fp32", {}, tmp_path / "bare")
+    assert not (tmp_path / "bare" / artifact.GOLDEN).exists()
+    assert artifact.model_file(tmp_path / "bare") == tmp_path / "bare/onnx/model.onnx"
+
+
+def test_links_of_a_hub_cache_lead_to_its_blobs_and_nowhere_else(packed, tmp_path):
+    cache = tmp_path / "models--a--b"
+    snapshot = cache / "snapshots" / "1"
+    shutil.copytree(packed, cache / "blobs")
+    (snapshot / "onnx").mkdir(parents=True)
+    (cache / "blobs" / "onnx" / "model.onnx").rename(cache / "blobs" / "model.onnx")
+    (snapshot / "onnx" / "model.onnx").symlink_to("../../../blobs/model.onnx")
+    for file in (cache / "blobs").glob("*.json"):
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert artifact.model_file(snapshot)
+    for elsewhere in (cache / "refs", tmp_path):
+        elsewhere.mkdir(exist_ok=True)
+        shutil.copyfile(packed / "config.json", elsewhere / "config.json")
+        (snapshot / "config.json").unlink()
+        (snapshot / "config.json").symlink_to(elsewhere / "config.json")
+        refused(snapshot, "lies outside of it")
+
+
+def test_files_up_to_the_limit_are_read(folder, monkeypatch):
+    largest = max((folder / name).stat().st_size for name in artifact.read_manifest(folder).files)
+    monkeypatch.setattr(artifact, "_MOST_OTHER", largest)
+    monkeypatch.setattr(artifact, "_MOST_MODEL", (folder / "onnx/model.onnx").stat().st_size)
+    assert artifact.model_file(folder)
+    monkeypatch.setattr(artifact, "_MOST_MODEL", artifact._MOST_MODEL - 1)
+    refused(folder, r"model.onnx has .* bytes; at most")
+    monkeypatch.setattr(artifact, "_MOST_OTHER", largest - 1)
+    refused(folder, r"(tokenizer.json|model.onnx) has .* bytes; at most")
 
 
 def test_columns_and_golden_answers_may_be_absent(folder):
@@ -165,8 +205,9 @@ def test_an_encoder_has_its_decoder_beside_it(tmp_path):
 
 
 def test_any_error_of_an_artifact_is_an_artifact_error_but_an_interrupt(tmp_path):
-    for error in (ValueError("x"), MemoryError(), RecursionError("deep")):
-        with pytest.raises(ArtifactError, match="can't be loaded: "), artifact.only_artifact_errors(tmp_path):
+    for error, reason in ((ValueError("x"), "x"), (MemoryError(), "MemoryError"), (RecursionError("deep"), "deep")):
+        says = f"can't be loaded: {reason}"
+        with pytest.raises(ArtifactError, match=says), artifact.only_artifact_errors(tmp_path):
             raise error
     with pytest.raises(KeyboardInterrupt), artifact.only_artifact_errors(tmp_path):
         raise KeyboardInterrupt
