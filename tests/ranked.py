@@ -113,6 +113,19 @@ def targets():
             write_targets(run / "data", run / "teacher", FOLDER)
 
 
+def memory():
+    """Call `kdexport.run` for images that are not there; write the limit that each process has for decoded ones."""
+    import kdexport
+    from kdexport.tasks.inputs.cache import memory_for_cache
+
+    data = {"train": "none.csv", "cache_mb": 12}
+    settings = {"task": "image-classification", "data": data, "teacher": {"model": "none/none"}}
+    try:
+        kdexport.run(settings, out=FOLDER / "run")
+    finally:
+        (FOLDER / RANK).write_text(str(memory_for_cache()))
+
+
 def resume():
     """Call `kdexport.run` for a finished run."""
     import kdexport
@@ -124,7 +137,7 @@ def resume():
 if __name__ == "__main__":
     CASE, FOLDER = sys.argv[1], Path(sys.argv[2])
     ranks._GRACE_S = 2.0
-    cases = {"train": train, "targets": targets, "resume": resume}
+    cases = {"train": train, "targets": targets, "memory": memory, "resume": resume}
     cli.app = cases.get(CASE.partition(" ")[0], calls)
     sys.argv = ["kdexport", "run"]
     cli.main()

@@ -86,14 +86,16 @@ def from_arrow(name: str, schema: Any, batches: Iterable[Any], folder: Path = Pa
     def named(value: Any, known: list[str]) -> Any:
         if isinstance(value, list):
             return [named(one, known) for one in value]
-        if not isinstance(value, int) or value >= len(known):  # what has no name stays
+        if not isinstance(value, int):  # None, and what is no number of a class
             return value
         return None if value < 0 else known[value]
 
-    def rows() -> Iterator[Raw]:
-        for batch in batches:
-            for row in batch.to_pylist():
-                yield row | {column: named(row[column], known) for column, known in names.items()}
+    def rows() -> Iterator[Raw | str]:
+        for row in (row for batch in batches for row in _of_batch(batch)):
+            try:
+                yield row | {column: named(row[column], known) for column, known in names.items()} if row else _NO_UTF8
+            except IndexError:
+                yield "it has a number of a class that has no name"
 
     return Source(name, list(schema.names), rows(), folder)
 
@@ -105,6 +107,14 @@ def _classes_of(schema: Any) -> dict[str, list[str]]:
         return {column: found for column in schema.names if (found := _class_names(features.get(column)))}
     except (msgspec.DecodeError, AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError):
         return {}
+
+
+def _of_batch(batch: Any) -> list[Raw | None]:
+    """Return the rows of an Arrow batch; None where one has a text that is not UTF-8."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        return [None] if len(batch) == 1 else [row for i in range(len(batch)) for row in _of_batch(batch.slice(i, 1))]
 
 
 def _class_names(feature: Any) -> list[str] | None:
@@ -202,7 +212,7 @@ def _read_json(path: Path, encoding: str) -> Source:
     return Source(path.name, list(columns), chain(some, rows), path.parent)
 
 
-_NO_OBJECT = "it is no JSON object"
+_NO_OBJECT, _NO_UTF8 = "it is no JSON object", "it has a text that is not UTF-8"
 
 
 def _decoded(text: str) -> Raw | str:
@@ -243,7 +253,8 @@ def _encoding(path: Path) -> str:
         head = file.read(4)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             try:
-                path.read_text(encoding="utf-16")
+                for _ in _lines(path, "utf-16"):
+                    pass
             except UnicodeDecodeError as error:
                 raise DataError(f"{path} is no valid UTF-16: {error.reason}", "Save it as UTF-8") from None
             return "utf-16"

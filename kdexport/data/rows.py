@@ -49,7 +49,7 @@ class Rows(Sequence[Row]):
     def __getitem__(self, i: slice) -> Rows: ...
     def __getitem__(self, i: int | slice) -> Row | Rows:
         if isinstance(i, slice):
-            return self.take(np.arange(len(self))[i])
+            return self.take(np.arange(*i.indices(len(self))))
         file = self._files[self._of[i]]
         try:
             row: Row = msgspec.json.decode(self.line(i))

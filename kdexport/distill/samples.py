@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kdexport.models.registry import open_trained
@@ -27,13 +28,15 @@ def written_by(teacher: Path, rows: Sequence[dict[str, Any]], count: int, seed: 
     model: Any = open_trained(teacher).eval()
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     draw = torch.Generator().manual_seed(seed)
-    starts = [a["input_ids"][:_PROMPT] for a in task.tokenize(rows) if len(a["input_ids"]) > _PROMPT]
-    chosen = torch.randint(len(starts), (count,), generator=draw).tolist()
+    encoded = task.tokenize(rows)
+    long = np.flatnonzero(np.array(task.sizes(encoded)) > _PROMPT)
+    chosen = long[torch.randint(len(long), (count,), generator=draw).numpy()].tolist()
     texts: list[str] = []
     with torch.random.fork_rng(), bar("the teacher writes", count) as advance:
         torch.manual_seed(seed)
         for i in range(0, count, _AT_ONCE):
-            prompts = torch.tensor([starts[j].tolist() for j in chosen[i : i + _AT_ONCE]]).to(model.device)
+            begun = [encoded[j]["input_ids"][:_PROMPT] for j in chosen[i : i + _AT_ONCE]]
+            prompts = torch.from_numpy(np.stack(begun)).to(model.device)
             written = model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),

@@ -4,6 +4,7 @@ Each teacher computes each text once, in a shared cache (`teacher_outputs`, `sto
 combined logits of its rows, and of the transfer rows, which the teachers alone label: unlabelled and augmented texts.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from operator import add
@@ -41,7 +42,7 @@ TRANSFER = "transfer"
 _SAMPLES = "samples"
 _PREFLIGHT_ROWS = 256
 _CHANCE_KAPPA = 0.1
-_BLOCK = 8192
+_BLOCK, _BLOCK_BYTES = 8192, 1 << 25  # of rows, and of their logits
 # Another order of labels is named where it reads better beyond luck, in standard errors, and by enough of the rows.
 _SURE, _WORTH = 4.0, 0.05
 
@@ -143,9 +144,10 @@ class Combined:
         return combine(each, self._how.weights, self._how.combine), each
 
 
-def _blocks(rows: Rows) -> Iterator[list[Row]]:
+def _blocks(task: Task, rows: Rows) -> Iterator[list[Row]]:
     """Yield rows in blocks, which save memory."""
-    return (list(rows[start : start + _BLOCK]) for start in range(0, len(rows), _BLOCK))
+    size = max(1, min(_BLOCK, _BLOCK_BYTES // (4 * math.prod(task.answer_shape))))
+    return (list(rows[start : start + size]) for start in range(0, len(rows), size))
 
 
 def _write(
@@ -160,7 +162,7 @@ def _write(
     task, sums, corrected = teachers.task, None, 0
     teaches = split in ("train", TRANSFER)
     with writing(path, len(rows)) as file:
-        for block in _blocks(rows):
+        for block in _blocks(task, rows):
             logits, each = teachers.answers(block)
             taught = logits
             if max_word_error is not None and can_transcribe(task):
@@ -202,7 +204,9 @@ def _needed(teachers: Combined, rows: Rows) -> spec.Augment | None:
     """Return augmented texts where teachers are so sure of the training rows that they say hardly more than labels."""
     if teachers.task.objective != "classes" or not teachers.task.menu.augment:
         return None
-    sure = sum(float(softmax(teachers.answers(block)[0]).max(axis=1).sum()) for block in _blocks(rows)) / len(rows)
+    sure = sum(
+        float(softmax(teachers.answers(block)[0]).max(axis=1).sum()) for block in _blocks(teachers.task, rows)
+    ) / len(rows)
     copies = derive.views(sure, len(rows))
     if not copies.value:
         return None

@@ -35,6 +35,7 @@ class Store:
     def __init__(self, folder: Path, dtype: np.dtype | None = None, *, optional: bool = False) -> None:
         self._folder, self._dtype, self._optional = folder, dtype, optional
         self._shards: list[Path | Array] = []
+        self._skipped: set[Path] = set()
         # The contents in the order of their keys' first halves: key, shard, and place in it.
         self._keys, self._of = np.zeros((0, 2), np.uint64), np.zeros((0, 2), np.int64)
         self.refresh()
@@ -45,8 +46,10 @@ class Store:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self._give_up(error)
-        new = [shard for shard in sorted(self._folder.glob("*.npy")) if shard not in self._shards]
+        known = {shard for shard in self._shards if isinstance(shard, Path)}
+        new = sorted({*self._folder.glob("*.npy")} - known - self._skipped)
         skipped = [(shard, why) for shard in new if (why := self._read(shard))]
+        self._skipped.update(shard for shard, _ in skipped)
         if skipped:
             shard, why = skipped[0]
             warn(

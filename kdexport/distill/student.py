@@ -1,6 +1,6 @@
 """Build a student, with first weights from the teacher's, and train it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,16 @@ from kdexport.tasks.inputs.audio import longest_seconds, speech_seconds
 # Width of a TextNet's features, and of the layer before its logits: docs/decisions.md.
 _NETWORK_WIDTH, _NETWORK_HEAD = 256, 512
 _LEAST_STEPS = 100  # of a trial
+
+
+class _Texts:
+    """The texts of rows, read from disk by each loop over them."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[str]:
+        return (row[column] for row in self._rows for column in ("text", "text_pair") if row.get(column))
 
 
 class Untrained(NamedTuple):
@@ -161,7 +171,6 @@ def _start(
 ) -> Untrained:
     set_seed(seed)
     rows = read_rows(data, "train") + transfer_rows(targets)
-    texts = (row[column] for row in rows for column in ("text", "text_pair") if row.get(column))
     some, config = some_rows(data), read_config(teacher)
     if config.decoder:
         return build_writer(student, name, teacher, some, out)
@@ -170,7 +179,7 @@ def _start(
         made = build_conv(shape.width, config, some, recurrent=shape.network == "gru")
         built = Untrained(made, "random weights")
     else:
-        built = build_student(student, name, teacher, texts)
+        built = build_student(student, name, teacher, _Texts(rows))
     save_task(
         built.opened, config.max_length, config.labels, out, task=config.task, function=config.function, rows=some,
         words=read_summary(data).words, language=config.language,

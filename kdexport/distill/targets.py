@@ -12,6 +12,8 @@ import numpy as np
 from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
 
+_AT_ONCE = 256
+
 
 class SoftTargets:
     """The teacher's logits of rows, or of some of them, read on access: `targets[places]` is float32 [B, …]."""
@@ -33,6 +35,12 @@ class SoftTargets:
                 found[here] = self._task.unpack(np.asarray(part[places[here] - start]))
             start += len(part)
         return found
+
+    def judged(self, places: Sequence[int]) -> Array:
+        """Return the part of them that metrics read."""
+        return np.concatenate(
+            [self._task.judged(self[places[i : i + _AT_ONCE]]) for i in range(0, len(places), _AT_ONCE)]
+        )
 
     def __iter__(self) -> Iterator[Array]:
         return (self[[i]][0] for i in range(len(self)))

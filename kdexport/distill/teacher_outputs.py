@@ -29,7 +29,7 @@ Rows = Sequence[dict[str, Any]]
 # Rows, and a callback with the number done → logits float32 [N, C].
 Run = Callable[[Rows, Callable[[int], None]], Array]
 
-_SHARD_EVERY_S, _SHARD_BYTES = 20.0, 1 << 28
+_SHARD_EVERY_S, _SHARD_BYTES = 20.0, 1 << 26
 _CHUNK = 1024
 _TOGETHER_FROM = 256  # rows; opening the teacher takes every process longer than fewer
 _DROPOUT_BATCH = 32  # which rows share a batch decides the noise of each

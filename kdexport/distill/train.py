@@ -137,6 +137,7 @@ def fit(
     # What transformers leaves ends with this training: variables of the environment, and the model's forward wrapped.
     launched = _accelerates()
     ledger = Ledger(config.learning_rate)
+    torch.manual_seed(config.seed)  # for projections of layers
     attached = matched(model, teacher, layers, token_ids, task=task, rows=rows[:100]) if teacher and layers else None
     with (
         attached or nullcontext() as matching,

@@ -8,6 +8,7 @@ said are given, the nearest one is taken.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,14 @@ def heard_once(
         soft = soft.take(chosen)
         rows = [row | {"tokens": task.ids_of(packed)} for row, packed in zip(rows, soft, strict=True)]
 
-    def encode(row: Row) -> Arrays:
-        bands = torch.from_numpy(task.encode([row])["input_features"]).to(model.device)
-        with torch.inference_mode():
-            heard: Arrays = {"heard": model.encoded(bands)[0].half().cpu().numpy()}
-        return heard | task.tokens(row)
+    return rows, soft, Encoded(rows, partial(_states, model, task))  # no closure: other processes get it pickled
 
-    return rows, soft, Encoded(rows, encode)
+
+def _states(model: Any, task: SpeechSeq2Seq, row: Row) -> Arrays:
+    bands = torch.from_numpy(task.encode([row])["input_features"]).to(model.device)
+    with torch.inference_mode():
+        heard: Arrays = {"heard": model.encoded(bands)[0].half().cpu().numpy()}
+    return heard | task.tokens(row)
 
 
 def _open(model: str, language: str = "") -> Any:

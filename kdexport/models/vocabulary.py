@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def trim_vocabulary(
         tokenizer: WordPiece, BPE or Unigram.
         model: its embeddings [V, E] shrink to [K, E], an output layer over the vocabulary with them; its config's
             `vocab_size` and token ids follow.
-        texts: the corpus; of a pair, both texts.
+        texts: the corpus, which is read several times; of a pair, both texts.
         written: ids of further tokens that stay.
 
     Returns:
@@ -49,14 +50,13 @@ def trim_vocabulary(
         ModelError: another kind of tokenizer, or one with more tokens than the model has embeddings.
     """
     backend = tokenizer.backend_tokenizer
-    corpus = list(dict.fromkeys(texts))
     rows = model.get_input_embeddings().num_embeddings
     if (last := max(backend.get_vocab().values())) >= rows:
         raise ModelError(f"the tokenizer has ids up to {last:,}, the model's table {rows:,} rows", "Name its own one")
-    needed = _needed(backend, corpus, written) | set(tokenizer.all_special_ids) | _ids_of_model(model)
+    needed = _needed(backend, texts, written) | set(tokenizer.all_special_ids) | _ids_of_model(model)
     trimmed = _only(backend, needed)
     kept = np.array([backend.token_to_id(trimmed.id_to_token(i)) for i in range(trimmed.get_vocab_size())], np.int64)
-    _check(backend, trimmed, kept, corpus)
+    _check(backend, trimmed, kept, texts)
     _keep_rows(model, kept)
     tokenizer._tokenizer = trimmed
     tokenizer.vocab_file = None  # SentencePiece's own file can't be trimmed, and would be saved beside ours
@@ -66,7 +66,7 @@ def trim_vocabulary(
 # --- which tokens
 
 
-def _needed(backend: Tokenizer, corpus: list[str], written: Iterable[int]) -> set[int]:
+def _needed(backend: Tokenizer, corpus: Iterable[str], written: Iterable[int]) -> set[int]:
     """Return ids of the tokens that give the corpus the same tokens again, and any other text some."""
     spec = json.loads(backend.to_str())
     model, added = spec["model"], {token["content"] for token in spec["added_tokens"]}
@@ -74,7 +74,8 @@ def _needed(backend: Tokenizer, corpus: list[str], written: Iterable[int]) -> se
     needed = {vocab[token] for token in added if not _UNUSED.fullmatch(token)} | set(written)
     needed |= {id_ for token, id_ in vocab.items() if _is_character(token, model)}
     unknown = vocab.get(model.get("unk_token") or "")
-    for text, encoding in _encodings(backend, [("", ""), *corpus]):  # the pair shows the post-processor's own tokens
+    pair = ("", "")  # it shows the post-processor's own tokens
+    for text, encoding in _encodings(backend, chain([pair], corpus)):
         needed.update(encoding.ids)
         if model["type"] == "WordPiece" and unknown is not None and unknown in encoding.ids:
             needed |= _pieces_of_unknown_words(text, encoding, unknown, backend, vocab, model)
@@ -163,7 +164,7 @@ def _only(backend: Tokenizer, ids: set[int]) -> Tokenizer:
         raise ModelError(f"the tokenizer's vocabulary can't be trimmed: {error}", "Keep it whole") from None
 
 
-def _check(old: Tokenizer, new: Tokenizer, kept: NDArray[np.int64], corpus: list[str]) -> None:
+def _check(old: Tokenizer, new: Tokenizer, kept: NDArray[np.int64], corpus: Iterable[str]) -> None:
     """Compare both tokenizers on the whole corpus: tokenizers may hold components that we do not know."""
     for (text, before), (_, after) in zip(_encodings(old, corpus), _encodings(new, corpus), strict=True):
         if before.ids != kept[after.ids].tolist():
@@ -172,13 +173,13 @@ def _check(old: Tokenizer, new: Tokenizer, kept: NDArray[np.int64], corpus: list
             )
 
 
-def _encodings(tokenizer: Tokenizer, texts: list[Any]) -> Iterator[tuple[Any, Encoding]]:
+def _encodings(tokenizer: Tokenizer, texts: Iterable[Any]) -> Iterator[tuple[Any, Encoding]]:
     """Yield texts and their encodings, untruncated."""
     whole = Tokenizer.from_str(tokenizer.to_str())
     whole.no_truncation()
     whole.no_padding()
-    for i in range(0, len(texts), _BATCH):
-        batch = texts[i : i + _BATCH]
+    left = iter(texts)
+    while batch := list(islice(left, _BATCH)):
         yield from zip(batch, whole.encode_batch(batch), strict=True)
 
 

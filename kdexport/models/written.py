@@ -24,7 +24,7 @@ def trim_writer(model: Transcriber, folder: Path, outputs: Array) -> int:
     tokenizer, task = open_tokenizer(str(folder)), load_task(folder)
     assert writes_speech(task)
     written = {token for one in outputs for token in task.ids_of(one)}
-    kept = trim_vocabulary(tokenizer, model, (f" {text}" for text in task.raw(outputs)), written)
+    kept = trim_vocabulary(tokenizer, model, [f" {text}" for text in task.raw(outputs)], written)
     new = {int(old): i for i, old in enumerate(kept)}
     rules = model.generation_config
     for name in ("suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids"):

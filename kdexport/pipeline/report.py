@@ -232,7 +232,7 @@ def _membership(stages: Stages, task: Task, rows: Rows, logits: dict[str, Array]
     plain = f"student-{precision if precision != 'fp16' else 'fp32'}"  # fused or not, the logits are the same
     with np.load(stages.verify / "members.npz") as found:
         student = membership(task, members, found[plain], rows, logits[plain])
-    taught = SoftTargets(load_task(stages.teacher), stages.targets / "train.npy")[places]
+    taught = SoftTargets(load_task(stages.teacher), stages.targets / "train.npy").judged(places)
     teacher = membership(task, members, taught, rows, logits["teacher"])
     return {"teacher": msgspec.to_builtins(teacher), "student": msgspec.to_builtins(student)}
 

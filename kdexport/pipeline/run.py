@@ -41,6 +41,7 @@ from kdexport.tasks.inputs.cache import limit_memory
 def run(settings: spec.Spec, out: Path, *, move_aside: bool = False) -> Report:
     """Run the unfinished stages of the run folder `out`, and return the report."""
     derive.check_dealt(settings, ranks.size())
+    limit_memory(settings.data.cache_mb)
     with ranks.led(lambda: _facts(settings, out, move_aside)) as leads:
         report = _run(settings, out, move_aside) if leads else None
     return report or read_report(out / "report.json")
@@ -55,7 +56,6 @@ def _facts(settings: spec.Spec, out: Path, move_aside: bool) -> dict[str, str]:
 
 def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    limit_memory(settings.data.cache_mb)
     names = derive.students(settings)
     files = local_files(settings.data)
     sources = [*files, *teachers.files(settings), *local(*names)]
@@ -77,7 +77,7 @@ def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
 
         # 3. Compute soft targets once for all students, also of unlabelled and augmented texts.
         targets = folder.stage(
-            "targets", version=3, settings=teachers.asked_of(settings), reads=[data, teacher],
+            "targets", version=4, settings=teachers.asked_of(settings), reads=[data, teacher],
             build=lambda work: _targets(settings, data, teacher, work),
         )  # fmt: skip
 

@@ -133,7 +133,7 @@ class Number(Classes):
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         x, y = logits[:, 0].astype(np.float64), self.label_array(rows)[:, 0].astype(np.float64)
-        if self._near is None and len(rows):
+        if self._near is None and len(rows) and np.isfinite(x[0] + y[0]):
             self._near = x[0], y[0]
         near_x, near_y = self._near or (0.0, 0.0)
         return _products(x - near_x, y - near_y)

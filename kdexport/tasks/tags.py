@@ -1,7 +1,7 @@
 """Schemes of tags: names in BIO, IO, IOB1, IOE, BIOES, BILOU or BMES, or plain tags such as parts of speech."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 OUTSIDE = "O"
@@ -81,9 +81,9 @@ def misfit(labels: Collection[str]) -> set[str]:
     return plain if OUTSIDE in labels and len(plain) + 1 < len(labels) else set()
 
 
-def scheme_of(rows: Sequence[Sequence[str]]) -> str:
-    """Describe the scheme of the tags of all rows; an empty text where no word has one but O."""
-    labels = {tag for tags in rows for tag in tags}
+def scheme_of(rows: Callable[[], Iterable[Sequence[str]]]) -> str:
+    """Describe the scheme of the tags of all rows, which each call yields; an empty text if no word has one but O."""
+    labels = {tag for tags in rows() for tag in tags}
     if not labels - {OUTSIDE}:
         return ""
     if are_plain(labels):
@@ -93,9 +93,9 @@ def scheme_of(rows: Sequence[Sequence[str]]) -> str:
         return f"tags are {next(name for mark, name in _SCHEMES.items() if mark in others)}, read as BIO"
     if "B" not in marks:
         return "tags are IO, read as BIO"
-    if not (strays := sum(bio(tags) != list(tags) for tags in rows)):
+    if not (strays := sum(bio(tags) != list(tags) for tags in rows())):
         return "tags are BIO"
-    pairs = (pair for tags in rows for pair in zip([OUTSIDE, *tags], tags, strict=False))
+    pairs = (pair for tags in rows() for pair in zip([OUTSIDE, *tags], tags, strict=False))
     if all(_parts(before)[1] == _parts(tag)[1] for before, tag in pairs if tag[0] == "B"):
         return "tags are IOB1, read as BIO"
     return f"tags are BIO; an I- that begins a name ({strays:,} rows) is read as B-"

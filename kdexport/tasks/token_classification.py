@@ -108,9 +108,11 @@ class TokenClassification(Texts):
     @classmethod
     def unified(cls, rows: Sequence[Row]) -> tuple[Iterable[Row | str], str]:
         """Tags as BIO, unless they are plain."""
-        one_of = dict[str, str]()  # each tag once in memory
-        every = [[one_of.setdefault(tag, tag) for tag in (row["label"] or "").split()] for row in rows]
-        labels = one_of.keys()
+
+        def every() -> Iterator[list[str]]:
+            return ((row["label"] or "").split() for row in rows)
+
+        labels = {tag for tags in every() for tag in tags}
         strange, plain = misfit(labels), are_plain(labels)
 
         def converted(row: Row, tags: list[str]) -> Row | str:
@@ -118,8 +120,8 @@ class TokenClassification(Texts):
                 return f"tag {tags[wrong[0]]!r} of word {wrong[0] + 1} is none of O, B-… and I-…"
             return {**row, "label": " ".join(bio(tags))} if tags and not plain else row
 
-        remark = scheme_of([tags for tags in every if not strange & {*tags}])
-        return (converted(row, tags) for row, tags in zip(rows, every, strict=True)), remark
+        remark = scheme_of(lambda: (tags for tags in every() if not strange & {*tags}))
+        return (converted(row, tags) for row, tags in zip(rows, every(), strict=True)), remark
 
     def row(self, given: object) -> dict[str, Any]:
         return self.ready({"text": given} if isinstance(given, list) else super().row(given))

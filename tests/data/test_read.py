@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,15 @@ def test_what_is_wrong_is_the_same_line_for_all_commands(model, tmp_path, name, 
     assert says in lines.pop()
 
 
+def test_a_file_of_utf_16_is_not_read_as_a_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("a text of some words\n" * 50_000, encoding="utf-16")
+    tracemalloc.start()
+    assert sum(1 for _ in read_file(tmp_path / "a.txt").rows) == 50_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 500_000
+
+
 def test_bad_rows_are_left_out_by_all_commands(model, tmp_path):
     good = [json.dumps({"text": text, "label": "b"}) for text in "az"]
     (tmp_path / "a.jsonl").write_text("\n".join([good[0], '{"text": ', "5", '{"text": 5}', good[1]]))
@@ -162,6 +172,24 @@ def test_classes_of_hugging_face_data_sets_have_their_names(tmp_path):
         {"text": "a", "label": "y", "tags": ["x", "y"]},
         {"text": "b", "label": None, "tags": None},
     ]
+
+
+@pytest.mark.parametrize(
+    ("texts", "classes", "says"),
+    [([b"a", b"\xff", b"c"], [0, 1, 0], "a text that is not UTF-8"), ([b"a", b"b", b"c"], [0, 2, 1], "has no name")],
+)
+def test_a_bad_row_of_parquet_is_named_or_left_out(model, tmp_path, texts, classes, says):
+    import pyarrow
+    from pyarrow import parquet
+
+    names = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["x", "y"]}}}}
+    strings = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"text": strings, "label": classes})
+    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), tmp_path / "a.parquet")
+    for read in COMMANDS.values():
+        with pytest.raises(DataError, match=rf"a\.parquet, row 2: .*{says}"):
+            read(data(tmp_path / "a.parquet"), model)
+        assert len(read(data(tmp_path / "a.parquet", skip_bad_rows=True), model)) == 2
 
 
 def test_without_pyarrow_the_extra_is_named(monkeypatch, tmp_path):

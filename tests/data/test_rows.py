@@ -1,6 +1,7 @@
 """Rows, tokens and soft targets on disk are those that were written, in whatever part and order they are asked for."""
 
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -137,3 +138,12 @@ def test_a_student_learns_the_same_from_half_the_bytes(spread):
 
     exact, found = gradient(packed), gradient(whole(compact(packed[None], 2_000))[0])
     assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_part_of_many_rows_costs_no_more_than_its_rows(tmp_path):
+    rows = write_rows(tmp_path, "many", ({"i": i} for i in range(100_000)))
+    tracemalloc.start()
+    assert [row["i"] for row in rows[99_990:99_980:-5]] == [99_990, 99_985]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000

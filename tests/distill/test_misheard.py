@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from kdexport import spec
 from kdexport.data import prepare, read_rows, read_summary
 from kdexport.distill.losses import LOGIT_LOSSES, with_rest
 from kdexport.distill.soft_targets import write_targets
-from kdexport.distill.transcripts import prepare_transcriber
+from kdexport.distill.transcripts import heard_once, prepare_transcriber
 from kdexport.errors import SpecError
+from kdexport.models.registry import open_trained
 from kdexport.stages import Run
 from kdexport.tasks import load_task
 
@@ -79,6 +81,17 @@ def test_rows_that_the_teacher_transcribed_stay_as_they_are(stages):
     found, corrected = task.corrected(logits, rows, 0.0)
     assert corrected == 0
     assert np.array_equal(found, logits)
+
+
+def test_other_processes_get_what_a_decoder_learns_from(stages):
+    root, task, _ = stages
+    if not task.config.decoder:
+        pytest.skip("other students read the recordings themselves")
+    model = open_trained(root / "teacher")
+    *_, encoded = heard_once(model, task, read_rows(root / "data", "train"), None)
+    theirs, again = pickle.loads(pickle.dumps((model, encoded)))
+    assert again._encode.args[0] is theirs  # one model, not two
+    assert {n: a.tolist() for n, a in again[3].items()} == {n: a.tolist() for n, a in encoded[3].items()}
 
 
 def test_losses_of_a_sure_text_are_least_where_the_student_writes_it(stages):

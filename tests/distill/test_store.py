@@ -67,6 +67,16 @@ def test_logits_that_were_changed_and_logits_of_another_shape_are_left_out(tmp_p
     assert not Store(tmp_path, row_of(2)).has(keys("a", "b")).any()
 
 
+def test_shards_of_other_processes_are_found_beside_those_that_found_no_room(tmp_path, monkeypatch):
+    store = Store(tmp_path, optional=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", raises(OSError(errno.ENOSPC, "No space left on device")))
+        store.add(keys("a"), np.zeros((1, 2), np.float32))
+    Store(tmp_path).add(keys("b"), np.ones((1, 2), np.float32))
+    store.refresh()
+    assert store.look_up(keys("b", "a")).tolist() == [[1, 1], [0, 0]]
+
+
 def test_contents_are_told_apart_though_half_of_their_keys_is_equal(tmp_path):
     store, alike = Store(tmp_path), np.array([[7, 1], [7, 2], [3, 9], [7, 3]], np.uint64)
     store.add(alike[:3], np.arange(3, dtype=np.float32)[:, None])

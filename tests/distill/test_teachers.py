@@ -282,7 +282,7 @@ def test_a_teacher_in_half_precision_has_soft_targets_of_its_own(tmp_path, data,
     _, rounded = stage(tmp_path / "half", data, half)
     ours, theirs = targets_of(rounded)["train"], targets_of(targets)["train"]
     assert np.abs(ours - theirs).max() > 1e-6
-    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.9
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.7
     assert json.loads((rounded / ".kdexport" / "computed.json").read_bytes()) > 0
     assert teachers.settings_of(half) == teachers.settings_of(whole)
     assert teachers.asked_of(half) != teachers.asked_of(whole)

@@ -1,6 +1,7 @@
 """A vocabulary trimmed to a corpus: the same tokens for every text of it, and the same logits."""
 
 import copy
+import weakref
 from functools import cache
 
 import numpy as np
@@ -24,6 +25,7 @@ from transformers import (
 
 from kdexport.data import demo
 from kdexport.errors import ModelError
+from kdexport.models import vocabulary
 from kdexport.models.saving import save_tokenizer
 from kdexport.models.vocabulary import trim_vocabulary
 
@@ -359,3 +361,23 @@ def test_what_can_not_be_trimmed_is_left_as_it_was(tokenizer_of):
         trim_vocabulary(tokenizer, model, ["word"])
     assert tokenizer.backend_tokenizer.to_str() == before
     assert model.get_input_embeddings().num_embeddings == 100
+
+
+def test_a_corpus_is_read_in_batches(tokenizer_of, monkeypatch):
+    class Text(str):
+        __slots__ = ("__weakref__",)
+
+    alive, most = weakref.WeakSet(), []
+
+    class Corpus:
+        def __iter__(self):
+            for i in range(100):
+                alive.add(text := Text(f"word {i}"))
+                most.append(len(alive))
+                yield text
+
+    monkeypatch.setattr(vocabulary, "_BATCH", 10)
+    tokenizer = tokenizer_of(next(iter(KINDS)))
+    trim_vocabulary(tokenizer, any_model(tokenizer), Corpus())
+    assert len(most) % 100 == 0
+    assert 10 <= max(most) <= 40

@@ -66,6 +66,9 @@ def test_correlations_are_those_of_scipy_however_far_from_zero():
     assert low < value < high
     assert judging.wrong_rows(task, logits, rows) is None
     assert judging.mcnemar(task, logits, logits, rows) is None
+    task = make(TextRegression, ["value"], "none")
+    assert judging.metric(task, np.full((300, 1), np.nan), rows) == 0
+    assert judging.metric(task, logits, rows) == pytest.approx(value, abs=1e-6)  # whatever was judged before
 
 
 # --- losses

@@ -91,6 +91,11 @@ def test_a_script_has_the_report_in_every_process(copied, settings, cache, tmp_p
         assert (copied.parent / f"{rank}.name").read_text() == read_report(copied / "report.json").recommended
 
 
+def test_memory_for_images_is_that_of_the_spec_in_every_process(tmp_path):
+    run_case("memory", tmp_path)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["12000000", "12000000"]
+
+
 def nested(flat) -> dict:
     tree: dict = {}
     for key, value in flat.items():

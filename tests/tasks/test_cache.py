@@ -1,8 +1,10 @@
 """What a training decodes once: the same arrays from memory and from the file, in bounded memory, by threads."""
 
 import resource
+import shutil
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,6 +117,16 @@ def test_a_full_disk_is_no_error(tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert held == [True, False, False, False]
     assert capsys.readouterr().err.count("File too large") == 1
+
+
+def test_processes_of_a_run_share_half_of_the_free_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12_000_000))
+    with cache.Cache(tmp_path, memory=0) as found:
+        found.claim(4)
+        for number in range(4):
+            found.put(number, arrays(number))
+        assert [number in found for number in range(4)] == [True, False, False, False]
 
 
 def test_two_sets_of_rows_share_a_cache(tmp_path):

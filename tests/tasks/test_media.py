@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import wave
 
@@ -232,6 +233,14 @@ def test_a_bad_file_is_named_or_left_out(tmp_path, name, content, said):
         prepared(tmp_path, task, train=str(tmp_path / "rows.csv"))
     out = prepared(tmp_path, task, train=str(tmp_path / "rows.csv"), skip_bad_rows=True)
     assert read_summary(out).bad_rows == 1
+
+
+def test_a_name_that_is_no_text_is_named_or_left_out(tmp_path):
+    write_images(tmp_path / "all")
+    (tmp_path / "all/cat" / os.fsdecode(b"caf\xe9.png")).write_bytes(picture(seed=99))
+    with pytest.raises(DataError, match=r"its image .*caf\\xe9\.png has a name that is not UTF-8. Mend"):
+        prepared(tmp_path, train=str(tmp_path / "all"))
+    assert read_summary(prepared(tmp_path, train=str(tmp_path / "all"), skip_bad_rows=True)).bad_rows == 1
 
 
 def test_a_label_of_one_split_only(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tagging import logits_of
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from kdexport.data.rows import write_rows
 from kdexport.tasks import class_of, judging, tags
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.token_classification import PlainTags, TokenClassification
@@ -80,6 +82,17 @@ def test_names_are_read_as_seqeval_reads_them():
 def test_other_tags_are_recognised_from_all_rows(labels, found, remark):
     rows, said = TokenClassification.unified(rows_of(*labels))
     assert ([row["label"] for row in rows], said) == (found, remark)
+
+
+def test_tags_of_many_rows_are_not_held(tmp_path):
+    rows = write_rows(tmp_path, "tags", ({"label": "B-x I-x O " * 10} for _ in range(3_000)))
+    tracemalloc.start()
+    converted, remark = TokenClassification.unified(rows)
+    assert sum(row["label"].startswith("B-x I-x O B-x") for row in converted) == 3_000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert remark == "tags are BIO"
+    assert peak < 100_000
 
 
 def test_a_tag_that_fits_no_scheme_is_named():

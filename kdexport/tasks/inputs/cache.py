@@ -30,7 +30,11 @@ def limit_memory(megabytes: int | None) -> None:
 def memory_for_cache() -> int:
     """Return the bytes for a cache in this process."""
     total = _memory() // _SHARE_OF_MEMORY if _limit.megabytes is None else _limit.megabytes * 1_000_000
-    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return total // _processes("LOCAL_WORLD_SIZE")
+
+
+def _processes(variable: str) -> int:
+    return int(os.environ.get(variable, "1"))
 
 
 def _memory() -> int:
@@ -43,14 +47,14 @@ class Cache:
     """Arrays of numbered rows, for several threads.
 
     The file is written and read, not mapped, so that what it holds never counts as this process's memory. It has no
-    name in its folder, and so vanishes with the process, however that ends. It takes at most half of what is free on
-    the disk; rows beyond that are not cached.
+    name in its folder, and so vanishes with the process, however that ends. Those of all processes of a run take at
+    most half of what is free on the disk; rows beyond that are not cached.
     """
 
     def __init__(self, folder: Path, memory: int) -> None:
         self._memory, self._kept = memory, dict[int, Arrays]()
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-        self._room, self._end = shutil.disk_usage(folder).free // _SHARE_OF_DISK, 0
+        self._room, self._end = shutil.disk_usage(folder).free // _SHARE_OF_DISK // _processes("WORLD_SIZE"), 0
         self._starts = self._sizes = np.zeros(0, np.int64)
         self._turn = threading.Lock()
 

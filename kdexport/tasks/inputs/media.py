@@ -6,6 +6,7 @@ Rows are decoded lazily: 60,000 images as float32 would exceed most machines' me
 import base64
 import hashlib
 import importlib
+import os
 import re
 import stat
 import threading
@@ -119,7 +120,7 @@ class Encoded(Sequence[Arrays]):
         self,
         rows: Sequence[Row],
         encode: Callable[[Row], Arrays],
-        finish: Callable[[Arrays], Arrays] = lambda arrays: arrays,
+        finish: Callable[[Arrays], Arrays] | None = None,
     ) -> None:
         self.rows, self._encode, self._finish = rows, encode, finish
         self.cache: Cache | None = None
@@ -134,7 +135,7 @@ class Encoded(Sequence[Arrays]):
             arrays = self._encode(self.rows[i])
             if self.cache:
                 self.cache.put(self.first + i, arrays)
-        return self._finish(arrays)
+        return self._finish(arrays) if self._finish else arrays
 
     def take(self, chosen: Sequence[int]) -> list[Arrays]:
         """Return some rows, decoded by several threads."""
@@ -198,6 +199,8 @@ class Media(Task):
         value = row.get(cls.modality)
         if value is None or value == "":
             return f"{cls.modality} is missing"
+        if isinstance(value, str) and (name := os.fsencode(value).decode("utf-8", "backslashreplace")) != value:
+            return f"its {cls.modality} {name} has a name that is not UTF-8"
         try:
             content = bytes_of(value)
             cls.inspect(content)
