@@ -8,11 +8,12 @@ LOWEST := .venv-lowest
 BUILD := .venv-build
 WHEEL := .venv-wheel
 FUZZ_SECONDS ?= 3600
+MUTANTS ?= 40
 BIN := $(VENV)/bin
 # A worker takes whole files, so that what a file's tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-4.57 test-lowest lint docs fuzz kills bench schemas proto release clean
+.PHONY: demo test test-all test-4.57 test-lowest lint docs fuzz kills mutants audit bench schemas proto release clean
 
 demo: $(VENV)/.made
 	$(BIN)/kdexport demo --student tiny --max-size 5MB --min-retention 0.97 --out runs/demo
@@ -50,6 +51,14 @@ fuzz: $(VENV)/.made
 # As root, which mounts a small disk to fill it and to make it read-only.
 kills: $(VENV)/.made
 	$(BIN)/python tests/kills.py --moments 50 --out benchmarks/results/kills.json
+
+# Which changes of the code no test notices, in a sample of each module.
+mutants: $(VENV)/.made
+	$(BIN)/python -u tests/mutants --most $(MUTANTS)
+
+# Known vulnerabilities of the pins; where nobody can be asked, that is one line.
+audit: $(VENV)/.made
+	$(BIN)/python tests/audit.py
 
 bench: $(VENV)/.made
 	mkdir -p .benchmarks

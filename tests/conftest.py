@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import msgspec
 import pytest
 from filelock import FileLock
@@ -42,6 +43,17 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     own_home()
 # Background jobs ignore Ctrl-C, and so would the processes that tests start to interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples every time; `--hypothesis-profile search` looks for new ones.
+for name, examples in (("same", 40), ("search", 400)):
+    hypothesis.settings.register_profile(
+        name,
+        max_examples=examples,
+        deadline=None,
+        derandomize=name == "same",
+        suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile("same")
 
 
 def pytest_report_header() -> str:

@@ -3,7 +3,7 @@
 import codecs
 import csv
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,14 +81,14 @@ def read_stream(stream: BinaryIO) -> Source:
 
 def from_arrow(name: str, schema: Any, batches: Iterable[Any], folder: Path = Path()) -> Source:
     """Read Arrow batches of a schema; class numbers become the names in Hugging Face's schema metadata."""
-    info = msgspec.json.decode((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = (info.get("info") or {}).get("features") or {}
-    names = {column: found for column, feature in features.items() if (found := _class_names(feature))}
+    names = _classes_of(schema)
 
     def named(value: Any, known: list[str]) -> Any:
         if isinstance(value, list):
             return [named(one, known) for one in value]
-        return None if value is None or value < 0 else known[value]
+        if not isinstance(value, int):  # None, and what is no number of a class
+            return value
+        return None if value < 0 else known[value]
 
     def rows() -> Iterator[Raw | str]:
         for row in (row for batch in batches for row in _of_batch(batch)):
@@ -98,6 +98,15 @@ def from_arrow(name: str, schema: Any, batches: Iterable[Any], folder: Path = Pa
                 yield "it has a number of a class that has no name"
 
     return Source(name, list(schema.names), rows(), folder)
+
+
+def _classes_of(schema: Any) -> dict[str, list[str]]:
+    """Return column → names of its classes; empty where the metadata is not Hugging Face's."""
+    try:
+        features = msgspec.json.decode((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {column: found for column in schema.names if (found := _class_names(features.get(column)))}
+    except (msgspec.DecodeError, AttributeError, KeyError, RecursionError, TypeError, UnicodeDecodeError):
+        return {}
 
 
 def _of_batch(batch: Any) -> list[Raw | None]:
@@ -111,10 +120,12 @@ def _of_batch(batch: Any) -> list[Raw | None]:
 def _class_names(feature: Any) -> list[str] | None:
     """Return the names of a ClassLabel, or of a list of them, in any of three historical formats."""
     if isinstance(feature, list):
-        return _class_names(feature[0])
+        return _class_names(feature[0]) if feature else None
     if not isinstance(feature, dict):
         return None
-    return feature.get("names") if feature.get("_type") == "ClassLabel" else _class_names(feature.get("feature"))
+    if feature.get("_type") != "ClassLabel":
+        return _class_names(feature.get("feature"))
+    return names if isinstance(names := feature.get("names"), list) else None
 
 
 def _read_parquet(path: Path) -> Source:
@@ -123,20 +134,24 @@ def _read_parquet(path: Path) -> Source:
     except ModuleNotFoundError:
         raise MissingPackage("pyarrow", "parquet") from None
 
+    # Damage shows as pyarrow's errors, or as texts that are no UTF-8.
+    damage = (pyarrow.ArrowException, OSError, ValueError)
+
     def unreadable(error: Exception) -> DataError:
         return DataError(f"{path} can't be read: {first_line(error)}")
 
-    def batches() -> Iterator[Any]:
+    def readable(rows: Iterable[Raw | str]) -> Iterator[Raw | str]:
         try:
-            yield from file.iter_batches(AT_ONCE)
-        except (pyarrow.ArrowException, OSError) as error:
+            yield from rows
+        except damage as error:
             raise unreadable(error) from None
 
     try:
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except (pyarrow.ArrowException, OSError) as error:
+        source = from_arrow(path.name, file.schema_arrow, file.iter_batches(AT_ONCE), path.parent)
+    except damage as error:
         raise unreadable(error) from None
-    return from_arrow(path.name, file.schema_arrow, batches(), path.parent)
+    return replace(source, rows=readable(source.rows))
 
 
 def _read_csv(path: Path, encoding: str) -> Source:

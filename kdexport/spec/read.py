@@ -75,9 +75,14 @@ class Loader(yaml.SafeLoader):
         return plain
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class Dumper(yaml.SafeDumper):
+    """YAML that `Loader` reads back: the text 2e-4 in quotes."""
+
+
+for _side in (Loader, Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def read_yaml(text: str, source: str) -> Any:
@@ -144,7 +149,7 @@ def parse_bench(values: Mapping[str, Any]) -> Bench:
 
 def dump(spec: Spec) -> str:
     """Return the whole spec as YAML, with every default."""
-    return yaml.safe_dump(msgspec.to_builtins(spec), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(msgspec.to_builtins(spec), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def commented(spec: Spec) -> str:

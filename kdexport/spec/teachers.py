@@ -63,6 +63,6 @@ def config_of(model: str, file: str = "config.json") -> dict[str, Any]:
     """Return the configuration of a model folder as it stands in its file; empty for a hub id."""
     try:
         found = msgspec.json.decode((Path(model) / file).read_bytes())
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError, msgspec.DecodeError):  # a name with a NUL in it is a ValueError
         return {}
     return found if isinstance(found, dict) else {}

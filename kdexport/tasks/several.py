@@ -71,11 +71,11 @@ class SeveralLabels(Classes):
         return f1_of(sums)
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
-        """Macro F1: the mean over labels that occur in the rows."""
+        """Macro F1: the mean over labels that occur in the rows; nothing where none does."""
         ours, theirs = logits > 0, self.label_array(rows) > 0
         there = theirs.any(axis=0)
         f1 = 2 * (ours & theirs).sum(0) / np.maximum(ours.sum(0) + theirs.sum(0), 1)
-        return {"macro F1": float(f1[there].mean())}
+        return {"macro F1": float(f1[there].mean())} if there.any() else {}
 
     def items(self, rows: Sequence[Row], logits: Array) -> Items:
         """Each label of each row."""
@@ -129,7 +129,7 @@ class Number(Classes):
     def label_array(self, rows: Iterable[Row]) -> Array:
         """float32 [N, 1]; NaN for a row without one."""
         values = [row.get("label") for row in rows]
-        return np.array([[np.nan if value is None else float(value)] for value in values], dtype=np.float32)
+        return np.array([np.nan if value is None else float(value) for value in values], dtype=np.float32)[:, None]
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         x, y = logits[:, 0].astype(np.float64), self.label_array(rows)[:, 0].astype(np.float64)
