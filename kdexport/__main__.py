@@ -1,10 +1,11 @@
 """`kdexport` and `python -m kdexport`; signals are handled before the slow imports."""
 
+import errno
 import os
 import signal
 import sys
 import threading
-from types import FrameType
+from types import FrameType, ModuleType
 
 
 def main() -> None:
@@ -21,8 +22,7 @@ def main() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    from kdexport.cli import main as run
-
+    run = command_line().main
     if not serving:
         signal.signal(signal.SIGINT, before[signal.SIGINT])
         if os.getpid() != 1:  # a container's first process gets no signal without a handler
@@ -37,6 +37,19 @@ def main() -> None:
         raise SystemExit(130) from None
     finally:
         _flush()
+
+
+def command_line() -> ModuleType:
+    """Import the commands, or end in one line where there are too many open files for that."""
+    try:
+        from kdexport import cli
+    except (OSError, ImportError) as error:
+        if os.strerror(errno.EMFILE) not in str(error):
+            raise
+        again = "Raise the limit (ulimit -n 1024) and run the same command again"
+        os.write(2, f"error: too many files are open. {again}\n".encode())
+        raise SystemExit(2) from None
+    return cli
 
 
 def _end(number: int, _: FrameType | None) -> None:

@@ -27,7 +27,8 @@ SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM}
 FAULTS = (*SIGNALS, "full disk", "read-only", "open files")
 # A checkpoint after each epoch: the next is due at once, where it is 20 seconds later otherwise.
 CALL = """
-from kdexport.cli import build, main
+from kdexport.__main__ import command_line, main
+build = command_line().build
 run = build._run
 def often(*arguments, **named):
     import kdexport.distill.train as train

@@ -182,7 +182,8 @@ def fit(
     os.environ.update(launched)
     say_shares(curve, title)
     for name in ("checkpoints", "best") if ranks.leads() else ():  # a checkpoint without the best weights is no use
-        shutil.rmtree(work / name, ignore_errors=True)
+        if (work / name).exists():  # what can't be removed must not become part of the stage
+            shutil.rmtree(work / name)
     return curve
 
 
