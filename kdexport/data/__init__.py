@@ -72,6 +72,7 @@ def prepare(
         """Return what writes rows on their way through a step, so that memory holds few of them."""
         return partial(write_rows, out, f"{step}-{split}", blob=split)
 
+    out.mkdir(exist_ok=True)
     for left in (*out.glob("*.blob"), *out.glob("*-*.jsonl")):  # of a call that was killed
         left.unlink()
     read = {}
