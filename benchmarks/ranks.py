@@ -1,6 +1,6 @@
 """Two processes against one, one thread each: the teacher's pass and the training of a student, in turns.
 
-`python benchmarks/ranks.py DATA.csv [--rows 8000] [--rounds 3]`. The times of two processes have the opening of the
+`python benchmarks/ranks.py DATA.csv [--rows 8000] [--rounds 3]`; `BATCH=128` before it takes 128 rows a step for 32. The times of two processes have the opening of the
 second one's teacher, and the copy of model and rows, in them; ratios are of one round.
 """
 
@@ -47,6 +47,7 @@ def prepare(data: str, rows: int, folder: Path) -> None:
 
     (folder / "data").mkdir()
     (folder / "teacher").mkdir()
+    (folder / "student").mkdir()
     prepare_data(spec.Data(train=data), "text-classification", 0, folder / "data")
     labels = read_summary(folder / "data").labels
     write_rows(folder, "some", read_rows(folder / "data", "train")[:rows])
@@ -61,7 +62,7 @@ def timed(processes: int, folder: Path) -> dict[str, float]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *command[1:]]
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "KDEXPORT_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"}
-        subprocess.run(launch if processes > 1 else command, env=environment, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(launch if processes > 1 else command, env=environment, check=True)
     found: dict[str, float] = json.loads((folder / "seconds.json").read_text())
     return found
 
@@ -77,6 +78,7 @@ def work(folder: Path) -> None:
     from kdexport.distill.teachers import TeacherFolder
     from kdexport.distill.train import TrainConfig, fit
     from kdexport.files import hash_files
+    from kdexport.models.saving import save_task
     from kdexport.tasks import load_task
 
     with ranks.joined(), ranks.led(dict) as leads:
@@ -92,10 +94,11 @@ def work(folder: Path) -> None:
         soft = teacher.answers(rows)
         for name in ("warm-up", "training"):
             some = rows[:64] if name == "warm-up" else rows
-            model = build_student(
-                spec.Student(), "mini", folder / "teacher", (row["text"] for row in rows)
-            ).opened.model
-            how = TrainConfig(epochs=1, learning_rate=1e-4, batch_size=32, seed=0)
+            opened = build_student(spec.Student(), "mini", folder / "teacher", (row["text"] for row in rows)).opened
+            if ranks.leads():
+                save_task(opened, 64, task.labels, folder / "student", task=task.name)
+            model, task = opened.model, load_task(folder / "student")
+            how = TrainConfig(epochs=1, learning_rate=1e-4, batch_size=int(os.environ.get("BATCH", "32")), seed=0)
             began = time.perf_counter()
             fit(model, task, some, np.asarray(soft[: len(some)]), how, validation=[], work=folder / "work", title=name)
             seconds[name] = time.perf_counter() - began
