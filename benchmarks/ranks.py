@@ -1,8 +1,8 @@
 """Two processes against one, one thread each: the teacher's pass and the training of a student, in turns.
 
-`python benchmarks/ranks.py DATA.csv [--rows 8000] [--rounds 3]`; `BATCH=128` before
-it takes 128 rows a step for 32. The times of two processes have the opening of the
-second one's teacher, and the copy of model and rows, in them; ratios are of one round.
+`python benchmarks/ranks.py DATA.csv [--rows 8000] [--rounds 3]`; `BATCH=128` before it takes 128 rows a step for 32.
+The times of two processes have the opening of the second one's teacher, and the copy of model and rows, in them; ratios
+are of one round.
 """
 
 import argparse

@@ -261,7 +261,7 @@ def _stranger(place: Path, mine: Iterable[str] | None) -> str | None:
 
 
 def _is_fresh(folder: Path) -> bool:
-    """Whether a folder is absent, empty, or was begun by a call that was killed before it wrote anything."""
+    """Return whether a folder is absent, empty, or was begun by a call that was killed before it wrote anything."""
     if not folder.exists():
         return True
     private = folder / PRIVATE

@@ -110,7 +110,7 @@ def size() -> int:
 
 
 def leads() -> bool:
-    """Whether this is rank 0, or the only process."""
+    """Return whether this is rank 0, or the only process."""
     return _world.rank == 0 if _world else size() == 1 or os.environ["RANK"] == "0"
 
 

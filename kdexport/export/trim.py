@@ -96,7 +96,7 @@ def _picks_first(node: onnx.NodeProto, constants: dict[str, np.ndarray]) -> bool
 
 
 def _position_wise(node: onnx.NodeProto, constants: dict[str, np.ndarray]) -> bool:
-    """Whether each position of the output depends on the same position of the inputs alone."""
+    """Return whether each position of the output depends on the same position of the inputs alone."""
     held = [constants[name] for name in node.input if name in constants]
     if node.op_type == "MatMul":
         return node.input[0] not in constants and node.input[1] in constants and held[0].ndim == 2

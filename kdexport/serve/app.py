@@ -79,7 +79,7 @@ class App:
 
     @property
     def ready(self) -> bool:
-        """Whether the server accepts requests."""
+        """Return whether the server accepts requests."""
         return self.loaded and not self.draining and bool(self.models.in_service())
 
     def full(self) -> int:
@@ -305,7 +305,7 @@ class App:
         return answer({"live": True})
 
     async def health(self, _: Request) -> Response:
-        """Whether the server is ready."""
+        """Return whether the server is ready."""
         return self._health({"live": True})
 
     async def _model_ready(self, request: Request) -> Response:

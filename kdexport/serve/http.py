@@ -127,7 +127,7 @@ class Request:
         return next((bytes(value) for key, value in self.scope["headers"] if key == name), None)
 
     def gone(self) -> bool:
-        """Whether the client has disconnected; known on uvicorn alone."""
+        """Return whether the client has disconnected; known on uvicorn alone."""
         return bool(getattr(self._cycle, "disconnected", False))
 
     async def body(self, settings: Settings, limit: int) -> bytes:

@@ -101,7 +101,7 @@ def vocabulary(student: Student, name: str, task: str) -> str:
 
 
 def pools(student: Student, name: str) -> bool:
-    """Whether a student is one of ours, which pool over the teacher's embeddings."""
+    """Return whether a student is one of ours, which pool over the teacher's embeddings."""
     kind = shape_of(name).kind
     return kind == "network" or (kind == "narrow" and student.embedding is not None)
 

@@ -225,7 +225,7 @@ def _refuse_unreal(value: Any, source: str, key: str = "") -> None:
 
 
 def _is_real(value: Any) -> bool:
-    """Whether a value is no number, or a finite one of 64 bits."""
+    """Return whether a value is no number, or a finite one of 64 bits."""
     return not isinstance(value, int | float) or abs(value) < 2**63
 
 

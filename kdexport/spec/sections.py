@@ -284,7 +284,7 @@ class Budget(Section, frozen=True):
     time_limit_s: Annotated[Positive | None, _help("a search trains no new student after this, in s")] = None
 
     def binds(self) -> bool:
-        """Whether any limit is set."""
+        """Return whether any limit is set."""
         return any(limit is not None for limit in (self.p99_ms, self.size_mb, self.retention))
 
 

@@ -37,7 +37,7 @@ def optimum_file(folder: Path) -> Path | None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a PEFT adapter."""
+    """Return whether a folder holds a PEFT adapter."""
     return (folder / "adapter_config.json").is_file()
 
 

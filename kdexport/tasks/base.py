@@ -297,7 +297,7 @@ class Task:
         raise NotImplementedError
 
     def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
-        """Whether a teacher with these logits on labelled rows is no better than chance."""
+        """Return whether a teacher with these logits on labelled rows is no better than chance."""
         return False
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
@@ -332,7 +332,7 @@ class Generates(Task):
 
 
 def can_generate(task: Task) -> TypeGuard[Generates]:
-    """Whether a task generates text."""
+    """Return whether a task generates text."""
     return task.generates
 
 
@@ -347,10 +347,10 @@ def writes_speech(task: Task) -> TypeGuard[SpeechSeq2Seq]:
 
 
 def reads_texts(task: Task) -> TypeGuard[Texts]:
-    """Whether a task's rows are texts."""
+    """Return whether a task's rows are texts."""
     return task.modality == "text"
 
 
 def reads_files(task: Task) -> TypeGuard[Media]:
-    """Whether a task's rows are images or recordings."""
+    """Return whether a task's rows are images or recordings."""
     return task.modality != "text"

@@ -152,7 +152,7 @@ class Texts(Task):
         return max(1, min(limit, round(tokens)))
 
     def is_cut(self, row: Row) -> bool:
-        """Whether a row has more tokens than the model reads."""
+        """Return whether a row has more tokens than the model reads."""
         return bool(next(self._encodings([row])).overflowing)
 
     @property
