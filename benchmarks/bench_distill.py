@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from kdexport.distill.losses import objective, total
-from kdexport.distill.store import Store
-from kdexport.distill.train import ByLength, TrainConfig, fit
+from kdexport.distill.order import ByLength
+from kdexport.distill.store import Store, content_keys
+from kdexport.distill.train import TrainConfig, fit
 from kdexport.models.inference import logits_of
 from kdexport.tasks import load_task
 
@@ -62,8 +63,8 @@ def bench_soft_targets(benchmark, teacher, rows):
 def bench_soft_targets_from_cache(benchmark, rows, tmp_path):
     """What a second student pays: opening the store and looking every text up."""
     contents = [row["text"] for row in rows]
-    Store(tmp_path).add(contents, np.zeros((len(contents), 5), dtype=np.float32))
-    found = benchmark(lambda: Store(tmp_path).look_up(contents))
+    Store(tmp_path).add(content_keys(contents), np.zeros((len(contents), 5), dtype=np.float32))
+    found = benchmark(lambda: Store(tmp_path).look_up(content_keys(contents)))
     print(f"\n{len(contents) / benchmark.stats.stats.median:,.0f} texts a second")
     assert found.shape == (len(contents), 5)
 
