@@ -10,6 +10,7 @@ PACKAGE = ROOT / "kdexport"
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 # Functions that return what is wrong with a row as a text, which `data.sources` raises.
 JUDGES = {"check", "canonical"}
+READER = PACKAGE / "data" / "read.py"
 ANY = "\0"  # stands for a value in a message
 
 
@@ -32,6 +33,8 @@ def messages() -> Iterator[tuple[str, str]]:
     names = error_names()
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
+        if path == READER:
+            yield from faults_of_rows(tree)
         functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
         for function in functions:
             for node in ast.walk(function):
@@ -41,6 +44,15 @@ def messages() -> Iterator[tuple[str, str]]:
                 judges = function.name in JUDGES and path.is_relative_to(PACKAGE / "tasks")
                 if judges and isinstance(node, ast.Return) and node.value is not None:
                     yield from ((where, text) for text in templates(node.value, function))
+
+
+def faults_of_rows(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """What the reader puts in the place of a row that it can't read."""
+    nobody = ast.parse("def nobody(): ...").body[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant | ast.JoinedStr) and isinstance(nobody, ast.FunctionDef):
+            texts = [text for text in templates(node, nobody) if text.startswith("it ") and len(text) > 8]
+            yield from ((f"{READER.relative_to(ROOT)}:{node.lineno}", text) for text in texts)
 
 
 def templates(node: ast.AST, function: ast.FunctionDef | ast.AsyncFunctionDef, depth: int = 0) -> list[str]:
