@@ -57,6 +57,13 @@ def read_file(path: Path, *, whole: bool = False) -> Source:
     return Source(path.name, ["text"], ({"text": line} for line in _lines(path, encoding)), lines=True)
 
 
+def lines_of(path: Path) -> Iterator[str]:
+    """Read the lines of a text file that is there and is not empty."""
+    if not path.stat().st_size:
+        raise DataError(f"{path} is empty")
+    return _lines(path, _encoding(path))
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the texts of a file of words or sentences, in normal form."""
     found = (normalised(str(row.get("text") or "")) for row in read_file(path).rows if isinstance(row, dict))
