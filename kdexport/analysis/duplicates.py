@@ -90,13 +90,17 @@ def first_of_each(keys: Array) -> Array:
     return np.sort(np.unique(keys, return_index=True)[1])
 
 
-def audit(splits: Splits, content: Content, drop: bool) -> tuple[dict[str, Array], Audit]:
+def audit(
+    splits: Splits, content: Content, drop: bool, *, shared: Callable[[Row], bool] = lambda row: False
+) -> tuple[dict[str, Array], Audit]:
     """Count duplicates by `content`; return the places of the rows of each split that stay.
 
-    With `drop`, contents of later splits are dropped, so that test stays complete.
+    With `drop`, contents of later splits are dropped, so that test stays complete. Rows that the splits have in common
+    by purpose, `shared`, are no duplicates.
     """
     keys = {split: keys_of(rows, content) for split, rows in splits.items()}
-    distinct = {split: np.unique(found) for split, found in keys.items()}
+    own = {split: np.array([not shared(row) for row in rows], dtype=bool) for split, rows in splits.items()}
+    distinct = {split: np.unique(found[own[split]]) for split, found in keys.items()}
     across = {
         f"{early}–{late}": len(np.intersect1d(distinct[early], distinct[late], assume_unique=True))
         for early, late in combinations(splits, 2)
@@ -105,12 +109,13 @@ def audit(splits: Splits, content: Content, drop: bool) -> tuple[dict[str, Array
     dropped = dict[str, int]()
     for i, early in enumerate(names[:-1] if drop else ()):
         later = np.concatenate([distinct[late] for late in names[i + 1 :]])
-        kept[early] = np.flatnonzero(~np.isin(keys[early], later))
+        kept[early] = np.flatnonzero(~(own[early] & np.isin(keys[early], later)))
         dropped[early] = len(keys[early]) - len(kept[early])
-    every = np.concatenate(list(keys.values()))
+    every = np.concatenate([found[own[split]] for split, found in keys.items()])
     n = len(every)
-    within = {split: len(found) - len(distinct[split]) for split, found in keys.items()}
-    conflicting = _conflicting(every, (row["label"] for rows in splits.values() for row in rows))
+    within = {split: int(own[split].sum()) - len(distinct[split]) for split in keys}
+    labels = (row["label"] for split, rows in splits.items() for row, o in zip(rows, own[split], strict=True) if o)
+    conflicting = _conflicting(every, labels)
     return kept, Audit(n, n - len(np.unique(every)), conflicting, within, across, dropped)
 
 

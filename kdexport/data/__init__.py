@@ -80,7 +80,7 @@ def prepare(
     for split, source in sources.items():
         # Test rows need labels; without a test split they are taken from train.
         labels: Labels = "all" if split == "test" or "test" not in sources else "if any"
-        labels = "if any" if transcribe else labels
+        labels = "some" if of_task.labels_judge else "if any" if transcribe else labels
         read[split] = to_rows(source, settings, of_task, labels, cut, keep=spool("read", split))
     read = unify(read, settings, of_task, partial(spool, "unified"))
     beyond = []
@@ -102,14 +102,17 @@ def prepare(
     for split, fraction in (("test", _TEST_FRACTION), ("validation", _VALIDATION_FRACTION)):
         if split in missing:
             splits["train"], splits[split] = split_off(splits["train"], fraction, seed, of_task)
-    kept, found = audit({split: splits[split] for split in SPLITS}, content, settings.drop_duplicates)
+    ours = {split: splits[split] for split in SPLITS}
+    kept, found = audit(ours, content, settings.drop_duplicates, shared=of_task.shared)
     splits = {split: splits[split].take(kept[split]) for split in SPLITS}
     for split, rows in splits.items():
         if not rows:
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
+    if why := of_task.misfit(splits["test"]):
+        raise DataError(f"test can't judge by {settings.problem}: {why}", "Name another file with --test")
     if heard := sum(bool(row.get("heard")) for row in splits["test"]):
         warn(f"data: errors are against the teacher's words in {counted(heard, 'test row')}, which had no transcript")
-    unlabelled = [new_rows(cast(Rows, one.rows), splits.values(), content) for one in beyond]
+    unlabelled = [new_rows(cast(Rows, one.rows), splits.values(), of_task) for one in beyond]
     names = _label_names(splits, of_task)
     words = [] if settings.words == "open" else _closed(splits, listed)
     if of_task.modality == "text":

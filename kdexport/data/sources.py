@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from kdexport import spec
 from kdexport.data import folders, hub
+from kdexport.data.beir import is_beir, read_beir
 from kdexport.data.passages import Cut
 from kdexport.data.read import AT_ONCE, SUFFIXES, Raw, Source, from_arrow, read_file
 from kdexport.errors import DataError, MissingPackage, counted, first_line
@@ -51,6 +52,9 @@ def find_splits(data: spec.Data) -> dict[str, str]:
     folder = Path(data.train)
     if not folder.is_dir():
         return given
+    if is_beir(folder):
+        judged = read_beir(folder).judged
+        return (dict.fromkeys(judged, data.train) if "train" in judged else {"train": data.train}) | given
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     found = {split: str(path) for split in SPLITS for path in files if path.stem in folders.NAMES[split]}
     found = found if "train" in found else folders.splits_in(folder)
@@ -69,7 +73,7 @@ def local_files(data: spec.Data) -> list[Path]:
         if not path.exists():
             fix = "Take open, closed, or a file of words" if str(path) == listed else "Check the path"
             raise DataError(f"{path} does not exist", fix)
-        if not path.is_file() and not folders.splits_in(path):
+        if not path.is_file() and not folders.splits_in(path) and not is_beir(path):
             raise DataError(f"{path} holds no images and no recordings", "Check the path")
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty")
@@ -81,32 +85,38 @@ def read_splits(data: spec.Data, *, whole: bool = False) -> dict[str, Source]:
     sources = find_splits(data)
     if not _is_local(sources["train"]):
         return _read_hub(sources)
-    return {split: _read_local(Path(source), whole) for split, source in sources.items()}
+    return {split: _read_local(Path(source), whole, split) for split, source in sources.items()}
 
 
-def recognised(data: spec.Data) -> tuple[str, str]:
-    """Return the task and the problem of which the first rows show signs; test must have labels, train need not."""
+def recognised(data: spec.Data, task: str | None = None) -> tuple[str, str]:
+    """Return the task and the problem of which the first rows show signs; test must have labels, train need not.
+
+    The problem is one of `task`, where that is given.
+    """
     try:
         sources = read_splits(data)
         source = sources.get("test", sources["train"])
         raws = [raw for raw in islice(source.rows, _SHOWING) if isinstance(raw, dict)]
     except DataError:
         raws = []  # the data stage names what is wrong
-    for kind in kinds() if raws else []:
+    named = {task: kind for kind in kinds() if kind.name == task}
+    asked = named[task].kinds().values() if task in named else (k for k in kinds() if not k.labels_judge)
+    for kind in asked if raws else []:
         try:
             alone = kind.transcribes and len(source.columns) == 1  # which the teacher is to transcribe
             columns = choose_columns(source, data, kind, "if any" if alone else "all")
         except DataError:
             continue
-        if kind.has_labels or len(source.columns) == 1:
+        if kind.has_labels or kind.labels_judge or len(source.columns) == 1:
             rows = [{ours: raw.get(theirs) for ours, theirs in columns.items()} for raw in raws]
             placed = [row | {kind.modality: _placed(row[kind.modality], kind, source)} for row in rows]
             if signs := kind.signs(placed):
                 several = len(kind.kinds()) > 1 and kind.modality == "text"
                 problem = f" with data.problem {kind.problem}" if several else ""
-                say(f"task: {kind.name}{problem}, as {signs} in {source.name}; --task names another")
+                if task is None:
+                    say(f"task: {kind.name}{problem}, as {signs} in {source.name}; --task names another")
                 return kind.name, kind.problem
-    return DEFAULT, task_class(DEFAULT).problem
+    return task or DEFAULT, "single-label"
 
 
 def read_test(data: spec.Data) -> Source:
@@ -134,7 +144,7 @@ def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = 
     columns = choose_columns(source, data, task, labels, known)
     needed = "label" in columns and labels != "some"
 
-    def ready(name: str, raw: Raw) -> Raw:
+    def ready(name: str, raw: Raw) -> list[Row]:
         row = {ours: raw.get(theirs) for ours, theirs in columns.items()}
         row[task.modality] = _placed(row[task.modality], task, source)
         label = row.pop("label", None)
@@ -142,16 +152,16 @@ def to_rows(source: Source, data: spec.Data, task: type[Task], labels: Labels = 
         if problem := found if isinstance(found, str) else task.check(found, data.max_chars, needed):
             raise DataError(problem)
         assert not isinstance(found, str)
-        return {"id": name} | found
+        return task.parts(found, name)
 
     def take(name: str, raw: Raw) -> Iterator[Row]:
         if source.lines and not raw["text"].strip():
             return
         text, i = raw.get(columns.get("text", "")), 0
         for i, part in enumerate(cut(text), 1) if cut and isinstance(text, str) else ():
-            yield ready(f"{name}.{i}", raw | {columns["text"]: part})
+            yield from ready(f"{name}.{i}", raw | {columns["text"]: part})
         if not i:
-            yield ready(name, raw)
+            yield from ready(name, raw)
 
     bad = 0
 
@@ -291,13 +301,25 @@ def _is_local(source: str) -> bool:
     return Path(source).suffix.lower() in SUFFIXES or is_place(source)
 
 
-def _read_local(path: Path, whole: bool) -> Source:
-    """Read a file, or a folder of images or recordings with a table, or with labels as subfolders."""
+def _read_local(path: Path, whole: bool, split: str = "train") -> Source:
+    """Read a file, or a folder of images or recordings with a table, or with labels as subfolders, or BEIR's."""
     if not path.is_dir():
         return read_file(path, whole=whole)
+    if is_beir(path):
+        return Source(path.name, ["text", "label"], _searched(path, split), path)
     if table := folders.metadata_of(path):
         return replace(read_file(table), name=f"{path.name}/{table.name}")
     return Source(path.name, ["file_name", "label"], folders.labelled_files(path), path)
+
+
+def _searched(folder: Path, split: str) -> Iterator[Raw | str]:
+    """Yield the documents of a folder in BEIR's layout, and the queries of a split, or all where it names no splits."""
+    found = read_beir(folder)
+    every = {query: gains for one in found.judged.values() for query, gains in one.items()}
+    for name, text in found.documents():
+        yield {"text": text, "label": {"document": name}}
+    for name, gains in found.judged.get(split, every).items():
+        yield {"text": found.queries[name], "label": {"gains": gains}}
 
 
 def _read_hub(sources: dict[str, str]) -> dict[str, Source]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from kdexport.analysis.duplicates import Content, first_of_each, keys_of
+from kdexport.analysis.duplicates import first_of_each, keys_of
 from kdexport.data.rows import Rows
 from kdexport.errors import DataError
 from kdexport.tasks.base import Task
@@ -19,16 +19,18 @@ def split_off(rows: Rows, fraction: float, seed: int, task: type[Task]) -> tuple
     Each class contributes its rounded fraction of distinct contents, at least one, and keeps at least one; a class
     with one distinct text stays in the rest, for training.
     """
-    keys = keys_of(rows, task.content)
+    keys = keys_of(rows, task.unit)
+    shared = np.array([task.shared(row) for row in rows], dtype=bool)
     by_label: dict[str, list[int]] = defaultdict(list)
-    for i in first_of_each(keys).tolist():
+    own = np.flatnonzero(~shared)
+    for i in own[first_of_each(keys[own])].tolist():
         by_label[task.stratum(rows[i])].append(i)
     chosen: list[int] = []
     for label, places in sorted(by_label.items()):
         n = min(max(1, round(fraction * len(places))), len(places) - 1)
         chosen += random.Random(f"{seed}:{label}").sample(places, n)
     part = np.isin(keys, keys[chosen])
-    return rows.take(np.flatnonzero(~part)), rows.take(np.flatnonzero(part))
+    return rows.take(np.flatnonzero(~part | shared)), rows.take(np.flatnonzero(part | shared))
 
 
 def check_classes(rows: Sequence[Row], name: str) -> None:
@@ -46,12 +48,12 @@ def check_classes(rows: Sequence[Row], name: str) -> None:
         raise DataError(f"{row['id'].replace(':', ', row ')}: {what}", fix)
 
 
-def new_rows(rows: Rows, splits: Iterable[Rows], content: Content) -> Rows:
+def new_rows(rows: Rows, splits: Iterable[Rows], task: type[Task]) -> Rows:
     """Return distinct rows whose content is in no split: training must not see a text of test, labelled or not."""
-    keys = keys_of(rows, content)
+    keys = keys_of(rows, task.content)
     places = first_of_each(keys)
     for split in splits:
-        places = places[~np.isin(keys[places], keys_of(split, content))]
+        places = places[~np.isin(keys[places], keys_of((row for row in split if not task.shared(row)), task.content))]
     if len(rows) and not len(places):
         raise DataError("all unlabelled texts occur in train, validation or test as well", "Leave data.unlabelled out")
     return rows.take(places)

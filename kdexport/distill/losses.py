@@ -126,7 +126,8 @@ LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 # A task's objective → its labels' term.
 OF_OBJECTIVE: dict[str, str] = {
-    "classes": "ce", "tokens": "ce", "next-token": "ce", "several": "bce", "number": "mse", "ctc": "ctc"
+    "classes": "ce", "tokens": "ce", "next-token": "ce", "several": "bce", "number": "mse", "ctc": "ctc",
+    "vectors": "mse",  # never taken: alpha is 1
 }  # fmt: skip
 
 
@@ -245,6 +246,27 @@ def by_step(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Ten
     return student_logits[heard], teacher_logits[heard]
 
 
+def cosine(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+    """1 − cos of the student's and the teacher's vectors [B, D], the mean over rows; independent of T."""
+    return 1 - F.cosine_similarity(student_logits, teacher_logits, dim=-1).mean()
+
+
+def similarity(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+    """KL of how each text's cosines to the others of the batch are distributed, softmax(cos / T): the mean over rows.
+
+    Fang et al. 2021 (SEED, https://arxiv.org/abs/2101.04731, equation 4), here within the batch, without a queue. Vectors
+    may differ in width. A single row teaches nothing.
+    """
+    if len(student_logits) < 2:
+        return student_logits.sum() * 0.0
+    itself = torch.eye(len(student_logits), dtype=torch.bool, device=student_logits.device)
+    student, teacher = (
+        F.log_softmax((v @ v.T / temperature).masked_fill(itself, -1e4), dim=-1)
+        for v in (F.normalize(student_logits, dim=-1), F.normalize(teacher_logits, dim=-1))
+    )
+    return _divergence(teacher, student).mean()
+
+
 LOGIT_LOSSES: dict[str, LogitLoss] = {
     "ctc": ctc_of_teacher,
     "kl": kl,
@@ -255,6 +277,8 @@ LOGIT_LOSSES: dict[str, LogitLoss] = {
     "bce": bce,
     "dkd": dkd,
     "dist": dist,
+    "cosine": cosine,
+    "similarity": similarity,
 }
 
 

@@ -182,7 +182,7 @@ def _start(
         built = build_student(student, name, teacher, _Texts(rows))
     save_task(
         built.opened, config.max_length, config.labels, out, task=config.task, function=config.function, rows=some,
-        words=read_summary(data).words, language=config.language,
+        words=read_summary(data).words, language=config.language, problem=read_summary(data).problem,
     )  # fmt: skip
     return built
 

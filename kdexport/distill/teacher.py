@@ -56,7 +56,7 @@ def prepare_teacher(
         train = spec.TeacherTraining()
     if not kind.has_labels:
         labels = []
-        if train is None and not has_head(config, of_task):
+        if train is None and kind.heads and not has_head(config, of_task):
             raise ModelError(f"teacher {settings.model} is no language model", "Name one, such as a GPT-2")
     elif train is None and kind.transcribes:
         labels = alphabet_of(source, getattr(config, "vocab_size", config.num_labels))
@@ -75,10 +75,15 @@ def prepare_teacher(
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
         if kind.transcribes:
             config.vocab_size = len(labels)
-    opened = open_model(source, config, of_task, labels, function, to_train=train is not None)
+    opened = open_model(
+        source, config, of_task, labels, function, to_train=train is not None, pooling=settings.pooling
+    )
     some = some_rows(data)
     words = summary.words
-    save_task(opened, max_length, labels, out, task=of_task, function=function, rows=some, top_k=_TOP_K, words=words)
+    save_task(
+        opened, max_length, labels, out, task=of_task, function=function, rows=some, top_k=_TOP_K, words=words,
+        problem=summary.problem,
+    )  # fmt: skip
     task = load_task(out)
     warn_of(task, some)
     if train is not None:

@@ -53,16 +53,17 @@ class Graph(NamedTuple):
 class _Positional(nn.Module):
     """A model with its graph's inputs as positional arguments, and its outputs as a tuple."""
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], also: Sequence[str] = ()) -> None:
         super().__init__()
-        self._model, self._names = model, names
+        self._model, self._names, self._also = model, names, also
 
     def forward(self, *values: Tensor) -> Any:
         given = dict(zip(self._names, values, strict=True))
         past = [value for name, value in given.items() if name.startswith(PAST)]
         inputs = {name: value for name, value in given.items() if not name.startswith(PAST)}
         if not past:
-            return self._model(**inputs).logits
+            found = self._model(**inputs)
+            return (*(found[name] for name in self._also), found.logits) if self._also else found.logits
         pairs = list(zip(past[::2], past[1::2], strict=True))
         logits, cache = read_after(self._model, DynamicCache(pairs), **inputs)
         return logits, *(tensor for pair in pairs_of(cache) for tensor in pair)
@@ -114,7 +115,7 @@ def _trace(model: PreTrainedModel, task: Task, file: Path) -> None:
     graph = _graph_of(model, task)
     with quiet(), masks_without_vmap(), torch.no_grad():
         torch.onnx.export(
-            _Positional(model, list(graph.inputs)), tuple(graph.inputs.values()), file, dynamo=False,
+            _Positional(model, list(graph.inputs), task.also), tuple(graph.inputs.values()), file, dynamo=False,
             input_names=list(graph.inputs), output_names=graph.outputs, dynamic_axes=graph.axes, opset_version=OPSET,
         )  # fmt: skip
     _save(onnx.load(file), task, file, "torchscript")
@@ -126,7 +127,7 @@ def _export_by_dynamo(model: PreTrainedModel, task: Task, file: Path) -> None:
     sizes = [{i: axis for i, axis in graph.axes[name].items() if axis not in _FIXED} for name in graph.inputs]
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Positional(model, list(graph.inputs)), tuple(graph.inputs.values()), dynamo=True, verbose=False,
+            _Positional(model, list(graph.inputs), task.also), tuple(graph.inputs.values()), dynamo=True, verbose=False,
             input_names=list(graph.inputs), output_names=graph.outputs, dynamic_shapes=(tuple(sizes),),
             opset_version=OPSET,
         )  # fmt: skip
@@ -166,7 +167,7 @@ def _graph_of(model: PreTrainedModel, task: Task) -> Graph:
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     axes = task.axes()
     if not task.generates:
-        return Graph(inputs, [task.output], axes)
+        return Graph(inputs, [*task.also, task.output], axes)
     inputs = {name: tensor[:, :_READ] for name, tensor in inputs.items()}
     with torch.no_grad():
         _, cache = read_after(model, None, input_ids=inputs["input_ids"][:, :_BEFORE])

@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from kdexport.data import hub
 from kdexport.errors import ModelError, first_line
 from kdexport.models import LINE_5
+from kdexport.models.embedder import Embedder, Pooling
 from kdexport.models.registry import auto_class, has_head, other_task
 from kdexport.spec.teachers import has_weights
 from kdexport.tasks import DEFAULT, task_class
@@ -93,8 +94,9 @@ def _check_known(model: str, config: dict[str, Any]) -> None:
 
 
 def open_model(
-    model: str, config: Any, task: str, labels: Sequence[str], function: Function = "softmax", *, to_train: bool = False
-) -> ModelAndProcessor:
+    model: str, config: Any, task: str, labels: Sequence[str], function: Function = "softmax", *,
+    to_train: bool = False, pooling: Pooling | None = None,
+) -> ModelAndProcessor:  # fmt: skip
     """Open a model with a head for these labels, a new one where they are not its own.
 
     Args:
@@ -103,11 +105,15 @@ def open_model(
         labels: in the order of the logits.
         function: from logits to scores.
         to_train: give a folder without weights random ones.
+        pooling: of an encoder of texts; as its folder says when None.
 
     Raises:
         ModelError: weights, tokenizer or processor are missing or unreadable.
     """
     processor = open_processor(model, task)
+    if task_class(task).embeds:
+        with _opening(model):
+            return ModelAndProcessor(Embedder.open(model, pooling), processor)
     if task_class(task).has_labels:
         _name_labels(config, labels)
         config.problem_type = _PROBLEM_TYPE[function]
@@ -183,6 +189,9 @@ def _install(version: str) -> str:
 
 def open_classifier(model: str, config: Any, task: str) -> ModelAndProcessor:
     """Open a model with the head that it was trained with; raise ModelError if part of it is missing."""
+    if task_class(task).embeds:
+        with _opening(model):
+            return ModelAndProcessor(Embedder.open(model), open_processor(model, task))
     if not has_head(config, task):
         kind = ", ".join(config.architectures or []) or "of no known kind"
         kind += f" for {other}" if (other := other_task(config)) else ""

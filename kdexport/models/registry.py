@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 import kdexport.models.convnet
 import kdexport.models.speechnet
 import kdexport.models.textnet  # noqa: F401  # the Auto classes learn of our own architectures
+from kdexport.models.embedder import Embedder, is_embedder
 from kdexport.models.transcriber import Transcriber, is_transcriber
 from kdexport.tasks import DEFAULT, load_task, names, task_class
 from kdexport.tasks.base import Task
@@ -36,9 +37,10 @@ def has_head(config: Any, task: str) -> bool:
     return named and any(type(config) in getattr(transformers, kind.auto_class)._model_mapping for kind in kinds)
 
 
-def task_of(config: Any) -> str | None:
+def task_of(config: Any, model: str | Path) -> str | None:
     """Return the task that a Hugging Face model was trained for; None where it has no head that we know."""
-    return next((task for task in names() if has_head(config, task)), None)
+    embeds = (task for task in names() if task_class(task).embeds and is_embedder(model))
+    return next((task for task in names() if has_head(config, task)), None) or next(embeds, None)
 
 
 def other_task(config: Any) -> str | None:
@@ -86,6 +88,8 @@ def open_trained(folder: Path, task: Task | None = None) -> PreTrainedModel:
     """Open the model of a folder; `task` is that of its `task.json` when None."""
     if is_transcriber(AutoConfig.from_pretrained(folder)):
         return Transcriber.open(folder, task or load_task(folder))
+    if task_class(task.name if task else task_name(folder)).embeds:
+        return Embedder.open(folder)
     return auto_class(task.name if task else task_name(folder)).from_pretrained(folder)
 
 
@@ -93,6 +97,9 @@ def open_to_read(folder: Path, dtype: str, *, all_devices: bool) -> Any:
     """Open the model of a folder for inference, its weights in `dtype`, on this process's device or on all of them."""
     if dtype == "float32" and not all_devices:
         model: Any = open_trained(folder)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if task_class(task_name(folder)).embeds and not all_devices and dtype != "int8":
+        model = open_trained(folder).to(getattr(torch, dtype))
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"device_map": "auto" if all_devices else "cuda" if torch.cuda.is_available() else "cpu"}
     if dtype == "int8":

@@ -15,17 +15,19 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedModel, P
 from kdexport.errors import ModelError, VerificationError
 from kdexport.files import write_json
 from kdexport.models import LINE_5
+from kdexport.models.embedder import Embedder
 from kdexport.models.inference import PADDING_TOLERANCE, padding_effect
 from kdexport.models.loading import ModelAndProcessor, open_tokenizer
 from kdexport.models.transcriber import NO_TIMES, Transcriber, config_of
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.base import reads_texts
-from kdexport.tasks.config import AudioConfig, Function, TaskConfig, TextSide
+from kdexport.tasks.config import AudioConfig, EmbeddingConfig, Function, TaskConfig, TextSide
 from kdexport.tasks.inputs import audio as sound
 from kdexport.tasks.inputs import images
 from kdexport.tasks.inputs.whisper import HOP, RATE
 
 _DEFAULT_MAX_LENGTH = 128
+_MOST_EMBEDDED = 512  # tokens, where the folder of an embedder does not say how many it reads
 
 
 def save_task(
@@ -41,6 +43,7 @@ def save_task(
     top_k: int = 1,
     words: Sequence[str] = (),
     language: str = "",
+    problem: str = "",
 ) -> None:
     """Write `task.json` and the files of the tokenizer or processor.
 
@@ -52,6 +55,7 @@ def save_task(
         top_k: tokens with a probability in a language model's output.
         words: a closed vocabulary of speech.
         language: the code of the language that is spoken, where it is known.
+        problem: how vectors are judged, see `data.problem`.
     """
     model, tokenizer = opened.model, opened.processor
     kind = task_class(task)
@@ -74,18 +78,25 @@ def save_task(
         tokenizer.save_pretrained(out)
         write_json(out / "task.json", config)
         return
-    accepted = set(tokenizer.model_input_names) & set(signature(model.forward).parameters)
+    reader = model.encoder if isinstance(model, Embedder) else model
+    accepted = set(tokenizer.model_input_names) & set(signature(reader.forward).parameters)
     # DeBERTa-v2 ignores token types, and RoBERTa knows one alone; GPT-2 takes them, and its exported graph does not.
     if getattr(model.config, "type_vocab_size", 2) < 2 or kind.generates:
         accepted.discard("token_type_ids")
     reads, top_k = longest_input(model, tokenizer), top_k if kind.generates else 0
-    write = partial(write_task, task=task, function=function, at_most=at_most, top_k=top_k)
+    embedding = None
+    if isinstance(model, Embedder):
+        kept, default, at_most = model.steps.prompts, model.steps.default_prompt, min(_MOST_EMBEDDED, model.steps.reads)
+        embedding = EmbeddingConfig(width=model.width, prompts=kept, default_prompt=default, problem=problem)
+    write = partial(write_task, task=task, function=function, at_most=at_most, top_k=top_k, embedding=embedding)
     # Padding on the right shifts no positions; XLNet, which reads a text's last token, needs it on the left.
     sides: list[TextSide] = ["right", "left", "right"]
     for side in sides:
         write(tokenizer, accepted, reads, max_length, labels, out, padding_side=side)
         if kind.generates or padding_effect(model, load_task(out)) <= PADDING_TOLERANCE:
             break
+    if isinstance(model, Embedder):
+        model.steps = model.steps._replace(reads=load_task(out).config.max_length)
 
 
 @torch.inference_mode()
@@ -119,6 +130,7 @@ def write_task(
     at_most: int = _DEFAULT_MAX_LENGTH,
     top_k: int = 0,
     padding_side: TextSide = "right",
+    embedding: EmbeddingConfig | None = None,
 ) -> None:
     """Write `task.json` and tokenizer files for a model with the inputs `accepted` that reads `reads` tokens.
 
@@ -138,6 +150,7 @@ def write_task(
         function=function,
         kept=min(top_k, len(tokenizer)),
         end_id=tokenizer.eos_token_id if top_k else None,
+        embedding=embedding,
     )
     # A tokenizer.json may carry truncation and padding of its own, which other runtimes would follow.
     tokenizer.backend_tokenizer.no_truncation()
@@ -203,6 +216,9 @@ def save_model(opened: ModelAndProcessor, out: Path) -> None:
     """Write config and weights as safetensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that settings of generation move to a file of their own
+        if isinstance(opened.model, Embedder):
+            opened.model.save(out)
+            return
         opened.model.save_pretrained(out, safe_serialization=True)
 
 

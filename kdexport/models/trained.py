@@ -42,7 +42,7 @@ def take_trained(
         ModelError: it is no trained model that can be exported.
     """
     config = open_config(model)
-    task_name = task_of(config) or DEFAULT
+    task_name = task_of(config, model) or DEFAULT
     kind = task_class(task_name)
     for row in rows:  # the column that was named holds paths, if it is no column of texts
         row.setdefault(kind.modality, row.get("text"))

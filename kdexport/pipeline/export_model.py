@@ -142,7 +142,7 @@ def _make(
 
         merge_adapter(Path(model), merged)
         opened = str(merged)
-    rows, columns = read_rows(data, task_class(task_of(open_config(opened)) or DEFAULT))
+    rows, columns = read_rows(data, task_class(task_of(open_config(opened), opened) or DEFAULT))
     take_trained(opened, max_length, rows, source, language, vocabulary)
     task = load_task(source)
     if strange := [precision for precision in how.variants if precision not in task.menu.precisions]:

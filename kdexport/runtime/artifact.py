@@ -93,6 +93,8 @@ SHIPPED_AS = {
 _SHIPPED = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
     "vocab.json", "preprocessor_config.json", "generation_config.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+    *(f"{i}_Dense/{name}" for i in (2, 3, 4) for name in ("config.json", "model.safetensors")),
 )  # fmt: skip
 
 
@@ -117,6 +119,7 @@ def pack(
     (out / "onnx").mkdir(exist_ok=True)
     for name in _SHIPPED:
         if (student / name).exists():
+            (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(student / name, out / name)
     task = load_task(student).config
     _name_known_architecture(out / "config.json", task.task)

@@ -15,7 +15,7 @@ from kdexport.tasks.inputs.languages import codes_of, known_language
 from kdexport.tasks.menus import LAYERS, OF_LAYERS, Menu
 
 # Losses that read probabilities softened by the temperature.
-_SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist"}
+_SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist", "similarity"}
 _TEACHERS = {"torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits"}
 
 
@@ -93,6 +93,8 @@ def _check_menu(spec: Spec, menu: Menu) -> None:
         raise SpecError(f"distill.loss: {wrong[0]} is not for {task}", f"Take {_either(offered)}")
     if menu.temperature is None and spec.distill.temperature != 1:
         raise SpecError(f"distill.temperature: soft targets of {task} are those of 1", "Remove it")
+    if task_class(spec.task).labels_judge and spec.distill.alpha != 1:
+        raise SpecError(f"distill.alpha: no label teaches {spec.task}, so it is 1", "Remove it")
     if spec.distill.augment and not menu.augment:
         raise SpecError(f"distill.augment changes texts, and not the rows of {task}", "Leave it out")
     if wrong := [precision for precision in spec.export.variants if precision not in menu.precisions]:
@@ -211,6 +213,9 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
     if not task_class(spec.task).transcribes:
         for key in ("data.sentences", "data.words", "data.language", "distill.max_word_error"):
             yield key, f"on {spec.task}", "Remove it: it is of speech"
+    if not task_class(spec.task).embeds:
+        for key in ("student.dimensions", "teacher.pooling"):
+            yield key, f"on {spec.task}", "Remove it: it is of sentence-embedding"
     if spec.data.problem == "seq2seq":
         yield "data.words", "on texts that are written token by token", "Remove it, or take a conv"
     else:

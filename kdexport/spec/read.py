@@ -14,6 +14,7 @@ from msgspec import inspect
 from kdexport.errors import SpecError
 from kdexport.spec.checks import checked
 from kdexport.spec.sections import Bench, Data, Section, Spec
+from kdexport.tasks import names, task_class
 
 _DEEPEST, _MOST_VALUES = 20, 10_000  # aliases of aliases multiply
 _SHOWN = 40  # characters of a wrong value in an error
@@ -97,11 +98,11 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def load(
-    path: Path | None, overrides: Mapping[str, Any], recognised: Callable[[Data], tuple[str, str]] | None = None
+    path: Path | None, overrides: Mapping[str, Any], recognised: Callable[[Data, str | None], tuple[str, str]] | None = None
 ) -> Spec:
     """Read a spec file, if any, apply the overrides, like `{"student.model": "mini"}`, and check the whole.
 
-    `recognised` returns the task and the problem of data, where the spec names neither.
+    `recognised` returns the task and the problem of data, where the spec names neither; for some tasks the problem.
     """
     tree = _read_yaml(path) if path else {}
     source = str(path) if path else "flags"
@@ -116,11 +117,17 @@ def load(
                 raise SpecError(f"{source}: {section!r} is not a section, so {key!r} can't be set in it")
         node[leaf] = value
     data = tree.get("data")
-    if recognised and isinstance(data, dict) and "task" not in tree and "problem" not in data:
+    task = tree.get("task")
+    if recognised and isinstance(data, dict) and (task is None or _judged(task)) and "problem" not in data:
         _refuse_unreal(tree, source)
         with suppress(msgspec.ValidationError):  # `parse` names what is wrong, and where
-            tree["task"], data["problem"] = recognised(msgspec.convert(data, Data))
+            tree["task"], data["problem"] = recognised(msgspec.convert(data, Data), task)
     return parse(tree, source)
+
+
+def _judged(task: Any) -> bool:
+    """Return whether a task's problem follows from the data that judge it."""
+    return task in names() and task_class(task).labels_judge
 
 
 def parse(tree: Any, source: str) -> Spec:

@@ -13,11 +13,15 @@ Count = Annotated[int, Meta(ge=1)]
 Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Length = Annotated[int, Meta(ge=8, le=8192)]
-Problem = Literal["single-label", "multi-label", "regression", "seq2seq"]
+Problem = Literal[
+    "single-label", "multi-label", "regression", "seq2seq",
+    "similarity", "retrieval", "retrieval-mrr", "retrieval-recall",
+]  # fmt: skip
 Dtype = Literal["float32", "bfloat16"]
 LossName = Literal[
-    "ctc", "kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation"
-]
+    "ctc", "kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation",
+    "cosine", "similarity",
+]  # fmt: skip
 Augmentation = Literal["mask", "neighbours", "ngram", "shuffle"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Runtime = Literal["torch", "torch-compile", "torch-cudagraphs", "onnxruntime", "openvino"]
@@ -65,7 +69,8 @@ class Data(Section, frozen=True):
         Problem,
         _help(
             "of text-classification: one label a text, several (lists, or with | between), or a number; of speech "
-            "seq2seq: the student is a smaller Whisper, as layers of one always are"
+            "seq2seq: the student is a smaller Whisper, as layers of one always are; of sentence-embedding what judges: "
+            "similarity (Spearman, scored pairs), retrieval (nDCG@10), retrieval-mrr, retrieval-recall (a BEIR folder)"
         ),
     ] = "single-label"
     unlabelled: Annotated[
@@ -156,6 +161,10 @@ class Teacher(Section, frozen=True):
         Literal["one", "all"],
         _help("that hold the teacher while it computes soft targets: all is for one too large for a single GPU"),
     ] = "one"
+    pooling: Annotated[
+        Literal["mean", "first", "last"] | None,
+        _help("of an encoder as teacher of vectors: which tokens a text's vector is of; as its folder says when absent"),
+    ] = None
     train: Annotated[
         TeacherTraining | None,
         _help("fine-tune it on the data first; absent: only where it has no trained head for the task"),
@@ -193,6 +202,13 @@ class Student(Section, frozen=True):
         _help("initial weights of a narrower student: the teacher's embeddings and layers by PCA, or embeddings alone"),
     ] = "projections"
 
+    dimensions: Annotated[
+        Count | None,
+        _help(
+            "of the vectors of sentence-embedding: the principal axes of the teacher's vectors, the first ones most "
+            "important; when absent the teacher's own, or 256 of a bag"
+        ),
+    ] = None
     seconds: Annotated[
         Annotated[float, Meta(ge=1, le=30)] | None,
         _help(
@@ -222,8 +238,8 @@ class Distill(Section, frozen=True):
     loss: Annotated[
         LossName | dict[LossName, Weight],
         _help(
-            "kl, reverse-kl, jsd, soft-ce, mse, bce, dkd, dist (of logits), hidden, attention, relation (of layers), "
-            "or {name: weight}"
+            "kl, reverse-kl, jsd, soft-ce, mse, bce, dkd, dist (of logits), cosine, similarity (of vectors), hidden, "
+            "attention, relation (of layers), or {name: weight}"
         ),
     ] = "kl"
     temperature: Annotated[

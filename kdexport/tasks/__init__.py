@@ -26,6 +26,7 @@ BUILT_IN = {
     "causal-lm": "kdexport.tasks.causal_lm:CausalLM",
     "image-classification": "kdexport.tasks.image_classification:ImageClassification",
     "audio-classification": "kdexport.tasks.audio_classification:AudioClassification",
+    "sentence-embedding": "kdexport.tasks.sentence_embedding:SentenceEmbedding",
     "automatic-speech-recognition": "kdexport.tasks.speech_recognition:SpeechRecognition",
 }
 

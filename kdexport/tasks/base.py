@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Modality = Literal["text", "image", "audio"]
 # How outputs are trained: the key of the losses in `distill`.
-Objective = Literal["classes", "several", "number", "tokens", "next-token", "ctc"]
+Objective = Literal["classes", "several", "number", "tokens", "next-token", "ctc", "vectors"]
 # Python code for model cards, with an example of an input.
 PREDICT = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["{}"])'
 
@@ -76,7 +76,11 @@ class Task:
     has_words: ClassVar[bool] = False  # rows are lists of words, which `ready` splits
     cuts: ClassVar[bool] = False  # long texts are split into passages, each a row
     pairs: ClassVar[bool] = False  # a row may be a pair of texts
+    embeds: ClassVar[bool] = False  # the answers are vectors
+    labels_judge: ClassVar[bool] = False  # labels judge, and teach nothing: rows need none, and there is no baseline
+    adds_up: ClassVar[bool] = True  # statistics of parts of a split add up to the metric
     output: ClassVar[str] = "logits"
+    also: ClassVar[tuple[str, ...]] = ()  # further outputs of the graph, for other runtimes
     at_once: ClassVar[int] = 32  # the default batch size where speed does not matter
     alone: bool = False  # padding would change a row's logits, so each row is a batch
 
@@ -121,6 +125,26 @@ class Task:
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
         """Return the reason why a canonical row's content or label is invalid, or None."""
         raise NotImplementedError
+
+    @classmethod
+    def parts(cls, row: dict[str, Any], name: str) -> list[dict[str, Any]]:
+        """Return the rows that one row of a file becomes, with ids."""
+        return [{"id": name} | row]
+
+    @classmethod
+    def unit(cls, row: Row) -> str:
+        """Return the key of rows that belong to one split."""
+        return cls.content(row)
+
+    @staticmethod
+    def shared(row: Row) -> bool:
+        """Return whether a row belongs to every split, such as a document that is searched."""
+        return False
+
+    @classmethod
+    def misfit(cls, rows: Sequence[Row]) -> str:
+        """Return the reason why the rows of a split can't judge a model, or an empty text."""
+        return ""
 
     @classmethod
     def unified(cls, rows: Sequence[Row]) -> tuple[Iterable[Row | str], str]:
@@ -271,6 +295,10 @@ class Task:
     def agrees(self, logits: Array, reference: Array) -> Array:
         """Return for each row whether both have the same answer, or the fraction that is the same: [N]."""
         raise NotImplementedError
+
+    def compared(self, logits: Array, reference: Array) -> dict[str, float]:
+        """Return further comparisons with the teacher, by name."""
+        return {}
 
     def difference(self, logits: Array, reference: Array) -> float:
         """Return max |Δlogit|."""

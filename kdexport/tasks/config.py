@@ -92,6 +92,15 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     seconds: Annotated[float, Meta(gt=0, le=600)] = 30.0
 
 
+class EmbeddingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Vectors of `width` dimensions. `prompts` by name are put before a text, `problem` says how vectors are judged."""
+
+    width: Annotated[int, Meta(ge=1, le=2**16)]
+    prompts: Annotated[dict[Name, Annotated[str, Meta(max_length=4096)]], Meta(max_length=64)] = {}
+    default_prompt: Name | None = None
+    problem: Name = ""
+
+
 class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`task.json`, and `task` in the manifest: the configuration of encode and decode besides tokenizer.json.
 
@@ -99,7 +108,7 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
     are cut on their `truncation_side`. For language models, `kept` is the number of top tokens in an output, and
     `end_id` the token that ends a text; so too for speech that a `decoder` writes, of at most `max_length` tokens. Of
     other speech, `words` are the only ones that are recognised, if there are any. `language` is the code of the
-    spoken language, where it is known.
+    spoken language, where it is known. `embedding` is for vectors of texts.
     """
 
     task: Name
@@ -120,6 +129,7 @@ class TaskConfig(msgspec.Struct, frozen=True, kw_only=True):
         list[Annotated[str, Meta(min_length=1, max_length=MOST_LETTERS)]], Meta(max_length=MOST_WORDS)
     ] = []
     language: Name = ""
+    embedding: EmbeddingConfig | None = None
 
 
 def read_config(folder: Path) -> TaskConfig:

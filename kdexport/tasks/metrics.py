@@ -156,3 +156,15 @@ def mid_ranks(scores: Array) -> Array:
     """Return ranks [N] from 1; ties share their mean."""
     _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place])
+
+
+def products(x: Array, y: Array) -> Array:
+    """Return 1, x, y, x², y² and xy of each row, float64 [N, 6]; sums of numbers near 0 lose fewer digits."""
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+
+
+def pearson(sums: Array) -> Array:
+    """Return Pearson's correlation for sums [..., 6] of `products`; 0 where one side does not vary."""
+    n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums), -1, 0)
+    spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
+    return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))

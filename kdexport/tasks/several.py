@@ -9,7 +9,7 @@ import numpy as np
 from kdexport.tasks.base import Objective, Task
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Function, Items, Row
-from kdexport.tasks.metrics import Array, Metric, f1_of, mid_ranks
+from kdexport.tasks.metrics import Array, Metric, f1_of, mid_ranks, pearson, products
 
 # The separator of a row's labels.
 BETWEEN = "\x1f"
@@ -136,20 +136,12 @@ class Number(Classes):
         if self._near is None and len(rows) and np.isfinite(x[0] + y[0]):
             self._near = x[0], y[0]
         near_x, near_y = self._near or (0.0, 0.0)
-        return _products(x - near_x, y - near_y)
+        return products(x - near_x, y - near_y)
 
     def value(self, sums: Array) -> Array:
-        """Pearson's correlation; 0 where one side does not vary."""
-        n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums), -1, 0)
-        spread = np.maximum((n * xx - x * x) * (n * yy - y * y), 0.0)
-        return np.asarray(np.where(spread > 0, (n * xy - x * y) / np.sqrt(np.maximum(spread, 1e-300)), 0.0))
+        return pearson(sums)
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         """Spearman's correlation: Pearson's of the ranks."""
         x, y = (mid_ranks(side[:, 0]) for side in (logits, self.label_array(rows)))
-        return {"Spearman correlation": float(self.value(_products(x - x.mean(), y - y.mean()).sum(axis=0)))}
-
-
-def _products(x: Array, y: Array) -> Array:
-    """Return 1, x, y, x², y² and xy of each row, float64 [N, 6]; sums of numbers near 0 lose fewer digits."""
-    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+        return {"Spearman correlation": float(self.value(products(x - x.mean(), y - y.mean()).sum(axis=0)))}

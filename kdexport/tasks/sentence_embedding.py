@@ -1,0 +1,370 @@
+"""Sentence embedding: a text → one vector, judged by scored pairs, by a search, or by the teacher's neighbours."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import msgspec
+import numpy as np
+
+from kdexport.errors import ArtifactError, DataError
+from kdexport.tasks.base import Card, Objective, Task
+from kdexport.tasks.config import Arrays, Function, Row
+from kdexport.tasks.inputs.texts import Texts
+from kdexport.tasks.menus import OF_LAYERS, TEXTS
+from kdexport.tasks.metrics import Array, Metric, mid_ranks, pearson, products
+from kdexport.tasks.rankings import mrr, ndcg, recall
+from kdexport.tasks.vectors import DTYPES, EmbeddingDtype, cosines, decoded, encoded, in_parts, overlap, shortened, unit
+
+_HIGHEST = 5.0  # of a pair's score
+_CODE = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a sentence"])[0].values'
+
+
+class Judgement(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A row's `label`, as JSON: one side of a scored pair; a query with its relevant documents; or a document.
+
+    `pair` is the id of the pair, whose score is from 0 to 5; `gains` of a query are by the id of a document.
+    """
+
+    pair: str = ""
+    score: float = 0.0
+    gains: dict[str, float] = {}
+    document: str = ""
+
+
+class Vector(msgspec.Struct, frozen=True):
+    """The vector of a text, float32 [D]."""
+
+    values: Array
+
+    def to_dict(self, scores: bool) -> dict[str, Any]:
+        return {"embedding": [round(float(value), 7) for value in self.values]}
+
+    def __repr__(self) -> str:
+        return f"Vector({len(self.values)} dimensions)"
+
+
+class SentenceEmbedding(Texts):
+    """Rows `{"text": …, "prompt": …, "label": …}` → input ids → vectors [N, D].
+
+    Without labels a model is judged by how many of each text's ten nearest its teacher has as well.
+    """
+
+    name: ClassVar = "sentence-embedding"
+    objective: ClassVar[Objective] = "vectors"
+    function: ClassVar[Function] = "none"
+    metric: ClassVar = Metric("agreement with the teacher")
+    card: ClassVar = Card("sentence-similarity", "ORTModelForFeatureExtraction", _CODE)
+    menu: ClassVar = TEXTS._replace(
+        instead="Take spread:3, tiny, 3x192 or bag",
+        students=TEXTS.students - {"network"} | {"bag"},
+        default="spread:3",
+        ladder=("bag", "tiny", "2x256", "spread:2", "spread:3"),
+        losses=("cosine", "similarity", "mse", *OF_LAYERS),
+        temperature=0.05,
+        unused=dict(TEXTS.unused)
+        | {
+            "teacher.train": "Remove it: a student learns from the teacher's vectors as they are",
+            "distill.baseline": "Remove it: there are no labels to learn from",
+        },
+    )
+    columns: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text": ("text", "sentence", "content", "query", "question", "title", "message", "body", "document"),
+        "label": ("score", "similarity", "similarity_score", "label"),
+    }
+    pairs: ClassVar = True
+    auto_class: ClassVar = "AutoModel"
+    heads: ClassVar = ()
+    stands_for: ClassVar = ("bert", "BertModel")
+    protocols: ClassVar = frozenset({"tei", "openai"})
+    output: ClassVar = "sentence_embedding"
+    also: ClassVar = ("last_hidden_state",)
+    has_labels: ClassVar = False
+    has_names: ClassVar = False
+    embeds: ClassVar = True
+    labels_judge: ClassVar = True
+    adds_up: ClassVar = False
+
+    @classmethod
+    def kinds(cls) -> dict[str, type[Task]]:
+        return {kind.problem: kind for kind in (SentenceEmbedding, *_JUDGED)}
+
+    @classmethod
+    def of(cls, config: Any) -> type[Task]:
+        return cls.kinds().get(config.embedding.problem if config.embedding else "", cls)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        found = super().load(folder)
+        if found.config.embedding is None:
+            raise ArtifactError(f"{folder}: the task {cls.name} lacks the settings of its vectors", "Pack it again")
+        return found
+
+    @property
+    def width(self) -> int:
+        """The dimensions D of a vector."""
+        return self.config.embedding.width if self.config.embedding else 0
+
+    @property
+    def answer_shape(self) -> tuple[int, ...]:
+        return (self.width,)
+
+    def axes(self) -> dict[str, dict[int, str]]:
+        return super().axes() | {self.also[0]: {0: "batch_size", 1: "sequence_length"}}
+
+    # --- rows
+
+    @classmethod
+    def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
+        label = row["label"]
+        if isinstance(label, Mapping):  # as `data.sources` reads a folder in BEIR's layout
+            found = msgspec.convert(label, Judgement)
+            return row | {"label": _written(found), "prompt": "document" if found.document else "query"}
+        if row.get("text_pair") is None or label in (None, ""):
+            return row | {"label": None}  # a class of a text judges no vector
+        try:
+            score = float(label)
+        except (TypeError, ValueError):
+            return f"score {label!r} is no number"
+        if not 0 <= score <= _HIGHEST:
+            return f"score {score:g} is not between 0 and {_HIGHEST:g}"
+        return row | {"label": f"{score:g}"}
+
+    @staticmethod
+    def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
+        return Texts.check(row, max_chars, needs_label=False)
+
+    @classmethod
+    def parts(cls, row: dict[str, Any], name: str) -> list[dict[str, Any]]:
+        """Take each side of a pair as a row."""
+        second = row.pop("text_pair", None)
+        if second is None:
+            return [row | {"id": name}]
+        score = row["label"]
+        label = None if score is None else _written(Judgement(pair=name, score=float(score)))
+        return [row | {"id": f"{name}.{i}", "text": text, "label": label} for i, text in enumerate((row["text"], second), 1)]
+
+    @staticmethod
+    def content(row: Row) -> str:
+        prompt = row.get("prompt")
+        return f"{prompt}\x1e{row['text']}" if prompt else str(row["text"])
+
+    @staticmethod
+    def title(row: Row) -> str:
+        return str(row["text"])
+
+    @classmethod
+    def unit(cls, row: Row) -> str:
+        label = row.get("label")
+        return (judgement(label).pair if label else "") or cls.content(row)
+
+    @staticmethod
+    def shared(row: Row) -> bool:
+        return bool(row.get("label")) and bool(judgement(row["label"]).document)
+
+    def row(self, given: object) -> dict[str, Any]:
+        if not isinstance(given, str):
+            what = "a pair of texts" if isinstance(given, tuple) else f"no text but {type(given).__name__}"
+            raise DataError(f"it is {what}", "Give each text by itself")
+        return {"text": super().row(given)["text"]}
+
+    def _tokenized(self, rows: Sequence[Row]) -> Any:
+        return super()._tokenized([row | {"text": self.prompted(row)} for row in rows] if self._prompts else rows)
+
+    @property
+    def _prompts(self) -> Mapping[str, str]:
+        return self.config.embedding.prompts if self.config.embedding else {}
+
+    def prompted(self, row: Row) -> str:
+        """Return a row's text behind the prompt that it names, else behind the model's default one."""
+        named = row.get("prompt") or (self.config.embedding.default_prompt if self.config.embedding else "")
+        known = self._prompts
+        # Teachers call the prompt of a document as they like.
+        name = next((n for n in (named, *(_DOCUMENT if named == "document" else ())) if n in known), None)
+        return (known[name] if name else "") + str(row["text"])
+
+    # --- vectors
+
+    def pack(self, logits: Array) -> Array:
+        """Half precision: cosines change by some 1e-4."""
+        return logits.astype(np.float16)
+
+    def unpack(self, packed: Array) -> Array:
+        return packed.astype(np.float32)
+
+    def decode(self, logits: Array, rows: Sequence[Row] = ()) -> list[Vector]:
+        return [Vector(vector) for vector in logits]
+
+    def confidence(self, logits: Array, rows: Sequence[Row]) -> Array:
+        return np.ones(len(logits))
+
+    def agrees(self, logits: Array, reference: Array) -> Array:
+        """The fraction of each row's ten nearest among these rows that both have: vectors may differ in width."""
+        return overlap(logits, reference)
+
+    def compared(self, logits: Array, reference: Array) -> dict[str, float]:
+        """Cosines to the teacher's vectors, where widths are equal."""
+        if logits.shape != reference.shape:
+            return {}
+        found = cosines(logits, reference)
+        return {"cosine to the teacher": float(found.mean()), "its 1st percentile": float(np.percentile(found, 1))}
+
+    def label_array(self, rows: Iterable[Row]) -> Array:
+        """Zeros: no loss reads them."""
+        return np.zeros(len(list(rows)), dtype=np.int64)
+
+    def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
+        return np.zeros((len(rows), 2))
+
+    def value(self, sums: Array) -> Array:
+        return np.asarray(sums[..., 0] / np.maximum(sums[..., 1], 1e-12))
+
+    def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
+        return False
+
+
+class Similarity(SentenceEmbedding):
+    """Pairs with scores from 0 to 5: Spearman's correlation of cosines with scores."""
+
+    problem: ClassVar = "similarity"
+    metric: ClassVar = Metric("Spearman correlation")
+
+    @classmethod
+    def signs(cls, rows: Sequence[Row]) -> str:
+        scored = [row for row in rows if row.get("text_pair") and row["label"] not in (None, "")]
+        return "there are pairs with scores" if scored else ""
+
+    @classmethod
+    def misfit(cls, rows: Sequence[Row]) -> str:
+        pairs = _pairs(rows)
+        if not len(pairs):
+            return "it holds no pair of texts with a score"
+        return "all its pairs have the same score" if np.ptp(pairs[:, 2]) == 0 else ""
+
+    def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """Of ranks among these pairs, at a pair's first row: float64 [N, 6]; see `products`."""
+        return self._stats(logits, rows, mid_ranks)
+
+    def _stats(self, logits: Array, rows: Sequence[Row], rank: Callable[[Array], Array]) -> Array:
+        found, pairs = np.zeros((len(rows), 6)), _pairs(rows)
+        if len(pairs):
+            a, b = pairs[:, :2].astype(np.int64).T
+            x, y = rank(cosines(logits[a], logits[b]).astype(np.float64)), rank(pairs[:, 2])
+            found[a] = products(x - x.mean(), y - y.mean())
+        return found
+
+    def value(self, sums: Array) -> Array:
+        return pearson(sums)
+
+    def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
+        exact = float(self.value(self._stats(logits, rows, np.asarray).sum(axis=0)))
+        return {"Pearson correlation": exact} | _smaller(self, logits, rows)
+
+
+class Retrieval(SentenceEmbedding):
+    """Queries, documents and judgements: nDCG at 10, the mean over the queries."""
+
+    problem: ClassVar = "retrieval"
+    metric: ClassVar = Metric("nDCG@10")
+    _of: ClassVar[Callable[[Array, Array], Array]] = staticmethod(ndcg)
+
+    @classmethod
+    def signs(cls, rows: Sequence[Row]) -> str:
+        return "there are documents to search" if any(isinstance(row["label"], Mapping) for row in rows) else ""
+
+    @classmethod
+    def misfit(cls, rows: Sequence[Row]) -> str:
+        kinds = [judgement(row["label"]) for row in rows if row.get("label")]
+        for what in ("document", "gains"):
+            if not any(getattr(kind, what) for kind in kinds):
+                return f"it holds no {'document' if what == 'document' else 'query with a relevant document'}"
+        return ""
+
+    def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """(value, 1) at each query's row: float64 [N, 2]."""
+        return _searched(logits, rows, type(self)._of)
+
+    def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
+        others = {kind.metric.name: kind._of for kind in _SEARCHES if kind.metric != self.metric}
+        found = {name: float(self.value(_searched(logits, rows, of).sum(axis=0))) for name, of in others.items()}
+        return found | _smaller(self, logits, rows)
+
+
+class RetrievalMRR(Retrieval):
+    """The same, judged by the reciprocal rank of the first relevant document."""
+
+    problem: ClassVar = "retrieval-mrr"
+    metric: ClassVar = Metric("MRR@10")
+    _of: ClassVar[Callable[[Array, Array], Array]] = staticmethod(mrr)
+
+
+class RetrievalRecall(Retrieval):
+    """The same, judged by the fraction of the relevant documents among the first 100."""
+
+    problem: ClassVar = "retrieval-recall"
+    metric: ClassVar = Metric("recall@100")
+    _of: ClassVar[Callable[[Array, Array], Array]] = staticmethod(recall)
+
+
+_SEARCHES = (Retrieval, RetrievalMRR, RetrievalRecall)
+_JUDGED = (Similarity, *_SEARCHES)
+_DOCUMENT = ("passage", "doc", "corpus")
+
+
+def judgement(label: str) -> Judgement:
+    """Parse a row's label."""
+    return msgspec.json.decode(label, type=Judgement)
+
+
+def _written(found: Judgement) -> str:
+    return msgspec.json.encode(found).decode()
+
+
+def _pairs(rows: Sequence[Row]) -> Array:
+    """Return the places of both sides of each pair, and its score: float64 [P, 3]."""
+    first: dict[str, int] = {}
+    found = []
+    for i, row in enumerate(rows):
+        label = judgement(row["label"]) if row.get("label") else None
+        if label and label.pair:
+            if (before := first.pop(label.pair, None)) is None:
+                first[label.pair] = i
+            else:
+                found.append((before, i, label.score))
+    return np.array(found, dtype=np.float64).reshape(-1, 3)
+
+
+def _smaller(task: SentenceEmbedding, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
+    """Return the metric of vectors in smaller formats, and of their first half and quarter."""
+
+    def of(vectors: Array) -> float:
+        return float(task.value(task.stats(vectors, rows).sum(axis=0)))
+
+    width, found = logits.shape[1], dict[str, float]()
+    others: list[EmbeddingDtype] = [dtype for dtype in DTYPES if dtype != "float"]
+    for dtype in others:
+        found[f"{task.metric.name} of {dtype} vectors"] = of(decoded(encoded(logits, dtype), dtype, width))
+    for part in (2, 4):
+        found[f"{task.metric.name} of {width // part} dimensions"] = of(shortened(logits, max(1, width // part)))
+    return found
+
+
+def _searched(logits: Array, rows: Sequence[Row], of: Callable[[Array, Array], Array]) -> Array:
+    """Return (metric, 1) at each query's row, zeros at others: float64 [N, 2]."""
+    found = np.zeros((len(rows), 2))
+    labels = [judgement(row["label"]) if row.get("label") else Judgement() for row in rows]
+    documents = [i for i, label in enumerate(labels) if label.document]
+    place = {labels[i].document: at for at, i in enumerate(documents)}
+    queries = [i for i, label in enumerate(labels) if any(gain > 0 for gain in label.gains.values())]
+    if not documents or not queries:
+        return found
+    corpus = unit(logits[documents].astype(np.float32))
+    for part in in_parts(len(queries)):
+        scores = unit(logits[queries[part]].astype(np.float32)) @ corpus.T
+        for i, row in zip(queries[part], scores, strict=True):
+            gains = np.zeros(len(documents))
+            for name, gain in labels[i].gains.items():
+                if name in place:
+                    gains[place[name]] = gain
+            found[i] = float(of(row, gains)), 1.0
+    return found
