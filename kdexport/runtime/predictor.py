@@ -95,6 +95,10 @@ class Predictor:
         """Return the encoder's states [B, T, H] of a model that writes what it hears."""
         return np.asarray(self._session.run(None, inputs)[0])
 
+    def states(self, arrays: Arrays) -> Array:
+        """Return the states of all tokens of an encoded batch [B, T, H], where the answers are vectors."""
+        return np.asarray(self._session.run([*self.task.also], self.task.graph_inputs(arrays))[0])
+
     def reader(self, states: Array) -> Read:
         """Return the decoder for an encoder's states."""
         return reader(_onnxruntime(), self._decoder, states)

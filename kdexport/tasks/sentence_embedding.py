@@ -175,6 +175,18 @@ class SentenceEmbedding(Texts):
     def _prompts(self) -> Mapping[str, str]:
         return self.config.embedding.prompts if self.config.embedding else {}
 
+    def cost(self, row: Row) -> int:
+        return super().cost({"text": self.prompted(row)})
+
+    def is_cut(self, row: Row) -> bool:
+        return "text" in row and super().is_cut({"text": self.prompted(row)})
+
+    def check_prompt(self, name: str | None) -> None:
+        """Raise DataError where the model has no prompt of this name."""
+        if name is not None and not {name, *(_DOCUMENT if name == "document" else ())} & self._prompts.keys():
+            there = f"Its prompts are {', '.join(self._prompts)}" if self._prompts else "It has none: leave it out"
+            raise DataError(f"the model has no prompt {name!r}", there)
+
     def prompted(self, row: Row) -> str:
         """Return a row's text behind the prompt that it names, else behind the model's default one."""
         named = row.get("prompt") or (self.config.embedding.default_prompt if self.config.embedding else "")
