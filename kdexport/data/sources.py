@@ -16,7 +16,7 @@ from kdexport.data.read import AT_ONCE, SUFFIXES, Raw, Source, from_arrow, read_
 from kdexport.errors import DataError, MissingPackage, counted, first_line
 from kdexport.files import is_place
 from kdexport.progress import say, warn
-from kdexport.tasks import DEFAULT, kinds, task_class
+from kdexport.tasks import DEFAULT, kinds
 from kdexport.tasks.base import Task
 
 SPLITS = ("train", "validation", "test")
@@ -99,8 +99,7 @@ def recognised(data: spec.Data, task: str | None = None) -> tuple[str, str]:
         raws = [raw for raw in islice(source.rows, _SHOWING) if isinstance(raw, dict)]
     except DataError:
         raws = []  # the data stage names what is wrong
-    named = {task: kind for kind in kinds() if kind.name == task}
-    asked = named[task].kinds().values() if task in named else (k for k in kinds() if not k.labels_judge)
+    asked = [kind for kind in kinds() if (kind.name == task if task else not kind.labels_judge)]
     for kind in asked if raws else []:
         try:
             alone = kind.transcribes and len(source.columns) == 1  # which the teacher is to transcribe

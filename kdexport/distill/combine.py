@@ -11,6 +11,7 @@ import numpy as np
 
 from kdexport.errors import ModelError
 from kdexport.tasks.metrics import Array, log_softmax
+from kdexport.tasks.vectors import unit
 
 
 def combine(logits: Sequence[Array], weights: Sequence[float] | None, how: Literal["mean", "log-mean"]) -> Array:
@@ -30,6 +31,15 @@ def combine(logits: Sequence[Array], weights: Sequence[float] | None, how: Liter
     else:
         mean = np.logaddexp.reduce([z + np.log(w) for w, z in zip(shares, logs, strict=True)], axis=0)
     return log_softmax(mean).astype(np.float32)
+
+
+def joined(vectors: Sequence[Array], weights: Sequence[float] | None) -> Array:
+    """Return the vectors [N, D₁ + …] of several teachers side by side: a cosine is the weighted mean of theirs."""
+    if len(vectors) == 1:
+        return vectors[0].astype(np.float32)
+    shares = np.asarray(weights if weights is not None else np.ones(len(vectors)), dtype=np.float64)
+    scaled = [w**0.5 * unit(v) for w, v in zip(shares / shares.sum(), vectors, strict=True)]
+    return np.concatenate(scaled, axis=1).astype(np.float32)
 
 
 def columns_of(ours: Sequence[str], theirs: Sequence[str], our_name: str, their_name: str) -> list[int]:

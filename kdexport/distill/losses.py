@@ -254,8 +254,8 @@ def cosine(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None
 def similarity(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
     """KL of how each text's cosines to the others of the batch are distributed, softmax(cos / T): the mean over rows.
 
-    Fang et al. 2021 (SEED, https://arxiv.org/abs/2101.04731, equation 4), here within the batch, without a queue. Vectors
-    may differ in width. A single row teaches nothing.
+    Fang et al. 2021 (SEED, https://arxiv.org/abs/2101.04731, equation 4), here within the batch, without a queue.
+    Vectors may differ in width. A single row teaches nothing.
     """
     if len(student_logits) < 2:
         return student_logits.sum() * 0.0

@@ -20,7 +20,7 @@ from kdexport.data import read_rows
 from kdexport.data.rows import Row, Rows, write_rows
 from kdexport.data.sources import SPLITS
 from kdexport.distill.augment import changer, transfer_rows
-from kdexport.distill.combine import columns_of, combine
+from kdexport.distill.combine import columns_of, combine, joined
 from kdexport.distill.fine_tune import cause_of_chance
 from kdexport.distill.samples import written_by
 from kdexport.distill.store import cache_folder
@@ -111,8 +111,10 @@ def write_targets(
             accuracy[split], *theirs = values
             for found, value in zip(each, theirs, strict=True):
                 found[split] = value
-    shown = "validation" if "validation" in accuracy else "test"
-    say(f"soft targets: teacher's {task.metric.name} on {shown} {task.metric.text(accuracy[shown])}")
+    for shown in ("validation", "test"):
+        if shown in accuracy:
+            say(f"soft targets: teacher's {task.metric.name} on {shown} {task.metric.text(accuracy[shown])}")
+            break
     record = {
         "texts": len(np.unique(np.concatenate([keys_of(rows, task.content) for rows in splits.values()]))),
         "metric": task.metric.name,
@@ -141,12 +143,14 @@ class Combined:
         """Return the combined logits float32 [N, C] of computed rows, and each teacher's."""
         answers = [member.answers(rows) for member in self._members]
         each = [a[..., columns] if columns else a for a, columns in zip(answers, self._places, strict=True)]
+        if self.task.embeds:
+            return joined(each, self._how.weights), each
         return combine(each, self._how.weights, self._how.combine), each
 
 
-def _blocks(task: Task, rows: Rows) -> Iterator[list[Row]]:
-    """Yield rows in blocks, which save memory."""
-    size = max(1, min(_BLOCK, _BLOCK_BYTES // (4 * math.prod(task.answer_shape))))
+def _blocks(task: Task, rows: Rows, *, whole: bool = False) -> Iterator[list[Row]]:
+    """Yield rows in blocks, which save memory, or as a whole."""
+    size = len(rows) if whole else max(1, min(_BLOCK, _BLOCK_BYTES // (4 * math.prod(task.answer_shape))))
     return (list(rows[start : start + size]) for start in range(0, len(rows), size))
 
 
@@ -162,7 +166,8 @@ def _write(
     task, sums, corrected = teachers.task, None, 0
     teaches = split in ("train", TRANSFER)
     with writing(path, len(rows)) as file:
-        for block in _blocks(task, rows):
+        whole = not task.adds_up and not teaches
+        for block in _blocks(task, rows, whole=whole):
             logits, each = teachers.answers(block)
             taught = logits
             if max_word_error is not None and can_transcribe(task):
@@ -170,7 +175,7 @@ def _write(
                 corrected += count
             file.add(task.pack(taught) if teaches else task.judged(taught))
             chosen = [i for i, row in enumerate(block) if row["label"] is not None]
-            if chosen and split != TRANSFER:
+            if chosen and split != TRANSFER and (whole or task.adds_up):
                 with_label = [block[i] for i in chosen]
                 stats = np.stack([task.stats(one[chosen], with_label).sum(axis=0) for one in (logits, *each)])
                 sums = stats if sums is None else sums + stats

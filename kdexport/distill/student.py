@@ -14,6 +14,7 @@ from kdexport import ranks, spec
 from kdexport.analysis import sampled
 from kdexport.data import read_rows, read_summary
 from kdexport.data.rows import Row, Rows
+from kdexport.distill.embedding import build_embedder
 from kdexport.distill.soft_targets import TRANSFER
 from kdexport.distill.targets import SoftTargets
 from kdexport.distill.teacher import some_rows
@@ -36,6 +37,7 @@ from kdexport.tasks import load_task, task_class
 from kdexport.tasks.base import writes_speech
 from kdexport.tasks.config import read_config
 from kdexport.tasks.inputs.audio import longest_seconds, speech_seconds
+from kdexport.tasks.metrics import Array
 
 # Width of a TextNet's features, and of the layer before its logits: docs/decisions.md.
 _NETWORK_WIDTH, _NETWORK_HEAD = 256, 512
@@ -58,6 +60,7 @@ class Untrained(NamedTuple):
     opened: ModelAndProcessor
     origin: str
     token_ids: NDArray[np.int64] | None = None
+    axes: Array | None = None  # [D, d], on which the teacher's vectors are learned
 
 
 def train_student(
@@ -119,11 +122,12 @@ def train_student(
         checkpoint_gradients=distill.checkpoint_gradients,
         compile=distill.compile,
     )
-    soft = None if hard else SoftTargets(load_task(teacher), targets / "train.npy")
+    soft = None if hard else SoftTargets(load_task(teacher), targets / "train.npy", axes=built.axes)
     if soft is not None and share < 1:
         soft = soft.take(places)
     if soft is not None and unlabelled:
-        soft = SoftTargets(load_task(teacher), targets / "train.npy", targets / f"{TRANSFER}.npy")
+        files = (targets / f"{part}.npy" for part in ("train", TRANSFER))
+        soft = SoftTargets(load_task(teacher), *files, axes=built.axes)
         rows += unlabelled
     learned: Sequence[Row] = rows
     encoded = None
@@ -179,7 +183,7 @@ def _start(
         made = build_conv(shape.width, config, some, recurrent=shape.network == "gru")
         built = Untrained(made, "random weights")
     else:
-        built = build_student(student, name, teacher, _Texts(rows))
+        built = build_student(student, name, teacher, _Texts(rows), targets)
     save_task(
         built.opened, config.max_length, config.labels, out, task=config.task, function=config.function, rows=some,
         words=read_summary(data).words, language=config.language, problem=read_summary(data).problem,
@@ -206,13 +210,20 @@ def transfer_rows(targets: Path) -> Rows:
     return read_rows(targets, TRANSFER) if (targets / f"{TRANSFER}.jsonl").exists() else Rows()
 
 
-def build_student(student: spec.Student, name: str, teacher_folder: Path, texts: Iterable[str] = ()) -> Untrained:
+def build_student(
+    student: spec.Student, name: str, teacher_folder: Path, texts: Iterable[str] = (), targets: Path | None = None
+) -> Untrained:
     """Build the student that `student.model` calls `name` with its first weights; `texts` decide its vocabulary.
+
+    `targets` is the finished stage, whose vectors decide those of an embedder.
 
     Raises:
         ModelError: the teacher has too few layers or no weights, or the named model can't be opened.
     """
     shape = derive.shape_of(name)
+    if task_class(task_name(teacher_folder)).embeds:
+        found = targets and SoftTargets(load_task(teacher_folder), targets / "train.npy")
+        return Untrained(*build_embedder(student, name, teacher_folder, texts, found))
     if shape.kind == "model":
         config = read_config(teacher_folder)
         opened = open_model(name, open_config(name), config.task, config.labels, config.function)

@@ -16,10 +16,13 @@ _AT_ONCE = 256
 
 
 class SoftTargets:
-    """The teacher's logits of rows, or of some of them, read on access: `targets[places]` is float32 [B, …]."""
+    """The teacher's logits of rows, or of some of them, read on access: `targets[places]` is float32 [B, …].
 
-    def __init__(self, task: Task, *files: Path) -> None:
-        self._task, self._files = task, files
+    Vectors [B, D] are read on the `axes` [D, d], where there are any.
+    """
+
+    def __init__(self, task: Task, *files: Path, axes: Array | None = None) -> None:
+        self._task, self._files, self._axes = task, files, axes
         self._parts = [np.load(file, mmap_mode="r") for file in files]
         self._places = np.arange(sum(map(len, self._parts)))
 
@@ -28,13 +31,14 @@ class SoftTargets:
 
     def __getitem__(self, chosen: Sequence[int] | Array | slice) -> Array:
         places, start = self._places[chosen], 0
-        found = np.empty((len(places), *self._task.answer_shape), np.float32)
+        shape = self._task.unpack(np.asarray(self._parts[0][:0])).shape[1:]  # vectors of several teachers are wider
+        found = np.empty((len(places), *shape), np.float32)
         for part in self._parts:
             here = (places >= start) & (places < start + len(part))
             if here.any():
                 found[here] = self._task.unpack(np.asarray(part[places[here] - start]))
             start += len(part)
-        return found
+        return found if self._axes is None else np.asarray(found @ self._axes)
 
     def judged(self, places: Sequence[int]) -> Array:
         """Return the part of them that metrics read."""
@@ -52,9 +56,19 @@ class SoftTargets:
 
     def take(self, places: Sequence[int] | Array) -> SoftTargets:
         """Return those at these places, in their order."""
-        some = SoftTargets(self._task, *self._files)
+        some = SoftTargets(self._task, *self._files, axes=self._axes)
         some._places = self._places[np.asarray(places, dtype=np.int64)]
         return some
+
+
+def principal_axes(vectors: Array, width: int) -> tuple[Array, float]:
+    """Return the principal axes of vectors [N, D], float32 [D, width], and the fraction of their energy that they hold.
+
+    Of vectors as they are, not centred, so that as little as possible changes in their dot products.
+    """
+    values, axes = np.linalg.eigh((vectors.T @ vectors).astype(np.float64))
+    energy = float(values[-width:].sum() / max(values.sum(), 1e-12))
+    return np.ascontiguousarray(axes[:, ::-1][:, :width], np.float32), energy
 
 
 class Writer:

@@ -75,9 +75,7 @@ def prepare_teacher(
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
         if kind.transcribes:
             config.vocab_size = len(labels)
-    opened = open_model(
-        source, config, of_task, labels, function, to_train=train is not None, pooling=settings.pooling
-    )
+    opened = open_model(source, config, of_task, labels, function, to_train=train is not None, pooling=settings.pooling)
     some = some_rows(data)
     words = summary.words
     save_task(

@@ -22,13 +22,11 @@ from kdexport.runtime.predictor import Predictor
 from kdexport.tasks import load_task, metrics
 from kdexport.tasks.base import Generates, Task, can_generate
 from kdexport.tasks.config import Row
-from kdexport.tasks.judging import mcnemar, metric, metric_interval
+from kdexport.tasks.judging import AGREEMENT, judged, mcnemar, metric, metric_interval
 from kdexport.tasks.metrics import Array, log_softmax
 from kdexport.tasks.packed import LOG_P
 
 FP32_TOLERANCE = 1e-4
-# What files are judged by where rows have no labels.
-AGREEMENT = metrics.Metric("agreement with the teacher", kind="fraction")
 _SMALL_SHAPE_ROWS = 64
 
 
@@ -54,17 +52,16 @@ def verify(data: Path, targets: Path, student: Path, baseline: Path | None, expo
     rows = read_rows(data, "test")
     reference = np.load(student / "reference.npy")
     logits = {"teacher": np.load(targets / "test.npy"), "student-torch": reference[: len(rows)]}
+    by = judged(task, rows, logits["teacher"])
     if baseline:
         logits["baseline-torch"] = np.load(baseline / "reference.npy")[: len(rows)]
     differences: dict[str, float] = {}
     for candidate, found, difference in compare(task, export, [*rows, *task.probes()], reference):
         name = f"student-{candidate.name}"
         logits[name], differences[name] = found[: len(rows)], difference
-    quality = {
-        name: judge(task, rows, found, logits["teacher"], differences.get(name)) for name, found in logits.items()
-    }
+    quality = {name: judge(by, rows, found, logits["teacher"], differences.get(name)) for name, found in logits.items()}
     np.savez(out / "logits.npz", **{name: found.astype(np.float32) for name, found in logits.items()})
-    stats: dict[str, Any] = {name: task.stats(found, rows) for name, found in logits.items()}
+    stats: dict[str, Any] = {name: by.stats(found, rows) for name, found in logits.items()}
     np.savez_compressed(out / "stats.npz", **stats)
     write_json(out / "quality.json", quality)
     train, validation = read_rows(data, "train"), read_rows(data, "validation")
@@ -117,7 +114,7 @@ def judge(task: Task, rows: Sequence[Row], logits: Array, teacher: Array, differ
         agreement=float(task.agrees(logits, teacher).mean()),
         mcnemar_p=mcnemar(task, logits, teacher, rows),
         max_abs_diff=difference,
-        further=task.further(logits, rows),
+        further=task.further(logits, rows) | task.compared(logits, teacher),
     )
 
 

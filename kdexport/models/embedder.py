@@ -10,14 +10,13 @@ Importing this module registers the table with Transformers' Auto classes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc import locate
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from pydoc import locate
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
@@ -80,11 +79,11 @@ AutoModel.register(TableConfig, Table, exist_ok=True)
 
 
 class Steps(NamedTuple):
-    """What follows the encoder: pooling, whether vectors are normalised, prompts by name; and the tokens that it reads."""
+    """What follows the encoder: pooling, normalisation, prompts by name; and the number of tokens that it reads."""
 
     pooling: Pooling = "mean"
     normalize: bool = True
-    prompts: dict[str, str] = {}
+    prompts: Mapping[str, str] = {}  # noqa: RUF012 # of a tuple, and never changed
     default_prompt: str | None = None
     reads: int = 2**16
 
@@ -159,7 +158,7 @@ class Embedder(PreTrainedModel):  # type: ignore[misc]
         for layer in self.dense:
             vectors = layer(vectors)
         if self.steps.normalize:
-            vectors = F.normalize(vectors, dim=-1)
+            vectors = vectors / vectors.square().sum(dim=-1, keepdim=True).clamp(min=1e-24).sqrt()
         return EmbedderOutput(vectors, states, found.get("hidden_states"), found.get("attentions"))
 
 
@@ -184,7 +183,11 @@ def pooled(states: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
     length = states.shape[1]
     places = torch.arange(length, device=states.device).unsqueeze(0)
     there = attention_mask.bool()
-    place = places.masked_fill(~there, -1).amax(dim=1) if pooling == "last" else places.masked_fill(~there, length).amin(dim=1)
+    place = (
+        places.masked_fill(~there, -1).amax(dim=1)
+        if pooling == "last"
+        else places.masked_fill(~there, length).amin(dim=1)
+    )
     return states.gather(1, place.clamp(0, length - 1)[:, None, None].expand(-1, 1, states.shape[-1])).squeeze(1)
 
 
@@ -233,7 +236,9 @@ def write_steps(
     write_json(folder / "modules.json", modules)
     modes = dict.fromkeys((*_MODES.values(), "pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens"), False)
     (folder / paths[1]).mkdir(exist_ok=True)
-    write_json(folder / paths[1] / "config.json", {"word_embedding_dimension": width, **modes, _MODES[steps.pooling]: True})
+    write_json(
+        folder / paths[1] / "config.json", {"word_embedding_dimension": width, **modes, _MODES[steps.pooling]: True}
+    )
     for layer, path in zip(dense, paths[2:], strict=False):
         assert isinstance(layer, Dense)
         (folder / path).mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 import kdexport.models.convnet
 import kdexport.models.speechnet
 import kdexport.models.textnet  # noqa: F401  # the Auto classes learn of our own architectures
-from kdexport.models.embedder import Embedder, is_embedder
+from kdexport.models.embedder import Embedder, Steps, is_embedder
 from kdexport.models.transcriber import Transcriber, is_transcriber
 from kdexport.tasks import DEFAULT, load_task, names, task_class
 from kdexport.tasks.base import Task
@@ -24,10 +24,16 @@ def auto_class(task: str) -> Any:
     return getattr(transformers, task_class(task).auto_class)
 
 
+def random_model(config: Any, task: str) -> PreTrainedModel:
+    """Return a model with random weights."""
+    model = auto_class(task).from_config(config)
+    return Embedder(model, Steps()) if task_class(task).embeds else model
+
+
 def outline(config: Any, task: str) -> PreTrainedModel:
     """Return a model without weights."""
     with torch.device("meta"):
-        return auto_class(task).from_config(config)
+        return random_model(config, task)
 
 
 def has_head(config: Any, task: str) -> bool:

@@ -21,6 +21,7 @@ class Narrowed(NamedTuple):
     model: PreTrainedModel
     kept_variance: float  # fraction of the variance of the word embeddings that reaches the first layer
     projected_layers: int  # layers that start from the teacher's
+    stream: Tensor  # [H, width], the axes of its hidden states in the teacher's
 
 
 # --- some of the layers
@@ -152,7 +153,7 @@ def narrow(teacher: PreTrainedModel, layers: int, width: int, *, project_layers:
     if theirs is not None and theirs.weight is not teacher.get_input_embeddings().weight:
         ours.weight.copy_(theirs.weight @ stream)
     if names is None:
-        return Narrowed(student, kept, 0)
+        return Narrowed(student, kept, 0, stream)
     if table is not None:
         _project_norm(student.base_model.embeddings.LayerNorm, teacher.base_model.embeddings.LayerNorm, table)
     pairs = list(zip(_layers(student), _layers(teacher), strict=False))
@@ -162,7 +163,7 @@ def narrow(teacher: PreTrainedModel, layers: int, width: int, *, project_layers:
         _project_norm(*parts[4], stream)
         _project_units(parts[5:6], parts[6], stream, 1)
         _project_norm(*parts[7], stream)
-    return Narrowed(student, kept, len(pairs))
+    return Narrowed(student, kept, len(pairs), stream)
 
 
 def _narrow_config(teacher: Any, layers: int, width: int) -> Any:

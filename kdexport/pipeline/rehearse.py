@@ -56,7 +56,7 @@ def _build_and_export(settings: spec.Spec, name: str, model: str, config: Any) -
     from kdexport.distill.student import build_student
     from kdexport.export.onnx import export_onnx
     from kdexport.models.loading import ModelAndProcessor, open_processor
-    from kdexport.models.registry import auto_class
+    from kdexport.models.registry import random_model
     from kdexport.models.saving import save_model, save_task
     from kdexport.models.shrink import with_layers
 
@@ -74,7 +74,7 @@ def _build_and_export(settings: spec.Spec, name: str, model: str, config: Any) -
         name = f"{min(_LAYERS, shape.layers)}x{shape.width}" if shape.kind == "narrow" else "layers:1"
     with tempfile.TemporaryDirectory() as work:
         teacher, student = Path(work, "teacher"), Path(work, "student")
-        opened = ModelAndProcessor(auto_class(settings.task).from_config(config), open_processor(model, settings.task))
+        opened = ModelAndProcessor(random_model(config, settings.task), open_processor(model, settings.task))
         write(opened, teacher)
         if shape.kind != "model":
             texts = [row["text"] for row in load_task(teacher).examples()]

@@ -56,6 +56,7 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
     task, rows = load_task(stages.student), read_rows(stages.data, "test")
     with np.load(stages.verify / "logits.npz") as stored:
         logits = {name: stored[name] for name in stored.files}
+    task = judging.judged(task, rows, logits["teacher"])
     wrong = {name: judging.wrong_rows(task, found, rows) for name, found in logits.items()}
     verdict = judge_budget(
         settings.budget, task.metric, quality[best].metric.value, quality["teacher"].metric.value,
@@ -243,6 +244,7 @@ def _spread(stages: Stages, stage_of_each: list[Path | None]) -> Spread | None:
     if len(folders) < 2:
         return None
     rows, task = read_rows(stages.data, "test"), load_task(stages.student)
+    task = judging.judged(task, rows, np.load(stages.targets / "test.npy"))
     values = [judging.metric(task, np.load(f / "reference.npy")[: len(rows)], rows) for f in folders]
     return Spread(values, float(np.mean(values)), float(np.std(values, ddof=1)))
 

@@ -21,7 +21,7 @@ from kdexport.data import read_rows
 from kdexport.distill.teachers import kind_of_first
 from kdexport.errors import ModelError
 from kdexport.export import Candidate, export_student, read_candidates
-from kdexport.export.verify import AGREEMENT, decisive, on_validation
+from kdexport.export.verify import decisive, on_validation
 from kdexport.files import write_json
 from kdexport.pipeline.choose import lost
 from kdexport.pipeline.students import Students, local
@@ -32,6 +32,7 @@ from kdexport.runtime.predictor import Predictor
 from kdexport.stages import read_record
 from kdexport.tasks import class_of, load_task
 from kdexport.tasks.config import read_config
+from kdexport.tasks.judging import AGREEMENT
 from kdexport.tasks.metrics import Metric
 
 _TRIAL_SHARE = 0.05  # of the examples in a transformer's full training; the same number for all students

@@ -28,6 +28,9 @@ def checked(tree: dict[str, Any], spec: Spec) -> Spec:
     }  # fmt: skip
     if losses_of(spec) <= {*OF_LAYERS} and "loss" in (tree.get("distill") or {}):
         defaults["alpha"] = 0.9  # nothing else teaches the head
+    in_use = losses_of(spec) if "loss" in (tree.get("distill") or {}) else {menu.losses[0]}
+    if not in_use & _SOFTENED and menu.temperature is not None:  # it has no effect
+        defaults["temperature"] = _default(spec, "distill", "temperature")
     distill = {name: value for name, value in defaults.items() if name not in (tree.get("distill") or {})}
     spec = msgspec.structs.replace(spec, distill=msgspec.structs.replace(spec.distill, **distill))
     _check_menu(spec, menu)

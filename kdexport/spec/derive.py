@@ -109,7 +109,7 @@ def pools(student: Student, name: str) -> bool:
 def start_of(student: Student, name: str, menu: Menu = MEDIA) -> str:
     """Return a student's initialisation: `pools` (over the teacher's embeddings), `random`, or `weights`."""
     shape = shape_of(name)
-    if shape.kind == "conv" or shape.network in menu.students:
+    if shape.kind == "conv" or shape.network in menu.own_steps:
         return "random"
     return "pools" if pools(student, name) else "weights"
 

@@ -98,7 +98,9 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def load(
-    path: Path | None, overrides: Mapping[str, Any], recognised: Callable[[Data, str | None], tuple[str, str]] | None = None
+    path: Path | None,
+    overrides: Mapping[str, Any],
+    recognised: Callable[[Data, str | None], tuple[str, str]] | None = None,
 ) -> Spec:
     """Read a spec file, if any, apply the overrides, like `{"student.model": "mini"}`, and check the whole.
 

@@ -69,8 +69,9 @@ class Data(Section, frozen=True):
         Problem,
         _help(
             "of text-classification: one label a text, several (lists, or with | between), or a number; of speech "
-            "seq2seq: the student is a smaller Whisper, as layers of one always are; of sentence-embedding what judges: "
-            "similarity (Spearman, scored pairs), retrieval (nDCG@10), retrieval-mrr, retrieval-recall (a BEIR folder)"
+            "seq2seq: the student is a smaller Whisper, as layers of one always are; of sentence-embedding what "
+            "judges: similarity (Spearman, of scored pairs), or retrieval (nDCG@10), retrieval-mrr or "
+            "retrieval-recall (of a folder in BEIR's layout); by the data when absent"
         ),
     ] = "single-label"
     unlabelled: Annotated[
@@ -163,7 +164,9 @@ class Teacher(Section, frozen=True):
     ] = "one"
     pooling: Annotated[
         Literal["mean", "first", "last"] | None,
-        _help("of an encoder as teacher of vectors: which tokens a text's vector is of; as its folder says when absent"),
+        _help(
+            "of an encoder as teacher of vectors: which tokens a text's vector is of; as its folder says when absent"
+        ),
     ] = None
     train: Annotated[
         TeacherTraining | None,

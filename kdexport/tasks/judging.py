@@ -6,17 +6,50 @@ fraction of correct rows, closed forms are used, which hold for few rows as well
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import numpy as np
 
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Row
-from kdexport.tasks.metrics import Array, mcnemar_p, paired_difference, wilson_interval
+from kdexport.tasks.metrics import Array, Metric, mcnemar_p, paired_difference, wilson_interval
 
 Rows = Sequence[Row]
 Interval = tuple[float, float]
 
 _DRAWS, _BLOCK = 2000, 100
+# What models are judged by where rows have no labels.
+AGREEMENT = Metric("agreement with the teacher")
+
+
+class ByTeacher:
+    """A task whose metric on some rows without labels is the agreement with the teacher's logits for them."""
+
+    metric = AGREEMENT
+
+    def __init__(self, task: Task, teacher: Array) -> None:
+        self._task, self._teacher = task, teacher
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def stats(self, logits: Array, rows: Rows) -> Array:
+        """(agreement, 1): float64 [N, 2]."""
+        same = np.asarray(self._task.agrees(logits, self._teacher), np.float64)
+        return np.stack([same, np.ones_like(same)], axis=1)
+
+    def value(self, sums: Array) -> Array:
+        """The mean agreement."""
+        return np.asarray(sums[..., 0] / sums[..., 1])
+
+    def further(self, logits: Array, rows: Rows) -> dict[str, float]:
+        """Nothing: secondary metrics are of labels."""
+        return {}
+
+
+def judged(task: Task, rows: Rows, teacher: Array) -> Task:
+    """Return the task, or where no row has a label one that is judged by its teacher's logits for these rows."""
+    return task if any(row["label"] is not None for row in rows) else cast(Task, ByTeacher(task, teacher))
 
 
 def metric(task: Task, logits: Array, rows: Rows) -> float:

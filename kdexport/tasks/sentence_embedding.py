@@ -9,7 +9,7 @@ import numpy as np
 
 from kdexport.errors import ArtifactError, DataError
 from kdexport.tasks.base import Card, Objective, Task
-from kdexport.tasks.config import Arrays, Function, Row
+from kdexport.tasks.config import Function, Row
 from kdexport.tasks.inputs.texts import Texts
 from kdexport.tasks.menus import OF_LAYERS, TEXTS
 from kdexport.tasks.metrics import Array, Metric, mid_ranks, pearson, products
@@ -57,7 +57,6 @@ class SentenceEmbedding(Texts):
     card: ClassVar = Card("sentence-similarity", "ORTModelForFeatureExtraction", _CODE)
     menu: ClassVar = TEXTS._replace(
         instead="Take spread:3, tiny, 3x192 or bag",
-        students=TEXTS.students - {"network"} | {"bag"},
         default="spread:3",
         ladder=("bag", "tiny", "2x256", "spread:2", "spread:3"),
         losses=("cosine", "similarity", "mse", *OF_LAYERS),
@@ -65,6 +64,8 @@ class SentenceEmbedding(Texts):
         unused=dict(TEXTS.unused)
         | {
             "teacher.train": "Remove it: a student learns from the teacher's vectors as they are",
+            **dict.fromkeys(("teacher.passes", "teacher.noise", "teacher.combine"), "Remove it: vectors are joined"),
+            "student.embedding": "Remove it: student.dimensions is the width of the vectors",
             "distill.baseline": "Remove it: there are no labels to learn from",
         },
     )
@@ -142,7 +143,9 @@ class SentenceEmbedding(Texts):
             return [row | {"id": name}]
         score = row["label"]
         label = None if score is None else _written(Judgement(pair=name, score=float(score)))
-        return [row | {"id": f"{name}.{i}", "text": text, "label": label} for i, text in enumerate((row["text"], second), 1)]
+        return [
+            row | {"id": f"{name}.{i}", "text": text, "label": label} for i, text in enumerate((row["text"], second), 1)
+        ]
 
     @staticmethod
     def content(row: Row) -> str:
