@@ -189,7 +189,8 @@ def _rows(version: Version, settings: Settings, given: Input, prompt: str | None
     task = version.task
     if not can_embed(task):
         raise Refused(404, f"{version.name} is for {task.name}, and makes no vectors")
-    many: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+    alone = isinstance(given, str) or (given and all(isinstance(one, int) for one in given))
+    many: list[Any] = [given] if alone else given  # type: ignore[assignment]
     if not 1 <= len(many) <= settings.max_rows:
         raise Refused(422, f"a request may have 1 to {settings.max_rows} texts; it has {len(many)}")
     if any(isinstance(one, int) for one in many):
