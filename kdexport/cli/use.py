@@ -48,7 +48,7 @@ def predict(
     ] = None,
     prompt: Annotated[str | None, Vectors(help="Name of a prompt of the model, for each text.")] = None,
     dimensions: Annotated[int | None, Vectors(min=1, help="First ones of each vector.", show_default="all")] = None,
-    dtype: Annotated[str, Vectors(help="Numbers in --out: float (32 bits), int8, binary (bits).")] = "float",
+    dtype: Annotated[Any, Vectors(parser=str, help="Numbers in --out: float (32 bits), int8, binary.")] = "float",
     debug: Debug = False,
 ) -> None:
     """Print predictions as JSON lines, in the order of the inputs; language models continue each text.
@@ -89,7 +89,9 @@ def predict(
     if not generates and (perplexity or sampling != Sampling()):
         raise SpecError(f"{artifact} is for {model.task.name}, and writes nothing", "Leave out the options of writing")
     if not model.task.embeds and (out or prompt or dimensions or dtype != "float"):
-        raise SpecError(f"{artifact} is for {model.task.name}, and makes no vectors", "Leave out the options of vectors")
+        raise SpecError(
+            f"{artifact} is for {model.task.name}, and makes no vectors", "Leave out the options of vectors"
+        )
     if dtype != "float" and not out:
         raise SpecError(f"--dtype {dtype} is for a file of vectors", "Name it: --out FILE.npy")
     if out and (out.suffix != ".npy" or out.exists()):

@@ -1,4 +1,4 @@
-"""Vectors of texts: text-embeddings-inference's `/embed`, `/embed_all` and `/similarity`, and OpenAI's `/v1/embeddings`.
+"""Vectors of texts: text-embeddings-inference's `/embed`, `/embed_all`, `/similarity`; OpenAI's `/v1/embeddings`.
 
 Source: its router/src/http/types.rs, of which Hugging Face's client sends the first and the third; and OpenAI's API
 reference. Token ids are taken as the model's tokenizer gives them, special ones included, as there: nothing is added.
@@ -67,7 +67,7 @@ class EmbedRequest(EmbedAllRequest, frozen=True):
 class FeatureRequest(EmbedRequest, frozen=True):
     """Either of both, as Hugging Face's client sends it."""
 
-    inputs: Input | Sentences
+    inputs: Input | Sentences  # type: ignore[assignment]
     parameters: SimilarityParameters | None = None
 
 
@@ -123,7 +123,7 @@ class Query(NamedTuple):
                 return len(self.rows) * int(version.task.answer_shape[0])
             case "number":
                 return len(self.rows)
-        return sum(map(version.cost, self.rows)) * version.token_width
+        return int(sum(map(version.cost, self.rows)) * version.token_width)
 
     def render(self, version: Version, results: Sequence[Result]) -> bytes:
         """Return the vectors, or cosines, of all rows."""
@@ -233,9 +233,7 @@ def _cosines(version: Version, results: Sequence[Result]) -> bytes:
     return encode(_numbers(np.stack(others) @ first))
 
 
-def _listed(
-    asked: EmbeddingsRequest, dimensions: int | None, version: Version, results: Sequence[Result]
-) -> bytes:
+def _listed(asked: EmbeddingsRequest, dimensions: int | None, version: Version, results: Sequence[Result]) -> bytes:
     vectors = encoded(_vectors(results, dimensions), asked.embedding_dtype)
     found: list[Any]
     if asked.encoding_format == "base64":
@@ -248,7 +246,7 @@ def _listed(
 
 
 def _numbers(vectors: Array) -> Any:
-    """Return float32 numbers at nine digits, which tell each from all others: JSON would have the seventeen of float64."""
+    """Return float32 numbers at nine digits, which tell each from all others; float64 has seventeen."""
     exact = vectors.astype(np.float64)
     scale = 10.0 ** (8 - np.floor(np.log10(np.maximum(np.abs(exact), 1e-30))))
     return (np.rint(exact * scale) / scale).tolist()

@@ -64,7 +64,11 @@ def info(version: Version, settings: Settings) -> dict[str, Any] | TranscriberIn
         return TranscriberInfo(*named, round(task.longest, 3), audio.rate, 1, __version__)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     vectors = task.config.embedding
-    kind = {"embedding": {"dimensions": vectors.width, "prompts": [*vectors.prompts]}} if vectors else {"classifier": names}
+    kind = (
+        {"embedding": {"dimensions": vectors.width, "prompts": [*vectors.prompts]}}
+        if vectors
+        else {"classifier": names}
+    )
     return {
         "model_id": version.name, "model_sha": version.version, "model_dtype": version.variant,
         "model_type": kind, "max_input_length": version.task.config.max_length,

@@ -164,7 +164,9 @@ class Texts(Task):
         if not 1 <= len(ids) <= self.config.max_length:
             raise DataError(f"a text has {len(ids):,} token ids", f"Give 1 to {self.config.max_length}")
         if not 0 <= min(ids) <= max(ids) < self.vocabulary:
-            raise DataError("a token id is not in the model's vocabulary", f"Give those from 0 to {self.vocabulary - 1}")
+            raise DataError(
+                "a token id is not in the model's vocabulary", f"Give those from 0 to {self.vocabulary - 1}"
+            )
         given = {"input_ids": ids, "attention_mask": [1] * len(ids)}
         return {name: np.array(given.get(name, [0] * len(ids)), dtype=np.int64) for name in self.config.inputs}
 
