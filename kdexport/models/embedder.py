@@ -83,7 +83,7 @@ class Steps(NamedTuple):
 
     pooling: Pooling = "mean"
     normalize: bool = True
-    prompts: Mapping[str, str] = {}  # noqa: RUF012 # of a tuple, and never changed
+    prompts: Mapping[str, str] = {}  # of a tuple, and never changed
     default_prompt: str | None = None
     reads: int = 2**16
 
