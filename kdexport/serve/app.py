@@ -360,7 +360,8 @@ class App:
         taggers = tuple(v.name for v in versions if v.task.has_words)
         hearers = tuple(v.name for v in versions if v.task.transcribes)
         names, ids = tuple(self.models.names), tuple(v.version for v in versions)
-        served = openapi.Served(names, ids, generators, taggers, hearers)
+        embedders = tuple(v.name for v in versions if v.task.embeds)
+        served = openapi.Served(names, ids, generators, taggers, hearers, embedders)
         return answer(openapi.document(served, self.settings))
 
     async def _page(self, _: Request) -> Response:
