@@ -33,11 +33,17 @@ PREDICT = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["{}"])
 
 
 class Card(NamedTuple):
-    """The model card's metadata and usage: the Hub's name of the task, Optimum's class, Python code."""
+    """The model card's metadata and usage: the Hub's name of the task, Optimum's class, Python code.
+
+    `elsewhere` is code for the `library` that reads the folder as its own, with `{file}` to load; `tags` are further ones.
+    """
 
     tag: str
     optimum: str
     code: str
+    library: str = "onnx"
+    elsewhere: str = ""
+    tags: tuple[str, ...] = ()
 
 
 class Answer(Protocol):
