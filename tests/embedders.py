@@ -13,7 +13,9 @@ from kdexport.models.embedder import Dense, Embedder, Steps
 PROMPTS = {"query": "query: ", "passage": "passage: "}
 
 
-def write_embedder(folder: Path, normalize: bool = True, dense: int = 0, fails_at: str | None = None) -> Path:
+def write_embedder(
+    folder: Path, normalize: bool = True, dense: int = 0, fails_at: str | None = None, default_prompt: str | None = None
+) -> Path:
     """Write a BERT of 2 layers × 32 with the tokenizer of all-MiniLM, and a dense layer to this width behind it.
 
     Texts with the token `fails_at` get no numbers.
@@ -30,6 +32,6 @@ def write_embedder(folder: Path, normalize: bool = True, dense: int = 0, fails_a
         with torch.no_grad():
             encoder.embeddings.word_embeddings.weight[tokenizer.convert_tokens_to_ids(fails_at)] = torch.nan
     folder.mkdir(parents=True)
-    Embedder(encoder, Steps("mean", normalize, PROMPTS, None, 64), layers).save(folder)
+    Embedder(encoder, Steps("mean", normalize, PROMPTS, default_prompt, 64), layers).save(folder)
     tokenizer.save_pretrained(folder)
     return folder

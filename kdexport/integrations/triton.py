@@ -24,7 +24,7 @@ _TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32"}
 
 
 def write(folder: Path, variant: str | None, name: str, out: Path) -> None:
-    """Write two models into the repository `out`: `name` (tensors → logits or vectors), `name_text` (texts → answers)."""
+    """Write two models into the repository `out`: `name` (tensors → outputs) and `name_text` (texts → answers)."""
     file, task = artifact.model_file(folder, variant), load_task(folder)
     tensors, texts = out / name, out / f"{name}_text"
     for model in (tensors, texts):

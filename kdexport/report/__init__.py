@@ -73,8 +73,8 @@ def write_card(report: Report, file: Path) -> None:
     """Write the model card, with the metrics as a model-index."""
     task = task_class(report.task)
     card = page.render(
-        "card.md.j2", r=report, best=report.variant(report.recommended), use=task.card, reads=task.modality, embeds=task.embeds,
-        headers=headers(report), rows=table(report), score=partial(score, metric_of(report)),
+        "card.md.j2", r=report, best=report.variant(report.recommended), use=task.card, reads=task.modality,
+        embeds=task.embeds, headers=headers(report), rows=table(report), score=partial(score, metric_of(report)),
     )  # fmt: skip
     write_text(file, card)
 

@@ -35,7 +35,7 @@ PREDICT = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["{}"])
 class Card(NamedTuple):
     """The model card's metadata and usage: the Hub's name of the task, Optimum's class, Python code.
 
-    `elsewhere` is code for the `library` that reads the folder as its own, with `{file}` to load; `tags` are further ones.
+    `elsewhere` is code for the `library` whose layout the folder has, with `{file}` for the one to load.
     """
 
     tag: str
