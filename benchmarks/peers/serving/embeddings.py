@@ -31,6 +31,7 @@ SIZES = (1, 32)  # texts of a request
 CONNECTIONS = {1: (1, 8, 32), 32: (1, 4)}
 CHECKED = 50
 OURS = "kdexport serve"
+WAITING = ["--max-queue", "10s"]  # peers queue without a bound, and so a closed loop sheds nothing
 
 
 def main() -> None:
@@ -77,8 +78,8 @@ def servers_of(options: argparse.Namespace) -> list[Server]:
     common: dict[str, Any] = {"path": "/v1/embeddings", "body": lambda texts: texts, "answer": vectors_of}
     ours = Server(
         OURS, "kdexport",
-        ["kdexport", "serve", str(options.artifact), "--port", str(PORT), "--admin-port", str(PORT + 1)],
-        settings="as it comes, access log included", **common,
+        ["kdexport", "serve", str(options.artifact), "--port", str(PORT), "--admin-port", str(PORT + 1), *WAITING],
+        settings=f"as it comes, access log included, but {' '.join(WAITING)}", **common,
     )  # fmt: skip
     onnx = Server(
         "FastAPI + Sentence-Transformers, ONNX", "sentence-transformers", command,
