@@ -27,6 +27,7 @@ from kdexport.errors import ModelError
 from kdexport.files import write_json
 
 TABLE = "kdexport-table"
+STEPS = ("modules.json", "*_*/*")  # the files of what follows the encoder
 Pooling = Literal["mean", "first", "last"]
 # Sentence-Transformers' names, in files of before and after version 5.
 _MODES = {"mean": "pooling_mode_mean_tokens", "first": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
@@ -122,7 +123,10 @@ class Embedder(PreTrainedModel):  # type: ignore[misc]
             ModelError: the steps behind the encoder can't be read, or are of an unknown kind.
         """
         steps, dense = read_steps(model, pooling)
-        encoder = AutoModel.from_pretrained(model, dtype=torch.float32, **_without_pooler(model))
+        how = {"dtype": torch.float32, "output_loading_info": True}
+        encoder, found = AutoModel.from_pretrained(model, **how, **_without_pooler(model))
+        if missing := sorted(name for name in found["missing_keys"] if "pooler" not in name):
+            raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
         return cls(encoder.eval(), steps, dense).eval()
 
     def save(self, folder: Path) -> None:
@@ -199,6 +203,18 @@ def is_embedder(model: str | Path) -> bool:
     return _file(model, "modules.json") is not None
 
 
+def student_pooling(model: str | Path) -> Pooling | None:
+    """Return the pooling of a plain encoder that becomes a student, None where its folder names one."""
+    return None if is_embedder(model) else "mean"
+
+
+def is_static(model: str | Path) -> bool:
+    """Return whether a folder or hub id is a table of tokens, as model2vec and Sentence-Transformers write it."""
+    modules, config = (_read(model, name) or () for name in ("modules.json", "config.json"))
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    return "StaticEmbedding" in kinds or dict(config).get("model_type") == "model2vec"
+
+
 def read_steps(model: str | Path, pooling: Pooling | None = None) -> tuple[Steps, list[nn.Module]]:
     """Read what follows the encoder; see `Embedder.open`."""
     prompts = _read(model, _PROMPTS) or {}
@@ -270,7 +286,8 @@ def _dense(model: str | Path, path: str) -> Dense:
     if config is None or file is None:
         raise ModelError(f"model {str(model)!r}: {path} lacks config.json or model.safetensors", "Save it anew")
     activation = str(config.get("activation_function", ""))
-    if activation and not activation.startswith("torch.nn."):
+    known = locate(activation) if activation.startswith("torch.nn.") else None
+    if activation and not (isinstance(known, type) and issubclass(known, nn.Module)):
         raise ModelError(f"model {str(model)!r}: {path} has the activation {activation!r}", "Take one of torch.nn")
     layer = Dense(config["in_features"], config["out_features"], config.get("bias", True), activation)
     layer.load_state_dict({name.removeprefix("linear."): value for name, value in load_file(file).items()})
