@@ -110,7 +110,7 @@ def _table(teacher: Embedder, tokenizer: PreTrainedTokenizerFast, texts: Iterabl
     """Return a table of the teacher's vector of each token, weighted by how rare it is (model2vec)."""
     special = tokenizer("")["input_ids"]
     before, after = special[: len(special) // 2], special[len(special) // 2 :]
-    size = len(teacher.get_input_embeddings().weight)
+    size = int(teacher.encoder.get_input_embeddings().num_embeddings)
     vectors = []
     with bar("vectors of tokens", size) as advance:
         for start in range(0, size, _AT_ONCE):
@@ -125,7 +125,7 @@ def _table(teacher: Embedder, tokenizer: PreTrainedTokenizerFast, texts: Iterabl
     config = TableConfig(size, found.shape[1], tokenizer.pad_token_id or 0)
     table = Table(config).eval()
     table.embeddings.weight.copy_(found * weights[:, None])
-    return table
+    return table  # type: ignore[no-any-return]
 
 
 def _counts(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], size: int) -> Array:

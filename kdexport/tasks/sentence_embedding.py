@@ -167,7 +167,7 @@ class SentenceEmbedding(Texts):
         return {"text": super().row(given)["text"]}
 
     def _tokenized(self, rows: Sequence[Row]) -> Any:
-        return super()._tokenized([row | {"text": self.prompted(row)} for row in rows] if self._prompts else rows)
+        return super()._tokenized([{**row, "text": self.prompted(row)} for row in rows] if self._prompts else rows)
 
     @property
     def _prompts(self) -> Mapping[str, str]:
