@@ -10,6 +10,7 @@ from kdexport.data import read_rows
 from kdexport.progress import say
 from kdexport.spec import derive
 from kdexport.stages import Run
+from kdexport.tasks import task_class
 
 PATIENCE = 4  # epochs without a better validation metric, after which training in a search stops; the best is used
 
@@ -67,7 +68,7 @@ class Students(NamedTuple):
 
     def baseline(self, name: str) -> Path | None:
         """Train the student on labels alone, unless there are none or the spec turns it off."""
-        if not self.settings.distill.baseline:
+        if not self.settings.distill.baseline or task_class(self.settings.task).labels_judge:
             return None
         if all(row["label"] is None or row.get("heard") for row in read_rows(self.data, "train")):
             say("baseline: the training rows have no labels, so there is none")

@@ -365,9 +365,9 @@ def _smaller(task: SentenceEmbedding, logits: Array, rows: Sequence[Row]) -> dic
     width, found = logits.shape[1], dict[str, float]()
     others: list[EmbeddingDtype] = [dtype for dtype in DTYPES if dtype != "float"]
     for dtype in others:
-        found[f"{task.metric.name} of {dtype} vectors"] = of(decoded(encoded(logits, dtype), dtype, width))
+        found[f"with {dtype} vectors"] = of(decoded(encoded(logits, dtype), dtype, width))
     for part in (2, 4):
-        found[f"{task.metric.name} of {width // part} dimensions"] = of(shortened(logits, max(1, width // part)))
+        found[f"with {width // part} dimensions"] = of(shortened(logits, max(1, width // part)))
     return found
 
 
