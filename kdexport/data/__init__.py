@@ -117,6 +117,9 @@ def prepare(
     words = [] if settings.words == "open" else _closed(splits, listed)
     if of_task.modality == "text":
         near, pairs = near_duplicates(splits, content)
+        if of_task.labels_judge:  # such labels are no classes
+            near = msgspec.structs.replace(near, conflicting_labels=0)
+            found = msgspec.structs.replace(found, conflicting_labels=0)
         found = msgspec.structs.replace(found, near=near)
         write_bytes(out / "near_duplicates.jsonl", b"".join(msgspec.json.encode(pair) + b"\n" for pair in pairs))
     for name, rows in (*splits.items(), *(("unlabelled", rows) for rows in unlabelled)):
