@@ -64,7 +64,7 @@ def prepare(
     `cut` splits long texts into passages; `transcribe` labels rows without a label, and leaves out some of them.
     """
     of_task = task_class(task, settings.problem)
-    content = of_task.content
+    content = of_task.likeness
     lines = [] if settings.words in ("open", "closed") else read_lines(Path(settings.words))
     listed = {word for line in lines for word in line.split()}
 

@@ -169,6 +169,11 @@ class Task:
         raise NotImplementedError
 
     @classmethod
+    def likeness(cls, row: Row) -> str:
+        """Return the part of a row that its duplicates have as well."""
+        return cls.content(row)
+
+    @classmethod
     def title(cls, row: Row) -> str:
         """Return the row's title in reports."""
         raise NotImplementedError

@@ -151,6 +151,8 @@ class SentenceEmbedding(Texts):
     def title(row: Row) -> str:
         return str(row["text"])
 
+    likeness = title  # whatever prompt a text is behind
+
     @classmethod
     def unit(cls, row: Row) -> str:
         label = row.get("label")
@@ -234,7 +236,7 @@ class Similarity(SentenceEmbedding):
 
     @classmethod
     def signs(cls, rows: Sequence[Row]) -> str:
-        scored = [row for row in rows if row.get("text_pair") and not isinstance(_score(row["label"]), str)]
+        scored = [row for row in rows if row.get("text_pair") and not isinstance(_score(row.get("label")), str)]
         return "there are pairs with scores" if scored else ""
 
     @classmethod
@@ -285,7 +287,7 @@ class Retrieval(SentenceEmbedding):
 
     @classmethod
     def signs(cls, rows: Sequence[Row]) -> str:
-        return "there are documents to search" if any(isinstance(row["label"], Mapping) for row in rows) else ""
+        return "there are documents to search" if any(isinstance(row.get("label"), Mapping) for row in rows) else ""
 
     @classmethod
     def misfit(cls, rows: Sequence[Row]) -> str:
