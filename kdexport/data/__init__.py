@@ -64,7 +64,7 @@ def prepare(
     `cut` splits long texts into passages; `transcribe` labels rows without a label, and leaves out some of them.
     """
     of_task = task_class(task, settings.problem)
-    content = of_task.content
+    content = of_task.likeness
     lines = [] if settings.words in ("open", "closed") else read_lines(Path(settings.words))
     listed = {word for line in lines for word in line.split()}
 
@@ -117,6 +117,9 @@ def prepare(
     words = [] if settings.words == "open" else _closed(splits, listed)
     if of_task.modality == "text":
         near, pairs = near_duplicates(splits, content)
+        if of_task.labels_judge:  # such labels are no classes
+            near = msgspec.structs.replace(near, conflicting_labels=0)
+            found = msgspec.structs.replace(found, conflicting_labels=0)
         found = msgspec.structs.replace(found, near=near)
         write_bytes(out / "near_duplicates.jsonl", b"".join(msgspec.json.encode(pair) + b"\n" for pair in pairs))
     for name, rows in (*splits.items(), *(("unlabelled", rows) for rows in unlabelled)):

@@ -50,10 +50,10 @@ def check_classes(rows: Sequence[Row], name: str) -> None:
 
 def new_rows(rows: Rows, splits: Iterable[Rows], task: type[Task]) -> Rows:
     """Return distinct rows whose content is in no split: training must not see a text of test, labelled or not."""
-    keys = keys_of(rows, task.content)
+    keys = keys_of(rows, task.likeness)
     places = first_of_each(keys)
     for split in splits:
-        places = places[~np.isin(keys[places], keys_of((row for row in split if not task.shared(row)), task.content))]
+        places = places[~np.isin(keys[places], keys_of((row for row in split if not task.shared(row)), task.likeness))]
     if len(rows) and not len(places):
         raise DataError("all unlabelled texts occur in train, validation or test as well", "Leave data.unlabelled out")
     return rows.take(places)

@@ -15,14 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.distill.targets import SoftTargets, principal_axes
-from kdexport.errors import ModelError
-from kdexport.models.embedder import Dense, Embedder, Table, TableConfig
+from kdexport.models.embedder import Dense, Embedder, Table, TableConfig, student_pooling
 from kdexport.models.loading import ModelAndProcessor, open_processor
-from kdexport.models.registry import dimensions, open_trained, task_name
+from kdexport.models.registry import dimensions
 from kdexport.models.shrink import keep_layers, layers_of, narrow
 from kdexport.models.vocabulary import trim_vocabulary
 from kdexport.progress import bar
 from kdexport.spec import derive
+from kdexport.tasks import load_task
 from kdexport.tasks.metrics import Array
 
 _TABLE_WIDTH = 256  # of a bag's vectors: docs/decisions.md
@@ -42,23 +42,20 @@ def build_embedder(
         and the axes [D, d] on which the teacher's vectors are learned, None where they are learned as they are.
 
     Raises:
-        ModelError: more dimensions are asked for than the teacher's vectors have, or see `shrink`.
+        ModelError: see `shrink`.
     """
-    shape, task = derive.shape_of(name), task_name(teacher_folder)
-    model = open_trained(teacher_folder)
-    assert isinstance(model, Embedder)
-    taught = model.width if targets is None else targets[:1].shape[1]
+    shape, teacher = derive.shape_of(name), load_task(teacher_folder)
+    (width,), task = teacher.answer_shape, teacher.name
+    model = Embedder.open(name, student_pooling(name)) if shape.kind == "model" else Embedder.open(teacher_folder)
+    taught = width if targets is None else targets[:1].shape[1]
     bag = shape.kind == "network"
-    wanted = student.dimensions or (min(_TABLE_WIDTH, taught) if bag else model.width)
-    if wanted > taught:
-        raise ModelError(f"student.dimensions is {wanted}, the teacher's vectors have {taught}", "Lower it")
+    wanted = student.dimensions or (min(_TABLE_WIDTH, taught) if bag else width)
     axes, of_vectors = None, ""
     if targets is not None and (student.dimensions or wanted != taught):
         axes, energy = principal_axes(targets[sampled(len(targets), _MOST_VECTORS)], wanted)
         of_vectors = f", vectors of {wanted} dimensions by PCA ({energy:.0%} of the teacher's energy)"
     source = name if shape.kind == "model" else str(teacher_folder)
     tokenizer = open_processor(source, task)
-    model = Embedder.open(name) if shape.kind == "model" else model
     kept, size = None, ""
     if derive.vocabulary(student, name, task) == "corpus":
         kept = trim_vocabulary(tokenizer, model, texts)
@@ -113,7 +110,7 @@ def _table(teacher: Embedder, tokenizer: PreTrainedTokenizerFast, texts: Iterabl
     """Return a table of the teacher's vector of each token, weighted by how rare it is (model2vec)."""
     special = tokenizer("")["input_ids"]
     before, after = special[: len(special) // 2], special[len(special) // 2 :]
-    size = len(teacher.get_input_embeddings().weight)
+    size = int(teacher.encoder.get_input_embeddings().num_embeddings)
     vectors = []
     with bar("vectors of tokens", size) as advance:
         for start in range(0, size, _AT_ONCE):
@@ -128,7 +125,7 @@ def _table(teacher: Embedder, tokenizer: PreTrainedTokenizerFast, texts: Iterabl
     config = TableConfig(size, found.shape[1], tokenizer.pad_token_id or 0)
     table = Table(config).eval()
     table.embeddings.weight.copy_(found * weights[:, None])
-    return table
+    return table  # type: ignore[no-any-return]
 
 
 def _counts(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], size: int) -> Array:

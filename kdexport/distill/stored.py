@@ -43,15 +43,17 @@ def take_stored(path: Path, data: Path, source_rows: Mapping[str, int], task: st
         path: `.npz` with arrays `train`, `validation`, `test`, `unlabelled` (float [N, C], in the order of the data
             file's rows; rows that kdexport splits off are rows of train), optional `labels` (names of the columns) and
             `ids_train`, … (our row ids, `<file>:<row>`, in any order). Or `.parquet`: a column a label, or one column
-            `logits` of lists; with a column `id`, or `text` (and `text_pair`), or in the order of one file.
+            `logits` or `embedding` of lists; with a column `id`, or `text` (and `text_pair`), or in the order of one
+            file.
         source_rows: the number of rows in each split's file.
 
     Raises:
         ModelError: the file can't be read, or its rows, classes or names don't match the data.
     """
-    content = task_class(task).content
+    kind = task_class(task)
+    content = kind.content
     stored = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path, content)
-    labels = _labels(path, stored, read_summary(data).labels)
+    labels = _labels(path, stored, read_summary(data).labels, named=kind.has_labels)
     found: dict[str, Array] = {}
     for split in _PARTS:
         if split in SPLITS or (data / f"{split}.jsonl").is_file():
@@ -60,8 +62,17 @@ def take_stored(path: Path, data: Path, source_rows: Mapping[str, int], task: st
             logits = _find(path, stored, source, rows, source_rows.get(source, 0), content)
             for row, answer in zip(rows, logits, strict=True):
                 found.setdefault(content(row), answer)  # a text that occurs twice has one answer, the first
-    Store(out / "logits").add(content_keys(found), np.stack(list(found.values())))
+    answers = np.stack(list(found.values()))
+    if kind.embeds:  # as the task packs them
+        answers = answers.astype(np.float16)
+    Store(out / "logits").add(content_keys(found), answers)
     return labels
+
+
+def width_of(stage: Path) -> int:
+    """Return the number of columns in a finished `logits/`."""
+    (shard,) = (stage / "logits").glob("*.npy")
+    return int(np.load(shard, mmap_mode="r")["logits"].shape[1])
 
 
 def _find(path: Path, stored: Stored, source: str, rows: Rows, source_rows: int, content: Content) -> Array:
@@ -75,6 +86,9 @@ def _find(path: Path, stored: Stored, source: str, rows: Rows, source_rows: int,
                 f"{path} has {len(part.logits):,} rows of logits for {source}, whose file has {source_rows:,}",
                 "Give one for each row of the file, in its order; or name the rows by their ids",
             )
+        if twins := [row["id"] for row in rows if "." in row["id"].rpartition(":")[2]]:
+            what = f"{path} has a row of logits for each row of {source}, of which some are two texts, like {twins[0]}"
+            raise ModelError(what, "Name the rows by such ids, or store vectors by text")
         places = [int(row["id"].rpartition(":")[2]) - 1 for row in rows]
     else:
         assert part.names is not None
@@ -96,11 +110,15 @@ def _find(path: Path, stored: Stored, source: str, rows: Rows, source_rows: int,
     return logits
 
 
-def _labels(path: Path, stored: Stored, known: list[str]) -> list[str]:
+def _labels(path: Path, stored: Stored, known: list[str], *, named: bool) -> list[str]:
     classes = {part.logits.shape[1] for part in stored.parts.values()}
     if len(classes) > 1:
-        raise ModelError(f"{path} has arrays of different numbers of classes: {', '.join(map(str, sorted(classes)))}")
+        raise ModelError(f"{path} has arrays of different numbers of columns: {', '.join(map(str, sorted(classes)))}")
     columns = classes.pop()
+    if not named:
+        if stored.labels is not None:
+            raise ModelError(f"{path} names labels, and vectors have none", "Leave them out: a column of lists")
+        return []
     if stored.labels is None:
         if columns != len(known):
             raise ModelError(
@@ -148,11 +166,12 @@ def _read_parquet(path: Path, content: Content) -> Stored:
     except Exception as error:  # pyarrow's own classes, and OSError
         raise ModelError(f"{path} can't be read: {first_line(error)}") from None
     classes = [name for name in table.column_names if name not in ("id", "text", "text_pair") and name[:2] != "__"]
-    if classes == ["logits"]:
-        labels, lengths = None, pyarrow.compute.list_value_length(table["logits"]).to_pylist()
+    if classes in (["logits"], ["embedding"]):
+        (column,) = classes
+        labels, lengths = None, pyarrow.compute.list_value_length(table[column]).to_pylist()
         if len(set(lengths)) != 1 or not lengths[0]:
-            raise ModelError(f"{path}: its column 'logits' must hold lists of one length")
-        logits = pyarrow.compute.list_flatten(table["logits"]).to_numpy().reshape(len(table), -1)
+            raise ModelError(f"{path}: its column {column!r} must hold lists of one length")
+        logits = pyarrow.compute.list_flatten(table[column]).to_numpy().reshape(len(table), -1)
     else:
         labels = classes
         logits = np.stack([table[name].to_numpy() for name in classes], axis=1) if classes else np.empty((0, 0))

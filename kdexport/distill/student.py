@@ -222,7 +222,7 @@ def build_student(
     """
     shape = derive.shape_of(name)
     if task_class(task_name(teacher_folder)).embeds:
-        found = targets and SoftTargets(load_task(teacher_folder), targets / "train.npy")
+        found = SoftTargets(load_task(teacher_folder), targets / "train.npy") if targets else None
         return Untrained(*build_embedder(student, name, teacher_folder, texts, found))
     if shape.kind == "model":
         config = read_config(teacher_folder)

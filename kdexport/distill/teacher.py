@@ -48,7 +48,7 @@ def prepare_teacher(
     of_task, kind = summary.task, task_class(summary.task, summary.problem)
     function = kind.function
     train = settings.train
-    if train is None and not has_weights(source):
+    if train is None and not has_weights(source) and not kind.labels_judge:
         say(f"teacher: {settings.model} holds no weights, so it is trained from random ones")
         train = spec.TeacherTraining()
     elif train is None and kind.has_labels and not has_head(config, of_task):

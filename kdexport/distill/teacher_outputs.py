@@ -17,6 +17,7 @@ from kdexport.distill.stored import place_of
 from kdexport.distill.teachers import TeacherFolder
 from kdexport.errors import ModelError, RunError
 from kdexport.files import digest
+from kdexport.models.embedder import STEPS
 from kdexport.models.inference import logits_of, run_model
 from kdexport.models.registry import open_to_read
 from kdexport.progress import bar
@@ -172,8 +173,9 @@ class Teacher:
 
 def _files(named: TeacherFolder) -> list[str]:
     """Return the files that decide a teacher's outputs."""
-    patterns = {"torch": ["*.safetensors", "config.json"], "onnx": ["model.onnx*"], "stored": []}[named.kind]
-    weights = [path.name for pattern in patterns for path in sorted(named.folder.glob(pattern))]
+    patterns = {"torch": ["*.safetensors", "config.json", *STEPS], "onnx": ["model.onnx*"], "stored": []}[named.kind]
+    found = [path for pattern in patterns for path in sorted(named.folder.glob(pattern))]
+    weights = [path.relative_to(named.folder).as_posix() for path in found]
     return [*weights, "tokenizer.json", "task.json"] if weights else []
 
 

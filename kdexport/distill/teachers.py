@@ -29,6 +29,7 @@ from kdexport.spec import derive
 from kdexport.spec.checks import check_whisper
 from kdexport.spec.teachers import Kind, base_of, config_of, has_weights, is_adapter, kind_of, named, optimum_file
 from kdexport.tasks import DEFAULT, load_task, task_class
+from kdexport.tasks.config import TaskConfig, TextSide
 
 _RECORD = "teacher.json"
 
@@ -192,9 +193,11 @@ def prepare_teachers(settings: spec.Spec, data: Path, out: Path) -> None:
             _take_stored(settings, model, data, folder, out if i else None)
         write_json(folder / _RECORD, {"kind": kind, "model": model})
     first, *others = teachers_of(out)
-    labels = load_task(first.folder).labels
-    for other in others:
-        columns_of(labels, load_task(other.folder).labels, first.model, other.model)
+    tasks = [load_task(folder) for folder, *_ in (first, *others)]
+    for other, task in zip(others, tasks[1:], strict=True):
+        columns_of(tasks[0].labels, task.labels, first.model, other.model)
+    if (asked := settings.student.dimensions) and asked > (there := sum(task.answer_shape[0] for task in tasks)):
+        raise ModelError(f"student.dimensions is {asked}, the teacher's vectors have {there}", "Lower it")
 
 
 def teachers_of(stage: Path) -> list[TeacherFolder]:
@@ -242,10 +245,14 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
     from kdexport.tasks.classes import function_of
 
     folder, summary = artifact.resolve(Path(model)), read_summary(data)
+    kind, embedding = task_class(summary.task), None
+    side: TextSide = "right"
     tokenizer = open_tokenizer(str(folder), summary.task)
     if (folder / artifact.MANIFEST).is_file():
         file, task = artifact.model_file(folder, "fp32"), artifact.read_manifest(folder).task
         own, function, inputs, reads, usual = task.labels, task.function, task.inputs, task.max_length, task.max_length
+        side = task.padding_side
+        embedding = task.embedding and msgspec.structs.replace(task.embedding, problem=summary.problem)
     else:
         found = optimum_file(folder)
         assert found
@@ -253,11 +260,16 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
         own, inputs = own_labels(config), [tensor.name for tensor in tensors_of(file)[0]]
         function, usual = function_of(len(own), config.problem_type), 128
         reads = longest_input(outline(config, DEFAULT), tokenizer)
-    if function != "softmax":
+    if kind.embeds and not embedding:
+        raise ModelError(f"teacher {model} is no artifact for {kind.name}", "Name one, or a model of PyTorch")
+    if function != "softmax" and not kind.embeds:
         raise ModelError(f"teacher {model} does not choose one label of several", "Name a single-label classifier")
-    known = task_class(summary.task).known_as(summary.labels, own)
-    labels = match_labels(own, known, model, can_learn=False)
-    write_task(tokenizer, inputs, reads, max_length, labels, out, task=summary.task, at_most=usual)
+    known = kind.known_as(summary.labels, own)
+    labels = [] if kind.embeds else match_labels(own, known, model, can_learn=False)
+    write_task(
+        tokenizer, inputs, reads, max_length, labels, out, task=summary.task, at_most=usual, function=function,
+        padding_side=side, embedding=embedding,
+    )  # fmt: skip
     for part in file.parent.glob(f"{file.name}*"):  # weights of more than 2 GB stand beside the graph
         shutil.copyfile(part, out / part.name)
     if (folder / "config.json").is_file():
@@ -267,19 +279,28 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
 
 def _take_stored(settings: spec.Spec, model: str, data: Path, out: Path, first: Path | None) -> None:
     """Take a file of logits; its tokenizer, the first teacher's or the student's, only encodes texts elsewhere."""
-    from kdexport.distill.stored import take_stored
+    from kdexport.distill.stored import take_stored, width_of
     from kdexport.distill.teacher import some_rows, warn_of
+    from kdexport.models.embedder import student_pooling
     from kdexport.models.loading import open_config, open_model
     from kdexport.models.saving import save_task
 
     labels = take_stored(Path(model), data, rows_of_sources(settings.data), settings.task, out)
+
+    def write(config: TaskConfig) -> None:
+        own = config.embedding and msgspec.structs.replace(config.embedding, width=width_of(out))
+        write_json(out / "task.json", msgspec.structs.replace(config, labels=labels, embedding=own))
+
     if first:
-        write_json(out / "task.json", msgspec.structs.replace(load_task(first).config, labels=labels))
+        write(load_task(first).config)
         shutil.copyfile(first / "tokenizer.json", out / "tokenizer.json")
         return
     student = tokenizer_for_stored(settings)
     assert student
-    opened = open_model(student, open_config(student), settings.task, labels)
-    save_task(opened, settings.data.max_length, labels, out, task=settings.task)
+    opened = open_model(student, open_config(student), settings.task, labels, pooling=student_pooling(student))
+    function = task_class(settings.task).function
+    asked, problem = settings.data.max_length, settings.data.problem
+    save_task(opened, asked, labels, out, task=settings.task, function=function, problem=problem)
+    write(load_task(out).config)
     opened.model.config.save_pretrained(out)
     warn_of(load_task(out), some_rows(data))

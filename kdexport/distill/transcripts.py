@@ -123,7 +123,7 @@ def heard_once(
     Raises:
         ModelError: every recording is longer than the window.
     """
-    chosen = [i for i, row in enumerate(rows) if task.parts(row) == 1]
+    chosen = [i for i, row in enumerate(rows) if task.windows(row) == 1]
     if not chosen:
         raise ModelError("all recordings are longer than what the student reads at once", "Raise student.seconds")
     if len(chosen) < len(rows):

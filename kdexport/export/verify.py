@@ -30,11 +30,16 @@ FP32_TOLERANCE = 1e-4
 _SMALL_SHAPE_ROWS = 64
 
 
-class Validation(msgspec.Struct, frozen=True):
-    """`validation.json`: what each file has on the validation split."""
+class Validation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`validation.json`: what each file has on the validation split.
+
+    Of vectors also `shared`, the fraction of their nearest in fp32 that they still have, and the `least` for int8.
+    """
 
     metric: metrics.Metric
     values: dict[str, float]
+    shared: dict[str, float] = {}
+    least: float = 0.0
 
 
 def verify(data: Path, targets: Path, student: Path, baseline: Path | None, export: Path, out: Path) -> None:
@@ -67,16 +72,22 @@ def verify(data: Path, targets: Path, student: Path, baseline: Path | None, expo
     train, validation = read_rows(data, "train"), read_rows(data, "validation")
     members = [train[i] for i in sampled(len(train))]
     taught = np.load(targets / "validation.npy")
-    answers, values = dict[str, Any](), dict[str, float]()
+    answers, values, judging = dict[str, Any](), dict[str, float](), dict[str, Array]()
     for candidate in read_candidates(export):
         if (name := f"student-{candidate.name}") not in differences:
             continue
         predictor = Predictor(task, export / candidate.file)
-        values[name] = on_validation(task, validation, predictor.logits(validation), taught)
+        judging[name] = predictor.logits(validation)
+        values[name] = on_validation(task, validation, judging[name], taught)
         if candidate.graph == "plain" and candidate.precision != "fp16":
             answers[name] = predictor.logits(members)
     np.savez(out / "members.npz", **answers)
-    write_json(out / "validation.json", Validation(decisive(task, validation), values))
+    judged_by = Validation(decisive(task, validation), values)
+    if task.embeds:
+        fp32 = judging["student-fp32"]
+        shared = {name: float(task.agrees(vectors, fp32).mean()) for name, vectors in judging.items()}
+        judged_by = msgspec.structs.replace(judged_by, shared=shared, least=task.int8.least)
+    write_json(out / "validation.json", judged_by)
     say(
         f"verify: fp32 against PyTorch on {len(reference)} inputs: max |Δlogit| {differences['student-fp32']:.1e} "
         f"(allowed {FP32_TOLERANCE:.0e})"

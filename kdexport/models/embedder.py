@@ -27,6 +27,7 @@ from kdexport.errors import ModelError
 from kdexport.files import write_json
 
 TABLE = "kdexport-table"
+STEPS = ("modules.json", "*_*/*")  # the files of what follows the encoder
 Pooling = Literal["mean", "first", "last"]
 # Sentence-Transformers' names, in files of before and after version 5.
 _MODES = {"mean": "pooling_mode_mean_tokens", "first": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
@@ -122,8 +123,11 @@ class Embedder(PreTrainedModel):  # type: ignore[misc]
             ModelError: the steps behind the encoder can't be read, or are of an unknown kind.
         """
         steps, dense = read_steps(model, pooling)
-        encoder = AutoModel.from_pretrained(model, dtype=torch.float32, **_without_pooler(model))
-        return cls(encoder.eval(), steps, dense).eval()
+        how = {"dtype": torch.float32, "output_loading_info": True}
+        encoder, found = AutoModel.from_pretrained(model, **how, **_without_pooler(model))
+        if missing := sorted(name for name in found["missing_keys"] if "pooler" not in name):
+            raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
+        return cls(encoder, steps, dense).eval()  # type: ignore[no-any-return]
 
     def save(self, folder: Path) -> None:
         """Write all files but the tokenizer's."""
@@ -137,7 +141,8 @@ class Embedder(PreTrainedModel):  # type: ignore[misc]
     @property
     def width(self) -> int:
         """The length D of a vector."""
-        return int(self.dense[-1].out_features if len(self.dense) else self.encoder.config.hidden_size)
+        last = list(self.dense)[-1] if len(self.dense) else None
+        return last.out_features if isinstance(last, Dense) else int(self.encoder.config.hidden_size)
 
     def get_input_embeddings(self) -> nn.Module:  # noqa: D102
         return self.encoder.get_input_embeddings()  # type: ignore[no-any-return]
@@ -199,30 +204,45 @@ def is_embedder(model: str | Path) -> bool:
     return _file(model, "modules.json") is not None
 
 
+def student_pooling(model: str | Path) -> Pooling | None:
+    """Return the pooling of a plain encoder that becomes a student, None where its folder names one."""
+    return None if is_embedder(model) else "mean"
+
+
+def is_static(model: str | Path) -> bool:
+    """Return whether a folder or hub id is a table of tokens, as model2vec and Sentence-Transformers write it."""
+    modules, config = (_read(model, name) or () for name in ("modules.json", "config.json"))
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    return "StaticEmbedding" in kinds or dict(config).get("model_type") == "model2vec"
+
+
 def read_steps(model: str | Path, pooling: Pooling | None = None) -> tuple[Steps, list[nn.Module]]:
     """Read what follows the encoder; see `Embedder.open`."""
     prompts = _read(model, _PROMPTS) or {}
-    named = {"prompts": prompts.get("prompts") or {}, "default_prompt": prompts.get("default_prompt_name")}
-    named |= {"reads": int((_read(model, _READS) or {}).get("max_seq_length") or Steps().reads)}
+    reads = int((_read(model, _READS) or {}).get("max_seq_length") or Steps().reads)
+    named = (prompts.get("prompts") or {}, prompts.get("default_prompt_name"), reads)
     if (modules := _read(model, "modules.json")) is None:
         if pooling is None:
             what = f"model {str(model)!r} is a plain encoder, and names no pooling"
             raise ModelError(what, "Name it: teacher.pooling mean, first or last")
-        return Steps(pooling, **named), []
+        return Steps(pooling, True, *named), []
     found, dense, normalize = pooling, list[nn.Module](), False
     for module in modules:
         kind, path = str(module["type"]).rpartition(".")[2], module["path"]
         if kind == "Pooling":
-            found = pooling or _pooling(model, _read(model, f"{path}/config.json") or {})
-        elif kind == "Dense":
+            config = _read(model, f"{path}/config.json") or {}
+            found = pooling or _pooling(model, config)
+            if named[0] and config.get("include_prompt") is False:
+                raise ModelError(f"model {str(model)!r} pools without its prompts, which is not read", _ANOTHER)
+        elif kind == "Dense" and not normalize:
             dense.append(_dense(model, path))
         elif kind == "Normalize":
             normalize = True
         elif kind != "Transformer":
-            raise ModelError(f"model {str(model)!r} has a module {kind!r}, which is not read", "Name another teacher")
+            raise ModelError(f"model {str(model)!r} has a module {kind!r}, which is not read", _ANOTHER)
     if found is None:
         raise ModelError(f"model {str(model)!r} names no pooling", "Name it: teacher.pooling mean, first or last")
-    return Steps(found, normalize, **named), dense
+    return Steps(found, normalize, *named), dense
 
 
 def write_steps(
@@ -270,7 +290,8 @@ def _dense(model: str | Path, path: str) -> Dense:
     if config is None or file is None:
         raise ModelError(f"model {str(model)!r}: {path} lacks config.json or model.safetensors", "Save it anew")
     activation = str(config.get("activation_function", ""))
-    if activation and not activation.startswith("torch.nn."):
+    known = locate(activation) if activation.startswith("torch.nn.") else None
+    if activation and not (isinstance(known, type) and issubclass(known, nn.Module)):
         raise ModelError(f"model {str(model)!r}: {path} has the activation {activation!r}", "Take one of torch.nn")
     layer = Dense(config["in_features"], config["out_features"], config.get("bias", True), activation)
     layer.load_state_dict({name.removeprefix("linear."): value for name, value in load_file(file).items()})
@@ -295,4 +316,5 @@ def _without_pooler(model: str | Path) -> dict[str, Any]:
     return {"add_pooling_layer": False} if kind in _POOLERS else {}
 
 
+_ANOTHER = "Name another teacher"
 _POOLERS = {"Bert", "Roberta", "XLMRoberta", "Camembert", "MPNet", "Albert"}

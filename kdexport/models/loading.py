@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from kdexport.data import hub
 from kdexport.errors import ModelError, first_line
 from kdexport.models import LINE_5
-from kdexport.models.embedder import Embedder, Pooling
+from kdexport.models.embedder import Embedder, Pooling, is_static
 from kdexport.models.registry import auto_class, has_head, other_task
 from kdexport.spec.teachers import has_weights
 from kdexport.tasks import DEFAULT, task_class
@@ -49,6 +49,10 @@ def open_config(model: str) -> Any:
     """Open the configuration of a folder or hub id, or raise ModelError."""
     hub.check_model(model)
     folder = Path(model)
+    with _opening(model):
+        if folder.is_dir() and is_static(model):
+            what = f"model {model} is a table of tokens (model2vec, StaticEmbedding), which is no teacher"
+            raise ModelError(what, "Name the model that it was made of, and make such a table: --student bag")
     if folder.exists() and not _names_a_family(folder / "config.json"):
         inner = [file.parent for file in sorted(folder.glob("*/config.json")) if _names_a_family(file)]
         such = f", such as {inner[-1]}" if inner else ""
@@ -112,6 +116,8 @@ def open_model(
     """
     processor = open_processor(model, task)
     if task_class(task).embeds:
+        if not has_weights(model):
+            raise ModelError(f"model folder {model} holds no weights", "Save the whole model")
         with _opening(model):
             return ModelAndProcessor(Embedder.open(model, pooling), processor)
     if task_class(task).has_labels:

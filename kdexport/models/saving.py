@@ -86,8 +86,9 @@ def save_task(
     reads, top_k = longest_input(model, tokenizer), top_k if kind.generates else 0
     embedding = None
     if isinstance(model, Embedder):
-        kept, default, at_most = model.steps.prompts, model.steps.default_prompt, min(_MOST_EMBEDDED, model.steps.reads)
-        embedding = EmbeddingConfig(width=model.width, prompts=kept, default_prompt=default, problem=problem)
+        steps, at_most = model.steps, min(_MOST_EMBEDDED, model.steps.reads)
+        own = {"prompts": dict(steps.prompts), "default_prompt": steps.default_prompt}
+        embedding = EmbeddingConfig(width=model.width, problem=problem, **own)
     write = partial(write_task, task=task, function=function, at_most=at_most, top_k=top_k, embedding=embedding)
     # Padding on the right shifts no positions; XLNet, which reads a text's last token, needs it on the left.
     sides: list[TextSide] = ["right", "left", "right"]

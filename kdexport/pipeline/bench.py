@@ -129,7 +129,8 @@ def _model_targets(name: str, settings: spec.Bench, work: Path) -> list[Target]:
     targets = of_model(Path(name).name, Path(name), settings.runtimes, settings.devices)
     if not (Path(name) / "task.json").exists():
         config = open_config(name)
-        task, labels = task_of(config) or DEFAULT, own_labels(config)
+        task = task_of(config, name) or DEFAULT
+        labels = own_labels(config) if task_class(task).has_labels else []
         work.mkdir()
         save_task(open_model(name, config, task, labels), None, labels, work, task=task)
         targets = [msgspec.structs.replace(t, task=str(work), model=name) for t in targets]

@@ -29,8 +29,8 @@ def choose(
     """Pick one file a precision, and recommend one of them by the validation split, never the test split.
 
     Of each precision the graph that measures best ships, see `better_graph`. int8 is recommended unless it is slower
-    than fp32 or loses more than `max_int8_loss`. If that file is over the size limit, the quickest smaller one with as
-    little loss is recommended. `sizes` are bytes by candidate.
+    than fp32, loses more than `max_int8_loss`, or has too few of fp32's nearest vectors. If that file is over the size
+    limit, the quickest smaller one with as little loss is recommended. `sizes` are bytes by candidate.
     """
     shipped = {c.precision: c for c in candidates if c.graph == "plain"}
     for other in candidates:
@@ -45,19 +45,27 @@ def choose(
         loss = losses[precision]
         return f"{precision} loses {f'{100 * loss:.1f} {unit}' if loss else 'nothing'} against fp32 on validation"
 
+    shared = {p: validation.shared[_name(c)] for p, c in shipped.items() if _name(c) in validation.shared}
+
+    def fits(precision: str) -> bool:
+        return losses[precision] <= settings.max_int8_loss and shared.get(precision, 1.0) >= validation.least
+
     best, reason = shipped["fp32"], "int8 was not asked for"
+    nearest = f"int8 has {shared['int8']:.1%} of fp32's nearest on validation" if "int8" in shared else ""
     if "int8" in shipped:
         gain = _gain(best, shipped["int8"], measured)
         if losses["int8"] > settings.max_int8_loss:
             reason = f"{loses('int8')}; {100 * settings.max_int8_loss:g} {unit} are allowed"
+        elif not fits("int8"):
+            reason = f"{nearest}; {validation.least:.0%} are wanted"
         elif gain and gain.verdict == "slower":
             reason = f"int8 is {1 / gain.value:.2f}× slower than fp32 on this machine"
         else:
-            best, reason = shipped["int8"], f"{loses('int8')}{_speed(gain)}"
+            best, reason = shipped["int8"], f"{nearest}{'; ' if nearest else ''}{loses('int8')}{_speed(gain)}"
     if limit_mb is None or sizes[best.name] <= limit_mb * 1e6:
         return Choice(shipped, best, reason)
     small = [c for c in shipped.values() if sizes[c.name] <= limit_mb * 1e6]
-    good = [c for c in small if losses[c.precision] <= settings.max_int8_loss]
+    good = [c for c in small if fits(c.precision)]
     if not good:
         unfit = [f"; {loses(c.precision)}, though it is within {limit_mb:g} MB" for c in small]
         return Choice(shipped, best, reason + "".join(unfit))

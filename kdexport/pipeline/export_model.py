@@ -30,11 +30,10 @@ from kdexport.runtime.predictor import Predictor, golden_answers
 from kdexport.spec.flags import listed, rows_in
 from kdexport.spec.teachers import is_adapter
 from kdexport.tasks import DEFAULT, load_task, task_class
-from kdexport.tasks.base import Task
+from kdexport.tasks.base import Keeps, Task
 from kdexport.tasks.config import Row
 
-# int8 is recommended if it agrees with fp32 on this fraction of at least so many rows.
-AGREEMENT, ENOUGH_ROWS = 0.99, 100
+ENOUGH_ROWS = 100  # on which int8 agrees with fp32, if it is recommended
 _MOST_ROWS = 2000  # PyTorch is slow, and more rows add little
 _ROUNDS, _CALLS = 7, 5
 
@@ -150,7 +149,7 @@ def _make(
         raise SpecError(f"--variants: {strange[0]} is none for {task.name}, the task of {model}", f"Take {known}")
     export_student(how, source, graphs, rows)
     files, chosen, gain = _verify(task, source, graphs, rows)
-    recommended, reason = recommend(files, len(rows), gain)
+    recommended, reason = recommend(files, len(rows), gain, task.int8)
     found = Exported(
         model="/".join(Path(model).parts[-2:]), task=task.name, labels=task.labels, function=task.config.function,
         max_length=task.config.max_length, rows=len(rows), recommended=recommended, reason=reason, files=files,
@@ -190,7 +189,9 @@ def _verify(
     return files, chosen, gain
 
 
-def recommend(files: Sequence[ExportedFile], rows: int, gain: Ratio | None = None) -> tuple[str, str]:
+def recommend(
+    files: Sequence[ExportedFile], rows: int, gain: Ratio | None = None, keeps: Keeps = Task.int8
+) -> tuple[str, str]:
     """Return the precision to load by default, and the reason.
 
     int8 is recommended if it agrees with fp32 on enough real rows, and is not slower (`gain` is its speedup).
@@ -200,11 +201,11 @@ def recommend(files: Sequence[ExportedFile], rows: int, gain: Ratio | None = Non
         return "fp32", "there is no int8 file"
     if int8.agreement is None:
         return "fp32", "whether int8 keeps the answers is not known without texts (--data)"
-    kept = f"int8 gives fp32's answer on {int8.agreement:.1%} of {rows:,} rows"
+    kept = f"int8 {keeps.text.format(int8.agreement, rows)}"
     if rows < ENOUGH_ROWS:
         return "fp32", f"{kept}, which are too few to tell; {ENOUGH_ROWS} are needed"
-    if int8.agreement < AGREEMENT:
-        return "fp32", f"{kept}; {AGREEMENT:.0%} are wanted"
+    if int8.agreement < keeps.least:
+        return "fp32", f"{kept}; {keeps.least:.0%} are wanted"
     if gain is None:
         return "int8", f"{kept}; how fast it is was not measured"
     times = f"{gain.value:.2f}× as fast as fp32" if gain.value < 1 else f"{gain.value:.1f}× faster than fp32"

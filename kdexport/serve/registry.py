@@ -103,7 +103,7 @@ class Version:
             return task.cost(row) if task.modality in row else task.sizes([row])[0]
         assert reads_files(task)
         try:
-            return int(task.seconds(row) / self._row_seconds) + task.parts(row)
+            return int(task.seconds(row) / self._row_seconds) + task.windows(row)
         except DataError as error:
             raise self._unread(error) from None
 

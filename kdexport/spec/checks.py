@@ -172,7 +172,7 @@ def _check_teachers(spec: Spec, menu: Menu) -> None:
             raise SpecError(f"distill.augment: {what} holds no answers to changed texts", "Leave it out")
     if first == "torch":
         return
-    for name in ("dtype", "devices"):
+    for name in ("dtype", "devices", "pooling"):
         if getattr(teacher, name) != _default(spec, "teacher", name):
             raise SpecError(f"teacher.{name} has no effect: {models[0]} is no model of PyTorch", "Remove it")
     what = f"{_TEACHERS[first]} ({models[0]})"

@@ -46,6 +46,13 @@ class Card(NamedTuple):
     tags: tuple[str, ...] = ()
 
 
+class Keeps(NamedTuple):
+    """The least agreement with fp32 of an int8 file that is recommended, and how an agreement over rows reads."""
+
+    least: float
+    text: str
+
+
 class Answer(Protocol):
     """The prediction for one row."""
 
@@ -85,6 +92,7 @@ class Task:
     pairs: ClassVar[bool] = False  # a row may be a pair of texts
     embeds: ClassVar[bool] = False  # the answers are vectors
     labels_judge: ClassVar[bool] = False  # labels judge, and teach nothing: rows need none, and there is no baseline
+    int8: ClassVar = Keeps(0.99, "gives fp32's answer on {:.1%} of {:,} rows")
     adds_up: ClassVar[bool] = True  # statistics of parts of a split add up to the metric
     output: ClassVar[str] = "logits"
     also: ClassVar[tuple[str, ...]] = ()  # further outputs of the graph, for other runtimes
@@ -166,6 +174,11 @@ class Task:
     def content(cls, row: Row) -> str:
         """Return the model-visible part of a row; rows of equal content get equal logits."""
         raise NotImplementedError
+
+    @classmethod
+    def likeness(cls, row: Row) -> str:
+        """Return the part of a row that its duplicates have as well."""
+        return cls.content(row)
 
     @classmethod
     def title(cls, row: Row) -> str:

@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 
 from kdexport.errors import ArtifactError, DataError
-from kdexport.tasks.base import Card, Objective, Task
+from kdexport.tasks.base import Card, Keeps, Objective, Task
 from kdexport.tasks.config import Function, Row
 from kdexport.tasks.inputs.texts import Texts
-from kdexport.tasks.menus import OF_LAYERS, TEXTS
+from kdexport.tasks.menus import LAYERS, OF_LAYERS, TEXTS
 from kdexport.tasks.metrics import Array, Metric, mid_ranks, pearson, products
 from kdexport.tasks.rankings import mrr, ndcg, recall
 from kdexport.tasks.vectors import DTYPES, EmbeddingDtype, cosines, decoded, encoded, in_parts, overlap, shortened, unit
@@ -62,7 +62,10 @@ class SentenceEmbedding(Texts):
         "sentence-similarity", "ORTModelForFeatureExtraction", _CODE,
         "sentence-transformers", _ELSEWHERE, ("sentence-transformers", "sentence-similarity", "feature-extraction"),
     )  # fmt: skip
+    # Searches by int8 files whose ten nearest are fp32's by nine in ten find the same: docs/decisions.md.
+    int8: ClassVar = Keeps(0.9, "has {:.1%} of fp32's ten nearest in {:,} rows")
     menu: ClassVar = TEXTS._replace(
+        students=LAYERS | {"model", "narrow", "bag"},
         instead="Take spread:3, tiny, 3x192 or bag",
         default="spread:3",
         ladder=("bag", "tiny", "2x256", "spread:2", "spread:3"),
@@ -128,15 +131,7 @@ class SentenceEmbedding(Texts):
         if isinstance(label, Mapping):  # as `data.sources` reads a folder in BEIR's layout
             found = msgspec.convert(label, Judgement)
             return row | {"label": _written(found), "prompt": "document" if found.document else "query"}
-        if row.get("text_pair") is None or label in (None, ""):
-            return row | {"label": None}  # a class of a text judges no vector
-        try:
-            score = float(label)
-        except (TypeError, ValueError):
-            return f"score {label!r} is no number"
-        if not 0 <= score <= _HIGHEST:
-            return f"score {score:g} is not between 0 and {_HIGHEST:g}"
-        return row | {"label": f"{score:g}"}
+        return row | {"label": None}  # a class of a text judges no vector
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
@@ -163,6 +158,8 @@ class SentenceEmbedding(Texts):
     def title(row: Row) -> str:
         return str(row["text"])
 
+    likeness = title  # whatever prompt a text is behind
+
     @classmethod
     def unit(cls, row: Row) -> str:
         label = row.get("label")
@@ -179,7 +176,7 @@ class SentenceEmbedding(Texts):
         return {"text": super().row(given)["text"]}
 
     def _tokenized(self, rows: Sequence[Row]) -> Any:
-        return super()._tokenized([row | {"text": self.prompted(row)} for row in rows] if self._prompts else rows)
+        return super()._tokenized([{**row, "text": self.prompted(row)} for row in rows] if self._prompts else rows)
 
     @property
     def _prompts(self) -> Mapping[str, str]:
@@ -208,7 +205,7 @@ class SentenceEmbedding(Texts):
     # --- vectors
 
     def pack(self, logits: Array) -> Array:
-        """Half precision: cosines change by some 1e-4."""
+        """In half precision, which halves the disk that they take."""
         return logits.astype(np.float16)
 
     def unpack(self, packed: Array) -> Array:
@@ -230,6 +227,11 @@ class SentenceEmbedding(Texts):
             return {}
         found = cosines(logits, reference)
         return {"cosine to the teacher": float(found.mean()), "its 1st percentile": float(np.percentile(found, 1))}
+
+    def difference(self, logits: Array, reference: Array) -> float:
+        """Max |Δ| of a component, of vectors longer than 1 as a fraction of their length."""
+        lengths = np.linalg.norm(reference, axis=-1, keepdims=True)
+        return float((np.abs(logits - reference) / np.maximum(lengths, 1.0)).max())
 
     def label_array(self, rows: Iterable[Row]) -> Array:
         """Zeros: no loss reads them."""
@@ -253,8 +255,20 @@ class Similarity(SentenceEmbedding):
 
     @classmethod
     def signs(cls, rows: Sequence[Row]) -> str:
-        scored = [row for row in rows if row.get("text_pair") and row["label"] not in (None, "")]
+        scored = [row for row in rows if row.get("text_pair") and not isinstance(_score(row.get("label")), str)]
         return "there are pairs with scores" if scored else ""
+
+    @classmethod
+    def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
+        label = row["label"]
+        if isinstance(label, Mapping) or row.get("text_pair") is None or label in (None, ""):
+            return super().canonical(row)
+        score = _score(label)
+        if isinstance(score, str):
+            return f"score {label!r} is no number"
+        if not 0 <= score <= _HIGHEST:
+            return f"score {score:g} is not between 0 and {_HIGHEST:g}"
+        return row | {"label": f"{score:g}"}
 
     @classmethod
     def misfit(cls, rows: Sequence[Row]) -> str:
@@ -292,7 +306,7 @@ class Retrieval(SentenceEmbedding):
 
     @classmethod
     def signs(cls, rows: Sequence[Row]) -> str:
-        return "there are documents to search" if any(isinstance(row["label"], Mapping) for row in rows) else ""
+        return "there are documents to search" if any(isinstance(row.get("label"), Mapping) for row in rows) else ""
 
     @classmethod
     def misfit(cls, rows: Sequence[Row]) -> str:
@@ -340,6 +354,13 @@ def judgement(label: str) -> Judgement:
 
 def _written(found: Judgement) -> str:
     return msgspec.json.encode(found).decode()
+
+
+def _score(label: Any) -> float | str:
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return str(label)
 
 
 def _pairs(rows: Sequence[Row]) -> Array:

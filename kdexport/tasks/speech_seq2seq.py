@@ -113,7 +113,7 @@ class SpeechSeq2Seq(Speech):
         step = self._window - 2 * (self._window // 6)
         return [0, *range(step, samples - 2 * (self._window // 6), step)] if samples > self._window else [0]
 
-    def parts(self, row: Row) -> int:
+    def windows(self, row: Row) -> int:
         """Return how many windows a recording fills."""
         return len(self._starts(int(read_header(bytes_of(row["audio"])).seconds * self._how.rate)))
 

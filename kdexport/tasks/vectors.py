@@ -49,7 +49,7 @@ def encoded(vectors: Array, dtype: EmbeddingDtype) -> Array:
             return vectors.astype(np.float32)
         case "int8":
             scaled = unit(vectors) * (127 * vectors.shape[-1] ** 0.5 / _CLIP)
-            return np.clip(np.rint(scaled), -127, 127).astype(np.int8)
+            return np.asarray(np.clip(np.rint(scaled), -127, 127), dtype=np.int8)
         case "binary":
             return np.packbits(vectors > 0, axis=-1)
 

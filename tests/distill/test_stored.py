@@ -131,7 +131,7 @@ def test_stored_logits_whose_labels_are_swapped_are_named_though_most_rows_have_
     [
         (lambda a: a | {"train": a["train"][:-1]}, "59 rows of logits for train, whose file has 60. Give one for each"),
         (lambda a: a | {"train": a["train"][:, :2], "test": a["test"][:, :2]}, "of 2 classes, the data have 3 labels"),
-        (lambda a: a | {"test": a["test"][:, :2]}, "arrays of different numbers of classes: 2, 3"),
+        (lambda a: a | {"test": a["test"][:, :2]}, "arrays of different numbers of columns: 2, 3"),
         (lambda a: a | {"labels": ["x", "y"]}, "names 2 labels for logits of 3 classes"),
         (lambda a: a | {"labels": ["x", "y", "w"]}, "does not know the data's label 'z'"),
         (lambda a: {"train": a["train"]}, "has no logits for test. It has: train"),

@@ -136,7 +136,7 @@ def test_longer_recordings_are_read_in_overlapping_windows(seconds, windows):
     arrays = task.encode([{"audio": sounding(seconds)}, {"audio": sounding(1.0)}])
     assert arrays["input_features"].shape == (windows + 1, 80, 200)
     assert arrays["windows"].tolist() == [windows, 1]
-    assert task.parts({"audio": sounding(seconds)}) == windows
+    assert task.windows({"audio": sounding(seconds)}) == windows
     with pytest.raises(TooLarge, match=r"it lasts 6\.5 s; the model reads 6\.0"):
         task.row(sounding(6.5))
 

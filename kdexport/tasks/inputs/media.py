@@ -261,7 +261,7 @@ class Media(Task):
         """Return the shape of each input, float32; −1 is any size."""
         raise NotImplementedError
 
-    def parts(self, row: Row) -> int:
+    def windows(self, row: Row) -> int:
         """Return how many of the graph's inputs a row fills, from its header."""
         return 1
 
