@@ -104,7 +104,8 @@ def predict(
         clean = [one.encode("utf-8", "replace").decode() if reads == "text" else one for one in inputs]
         rows: Iterator[Any] = ({"asked": one, "row": row_of(model.task, one, i)} for i, one in enumerate(clean))
     else:
-        rows = to_answer(read_test(given) if file else read_stream(sys.stdin.buffer), given, model.task, columns)
+        source = read_test(given, ranked=model.task.together) if file else read_stream(sys.stdin.buffer)
+        rows = to_answer(source, given, model.task, columns)
     bad = 0
     with appending(out, embed([])) if out else nullcontext() as append:
         while chunk := list(islice(rows, 32 * batch_size)):
@@ -119,8 +120,10 @@ def predict(
             else:
                 answers = model.answer([one["row"] for one in good], batch_size)
             for one, answer in zip(good, answers, strict=True):
-                named = one["id"] if isinstance(one["asked"], bytes) else one["asked"]
-                sys.stdout.write(msgspec.json.encode({reads: named} | answer.to_dict(scores)).decode() + "\n")
+                named: dict[str, Any] = {reads: one["id"] if isinstance(one["asked"], bytes) else one["asked"]}
+                if "text_pair" in model.task.columns:
+                    named = {column: one["row"][column] for column in ("text", "text_pair")}
+                sys.stdout.write(msgspec.json.encode(named | answer.to_dict(scores)).decode() + "\n")
             sys.stdout.flush()
     if bad:
         warn(f"predict: {counted(bad, 'bad row')} left out")

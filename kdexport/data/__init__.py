@@ -76,7 +76,7 @@ def prepare(
     for left in (*out.glob("*.blob"), *out.glob("*-*.jsonl")):  # of a call that was killed
         left.unlink()
     read = {}
-    sources = read_splits(settings, whole=cut is not None)
+    sources = read_splits(settings, whole=cut is not None, ranked=of_task.together)
     for split, source in sources.items():
         # Test rows need labels; without a test split they are taken from train.
         labels: Labels = "all" if split == "test" or "test" not in sources else "if any"
@@ -116,7 +116,7 @@ def prepare(
     names = _label_names(splits, of_task)
     words = [] if settings.words == "open" else _closed(splits, listed)
     if of_task.modality == "text":
-        near, pairs = near_duplicates(splits, content)
+        near, pairs = near_duplicates(splits, of_task.unit if of_task.together else content)
         if of_task.labels_judge:  # such labels are no classes
             near = msgspec.structs.replace(near, conflicting_labels=0)
             found = msgspec.structs.replace(found, conflicting_labels=0)

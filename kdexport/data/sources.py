@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from kdexport import spec
 from kdexport.data import folders, hub
 from kdexport.data.beir import is_beir, read_beir
+from kdexport.data.candidates import read_candidates
 from kdexport.data.passages import Cut
 from kdexport.data.read import AT_ONCE, SUFFIXES, Raw, Source, from_arrow, read_file
 from kdexport.errors import DataError, MissingPackage, counted, first_line
@@ -80,12 +81,16 @@ def local_files(data: spec.Data) -> list[Path]:
     return paths
 
 
-def read_splits(data: spec.Data, *, whole: bool = False) -> dict[str, Source]:
-    """Open every split of the spec; text files are read as `whole` texts, or a text per line."""
+def read_splits(data: spec.Data, *, whole: bool = False, ranked: bool = False) -> dict[str, Source]:
+    """Open every split of the spec; text files are read as `whole` texts, or a text per line.
+
+    Of a folder in BEIR's layout rows are queries and documents, or each query's documents to be `ranked`.
+    """
     sources = find_splits(data)
     if not _is_local(sources["train"]):
         return _read_hub(sources)
-    return {split: _read_local(Path(source), whole, split) for split, source in sources.items()}
+    most = data.candidates if ranked else 0
+    return {split: _read_local(Path(source), whole, split, most) for split, source in sources.items()}
 
 
 def recognised(data: spec.Data, task: str | None = None) -> tuple[str, str]:
@@ -94,7 +99,7 @@ def recognised(data: spec.Data, task: str | None = None) -> tuple[str, str]:
     The problem is one of `task`, where that is given.
     """
     try:
-        sources = read_splits(data)
+        sources = read_splits(data, ranked=task is None or any(kind.together for kind in kinds() if kind.name == task))
         source = sources.get("test", sources["train"])
         raws = [raw for raw in islice(source.rows, _SHOWING) if isinstance(raw, dict)]
     except DataError:
@@ -118,9 +123,9 @@ def recognised(data: spec.Data, task: str | None = None) -> tuple[str, str]:
     return task or DEFAULT, "single-label"
 
 
-def read_test(data: spec.Data) -> Source:
+def read_test(data: spec.Data, *, ranked: bool = False) -> Source:
     """Open `data.train`: a file, or the test split of a folder or a Hub data set, if there is one."""
-    splits = read_splits(data)
+    splits = read_splits(data, ranked=ranked)
     split = "test" if "test" in splits else "train"
     if len(splits) > 1:
         say(f"data: of {data.train} the {split} split is taken")
@@ -208,7 +213,7 @@ def read_given(
     data: spec.Data, task: type[Task], labels: Labels, known: Mapping[str, str] | None = None
 ) -> tuple[list[Row], Columns]:
     """Read the rows and columns of the data that a command is given beside a model."""
-    found = unify({"": to_rows(read_test(data), data, task, labels, known=known)}, data, task)[""]
+    found = unify({"": to_rows(read_test(data, ranked=task.together), data, task, labels, known=known)}, data, task)[""]
     if found.bad:
         warn(f"data: {counted(found.bad, 'bad row')} left out")
     return list(found.rows), found.columns
@@ -265,7 +270,8 @@ def choose_columns(
         guessed = (column for name in names for column in there if column.lower() == name)  # Text, as text
         named[wanted] = next((name for name in candidates if name in there), None) or next(guessed, None)
         if named[wanted] is None and (wanted != "label" or labels == "all"):
-            fix = f"Name it with --{'text' if wanted == reads else wanted}. Its columns: {', '.join(there)}"
+            flag = "text" if wanted == reads else wanted.replace("_", "-")
+            fix = f"Name it with --{flag}. Its columns: {', '.join(there)}"
             raise DataError(f"{source.name}: which column is the {wanted}?", fix)
     return {ours: theirs for ours, theirs in named.items() if theirs}
 
@@ -300,10 +306,12 @@ def _is_local(source: str) -> bool:
     return Path(source).suffix.lower() in SUFFIXES or is_place(source)
 
 
-def _read_local(path: Path, whole: bool, split: str = "train") -> Source:
+def _read_local(path: Path, whole: bool, split: str = "train", candidates: int = 0) -> Source:
     """Read a file, or a folder of images or recordings with a table, or with labels as subfolders, or BEIR's."""
     if not path.is_dir():
         return read_file(path, whole=whole)
+    if is_beir(path) and candidates:
+        return read_candidates(path, split, candidates)
     if is_beir(path):
         return Source(path.name, ["text", "label"], _searched(path, split), path)
     if table := folders.metadata_of(path):

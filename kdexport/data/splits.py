@@ -14,10 +14,10 @@ from kdexport.tasks.config import Row
 
 
 def split_off(rows: Rows, fraction: float, seed: int, task: type[Task]) -> tuple[Rows, Rows]:
-    """Split into (rest, part), stratified by the task; rows with equal content stay together, in the rows' order.
+    """Split into (rest, part), stratified by the task; rows of one unit stay together, in the rows' order.
 
-    Each class contributes its rounded fraction of distinct contents, at least one, and keeps at least one; a class
-    with one distinct text stays in the rest, for training.
+    Each class contributes its rounded fraction of distinct units, at least one, and keeps at least one; a class
+    with one unit stays in the rest, for training.
     """
     keys = keys_of(rows, task.unit)
     shared = np.array([task.shared(row) for row in rows], dtype=bool)

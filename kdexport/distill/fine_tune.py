@@ -103,7 +103,7 @@ def _start_at_base_rates(model: PreTrainedModel, fresh: Collection[str], task: T
 
     Rare labels are not unlearned first then (Lin et al. 2017, section 4.1).
     """
-    if task.objective in ("next-token", "ctc"):
+    if task.objective in ("next-token", "ctc", "ranking"):
         return
     if task.objective == "number":
         rates = labels.mean(axis=0)

@@ -121,12 +121,25 @@ def ctc(student_logits: Tensor, labels: Tensor) -> Tensor:
     return (each / lengths.clamp(min=1)).sum() / len(labels)
 
 
+def listwise(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of a query's scores with its gains, as fractions of their sum, the mean over the batch's queries.
+
+    ListNet's top-one loss (Cao et al. 2007, https://doi.org/10.1145/1273496.1273513, section 4) with gains that are not
+    exponentiated. `labels` are float [B, 2], gain and query; rows without a gain, and queries without a relevant
+    passage, teach nothing.
+    """
+    gains, same = labels[:, 0].nan_to_num(0.0).clamp(min=0), _of_same_query(labels)
+    wanted = gains / (same * gains).sum(dim=1).clamp(min=1e-9)
+    return -(wanted * _among(student_logits, same & ~labels[None, :, 0].isnan()).diagonal()).sum() / _count(same)
+
+
 LABEL_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ce": cross_entropy, "bce": label_bce, "mse": label_mse, "ctc": ctc
+    "ce": cross_entropy, "bce": label_bce, "mse": label_mse, "ctc": ctc, "listwise": listwise
 }  # fmt: skip
 # A task's objective → its labels' term.
 OF_OBJECTIVE: dict[str, str] = {
     "classes": "ce", "tokens": "ce", "next-token": "ce", "several": "bce", "number": "mse", "ctc": "ctc",
+    "ranking": "listwise",
     "vectors": "mse",  # never taken: alpha is 1
 }  # fmt: skip
 
@@ -205,6 +218,26 @@ def bce(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, t
     return temperature**2 * F.binary_cross_entropy_with_logits(student_logits / temperature, teacher)
 
 
+def margin_mse(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+    """Mean squared difference of the margins between two passages of a query, over the batch's pairs.
+
+    Hofstätter et al. 2020 (https://arxiv.org/abs/2010.02666, section 4.2): one of each pair is relevant there.
+    """
+    assert labels is not None
+    both = _of_same_query(labels).triu(diagonal=1)
+    off = (student_logits - teacher_logits)[:, 0]
+    return (off[:, None] - off)[both].square().sum() / both.sum().clamp(min=1)
+
+
+def listwise_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student) of the softmax over a query's passages in the batch, the mean over its queries."""
+    assert labels is not None
+    same = _of_same_query(labels)
+    student, teacher = (_among(logits / temperature, same) for logits in (student_logits, teacher_logits))
+    each = torch.where(same, teacher.exp() * (teacher - student), 0.0).sum(dim=1)
+    return temperature**2 * (each / same.sum(dim=1)).sum() / _count(same)
+
+
 def dkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
     """Decoupled distillation, T² · (TCKD + 8 · NCKD): Zhao et al. 2022, https://arxiv.org/abs/2203.08679.
 
@@ -277,6 +310,8 @@ LOGIT_LOSSES: dict[str, LogitLoss] = {
     "bce": bce,
     "dkd": dkd,
     "dist": dist,
+    "margin-mse": margin_mse,
+    "listwise-kl": listwise_kl,
     "cosine": cosine,
     "similarity": similarity,
 }
@@ -306,6 +341,21 @@ def with_rest(student_logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
 def _divergence(log_teacher: Tensor, log_student: Tensor) -> Tensor:
     """KL of each row [B], from log probabilities [B, C]."""
     return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1)
+
+
+def _of_same_query(labels: Tensor) -> Tensor:
+    """Whether two rows are of one query: bool [B, B]."""
+    return labels[:, None, 1] == labels[:, 1]
+
+
+def _among(scores: Tensor, same: Tensor) -> Tensor:
+    """Log softmax of scores [B, 1] over the rows of each row's query: [B, B], near −∞ for the others."""
+    return F.log_softmax(scores[:, 0].float().expand(len(same), -1).masked_fill(~same, -1e9), dim=1)
+
+
+def _count(same: Tensor) -> Tensor:
+    """The number of queries in a batch."""
+    return (1 / same.sum(dim=1)).sum()
 
 
 def _decoupled(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

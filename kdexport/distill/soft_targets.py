@@ -188,7 +188,8 @@ def _write(
 def _check(teacher: Teacher, labelled: Mapping[str, Rows], test: Rows, who: str) -> None:
     """Refuse a teacher that is near chance on labelled rows."""
     asked = labelled["validation"] + labelled["train"] or test
-    sample = list(asked.take(sampled(len(asked), _PREFLIGHT_ROWS)))
+    most = _PREFLIGHT_ROWS
+    sample = list(asked[:most] if teacher.task.together else asked.take(sampled(len(asked), most)))
     teacher.read(sample, "soft targets (preflight)")
     _preflight(teacher, sample, who)
 

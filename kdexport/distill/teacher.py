@@ -10,15 +10,17 @@ from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.data import read_rows, read_summary
 from kdexport.distill.fine_tune import fine_tune
+from kdexport.distill.teachers import EMBEDDER
 from kdexport.distill.transcripts import prepare_transcriber
 from kdexport.errors import ModelError
+from kdexport.models.embedder import is_embedder
 from kdexport.models.loading import alphabet_of, open_config, open_model, own_labels
 from kdexport.models.registry import has_head
 from kdexport.models.saving import save_model, save_task
 from kdexport.models.transcriber import is_transcriber
 from kdexport.progress import say, warn
 from kdexport.spec.teachers import has_weights
-from kdexport.tasks import load_task, task_class
+from kdexport.tasks import load_task, names, task_class
 from kdexport.tasks.base import Task
 from kdexport.tasks.classes import function_of
 
@@ -48,7 +50,11 @@ def prepare_teacher(
     of_task, kind = summary.task, task_class(summary.task, summary.problem)
     function = kind.function
     train = settings.train
-    if train is None and not has_weights(source) and not kind.labels_judge:
+    embeds = kind.together and train is None and is_embedder(source)
+    if embeds:
+        scores = "so its scores are cosines; --teacher-epochs 3 fine-tunes it instead"
+        say(f"teacher: {settings.model} embeds texts, {scores}")
+    elif train is None and not has_weights(source) and not kind.labels_judge:
         say(f"teacher: {settings.model} holds no weights, so it is trained from random ones")
         train = spec.TeacherTraining()
     elif train is None and kind.has_labels and not has_head(config, of_task):
@@ -63,8 +69,9 @@ def prepare_teacher(
         if strange := sorted({*known} - {*labels}):
             what = f"teacher {settings.model} does not write the data's character {strange[0]!r}"
             raise ModelError(what, "Spell it as the teacher does, such as numbers in words")
-    elif train is None:
-        if (theirs := function_of(len(own_labels(config)), config.problem_type)) != function:
+    elif train is None and not embeds:
+        theirs = function_of(len(own_labels(config)), config.problem_type)
+        if theirs != function and (theirs not in kind.functions or len(own_labels(config)) > 1):
             raise ModelError(
                 f"teacher {settings.model} scores by {theirs}, but data.problem {summary.problem} needs {function}",
                 "Set problem_type in its config.json, or fine-tune it: --teacher-epochs 3",
@@ -75,7 +82,9 @@ def prepare_teacher(
         labels = own_labels(config) if set(own_labels(config)) == set(known) else known
         if kind.transcribes:
             config.vocab_size = len(labels)
-    opened = open_model(source, config, of_task, labels, function, to_train=train is not None, pooling=settings.pooling)
+    opened = open_model(
+        source, config, of_task, labels, function, to_train=train is not None or embeds, pooling=settings.pooling
+    )
     some = some_rows(data)
     words = summary.words
     save_task(
@@ -86,6 +95,17 @@ def prepare_teacher(
     warn_of(task, some)
     if train is not None:
         fine_tune(opened, task, train, data, seed, out, trained=has_weights(source))
+    save_model(opened, out)
+    if embeds:
+        save_embedder(source, max_length, out / EMBEDDER)
+
+
+def save_embedder(source: str, max_length: int | None, out: Path) -> None:
+    """Write a model that embeds queries and passages, beside the one whose weights students take."""
+    out.mkdir(exist_ok=True)
+    embedding = next(name for name in names() if task_class(name).embeds)
+    opened = open_model(source, open_config(source), embedding, [], "none")
+    save_task(opened, max_length, [], out, task=embedding, function="none", problem="single-label")
     save_model(opened, out)
 
 

@@ -14,7 +14,7 @@ from kdexport.distill.augment import Change, changer
 from kdexport.distill.combine import combine
 from kdexport.distill.store import Store, cache_folder, content_key, content_keys, targets_folder
 from kdexport.distill.stored import place_of
-from kdexport.distill.teachers import TeacherFolder
+from kdexport.distill.teachers import EMBEDDER, TeacherFolder
 from kdexport.errors import ModelError, RunError
 from kdexport.files import digest
 from kdexport.models.embedder import STEPS
@@ -25,6 +25,7 @@ from kdexport.runtime.predictor import Predictor, providers
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
+from kdexport.tasks.vectors import cosines
 
 Rows = Sequence[dict[str, Any]]
 # Rows, and a callback with the number done → logits float32 [N, C].
@@ -53,7 +54,7 @@ class Teacher:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle it without what it opens by itself."""
-        opened = {"_model", "_predictor", "_plain", "_noisy", "_change"}
+        opened = {"_model", "_embedder", "_predictor", "_plain", "_noisy", "_change"}
         return {name: value for name, value in self.__dict__.items() if name not in opened} | {"_views": {}}
 
     def count(self, rows: Rows) -> tuple[int, int]:
@@ -145,7 +146,27 @@ class Teacher:
     def _model(self) -> Any:
         return open_to_read(self.named.folder, self._how.dtype, all_devices=self._how.devices == "all")
 
+    @cached_property
+    def _embedder(self) -> tuple[Any, Task]:
+        folder = self.named.folder / EMBEDDER
+        return open_to_read(folder, self._how.dtype, all_devices=False), load_task(folder)
+
+    def _cosines(self, rows: Rows, advance: Callable[[int], None]) -> Array:
+        """Return the cosine of each row's query and passage, [N, 1], from the vectors of each text once."""
+        model, task = self._embedder
+        sides = [
+            [{"text": row[side], "prompt": prompt} for row in rows]
+            for side, prompt in (("text", "query"), ("text_pair", "document"))
+        ]
+        texts = {task.content(one): one for side in sides for one in side}
+        vectors = dict(zip(texts, logits_of(model, task, list(texts.values())), strict=True))
+        first, second = (np.stack([vectors[task.content(one)] for one in side]) for side in sides)
+        advance(len(rows))
+        return cosines(first, second)[:, None]
+
     def _torch(self, rows: Rows, advance: Callable[[int], None]) -> Array:
+        if (self.named.folder / EMBEDDER).is_dir():
+            return self._cosines(rows, advance)
         known = [self.task.known(row) for row in rows]
         asked = [row for row, logits in zip(rows, known, strict=True) if logits is None]
         answers = logits_of(self._model, self.task, asked, advance=advance) if asked else ()

@@ -32,6 +32,7 @@ from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.config import TaskConfig, TextSide
 
 _RECORD = "teacher.json"
+EMBEDDER = "embedder"  # within the folder of a teacher of rankings that embeds texts
 
 
 class TeacherFolder(NamedTuple):
@@ -155,7 +156,8 @@ def training_of(settings: spec.Spec, rows: int, validation: int, labels: int) ->
     if kind_of(model) != "torch" or not rows:
         return None
     config, kind = config_of(model), task_class(settings.task, settings.data.problem)
-    if transcribed_by(settings):
+    embeds = kind.together and settings.teacher.train is None and (Path(model) / "modules.json").is_file()
+    if transcribed_by(settings) or embeds:
         return None
     headless = kind.has_labels and not any(
         head in name for name in config.get("architectures") or [] for head in kind.heads

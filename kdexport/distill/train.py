@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from kdexport import ranks
+from kdexport.analysis.duplicates import keys_of
 from kdexport.distill.layer_losses import Matching, matched
 from kdexport.distill.losses import OF_OBJECTIVE, Term, objective, total, value_at
 from kdexport.distill.monitor import WHOLE, Curve, Ledger, Watch, curve_of, gradient_shares, say_shares
@@ -118,6 +119,7 @@ def fit(
     encoded = tokenized(task, rows) if encoded is None else encoded
     labels = task.label_array(rows) if len(rows) <= MANY else None
     lengths = task.sizes(encoded)
+    groups = keys_of(rows, task.unit) if task.together else None
 
     def collate(chosen: list[int]) -> dict[str, Tensor]:
         read = taken(encoded, chosen)
@@ -146,7 +148,7 @@ def fit(
     ):
         trainer = _Trainer(
             config,
-            lengths,
+            ByLength(lengths, config.batch_size, config.seed, groups),
             matching,
             ledger,
             task.objective,
@@ -191,7 +193,7 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
     def __init__(
         self,
         config: TrainConfig,
-        lengths: list[int],
+        order: ByLength,
         matching: Matching | None,
         ledger: Ledger,
         trained_for: str,
@@ -201,7 +203,7 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers ships no types
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over rows: there is nothing to count beforehand
         self._config, self._matching, self._ledger = config, matching, ledger
-        self._parts = Parts(ByLength(lengths, config.batch_size, config.seed), self.args.world_size * config.accumulate)
+        self._parts = Parts(order, self.args.world_size * config.accumulate)
         if rank := self.args.process_index:  # else the noise of dropout were the same on all
             torch.manual_seed(config.seed + rank)
         self._label_loss, self._packed = OF_OBJECTIVE[trained_for], trained_for == "next-token"

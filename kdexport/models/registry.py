@@ -45,8 +45,10 @@ def has_head(config: Any, task: str) -> bool:
 
 def task_of(config: Any, model: str | Path) -> str | None:
     """Return the task that a Hugging Face model was trained for; None where it has no head that we know."""
+    found = [task for task in names() if has_head(config, task)]
+    marked = (task for task in found if any(hasattr(config, mark) for mark in task_class(task).marks))
     embeds = (task for task in names() if task_class(task).embeds and is_embedder(model))
-    return next((task for task in names() if has_head(config, task)), None) or next(embeds, None)
+    return next(iter([*marked, *found, *embeds]), None)
 
 
 def other_task(config: Any) -> str | None:

@@ -15,7 +15,7 @@ from kdexport.tasks.inputs.languages import codes_of, known_language
 from kdexport.tasks.menus import LAYERS, OF_LAYERS, Menu
 
 # Losses that read probabilities softened by the temperature.
-_SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist", "similarity"}
+_SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist", "similarity", "listwise-kl"}
 _TEACHERS = {"torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits"}
 
 
@@ -213,6 +213,8 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield key, f"on {spec.task}", fix
     if task_class(spec.task).modality == "text":
         yield "data.cache_mb", f"on {spec.task}", "Remove it: it is of images and sound"
+    if not task_class(spec.task).together:
+        yield "data.candidates", f"on {spec.task}", "Remove it: it is of rankings"
     if not task_class(spec.task).transcribes:
         for key in ("data.sentences", "data.words", "data.language", "distill.max_word_error"):
             yield key, f"on {spec.task}", "Remove it: it is of speech"

@@ -20,7 +20,7 @@ Problem = Literal[
 Dtype = Literal["float32", "bfloat16"]
 LossName = Literal[
     "ctc", "kl", "reverse-kl", "jsd", "soft-ce", "mse", "bce", "dkd", "dist", "hidden", "attention", "relation",
-    "cosine", "similarity",
+    "cosine", "similarity", "margin-mse", "listwise-kl",
 ]  # fmt: skip
 Augmentation = Literal["mask", "neighbours", "ngram", "shuffle"]
 Precision = Literal["fp32", "fp16", "int8", "int4"]
@@ -57,7 +57,7 @@ class Data(Section, frozen=True):
         Text,
         _help(
             "CSV, JSONL or Parquet file, text for causal-lm, a folder with train.*, validation.* and test.*, a folder "
-            "of images or recordings (labels as subfolders, or metadata.csv), or a hub id"
+            "of images or recordings (labels as subfolders, or metadata.csv), a folder in BEIR's layout, or a hub id"
         ),
     ]
     validation: Annotated[Text | None, _help("split off from train (10 %, stratified) when absent")] = None
@@ -98,6 +98,13 @@ class Data(Section, frozen=True):
             "commands; or a file of all words that may be said, one a line, or of sentences of them"
         ),
     ] = "open"
+    candidates: Annotated[
+        Count,
+        _help(
+            "of rankings in BEIR's layout: the documents of each query, the judged ones and as many of the best others "
+            "by BM25 as are missing"
+        ),
+    ] = 30
     max_length: Annotated[
         Length | None, _help("tokens of each text, with special ones; 128 when absent, or what the teacher reads")
     ] = None
@@ -241,8 +248,8 @@ class Distill(Section, frozen=True):
     loss: Annotated[
         LossName | dict[LossName, Weight],
         _help(
-            "kl, reverse-kl, jsd, soft-ce, mse, bce, dkd, dist (of logits), cosine, similarity (of vectors), hidden, "
-            "attention, relation (of layers), or {name: weight}"
+            "kl, reverse-kl, jsd, soft-ce, mse, bce, dkd, dist (of logits), cosine, similarity (of vectors), "
+            "margin-mse, listwise-kl (of a query's scores), hidden, attention, relation (of layers), or {name: weight}"
         ),
     ] = "kl"
     temperature: Annotated[

@@ -22,6 +22,7 @@ DEFAULT = "text-classification"
 # Names only, imported on demand: `kdexport --help` must stay fast.
 BUILT_IN = {
     "text-classification": "kdexport.tasks.text_classification:TextClassification",
+    "text-ranking": "kdexport.tasks.text_ranking:TextRanking",
     "token-classification": "kdexport.tasks.token_classification:TokenClassification",
     "causal-lm": "kdexport.tasks.causal_lm:CausalLM",
     "image-classification": "kdexport.tasks.image_classification:ImageClassification",

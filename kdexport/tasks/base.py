@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Modality = Literal["text", "image", "audio"]
 # How outputs are trained: the key of the losses in `distill`.
-Objective = Literal["classes", "several", "number", "tokens", "next-token", "ctc", "vectors"]
+Objective = Literal["classes", "several", "number", "tokens", "next-token", "ctc", "vectors", "ranking"]
 # Python code for model cards, with an example of an input.
 PREDICT = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["{}"])'
 
@@ -72,12 +72,14 @@ class Task:
     modality: ClassVar[Modality]
     objective: ClassVar[Objective]
     function: ClassVar[Function] = "softmax"  # logits → scores
+    functions: ClassVar[frozenset[Function]] = frozenset()  # others that teachers may have, where only order counts
     metric: ClassVar[Metric]
     menu: ClassVar[Menu]
     card: ClassVar[Card]
     columns: ClassVar[Mapping[str, tuple[str, ...]]]  # keys of a row → column names recognised by default
     auto_class: ClassVar[str]  # the Auto class of transformers that loads its models
     heads: ClassVar[tuple[str, ...]]  # parts of the names of architectures trained for this task
+    marks: ClassVar[tuple[str, ...]] = ()  # keys of a configuration that tell it from other tasks of the same heads
     # Family and architecture that let other runtimes load a student with an architecture of ours.
     stands_for: ClassVar[tuple[str, str] | None] = None
     protocols: ClassVar[frozenset[str]] = frozenset()  # task-specific server protocols: tei, openai, tgi
@@ -90,6 +92,7 @@ class Task:
     has_words: ClassVar[bool] = False  # rows are lists of words, which `ready` splits
     cuts: ClassVar[bool] = False  # long texts are split into passages, each a row
     pairs: ClassVar[bool] = False  # a row may be a pair of texts
+    together: ClassVar[bool] = False  # rows of one `unit` are trained on and judged together
     embeds: ClassVar[bool] = False  # the answers are vectors
     labels_judge: ClassVar[bool] = False  # labels judge, and teach nothing: rows need none, and there is no baseline
     int8: ClassVar = Keeps(0.99, "gives fp32's answer on {:.1%} of {:,} rows")

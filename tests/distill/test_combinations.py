@@ -51,6 +51,7 @@ KINDS = {  # task, problem and labels
     "one label": ("text-classification", "single-label", ["a", "b", "c"]),
     "several labels": ("text-classification", "multi-label", ["a", "b", "c"]),
     "a number": ("text-classification", "regression", ["value"]),
+    "rankings": ("text-ranking", "single-label", ["value"]),
     "tags": ("token-classification", "single-label", ["O", "B-x", "I-x"]),
     "text": ("causal-lm", "single-label", []),
     "images": ("image-classification", "single-label", ["a", "b", "c"]),
@@ -79,8 +80,9 @@ def tokenizer():
 def teacher_of(task, labels, problem):
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     kind = {"multi-label": "multi_label_classification", "regression": "regression"}.get(problem)
+    kind = "regression" if task == "text-ranking" else kind
     texts = {"vocab_size": len(WORDS), "max_position_embeddings": 16, "type_vocab_size": 1, **SIZES, **names}
-    if task == "text-classification":
+    if task in ("text-classification", "text-ranking"):
         return ModelAndProcessor(BertForSequenceClassification(BertConfig(problem_type=kind, **texts)), tokenizer())
     if task == "token-classification":
         return ModelAndProcessor(BertForTokenClassification(BertConfig(**texts)), tokenizer())
@@ -110,6 +112,8 @@ def rows_of(task, problem, labels, folder, n=16):
             row["label"] = "\x1f".join(labels[: i % 3])
         elif problem == "regression":
             row["label"] = f"{i / n:g}"
+        elif task == "text-ranking":
+            row |= {"text": WORDS[2 + i % 4], "text_pair": row["text"], "label": f"{i % 3}"}
         elif task == "token-classification":
             row["label"] = " ".join(("O", "B-x", "I-x")[j % 3] for j in range(len(words)))
         elif task == "image-classification":
@@ -193,7 +197,7 @@ def test_a_menu_holds_only_what_there_is():
     for task, problem, _ in KINDS.values():
         assert {*task_class(task, problem).menu.losses} <= known
     assert not {"hidden"} & {*MEDIA.losses}
-    assert {*TEXTS.losses, *SPEECH.losses} == known
+    assert {*TEXTS.losses, *SPEECH.losses, *task_class("text-ranking").menu.losses} == known
 
 
 @pytest.mark.parametrize("loss", ["dist", "dkd", "bce"])
