@@ -25,14 +25,14 @@ from kdexport.serve.hosts import Hosts
 from kdexport.serve.http import RETRY, SMALL, ClientGone, Refused, Request, Response, Stream, answer, refusal
 from kdexport.serve.large import Limiter, check_answer, off_loop
 from kdexport.serve.metrics import Metrics
-from kdexport.serve.protocols import embeddings, huggingface, oip, openai, tei, tgi, transcriptions
+from kdexport.serve.protocols import embeddings, huggingface, oip, openai, rerank, tei, tgi, transcriptions
 from kdexport.serve.registry import Models, Tokens, Version
 from kdexport.serve.settings import Settings
 from kdexport.serve.tracing import Tracer
 from kdexport.tasks.base import reads_texts
 
 Handler = Callable[[Request], Awaitable[Response | Stream]]
-AnyQuery = huggingface.AnyQuery | embeddings.Query
+AnyQuery = huggingface.AnyQuery | embeddings.Query | rerank.RerankQuery
 Parser = Callable[[bytes], AnyQuery]
 Prompt = tgi.Query | openai.Query
 _OF_MODEL = re.compile(r"(/v2)?/models/([^/]*)(?:/versions/([^/]*))?(/.*)?")
@@ -64,7 +64,9 @@ class App:
             "/v1/completions": {"POST": self._complete},
             "/v1/embeddings": {"POST": self._embed_listed},
             "/v1/audio/transcriptions": {"POST": self._transcribe},
+            "/v1/rerank": {"POST": self._rerank_v1},
             "/v1/models": {"GET": self._openai_models},
+            "/rerank": {"POST": self._rerank},
             "/embed": {"POST": partial(self._embed, embeddings.embed)},
             "/embed_all": {"POST": partial(self._embed, embeddings.embed_all, of_tokens=True)},
             "/similarity": {"POST": partial(self._embed, embeddings.similarity)},
@@ -225,6 +227,24 @@ class App:
         version = self.version(request)
         return await self._classify(request, version, body, partial(embeddings.openai, asked, version, self.settings))
 
+    async def _rerank(self, request: Request) -> Response:
+        request.protocol = "tei"
+        body = await self._body(request)
+        return await self._classify(request, self._ranker(request), body, rerank.parse)
+
+    async def _rerank_v1(self, request: Request) -> Response:
+        request.protocol = "openai"
+        body = await request.body(self.settings, self.settings.body_limit("text"))
+        asked = await off_loop(len(body), rerank.decode_v1, body)
+        request.wanted_model = asked.model
+        return await self._classify(request, self._ranker(request), body, partial(rerank.parse_v1, asked))
+
+    def _ranker(self, request: Request) -> Version:
+        version = self.version(request)
+        if "rerank" not in version.task.protocols:
+            raise Refused(404, f"{version.name} is for {version.task.name}, and ranks nothing")
+        return version
+
     async def _infer_tensors(self, request: Request) -> Response:
         body = await self._body(request)
         version = self.version(request)
@@ -361,7 +381,8 @@ class App:
         hearers = tuple(v.name for v in versions if v.task.transcribes)
         names, ids = tuple(self.models.names), tuple(v.version for v in versions)
         embedders = tuple(v.name for v in versions if v.task.embeds)
-        served = openapi.Served(names, ids, generators, taggers, hearers, embedders)
+        rankers = tuple(v.name for v in versions if "rerank" in v.task.protocols)
+        served = openapi.Served(names, ids, generators, taggers, hearers, embedders, rankers)
         return answer(openapi.document(served, self.settings))
 
     async def _page(self, _: Request) -> Response:

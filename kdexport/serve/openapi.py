@@ -23,6 +23,7 @@ class Served(NamedTuple):
     taggers: tuple[str, ...] = ()
     transcribers: tuple[str, ...] = ()
     embedders: tuple[str, ...] = ()
+    rankers: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1)  # as slow as an inference
@@ -34,6 +35,7 @@ def document(served: Served, settings: Settings) -> Any:
         **dict.fromkeys(served.names, "classifies"),
         **dict.fromkeys(served.taggers, "tags"),
         **dict.fromkeys(served.transcribers, "transcribes"),
+        **dict.fromkeys(served.rankers, "ranks"),
         **dict.fromkeys(writers, "writes"),
         **dict.fromkeys(served.embedders, "embeds"),
     }
@@ -47,6 +49,8 @@ def document(served: Served, settings: Settings) -> Any:
         "$writer": writers[0] if writers else "NAME",
         "$writers": {"enum": writers} if writers else {"type": "string"},
         "$hearers": {"enum": served.transcribers} if served.transcribers else {"type": "string"},
+        "$ranker": served.rankers[0] if served.rankers else "NAME",
+        "$rankers": {"enum": [*served.rankers, None]} if served.rankers else {"type": ["string", "null"]},
         "$embedder": served.embedders[0] if served.embedders else "NAME",
         "$embedders": {"enum": [*served.embedders, None]} if served.embedders else {"type": ["string", "null"]},
         "$outputs": list(dict.fromkeys(name for kind in kinds for name in outputs.get(kind, oip.OUTPUTS))),

@@ -340,6 +340,8 @@ def check_rows(version: Version, rows: list[dict[str, Any]], settings: Settings,
     for row in rows:
         if any(_characters(text) > settings.max_chars for text in row.values()):
             raise Refused(413, f"a text may have {settings.max_chars:,} characters")
+    if "text_pair" in version.task.columns and any(row.get("text_pair") is None for row in rows):
+        raise Refused(status, f"{version.name} reads pairs: give each text its text_pair")
     if version.task.has_words:
         try:
             rows = [version.task.ready(row) for row in rows]

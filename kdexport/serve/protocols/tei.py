@@ -67,7 +67,7 @@ def info(version: Version, settings: Settings) -> dict[str, Any] | TranscriberIn
     kind = (
         {"embedding": {"dimensions": vectors.width, "prompts": [*vectors.prompts]}}
         if vectors
-        else {"classifier": names}
+        else {"reranker" if "rerank" in task.protocols else "classifier": names}
     )
     return {
         "model_id": version.name, "model_sha": version.version, "model_dtype": version.variant,
