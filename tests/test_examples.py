@@ -94,12 +94,26 @@ def orders(folder, count=24):
         (folder / split / "metadata.csv").write_text("\n".join(["file_name", *(file.name for file in chosen)]) + "\n")
 
 
+def papers(folder, count=24):
+    import msgspec
+
+    source = needed("cranfield")
+    queries = (source / "queries.jsonl").read_text().splitlines(keepends=True)[:count]
+    names = {msgspec.json.decode(line)["_id"] for line in queries}
+    (folder / "queries.jsonl").write_text("".join(queries))
+    shutil.copyfile(source / "corpus.jsonl", folder / "corpus.jsonl")
+    judged = (source / "qrels" / "test.tsv").read_text().splitlines(keepends=True)
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("".join(line for line in judged if line.split("\t")[0] in names))
+
+
 # example → a few rows of its data, passes of the teacher until it knows more than chance, and the metric in its report
 PIECES = {
     "text-classification": (queries, 6, "accuracy"), "multi-label": (comments, 3, "micro F1"),
     "regression": (pairs, 6, "Pearson correlation"), "token-classification": (posts, 6, "entity F1"),
     "image-classification": (clothes, 8, "accuracy"), "audio-classification": (digits, 6, "accuracy"),
     "causal-lm": (plays, 1, "bits per byte"), "speech-recognition": (orders, None, "word error rate"),
+    "text-ranking": (papers, 3, "nDCG@10"),
     "smaller-whisper": (few_orders, None, "word error rate"),
     "sentence-embedding": (pairs, None, "Spearman correlation"),
 }  # fmt: skip
