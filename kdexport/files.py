@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -88,11 +89,18 @@ def sync_one(place: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes, *, new: bool = False) -> None:
-    """Write a file atomically: into a neighbour of a random name, synced, then renamed. `new`: replace none."""
+    """Write a file atomically. `new`: replace none."""
+    with written(path, new=new) as file:
+        file.write(content)
+
+
+@contextmanager
+def written(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
+    """Open a neighbour of a random name, which is synced and renamed when the block ends. `new`: replace none."""
     neighbour = path.with_name(f".{path.name[:64]}.{secrets.token_hex(6)}{TEMPORARY}")
     try:
         with neighbour.open("xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if new:

@@ -2,7 +2,7 @@
 //
 //     node transformers_js.mjs TASK FOLDER DTYPE < inputs.json > answers.json
 //
-// Inputs are texts, or the samples of sound at 16 kHz.
+// Inputs are texts, or the samples of sound at 16 kHz; vectors are the normalised mean over the tokens.
 import { readFileSync } from "node:fs";
 import { dirname, basename } from "node:path";
 import { createRequire } from "node:module";
@@ -14,9 +14,14 @@ const { pipeline, env } = await import(pathToFileURL(found));
 env.allowRemoteModels = false;
 env.localModelPath = dirname(folder);
 const pipe = await pipeline(task, basename(folder), { dtype });
+const how = {
+  "automatic-speech-recognition": { max_new_tokens: 24 },
+  "feature-extraction": { pooling: "mean", normalize: true },
+};
 const answers = [];
 for (const given of JSON.parse(readFileSync(0))) {
   const input = Array.isArray(given) ? Float32Array.from(given) : given;
-  answers.push(await pipe(input, task === "automatic-speech-recognition" ? { max_new_tokens: 24 } : {}));
+  const answer = await pipe(input, how[task] ?? {});
+  answers.push(answer.tolist?.() ?? answer);
 }
 process.stdout.write(JSON.stringify(answers));

@@ -15,6 +15,7 @@ from kdexport.errors import SpecError, counted
 
 Writing = partial(Flag, rich_help_panel="Language models")
 Batching = partial(Flag, rich_help_panel="Batching")
+Vectors = partial(Flag, rich_help_panel="Sentence embeddings")
 Limits = partial(Flag, rich_help_panel="Limits")
 _BYTES = {"": 1.0, "b": 1.0, "kb": 1e3, "mb": 1e6}
 _MILLISECONDS = {"ms": 1.0, "s": 1e3}
@@ -42,6 +43,12 @@ def predict(
     stop: Annotated[list[str] | None, Writing(help="Stop at this text; repeatable.")] = None,
     seed: Annotated[int | None, Writing(min=0, help="Random seed for sampling.")] = None,
     perplexity: Annotated[bool, Writing("--perplexity", help="Score each text instead of continuing it.")] = False,
+    out: Annotated[
+        Path | None, Vectors("--out", "-o", help="File to write, .npy, instead of printing.", show_default="none")
+    ] = None,
+    prompt: Annotated[str | None, Vectors(help="Name of a prompt of the model, for each text.")] = None,
+    dimensions: Annotated[int | None, Vectors(min=1, help="First ones of each vector.", show_default="all")] = None,
+    dtype: Annotated[Any, Vectors(parser=str, help="Numbers in --out: float (32 bits), int8, binary.")] = "float",
     debug: Debug = False,
 ) -> None:
     """Print predictions as JSON lines, in the order of the inputs; language models continue each text.
@@ -52,7 +59,10 @@ def predict(
       cat texts.txt | kdexport predict runs/demo
       kdexport predict runs/clothes a.png b.png
       kdexport predict runs/causal-lm "ROMEO:" --max-new-tokens 100 --temperature 0.8
+      kdexport predict runs/vectors --file texts.csv --out vectors.npy --dtype int8
     """
+    from contextlib import nullcontext
+
     import msgspec
 
     from kdexport import spec
@@ -62,6 +72,7 @@ def predict(
     from kdexport.runtime.artifact import read_columns, split_name
     from kdexport.runtime.generation import Sampling, write
     from kdexport.runtime.predictor import load, row_of
+    from kdexport.runtime.vectors import appending
     from kdexport.spec.flags import rows_in
 
     model = load(artifact, variant, threads, read_lines(words) if words else None)
@@ -77,6 +88,16 @@ def predict(
         raise SpecError(f"--{key.replace('_', '-')}: {str(error).partition(' - at')[0]}") from None
     if not generates and (perplexity or sampling != Sampling()):
         raise SpecError(f"{artifact} is for {model.task.name}, and writes nothing", "Leave out the options of writing")
+    if not model.task.embeds and (out or prompt or dimensions or dtype != "float"):
+        raise SpecError(
+            f"{artifact} is for {model.task.name}, and makes no vectors", "Leave out the options of vectors"
+        )
+    if dtype != "float" and not out:
+        raise SpecError(f"--dtype {dtype} is for a file of vectors", "Name it: --out FILE.npy")
+    if out and (out.suffix != ".npy" or out.exists()):
+        what = "exists already" if out.suffix == ".npy" else "does not end in .npy"
+        raise SpecError(f"--out {out} {what}", "Name another file")
+    embed: Any = partial(model.embed, batch_size=batch_size, prompt=prompt, dimensions=dimensions, dtype=dtype)
     given = rows_in(file, text, text_pair, None, skip_bad_rows) or spec.Data(train="stdin")
     if inputs:
         # Invalid UTF-8 comes as lone surrogates, which JSON can't hold.
@@ -85,16 +106,22 @@ def predict(
     else:
         rows = to_answer(read_test(given) if file else read_stream(sys.stdin.buffer), given, model.task, columns)
     bad = 0
-    while chunk := list(islice(rows, 32 * batch_size)):
-        good, bad = [one for one in chunk if one is not None], bad + chunk.count(None)
-        if generates and not perplexity:
-            answers: Iterable[Any] = (write(model, one["asked"], sampling) for one in good)
-        else:
-            answers = model.answer([one["row"] for one in good], batch_size)
-        for one, answer in zip(good, answers, strict=True):
-            named = one["id"] if isinstance(one["asked"], bytes) else one["asked"]
-            sys.stdout.write(msgspec.json.encode({reads: named} | answer.to_dict(scores)).decode() + "\n")
-        sys.stdout.flush()
+    with appending(out, embed([])) if out else nullcontext() as append:
+        while chunk := list(islice(rows, 32 * batch_size)):
+            good, bad = [one for one in chunk if one is not None], bad + chunk.count(None)
+            if append:
+                append(embed([one["row"]["text"] for one in good]))
+                continue
+            if generates and not perplexity:
+                answers: Iterable[Any] = (write(model, one["asked"], sampling) for one in good)
+            elif model.task.embeds:
+                answers = model.task.decode(embed([one["row"]["text"] for one in good]), [])
+            else:
+                answers = model.answer([one["row"] for one in good], batch_size)
+            for one, answer in zip(good, answers, strict=True):
+                named = one["id"] if isinstance(one["asked"], bytes) else one["asked"]
+                sys.stdout.write(msgspec.json.encode({reads: named} | answer.to_dict(scores)).decode() + "\n")
+            sys.stdout.flush()
     if bad:
         warn(f"predict: {counted(bad, 'bad row')} left out")
 

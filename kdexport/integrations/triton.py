@@ -14,7 +14,7 @@ from kdexport.integrations import render
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import Tensor, tensors_of
 from kdexport.tasks import load_task
-from kdexport.tasks.base import Task
+from kdexport.tasks.base import Task, can_embed
 
 # Files of a model that we own; other versions may stand beside version 1.
 NAMES = ("1", "config.pbtxt", "labels.txt", "warmup")
@@ -24,7 +24,7 @@ _TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32"}
 
 
 def write(folder: Path, variant: str | None, name: str, out: Path) -> None:
-    """Write two models into the repository `out`: `name` (tensors → logits) and `name_text` (texts → answers)."""
+    """Write two models into the repository `out`: `name` (tensors → outputs) and `name_text` (texts → answers)."""
     file, task = artifact.model_file(folder, variant), load_task(folder)
     tensors, texts = out / name, out / f"{name}_text"
     for model in (tensors, texts):
@@ -32,18 +32,22 @@ def write(folder: Path, variant: str | None, name: str, out: Path) -> None:
         write_text(model / "labels.txt", "".join(f"{' '.join(label.split())}\n" for label in task.labels))
     shutil.copyfile(file, tensors / "1" / "model.onnx")
     warm_up = _write_warm_up(task, tensors / "warmup")
-    write_text(tensors / "config.pbtxt", _config(name, *tensors_of(file), warm_up))
+    write_text(tensors / "config.pbtxt", _config(name, *tensors_of(file), warm_up, task.has_labels))
 
     shutil.copyfile(folder / "tokenizer.json", texts / "1" / "tokenizer.json")
     shutil.copyfile(Path(__file__).with_name("triton_text.py"), texts / "1" / "model.py")
     write_json(texts / "1" / "task.json", task.config)
-    text_config = render("text.pbtxt.j2", {"quoted": _quoted}, name=name, labels=len(task.labels))
+    width = task.width if can_embed(task) else 0
+    text_config = render("text.pbtxt.j2", {"quoted": _quoted}, name=name, labels=len(task.labels), width=width)
     write_text(texts / "config.pbtxt", text_config)
 
 
-def _config(name: str, inputs: list[Tensor], outputs: list[Tensor], warm_up: dict[str, tuple[str, int]]) -> str:
+def _config(
+    name: str, inputs: list[Tensor], outputs: list[Tensor], warm_up: dict[str, tuple[str, int]], labels: bool = True
+) -> str:
     filters: dict[str, Callable[..., str]] = {"quoted": _quoted, "dims": _dims}
-    return render("tensors.pbtxt.j2", filters, name=name, inputs=inputs, outputs=outputs, types=_TYPES, warm_up=warm_up)
+    tensors = {"inputs": inputs, "outputs": outputs, "warm_up": warm_up}
+    return render("tensors.pbtxt.j2", filters, name=name, types=_TYPES, labels=labels, **tensors)
 
 
 def _dims(tensor: Tensor) -> str:

@@ -22,7 +22,7 @@ BREAK = re.compile(r"\w (?=\w)")
 
 
 class TritonPythonModel:
-    """`text` (and `text_pair`) → `label`, its `score`, and the `scores` of all labels.
+    """`text` (and `text_pair`) → `label`, its `score`, and the `scores` of all labels; or `sentence_embedding`.
 
     Triton's batcher collects texts of many requests, which are padded and run as one batch; in the ONNX model's own
     batcher, lengths would have to match.
@@ -33,6 +33,9 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         self.task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         self.onnx_model = json.loads(args["model_config"])["parameters"]["onnx_model"]["string_value"]
+        vectors = self.task["embedding"]
+        self.output = "sentence_embedding" if vectors else "logits"
+        self.prompt = vectors["prompts"].get(vectors["default_prompt"], "") if vectors else ""
         self.labels = np.array([label.encode() for label in self.task["labels"]], dtype=object)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_padding()
@@ -47,12 +50,15 @@ class TritonPythonModel:
         batch = self.encode([row for part in rows for row in part])
         inputs = [pb_utils.Tensor(name, array) for name, array in batch.items()]
         found = pb_utils.InferenceRequest(
-            model_name=self.onnx_model, requested_output_names=["logits"], inputs=inputs
+            model_name=self.onnx_model, requested_output_names=[self.output], inputs=inputs
         ).exec()
         if found.has_error():
             return [pb_utils.InferenceResponse(error=found.error()) for _ in requests]
-        logits = pb_utils.get_output_tensor_by_name(found, "logits").as_numpy()
+        logits = pb_utils.get_output_tensor_by_name(found, self.output).as_numpy()
         ends = np.cumsum([len(part) for part in rows])[:-1]
+        if self.task["embedding"]:
+            tensors = [pb_utils.Tensor(self.output, part) for part in np.split(logits, ends)]
+            return [pb_utils.InferenceResponse(output_tensors=[tensor]) for tensor in tensors]
         return [self._response(part) for part in np.split(self.scores(logits), ends)]
 
     def encode(self, rows: list[Any]) -> dict[str, np.ndarray]:
@@ -75,7 +81,7 @@ class TritonPythonModel:
     def encoding(self, row: Any) -> Encoding:
         """Encode a text or a pair, truncated."""
         if isinstance(row, str):
-            return self.finisher.post_process(self.head(row))
+            return self.finisher.post_process(self.head(self.prompt + row))
         limit = self.task["max_length"]
         sides = [self.head(text) for text in row]
         sizes = [len(side) for side in sides]

@@ -20,7 +20,7 @@ from kdexport.models.inference import PADDING_TOLERANCE, padding_effect
 from kdexport.models.loading import ModelAndProcessor, open_tokenizer
 from kdexport.models.transcriber import NO_TIMES, Transcriber, config_of
 from kdexport.tasks import DEFAULT, load_task, task_class
-from kdexport.tasks.base import reads_texts
+from kdexport.tasks.base import can_embed, reads_texts
 from kdexport.tasks.config import AudioConfig, EmbeddingConfig, Function, TaskConfig, TextSide
 from kdexport.tasks.inputs import audio as sound
 from kdexport.tasks.inputs import images
@@ -202,7 +202,8 @@ def _check_tokens(folder: Path) -> None:
         *(pairs if task.pairs else []),
     ]
     for row, ours in zip(rows, task.tokenize(rows), strict=True):
-        words = [text.split(" ") if task.has_words else text for text in (row["text"], row.get("text_pair")) if text]
+        read = task.prompted(row) if can_embed(task) else row["text"]
+        words = [text.split(" ") if task.has_words else text for text in (read, row.get("text_pair")) if text]
         cut = {"truncation": True, "max_length": task.config.max_length, "is_split_into_words": task.has_words}
         theirs = tokenizer(*words, **cut) if words else {}
         if any(ours[name].tolist() != theirs[name] for name in task.config.inputs if theirs.get(name)):

@@ -74,7 +74,7 @@ def write_card(report: Report, file: Path) -> None:
     task = task_class(report.task)
     card = page.render(
         "card.md.j2", r=report, best=report.variant(report.recommended), use=task.card, reads=task.modality,
-        headers=headers(report), rows=table(report), score=partial(score, metric_of(report)),
+        embeds=task.embeds, headers=headers(report), rows=table(report), score=partial(score, metric_of(report)),
     )  # fmt: skip
     write_text(file, card)
 
@@ -83,8 +83,9 @@ def write_export_card(exported: Exported, file: Path) -> None:
     """Write the model card of an export."""
     task = task_class(exported.task)
     card = page.render(
-        "exported.md.j2", e=exported, reads=task.modality, use=task.card, version=__version__, percent=percent
-    )
+        "exported.md.j2", e=exported, reads=task.modality, use=task.card, embeds=task.embeds, version=__version__,
+        percent=percent,
+    )  # fmt: skip
     write_text(file, card)
 
 

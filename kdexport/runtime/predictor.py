@@ -15,12 +15,13 @@ from kdexport.errors import ArtifactError, DataError, MissingPackage, first_line
 from kdexport.runtime import artifact
 from kdexport.runtime.transcription import PAST, PRESENT, reader
 from kdexport.tasks import load_task
-from kdexport.tasks.base import Task, writes_speech
+from kdexport.tasks.base import Task, can_embed, writes_speech
 from kdexport.tasks.batches import in_batches
 from kdexport.tasks.config import Arrays, Row
 from kdexport.tasks.inputs.media import inline_bytes
 from kdexport.tasks.metrics import Array
 from kdexport.tasks.speech_seq2seq import Read
+from kdexport.tasks.vectors import DTYPES, EmbeddingDtype, check_dimensions, encoded, shortened
 
 # A text, a pair, or words (for tokens); a path or bytes of an image or a recording.
 Text = str | tuple[str, str] | list[str] | bytes | Path
@@ -95,6 +96,10 @@ class Predictor:
         """Return the encoder's states [B, T, H] of a model that writes what it hears."""
         return np.asarray(self._session.run(None, inputs)[0])
 
+    def states(self, arrays: Arrays) -> Array:
+        """Return the states of all tokens of an encoded batch [B, T, H], where the answers are vectors."""
+        return np.asarray(self._session.run([*self.task.also], self.task.graph_inputs(arrays))[0])
+
     def reader(self, states: Array) -> Read:
         """Return the decoder for an encoder's states."""
         return reader(_onnxruntime(), self._decoder, states)
@@ -131,13 +136,37 @@ class Predictor:
         string, path or bytes is a list of one; an empty text is valid.
 
         Each input's record is a `Prediction` (`label`, its probability `score`, all `scores` by label); for tokens a
-        `TaggedText` (`words`, `tags`, `scores`, `entities`); for language models `LanguageModelScores`, the text's
-        likelihood (`kdexport.write` continues a text).
+        `TaggedText` (`words`, `tags`, `scores`, `entities`); for sentence embeddings a `Vector` (`values`; `embed`
+        returns one array); for language models `LanguageModelScores`, the text's likelihood (`kdexport.write` continues
+        a text).
         """
         if isinstance(texts, tuple) and texts and all(isinstance(text, str) for text in texts):
             raise DataError("a tuple of texts may be one pair or several texts", 'Write [("a", "b")] or ["a", "b"]')
         many: list[Any] = [texts] if isinstance(texts, str | bytes | Path) else list(texts)
         return self.answer([row_of(self.task, text, i) for i, text in enumerate(many)], batch_size)
+
+    def embed(
+        self, texts: Sequence[str] | str, batch_size: int = 32, prompt: str | None = None,
+        dimensions: int | None = None, dtype: EmbeddingDtype = "float",
+    ) -> Array:  # fmt: skip
+        """Return the vectors of texts, in their order: float32 [N, D]; int8 [N, D]; or bits, uint8 [N, ⌈D / 8⌉].
+
+        `prompt` names one of the model's prompts, which is put before each text. `dimensions` are the first ones of
+        each vector, at length 1 again. The numbers of int8 and binary have the same meaning in all calls.
+
+        Raises:
+            DataError: the model makes no vectors, has no such prompt, or fewer dimensions.
+        """
+        task = self.task
+        if not can_embed(task):
+            raise DataError(f"the model is for {task.name}, and makes no vectors", "Call predict")
+        if dtype not in DTYPES:
+            raise DataError(f"the dtype {dtype!r} is unknown", f"Take one of {', '.join(DTYPES)}")
+        task.check_prompt(prompt)
+        check_dimensions(task.width, dimensions)
+        many = [texts] if isinstance(texts, str) else texts
+        rows = [row_of(task, text, i) | ({"prompt": prompt} if prompt else {}) for i, text in enumerate(many)]
+        return encoded(shortened(self.logits(rows, batch_size), dimensions), dtype)
 
     def answer(self, rows: Sequence[dict[str, Any]], batch_size: int = 32) -> list[Any]:
         """Predict for rows in the task's format; see `predict`."""

@@ -8,14 +8,15 @@ import yaml
 
 from kdexport.files import as_json
 from kdexport.serve.openapi import PATH as PATH
-from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi, transcriptions
+from kdexport.serve.protocols import embeddings, huggingface, oip, openai, tei, tgi, transcriptions
 
 _TYPES = [
     huggingface.ClassifyRequest, huggingface.TagRequest, tei.PredictRequest, oip.InferRequest, tgi.WriteRequest,
     tgi.Generated, tgi.StreamToken, tgi.WriterInfo, openai.CompletionRequest, openai.Completion, openai.ModelList,
     huggingface.TranscribeRequest, huggingface.Transcribed, transcriptions.TranscriptionRequest,
     transcriptions.Transcription, transcriptions.VerboseTranscription, transcriptions.TranscriptionEvent,
-    tei.TranscriberInfo,
+    tei.TranscriberInfo, embeddings.EmbedRequest, embeddings.EmbedAllRequest, embeddings.SimilarityRequest,
+    embeddings.FeatureRequest, embeddings.EmbeddingsRequest, embeddings.Embeddings,
 ]  # fmt: skip
 
 

@@ -25,14 +25,15 @@ from kdexport.serve.hosts import Hosts
 from kdexport.serve.http import RETRY, SMALL, ClientGone, Refused, Request, Response, Stream, answer, refusal
 from kdexport.serve.large import Limiter, check_answer, off_loop
 from kdexport.serve.metrics import Metrics
-from kdexport.serve.protocols import huggingface, oip, openai, tei, tgi, transcriptions
-from kdexport.serve.registry import Models, Version
+from kdexport.serve.protocols import embeddings, huggingface, oip, openai, tei, tgi, transcriptions
+from kdexport.serve.registry import Models, Tokens, Version
 from kdexport.serve.settings import Settings
 from kdexport.serve.tracing import Tracer
 from kdexport.tasks.base import reads_texts
 
 Handler = Callable[[Request], Awaitable[Response | Stream]]
-Parser = Callable[[bytes], huggingface.AnyQuery]
+AnyQuery = huggingface.AnyQuery | embeddings.Query
+Parser = Callable[[bytes], AnyQuery]
 Prompt = tgi.Query | openai.Query
 _OF_MODEL = re.compile(r"(/v2)?/models/([^/]*)(?:/versions/([^/]*))?(/.*)?")
 # Paths that need no key; `POST /` does.
@@ -61,8 +62,12 @@ class App:
             "/": {"GET": self._page, "POST": self._infer},
             "/models/{name}": {"POST": self._infer},
             "/v1/completions": {"POST": self._complete},
+            "/v1/embeddings": {"POST": self._embed_listed},
             "/v1/audio/transcriptions": {"POST": self._transcribe},
             "/v1/models": {"GET": self._openai_models},
+            "/embed": {"POST": partial(self._embed, embeddings.embed)},
+            "/embed_all": {"POST": partial(self._embed, embeddings.embed_all, of_tokens=True)},
+            "/similarity": {"POST": partial(self._embed, embeddings.similarity)},
             "/predict": {"POST": self._predict},
             "/invocations": {"POST": self._predict},
             "/info": {"GET": self._info},
@@ -168,12 +173,16 @@ class App:
         return await self._by_task(request, self.version(request), body)
 
     async def _by_task(self, request: Request, version: Version, body: bytes) -> Response | Stream:
+        if version.task.embeds:
+            return await self._classify(request, version, body, partial(embeddings.parse, version, self.settings))
         if not version.generator:
             return await self._classify(request, version, body, huggingface.parser(version.task))
         query = await off_loop(len(body), tgi.parse, body, version.generator, self.settings.max_chars)
         return await self._generate(request, version, query)
 
-    async def _classify(self, request: Request, version: Version, body: bytes, parse: Parser) -> Response:
+    async def _classify(
+        self, request: Request, version: Version, body: bytes, parse: Parser, model: Tokens | None = None
+    ) -> Response:
         if len(body) <= SMALL:  # most requests: without a coroutine
             query, costs = self._parsed(version, parse, body)
         else:
@@ -184,7 +193,7 @@ class App:
         task: Any = version.task
         if query.uncut and await asyncio.to_thread(lambda: any(map(task.is_cut, query.rows))):
             raise Refused(422, f"a text has more than {task.config.max_length} tokens, and truncate is false")
-        results = await self.run(request, version, query.rows, costs)
+        results = await self.run(request, version, query.rows, costs, model=model)
         if size <= SMALL:
             return Response(query.render(version, results))
         return Response(await off_loop(size, query.render, version, results))
@@ -195,11 +204,26 @@ class App:
         body = await self._body(request)
         version = self.version(request)
         task = version.task
-        if not reads_texts(task) or (version.generator and request.path == "/invocations"):
+        if not reads_texts(task) or ((version.generator or task.embeds) and request.path == "/invocations"):
             return await self._by_task(request, version, body)
-        if "tei" not in task.protocols:
+        if "tei" not in task.protocols or task.embeds:
             raise Refused(404, f"{version.name} is for {task.name}; POST / answers for it")
         return await self._classify(request, version, body, tei.parse)
+
+    async def _embed(self, parse: Callable[..., AnyQuery], request: Request, of_tokens: bool = False) -> Response:
+        request.protocol = "tei"
+        body = await self._body(request)
+        version = self.version(request)
+        model = Tokens(version) if of_tokens else None
+        return await self._classify(request, version, body, partial(parse, version, self.settings), model)
+
+    async def _embed_listed(self, request: Request) -> Response:
+        request.protocol = "openai"
+        body = await request.body(self.settings, self.settings.body_limit("text"))
+        asked = await off_loop(len(body), embeddings.decode, body)
+        request.wanted_model = asked.model
+        version = self.version(request)
+        return await self._classify(request, version, body, partial(embeddings.openai, asked, version, self.settings))
 
     async def _infer_tensors(self, request: Request) -> Response:
         body = await self._body(request)
@@ -268,7 +292,7 @@ class App:
     async def _body(self, request: Request) -> bytes:
         return await request.body(self.settings, self.settings.body_limit(self.models.reads(request.wanted_model)))
 
-    def _parsed(self, version: Version, parse: Parser, body: bytes) -> tuple[huggingface.AnyQuery, list[int]]:
+    def _parsed(self, version: Version, parse: Parser, body: bytes) -> tuple[AnyQuery, list[int]]:
         query = parse(body)
         rows, costs = oip.check_rows(version, query.rows, self.settings, 422)
         return query if rows is query.rows else query._replace(rows=rows), costs
@@ -280,15 +304,16 @@ class App:
         rows: Sequence[Any],
         costs: Sequence[int],
         timeout: float | None = None,
+        model: Version | Tokens | None = None,
     ) -> list[Any]:
         """Run a request's rows (a language model's jobs) through their batcher; record the times for the log."""
-        model: Version | Generator = version.generator or version
+        runs: Version | Generator | Tokens = version.generator or model or version
         batcher = self.prompts if version.generator else self.batcher
         assert batcher is not None
         request.rows = len(rows)
         timeout = min(timeout or self.settings.timeout, self.settings.timeout)
         with awaited(request, rows) if version.generator else nullcontext():
-            ticket = await batcher.run(model, rows, costs, timeout, request.gone)
+            ticket = await batcher.run(runs, rows, costs, timeout, request.gone)
         request.queued_s = ticket.started - ticket.arrived
         request.run_s = ticket.done_at - ticket.started
         return ticket.results
@@ -335,7 +360,8 @@ class App:
         taggers = tuple(v.name for v in versions if v.task.has_words)
         hearers = tuple(v.name for v in versions if v.task.transcribes)
         names, ids = tuple(self.models.names), tuple(v.version for v in versions)
-        served = openapi.Served(names, ids, generators, taggers, hearers)
+        embedders = tuple(v.name for v in versions if v.task.embeds)
+        served = openapi.Served(names, ids, generators, taggers, hearers, embedders)
         return answer(openapi.document(served, self.settings))
 
     async def _page(self, _: Request) -> Response:

@@ -15,13 +15,14 @@ _KEYED = {"security", "securitySchemes", "401"}
 
 
 class Served(NamedTuple):
-    """Names and versions in service, language models with their most new tokens, taggers and speech recognisers."""
+    """Names and versions in service; language models with their most new tokens, and models of other answers."""
 
     names: tuple[str, ...]
     versions: tuple[str, ...] = ()
     generators: tuple[tuple[str, int], ...] = ()
     taggers: tuple[str, ...] = ()
     transcribers: tuple[str, ...] = ()
+    embedders: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1)  # as slow as an inference
@@ -34,17 +35,20 @@ def document(served: Served, settings: Settings) -> Any:
         **dict.fromkeys(served.taggers, "tags"),
         **dict.fromkeys(served.transcribers, "transcribes"),
         **dict.fromkeys(writers, "writes"),
+        **dict.fromkeys(served.embedders, "embeds"),
     }
     kinds = [named_kinds[name] for name in served.names] or ["classifies"]
-    outputs = {"writes": oip.WRITTEN, "transcribes": oip.HEARD}
+    outputs = {"writes": oip.WRITTEN, "transcribes": oip.HEARD, "embeds": oip.VECTORS}
     first, named = kinds[0], kinds[0] if len(set(kinds)) == 1 else "both"
     values: dict[str, Any] = {
         **{"$version": __version__, "$names": served.names, "$versions": served.versions},
-        **{"$max_chars": settings.max_chars, "$max_rows": settings.max_rows},
+        **{"$max_chars": settings.max_chars, "$max_rows": settings.max_rows, "$max_others": settings.max_rows - 1},
         "$room": min((room for _, room in served.generators), default=2**31),
         "$writer": writers[0] if writers else "NAME",
         "$writers": {"enum": writers} if writers else {"type": "string"},
         "$hearers": {"enum": served.transcribers} if served.transcribers else {"type": "string"},
+        "$embedder": served.embedders[0] if served.embedders else "NAME",
+        "$embedders": {"enum": [*served.embedders, None]} if served.embedders else {"type": ["string", "null"]},
         "$outputs": list(dict.fromkeys(name for kind in kinds for name in outputs.get(kind, oip.OUTPUTS))),
     }
     for name, variants in found.pop("x-variants").items():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from kdexport import __version__
 from kdexport.serve.http import Headers, Response
 from kdexport.serve.registry import Version
-from kdexport.tasks.base import can_transcribe
+from kdexport.tasks.base import can_embed, can_transcribe
 
 _SAMPLE = "I was charged twice for the same order, and nobody answers my mails."
 _PROMPT = "Once upon a time"
@@ -33,7 +33,7 @@ _HEADERS: Headers = [
 class _Model(NamedTuple):
     """A version on the page; `path` is relative, as proxies add prefixes, `writes` the most new tokens.
 
-    `seconds` are those of a recording whose speech is recognised.
+    `seconds` are those of a recording whose speech is recognised, `width` the dimensions of a text's vector.
     """
 
     name: str
@@ -43,6 +43,7 @@ class _Model(NamedTuple):
     labels: int
     writes: int
     seconds: float
+    width: int
     function: str
     variant: str
     size: str
@@ -95,6 +96,7 @@ def _model(version: Version, alone: bool, with_card: bool) -> _Model:
         reads=version.task.modality, labels=len(config.labels), function=config.function,
         writes=version.generator.room if version.generator else 0, variant=version.variant, version=version.version,
         seconds=version.task.longest if can_transcribe(version.task) else 0.0,
+        width=version.task.width if can_embed(version.task) else 0,
         size=f"{file.size_bytes / 1e6:.1f} MB", card=version.card if with_card else "",
     )  # fmt: skip
 
@@ -110,12 +112,14 @@ def _page(models: tuple[_Model, ...], keyed: bool) -> Response:
     report_style = environment.get_template("report/templates/page.css.j2").render()
     style = report_style + loader.get_source(environment, "serve/templates/page.css")[0]
     drawn = [model._replace(card=card_html(model.card)) for model in models]
-    texts = [model for model in drawn if model.reads == "text"]
+    texts = [model for model in drawn if model.reads == "text" and not model.width]
+    vectors = [model for model in drawn if model.width]
     speech = [model for model in drawn if model.seconds]
-    forms = [form for form, shown in (("page", texts), ("speech", speech)) if shown]
+    forms = [form for form, shown in (("page", texts), ("speech", speech), ("vectors", vectors)) if shown]
     scripts = [loader.get_source(environment, f"serve/templates/{form}.js")[0] for form in forms]
     html = environment.get_template("serve/templates/page.html.j2").render(
-        models=drawn, texts=texts, speech=speech, files=[m for m in drawn if m not in texts and m not in speech],
+        models=drawn, texts=texts, speech=speech, vectors=vectors,
+        files=[model for model in drawn if model.reads != "text" and not model.seconds],
         keyed=keyed, style=style, scripts=scripts, kdexport=__version__,
         sample=_PROMPT if texts and texts[0].writes else _SAMPLE,
     )  # fmt: skip

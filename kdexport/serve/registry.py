@@ -30,10 +30,11 @@ _ALIKE = 8  # most cost of a row that shares a batch, in rows of the longest len
 
 
 class Result(NamedTuple):
-    """The output for one row: logits, float32 [C], and scores by the model's own function, float64 [C]."""
+    """The output for one row: logits, float32 [C], scores by the model's own function, float64 [C], and its length."""
 
     logits: Array
     scores: Array
+    size: int = 0
 
 
 class Version:
@@ -56,8 +57,11 @@ class Version:
                 "Export it again on a machine like this one",
             )
         self.card = artifact.read_card(folder)
-        # JSON bytes of a label with its score, or a word with its tag and position.
+        # JSON bytes of a label with its score, of a word with its tag and position, or of a vector's number.
         self.entry_bytes = 80 + sum(map(len, self.task.labels)) // max(1, len(self.task.labels))
+        if self.task.embeds:
+            self.entry_bytes = 14
+            self.token_width = self._predictor.states(self.task.encode(self.task.examples()[:1])).shape[-1]
         self.generator = Generator(self._predictor) if self.task.generates else None
         if self.generator:
             return
@@ -66,28 +70,37 @@ class Version:
 
     def run(self, rows: Sequence[Any]) -> list[Any]:
         """Return a `Result` for each row, an input or arrays that the client encoded."""
+        try:
+            encoded = self._encoded(rows)
+        except DataError as error:  # the bad row fails alone
+            if len(rows) == 1:
+                return [self._unread(error)]
+            return [self.run([row])[0] for row in rows]
+        logits = self._predictor.run(self.task.collate(encoded))
+        sizes = self.task.sizes(encoded)
+        return _finite(logits, [Result(*row) for row in zip(logits, self.task.scores(logits), sizes, strict=True)])
+
+    def run_tokens(self, rows: Sequence[Any]) -> list[Any]:
+        """Return a `Result` for each row that has a vector for each token, float32 [T, H], instead of one for all."""
+        arrays = self.task.collate(self._encoded(rows))
+        there = arrays["attention_mask"].astype(bool)
+        states = self._predictor.states(arrays)
+        found = [vectors[mask] for vectors, mask in zip(states, there, strict=True)]
+        return _finite(states, [Result(vectors, vectors, len(vectors)) for vectors in found])
+
+    def _encoded(self, rows: Sequence[Any]) -> list[Arrays]:
         plain = [i for i, row in enumerate(rows) if self.task.modality in row]
         encoded = list(rows)
         if plain:
-            try:
-                for i, arrays in zip(plain, self.task.tokenize([rows[i] for i in plain]), strict=True):
-                    encoded[i] = arrays
-            except DataError as error:  # the bad row fails alone
-                if len(rows) == 1:
-                    return [self._unread(error)]
-                return [self.run([row])[0] for row in rows]
-        logits = self._predictor.run(self.task.collate(encoded))
-        results: list[Any] = [Result(*row) for row in zip(logits, self.task.scores(logits), strict=True)]
-        if not np.isfinite(logits).all():  # JSON has no NaN
-            bad = Refused(500, "the model's answer is not a finite number")
-            return [result if np.isfinite(result.logits).all() else bad for result in results]
-        return results
+            for i, arrays in zip(plain, self.task.tokenize([rows[i] for i in plain]), strict=True):
+                encoded[i] = arrays
+        return encoded
 
     def cost(self, row: dict[str, Any]) -> int:
         """Return a text's tokens, or the cost of an image or recording in usual rows; refuse unreadable headers."""
         task = self.task
         if reads_texts(task):
-            return task.cost(row)
+            return task.cost(row) if task.modality in row else task.sizes([row])[0]
         assert reads_files(task)
         try:
             return int(task.seconds(row) / self._row_seconds) + task.windows(row)
@@ -138,6 +151,24 @@ class Version:
         return min(times)
 
 
+class Tokens(NamedTuple):
+    """A version of a model of vectors, as a batcher runs it for a vector of each token."""
+
+    version: Version
+
+    def run(self, rows: Sequence[Any]) -> list[Any]:
+        """Return the results of a batch."""
+        return self.version.run_tokens(rows)
+
+    def bucket(self, cost: int) -> int:
+        """Return the padded length of a row."""
+        return self.version.bucket(cost)
+
+    def most(self, bucket: int) -> int:
+        """Return the largest batch."""
+        return self.version.most(bucket)
+
+
 class Models:
     """Versions in service by name; the first name is the default."""
 
@@ -186,6 +217,13 @@ class Models:
     def in_service(self) -> dict[str, Version]:
         """Return the versions in service by name, in order."""
         return {name: self._current[name] for name in self.names if name in self._current}
+
+
+def _finite(logits: Array, results: list[Any]) -> list[Any]:
+    if np.isfinite(logits).all():
+        return results
+    bad = Refused(500, "the model's answer is not a finite number")  # JSON has no NaN
+    return [result if np.isfinite(result.logits).all() else bad for result in results]
 
 
 def named_sources(arguments: Sequence[str]) -> dict[str, tuple[Path, str | None]]:

@@ -21,6 +21,7 @@ from kdexport.tasks.metrics import Array, Metric, sigmoid, softmax
 if TYPE_CHECKING:
     from kdexport.tasks.inputs.media import Media
     from kdexport.tasks.inputs.texts import Texts
+    from kdexport.tasks.sentence_embedding import SentenceEmbedding
     from kdexport.tasks.speech_seq2seq import SpeechSeq2Seq
     from kdexport.tasks.transcripts import Transcripts
 
@@ -32,11 +33,17 @@ PREDICT = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["{}"])
 
 
 class Card(NamedTuple):
-    """The model card's metadata and usage: the Hub's name of the task, Optimum's class, Python code."""
+    """The model card's metadata and usage: the Hub's name of the task, Optimum's class, Python code.
+
+    `elsewhere` is code for the `library` whose layout the folder has, with `{file}` for the one to load.
+    """
 
     tag: str
     optimum: str
     code: str
+    library: str = "onnx"
+    elsewhere: str = ""
+    tags: tuple[str, ...] = ()
 
 
 class Keeps(NamedTuple):
@@ -380,6 +387,11 @@ def can_generate(task: Task) -> TypeGuard[Generates]:
 def can_transcribe(task: Task) -> TypeGuard[Transcripts]:
     """Return whether the answers of a task are transcripts."""
     return task.transcribes
+
+
+def can_embed(task: Task) -> TypeGuard[SentenceEmbedding]:
+    """Return whether the answers of a task are vectors."""
+    return task.embeds
 
 
 def writes_speech(task: Task) -> TypeGuard[SpeechSeq2Seq]:

@@ -17,7 +17,11 @@ from kdexport.tasks.rankings import mrr, ndcg, recall
 from kdexport.tasks.vectors import DTYPES, EmbeddingDtype, cosines, decoded, encoded, in_parts, overlap, shortened, unit
 
 _HIGHEST = 5.0  # of a pair's score
-_CODE = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["a sentence"])[0].values'
+_CODE = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.embed(["a sentence", "another one"])  # float32 [2, D]'
+_ELSEWHERE = """from sentence_transformers import SentenceTransformer  # with its extra `onnx`
+
+model = SentenceTransformer("path/to/this/folder", backend="onnx", model_kwargs={{"file_name": "{file}"}})
+model.encode(["a sentence", "another one"])"""
 
 
 class Judgement(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -54,7 +58,10 @@ class SentenceEmbedding(Texts):
     objective: ClassVar[Objective] = "vectors"
     function: ClassVar[Function] = "none"
     metric: ClassVar = Metric("agreement with the teacher")
-    card: ClassVar = Card("sentence-similarity", "ORTModelForFeatureExtraction", _CODE)
+    card: ClassVar = Card(
+        "sentence-similarity", "ORTModelForFeatureExtraction", _CODE,
+        "sentence-transformers", _ELSEWHERE, ("sentence-transformers", "sentence-similarity", "feature-extraction"),
+    )  # fmt: skip
     # Searches by int8 files whose ten nearest are fp32's by nine in ten find the same: docs/decisions.md.
     int8: ClassVar = Keeps(0.9, "has {:.1%} of fp32's ten nearest in {:,} rows")
     menu: ClassVar = TEXTS._replace(
@@ -175,6 +182,18 @@ class SentenceEmbedding(Texts):
     def _prompts(self) -> Mapping[str, str]:
         return self.config.embedding.prompts if self.config.embedding else {}
 
+    def cost(self, row: Row) -> int:
+        return super().cost({"text": self.prompted(row)})
+
+    def is_cut(self, row: Row) -> bool:
+        return "text" in row and super().is_cut({"text": self.prompted(row)})
+
+    def check_prompt(self, name: str | None) -> None:
+        """Raise DataError where the model has no prompt of this name."""
+        if name is not None and not {name, *(_DOCUMENT if name == "document" else ())} & self._prompts.keys():
+            there = f"Its prompts are {', '.join(self._prompts)}" if self._prompts else "It has none: leave it out"
+            raise DataError(f"the model has no prompt {name!r}", there)
+
     def prompted(self, row: Row) -> str:
         """Return a row's text behind the prompt that it names, else behind the model's default one."""
         named = row.get("prompt") or (self.config.embedding.default_prompt if self.config.embedding else "")
@@ -186,7 +205,7 @@ class SentenceEmbedding(Texts):
     # --- vectors
 
     def pack(self, logits: Array) -> Array:
-        """Half precision: cosines change by some 1e-4."""
+        """In half precision, which halves the disk that they take."""
         return logits.astype(np.float16)
 
     def unpack(self, packed: Array) -> Array:

@@ -28,11 +28,14 @@ def cosines(a: Array, b: Array) -> Array:
 
 def shortened(vectors: Array, dimensions: int | None) -> Array:
     """Return the first dimensions of vectors [N, D], at length 1 again; raise DataError where there are fewer."""
-    if dimensions is None or dimensions == vectors.shape[-1]:
-        return vectors
-    if not 0 < dimensions <= vectors.shape[-1]:
-        raise DataError(f"the model's vectors have {vectors.shape[-1]} dimensions, not {dimensions}", "Ask for fewer")
-    return unit(vectors[..., :dimensions])
+    check_dimensions(vectors.shape[-1], dimensions)
+    return vectors if dimensions in (None, vectors.shape[-1]) else unit(vectors[..., :dimensions])
+
+
+def check_dimensions(width: int, dimensions: int | None) -> None:
+    """Raise DataError where vectors of this width have no such part."""
+    if dimensions is not None and not 0 < dimensions <= width:
+        raise DataError(f"the model's vectors have {width} dimensions, not {dimensions}", "Ask for fewer")
 
 
 def encoded(vectors: Array, dtype: EmbeddingDtype) -> Array:

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
+from embedders import write_embedder
 from tones import say
 from whispers import write_whisper
 
@@ -50,3 +52,12 @@ def test_a_whisper_writes_the_same(ask, tmp_path, trimmed):
     for theirs, ours in zip(found, expected, strict=True):
         assert theirs["text"].strip().startswith(ours.text[:8])  # ours ends where a loop begins
     assert ask("automatic-speech-recognition", tmp_path / "whisper", "q8", samples[:1])[0].keys() == {"text"}
+
+
+def test_an_embedder_gives_the_same_vectors(ask, tmp_path):
+    texts = ["shares rose after the merger", "Über 5 € – a new phone", "a " * 100]
+    export(write_embedder(tmp_path / "model"), tmp_path / "embedder", variants="fp32")
+    found = ask("feature-extraction", tmp_path / "embedder", "fp32", texts)
+    expected = package.load(tmp_path / "embedder").embed(texts)
+    np.testing.assert_allclose(np.concatenate(found)[:2], expected[:2], atol=1e-5)
+    assert np.shape(found) == (3, 1, 32)

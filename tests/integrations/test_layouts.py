@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import yaml
+from embedders import write_embedder
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelQueuePolicy
 
@@ -119,9 +120,13 @@ def pb_utils(repository):
 @pytest.fixture
 def text_model(repository, monkeypatch):
     """The text model, opened as Triton opens it; and the stand-in."""
+    return opened(repository, "tickets_text", monkeypatch)
+
+
+def opened(repository, name, monkeypatch):
     backend = pb_utils(repository)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend)
-    folder = repository / "tickets_text"
+    folder = repository / name
     spec = importlib.util.spec_from_file_location("model", folder / "1" / "model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -155,6 +160,22 @@ def test_tritons_text_model_answers_many_requests_in_one_batch_as_kdexport_does(
     assert [label.decode() for label in theirs["label"][:, 0]] == [answer.label for answer in ours]
     assert np.allclose(theirs["score"][:, 0], [answer.score for answer in ours], atol=1e-6)
     assert np.allclose(theirs["scores"], [list(answer.scores.values()) for answer in ours], atol=1e-6)
+
+
+def test_tritons_text_model_of_vectors_answers_as_kdexport_does(tmp_path, monkeypatch):
+    written = write_embedder(tmp_path / "model", default_prompt="query")
+    export(written, tmp_path / "artifact", variants="fp32")
+    export(tmp_path / "artifact", tmp_path / "repository", layout="triton", name="vectors")
+    model, backend = opened(tmp_path / "repository", "vectors_text", monkeypatch)
+    texts = ["one text", "another, longer text", ""]
+    responses = model.execute([request(backend, text=texts[:1]), request(backend, text=texts[1:])])
+    theirs = np.concatenate([response.tensors["sentence_embedding"].as_numpy() for response in responses])
+    assert np.allclose(theirs, package.load(tmp_path / "artifact").embed(texts), atol=1e-6)
+    for name in ("vectors", "vectors_text"):
+        config = read_config(tmp_path / "repository" / name)
+        assert [*config.output[-1].dims] == [32]
+        assert not config.output[-1].label_filename
+    assert [one.name for one in config.input] == ["text"]
 
 
 def test_tritons_text_model_hands_on_an_error_to_every_request(text_model, monkeypatch):

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from embedders import write_embedder
 from fuzz import small
 from load_client import ask
 from serve_process import served
 
+from kdexport.pipeline.export_model import export
 from kdexport.schemas import openapi
 from kdexport.serve.app import OPEN, App
 from kdexport.serve.openapi import Served, document
@@ -42,7 +44,7 @@ def schemathesis(url: str, folder: Path, *arguments: str, config: Path = CONFIG)
 def test_schemathesis_finds_nothing(server, tmp_path):
     found = schemathesis(server.url, tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", "25")
     assert found.returncode == 0, found.stdout
-    assert "21 selected / 21 total" in found.stdout
+    assert "25 selected / 25 total" in found.stdout
     assert not any('"code":500' in line for line in server.log)
 
 
@@ -51,6 +53,23 @@ def test_schemathesis_finds_nothing_where_a_model_tags_words(tmp_path):
     model = small.pack(small.configs()["tags"], tmp_path / "tags")
     with served(f"tags={model}") as server:
         found = schemathesis(server.url, tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", "25")
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_nothing_where_a_model_makes_vectors(tmp_path):
+    """No schema says which prompts and ids a model has, that it has so many dimensions, and that ids have no prompt."""
+    operations = ["inferFirst", "inferBy", "invocations", "embed", "embedAll", "compare", "embedListed"]
+    loose = f"\n[[operations]]\ninclude-operation-id = {operations}\n"
+    for phase in ("coverage", "fuzzing"):
+        loose += f"[operations.phases.{phase}.checks.positive_data_acceptance]\nexpected-statuses = "
+        loose += '["200", "404", "422"]\n'
+    (tmp_path / "schemathesis.toml").write_text(CONFIG.read_text() + loose)
+    export(write_embedder(tmp_path / "model"), tmp_path / "vectors", variants="fp32")
+    with served(tmp_path / "vectors") as server:
+        phases = ("--phases", "examples,coverage,fuzzing", "--max-examples", "25")
+        found = schemathesis(server.url, tmp_path, *phases, config=tmp_path / "schemathesis.toml")
+        assert not any('"code":500' in line for line in server.log)
     assert found.returncode == 0, found.stdout
 
 

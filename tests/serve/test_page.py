@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from embedders import write_embedder
 from serve_process import served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -332,3 +333,33 @@ def test_a_cards_front_matter_goes_and_a_long_card_is_cut(markdown, html):
     from kdexport.serve.page import card_html
 
     assert card_html(markdown) == html
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(400, "light"), (1400, "dark")])
+def test_two_texts_get_the_cosine_of_their_vectors(opened, tmp_path, width, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    from kdexport import load
+    from kdexport.pipeline.export_model import export
+
+    export(write_embedder(tmp_path / "model"), tmp_path / "vectors", variants="fp32")
+    texts = ["a refund, please", "<b>my money</b> back"]
+    with served(tmp_path / "vectors") as server:
+        page = opened(server, viewport={"width": width, "height": 900}, color_scheme=scheme)
+        assert "32\ndimensions" in page.locator(".facts").first.inner_text()
+        for label, text in zip(("A text", "Another text"), texts, strict=True):
+            page.get_by_label(label, exact=True).fill(text)
+        page.get_by_role("button", name="Compare").click()
+        page.locator("#vectors-answer[aria-busy=false]").wait_for()
+        cosine, words = page.get_by_role("status").first.inner_text().split("\n")
+        a, b = load(tmp_path / "vectors").embed(texts)
+        assert float(cosine) == pytest.approx(a @ b, abs=6e-4)
+        assert re.fullmatch(r"cosine, by vectors in \d+ ms as this browser saw it", words)
+        page.get_by_label("A text", exact=True).fill("x" * 100_001)
+        page.get_by_role("button", name="Compare").click()
+        page.get_by_text("Error 413").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        grave = [
+            one["id"] for one in Axe().run(page).response["violations"] if one["impact"] in ("serious", "critical")
+        ]
+        assert grave == []

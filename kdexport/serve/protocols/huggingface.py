@@ -75,7 +75,7 @@ class Query(NamedTuple):
         """Return labels with scores of every row, best first."""
         labels = version.task.labels
         found = []
-        for logits, scores in results:
+        for logits, scores, _ in results:
             if self.function:
                 scores = version.task.scores(logits[np.newaxis], self.function)[0]
             if self.top == 1:  # the most frequent request needs no sort

@@ -2,7 +2,8 @@
 
 Source: the protocol's inference_rest.md and open_inference_rest.yaml, and Triton's extension_binary_data.md and
 extension_classification.md. Inputs are texts (`text`, and `text_pair` for pairs) as BYTES, or the graph's own tensors;
-outputs are `label`, `score`, `scores` and `logits`, of speech recognition `text` and `logits`. With the parameter
+outputs are `label`, `score`, `scores` and `logits`, of speech recognition `text` and `logits`, of vectors
+`sentence_embedding`, with one of the model's prompts as the parameter `prompt_name`. With the parameter
 `is_split_into_words` the words of a text to tag are those between its single spaces. A language model continues `text`,
 with the fields of `Sampling` as parameters. Models of images or sound read a file, as BYTES, in JSON in base64.
 """
@@ -23,9 +24,10 @@ from kdexport.serve.large import check_answer
 from kdexport.serve.registry import Version
 from kdexport.serve.settings import Settings
 from kdexport.serve.tensors import InputTensor, Parameters, raw_array, raw_texts, read_json, read_raw
-from kdexport.tasks.base import can_transcribe, reads_files
+from kdexport.tasks.base import can_embed, can_transcribe, reads_files
 from kdexport.tasks.inputs.media import Media
 from kdexport.tasks.metrics import Array
+from kdexport.tasks.sentence_embedding import SentenceEmbedding
 from kdexport.tasks.token_classification import TokenClassification
 
 EXTENSIONS = ["binary_tensor_data", "classification"]
@@ -34,6 +36,7 @@ TEXTS = ("text", "text_pair")
 OUTPUTS = {"label": "BYTES", "score": "FP32", "scores": "FP32", "logits": "FP32"}
 WRITTEN = {"text": "BYTES"}
 HEARD = {"text": "BYTES", "logits": "FP32"}
+VECTORS = {"sentence_embedding": "FP32"}
 _FLAT = ("label", "score", "text")
 _JSON_NUMBER, _RAW_NUMBER = 20, 4  # bytes
 # Parameters of the protocol and Triton; a language model's others are fields of `Sampling`.
@@ -83,7 +86,7 @@ def metadata(version: Version) -> dict[str, Any]:
         encoded = [] if version.generator else task.config.inputs
         tensors = [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
         tensors += [{"name": name, "datatype": "INT64", "shape": [-1, -1]} for name in encoded]
-    wide = [-1, *([-1] if task.transcribes else []), len(task.labels)]
+    wide = [-1, *([-1] if task.transcribes else []), task.answer_shape[0] if task.embeds else len(task.labels)]
     outputs = [
         {"name": name, "datatype": datatype, "shape": [-1] if name in _FLAT else wide}
         for name, datatype in _outputs(version).items()
@@ -175,7 +178,9 @@ def outputs_of(
     task = version.task
     logits = np.stack([result.logits for result in results])
     values: dict[str, Any] = {"logits": logits}
-    if can_transcribe(task):
+    if task.embeds:
+        values = {task.output: logits}
+    elif can_transcribe(task):
         values["text"] = [one.text for one in task.decode(logits, [])]
     else:
         values["scores"] = scores = np.stack([result.scores for result in results])
@@ -185,6 +190,8 @@ def outputs_of(
         value, datatype = values[output.name], _outputs(version)[output.name]
         value = value if datatype == "BYTES" else value.astype(np.float32)
         top = output.asks("classification")
+        if top is not None and task.embeds:
+            raise Refused(400, "classification is of labels, and a vector has none")
         if top is not None and output.name not in _FLAT:
             found.append(_classes(task.labels, value, top))
         else:
@@ -225,13 +232,15 @@ def _split(request: Request, body: bytes) -> tuple[bytes, memoryview]:
 
 def _outputs(version: Version) -> dict[str, str]:
     """Return the datatype of each output."""
+    if version.task.embeds:
+        return VECTORS
     return WRITTEN if version.generator else HEARD if version.task.transcribes else OUTPUTS
 
 
 def _wanted(outputs: list[RequestedOutput], there: dict[str, str]) -> list[RequestedOutput]:
     for output in outputs:
         if output.name not in there:
-            raise Refused(400, f"the outputs are {', '.join(there)}" if len(there) > 1 else "the output is text")
+            raise Refused(400, f"the output{'s are' if len(there) > 1 else ' is'} {', '.join(there)}")
     if len({output.name for output in outputs}) < len(outputs):
         raise Refused(400, "two outputs have the same name")
     return outputs or [RequestedOutput(name) for name in there]
@@ -307,9 +316,21 @@ def _texts(version: Version, tensors: dict[str, Any], parameters: dict[str, Any]
     if pairs is not None and len(pairs) != len(texts):
         raise Refused(400, "text and text_pair must be equally many")
     rows = [{"text": text} if pairs is None else {"text": text, "text_pair": pairs[i]} for i, text in enumerate(texts)]
+    if can_embed(task := version.task):
+        rows = [_with_prompt(task, row, parameters.get("prompt_name")) for row in rows]
     if version.task.has_words and parameters.get("is_split_into_words") is True:
         rows = [{"text": text.split(" ")} for text in texts]
     return check_rows(version, rows, settings, 400)
+
+
+def _with_prompt(task: SentenceEmbedding, row: dict[str, Any], name: Any) -> dict[str, Any]:
+    if "text_pair" in row:
+        raise Refused(400, "a vector is of one text: leave text_pair out")
+    try:
+        task.check_prompt(name)
+    except DataError as error:
+        raise Refused(400, str(error)) from None
+    return row if name is None else row | {"prompt": name}
 
 
 def check_rows(version: Version, rows: list[dict[str, Any]], settings: Settings, status: int) -> Rows:

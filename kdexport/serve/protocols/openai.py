@@ -82,7 +82,7 @@ class Completion(msgspec.Struct):
 
 
 class ModelEntry(msgspec.Struct):
-    """A language model or recogniser in service; `created` is its load time."""
+    """A language model, recogniser or model of vectors in service; `created` is its load time."""
 
     id: str
     created: int
@@ -91,7 +91,7 @@ class ModelEntry(msgspec.Struct):
 
 
 class ModelList(msgspec.Struct):
-    """The language models and speech recognisers in service."""
+    """The language models, speech recognisers and models of vectors in service."""
 
     data: list[ModelEntry]
     object: Literal["list"] = "list"
@@ -152,5 +152,5 @@ def parse(asked: CompletionRequest, generator: Generator, max_chars: int) -> Que
 
 def models(versions: Iterable[Version]) -> ModelList:
     """`GET /v1/models`."""
-    asked = (version for version in versions if version.generator or version.task.transcribes)
-    return ModelList([ModelEntry(version.name, version.loaded) for version in asked])
+    asked = (v for v in versions if v.generator or v.task.transcribes or v.task.embeds)
+    return ModelList([ModelEntry(v.name, v.loaded) for v in asked])

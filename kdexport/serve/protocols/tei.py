@@ -63,9 +63,15 @@ def info(version: Version, settings: Settings) -> dict[str, Any] | TranscriberIn
         named = (version.name, version.version, version.variant, version.task.name)
         return TranscriberInfo(*named, round(task.longest, 3), audio.rate, 1, __version__)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    vectors = task.config.embedding
+    kind = (
+        {"embedding": {"dimensions": vectors.width, "prompts": [*vectors.prompts]}}
+        if vectors
+        else {"classifier": names}
+    )
     return {
         "model_id": version.name, "model_sha": version.version, "model_dtype": version.variant,
-        "model_type": {"classifier": names}, "max_input_length": version.task.config.max_length,
+        "model_type": kind, "max_input_length": version.task.config.max_length,
         "max_batch_tokens": settings.max_batch_tokens, "max_batch_requests": settings.max_batch,
         "max_client_batch_size": settings.max_rows, "auto_truncate": True, "version": __version__,
     }  # fmt: skip

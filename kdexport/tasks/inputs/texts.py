@@ -155,6 +155,21 @@ class Texts(Task):
         """Return whether a row has more tokens than the model reads."""
         return bool(next(self._encodings([row])).overflowing)
 
+    def of_ids(self, ids: Sequence[int]) -> Arrays:
+        """Return the arrays of a text's tokens as the tokenizer gives them, special ones included.
+
+        Raises:
+            DataError: there are none, more than the model reads, or one that its vocabulary lacks.
+        """
+        if not 1 <= len(ids) <= self.config.max_length:
+            raise DataError(f"a text has {len(ids):,} token ids", f"Give 1 to {self.config.max_length}")
+        if not 0 <= min(ids) <= max(ids) < self.vocabulary:
+            raise DataError(
+                "a token id is not in the model's vocabulary", f"Give those from 0 to {self.vocabulary - 1}"
+            )
+        given = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        return {name: np.array(given.get(name, [0] * len(ids)), dtype=np.int64) for name in self.config.inputs}
+
     @property
     def vocabulary(self) -> int:
         return int(self._tokenizer.get_vocab_size())
