@@ -23,7 +23,13 @@ from statistics import median
 TURNS, CALLS, BATCH = 5, 100, 32
 HERE = Path(__file__).parent
 PEERS = Path(".benchmarks/embeddings")
-PINS = ("torch", "transformers==4.57.6", "sentence-transformers==5.7.0", "optimum-onnx==0.1.0", "model2vec[distill]==0.9.0")
+PINS = (
+    "torch",
+    "transformers==4.57.6",
+    "sentence-transformers==5.7.0",
+    "optimum-onnx==0.1.0",
+    "model2vec[distill]==0.9.0",
+)
 
 
 # --- a subject: a process that embeds the texts that it is given
@@ -95,8 +101,8 @@ class Running:
         self.name, self._work = name, work
         env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._process = subprocess.Popen(
-            [python, __file__, "--subject", kind, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
-            stderr=subprocess.DEVNULL,
+            [python, __file__, "--subject", kind, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=env, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         assert json.loads(self._process.stdout.readline())["ready"]
 
@@ -105,7 +111,9 @@ class Running:
 
         file, out = self._work / "texts.json", self._work / "out.npy"
         file.write_text(json.dumps(texts))
-        print(json.dumps({"texts": str(file), "out": str(out) if whole else None}), file=self._process.stdin, flush=True)
+        print(
+            json.dumps({"texts": str(file), "out": str(out) if whole else None}), file=self._process.stdin, flush=True
+        )
         answer = json.loads(self._process.stdout.readline())
         return (np.load(out) if whole else None), answer
 
@@ -118,7 +126,9 @@ def peers_python() -> str:
     python = PEERS / "bin" / "python"
     if not (PEERS / "made").exists():
         subprocess.run([sys.executable, "-m", "venv", PEERS], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", "constraints-4.57.txt", *PINS, "psutil"], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", "-c", "constraints-4.57.txt", *PINS, "psutil"], check=True
+        )
         (PEERS / "made").touch()
     return str(python)
 
@@ -179,7 +189,11 @@ def main() -> None:
         found = {one.name: {"quality": quality(one, options.data)} for one in made}
         if not options.quality:
             with (options.data / "stsb" / "test.csv").open(encoding="utf-8") as file:
-                texts = list(dict.fromkeys(side for pair in csv.DictReader(file) for side in (pair["sentence1"], pair["sentence2"])))
+                texts = list(
+                    dict.fromkeys(
+                        side for pair in csv.DictReader(file) for side in (pair["sentence1"], pair["sentence2"])
+                    )
+                )
             times = {one.name: {"bulk": [], "single": [], "memory_mb": 0.0} for one in made}
             order = np.random.default_rng(0)
             for turn in range(TURNS + 1):  # the first warms up
@@ -207,7 +221,10 @@ def main() -> None:
         record = {"texts": len(texts), "turns": TURNS, "subjects": found, "environment": environment()}
         options.out.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
     for name, one in found.items():
-        values = "  ".join(f"{k} {100 * q['value']:.2f} [{100 * q['ci95'][0]:.1f}–{100 * q['ci95'][1]:.1f}]" for k, q in one["quality"].items())
+        values = "  ".join(
+            f"{k} {100 * q['value']:.2f} [{100 * q['ci95'][0]:.1f}–{100 * q['ci95'][1]:.1f}]"
+            for k, q in one["quality"].items()
+        )
         speed = ""
         if "sentences_per_s" in one:
             ratios = " ".join(f"{one[k].value:.1f}×" for k in ("faster_in_bulk", "faster_alone"))
