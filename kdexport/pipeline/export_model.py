@@ -30,8 +30,9 @@ from kdexport.runtime.predictor import Predictor, golden_answers
 from kdexport.spec.flags import listed, rows_in
 from kdexport.spec.teachers import is_adapter
 from kdexport.tasks import DEFAULT, load_task, task_class
-from kdexport.tasks.base import Keeps, Task
+from kdexport.tasks.base import Task
 from kdexport.tasks.config import Row
+from kdexport.tasks.metrics import Keeps
 
 ENOUGH_ROWS = 100  # on which int8 agrees with fp32, if it is recommended
 _MOST_ROWS = 2000  # PyTorch is slow, and more rows add little

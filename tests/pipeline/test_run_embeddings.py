@@ -174,5 +174,5 @@ def test_a_pair_is_no_input_of_a_models_vectors(world, tmp_path):
     from kdexport.errors import DataError
 
     package.export(world / "teacher", tmp_path / "artifact", variants="fp32")
-    with pytest.raises(DataError, match="it is a pair of texts"):
+    with pytest.raises(DataError, match="is a pair of texts"):
         package.load(tmp_path / "artifact").predict([(SENTENCES[0], SENTENCES[1])])
