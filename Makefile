@@ -88,7 +88,7 @@ $(SECOND)/.made: pyproject.toml constraints.txt constraints-4.57.txt
 	test -x $(SECOND)/bin/python || $(shell command -v $(PYTHON) || command -v python3) -m venv $(SECOND)
 	grep -oE '^[a-z_-]+==' constraints-4.57.txt | grep -vFf - constraints.txt | cat - constraints-4.57.txt > $(SECOND)/constraints.txt
 	$(SECOND)/bin/python -m pip install --quiet -c $(SECOND)/constraints.txt torch
-	$(SECOND)/bin/python -m pip install --quiet -c $(SECOND)/constraints.txt -e '.[all,demo,optimum,test]'
+	$(SECOND)/bin/python -m pip install --quiet -c $(SECOND)/constraints.txt -e '.[all,demo,optimum,test]' fastembed
 	touch $@
 
 # dist/, and its wheel in a fresh environment without torch, where the demo's artifact (or a small one) predicts and serves.

@@ -124,6 +124,8 @@ def demo(
 def init(
     teacher: Annotated[str, Flag(help="Hugging Face folder or hub id of the teacher.")],
     data: Annotated[str, Flag(help="CSV, JSONL or Parquet file, a folder, or a hub id.")],
+    test: Annotated[str | None, Flag(help="Test file.", show_default="split from the data")] = None,
+    task: Annotated[str | None, Flag(help="As of run.", show_default="by the data")] = None,
     out: Annotated[Path, Flag("--out", "-o", help="The spec to write.")] = Path("spec.yaml"),
     debug: options.Debug = False,
 ) -> None:
@@ -132,11 +134,12 @@ def init(
     [bold]Example[/bold]
       kdexport init --teacher ./my-bert --data tickets.csv && kdexport run spec.yaml
     """
+    given = {"teacher": teacher, "data": data, "test": test, "task": task}
     from kdexport import spec
     from kdexport.files import write_bytes
     from kdexport.pipeline import api
 
-    content = spec.commented(api.settings_of(None, {"teacher": teacher, "data": data})).encode()
+    content = spec.commented(api.settings_of(None, given)).encode()
     try:
         write_bytes(out, content, new=True)
     except FileExistsError:

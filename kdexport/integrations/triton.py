@@ -38,7 +38,8 @@ def write(folder: Path, variant: str | None, name: str, out: Path) -> None:
     shutil.copyfile(Path(__file__).with_name("triton_text.py"), texts / "1" / "model.py")
     write_json(texts / "1" / "task.json", task.config)
     width = task.width if can_embed(task) else 0
-    text_config = render("text.pbtxt.j2", {"quoted": _quoted}, name=name, labels=len(task.labels), width=width)
+    outputs = {"output": task.output, "labels": len(task.labels), "width": width}
+    text_config = render("text.pbtxt.j2", {"quoted": _quoted}, name=name, **outputs)
     write_text(texts / "config.pbtxt", text_config)
 
 

@@ -22,7 +22,7 @@ BREAK = re.compile(r"\w (?=\w)")
 
 
 class TritonPythonModel:
-    """`text` (and `text_pair`) → `label`, its `score`, and the `scores` of all labels; or `sentence_embedding`.
+    """`text` (and `text_pair`) → `label`, its `score`, and the `scores` of all labels; or a vector.
 
     Triton's batcher collects texts of many requests, which are padded and run as one batch; in the ONNX model's own
     batcher, lengths would have to match.
@@ -32,9 +32,10 @@ class TritonPythonModel:
         """Open the task and its tokenizer."""
         folder = Path(args["model_repository"]) / args["model_version"]
         self.task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-        self.onnx_model = json.loads(args["model_config"])["parameters"]["onnx_model"]["string_value"]
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.onnx_model = parameters["onnx_model"]["string_value"]
+        self.output = parameters["output"]["string_value"]
         vectors = self.task["embedding"]
-        self.output = "sentence_embedding" if vectors else "logits"
         self.prompt = vectors["prompts"].get(vectors["default_prompt"], "") if vectors else ""
         self.labels = np.array([label.encode() for label in self.task["labels"]], dtype=object)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

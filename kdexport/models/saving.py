@@ -158,6 +158,8 @@ def write_task(
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = config.max_length
     ours: dict[str, Any] = {"model_input_names": config.inputs}
+    if "max_length" in tokenizer.init_kwargs:  # of an earlier truncation, which fastembed would follow
+        ours["max_length"] = config.max_length
     if not top_k:  # transformers pads prompts on the other side
         ours |= {"padding_side": padding_side, "truncation_side": cut}
     for name, value in ours.items():

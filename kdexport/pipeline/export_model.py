@@ -13,7 +13,7 @@ import numpy as np
 from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.bench.stats import ratio
-from kdexport.data import hub
+from kdexport.data import demo, hub
 from kdexport.data.sources import read_given
 from kdexport.errors import ModelError, SpecError
 from kdexport.export import Candidate, export_student
@@ -30,8 +30,9 @@ from kdexport.runtime.predictor import Predictor, golden_answers
 from kdexport.spec.flags import listed, rows_in
 from kdexport.spec.teachers import is_adapter
 from kdexport.tasks import DEFAULT, load_task, task_class
-from kdexport.tasks.base import Keeps, Task
+from kdexport.tasks.base import Task
 from kdexport.tasks.config import Row
+from kdexport.tasks.metrics import Keeps
 
 ENOUGH_ROWS = 100  # on which int8 agrees with fp32, if it is recommended
 _MOST_ROWS = 2000  # PyTorch is slow, and more rows add little
@@ -125,9 +126,10 @@ def _make(
     language: str | None, vocabulary: str | None,
 ) -> Exported:  # fmt: skip
     """Write `artifact/` into `work`."""
-    if not Path(model).exists() and (is_place(model) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
+    opened = demo.located(model)
+    if not Path(opened).exists() and (is_place(model) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model)):
         raise ModelError(f"{model} does not exist", "Name a folder written by save_pretrained")
-    hub.check_model(model)
+    hub.check_model(opened)
     from kdexport.models.loading import open_config
     from kdexport.models.registry import task_of
     from kdexport.models.trained import take_trained
@@ -135,7 +137,6 @@ def _make(
     source, graphs, packed, merged = (work / name for name in ("model", "graphs", "artifact", "merged"))
     for folder in (source, graphs, packed, merged):
         folder.mkdir()
-    opened = model
     if is_adapter(Path(model)):
         from kdexport.distill.adapter import merge_adapter
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeGuard
 
 import numpy as np
 
 from kdexport.errors import DataError
+from kdexport.tasks.card import Card
 from kdexport.tasks.config import Arrays, Function, Items, Row, TaskConfig
 from kdexport.tasks.menus import Menu
-from kdexport.tasks.metrics import Array, Metric, sigmoid, softmax
+from kdexport.tasks.metrics import Array, Keeps, Metric, sigmoid, softmax
 
 if TYPE_CHECKING:
     from kdexport.tasks.inputs.media import Media
@@ -28,29 +29,6 @@ if TYPE_CHECKING:
 Modality = Literal["text", "image", "audio"]
 # How outputs are trained: the key of the losses in `distill`.
 Objective = Literal["classes", "several", "number", "tokens", "next-token", "ctc", "vectors", "ranking"]
-# Python code for model cards, with an example of an input.
-PREDICT = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.predict(["{}"])'
-
-
-class Card(NamedTuple):
-    """The model card's metadata and usage: the Hub's name of the task, Optimum's class, Python code.
-
-    `elsewhere` is code for the `library` whose layout the folder has, with `{file}` for the one to load.
-    """
-
-    tag: str
-    optimum: str
-    code: str
-    library: str = "onnx"
-    elsewhere: str = ""
-    tags: tuple[str, ...] = ()
-
-
-class Keeps(NamedTuple):
-    """The least agreement with fp32 of an int8 file that is recommended, and how an agreement over rows reads."""
-
-    least: float
-    text: str
 
 
 class Answer(Protocol):

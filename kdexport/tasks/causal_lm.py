@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
-from kdexport.tasks.base import Card, Generates, Objective
+from kdexport.tasks.base import Generates, Objective
+from kdexport.tasks.card import Card
 from kdexport.tasks.config import NO_LABEL, Arrays, Function, Row
 from kdexport.tasks.inputs.texts import CHARS_PER_TOKEN, SPARE, Texts, padded
 from kdexport.tasks.menus import TEXTS

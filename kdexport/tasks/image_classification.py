@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from kdexport.tasks.base import PREDICT, Card
+from kdexport.tasks.card import PREDICT, Card
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.inputs.images import Images
 from kdexport.tasks.menus import MEDIA

@@ -33,6 +33,13 @@ class Metric(NamedTuple):
         return above / below if below else 0.0
 
 
+class Keeps(NamedTuple):
+    """The least agreement with fp32 of an int8 file that is recommended, and how an agreement over rows reads."""
+
+    least: float
+    text: str
+
+
 def softmax(logits: Array) -> Array:
     """Return probabilities along the last axis, without overflow."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))

@@ -8,13 +8,15 @@ import msgspec
 import numpy as np
 
 from kdexport.errors import ArtifactError, DataError
-from kdexport.tasks.base import Card, Keeps, Objective, Task
+from kdexport.tasks.base import Objective, Task
+from kdexport.tasks.card import Card
 from kdexport.tasks.config import Function, Row
 from kdexport.tasks.inputs.texts import Texts
+from kdexport.tasks.judgements import Judgement, judgement, pairs_of, score_of, searched, written
 from kdexport.tasks.menus import LAYERS, OF_LAYERS, TEXTS
-from kdexport.tasks.metrics import Array, Metric, mid_ranks, pearson, products
+from kdexport.tasks.metrics import Array, Keeps, Metric, mid_ranks, pearson, products
 from kdexport.tasks.rankings import mrr, ndcg, recall
-from kdexport.tasks.vectors import DTYPES, EmbeddingDtype, cosines, decoded, encoded, in_parts, overlap, shortened, unit
+from kdexport.tasks.vectors import DTYPES, EmbeddingDtype, cosines, decoded, encoded, overlap, shortened
 
 _HIGHEST = 5.0  # of a pair's score
 _CODE = '\nmodel = kdexport.load("path/to/this/folder")\nmodel.embed(["a sentence", "another one"])  # float32 [2, D]'
@@ -22,18 +24,6 @@ _ELSEWHERE = """from sentence_transformers import SentenceTransformer  # with it
 
 model = SentenceTransformer("path/to/this/folder", backend="onnx", model_kwargs={{"file_name": "{file}"}})
 model.encode(["a sentence", "another one"])"""
-
-
-class Judgement(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A row's `label`, as JSON: one side of a scored pair; a query with its relevant documents; or a document.
-
-    `pair` is the id of the pair, whose score is from 0 to 5; `gains` of a query are by the id of a document.
-    """
-
-    pair: str = ""
-    score: float = 0.0
-    gains: dict[str, float] = {}
-    document: str = ""
 
 
 class Vector(msgspec.Struct, frozen=True):
@@ -130,7 +120,7 @@ class SentenceEmbedding(Texts):
         label = row["label"]
         if isinstance(label, Mapping):  # as `data.sources` reads a folder in BEIR's layout
             found = msgspec.convert(label, Judgement)
-            return row | {"label": _written(found), "prompt": "document" if found.document else "query"}
+            return row | {"label": written(found), "prompt": "document" if found.document else "query"}
         return row | {"label": None}  # a class of a text judges no vector
 
     @staticmethod
@@ -144,7 +134,7 @@ class SentenceEmbedding(Texts):
         if second is None:
             return [row | {"id": name}]
         score = row["label"]
-        label = None if score is None else _written(Judgement(pair=name, score=float(score)))
+        label = None if score is None else written(Judgement(pair=name, score=float(score)))
         return [
             row | {"id": f"{name}.{i}", "text": text, "label": label} for i, text in enumerate((row["text"], second), 1)
         ]
@@ -255,7 +245,7 @@ class Similarity(SentenceEmbedding):
 
     @classmethod
     def signs(cls, rows: Sequence[Row]) -> str:
-        scored = [row for row in rows if row.get("text_pair") and not isinstance(_score(row.get("label")), str)]
+        scored = [row for row in rows if row.get("text_pair") and not isinstance(score_of(row.get("label")), str)]
         return "there are pairs with scores" if scored else ""
 
     @classmethod
@@ -263,7 +253,7 @@ class Similarity(SentenceEmbedding):
         label = row["label"]
         if isinstance(label, Mapping) or row.get("text_pair") is None or label in (None, ""):
             return super().canonical(row)
-        score = _score(label)
+        score = score_of(label)
         if isinstance(score, str):
             return f"score {label!r} is no number"
         if not 0 <= score <= _HIGHEST:
@@ -272,7 +262,7 @@ class Similarity(SentenceEmbedding):
 
     @classmethod
     def misfit(cls, rows: Sequence[Row]) -> str:
-        pairs = _pairs(rows)
+        pairs = pairs_of(rows)
         if not len(pairs):
             return "it holds no pair of texts with a score"
         return "all its pairs have the same score" if np.ptp(pairs[:, 2]) == 0 else ""
@@ -282,7 +272,7 @@ class Similarity(SentenceEmbedding):
         return self._stats(logits, rows, mid_ranks)
 
     def _stats(self, logits: Array, rows: Sequence[Row], rank: Callable[[Array], Array]) -> Array:
-        found, pairs = np.zeros((len(rows), 6)), _pairs(rows)
+        found, pairs = np.zeros((len(rows), 6)), pairs_of(rows)
         if len(pairs):
             a, b = pairs[:, :2].astype(np.int64).T
             x, y = rank(cosines(logits[a], logits[b]).astype(np.float64)), rank(pairs[:, 2])
@@ -318,11 +308,11 @@ class Retrieval(SentenceEmbedding):
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """(value, 1) at each query's row: float64 [N, 2]."""
-        return _searched(logits, rows, type(self)._of)
+        return searched(logits, rows, type(self)._of)
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         others = {kind.metric.name: kind._of for kind in _SEARCHES if kind.metric != self.metric}
-        found = {name: float(self.value(_searched(logits, rows, of).sum(axis=0))) for name, of in others.items()}
+        found = {name: float(self.value(searched(logits, rows, of).sum(axis=0))) for name, of in others.items()}
         return found | _smaller(self, logits, rows)
 
 
@@ -347,36 +337,6 @@ _JUDGED = (Similarity, *_SEARCHES)
 _DOCUMENT = ("passage", "doc", "corpus")
 
 
-def judgement(label: str) -> Judgement:
-    """Parse a row's label."""
-    return msgspec.json.decode(label, type=Judgement)
-
-
-def _written(found: Judgement) -> str:
-    return msgspec.json.encode(found).decode()
-
-
-def _score(label: Any) -> float | str:
-    try:
-        return float(label)
-    except (TypeError, ValueError):
-        return str(label)
-
-
-def _pairs(rows: Sequence[Row]) -> Array:
-    """Return the places of both sides of each pair, and its score: float64 [P, 3]."""
-    first: dict[str, int] = {}
-    found = []
-    for i, row in enumerate(rows):
-        label = judgement(row["label"]) if row.get("label") else None
-        if label and label.pair:
-            if (before := first.pop(label.pair, None)) is None:
-                first[label.pair] = i
-            else:
-                found.append((before, i, label.score))
-    return np.array(found, dtype=np.float64).reshape(-1, 3)
-
-
 def _smaller(task: SentenceEmbedding, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
     """Return the metric of vectors in smaller formats, and of their first half and quarter."""
 
@@ -389,25 +349,4 @@ def _smaller(task: SentenceEmbedding, logits: Array, rows: Sequence[Row]) -> dic
         found[f"with {dtype} vectors"] = of(decoded(encoded(logits, dtype), dtype, width))
     for part in (2, 4):
         found[f"with {width // part} dimensions"] = of(shortened(logits, max(1, width // part)))
-    return found
-
-
-def _searched(logits: Array, rows: Sequence[Row], of: Callable[[Array, Array], Array]) -> Array:
-    """Return (metric, 1) at each query's row, zeros at others: float64 [N, 2]."""
-    found = np.zeros((len(rows), 2))
-    labels = [judgement(row["label"]) if row.get("label") else Judgement() for row in rows]
-    documents = [i for i, label in enumerate(labels) if label.document]
-    place = {labels[i].document: at for at, i in enumerate(documents)}
-    queries = [i for i, label in enumerate(labels) if any(gain > 0 for gain in label.gains.values())]
-    if not documents or not queries:
-        return found
-    corpus = unit(logits[documents].astype(np.float32))
-    for part in in_parts(len(queries)):
-        scores = unit(logits[queries[part]].astype(np.float32)) @ corpus.T
-        for i, row in zip(queries[part], scores, strict=True):
-            gains = np.zeros(len(documents))
-            for name, gain in labels[i].gains.items():
-                if name in place:
-                    gains[place[name]] = gain
-            found[i] = float(of(row, gains)), 1.0
     return found

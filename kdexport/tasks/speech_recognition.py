@@ -11,7 +11,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from kdexport.tasks.base import Card, Objective, Task
+from kdexport.tasks.base import Objective, Task
+from kdexport.tasks.card import Card
 from kdexport.tasks.config import NO_LABEL, Arrays, Row, TaskConfig
 from kdexport.tasks.inputs.audio import FRAME, HOP, seconds_of
 from kdexport.tasks.inputs.media import Encoded, bytes_of

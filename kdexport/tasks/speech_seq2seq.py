@@ -13,7 +13,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kdexport.errors import ArtifactError, DataError
-from kdexport.tasks.base import Card, Objective
+from kdexport.tasks.base import Objective
+from kdexport.tasks.card import Card
 from kdexport.tasks.config import NO_LABEL, Arrays, DecoderConfig, Row, TaskConfig, read_config
 from kdexport.tasks.inputs.media import Encoded, bytes_of
 from kdexport.tasks.inputs.recordings import read_header

@@ -2,7 +2,8 @@
 
 from typing import ClassVar
 
-from kdexport.tasks.base import PREDICT, Card, Task
+from kdexport.tasks.base import Task
+from kdexport.tasks.card import PREDICT, Card
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.config import Row
 from kdexport.tasks.inputs.texts import Texts

@@ -7,7 +7,8 @@ import msgspec
 import numpy as np
 
 from kdexport.errors import DataError, counted
-from kdexport.tasks.base import Card, Objective, Task
+from kdexport.tasks.base import Objective, Task
+from kdexport.tasks.card import Card
 from kdexport.tasks.config import Function, Row
 from kdexport.tasks.inputs.texts import Texts
 from kdexport.tasks.menus import OF_LAYERS

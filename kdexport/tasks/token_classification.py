@@ -18,7 +18,8 @@ import numpy as np
 from tokenizers import Encoding
 
 from kdexport.errors import DataError
-from kdexport.tasks.base import PREDICT, Card, Objective, Task
+from kdexport.tasks.base import Objective, Task
+from kdexport.tasks.card import PREDICT, Card
 from kdexport.tasks.config import NO_LABEL, Arrays, Items, Row, TaskConfig
 from kdexport.tasks.inputs.texts import Texts, padded
 from kdexport.tasks.inputs.words import words_in

@@ -10,7 +10,7 @@ from kdexport import spec
 from kdexport.data import prepare, read_rows, read_summary
 from kdexport.data.sources import recognised
 from kdexport.errors import DataError
-from kdexport.tasks.sentence_embedding import judgement
+from kdexport.tasks.judgements import judgement
 
 SPLITS = ("train", "validation", "test")
 

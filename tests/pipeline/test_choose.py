@@ -66,6 +66,21 @@ def test_more_bits_are_a_loss_and_fewer_are_none():
     assert lost(ACCURACY, 0.9, 0.8) == pytest.approx(0.1)
 
 
+def test_int8_vectors_are_chosen_by_the_neighbours_that_they_share_with_fp32():
+    def of(shared, limit_mb=None):
+        values, both = {"student-fp32": 0.8, "student-int8": 0.8}, {"student-fp32": 1.0, "student-int8": shared}
+        found = Validation(Metric("Spearman correlation"), values, both, 0.9)
+        choice = choose(FILES[:2], found, measured(fp32=1.0, int8=1.0), spec.Export(), SIZES, limit_mb)
+        return choice.recommended.name, choice.reason
+
+    name, reason = of(0.95)
+    assert name == "int8"
+    assert reason.startswith("int8 has 95.0% of fp32's nearest on validation; int8 loses nothing against fp32")
+    assert of(0.89) == ("fp32", "int8 has 89.0% of fp32's nearest on validation; 90% are wanted")
+    assert of(0.89, limit_mb=20)[0] == "fp32"  # a limit of the size makes it no better
+    assert of(0.95, limit_mb=20)[0] == "int8"
+
+
 def test_a_size_limit_looks_at_every_precision_that_ships():
     alike = dict.fromkeys(SIZES, 0.9)
     assert chosen(ACCURACY, alike, 10, names=SIZES)[0] == "int4"

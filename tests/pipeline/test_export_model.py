@@ -14,6 +14,7 @@ from kdexport.pipeline.export_model import export, recommend
 from kdexport.results import ExportedFile, Ratio
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import golden_difference
+from kdexport.tasks import task_class
 from kdexport.tasks.config import TaskConfig
 from kdexport.tasks.text_classification import TextClassification
 
@@ -186,6 +187,11 @@ def test_int8_is_recommended_where_enough_rows_say_that_it_keeps_the_answers_and
     assert recommend(files(1.0), 100, faster)[0] == "int8"
     assert recommend(files(None), 0) == ("fp32", "whether int8 keeps the answers is not known without texts (--data)")
     assert recommend(files(None)[:1], 0)[0] == "fp32"
+    vectors = task_class("sentence-embedding").int8
+    name, reason = recommend(files(0.9), 100, faster, vectors)
+    assert name == "int8"
+    assert reason.startswith("int8 has 90.0% of fp32's ten nearest in 100 rows, and is 2.0× faster")
+    assert recommend(files(0.89), 100, faster, vectors)[1].endswith("in 100 rows; 90% are wanted")
 
 
 def test_what_the_same_answer_is_depends_on_the_function(exported):

@@ -1,16 +1,21 @@
 """Any JSON to each protocol's parser gives rows that the model can be asked, or a refusal; tensors: test_tensors.py."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import settings as effort
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
+from kdexport.data import demo
 from kdexport.serve.http import Refused
-from kdexport.serve.protocols import huggingface, openai, tei, tgi, transcriptions
+from kdexport.serve.protocols import embeddings, huggingface, openai, tei, tgi, transcriptions
+from kdexport.serve.settings import Settings
 from kdexport.tasks import task_class
+from kdexport.tasks.config import EmbeddingConfig, TaskConfig
 
 ROOM, MAX_CHARS = 31, 50
 GENERATOR = SimpleNamespace(room=ROOM)  # all that the parsers ask of one
@@ -22,6 +27,7 @@ NAMED = ["inputs", "prompt", "parameters", "stream", "top_k", "function_to_apply
 NAMED += ["raw_scores", "aggregation_strategy", "ignore_labels", "return_timestamps", "max_new_tokens", "do_sample"]
 NAMED += ["temperature", "top_p", "seed", "stop", "details", "return_full_text", "best_of", "model", "max_tokens"]
 NAMED += ["stream_options", "include_usage", "n", "logprobs", "logit_bias", "suffix", "echo", "user"]
+NAMED += ["input", "source_sentence", "sentences", "dimensions", "normalize", "prompt_name", "encoding_format"]
 FIELDS = st.sampled_from(NAMED)
 JSON = st.recursive(
     SCALARS,
@@ -32,7 +38,14 @@ JSON = st.recursive(
 REQUESTS = st.fixed_dictionaries(
     {},
     optional={
-        "inputs": JSON | TEXTS | st.lists(TEXTS | st.lists(TEXTS, max_size=3), max_size=3),
+        "inputs": JSON
+        | TEXTS
+        | st.lists(TEXTS | st.lists(TEXTS, max_size=3), max_size=3)
+        | st.lists(TEXTS | NUMBERS | st.lists(NUMBERS, max_size=3), max_size=3)
+        | st.fixed_dictionaries({"source_sentence": TEXTS, "sentences": st.lists(TEXTS, max_size=3)}),
+        "input": TEXTS | st.lists(TEXTS | st.lists(NUMBERS, max_size=3), max_size=5),
+        "dimensions": SCALARS,
+        "prompt_name": st.none() | st.sampled_from(["query", "document", "x"]),
         "prompt": JSON | TEXTS,
         "model": TEXTS,
         "parameters": JSON | st.dictionaries(FIELDS, SCALARS | st.lists(TEXTS, max_size=2), max_size=3),
@@ -48,6 +61,22 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
+LONGEST, MAX_ROWS, WIDTH = 4, 3, 16
+
+
+def embedder():
+    """All that the parsers of vectors ask of a version."""
+    config = TaskConfig(
+        task="sentence-embedding", labels=[], inputs=["input_ids", "attention_mask"], max_length=LONGEST,
+        embedding=EmbeddingConfig(width=WIDTH, prompts={"query": "query: "}),
+    )  # fmt: skip
+    tokenizer = Tokenizer.from_file(str(demo.teacher() / "tokenizer.json"))
+    return SimpleNamespace(name="m", task=task_class(config.task)(config, tokenizer))
+
+
+EMBEDDER = embedder(), Settings(max_rows=MAX_ROWS)
+
+
 def of(task):
     return huggingface.parser(task_class(task))
 
@@ -59,6 +88,8 @@ PARSERS = {
     "speech": of("automatic-speech-recognition"),
     "tei": tei.parse,
     "tgi": lambda body: tgi.parse(body, GENERATOR, MAX_CHARS),
+    "vectors": partial(embeddings.parse, *EMBEDDER),
+    "openai's vectors": lambda body: embeddings.openai(embeddings.decode(body), *EMBEDDER, body),
     "openai": lambda body: openai.parse(openai.decode(body), GENERATOR, MAX_CHARS),
 }
 
@@ -82,6 +113,14 @@ def assert_can_be_asked(query):
         assert how.seed is None or isinstance(how.seed, int)
         assert all(stop for stop in how.stop or ())
         return
+    if isinstance(query, embeddings.Query):
+        assert 1 <= len(query.rows) <= MAX_ROWS
+        assert query.each != "number" or len(query.rows) > 1
+        for row in query.rows:
+            assert row.get("text") or 1 <= len(row["input_ids"]) <= LONGEST
+            assert "text" in row or 0 <= row["input_ids"].min() <= row["input_ids"].max() < EMBEDDER[0].task.vocabulary
+            assert row.get("prompt", "query") == "query"
+        return
     for row in query.rows:
         (first, given), *second = row.items()
         assert first in ("text", "image", "audio")
@@ -103,6 +142,9 @@ def assert_can_be_asked(query):
 @example(asked={"inputs": "a", "prompt": "a", "model": "m"})
 @example(asked={"inputs": ["a"], "parameters": {"top_k": 2.0}})
 @example(asked={"inputs": [["a", "b"]]})
+@example(asked={"inputs": ["a", [1, 2]], "dimensions": 16, "prompt_name": None})
+@example(asked={"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}, "parameters": {"prompt_name": "query"}})
+@example(asked={"input": [1, 2, 3], "dimensions": 2.0})
 def test_any_json_is_rows_or_a_refusal(name, asked):
     query = parsed(name, json.dumps(asked).encode())
     if query is not None:

@@ -11,8 +11,9 @@ from kdexport.data import demo
 from kdexport.errors import ArtifactError, DataError
 from kdexport.tasks import task_class
 from kdexport.tasks.config import EmbeddingConfig, TaskConfig
+from kdexport.tasks.judgements import judgement
 from kdexport.tasks.judging import metric, metric_interval
-from kdexport.tasks.sentence_embedding import Similarity, judgement
+from kdexport.tasks.sentence_embedding import Similarity
 from kdexport.tasks.vectors import cosines
 
 NAME = "sentence-embedding"

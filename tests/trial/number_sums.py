@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from kdexport.errors import DataError
-from kdexport.tasks.base import Card
+from kdexport.tasks.card import Card
 from kdexport.tasks.classes import Classes
 from kdexport.tasks.menus import TEXTS
 from kdexport.tasks.text_classification import TextClassification

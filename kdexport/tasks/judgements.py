@@ -1,0 +1,76 @@
+"""What judges vectors: scores of pairs, and the documents that queries want, as labels of rows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from kdexport.tasks.config import Row
+from kdexport.tasks.metrics import Array
+from kdexport.tasks.vectors import in_parts, unit
+
+
+class Judgement(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A row's `label`, as JSON: one side of a scored pair; a query with its relevant documents; or a document.
+
+    `pair` is the id of the pair, whose score is from 0 to 5; `gains` of a query are by the id of a document.
+    """
+
+    pair: str = ""
+    score: float = 0.0
+    gains: dict[str, float] = {}
+    document: str = ""
+
+
+def judgement(label: str) -> Judgement:
+    """Parse a row's label."""
+    return msgspec.json.decode(label, type=Judgement)
+
+
+def written(found: Judgement) -> str:
+    """Return a judgement as a row's label."""
+    return msgspec.json.encode(found).decode()
+
+
+def score_of(label: Any) -> float | str:
+    """Return the score that a label is, or the label as a text where it is no number."""
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return str(label)
+
+
+def pairs_of(rows: Sequence[Row]) -> Array:
+    """Return the places of both sides of each pair, and its score: float64 [P, 3]."""
+    first: dict[str, int] = {}
+    found = []
+    for i, row in enumerate(rows):
+        label = judgement(row["label"]) if row.get("label") else None
+        if label and label.pair:
+            if (before := first.pop(label.pair, None)) is None:
+                first[label.pair] = i
+            else:
+                found.append((before, i, label.score))
+    return np.array(found, dtype=np.float64).reshape(-1, 3)
+
+
+def searched(logits: Array, rows: Sequence[Row], of: Callable[[Array, Array], Array]) -> Array:
+    """Return (metric, 1) at each query's row, zeros at others: float64 [N, 2]."""
+    found = np.zeros((len(rows), 2))
+    labels = [judgement(row["label"]) if row.get("label") else Judgement() for row in rows]
+    documents = [i for i, label in enumerate(labels) if label.document]
+    place = {labels[i].document: at for at, i in enumerate(documents)}
+    queries = [i for i, label in enumerate(labels) if any(gain > 0 for gain in label.gains.values())]
+    if not documents or not queries:
+        return found
+    corpus = unit(logits[documents].astype(np.float32))
+    for part in in_parts(len(queries)):
+        scores = unit(logits[queries[part]].astype(np.float32)) @ corpus.T
+        for i, row in zip(queries[part], scores, strict=True):
+            gains = np.zeros(len(documents))
+            for name, gain in labels[i].gains.items():
+                if name in place:
+                    gains[place[name]] = gain
+            found[i] = float(of(row, gains)), 1.0
+    return found
