@@ -118,6 +118,10 @@ class TextRanking(TextRegression):
     def decode(self, logits: Array, rows: Sequence[Row] = ()) -> list[Any]:
         return [Score(score) for score in self.scores(logits)[:, 0].tolist()]
 
+    def agrees(self, logits: Array, reference: Array) -> Array:
+        """As of numbers, apart from a shift of all, which changes no order."""
+        return super().agrees(logits - logits.mean(axis=0), reference - reference.mean(axis=0))
+
     def label_array(self, rows: Iterable[Row]) -> Array:
         """(gain, number of the query): float32 [N, 2]; the gain is NaN for a row without one."""
         rows, numbers = list(rows), dict[str, int]()
