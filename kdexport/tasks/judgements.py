@@ -8,7 +8,10 @@ import numpy as np
 
 from kdexport.tasks.config import Row
 from kdexport.tasks.metrics import Array
-from kdexport.tasks.vectors import in_parts, unit
+from kdexport.tasks.rankings import DEEPEST
+from kdexport.tasks.vectors import unit
+
+_MOST_SCORES = 2**24  # at once, to bound memory
 
 
 class Judgement(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -56,21 +59,25 @@ def pairs_of(rows: Sequence[Row]) -> Array:
 
 
 def searched(logits: Array, rows: Sequence[Row], of: Callable[[Array, Array], Array]) -> Array:
-    """Return (metric, 1) at each query's row, zeros at others: float64 [N, 2]."""
+    """Return (metric, 1) at the row of each query with a relevant document, zeros at others: float64 [N, 2]."""
     found = np.zeros((len(rows), 2))
     labels = [judgement(row["label"]) if row.get("label") else Judgement() for row in rows]
     documents = [i for i, label in enumerate(labels) if label.document]
     place = {labels[i].document: at for at, i in enumerate(documents)}
-    queries = [i for i, label in enumerate(labels) if any(gain > 0 for gain in label.gains.values())]
-    if not documents or not queries:
-        return found
-    corpus = unit(logits[documents].astype(np.float32))
-    for part in in_parts(len(queries)):
-        scores = unit(logits[queries[part]].astype(np.float32)) @ corpus.T
-        for i, row in zip(queries[part], scores, strict=True):
+    queries = [i for i, label in enumerate(labels) if any(label.gains[name] > 0 for name in label.gains.keys() & place)]
+    corpus, size = unit(logits[documents].astype(np.float32)), max(1, _MOST_SCORES // max(1, len(documents)))
+    for part in (queries[start : start + size] for start in range(0, len(queries), size)):
+        scores = unit(logits[part].astype(np.float32)) @ corpus.T
+        for i, row in zip(part, scores, strict=True):
             gains = np.zeros(len(documents))
-            for name, gain in labels[i].gains.items():
-                if name in place:
-                    gains[place[name]] = gain
-            found[i] = float(of(row, gains)), 1.0
+            for name in labels[i].gains.keys() & place:
+                gains[place[name]] = labels[i].gains[name]
+            seen = _in_reach(row) | (gains > 0)
+            found[i] = float(of(row[seen], gains[seen])), 1.0
     return found
+
+
+def _in_reach(scores: Array) -> Array:
+    """Return whether each of the scores [N] is among the highest, ties included: sorting all of a corpus is slow."""
+    last = min(DEEPEST, len(scores)) - 1
+    return np.asarray(~(-scores > np.partition(-scores, last)[last]))

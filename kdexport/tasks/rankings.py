@@ -9,6 +9,8 @@ import numpy as np
 
 from kdexport.tasks.metrics import Array
 
+DEEPEST = 100  # of the cuts below
+
 
 def ndcg(scores: Array, gains: Array, k: int = 10) -> Array:
     """Return the normalised discounted cumulative gain of the k best (Järvelin and Kekäläinen 2002): float64 [...].
@@ -26,7 +28,7 @@ def mrr(scores: Array, gains: Array, k: int = 10) -> Array:
     return np.asarray(np.where((gains > 0).any(axis=-1), found, np.nan))
 
 
-def recall(scores: Array, gains: Array, k: int = 100) -> Array:
+def recall(scores: Array, gains: Array, k: int = DEEPEST) -> Array:
     """Return the fraction of the relevant documents that are among the k best: float64 [...]."""
     found, there = ((some > 0).sum(axis=-1).astype(np.float64) for some in (_best(scores, gains, k), gains))
     return _of(found, there)

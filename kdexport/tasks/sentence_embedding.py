@@ -117,11 +117,10 @@ class SentenceEmbedding(Texts):
 
     @classmethod
     def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        label = row["label"]
+        row, label = row | {"label": None}, row["label"]  # a class of a text judges no vector
         if isinstance(label, Mapping):  # as `data.sources` reads a folder in BEIR's layout
-            found = msgspec.convert(label, Judgement)
-            return row | {"label": written(found), "prompt": "document" if found.document else "query"}
-        return row | {"label": None}  # a class of a text judges no vector
+            row["prompt"] = "document" if label.get("document") else "query"
+        return row
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
@@ -295,16 +294,23 @@ class Retrieval(SentenceEmbedding):
     _of: ClassVar[Callable[[Array, Array], Array]] = staticmethod(ndcg)
 
     @classmethod
+    def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
+        found, label = super().canonical(row), row["label"]
+        if isinstance(found, str) or not isinstance(label, Mapping):
+            return found
+        return found | {"label": written(msgspec.convert(label, Judgement))}
+
+    @classmethod
     def signs(cls, rows: Sequence[Row]) -> str:
         return "there are documents to search" if any(isinstance(row.get("label"), Mapping) for row in rows) else ""
 
     @classmethod
     def misfit(cls, rows: Sequence[Row]) -> str:
         kinds = [judgement(row["label"]) for row in rows if row.get("label")]
-        for what in ("document", "gains"):
-            if not any(getattr(kind, what) for kind in kinds):
-                return f"it holds no {'document' if what == 'document' else 'query with a relevant document'}"
-        return ""
+        if not any(kind.document for kind in kinds):
+            return "it holds no document"
+        relevant = any(gain > 0 for kind in kinds for gain in kind.gains.values())
+        return "" if relevant else "it holds no query with a relevant document"
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """(value, 1) at each query's row: float64 [N, 2]."""

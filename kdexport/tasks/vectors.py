@@ -1,6 +1,5 @@
 """Vectors of texts: similarity, neighbours, and smaller number formats; numpy only."""
 
-from collections.abc import Iterator
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,6 +13,7 @@ NEAREST = 10
 # Components of a unit vector of width D are about 1/√D; int8 clips those of four times that.
 _CLIP = 4.0
 _AT_ONCE = 1024
+_MOST = 5000  # among which neighbours are looked for, to bound time and memory
 
 
 def unit(vectors: Array) -> Array:
@@ -62,26 +62,26 @@ def decoded(vectors: Array, dtype: EmbeddingDtype, width: int) -> Array:
 
 
 def nearest(vectors: Array, k: int = NEAREST) -> Array:
-    """Return the places of each vector's k nearest others by cosine, int64 [N, k], not in order; fewer where N ≤ k."""
-    every, k = unit(vectors.astype(np.float32)), min(k, len(vectors) - 1)
-    return np.concatenate([_nearest(every, start, k) for start in range(0, len(every), _AT_ONCE)])
+    """Return the places of each vector's k nearest others by cosine, int64 [N, k], not in order; fewer where N ≤ k.
+
+    Of many vectors, the nearest among some of them, always the same places for the same N.
+    """
+    every = unit(vectors.astype(np.float32))
+    among = np.sort(np.random.default_rng(0).permutation(len(every))[:_MOST])
+    k = min(k, len(among) - 1)
+    starts = range(0, len(every), _AT_ONCE)
+    return np.concatenate([among[_nearest(every, start, among, k)] for start in starts])
 
 
-def _nearest(every: Array, start: int, k: int) -> Array:
-    similar = every[start : start + _AT_ONCE] @ every.T
-    rows = np.arange(len(similar))
-    similar[rows, rows + start] = -np.inf
+def _nearest(every: Array, start: int, among: Array, k: int) -> Array:
+    similar = every[start : start + _AT_ONCE] @ every[among].T
+    similar[np.arange(start, start + len(similar))[:, None] == among] = -np.inf
     return np.asarray(np.argpartition(-similar, max(0, k - 1), axis=1)[:, :k])
 
 
 def overlap(a: Array, b: Array, k: int = NEAREST) -> Array:
-    """Return for each row the fraction of its k nearest by a [N, D] that are also by b [N, E]: float [N]."""
+    """Return for each row the fraction of its k `nearest` by a [N, D] that are also by b [N, E]: float [N]."""
     if len(a) < 2:
         return np.ones(len(a))
     ours, theirs = nearest(a, k), nearest(b, k)
     return np.array([len(np.intersect1d(x, y, assume_unique=True)) / len(x) for x, y in zip(ours, theirs, strict=True)])
-
-
-def in_parts(rows: int, size: int = _AT_ONCE) -> Iterator[slice]:
-    """Yield slices of so many rows, to bound memory."""
-    return (slice(start, start + size) for start in range(0, rows, size))

@@ -95,6 +95,14 @@ def test_classes_of_pairs_are_left_alone_where_none_is_a_score(tmp_path):
     assert sum(map(len, splits.values())) == 80
 
 
+@pytest.mark.parametrize(("problem", "test"), [("single-label", "texts.txt"), ("similarity", "pairs.csv")])
+def test_a_search_to_train_on_judges_nothing_where_test_is_none(tmp_path, problem, test):
+    write_texts(tmp_path), write_pairs(tmp_path), write_search(tmp_path / "search")
+    splits = prepared(tmp_path / "work", problem, train=tmp_path / "search", test=tmp_path / test)
+    assert {row["label"] for split in ("train", "validation") for row in splits[split]} == {None}
+    assert {row["prompt"] for row in splits["train"]} <= {"query", "document"}
+
+
 def bad(tmp_path, *rows):
     (tmp_path / "bad.csv").write_text("\n".join(["sentence1,sentence2,score", *rows]))
     return tmp_path / "bad.csv"

@@ -13,8 +13,9 @@ from kdexport.tasks import task_class
 from kdexport.tasks.config import EmbeddingConfig, TaskConfig
 from kdexport.tasks.judgements import judgement
 from kdexport.tasks.judging import metric, metric_interval
+from kdexport.tasks.rankings import mrr, ndcg, recall
 from kdexport.tasks.sentence_embedding import Similarity
-from kdexport.tasks.vectors import cosines
+from kdexport.tasks.vectors import cosines, unit
 
 NAME = "sentence-embedding"
 
@@ -94,6 +95,7 @@ def test_a_document_belongs_to_every_split_and_a_query_to_one():
         ("similarity", [None, None], "it holds no pair of texts with a score"),
         ("retrieval", [{"gains": {"1": 1}}], "it holds no document"),
         ("retrieval", [{"document": "1"}], "it holds no query with a relevant document"),
+        ("retrieval", [{"document": "1"}, {"gains": {"1": 0}}], "it holds no query with a relevant document"),
         ("retrieval", [{"document": "1"}, {"gains": {"1": 1}}], ""),
     ],
 )
@@ -174,6 +176,29 @@ def test_a_search_by_hand(tmp_path):
     assert further["MRR@10"] == 0.5
     assert further["recall@100"] == 1.0
     assert task.stats(found, rows)[:4].tolist() == [[0, 0]] * 4  # documents are no queries
+
+
+@pytest.mark.parametrize(("problem", "of"), [("retrieval", ndcg), ("retrieval-mrr", mrr), ("retrieval-recall", recall)])
+def test_a_search_of_a_larger_corpus_is_that_of_all_its_scores(tmp_path, problem, of, monkeypatch):
+    task, draw = loaded(tmp_path, problem, width=4), np.random.default_rng(3)
+    gains = [{str(i): float(draw.integers(0, 3)) for i in draw.choice(400, 60)} for _ in range(7)]
+    labels = [{"document": str(i)} for i in range(400)] + [{"gains": of_query} for of_query in gains]
+    rows = [type(task).canonical({"text": f"text {i}", "label": label}) for i, label in enumerate(labels)]
+    found = draw.choice([-1, 1], (407, 4)).astype(np.float32)  # many documents of equal scores
+    scores = unit(found[400:]) @ unit(found[:400]).T
+    expected = [
+        float(of(row, np.array([one.get(str(i), 0) for i in range(400)])))
+        for row, one in zip(scores, gains, strict=True)
+    ]
+    monkeypatch.setattr("kdexport.tasks.judgements._MOST_SCORES", 800)
+    assert task.stats(found, rows)[400:, 0] == pytest.approx(expected)
+
+
+def test_a_query_whose_documents_are_left_out_is_not_judged(tmp_path):
+    task = loaded(tmp_path, "retrieval", width=2)
+    labels = [{"document": "a"}, {"gains": {"a": 1}}, {"gains": {"too long": 1}}]
+    rows = [type(task).canonical({"text": f"text {i}", "label": label}) for i, label in enumerate(labels)]
+    assert task.stats(vectors(3, width=2), rows).tolist() == [[0, 0], [1, 1], [0, 0]]
 
 
 def test_smaller_formats_and_parts_are_judged_as_well(tmp_path):

@@ -35,6 +35,20 @@ def test_the_nearest_of_many_are_found_in_parts_as_at_once(monkeypatch):
     assert np.array_equal(np.sort(nearest(vectors), axis=1), whole)
 
 
+def test_the_nearest_of_very_many_are_those_among_some(monkeypatch):
+    vectors = drawn(200, 6)
+    monkeypatch.setattr("kdexport.tasks.vectors._MOST", 40)
+    found = nearest(vectors, 5)
+    assert found.shape == (200, 5)
+    among = np.unique(found)
+    assert 20 < len(among) <= 40
+    similar = unit(vectors) @ unit(vectors[among]).T
+    similar[np.arange(200)[:, None] == among] = -np.inf  # no vector is its own neighbour
+    expected = among[np.argsort(-similar, axis=1)[:, :5]]
+    assert np.array_equal(np.sort(found, axis=1), np.sort(expected, axis=1))
+    assert overlap(vectors, 2 * vectors).min() == 1
+
+
 def test_overlap_counts_shared_neighbours_whatever_the_width_and_the_length():
     vectors = drawn(60, 8)
     turned = vectors @ np.linalg.qr(drawn(8, 8, 1))[0]
