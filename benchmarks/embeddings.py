@@ -1,7 +1,7 @@
 """Embedders side by side: quality on STS-B and Cranfield, sentences a second in bulk, latency of one, memory.
 
     python benchmarks/embeddings.py ../shared/data ARTIFACT[:VARIANT] …      # writes results/embeddings.json
-    python benchmarks/embeddings.py ../shared/data --round-trip ARTIFACT …   # quality alone, without peers
+    python benchmarks/embeddings.py ../shared/data --quality ARTIFACT …      # quality alone, without peers
 
 Beside the artifacts run Sentence-Transformers with the teacher in PyTorch and in ONNX Runtime, and model2vec's static
 model of the teacher without training. Each subject is a process of its own on one thread, and they take turns over the
@@ -139,21 +139,22 @@ def quality(subject: Running, data: Path) -> dict:
 
     from kdexport.data.beir import read_beir
     from kdexport.tasks import task_class
+    from kdexport.tasks.judgements import Judgement, written
     from kdexport.tasks.judging import metric_interval
-    from kdexport.tasks.sentence_embedding import Judgement, Retrieval, Similarity, _written
+    from kdexport.tasks.sentence_embedding import Retrieval, Similarity
     from kdexport.tasks.vectors import unit
 
     with (data / "stsb" / "test.csv").open(encoding="utf-8") as file:
         pairs = list(csv.DictReader(file))
     rows = [
-        {"text": pair[side], "label": _written(Judgement(pair=str(i), score=float(pair["label"])))}
+        {"text": pair[side], "label": written(Judgement(pair=str(i), score=float(pair["label"])))}
         for i, pair in enumerate(pairs)
         for side in ("sentence1", "sentence2")
     ]
     beir = read_beir(data / "cranfield")
-    documents = [{"text": text, "label": _written(Judgement(document=name))} for name, text in beir.documents()]
+    documents = [{"text": text, "label": written(Judgement(document=name))} for name, text in beir.documents()]
     judged = {query: gains for split in beir.judged.values() for query, gains in split.items()}
-    queries = [{"text": beir.queries[q], "label": _written(Judgement(gains=gains))} for q, gains in judged.items()]
+    queries = [{"text": beir.queries[q], "label": written(Judgement(gains=gains))} for q, gains in judged.items()]
     found = {}
     for name, kind, some in (("STS-B", Similarity, rows), ("Cranfield", Retrieval, [*documents, *queries])):
         assert task_class("sentence-embedding", kind.problem) is kind

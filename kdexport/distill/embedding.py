@@ -51,7 +51,7 @@ def build_embedder(
     bag = shape.kind == "network"
     wanted = student.dimensions or (min(_TABLE_WIDTH, taught) if bag else width)
     axes, of_vectors = None, ""
-    if targets is not None and (student.dimensions or wanted != taught):
+    if targets is not None and (student.dimensions or not wanted == taught == width):
         axes, energy = principal_axes(targets[sampled(len(targets), _MOST_VECTORS)], wanted)
         of_vectors = f", vectors of {wanted} dimensions by PCA ({energy:.0%} of the teacher's energy)"
     source = name if shape.kind == "model" else str(teacher_folder)

@@ -27,7 +27,6 @@ from kdexport.tasks.inputs import images
 from kdexport.tasks.inputs.whisper import HOP, RATE
 
 _DEFAULT_MAX_LENGTH = 128
-_MOST_EMBEDDED = 512  # tokens, where the folder of an embedder does not say how many it reads
 
 
 def save_task(
@@ -86,7 +85,7 @@ def save_task(
     reads, top_k = longest_input(model, tokenizer), top_k if kind.generates else 0
     embedding = None
     if isinstance(model, Embedder):
-        steps, at_most = model.steps, min(_MOST_EMBEDDED, model.steps.reads)
+        steps, at_most = model.steps, min(kind.usual_length, model.steps.reads)
         own = {"prompts": dict(steps.prompts), "default_prompt": steps.default_prompt}
         embedding = EmbeddingConfig(width=model.width, problem=problem, **own)
     write = partial(write_task, task=task, function=function, at_most=at_most, top_k=top_k, embedding=embedding)

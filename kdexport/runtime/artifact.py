@@ -94,7 +94,7 @@ _SHIPPED = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
     "vocab.json", "preprocessor_config.json", "generation_config.json",
     "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
-    *(f"{i}_Dense/{name}" for i in (2, 3, 4) for name in ("config.json", "model.safetensors")),
+    *(f"{i}_Dense/{name}" for i in range(2, 8) for name in ("config.json", "model.safetensors")),
 )  # fmt: skip
 
 

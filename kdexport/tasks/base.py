@@ -77,6 +77,7 @@ class Task:
     adds_up: ClassVar[bool] = True  # statistics of parts of a split add up to the metric
     output: ClassVar[str] = "logits"
     also: ClassVar[tuple[str, ...]] = ()  # further outputs of the graph, for other runtimes
+    usual_length: ClassVar[int] = 128  # most tokens of a text, where data.max_length is absent
     at_once: ClassVar[int] = 32  # the default batch size where speed does not matter
     alone: bool = False  # padding would change a row's logits, so each row is a batch
 

@@ -85,6 +85,7 @@ class SentenceEmbedding(Texts):
     embeds: ClassVar = True
     labels_judge: ClassVar = True
     adds_up: ClassVar = False
+    usual_length: ClassVar = 512
 
     @classmethod
     def kinds(cls) -> dict[str, type[Task]]:

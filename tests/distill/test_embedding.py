@@ -135,6 +135,12 @@ def test_the_axes_keep_as_much_of_the_dot_products_as_any_can(made):
     assert principal_axes(vectors, 32)[1] == pytest.approx(1.0)
 
 
+def test_a_bag_learns_two_teachers_whose_vectors_are_short(world, tmp_path):
+    asked = given(world / "texts.txt", [world / "model", write_embedder(tmp_path / "other", dense=24)])
+    student = train(asked, "bag", stages(tmp_path / "run", asked), tmp_path / "student")
+    assert load_task(student).width == 32 + 24
+
+
 # --- losses
 
 

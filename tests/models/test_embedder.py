@@ -18,6 +18,7 @@ from kdexport.export.onnx import export_onnx
 from kdexport.models.embedder import Dense, Embedder, Steps, Table, TableConfig, pooled, read_steps
 from kdexport.models.inference import logits_of
 from kdexport.models.loading import ModelAndProcessor, open_config, open_model
+from kdexport.models.registry import task_of
 from kdexport.models.saving import save_model, save_task
 from kdexport.runtime.predictor import Predictor
 from kdexport.tasks import load_task
@@ -211,6 +212,14 @@ def test_tables_of_others_are_no_teachers(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "model2vec"}')
     with pytest.raises(ModelError, match="is a table of tokens"):
         open_config(str(tmp_path))
+
+
+def test_an_embedder_made_of_a_language_model_is_none(changed):
+    model = changed(lambda config: config | {"architectures": ["BertLMHeadModel"]}, "config.json")
+    config = AutoConfig.from_pretrained(model)
+    assert task_of(config, model) == "sentence-embedding"
+    (model / "modules.json").unlink()
+    assert task_of(config, model) == "causal-lm"
 
 
 def test_all_files_of_the_steps_decide_a_teachers_outputs(folder):

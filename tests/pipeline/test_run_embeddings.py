@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 import kdexport as package
 from kdexport import spec
-from kdexport.pipeline.run import run
+from kdexport.pipeline.run import plan, run
 from kdexport.results import read_report
 from kdexport.tasks.vectors import cosines
 
@@ -57,6 +57,12 @@ def finished(world, out, problem, **changes):
 
 def named(report, name):
     return next(variant for variant in report.variants if variant.name == name)
+
+
+def test_the_plan_names_the_length_that_the_teachers_texts_have(world):
+    given = {"task": TASK, "teacher.model": str(world / "teacher"), "data.train": str(world / "texts.txt")}
+    (shown,) = [row[1:] for row in plan(spec.load(None, given)) if row[0] == "data.max_length"]
+    assert shown == ("512", "512, or the teacher's limit if that is less")
 
 
 @pytest.mark.slow
