@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import msgspec
+import numpy as np
 
 from kdexport import spec
 from kdexport.analysis.duplicates import Audit, audit, near_duplicates
@@ -109,14 +110,16 @@ def prepare(
         if not rows:
             raise DataError(f"{split} holds no rows once duplicates are dropped", "Name another file for it")
     if why := of_task.misfit(splits["test"]):
-        raise DataError(f"test can't judge by {settings.problem}: {why}", "Name another file with --test")
+        raise DataError(f"test can't judge by {of_task.metric.name}: {why}", "Name another file with --test")
     if heard := sum(bool(row.get("heard")) for row in splits["test"]):
         warn(f"data: errors are against the teacher's words in {counted(heard, 'test row')}, which had no transcript")
     unlabelled = [new_rows(cast(Rows, one.rows), splits.values(), of_task) for one in beyond]
     names = _label_names(splits, of_task)
     words = [] if settings.words == "open" else _closed(splits, listed)
     if of_task.modality == "text":
-        near, pairs = near_duplicates(splits, of_task.unit if of_task.together else content)
+        own = {split: np.flatnonzero([not of_task.shared(row) for row in rows]) for split, rows in splits.items()}
+        compared = {split: rows.take(own[split]) for split, rows in splits.items()}
+        near, pairs = near_duplicates(compared, of_task.unit if of_task.together else content)
         if of_task.labels_judge:  # such labels are no classes
             near = msgspec.structs.replace(near, conflicting_labels=0)
             found = msgspec.structs.replace(found, conflicting_labels=0)

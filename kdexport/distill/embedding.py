@@ -60,16 +60,11 @@ def build_embedder(
     if derive.vocabulary(student, name, task) == "corpus":
         kept = trim_vocabulary(tokenizer, model, texts)
         size = f", a vocabulary of {len(kept):,}"
+    onto = None if axes is None else torch.from_numpy(axes[: model.width].T)
     if shape.kind == "model":
         onto = None if model.width == wanted else torch.nn.init.orthogonal_(torch.empty(wanted, model.width))
-        return (
-            ModelAndProcessor(_ending(model, model.encoder, None, onto), tokenizer),
-            f"its weights from {name}",
-            kept,
-            axes,
-        )
-    onto = None if axes is None else torch.from_numpy(axes[: model.width].T)
-    if bag:
+        made, origin = _ending(model, model.encoder, None, onto), f"its weights from {name}"
+    elif bag:
         table = _table(model, tokenizer, texts, onto)
         made = Embedder(table, model.steps._replace(pooling="mean", normalize=True))
         origin = "the teacher's vector of each token by itself, rare ones weighted"
@@ -95,7 +90,7 @@ def _ending(teacher: Embedder, encoder: PreTrainedModel, stream: Tensor | None, 
         linear = None
     if onto is not None:
         linear = onto if linear is None else onto @ linear
-    return Embedder(encoder, teacher.steps, [*dense, *([] if linear is None else [_dense(linear)])])
+    return Embedder(encoder, teacher.steps, [*dense, *([] if linear is None else [_dense(linear)])]).eval()
 
 
 def _dense(weight: Tensor) -> Dense:

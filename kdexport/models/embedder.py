@@ -108,6 +108,8 @@ class Embedder(PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, encoder: PreTrainedModel, steps: Steps, dense: Sequence[nn.Module] = ()) -> None:
         super().__init__(encoder.config)
+        if _has_pooler(encoder.config):
+            encoder.pooler = None
         self.encoder, self.dense, self.steps = encoder, nn.ModuleList(dense), steps
         self.supports_gradient_checkpointing = encoder.supports_gradient_checkpointing
         self.post_init()
@@ -124,7 +126,9 @@ class Embedder(PreTrainedModel):  # type: ignore[misc]
         """
         steps, dense = read_steps(model, pooling)
         how = {"dtype": torch.float32, "output_loading_info": True}
-        encoder, found = AutoModel.from_pretrained(model, **how, **_without_pooler(model))
+        if _has_pooler(AutoConfig.from_pretrained(model)):
+            how["add_pooling_layer"] = False
+        encoder, found = AutoModel.from_pretrained(model, **how)
         if missing := sorted(name for name in found["missing_keys"] if "pooler" not in name):
             raise ModelError(f"model {model!r} lacks trained weights: {', '.join(missing[:4])}", "Save the whole model")
         return cls(encoder, steps, dense).eval()  # type: ignore[no-any-return]
@@ -310,10 +314,9 @@ def _file(model: str | Path, name: str) -> str | None:
     return cached_file(str(model), name, _raise_exceptions_for_missing_entries=False)  # type: ignore[no-any-return]
 
 
-def _without_pooler(model: str | Path) -> dict[str, Any]:
-    """Leave out BERT's own pooler, which embeddings do not read."""
-    kind = type(AutoConfig.from_pretrained(model)).__name__.removesuffix("Config")
-    return {"add_pooling_layer": False} if kind in _POOLERS else {}
+def _has_pooler(config: PretrainedConfig) -> bool:
+    """Return whether the encoder may have BERT's own pooler, which embeddings do not read."""
+    return type(config).__name__.removesuffix("Config") in _POOLERS
 
 
 _ANOTHER = "Name another teacher"

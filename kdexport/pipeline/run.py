@@ -156,9 +156,9 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
         of_teacher = {name: d for name, d in training._asdict().items() if d}
         derived |= {f"teacher.train.{name}": (f"{d.value:g}", d.reason) for name, d in of_teacher.items()}
     if task_class(settings.task).modality == "text":
-        usual = task_class(settings.task).usual_length
-        why = "as given" if settings.data.max_length else f"{usual}, or the teacher's limit if that is less"
-        derived["data.max_length"] = (str(settings.data.max_length or usual), why)
+        most = task_class(settings.task).usual_length
+        why = "as given" if settings.data.max_length else f"{most}, or the teacher's limit if that is less"
+        derived["data.max_length"] = (str(settings.data.max_length or most), why)
     table, helps = [], spec.settings()
     for key, value in spec.values(settings):
         text = helps[key]

@@ -101,6 +101,15 @@ class TextRanking(TextRegression):
             raise DataError(f"no query can be judged: there are {'; '.join(found)}", fix)
         return rows, f"left out of the metric: {'; '.join(found)}" if found else ""
 
+    @classmethod
+    def misfit(cls, rows: Sequence[Row]) -> str:
+        passages: dict[str, list[float]] = {}
+        for row in rows:
+            passages.setdefault(row["text"], []).append(float(row["label"] or 0))
+        judges = any(len(gains) > 1 and max(gains) > 0 for gains in passages.values())
+        labelled = any(row["label"] is not None for row in rows)
+        return "" if judges or not labelled else "no query has several passages, one of them relevant"
+
     @staticmethod
     def unit(row: Row) -> str:
         return str(row["text"])

@@ -63,6 +63,18 @@ def test_a_file_of_pairs_has_queries_passages_and_labels(tmp_path):
     assert test[0].keys() == {"id", "text", "text_pair", "label"}
 
 
+def test_a_file_of_test_in_which_no_query_can_be_judged_is_refused(tmp_path):
+    (tmp_path / "train.csv").write_text(
+        "query,passage,label\n" + "".join(f"q{i % 9},p{i},{i % 2}\n" for i in range(40))
+    )
+    (tmp_path / "test.csv").write_text("query,passage,label\na,b,1\nc,d,0\n")
+    given = spec.Data(train=str(tmp_path / "train.csv"), test=str(tmp_path / "test.csv"))
+    with pytest.raises(
+        DataError, match="test can't judge by nDCG@10: no query has several passages, one of them relev"
+    ):
+        prepare(given, "text-ranking", 0, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

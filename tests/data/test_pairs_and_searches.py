@@ -59,6 +59,7 @@ def test_the_documents_are_in_every_split_and_a_query_in_one(tmp_path):
     audit = read_summary(tmp_path / "work").duplicates
     assert (audit.duplicates, audit.conflicting_labels, sum(audit.across.values())) == (0, 0, 0)
     assert (audit.near.conflicting_labels, audit.dropped) == (0, {"train": 0, "validation": 0})
+    assert sum(audit.near.compared.values()) == 12  # documents are in every split on purpose
 
 
 def test_a_folders_own_splits_are_taken(tmp_path):
@@ -113,8 +114,8 @@ def bad(tmp_path, *rows):
     [
         (["a,b,1", "c,d,7"], "bad.csv, row 2: score 7 is not between 0 and 5"),
         (["a,b,1", "c,d,much"], "bad.csv, row 2: score 'much' is no number"),
-        (["a,b,3", "c,d,3.0"], "test can't judge by similarity: all its pairs have the same score"),
-        (["a,b,", "c,d,"], "test can't judge by similarity: it holds no pair of texts with a score"),
+        (["a,b,3", "c,d,3.0"], "test can't judge by Spearman correlation: all its pairs have the same score"),
+        (["a,b,", "c,d,"], "test can't judge by Spearman correlation: it holds no pair of texts with a score"),
         (["a,b,1", " ,d,2"], "bad.csv, row 2: text is empty"),
         (["a,b,1", "c, ,2"], "bad.csv, row 2: text_pair is empty"),
     ],
@@ -135,9 +136,9 @@ def test_bad_scores_can_be_left_out(tmp_path):
     assert read_summary(tmp_path / "work").bad_rows == 1
 
 
-@pytest.mark.parametrize("problem", ["similarity", "retrieval"])
-def test_single_texts_can_not_judge(tmp_path, problem):
-    with pytest.raises(DataError, match=f"test can't judge by {problem}: it holds no"):
+@pytest.mark.parametrize(("problem", "by"), [("similarity", "Spearman correlation"), ("retrieval", "nDCG@10")])
+def test_single_texts_can_not_judge(tmp_path, problem, by):
+    with pytest.raises(DataError, match=f"test can't judge by {by}: it holds no"):
         prepared(tmp_path / "work", problem, train=write_texts(tmp_path))
 
 

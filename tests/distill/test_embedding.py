@@ -57,6 +57,7 @@ def test_a_student_of_every_layer_gives_the_teachers_vectors(made):
     found, expected = (vectors_of(model, teacher) for model in (built.opened.model, Embedder.open(teacher)))
     assert torch.allclose(found, expected, atol=1e-6)
     assert built.axes is None
+    assert not any("pooler" in name for name, _ in built.opened.model.named_parameters())  # which nothing reads
 
 
 def test_layers_of_a_deeper_teacher_are_spread_over_it(tmp_path):

@@ -155,7 +155,7 @@ def test_init_and_plan_know_the_task(world, kdexport, tmp_path):
         (["--student", "cnn"], "'cnn' is none for sentence-embedding. Take spread:3, tiny, 3x192 or bag"),
         (["--teacher-epochs", "2"], "teacher.train has no effect on sentence-embedding. Remove it"),
         (["--alpha", "0.5"], "distill.alpha: no label teaches sentence-embedding, so it is 1. Remove it"),
-        (["--set", "data.problem=similarity"], "test can't judge by similarity: it holds no pair"),
+        (["--set", "data.problem=similarity"], "test can't judge by Spearman correlation: it holds no pair"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(world, kdexport, tmp_path, flags, says):
