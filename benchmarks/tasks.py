@@ -15,6 +15,8 @@ RESULTS = Path(__file__).parent / "results"
 # report → the task and data as the README names them
 KEPT = {
     "clinc150.json": "texts: clinc150, 150 intents",
+    "stsb.json": "embeddings: STS-B, Spearman's correlation",
+    "cranfield.json": "rankings: Cranfield, nDCG@10",
     "wnut17.json": "tokens: WNUT 17, entity F1",
     "shakespeare.json": "language model: Shakespeare, bits per byte",
     "fashion-mnist.json": "images: Fashion-MNIST",
