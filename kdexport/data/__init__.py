@@ -118,7 +118,7 @@ def prepare(
     words = [] if settings.words == "open" else _closed(splits, listed)
     if of_task.modality == "text":
         own = {split: np.flatnonzero([not of_task.shared(row) for row in rows]) for split, rows in splits.items()}
-        compared = {split: rows.take(own[split]) for split, rows in splits.items()}
+        compared = {split: splits[split].take(places) for split, places in own.items()}
         near, pairs = near_duplicates(compared, of_task.unit if of_task.together else content)
         if of_task.labels_judge:  # such labels are no classes
             near = msgspec.structs.replace(near, conflicting_labels=0)

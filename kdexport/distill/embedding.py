@@ -90,7 +90,8 @@ def _ending(teacher: Embedder, encoder: PreTrainedModel, stream: Tensor | None, 
         linear = None
     if onto is not None:
         linear = onto if linear is None else onto @ linear
-    return Embedder(encoder, teacher.steps, [*dense, *([] if linear is None else [_dense(linear)])]).eval()
+    made = Embedder(encoder, teacher.steps, [*dense, *([] if linear is None else [_dense(linear)])])
+    return made.eval()  # type: ignore[no-any-return]
 
 
 def _dense(weight: Tensor) -> Dense:

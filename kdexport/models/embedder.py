@@ -260,9 +260,8 @@ def write_steps(
     write_json(folder / "modules.json", modules)
     modes = dict.fromkeys((*_MODES.values(), "pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens"), False)
     (folder / paths[1]).mkdir(exist_ok=True)
-    write_json(
-        folder / paths[1] / "config.json", {"word_embedding_dimension": width, **modes, _MODES[steps.pooling]: True}
-    )
+    pools = {"word_embedding_dimension": width, **modes, _MODES[steps.pooling]: True}
+    write_json(folder / paths[1] / "config.json", pools)
     for layer, path in zip(dense, paths[2:], strict=False):
         assert isinstance(layer, Dense)
         (folder / path).mkdir(exist_ok=True)

@@ -44,14 +44,11 @@ def has_head(config: Any, task: str) -> bool:
 
 
 def task_of(config: Any, model: str | Path) -> str | None:
-    """Return the task that a Hugging Face model was trained for; None where it has no head that we know.
-
-    An embedder may have been made of a language model, and its configuration names that one's head.
-    """
+    """Return the task that a Hugging Face model was trained for; None where it has no head that we know."""
     found = [task for task in names() if has_head(config, task)]
     marked = (task for task in found if any(hasattr(config, mark) for mark in task_class(task).marks))
     embeds = (task for task in names() if task_class(task).embeds and is_embedder(model))
-    return next(iter([*marked, *embeds, *found]), None)
+    return next(iter([*marked, *embeds, *found]), None)  # an embedder may name the head of a language model
 
 
 def other_task(config: Any) -> str | None:

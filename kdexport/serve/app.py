@@ -220,10 +220,7 @@ class App:
         return await self._classify(request, version, body, partial(parse, version, self.settings), model)
 
     async def _embed_listed(self, request: Request) -> Response:
-        request.protocol = "openai"
-        body = await request.body(self.settings, self.settings.body_limit("text"))
-        asked = await off_loop(len(body), embeddings.decode, body)
-        request.wanted_model = asked.model
+        body, asked = await self._openai(request, embeddings.decode)
         version = self.version(request)
         return await self._classify(request, version, body, partial(embeddings.openai, asked, version, self.settings))
 
@@ -233,10 +230,7 @@ class App:
         return await self._classify(request, self._ranker(request), body, rerank.parse)
 
     async def _rerank_v1(self, request: Request) -> Response:
-        request.protocol = "openai"
-        body = await request.body(self.settings, self.settings.body_limit("text"))
-        asked = await off_loop(len(body), rerank.decode_v1, body)
-        request.wanted_model = asked.model
+        body, asked = await self._openai(request, rerank.decode_v1)
         return await self._classify(request, self._ranker(request), body, partial(rerank.parse_v1, asked))
 
     def _ranker(self, request: Request) -> Version:
@@ -254,15 +248,20 @@ class App:
         return await off_loop(size, oip.render, version, query, results)
 
     async def _complete(self, request: Request) -> Response | Stream:
-        request.protocol = "openai"
-        body = await request.body(self.settings, self.settings.body_limit("text"))
-        asked = await off_loop(len(body), openai.decode, body)
-        request.wanted_model = asked.model
+        _, asked = await self._openai(request, openai.decode)
         version = self.version(request)
         if not version.generator:
             raise Refused(404, f"{version.name} is for {version.task.name}, and writes nothing")
         query = openai.parse(asked, version.generator, self.settings.max_chars)
         return await self._generate(request, version, query)
+
+    async def _openai(self, request: Request, decode: Callable[[bytes], Any]) -> tuple[bytes, Any]:
+        """Return the body of a request of texts that names its model, and what it asks for."""
+        request.protocol = "openai"
+        body = await request.body(self.settings, self.settings.body_limit("text"))
+        asked = await off_loop(len(body), decode, body)
+        request.wanted_model = asked.model
+        return body, asked
 
     async def _transcribe(self, request: Request) -> Response:
         request.protocol = "openai"

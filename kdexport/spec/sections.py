@@ -106,11 +106,7 @@ class Data(Section, frozen=True):
         ),
     ] = 30
     max_length: Annotated[
-        Length | None,
-        _help(
-            "tokens of each text, with special ones; when absent 128, of sentence-embedding 512, or what the teacher "
-            "reads"
-        ),
+        Length | None, _help("tokens of each text; when absent 128, 512 of embeddings, or as many as the teacher reads")
     ] = None
     max_chars: Annotated[Count, _help("a longer text is a bad row: most often a quote that was never closed")] = 100_000
     cache_mb: Annotated[

@@ -64,22 +64,16 @@ def searched(logits: Array, rows: Sequence[Row], of: Callable[[Array, Array], Ar
     labels = [judgement(row["label"]) if row.get("label") else Judgement() for row in rows]
     documents = [i for i, label in enumerate(labels) if label.document]
     place = {labels[i].document: at for at, i in enumerate(documents)}
-    queries = [
-        i for i, label in enumerate(labels) if any(label.gains[name] > 0 for name in label.gains.keys() & place.keys())
-    ]
-    corpus, size = unit(logits[documents].astype(np.float32)), max(1, _MOST_SCORES // max(1, len(documents)))
+    wanted = [{name: gain for name, gain in label.gains.items() if name in place} for label in labels]
+    queries = [i for i, gains in enumerate(wanted) if any(gain > 0 for gain in gains.values())]
+    corpus, last = unit(logits[documents].astype(np.float32)), min(DEEPEST, len(documents)) - 1
+    size = max(1, _MOST_SCORES // max(1, len(documents)))
     for part in (queries[start : start + size] for start in range(0, len(queries), size)):
         scores = unit(logits[part].astype(np.float32)) @ corpus.T
         for i, row in zip(part, scores, strict=True):
             gains = np.zeros(len(documents))
-            for name in labels[i].gains.keys() & place.keys():
-                gains[place[name]] = labels[i].gains[name]
-            seen = _in_reach(row) | (gains > 0)
+            for name, gain in wanted[i].items():
+                gains[place[name]] = gain
+            seen = ~(-row > np.partition(-row, last)[last]) | (gains > 0)  # sorting a whole corpus is slow
             found[i] = float(of(row[seen], gains[seen])), 1.0
     return found
-
-
-def _in_reach(scores: Array) -> Array:
-    """Return whether each of the scores [N] is among the highest, ties included: sorting all of a corpus is slow."""
-    last = min(DEEPEST, len(scores)) - 1
-    return np.asarray(~(-scores > np.partition(-scores, last)[last]))

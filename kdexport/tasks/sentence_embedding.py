@@ -86,6 +86,7 @@ class SentenceEmbedding(Texts):
     labels_judge: ClassVar = True
     adds_up: ClassVar = False
     usual_length: ClassVar = 512
+    searches: ClassVar = False
 
     @classmethod
     def kinds(cls) -> dict[str, type[Task]]:
@@ -120,7 +121,9 @@ class SentenceEmbedding(Texts):
     def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
         row, label = row | {"label": None}, row["label"]  # a class of a text judges no vector
         if isinstance(label, Mapping):  # as `data.sources` reads a folder in BEIR's layout
-            row["prompt"] = "document" if label.get("document") else "query"
+            found = msgspec.convert(label, Judgement)
+            row["prompt"] = "document" if found.document else "query"
+            row["label"] = written(found) if cls.searches else None
         return row
 
     @staticmethod
@@ -135,20 +138,15 @@ class SentenceEmbedding(Texts):
             return [row | {"id": name}]
         score = row["label"]
         label = None if score is None else written(Judgement(pair=name, score=float(score)))
-        return [
-            row | {"id": f"{name}.{i}", "text": text, "label": label} for i, text in enumerate((row["text"], second), 1)
-        ]
+        sides = enumerate((row["text"], second), 1)
+        return [row | {"id": f"{name}.{i}", "text": text, "label": label} for i, text in sides]
 
     @staticmethod
     def content(row: Row) -> str:
         prompt = row.get("prompt")
         return f"{prompt}\x1e{row['text']}" if prompt else str(row["text"])
 
-    @staticmethod
-    def title(row: Row) -> str:
-        return str(row["text"])
-
-    likeness = title  # whatever prompt a text is behind
+    likeness = staticmethod(Texts.title)  # whatever prompt a text is behind
 
     @classmethod
     def unit(cls, row: Row) -> str:
@@ -227,15 +225,6 @@ class SentenceEmbedding(Texts):
         """Zeros: no loss reads them."""
         return np.zeros(len(list(rows)), dtype=np.int64)
 
-    def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
-        return np.zeros((len(rows), 2))
-
-    def value(self, sums: Array) -> Array:
-        return np.asarray(sums[..., 0] / np.maximum(sums[..., 1], 1e-12))
-
-    def is_chance(self, logits: Array, rows: Sequence[Row]) -> bool:
-        return False
-
 
 class Similarity(SentenceEmbedding):
     """Pairs with scores from 0 to 5: Spearman's correlation of cosines with scores."""
@@ -292,14 +281,8 @@ class Retrieval(SentenceEmbedding):
 
     problem: ClassVar = "retrieval"
     metric: ClassVar = Metric("nDCG@10")
+    searches: ClassVar = True
     _of: ClassVar[Callable[[Array, Array], Array]] = staticmethod(ndcg)
-
-    @classmethod
-    def canonical(cls, row: dict[str, Any]) -> dict[str, Any] | str:
-        found, label = super().canonical(row), row["label"]
-        if isinstance(found, str) or not isinstance(label, Mapping):
-            return found
-        return found | {"label": written(msgspec.convert(label, Judgement))}
 
     @classmethod
     def signs(cls, rows: Sequence[Row]) -> str:
@@ -316,6 +299,9 @@ class Retrieval(SentenceEmbedding):
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
         """(value, 1) at each query's row: float64 [N, 2]."""
         return searched(logits, rows, type(self)._of)
+
+    def value(self, sums: Array) -> Array:
+        return np.asarray(sums[..., 0] / np.maximum(sums[..., 1], 1e-12))
 
     def further(self, logits: Array, rows: Sequence[Row]) -> dict[str, float]:
         others = {kind.metric.name: kind._of for kind in _SEARCHES if kind.metric != self.metric}

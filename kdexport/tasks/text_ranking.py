@@ -82,10 +82,7 @@ class TextRanking(TextRegression):
     @classmethod
     def unified(cls, rows: Sequence[Row]) -> tuple[Iterable[Row | str], str]:
         """Change nothing; count the queries that can't be judged, and refuse labels that rank nothing."""
-        gains: dict[str, list[float]] = {}
-        for row in rows:
-            if row["label"] is not None:
-                gains.setdefault(row["text"], []).append(float(row["label"]))
+        gains = _gains(rows)
         every = {gain for of_query in gains.values() for gain in of_query}
         if len(every) == 1:
             raise DataError(f"all labels are {every.pop():g}, so no passage is better", "Is --label the right column?")
@@ -103,12 +100,9 @@ class TextRanking(TextRegression):
 
     @classmethod
     def misfit(cls, rows: Sequence[Row]) -> str:
-        passages: dict[str, list[float]] = {}
-        for row in rows:
-            passages.setdefault(row["text"], []).append(float(row["label"] or 0))
-        judges = any(len(gains) > 1 and max(gains) > 0 for gains in passages.values())
-        labelled = any(row["label"] is not None for row in rows)
-        return "" if judges or not labelled else "no query has several passages, one of them relevant"
+        gains = _gains(rows)
+        judges = any(len(of_query) > 1 and max(of_query) > 0 for of_query in gains.values())
+        return "" if judges or not gains else "no query has several passages, one of them relevant"
 
     @staticmethod
     def unit(row: Row) -> str:
@@ -169,3 +163,12 @@ class TextRanking(TextRegression):
             gains = labels[places, 0].astype(np.float64)
             if len(places) > 1 and gains.max() > 0:
                 yield places, logits[places, 0], gains
+
+
+def _gains(rows: Iterable[Row]) -> dict[str, list[float]]:
+    """Return the labels of each query's passages."""
+    gains: dict[str, list[float]] = {}
+    for row in rows:
+        if row["label"] is not None:
+            gains.setdefault(row["text"], []).append(float(row["label"]))
+    return gains

@@ -68,15 +68,12 @@ def nearest(vectors: Array, k: int = NEAREST) -> Array:
     """
     every = unit(vectors.astype(np.float32))
     among = np.sort(np.random.default_rng(0).permutation(len(every))[:_MOST])
-    k = min(k, len(among) - 1)
-    starts = range(0, len(every), _AT_ONCE)
-    return np.concatenate([among[_nearest(every, start, among, k)] for start in starts])
-
-
-def _nearest(every: Array, start: int, among: Array, k: int) -> Array:
-    similar = every[start : start + _AT_ONCE] @ every[among].T
-    similar[np.arange(start, start + len(similar))[:, None] == among] = -np.inf
-    return np.asarray(np.argpartition(-similar, max(0, k - 1), axis=1)[:, :k])
+    k, found = min(k, len(among) - 1), []
+    for start in range(0, len(every), _AT_ONCE):
+        similar = every[start : start + _AT_ONCE] @ every[among].T
+        similar[np.arange(start, start + len(similar))[:, None] == among] = -np.inf
+        found.append(among[np.argpartition(-similar, max(0, k - 1), axis=1)[:, :k]])
+    return np.concatenate(found)
 
 
 def overlap(a: Array, b: Array, k: int = NEAREST) -> Array:
