@@ -89,8 +89,9 @@ def predict(
     if not generates and (perplexity or sampling != Sampling()):
         raise SpecError(f"{artifact} is for {model.task.name}, and writes nothing", "Leave out the options of writing")
     if not model.task.embeds and (out or prompt or dimensions or dtype != "float"):
-        what = f"{artifact} is for {model.task.name}, and makes no vectors"
-        raise SpecError(what, "Leave out the options of vectors")
+        raise SpecError(
+            f"{artifact} is for {model.task.name}, and makes no vectors", "Leave out the options of vectors"
+        )
     if dtype != "float" and not out:
         raise SpecError(f"--dtype {dtype} is for a file of vectors", "Name it: --out FILE.npy")
     if out and (out.suffix != ".npy" or out.exists()):
