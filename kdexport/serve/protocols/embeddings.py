@@ -47,10 +47,13 @@ class SimilarityRequest(msgspec.Struct, frozen=True):
     parameters: SimilarityParameters | None = None
 
 
-class EmbedAllRequest(SimilarityParameters, frozen=True, kw_only=True):
+class EmbedAllRequest(msgspec.Struct, frozen=True):
     """A vector for each token of a text, or of each text of a list; `prompt_name` is one of the model's prompts."""
 
     inputs: Input
+    truncate: bool | None = None
+    truncation_direction: Literal["Right", "right"] = "Right"
+    prompt_name: str | None = None
 
 
 class EmbedRequest(EmbedAllRequest, frozen=True):
@@ -61,7 +64,7 @@ class EmbedRequest(EmbedAllRequest, frozen=True):
     encoding_format: Literal["float"] | None = None
 
 
-class FeatureRequest(EmbedRequest, frozen=True, kw_only=True):
+class FeatureRequest(EmbedRequest, frozen=True):
     """Either of both, as Hugging Face's client sends it."""
 
     inputs: Input | Sentences  # type: ignore[assignment]
