@@ -1,7 +1,8 @@
 """Embedders side by side: quality on STS-B and Cranfield, sentences a second in bulk, latency of one, memory.
 
     python benchmarks/embeddings.py ../shared/data ARTIFACT[:VARIANT] …      # writes results/embeddings.json
-    python benchmarks/embeddings.py ../shared/data --quality ARTIFACT …      # quality alone, without peers
+    python benchmarks/embeddings.py ../shared/data --texts texts.txt         # writes texts to train on (--few: fewer)
+    python benchmarks/embeddings.py ../shared/data --quality ARTIFACT …      # of these alone
 
 Beside the artifacts run Sentence-Transformers with the teacher in PyTorch and in ONNX Runtime, and model2vec's static
 model of the teacher without training. Each subject is a process of its own on one thread, and they take turns over the
@@ -13,6 +14,8 @@ import argparse
 import csv
 import json
 import os
+import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,13 +26,16 @@ from statistics import median
 TURNS, CALLS, BATCH = 5, 100, 32
 HERE = Path(__file__).parent
 PEERS = Path(".benchmarks/embeddings")
-PINS = (
-    "torch",
-    "transformers==4.57.6",
-    "sentence-transformers==5.7.0",
-    "optimum-onnx==0.1.0",
-    "model2vec[distill]==0.9.0",
-)
+# Two environments, as model2vec and optimum-onnx want different transformers.
+PACKAGES = {
+    "sentence-transformers": (
+        "transformers==4.57.6",
+        "sentence-transformers==5.7.0",
+        "optimum-onnx==0.1.0",
+        "onnxruntime",
+    ),
+    "model2vec": ("model2vec[distill]==0.9.0",),
+}
 
 
 # --- a subject: a process that embeds the texts that it is given
@@ -122,15 +128,44 @@ class Running:
         self._process.wait()
 
 
-def peers_python() -> str:
-    python = PEERS / "bin" / "python"
-    if not (PEERS / "made").exists():
-        subprocess.run([sys.executable, "-m", "venv", PEERS], check=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "-c", "constraints-4.57.txt", *PINS, "psutil"], check=True
-        )
-        (PEERS / "made").touch()
+def python_of(kind: str) -> str:
+    """Return the interpreter of a peer's environment, which is made at its first use."""
+    home = PEERS / kind
+    python = home / "bin" / "python"
+    if not (home / "made").exists():
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        torch = next(line for line in Path("constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+        subprocess.run([python, "-m", "pip", "install", "--quiet", torch, "psutil", *PACKAGES[kind]], check=True)
+        (home / "made").touch()
     return str(python)
+
+
+def write_texts(data: Path, file: Path, *, few: bool) -> None:
+    """Write sentences of STS-B (train, validation), Cranfield's abstracts and sentences, clinc150's and BBC's.
+
+    No text of STS-B's test pairs and no query of Cranfield is among them but by chance; a run drops those.
+    """
+    from kdexport.data import demo
+
+    def column(path: str, *names: str) -> list[str]:
+        with (data / path).open(encoding="utf-8") as source:
+            return [row[name] for row in csv.DictReader(source) for name in names]
+
+    pairs = [
+        text for split in ("train", "validation") for text in column(f"stsb/{split}.csv", "sentence1", "sentence2")
+    ]
+    queries = column("clinc150/train.csv", "text")
+    documents = map(json.loads, (data / "cranfield" / "corpus.jsonl").open(encoding="utf-8"))
+    abstracts = [text for one in documents if (text := f"{one.get('title', '')} {one['text']}".strip())]
+    parts = [part for text in abstracts for part in re.split(r"(?<= \.)\s+", text) if 30 <= len(part) <= 400]
+    news = [part.strip() for one in demo.bbc_news() for part in re.split(r"(?<=[.!?])\s+|\n+", one["text"])]
+    news = [part for part in news if 15 <= len(part) <= 300]
+    chance = random.Random(int(few))
+    chance.shuffle(parts if few else news)
+    some = [*abstracts, *parts[:5000], *queries[:1500]] if few else [*queries[:8000], *abstracts, *parts, *news[:15000]]
+    found = list(dict.fromkeys(" ".join(text.split()) for text in [*pairs, *some]))
+    chance.shuffle(found)
+    file.write_text("\n".join(found) + "\n", encoding="utf-8")
 
 
 def quality(subject: Running, data: Path) -> dict:
@@ -170,10 +205,15 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("artifacts", nargs="+")
+    parser.add_argument("artifacts", nargs="*")
+    parser.add_argument("--texts", type=Path, help="write texts to train on, and do nothing else")
+    parser.add_argument("--few", action="store_true", help="a part of them")
     parser.add_argument("--quality", action="store_true", help="quality of the artifacts alone")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "embeddings.json")
     options = parser.parse_args()
+    if options.texts:
+        write_texts(options.data, options.texts, few=options.few)
+        return
     import numpy as np
 
     from kdexport.bench import stats
@@ -184,9 +224,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         made = [Running(one, sys.executable, "kdexport", one, Path(work)) for one in options.artifacts]
         if not options.quality:
-            python = peers_python()
-            peers = [("teacher, PyTorch", "st-torch"), ("teacher, ONNX Runtime", "st-onnx"), ("model2vec", "model2vec")]
-            made = [Running(name, python, kind, teacher, Path(work)) for name, kind in peers] + made
+            of_teacher, static = python_of("sentence-transformers"), python_of("model2vec")
+            peers = [
+                ("teacher, PyTorch", of_teacher, "st-torch"),
+                ("teacher, ONNX Runtime", of_teacher, "st-onnx"),
+                ("model2vec", static, "model2vec"),
+            ]
+            made = [Running(name, python, kind, teacher, Path(work)) for name, python, kind in peers] + made
         found = {one.name: {"quality": quality(one, options.data)} for one in made}
         if not options.quality:
             with (options.data / "stsb" / "test.csv").open(encoding="utf-8") as file:
