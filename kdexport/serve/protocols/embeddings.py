@@ -7,7 +7,7 @@ reference. Token ids are taken as the model's tokenizer gives them, special ones
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,7 +22,9 @@ from kdexport.tasks.metrics import Array
 from kdexport.tasks.vectors import EmbeddingDtype, check_dimensions, encoded, unit
 
 # A text, its token ids, or a list of either.
-Input = str | list[str | int | list[int]]
+# 2.0 is an integer, too: see `Count`.
+Token = Annotated[float, msgspec.Meta(multiple_of=1)]
+Input = str | list[str | Token | list[Token]]
 
 
 class Sentences(msgspec.Struct, frozen=True):
@@ -189,11 +191,11 @@ def _rows(version: Version, settings: Settings, given: Input, prompt: str | None
     task = version.task
     if not can_embed(task):
         raise Refused(404, f"{version.name} is for {task.name}, and makes no vectors")
-    alone = isinstance(given, str) or (given and all(isinstance(one, int) for one in given))
+    alone = isinstance(given, str) or (given and all(isinstance(one, float) for one in given))
     many: list[Any] = [given] if alone else given  # type: ignore[assignment]
     if not 1 <= len(many) <= settings.max_rows:
         raise Refused(422, f"a request may have 1 to {settings.max_rows} texts; it has {len(many)}")
-    if any(isinstance(one, int) for one in many):
+    if any(isinstance(one, float) for one in many):
         raise Refused(422, "the token ids of several texts are a list of lists")
     if not all(many):
         raise Refused(422, "a text is empty")
