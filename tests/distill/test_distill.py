@@ -135,7 +135,7 @@ def test_all_of_the_teachers_layers_are_the_teacher(finished):
 
 
 def test_layers_n_keeps_the_lowest_layers(finished):
-    opened, origin, _ = build_student(WHOLE, "layers:1", finished / "teacher")
+    opened, origin, *_ = build_student(WHOLE, "layers:1", finished / "teacher")
     teacher = AutoModelForSequenceClassification.from_pretrained(finished / "teacher").state_dict()
     ours = opened.model.state_dict()
     assert all(torch.equal(ours[name], teacher[name]) for name in ours)
@@ -144,7 +144,7 @@ def test_layers_n_keeps_the_lowest_layers(finished):
 
 
 def test_a_narrow_students_embeddings_keep_the_teachers_distances(finished):
-    opened, origin, _ = build_student(WHOLE, "tiny", finished / "teacher")
+    opened, origin, *_ = build_student(WHOLE, "tiny", finished / "teacher")
     teacher = AutoModelForSequenceClassification.from_pretrained(finished / "teacher")
     old, new = (m.get_input_embeddings().weight[1000:1500].double() for m in (teacher, opened.model))
     old, new = torch.pdist(old), torch.pdist(new)

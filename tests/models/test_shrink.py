@@ -124,7 +124,7 @@ def test_layers_that_can_not_be_told_are_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_the_teachers_own_width_what_is_projected_is_exact(family):
     teacher = teacher_of(family)
-    student, kept, projected = narrow(teacher, 4, 48)
+    student, kept, projected, _ = narrow(teacher, 4, 48)
     assert (kept, projected) == (1.0, 4)
     assert torch.allclose(stream_of(student), stream_of(teacher)[:5], atol=1e-4)
 
@@ -176,7 +176,7 @@ def test_what_happens_within_the_kept_directions_is_kept():
                 weight.fill_(1.2)  # a gain that differs by coordinate can't be turned
     teacher = lifted(slim, 48)
     assert torch.allclose(stream_of(teacher).norm(dim=-1), stream_of(slim).norm(dim=-1), atol=1e-4)
-    student, kept, projected = narrow(teacher, 3, 16)
+    student, kept, projected, _ = narrow(teacher, 3, 16)
     assert kept == pytest.approx(1, abs=1e-5)
     assert projected == 3
     ours, theirs = (stream_of(model).flatten(1, 2) for model in (student, teacher))
@@ -191,7 +191,7 @@ def test_products_of_words_are_kept_as_the_kept_variance_says():
     words = words - words.mean(dim=0)
     shares = []
     for width in (64, 192, 384):
-        student, kept, projected = narrow(teacher, 2, width, project_layers=False)
+        student, kept, projected, _ = narrow(teacher, 2, width, project_layers=False)
         assert projected == 0
         ours = student.get_input_embeddings().weight.detach()
         assert float(ours.square().sum() / words.square().sum()) == pytest.approx(kept, abs=1e-4)
@@ -208,7 +208,7 @@ def test_products_of_words_are_kept_as_the_kept_variance_says():
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_a_narrow_student_has_the_shape_that_was_asked_for(family, tmp_path):
     teacher = teacher_of(family)
-    student, kept, projected = narrow(teacher, 2, 16)
+    student, kept, projected, _ = narrow(teacher, 2, 16)
     config = student.config
     assert projected == (2 if family in FAMILIES else 0)
     assert 0 < kept < 1
@@ -246,7 +246,7 @@ def test_layers_beyond_the_teachers_and_heads_of_another_size_are_random():
 @pytest.mark.parametrize("family", ["electra", "albert"])
 def test_a_teacher_whose_table_is_narrow_keeps_it_at_its_own_width(family):
     teacher = teacher_of(family, embedding_size=16)
-    student, kept, _ = narrow(teacher, 6, 48)
+    student, kept, _, _ = narrow(teacher, 6, 48)
     assert kept == pytest.approx(1, abs=1e-6)
     if family == "electra":
         assert torch.allclose(stream_of(student), stream_of(teacher), atol=1e-4)
