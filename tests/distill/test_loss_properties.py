@@ -28,7 +28,7 @@ from kdexport.distill.losses import (
 from kdexport.tasks.config import NO_LABEL
 from kdexport.tasks.packed import packed_lines
 
-OF_ROWS = [name for name in LOGIT_LOSSES if name not in ("ctc", "margin-mse", "listwise-kl")]
+OF_ROWS = [name for name in LOGIT_LOSSES if name not in ("ctc", "margin-mse", "listwise-kl", "cosine", "similarity")]
 # Those whose rows have a part of their own; `dist` compares columns too.
 BY_ROW = [name for name in OF_ROWS if name != "dist"]
 SOFTENED = ["kl", "reverse-kl", "jsd", "soft-ce", "dkd", "dist"]

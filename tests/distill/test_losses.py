@@ -32,7 +32,8 @@ STUDENT = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
 
 
 # That of paths along time has tests of its own: tests/tasks/test_speech.py; so have those of queries: test_rankings.py.
-OF_ROWS = {name: loss for name, loss in LOGIT_LOSSES.items() if name not in ("ctc", "margin-mse", "listwise-kl")}
+OTHERS = ("ctc", "margin-mse", "listwise-kl", "cosine", "similarity")  # of steps, of rankings, of vectors
+OF_ROWS = {name: loss for name, loss in LOGIT_LOSSES.items() if name not in OTHERS}
 
 
 def logits(rows=16, classes=7, seed=0, scale=2.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -364,7 +364,7 @@ def test_other_families_lose_layers_and_are_exported(family, tmp_path):
     model, processor = MODELS[family]()
     model = keep_layers(model, [0, 2]) if family != "convnext" else model.eval()
     name = "image-classification" if family in ("vit", "convnext") else "audio-classification"
-    assert task_of(type(model.config)(architectures=[type(model).__name__])) == name
+    assert task_of(type(model.config)(architectures=[type(model).__name__]), tmp_path) == name
     rows = [{"audio": sound(0.5, 16_000, seed=seed)} for seed in range(3)] if name.startswith("audio") else []
     save_task(ModelAndProcessor(model, processor), None, ["a", "b"], tmp_path, task=name, rows=rows)
     save_model(ModelAndProcessor(model, processor), tmp_path)
