@@ -344,7 +344,7 @@ def _divergence(log_teacher: Tensor, log_student: Tensor) -> Tensor:
 
 
 def _of_same_query(labels: Tensor) -> Tensor:
-    """Whether two rows are of one query: bool [B, B]."""
+    """Return for each pair of rows whether they have the same query: bool [B, B]."""
     return labels[:, None, 1] == labels[:, 1]
 
 

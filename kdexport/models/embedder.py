@@ -80,7 +80,7 @@ AutoModel.register(TableConfig, Table, exist_ok=True)
 
 
 class Steps(NamedTuple):
-    """What follows the encoder: pooling, normalisation, prompts by name; and the number of tokens that it reads."""
+    """Pooling, normalisation, prompts by name, and the most tokens of a text."""
 
     pooling: Pooling = "mean"
     normalize: bool = True

@@ -1,4 +1,4 @@
-"""What a model card says of a task."""
+"""A task's part of the model card."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What judges vectors: scores of pairs, and the documents that queries want, as labels of rows."""
+"""Labels by which vectors are judged: scores of pairs, and the relevant documents of queries."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

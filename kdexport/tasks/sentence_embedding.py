@@ -257,7 +257,7 @@ class Similarity(SentenceEmbedding):
         return "all its pairs have the same score" if np.ptp(pairs[:, 2]) == 0 else ""
 
     def stats(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Of ranks among these pairs, at a pair's first row: float64 [N, 6]; see `products`."""
+        """Products of the ranks of each pair's cosine and score, in the pair's first row: float64 [N, 6]."""
         return self._stats(logits, rows, mid_ranks)
 
     def _stats(self, logits: Array, rows: Sequence[Row], rank: Callable[[Array], Array]) -> Array:

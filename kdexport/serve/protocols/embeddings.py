@@ -35,7 +35,7 @@ class Sentences(msgspec.Struct, frozen=True):
 
 
 class SimilarityParameters(msgspec.Struct, frozen=True):
-    """How the sentences are read."""
+    """Truncation of the sentences, and the name of the prompt before each."""
 
     truncate: bool | None = None
     truncation_direction: Literal["Right", "right"] = "Right"
