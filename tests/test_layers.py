@@ -18,7 +18,7 @@ LEVELS = [
     {"cli"},
     {"pipeline", "schemas"},
     {"integrations"},
-    {"serve"},
+    {"serve", "asking"},
     {"distill", "export", "bench", "report"},
     {"models"},
     {"runtime"},
@@ -36,7 +36,15 @@ LEVELS = [
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 TORCH = {"torch", "transformers", "optimum", "accelerate", "safetensors"}
-TORCH_ROOMS = {"distill", "models", "export/onnx.py", "export/speech.py", "bench/subjects.py", "ranks.py"}
+TORCH_ROOMS = {
+    "distill",
+    "models",
+    "asking/choose.py",
+    "export/onnx.py",
+    "export/speech.py",
+    "bench/subjects.py",
+    "ranks.py",
+}
 
 
 def imports(path: Path, top_level_only=False):
@@ -103,7 +111,7 @@ TRAINING = {
     "skeletoken",
     "safetensors",
 }
-TRAINING_ROOMS = {"distill", "models", "export", "data/sources.py", "data/read.py", "analysis/duplicates.py"}
+TRAINING_ROOMS = {"distill", "asking", "models", "export", "data/sources.py", "data/read.py", "analysis/duplicates.py"}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -7,6 +7,7 @@ are errors that name the key. `None` is derived later, with the reason (`kdexpor
 from kdexport.spec.checks import weights_of
 from kdexport.spec.read import commented, dump, load, of_results, parse, parse_bench, read_yaml, settings, values
 from kdexport.spec.sections import (
+    Ask,
     Augment,
     Bench,
     Budget,
@@ -22,7 +23,7 @@ from kdexport.spec.sections import (
 )
 
 __all__ = [
-    "Augment", "Bench", "Budget", "Data", "Distill", "Export", "Schedule", "Spec", "Student", "Teacher",
+    "Ask", "Augment", "Bench", "Budget", "Data", "Distill", "Export", "Schedule", "Spec", "Student", "Teacher",
     "TeacherTraining", "Weight", "commented", "dump", "load", "of_results", "parse", "parse_bench", "read_yaml",
     "settings", "values", "weights_of",
 ]  # fmt: skip

@@ -65,6 +65,13 @@ class Data(Section, frozen=True):
     text: Annotated[Text | None, _help("the column of texts, images or sound; guessed when its name is obvious")] = None
     text_pair: Annotated[Text | None, _help("the second text's column, for pairs of texts")] = None
     label: Annotated[Text | None, _help("the label's column; guessed when its name is obvious")] = None
+    labels: Annotated[
+        Annotated[tuple[Text, ...], Meta(min_length=2)] | Annotated[dict[Text, str], Meta(min_length=2)] | None,
+        _help(
+            "of text-classification: all labels, so that rows need none; a list, or {label: description} for a teacher "
+            "that is asked in words; those of the rows when absent"
+        ),
+    ] = None
     problem: Annotated[
         Problem,
         _help(
@@ -144,6 +151,47 @@ class TeacherTraining(Section, frozen=True):
     compile: Annotated[bool, _help("run the model through torch.compile, which needs a C compiler")] = False
 
 
+class Ask(Section, frozen=True):
+    """How a language model behind an endpoint is asked for the labels of texts."""
+
+    instruction: Annotated[
+        Text | None, _help("what the labels are about, in a sentence or a page; stands before them in each prompt")
+    ] = None
+    examples: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        _help("labelled rows of train that each prompt shows; when absent one a label, at most 8, where there are any"),
+    ] = None
+    by: Annotated[
+        Literal["letters", "words", "scores", "samples"] | None,
+        _help(
+            "how probabilities are read: of the letters of options, of the labels' own words, of whole labels scored "
+            "one by one, or from several answers; when absent letters, or samples where the server gives no "
+            "log-probabilities"
+        ),
+    ] = None
+    orders: Annotated[
+        Count, _help("orders of the options in which each text is asked, a call each; the mean is its answer")
+    ] = 1
+    samples: Annotated[Count, _help("answers to each text, where `by` is samples")] = 5
+    max_calls: Annotated[
+        Count | None, _help("answers to pay for at most, those of an earlier run included; null: no limit")
+    ] = 3_000
+    max_tokens: Annotated[Count | None, _help("tokens in and out at most; absent: no limit")] = None
+    choose: Annotated[
+        Literal["unsure", "random"],
+        _help("which texts: after a random first part those of which a first student is unsure, or random ones"),
+    ] = "unsure"
+    key: Annotated[Text, _help("the environment variable that holds the key, if the server wants one")] = (
+        "OPENAI_API_KEY"
+    )
+    concurrency: Annotated[Count, _help("calls at once, at most; fewer while the server says that it is busy")] = 8
+    timeout_s: Annotated[Positive, _help("deadline of one call, in s")] = 60.0
+    price: Annotated[
+        tuple[Annotated[float, Meta(ge=0)], Annotated[float, Meta(ge=0)]] | None,
+        _help("of a million tokens in, and of a million out, in any currency, for estimate and report"),
+    ] = None
+
+
 class Teacher(Section, frozen=True):
     """The model that is distilled."""
 
@@ -151,7 +199,8 @@ class Teacher(Section, frozen=True):
         Text | Texts,
         _help(
             "Hugging Face folder or hub id (sentence-transformers/all-MiniLM-L6-v2 comes with kdexport[demo]), PEFT "
-            "adapter, ONNX artifact, stored logits; or a list of them"
+            "adapter, ONNX artifact, stored logits, or a list of them; openai:MODEL@URL, a language model behind an "
+            "endpoint; answers.jsonl, its answers or others'; zero-shot:MODEL, a model of language inference"
         ),
     ]
     weights: Annotated[tuple[Positive, ...] | None, _help("of several teachers; equal when absent")] = None
@@ -175,6 +224,14 @@ class Teacher(Section, frozen=True):
             "of an encoder as teacher of vectors: which tokens a text's vector is of; as its folder says when absent"
         ),
     ] = None
+    ask: Annotated[Ask | None, _help("of openai:MODEL@URL; the defaults when absent")] = None
+    hypothesis: Annotated[
+        Text, _help("of zero-shot:MODEL: the sentence whose truth is asked, with {} for the label or its description")
+    ] = "This example is {}."
+    corrections: Annotated[
+        Text | None,
+        _help("a file of texts and the labels that a person gave them, which replace the teacher's answers"),
+    ] = None
     train: Annotated[
         TeacherTraining | None,
         _help("fine-tune it on the data first; absent: only where it has no trained head for the task"),
@@ -191,6 +248,13 @@ class Student(Section, frozen=True):
             "layers:0+2+5, bag, cnn, gru, cnn:512 (features), conv, conv:32 (channels; of images and sound), gru:80 "
             "(of speech), or a Hugging Face folder or hub id; a list is the ladder that a search climbs; when absent "
             "tiny, conv, or spread:3 for words and numbers; with a budget a ladder"
+        ),
+    ] = None
+    base: Annotated[
+        Text | None,
+        _help(
+            "folder or hub id whose tokenizer and weights students are made from, where the teacher has none to give; "
+            "when absent sentence-transformers/all-MiniLM-L6-v2"
         ),
     ] = None
     vocabulary: Annotated[

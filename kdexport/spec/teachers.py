@@ -1,14 +1,19 @@
 """The kinds of teachers, by their names and files."""
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from kdexport.errors import ModelError
+from kdexport.errors import ModelError, SpecError
 from kdexport.spec.sections import Spec
 
-Kind = Literal["torch", "onnx", "stored"]
+Kind = Literal["torch", "onnx", "stored", "zero-shot", "endpoint", "answers"]
+# Kinds that answer some texts only, so that a stage of its own chooses them.
+ASKED = ("endpoint", "answers")
+ZERO_SHOT = "zero-shot:"
+_ENDPOINT, _OPENAI = "openai:", "https://api.openai.com/v1"
 # The family of recognisers that write freely, so that they can transcribe for others.
 TRANSCRIBER = "whisper"
 
@@ -22,10 +27,42 @@ def named(settings: Spec) -> tuple[str, ...]:
 def kind_of(model: str) -> Kind:
     """Return a teacher's kind: a Hugging Face folder or hub id unless the files say otherwise."""
     path = Path(model)
+    if model.startswith(_ENDPOINT):
+        return "endpoint"
+    if model.startswith(ZERO_SHOT):
+        return "zero-shot"
+    if path.suffix == ".jsonl":
+        return "answers"
     if path.suffix in (".npz", ".parquet"):
         return "stored"
     artifact = any((path / inner / "kdexport.json").is_file() for inner in ("", "artifact"))
     return "onnx" if artifact or optimum_file(path) else "torch"
+
+
+class Address(NamedTuple):
+    """A language model behind an endpoint, `openai:MODEL@URL`."""
+
+    model: str
+    url: str
+
+
+def address_of(teacher: str) -> Address:
+    """Parse `openai:MODEL@URL`; raise SpecError for a URL that can't be one, or that holds a password."""
+    model, _, url = teacher.removeprefix(_ENDPOINT).partition("@http")
+    url = f"http{url}".rstrip("/") if url else _OPENAI
+    fix = "Write it like openai:MODEL@http://localhost:8000/v1"
+    if not model or not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url) or (url == _OPENAI and "@" in model):
+        raise SpecError(f"teacher.model: {teacher!r} names no model and URL", fix)
+    if "@" in url.split("/")[2]:
+        raise SpecError(
+            "teacher.model: the URL holds a password", "Set teacher.ask.key to a variable that holds the key"
+        )
+    return Address(model, url)
+
+
+def asked(settings: Spec) -> bool:
+    """Return whether the first teacher answers some texts only."""
+    return kind_of(named(settings)[0]) in ASKED
 
 
 def optimum_file(folder: Path) -> Path | None:
