@@ -9,14 +9,17 @@ import msgspec
 from kdexport.errors import SpecError
 from kdexport.spec import derive
 from kdexport.spec.sections import Distill, Spec, Weight
-from kdexport.spec.teachers import TRANSCRIBER, config_of, is_adapter, kind_of, named
+from kdexport.spec.teachers import ASKED, OPEN, TRANSCRIBER, config_of, is_adapter, kind_of, named
 from kdexport.tasks import names, task_class
 from kdexport.tasks.inputs.languages import codes_of, known_language
 from kdexport.tasks.menus import LAYERS, OF_LAYERS, Menu
 
 # Losses that read probabilities softened by the temperature.
 _SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist", "similarity", "listwise-kl"}
-_TEACHERS = {"torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits"}
+_TEACHERS = {
+    "torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits",
+    "zero-shot": "a zero-shot model", "endpoint": "an endpoint", "answers": "a file of answers",
+}  # fmt: skip
 
 
 def checked(tree: dict[str, Any], spec: Spec) -> Spec:
@@ -156,6 +159,10 @@ def _check_teachers(spec: Spec, menu: Menu) -> None:
         raise SpecError(f"teacher.model: {spec.task} takes one teacher, which reads each text once", "Name one")
     if not menu.augment and teacher.passes > 1 and teacher.noise == "augment":
         raise SpecError(f"teacher.noise: augment changes texts, not the rows of {spec.task}", "Take dropout")
+    if "{}" not in teacher.hypothesis:
+        raise SpecError(f"teacher.hypothesis: {teacher.hypothesis!r} has no {{}} for the label", "Add {}")
+    if spec.student.base and kind_of(spec.student.base) != "torch":
+        raise SpecError(f"student.base: {spec.student.base} is no model of PyTorch", "Name its folder or hub id")
     for model, kind in kinds.items():
         exact = "adapter" if kind == "torch" and is_adapter(Path(model)) else kind
         what = f"{_TEACHERS[exact]} ({model})"
@@ -165,19 +172,21 @@ def _check_teachers(spec: Spec, menu: Menu) -> None:
             )
         if kind != "torch" and teacher.train is not None:
             raise SpecError(f"teacher.train: {what} can't be fine-tuned", "Leave teacher.train out")
-        if kind != "torch" and teacher.passes > 1 and (kind == "stored" or teacher.noise == "dropout"):
-            fix = "Leave teacher.passes out" if kind == "stored" else "Take teacher.noise: augment"
+        some = kind in ("stored", *ASKED)  # it answers some texts only
+        if kind != "torch" and teacher.passes > 1 and (some or teacher.noise == "dropout"):
+            fix = "Leave teacher.passes out" if some else "Take teacher.noise: augment"
             raise SpecError(f"teacher.passes: {what} has no dropout to read with", fix)
-        if kind == "stored" and spec.distill.augment is not None:
+        if some and spec.distill.augment is not None:
             raise SpecError(f"distill.augment: {what} holds no answers to changed texts", "Leave it out")
     if first == "torch":
         return
-    for name in ("dtype", "devices", "pooling"):
+    for name in ("pooling",) if first == "zero-shot" else ("dtype", "devices", "pooling"):
         if getattr(teacher, name) != _default(spec, "teacher", name):
             raise SpecError(f"teacher.{name} has no effect: {models[0]} is no model of PyTorch", "Remove it")
     what = f"{_TEACHERS[first]} ({models[0]})"
+    based = menu.bases and first not in OPEN
     for student in derive.students(spec):
-        if derive.shape_of(student).kind != "model":
+        if derive.shape_of(student).kind != "model" and not based:
             fix = "Name a Hugging Face folder or id for the student, or another teacher first"
             raise SpecError(f"student.model: {student!r} is built from the teacher's weights, and {what} has none", fix)
     if layers := sorted(losses_of(spec) & {*OF_LAYERS}):
@@ -227,6 +236,16 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield "student.seconds", f"on {spec.task}", "Remove it: it is of a smaller Whisper"
         if spec.distill.alpha == 0:
             yield "distill.max_word_error", "with alpha 0", "Raise alpha, or remove it"
+    kinds = {kind_of(model) for model in named(spec)}
+    if "zero-shot" not in kinds:
+        yield "teacher.hypothesis", "without a teacher zero-shot:MODEL", "Remove it"
+    first = named(spec)[0]
+    if not menu.bases or kind_of(first) in OPEN:
+        yield "student.base", f"where students are made from {first}", "Remove it"
+    elif all(derive.shape_of(name).kind == "model" for name in derive.students(spec)):
+        yield "student.base", "on students that are models of their own", "Remove it"
+    if "zero-shot" not in menu.teachers:
+        yield "teacher.corrections", f"on {spec.task}: they are of labels with names", "Remove it"
     if len(named(spec)) == 1:
         yield "teacher.weights", "with one teacher", "Remove it"
         if spec.teacher.passes == 1:
