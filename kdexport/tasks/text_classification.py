@@ -11,11 +11,15 @@ from kdexport.tasks.menus import OF_LAYERS, TEXTS
 from kdexport.tasks.several import Number, SeveralLabels
 
 
+# What answers in words can be read as: labels by name.
+_ASKED = TEXTS.teachers | {"endpoint", "answers", "zero-shot"}
+
+
 class TextClassification(Texts, Classes):
     """Rows `{"text": …, "text_pair": …, "label": …}` → input ids → logits [N, C] → one label each."""
 
     name: ClassVar = "text-classification"
-    menu: ClassVar = TEXTS
+    menu: ClassVar = TEXTS._replace(teachers=_ASKED)
     card: ClassVar = Card(
         "text-classification", "ORTModelForSequenceClassification", PREDICT.format("a text to classify")
     )
@@ -37,7 +41,7 @@ class TextClassification(Texts, Classes):
 class MultiLabelTexts(SeveralLabels, TextClassification):
     """Any number of independent labels: those with a logit above 0."""
 
-    menu: ClassVar = TEXTS._replace(losses=("bce", "mse", *OF_LAYERS))
+    menu: ClassVar = TEXTS._replace(losses=("bce", "mse", *OF_LAYERS), teachers=_ASKED)
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
