@@ -10,13 +10,13 @@ import numpy as np
 from kdexport import spec
 from kdexport.asking.abilities import choose_by, probe
 from kdexport.asking.answers import Answers
-from kdexport.asking.client import Call, Endpoint, Failed, Reply
+from kdexport.asking.client import Endpoint, Failed, Reply
 from kdexport.asking.prompts import Questions
 from kdexport.asking.reading import Reading
 from kdexport.errors import EndpointError, counted
-from kdexport.progress import bar, say, warn
+from kdexport.progress import bar, say
 from kdexport.spec.teachers import Address
-from kdexport.tasks.metrics import Array, log_softmax, sigmoid
+from kdexport.tasks.metrics import Array, log_softmax
 
 Row = Mapping[str, Any]
 
@@ -30,9 +30,7 @@ _OUT_OF_CALLS = Reading(None, 0.0, "out of calls", "")
 class Asker:
     """Asks, reads, counts and stops at the limits; identical questions are answered by the cache."""
 
-    def __init__(
-        self, address: Address, how: spec.Ask, labels: Mapping[str, str], *, several: bool, seed: int
-    ) -> None:
+    def __init__(self, address: Address, how: spec.Ask, labels: Mapping[str, str], *, several: bool, seed: int) -> None:
         self.how, self.labels, self.several, self._seed = how, labels, several, seed
         self._model = address.model
         self.endpoint = Endpoint(
@@ -158,7 +156,9 @@ class Asker:
         if self._texts >= _LOOK and 2 * bad > self._texts:
             (why, _), *_ = self.problems.most_common(1)
             said = next((one.said for one in readings if one.logits is None and one.said), "")
-            what = f"{bad} of the first {counted(self._texts, 'text')} have no answer that can be read ({why}: {said!r})"
+            what = (
+                f"{bad} of the first {counted(self._texts, 'text')} have no answer that can be read ({why}: {said!r})"
+            )
             raise EndpointError(what, "Set teacher.ask.instruction, or another way to read: teacher.ask.by")
 
 

@@ -39,7 +39,8 @@ class Given:
             found = line.probabilities()
             if strange := sorted(found.keys() - {*labels}):
                 raise ModelError(
-                    f"{path.name}, row {number}: label {strange[0]!r} is none of the data's labels", f"They are: {', '.join(labels[:8])}"
+                    f"{path.name}, row {number}: label {strange[0]!r} is none of the data's labels",
+                    f"They are: {', '.join(labels[:8])}",
                 )
             values = np.array([found.get(label, 0.0) for label in labels])
             if not (np.isfinite(values).all() and (values >= 0).all() and (several or values.sum() > 0)):

@@ -63,7 +63,10 @@ def ask_in_rounds(
     pool = pool.where(lambda row: task.content(row) not in shown)
     found = Answered(task, corrected, asker.read)
     texts = _estimate(asker, [*splits["test"], *splits["validation"], *pool])
-    share = {"test": max(_LEAST_TEST, int(_TEST * texts)), "validation": max(_LEAST_VALIDATION, int(_VALIDATION * texts))}
+    share = {
+        "test": max(_LEAST_TEST, int(_TEST * texts)),
+        "validation": max(_LEAST_VALIDATION, int(_VALIDATION * texts)),
+    }
     judging = {split: splits[split].take(sampled(len(splits[split]), most)) for split, most in share.items()}
     with_label = [row for rows in (*judging.values(), pool) for row in rows if row["label"] is not None]
     try_out(asker, task, found, found.of(with_label[:_TRIED], "ask labelled rows"))

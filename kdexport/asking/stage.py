@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from kdexport import spec
 from kdexport.asking.answered import Answered, distinct, judge
 from kdexport.asking.given import Given, labels_of
@@ -112,7 +113,9 @@ def _check_enough(taken: Mapping[str, Sequence[Row]], found: Answered, task: Tas
     more = f" ({why})" if why else ""
     for split, least in (("train", _FEWEST), ("validation", 1), ("test", 1)):
         if len(taken[split]) < least:
-            what = f"{counted(len(taken[split]), 'text')} of {split} have an answer, and at least {least} need one{more}"
+            what = (
+                f"{counted(len(taken[split]), 'text')} of {split} have an answer, and at least {least} need one{more}"
+            )
             raise ModelError(what, "Raise --max-calls, or give more texts")
     best = found.array(taken["train"])
     there = {*best.argmax(axis=1).tolist()} if task.function == "softmax" else {0, 1}

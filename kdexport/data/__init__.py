@@ -58,8 +58,14 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def prepare(
-    settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | None = None, transcribe: Transcribe | None = None,
-    *, few_labels: bool = False,
+    settings: spec.Data,
+    task: str,
+    seed: int,
+    out: Path,
+    cut: Cut | None = None,
+    transcribe: Transcribe | None = None,
+    *,
+    few_labels: bool = False,
 ) -> None:
     """Read the sources, check every row, split, audit, and write the rows.
 

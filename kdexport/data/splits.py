@@ -12,7 +12,6 @@ from kdexport.errors import DataError
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Row
 
-
 # Fewer labelled rows than these say too little of a model: a share of 90 % is known to 8 points.
 _TO_JUDGE = 50
 

@@ -135,7 +135,7 @@ def _variants(
     parameters = _training(stages.student)["parameters"]
     # Other runtimes may give other logits; their metric was not measured.
     known = {name: msgspec.structs.asdict(found) | {"wrong_rows": wrong[name]} for name, found in quality.items()}
-    known |= dict.fromkeys(("teacher-torch", "teacher-fp32", "teacher-stored"), known["teacher"])
+    known |= dict.fromkeys(("teacher-torch", "teacher-fp32"), known["teacher"])
 
     def variant(target: Target) -> Variant:
         role = target.name.partition("-")[0]
@@ -161,11 +161,13 @@ def _variants(
 
     left_out = measured.conditions.left_out
     variants = [variant(target) for target in measured.targets if target.name not in left_out]
-    if kind_of_first(stages.teacher) == "stored":
+    notes = {
+        "stored": "stored logits: there is no model to measure", "zero-shot": "it reads each text once for each label",
+    }  # fmt: skip
+    if note := notes.get(kind := kind_of_first(stages.teacher)):
         stored = Variant(
-            name="teacher-stored", model="teacher", runtime="stored", device="none", precision="fp32", graph="none",
-            file=None, sha256=None, size_bytes=None, note="stored logits: there is no model to measure",
-            **known["teacher-stored"],
+            name=f"teacher-{kind}", model="teacher", runtime=kind, device="none", precision="fp32", graph="none",
+            file=None, sha256=None, size_bytes=None, note=note, **known["teacher"],
         )  # fmt: skip
         variants.insert(0, stored)
     return variants

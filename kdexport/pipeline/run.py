@@ -16,6 +16,7 @@ from kdexport.bench.engine import bench as measure
 from kdexport.bench.machine import maker
 from kdexport.bench.subjects import of_file, of_model
 from kdexport.data import prepare, read_rows, read_summary
+from kdexport.data.corrections import read_corrections
 from kdexport.data.sources import local_files
 from kdexport.distill import teachers
 from kdexport.export import read_candidates
@@ -60,7 +61,7 @@ def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     names = derive.students(settings)
     files = local_files(settings.data)
-    sources = [*files, *teachers.files(settings), *local(*names)]
+    sources = [*files, *teachers.files(settings), *teachers.corrections_of(settings), *local(*names)]
     here = maker()
     with Run(out, sources, spec.dump(settings), here, move_aside=move_aside) as folder, disk_errors(out):
         ranks.check_shared(out / PRIVATE, "the run's folder", "Name one with --out that all machines share")
@@ -89,7 +90,8 @@ def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
 
         # 3. Compute soft targets once for all students, also of unlabelled and augmented texts.
         targets = folder.stage(
-            "targets", version=4, settings=teachers.asked_of(settings), reads=[data, teacher],
+            "targets", version=4, settings=teachers.asked_of(settings),
+            reads=[data, teacher, *teachers.corrections_of(settings)],
             build=lambda work: _targets(settings, data, teacher, work),
         )  # fmt: skip
 
@@ -199,7 +201,17 @@ def _data(settings: spec.Spec, work: Path) -> None:
 def _teachers(settings: spec.Spec, data: Path, work: Path) -> None:
     teachers.check(settings)
     rehearse(settings)
+    _corrections(settings, data)
     teachers.prepare_teachers(settings, data, work)
+
+
+def _corrections(settings: spec.Spec, data: Path) -> dict[str, str]:
+    labels = read_summary(data).labels
+    return {
+        content: label
+        for path in teachers.corrections_of(settings)
+        for content, label in read_corrections(path, settings, labels).items()
+    }
 
 
 def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None:
@@ -208,7 +220,7 @@ def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None
     distill = settings.distill
     write_targets(
         data, teacher, work, how=settings.teacher, augment=distill.augment, samples=distill.samples,
-        seed=settings.seed, max_word_error=distill.max_word_error,
+        seed=settings.seed, max_word_error=distill.max_word_error, corrections=_corrections(settings, data),
     )  # fmt: skip
 
 

@@ -9,7 +9,16 @@ import msgspec
 from kdexport.errors import SpecError
 from kdexport.spec import derive
 from kdexport.spec.sections import Ask, Distill, Spec, Weight
-from kdexport.spec.teachers import ASKED, TRANSCRIBER, address_of, config_of, is_adapter, kind_of, named
+from kdexport.spec.teachers import (
+    ASKED,
+    OPEN,
+    TRANSCRIBER,
+    address_of,
+    config_of,
+    is_adapter,
+    kind_of,
+    named,
+)
 from kdexport.tasks import names, task_class
 from kdexport.tasks.inputs.languages import codes_of, known_language
 from kdexport.tasks.menus import LAYERS, OF_LAYERS, Menu
@@ -18,7 +27,7 @@ from kdexport.tasks.menus import LAYERS, OF_LAYERS, Menu
 _SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist", "similarity", "listwise-kl"}
 _TEACHERS = {
     "torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits",
-    "endpoint": "an endpoint", "answers": "a file of answers", "zero-shot": "a model of language inference",
+    "zero-shot": "a zero-shot model", "endpoint": "an endpoint", "answers": "a file of answers",
 }  # fmt: skip
 
 
@@ -159,6 +168,10 @@ def _check_teachers(spec: Spec, menu: Menu) -> None:
         raise SpecError(f"teacher.model: {spec.task} takes one teacher, which reads each text once", "Name one")
     if not menu.augment and teacher.passes > 1 and teacher.noise == "augment":
         raise SpecError(f"teacher.noise: augment changes texts, not the rows of {spec.task}", "Take dropout")
+    if "{}" not in teacher.hypothesis:
+        raise SpecError(f"teacher.hypothesis: {teacher.hypothesis!r} has no {{}} for the label", "Add {}")
+    if spec.student.base and kind_of(spec.student.base) != "torch":
+        raise SpecError(f"student.base: {spec.student.base} is no model of PyTorch", "Name its folder or hub id")
     for model, kind in kinds.items():
         exact = "adapter" if kind == "torch" and is_adapter(Path(model)) else kind
         what = f"{_TEACHERS[exact]} ({model})"
@@ -168,19 +181,21 @@ def _check_teachers(spec: Spec, menu: Menu) -> None:
             )
         if kind != "torch" and teacher.train is not None:
             raise SpecError(f"teacher.train: {what} can't be fine-tuned", "Leave teacher.train out")
-        if kind != "torch" and teacher.passes > 1 and (kind == "stored" or teacher.noise == "dropout"):
-            fix = "Leave teacher.passes out" if kind == "stored" else "Take teacher.noise: augment"
+        some = kind in ("stored", *ASKED)  # it answers some texts only
+        if kind != "torch" and teacher.passes > 1 and (some or teacher.noise == "dropout"):
+            fix = "Leave teacher.passes out" if some else "Take teacher.noise: augment"
             raise SpecError(f"teacher.passes: {what} has no dropout to read with", fix)
-        if kind == "stored" and spec.distill.augment is not None:
+        if some and spec.distill.augment is not None:
             raise SpecError(f"distill.augment: {what} holds no answers to changed texts", "Leave it out")
     if first == "torch":
         return
-    for name in ("dtype", "devices", "pooling"):
+    for name in ("pooling",) if first == "zero-shot" else ("dtype", "devices", "pooling"):
         if getattr(teacher, name) != _default(spec, "teacher", name):
             raise SpecError(f"teacher.{name} has no effect: {models[0]} is no model of PyTorch", "Remove it")
     what = f"{_TEACHERS[first]} ({models[0]})"
+    based = menu.bases and first not in OPEN
     for student in derive.students(spec):
-        if derive.shape_of(student).kind != "model":
+        if derive.shape_of(student).kind != "model" and not based:
             fix = "Name a Hugging Face folder or id for the student, or another teacher first"
             raise SpecError(f"student.model: {student!r} is built from the teacher's weights, and {what} has none", fix)
     if layers := sorted(losses_of(spec) & {*OF_LAYERS}):
@@ -193,9 +208,15 @@ def _of_asked(spec: Spec, menu: Menu) -> Spec:
     kinds = {kind_of(model) for model in models}
     names_labels = "endpoint" in menu.teachers
     if spec.data.labels and not names_labels:
-        raise SpecError(f"data.labels has no effect on {_named(spec)}", "Remove it, or name text-classification: --task")
+        raise SpecError(
+            f"data.labels has no effect on {_named(spec)}", "Remove it, or name text-classification: --task"
+        )
     if kinds & {*ASKED, "zero-shot"} and not names_labels:
-        fix = "Name the labels: --labels refund,delay,praise" if not spec.data.labels else "Take --task text-classification"
+        fix = (
+            "Name the labels: --labels refund,delay,praise"
+            if not spec.data.labels
+            else "Take --task text-classification"
+        )
         raise SpecError(f"teacher.model: {models[0]} labels texts, and can't teach {_named(spec)}", fix)
     if kinds & {*ASKED} and len(models) > 1:
         raise SpecError("teacher.model: a teacher that answers some texts only has no others beside it", "Name one")
@@ -258,6 +279,16 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield "student.seconds", f"on {spec.task}", "Remove it: it is of a smaller Whisper"
         if spec.distill.alpha == 0:
             yield "distill.max_word_error", "with alpha 0", "Raise alpha, or remove it"
+    kinds = {kind_of(model) for model in named(spec)}
+    if "zero-shot" not in kinds:
+        yield "teacher.hypothesis", "without a teacher zero-shot:MODEL", "Remove it"
+    first = named(spec)[0]
+    if not menu.bases or kind_of(first) in OPEN:
+        yield "student.base", f"where students are made from {first}", "Remove it"
+    elif all(derive.shape_of(name).kind == "model" for name in derive.students(spec)):
+        yield "student.base", "on students that are models of their own", "Remove it"
+    if "zero-shot" not in menu.teachers:
+        yield "teacher.corrections", f"on {spec.task}: they are of labels with names", "Remove it"
     if len(named(spec)) == 1:
         yield "teacher.weights", "with one teacher", "Remove it"
         if spec.teacher.passes == 1:

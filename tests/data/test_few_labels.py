@@ -82,7 +82,11 @@ def settings(tmp_path, **given):
 def test_flags_of_an_endpoint_are_keys_of_the_spec(tmp_path):
     found = settings(tmp_path, max_calls=500, set={"teacher.ask.by": "words"})
     assert found.data.labels == ("refund", "delay")
-    assert (found.teacher.ask.max_calls, found.teacher.ask.by, found.teacher.ask.key) == (500, "words", "OPENAI_API_KEY")
+    assert (found.teacher.ask.max_calls, found.teacher.ask.by, found.teacher.ask.key) == (
+        500,
+        "words",
+        "OPENAI_API_KEY",
+    )
 
 
 @pytest.mark.parametrize(
