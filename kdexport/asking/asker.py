@@ -32,7 +32,7 @@ class Asker:
 
     def __init__(self, address: Address, how: spec.Ask, labels: Mapping[str, str], *, several: bool, seed: int) -> None:
         self.how, self.labels, self.several, self._seed = how, labels, several, seed
-        self._model = address.model
+        self.model, self.url = address
         self.endpoint = Endpoint(
             address, os.environ.get(how.key) or None, store=Answers(address.model), concurrency=how.concurrency,
             timeout_s=how.timeout_s,
@@ -55,7 +55,7 @@ class Asker:
 
     def _questions(self, by: str, examples: Sequence[Row]) -> Questions:
         return Questions(
-            self._model, self.labels, self.how, by, several=self.several, examples=examples,
+            self.model, self.labels, self.how, by, several=self.several, examples=examples,
             abilities=self.abilities, seed=self._seed,
         )  # fmt: skip
 
@@ -67,9 +67,18 @@ class Asker:
         return self.endpoint.counts.sent + self.endpoint.counts.cached
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> tuple[int, int]:
         """The tokens in and out of these answers."""
-        return self.endpoint.counts.tokens_in + self.endpoint.counts.tokens_out
+        counts = self.endpoint.counts
+        return counts.tokens_in + counts.cached_tokens_in, counts.tokens_out + counts.cached_tokens_out
+
+    def mean_mass(self) -> float | None:
+        """Return the mean probability of all labels together; None where there is no answer yet."""
+        return float(np.mean(self.mass)) if self.mass else None
+
+    def place_of(self, row: Row, label: int) -> int:
+        """Return the place in the list of options, from 0, in which a text's first question has a label."""
+        return self.questions.places(row, 0).index(label)
 
     def calls_a_text(self, row: Row) -> int:
         """Return the calls that a text takes in all orders."""
@@ -81,8 +90,9 @@ class Asker:
         if self.how.max_calls is not None:
             left.append((self.how.max_calls - self.calls) // self.calls_a_text(row))
         if self.how.max_tokens is not None:
-            each = self.tokens / self._texts if self._texts else self.tokens_a_text([row])[0]
-            left.append(int((self.how.max_tokens - self.tokens) / max(each, 1)))
+            spent = sum(self.tokens)
+            each = spent / self._texts if self._texts else sum(self.tokens_a_text([row]))
+            left.append(int((self.how.max_tokens - spent) / max(each, 1)))
         return max(0, min(left))
 
     def tokens_a_text(self, rows: Sequence[Row]) -> tuple[float, float]:

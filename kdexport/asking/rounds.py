@@ -6,8 +6,10 @@ unsure, next to random ones, until the calls are used up or the students learn n
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -15,20 +17,23 @@ from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.asking.answered import Answered
 from kdexport.asking.asker import Asker
-from kdexport.asking.trust import trust_of, try_out
+from kdexport.asking import trust
 from kdexport.data.rows import Row, Rows
-from kdexport.errors import SpecError, counted
-from kdexport.progress import say
-from kdexport.results.asked import Asked, Point
-from kdexport.spec import derive
-from kdexport.spec.teachers import address_of, named
+from kdexport.errors import ModelError, SpecError, counted
+from kdexport.progress import say, warn
+from kdexport.results import Asked, Round, Trust
+from kdexport.spec.teachers import address_of, named, origin
 from kdexport.tasks.base import Task
+from kdexport.tasks.judging import near_chance
 from kdexport.tasks.metrics import Array
 
 # Shares of the texts that can be asked: those that judge, and those that stop training and draw the curve.
 _TEST, _VALIDATION = 0.15, 0.1
 _LEAST_TEST, _LEAST_VALIDATION = 100, 50
-_TRIED = 100  # labelled rows on which a teacher is tried first
+_TRIED, _LEAST_TRIED = 100, 20  # labelled rows on which a teacher is tried first
+_TO_FIT = 50  # labelled rows from which a temperature is fitted
+_WORDS = 30  # labelled rows that a teacher near chance is asked by words as well
+_STEADY = 0.8  # of answers that stay the same in another order
 _TWICE = 50  # texts that are asked in a second order of the options
 _POOL = 20_000  # texts to choose from at most, or four times those that can be asked
 _RANDOM = 0.25  # share of random texts in a round
@@ -36,11 +41,10 @@ _EXAMPLES = 8
 
 
 class Taught(NamedTuple):
-    """The rows that teach, the first student's score over their number, and why no more were asked."""
+    """The rows that teach, how well a first student did after each round, and why no more were asked."""
 
     rows: list[Row]
-    chosen: list[Point]
-    random: list[Point]
+    rounds: list[Round]
     stopped: str
 
 
@@ -63,21 +67,16 @@ def ask_in_rounds(
     pool = pool.where(lambda row: task.content(row) not in shown)
     found = Answered(task, corrected, asker.read)
     texts = _estimate(asker, [*splits["test"], *splits["validation"], *pool])
-    share = {
-        "test": max(_LEAST_TEST, int(_TEST * texts)),
-        "validation": max(_LEAST_VALIDATION, int(_VALIDATION * texts)),
-    }
-    judging = {split: splits[split].take(sampled(len(splits[split]), most)) for split, most in share.items()}
-    with_label = [row for rows in (*judging.values(), pool) for row in rows if row["label"] is not None]
-    try_out(asker, task, found, found.of(with_label[:_TRIED], "ask labelled rows"))
+    most = {"test": max(_LEAST_TEST, int(_TEST * texts)), "validation": max(_LEAST_VALIDATION, int(_VALIDATION * texts))}
+    judging = {split: splits[split].take(sampled(len(splits[split]), n)) for split, n in most.items()}
+    labelled = [row for rows in (*judging.values(), pool) for row in rows if row["label"] is not None]
+    _try(asker, task, found, found.of(labelled[:_TRIED], "ask labelled rows"))
     taken: dict[str, Sequence[Row]] = {split: found.of(rows, f"ask {split}") for split, rows in judging.items()}
-    known = [row for row in with_label if task.content(row) in found.logits]
-    again = asker.in_another_order(taken["test"][:_TWICE])
-    trusted = trust_of(task, found, known, taken["test"][:_TWICE], again)
+    trusted = _trust(asker, task, found, taken["test"], [row for row in labelled if task.content(row) in found.logits])
     found.temperature = trusted.temperature or 1.0
     taught = _teach(settings, task, asker, found, pool, taken["validation"])
     taken["train"] = taught.rows
-    return taken, found, asker.record(trusted, taught)
+    return taken, found, _record(settings, asker, taken, len(pool), trusted, taught)
 
 
 def _examples(how: spec.Ask, task: Task, pool: Rows) -> list[Row]:
@@ -87,12 +86,8 @@ def _examples(how: spec.Ask, task: Task, pool: Rows) -> list[Row]:
     for row in pool:
         if row["label"] is not None:
             by_label.setdefault(row["label"], []).append(row)
-    turns = (row for rows in zip(*(_cycled(rows, most) for _, rows in sorted(by_label.items()))) for row in rows)
-    return [row for row in turns if row][:most]
-
-
-def _cycled(rows: list[Row], most: int) -> list[Row | None]:
-    return [*rows[:most], *[None] * (most - len(rows))]
+    turns = zip_longest(*(rows[:most] for _, rows in sorted(by_label.items())))
+    return [row for rows in turns for row in rows if row][:most]
 
 
 def _estimate(asker: Asker, rows: Sequence[Row]) -> int:
@@ -118,54 +113,140 @@ def _teach(
     order = np.random.default_rng(settings.seed).permutation(len(pool))
     budget = asker.affordable(pool[0]) if len(pool) else 0
     if budget >= len(pool):
-        rows = found.of(pool.take(order), "ask train")
-        return Taught(rows, [], [], "every text was asked")
-    from kdexport.asking.choose import Committee, first_and_step, is_flat, next_places, vectors
+        return Taught(found.of(pool.take(order), "ask train"), [], "every text was asked")
+    from kdexport.asking.choose import Committee, agreement, first_and_step, is_flat, next_places, vectors
 
     candidates = pool.take(order[: max(_POOL, 4 * budget)])
-    base, length = derive.base(settings), settings.data.max_length or type(task).usual_length
+    length = settings.data.max_length or type(task).usual_length
     with tempfile.TemporaryDirectory() as work:
-        x = vectors(base, [*candidates, *validation], length, Path(work) / "base")
+        x = vectors(origin(settings), [*candidates, *validation], length, Path(work) / "base")
     x, x_validation = x[: len(candidates)], x[len(candidates) :]
     contents = [task.content(row) for row in candidates]
     first, step = first_and_step(budget, len(candidates))
-    tried, at_random = set(range(first)), set(range(first))
-    found.of(candidates[:first], "ask train")
-    draw = np.random.default_rng(settings.seed)
     share = 1.0 if asker.how.choose == "random" else _RANDOM
-    chosen, random = list[Point](), list[Point]()
+    draw, judged_by = np.random.default_rng(settings.seed), found.array(validation)
+    asked, at_random, rounds = set(range(first)), set(range(first)), list[Round]()
+    found.of(candidates[:first], "ask train")
 
-    def fitted(places: Sequence[int]) -> Committee:
-        own = [candidates[i] for i in places]
-        return Committee(task.function, settings.seed).fit(x[places], task.scores(found.array(own)))
-
-    def score(committee: Committee) -> float:
-        return _score(task, committee.probabilities(x_validation).mean(axis=0), found.array(validation), validation)
+    def student(places: Sequence[int]) -> Committee:
+        own = found.array([candidates[i] for i in places])
+        return Committee(task.function, settings.seed).fit(x[places], task.scores(own))
 
     while True:
         answered = [i for i, content in enumerate(contents) if content in found.logits]
-        committee = fitted(answered)
-        chosen.append(Point(len(answered), score(committee)))
-        own = [i for i in answered if i in at_random]
-        random.append(chosen[-1] if len(own) == len(answered) else Point(len(own), score(fitted(own))))
-        say(f"asked: {len(answered):,} texts of train; a first student's score on validation is {chosen[-1].score:.1%}")
-        left = asker.affordable(candidates[0])
-        if left <= 0 or len(tried) == len(candidates):
-            return Taught([candidates[i] for i in answered], chosen, random, "the limit of calls was reached")
-        if is_flat([point.score for point in chosen]):
-            return Taught([candidates[i] for i in answered], chosen, random, "the first student learned nothing more")
-        open_ = [i for i in range(len(candidates)) if i not in tried and contents[i] not in found.logits]
-        by_doubt, by_chance = next_places(committee, x[open_], min(step, left, len(open_)), share, draw)
-        new = [open_[i] for i in (*by_doubt, *by_chance)]
-        at_random |= {open_[i] for i in by_chance}
-        tried |= set(new)
-        found.of([candidates[i] for i in new], "ask train")
+        by_chance = [i for i in answered if i in at_random]
+        committee = student(answered)
+        score = agreement(committee, x_validation, judged_by)
+        alone = score if len(by_chance) == len(answered) else agreement(student(by_chance), x_validation, judged_by)
+        chosen = len(answered) - len(by_chance)
+        rounds.append(Round(chosen=chosen, random=len(by_chance), agreement=score, random_agreement=alone))
+        say(f"asked: {len(answered):,} texts of train; a first student agrees on {score:.1%} of validation")
+        left, rest = asker.affordable(candidates[0]), [i for i in range(len(candidates)) if i not in asked]
+        if not left or not rest:
+            stopped = "the limit was reached"
+        elif is_flat([one.agreement for one in rounds], len(validation)):
+            stopped = "a first student learned nothing more"
+        else:
+            new = next_places(committee, x[rest], min(step, left), share, draw)
+            at_random |= {rest[i] for i in new.random}
+            places = [rest[i] for i in (*new.chosen, *new.random)]
+            asked |= {*places}
+            found.of([candidates[i] for i in places], "ask train")
+            continue
+        return Taught([candidates[i] for i in answered], rounds, stopped)
 
 
-def _score(task: Task, probabilities: Array, teacher: Array, rows: Sequence[Row]) -> float:
-    """Return the first student's metric on labelled rows, or its agreement with the teacher on others."""
-    logits = np.log(np.maximum(probabilities, 1e-9))
-    if task.function == "sigmoid":
-        logits = logits - np.log(np.maximum(1 - probabilities, 1e-9))
-    judged_by = judged(task, rows, teacher)
-    return metric(judged_by, logits, rows)
+def _try(asker: Asker, task: Task, found: Answered, rows: Sequence[Row]) -> None:
+    """Refuse a teacher that is near chance on labelled rows, naming the likely cause."""
+    logits = found.array(rows)
+    if len(rows) < _LEAST_TRIED or not near_chance(task, logits, rows):
+        return
+    right = trust.accuracy(task, logits, rows).value
+    some, by_words = rows[:_WORDS], None
+    if asker.by == "letters" and not asker.several and (answers := asker.by_words(some)):
+        read = [i for i, one in enumerate(answers) if one.logits is not None]
+        if read:
+            by_words = trust.accuracy(task, np.stack([answers[i].logits for i in read]), [some[i] for i in read]).value
+    twice = _twice(asker, task, found, some)
+    why = trust.cause(
+        task, logits, mass=asker.mean_mass(), asked_by=asker.by, right=right, right_by_words=by_words,
+        same_in_another_order=trust.order_agreement(task, twice.first, twice.second).value if twice else None,
+    )  # fmt: skip
+    what = f"teacher {asker.model} has a {task.metric.name} of {task.metric.text(right)} on {len(rows)} labelled rows"
+    raise ModelError(f"{what}, which is near chance", why)
+
+
+class Twice(NamedTuple):
+    """Rows that were asked in two orders of the options, with both answers [N, C]."""
+
+    rows: list[Row]
+    first: Array
+    second: Array
+
+
+def _twice(asker: Asker, task: Task, found: Answered, rows: Sequence[Row]) -> Twice | None:
+    """Ask rows again with their options in another order; None where none of them has two answers."""
+    again = asker.in_another_order(rows)
+    both = [(row, one.logits) for row, one in zip(rows, again, strict=False) if one.logits is not None]
+    if not both:
+        return None
+    own = [row for row, _ in both]
+    return Twice(own, found.array(own), np.stack([logits for _, logits in both if logits is not None]))
+
+
+def _trust(asker: Asker, task: Task, found: Answered, judging: Sequence[Row], labelled: Sequence[Row]) -> Trust:
+    """Return what is known of the answers, and warn of what speaks against them."""
+    known: dict[str, Any] = {"mass": asker.mean_mass()}
+    if twice := _twice(asker, task, found, judging[:_TWICE]):
+        same = trust.order_agreement(task, twice.first, twice.second)
+        places = [asker.place_of(row, int(best)) for row, best in zip(twice.rows, twice.first.argmax(axis=1), strict=True)]
+        known |= {"same_in_another_order": same, "alike": trust.alike(task, twice.first, twice.second)}
+        known |= {"position": trust.position_bias(np.array(places), len(task.labels)) if not asker.several else ""}
+        if same.value < _STEADY:
+            warn(
+                f"teacher: {same.value:.0%} of {counted(len(twice.rows), 'text')} keep their answer when the options "
+                "change places; the mean over several orders is steadier: --set teacher.ask.orders=4"
+            )
+        if known["position"]:
+            warn(f"teacher: {known['position']}")
+        for pair in known["alike"][:3]:
+            warn(f"teacher: {pair.first!r} and {pair.second!r} share {counted(pair.rows, 'text')}; do they mean the same?")
+    if labelled:
+        logits, labels = found.array(labelled), cast(Any, task).label_array(labelled)
+        known["accuracy"] = trust.accuracy(task, logits, labelled)
+        if len(labelled) >= _TO_FIT:
+            before, after = trust.calibration(logits, labels)
+            temperature = trust.fitted_temperature(logits, labels)
+            known |= {"temperature": temperature, "ece_before": before, "ece_after": after}
+        found_ = known["accuracy"]
+        low, high = (task.metric.text(side) for side in found_.ci95)
+        say(
+            f"teacher: {task.metric.name} {task.metric.text(found_.value)} [{low}–{high}] on "
+            f"{counted(len(labelled), 'labelled row')}"
+        )
+    else:
+        warn("teacher: no row has a label, so nobody knows how often it is right; 100 labelled rows would tell")
+    return Trust(**known)
+
+
+def _record(
+    settings: spec.Spec, asker: Asker, taken: Mapping[str, Sequence[Row]], pool: int, trusted: Trust, taught: Taught
+) -> Asked:
+    counts, seconds = asker.endpoint.counts, np.array(asker.endpoint.seconds or [np.nan])
+    p50, p99 = (float(1e3 * np.percentile(seconds, q)) for q in (50, 99))
+    not_known = []
+    if trusted.accuracy is None:
+        not_known.append("How often the teacher is right: no row has a label, so all figures are agreement with it.")
+    elif trusted.temperature is None:
+        not_known.append(f"How sure its probabilities are to be taken: fewer than {_TO_FIT} rows have a label.")
+    if asker.how.price is None:
+        not_known.append("What the answers cost: teacher.ask.price gives the price of a million tokens in and out.")
+    return Asked(
+        model=asker.model, host=urlsplit(asker.url).netloc, by=asker.by, abilities=asker.abilities.line(),
+        orders=asker.how.orders, texts={split: len(rows) for split, rows in taken.items()}, pool=pool,
+        sent=counts.sent, cached=counts.cached, tokens_in=asker.tokens[0], tokens_out=asker.tokens[1],
+        price=asker.how.price, retries=counts.retried, failed=counts.failed,
+        refused=asker.problems["refusal"], unparsable=asker.problems["unparsable"],
+        p50_ms=p50 if asker.endpoint.seconds else None, p99_ms=p99 if asker.endpoint.seconds else None,
+        rounds=taught.rounds, stopped=taught.stopped, not_known=not_known, trust=trusted,
+    )  # fmt: skip

@@ -16,9 +16,11 @@ from kdexport import spec
 from kdexport.asking.answered import Answered, distinct, judge
 from kdexport.asking.given import Given, labels_of
 from kdexport.data import read_rows, read_summary
+from kdexport.data.corrections import read_corrections
 from kdexport.data.rows import Row, write_rows
 from kdexport.data.sources import SPLITS
 from kdexport.distill.store import Store, content_keys
+from kdexport.distill.teachers import corrections_of
 from kdexport.errors import ModelError, counted
 from kdexport.files import write_bytes, write_json
 from kdexport.progress import say
@@ -44,12 +46,11 @@ def settings_of(settings: spec.Spec) -> list[Any]:
 
 def files(settings: spec.Spec) -> list[Path]:
     """Return the user's files that the stage reads; raise ModelError if one is missing."""
-    given = [named(settings)[0]] if kind_of(named(settings)[0]) == "answers" else []
-    given += [settings.teacher.corrections] if settings.teacher.corrections else []
+    given = [Path(model) for model in named(settings) if kind_of(model) == "answers"]
     for file in given:
-        if not Path(file).is_file():
-            raise ModelError(f"{file} does not exist", "Check the path")
-    return [Path(file) for file in given]
+        if not file.is_file():
+            raise ModelError(f"teacher {file} does not exist", "Check the path")
+    return [*given, *corrections_of(settings)]
 
 
 def with_labels(settings: spec.Spec) -> spec.Spec:
@@ -73,12 +74,14 @@ def ask(settings: spec.Spec, data: Path, out: Path) -> None:
     splits = {split: read_rows(data, split) for split in SPLITS}
     beyond = [read_rows(data, "unlabelled")] if (data / "unlabelled.jsonl").is_file() else []
     pool = distinct(task, sum(beyond, splits["train"]))
-    corrected = _corrected(settings, task)
+    corrected: dict[str, str] = {}
+    for file in corrections_of(settings):
+        corrected |= read_corrections(file, settings, task.labels)
     if kind_of(model) == "answers":
         given = Given(Path(model), task.labels, type(task))
         found = Answered(task, corrected, given.read)
         taken = {split: found.of(splits[split]) for split in ("validation", "test")} | {"train": found.of(pool)}
-        record = stored_record(model, found)
+        record = None
     else:
         from kdexport.asking.rounds import ask_in_rounds
 
@@ -92,12 +95,9 @@ def ask(settings: spec.Spec, data: Path, out: Path) -> None:
     if (data / "near_duplicates.jsonl").is_file():
         write_bytes(out / "near_duplicates.jsonl", (data / "near_duplicates.jsonl").read_bytes())
     _write_answers(out, task, taken, found)
-    write_json(out / RECORD, record)
+    if record:
+        write_json(out / RECORD, record)
     say(f"asked: {', '.join(f'{n:,} {split}' for split, n in counts.items())} with an answer")
-
-
-def _corrected(settings: spec.Spec, task: Task) -> dict[str, str]:
-    return {}
 
 
 def _judging(rows: Sequence[Row]) -> list[Row]:

@@ -59,9 +59,10 @@ def _facts(settings: spec.Spec, out: Path, move_aside: bool) -> dict[str, str]:
 
 def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    settings = asking.with_labels(settings)
     names = derive.students(settings)
     files = local_files(settings.data)
-    sources = [*files, *teachers.files(settings), *teachers.corrections_of(settings), *local(*names)]
+    sources = [*files, *asking.files(settings), *teachers.files(settings), *teachers.corrections_of(settings), *local(*names)]
     here = maker()
     with Run(out, sources, spec.dump(settings), here, move_aside=move_aside) as folder, disk_errors(out):
         ranks.check_shared(out / PRIVATE, "the run's folder", "Name one with --out that all machines share")
@@ -135,12 +136,15 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     """List every setting with its value and its meaning or reason; reads the data, as epochs depend on its size."""
     derive.check_dealt(settings, ranks.size())
     local_files(settings.data)
+    settings = asking.with_labels(settings)
     with tempfile.TemporaryDirectory() as work:
         _data(settings, Path(work))
         train, validation = (read_rows(Path(work), split) for split in ("train", "validation"))
         summary = read_summary(Path(work))
     labels = len(summary.labels)
     rows = len(train)
+    if settings.teacher.ask and settings.teacher.ask.max_calls:  # at most
+        rows = min(rows + summary.unlabelled, settings.teacher.ask.max_calls)
     names = derive.students(settings)
     menu = task_class(settings.task, settings.data.problem).menu
     starts = {derive.start_of(settings.student, name, menu) for name in names}
