@@ -34,7 +34,7 @@ class Asker:
         self.how, self.labels, self.several, self._seed = how, labels, several, seed
         self.model, self.url = address
         self.endpoint = Endpoint(
-            address, os.environ.get(how.key) or None, store=Answers(address.model), concurrency=how.concurrency,
+            address, os.environ.get(how.key) or None, store=Answers(), concurrency=how.concurrency,
             timeout_s=how.timeout_s,
         )  # fmt: skip
         self.abilities = probe(self.endpoint, address.model)

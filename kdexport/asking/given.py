@@ -58,9 +58,9 @@ def as_logits(probabilities: Array, *, several: bool) -> Array:
     """Return logits float32 [C] for probabilities [C], none surer than 99.9 %; `several` are independent."""
     if several:
         p = np.clip(probabilities, 1 - _SUREST, _SUREST)
-        return np.log(p / (1 - p)).astype(np.float32)
+        return np.asarray(np.log(p / (1 - p)), np.float32)
     p = probabilities / probabilities.sum()
-    return np.log(np.maximum(p, (1 - _SUREST) / len(p))).astype(np.float32)
+    return np.asarray(np.log(np.maximum(p, (1 - _SUREST) / len(p))), np.float32)
 
 
 def labels_of(path: Path) -> list[str]:

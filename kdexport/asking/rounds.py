@@ -15,9 +15,9 @@ import numpy as np
 
 from kdexport import spec
 from kdexport.analysis import sampled
+from kdexport.asking import trust
 from kdexport.asking.answered import Answered
 from kdexport.asking.asker import Asker
-from kdexport.asking import trust
 from kdexport.data.rows import Row, Rows
 from kdexport.errors import ModelError, SpecError, counted
 from kdexport.progress import say, warn
@@ -27,9 +27,9 @@ from kdexport.tasks.base import Task
 from kdexport.tasks.judging import near_chance
 from kdexport.tasks.metrics import Array
 
-# Shares of the texts that can be asked: those that judge, and those that stop training and draw the curve.
-_TEST, _VALIDATION = 0.15, 0.1
-_LEAST_TEST, _LEAST_VALIDATION = 100, 50
+# The least texts that judge, and their share of those that can be asked; validation stops training and asking.
+_JUDGING = {"test": (100, 0.15), "validation": (50, 0.1)}
+_LEAST = 250  # texts in all
 _TRIED, _LEAST_TRIED = 100, 20  # labelled rows on which a teacher is tried first
 _TO_FIT = 50  # labelled rows from which a temperature is fitted
 _WORDS = 30  # labelled rows that a teacher near chance is asked by words as well
@@ -67,8 +67,10 @@ def ask_in_rounds(
     pool = pool.where(lambda row: task.content(row) not in shown)
     found = Answered(task, corrected, asker.read)
     texts = _estimate(asker, [*splits["test"], *splits["validation"], *pool])
-    most = {"test": max(_LEAST_TEST, int(_TEST * texts)), "validation": max(_LEAST_VALIDATION, int(_VALIDATION * texts))}
-    judging = {split: splits[split].take(sampled(len(splits[split]), n)) for split, n in most.items()}
+    judging = {
+        split: splits[split].take(sampled(len(splits[split]), max(least, int(share * texts))))
+        for split, (least, share) in _JUDGING.items()
+    }
     labelled = [row for rows in (*judging.values(), pool) for row in rows if row["label"] is not None]
     _try(asker, task, found, found.of(labelled[:_TRIED], "ask labelled rows"))
     taken: dict[str, Sequence[Row]] = {split: found.of(rows, f"ask {split}") for split, rows in judging.items()}
@@ -94,8 +96,8 @@ def _estimate(asker: Asker, rows: Sequence[Row]) -> int:
     """Print what the answers will cost at most, and return how many texts can be asked."""
     some = [rows[i] for i in sampled(len(rows), 50)]
     texts = min(asker.affordable(some[0]), len(rows))
-    if texts < _LEAST_TEST + _LEAST_VALIDATION + _LEAST_TEST:
-        least = (_LEAST_TEST + _LEAST_VALIDATION + _LEAST_TEST) * asker.calls_a_text(some[0])
+    if texts < min(_LEAST, len(rows)):
+        least = min(_LEAST, len(rows)) * asker.calls_a_text(some[0])
         what = f"teacher.ask: the limits allow answers to {counted(texts, 'text')}, and judging and teaching need more"
         raise SpecError(what, f"Raise --max-calls to {least:,} at least")
     tokens_in, tokens_out = (texts * each for each in asker.tokens_a_text(some))
@@ -164,9 +166,9 @@ def _try(asker: Asker, task: Task, found: Answered, rows: Sequence[Row]) -> None
     right = trust.accuracy(task, logits, rows).value
     some, by_words = rows[:_WORDS], None
     if asker.by == "letters" and not asker.several and (answers := asker.by_words(some)):
-        read = [i for i, one in enumerate(answers) if one.logits is not None]
-        if read:
-            by_words = trust.accuracy(task, np.stack([answers[i].logits for i in read]), [some[i] for i in read]).value
+        both = [(row, one.logits) for row, one in zip(some, answers, strict=True) if one.logits is not None]
+        if both:
+            by_words = trust.accuracy(task, np.stack([logits for _, logits in both]), [row for row, _ in both]).value
     twice = _twice(asker, task, found, some)
     why = trust.cause(
         task, logits, mass=asker.mean_mass(), asked_by=asker.by, right=right, right_by_words=by_words,
@@ -199,7 +201,9 @@ def _trust(asker: Asker, task: Task, found: Answered, judging: Sequence[Row], la
     known: dict[str, Any] = {"mass": asker.mean_mass()}
     if twice := _twice(asker, task, found, judging[:_TWICE]):
         same = trust.order_agreement(task, twice.first, twice.second)
-        places = [asker.place_of(row, int(best)) for row, best in zip(twice.rows, twice.first.argmax(axis=1), strict=True)]
+        places = [
+            asker.place_of(row, int(best)) for row, best in zip(twice.rows, twice.first.argmax(axis=1), strict=True)
+        ]
         known |= {"same_in_another_order": same, "alike": trust.alike(task, twice.first, twice.second)}
         known |= {"position": trust.position_bias(np.array(places), len(task.labels)) if not asker.several else ""}
         if same.value < _STEADY:
@@ -210,7 +214,8 @@ def _trust(asker: Asker, task: Task, found: Answered, judging: Sequence[Row], la
         if known["position"]:
             warn(f"teacher: {known['position']}")
         for pair in known["alike"][:3]:
-            warn(f"teacher: {pair.first!r} and {pair.second!r} share {counted(pair.rows, 'text')}; do they mean the same?")
+            both = f"{pair.first!r} and {pair.second!r} share {counted(pair.rows, 'text')}"
+            warn(f"teacher: {both}; do they mean the same?")
     if labelled:
         logits, labels = found.array(labelled), cast(Any, task).label_array(labelled)
         known["accuracy"] = trust.accuracy(task, logits, labelled)

@@ -80,7 +80,7 @@ def ask(settings: spec.Spec, data: Path, out: Path) -> None:
     if kind_of(model) == "answers":
         given = Given(Path(model), task.labels, type(task))
         found = Answered(task, corrected, given.read)
-        taken = {split: found.of(splits[split]) for split in ("validation", "test")} | {"train": found.of(pool)}
+        taken: dict[str, Sequence[Row]] = {split: found.of(rows) for split, rows in (splits | {"train": pool}).items()}
         record = None
     else:
         from kdexport.asking.rounds import ask_in_rounds

@@ -62,7 +62,13 @@ def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
     settings = asking.with_labels(settings)
     names = derive.students(settings)
     files = local_files(settings.data)
-    sources = [*files, *asking.files(settings), *teachers.files(settings), *teachers.corrections_of(settings), *local(*names)]
+    sources = [
+        *files,
+        *asking.files(settings),
+        *teachers.files(settings),
+        *teachers.corrections_of(settings),
+        *local(*names),
+    ]
     here = maker()
     with Run(out, sources, spec.dump(settings), here, move_aside=move_aside) as folder, disk_errors(out):
         ranks.check_shared(out / PRIVATE, "the run's folder", "Name one with --out that all machines share")

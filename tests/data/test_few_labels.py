@@ -50,12 +50,12 @@ def test_labelled_rows_judge_where_there_are_enough(tmp_path, n, with_label, of_
 
 def test_a_row_with_another_label_is_named(tmp_path):
     rows = write(tmp_path / "rows.jsonl", 60, 60, lambda i: "prise" if i == 4 else LABELS[i % 3])
-    with pytest.raises(DataError, match="rows.jsonl, row 5: label 'prise' is none of data.labels"):
+    with pytest.raises(DataError, match=r"rows.jsonl, row 5: label 'prise' is none of data.labels"):
         split(rows, tmp_path / "data", labels=LABELS)
 
 
 def test_labels_that_nobody_names_are_asked_for(tmp_path):
-    with pytest.raises(DataError, match="no labels. Name them all: --labels refund,delay,praise"):
+    with pytest.raises(DataError, match=r"no labels. Name them all: --labels refund,delay,praise"):
         split(write(tmp_path / "rows.jsonl", 60), tmp_path / "data")
 
 
