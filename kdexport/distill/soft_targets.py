@@ -35,13 +35,12 @@ from kdexport.spec import derive
 from kdexport.stages import read_record
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task, can_transcribe
-from kdexport.tasks.judging import metric
+from kdexport.tasks.judging import CHANCE_KAPPA, metric, near_chance
 from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix, softmax
 
 TRANSFER = "transfer"
 _SAMPLES = "samples"
 _PREFLIGHT_ROWS = 256
-_CHANCE_KAPPA = 0.1
 _BLOCK, _BLOCK_BYTES = 8192, 1 << 25  # of rows, and of their logits
 # Another order of labels is named where it reads better beyond luck, in standard errors, and by enough of the rows.
 _SURE, _WORTH = 4.0, 0.05
@@ -242,8 +241,9 @@ def _needed(teachers: Combined, rows: Rows) -> spec.Augment | None:
 def _preflight(teacher: Teacher, rows: Sequence[Row], who: str) -> None:
     """Refuse a teacher that is near chance, naming the likely cause."""
     task, logits = teacher.task, teacher.answers(rows)
+    by_chance = near_chance(task, logits, rows)
     if task.config.function != "softmax":
-        if task.is_chance(logits, rows):
+        if by_chance:
             value = task.metric.text(metric(task, logits, rows))
             raise ModelError(
                 f"{who} has a {task.metric.name} of {value} on {len(rows)} labelled rows", _remedy(teacher)
@@ -251,15 +251,14 @@ def _preflight(teacher: Teacher, rows: Sequence[Row], who: str) -> None:
         return
     items = task.items(rows, logits)
     counts = confusion_matrix(items.labels, items.logits.argmax(axis=1), len(task.labels))
-    near_chance = cohen_kappa(counts) < _CHANCE_KAPPA
     accuracy = np.trace(counts) / counts.sum()
     found = (
         f"{who} answers {accuracy:.1%} of {len(items.labels)} labelled {'words' if task.has_words else 'rows'} rightly"
     )
-    found += ", which is near chance" if near_chance else ""
+    found += ", which is near chance" if by_chance else ""
     # Where its labels are the data's, no other order can be meant.
     if cause_of_chance(teacher.named.folder) or teacher.named.kind == "zero-shot":
-        if near_chance:
+        if by_chance:
             raise ModelError(found, _remedy(teacher))
         return
     truth, answer = linear_sum_assignment(-counts)
@@ -269,14 +268,14 @@ def _preflight(teacher: Teacher, rows: Sequence[Row], who: str) -> None:
     names = range(len(task.labels)) if task.unknown(rows[0]) else task.labels
     order = ", ".join([str(names[i]) for i in np.argsort(answer)][:8])
     fix = "Name its columns in that order: labels" if stored else "Set id2label in its config.json to that order"
-    better = cohen_kappa(counts[:, answer]) > 2 * _CHANCE_KAPPA
-    if near_chance and reordered > accuracy + 0.2 and better:
+    better = cohen_kappa(counts[:, answer]) > 2 * CHANCE_KAPPA
+    if by_chance and reordered > accuracy + 0.2 and better:
         raise ModelError(f"{found}. Its label order is not the data's: read as {order} it answers {reordered:.1%}", fix)
     moved = truth != answer
     gained, lost = counts[truth, answer][moved].sum(), np.diag(counts)[moved].sum()
     if gained - lost > max(_SURE * np.sqrt(gained + lost), _WORTH * counts.sum()):
         warn(f"{found}; read as {order} it answers {reordered:.1%}. If that is its label order: {fix}")
-    if near_chance:
+    if by_chance:
         raise ModelError(found, _remedy(teacher))
 
 

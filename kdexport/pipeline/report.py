@@ -11,6 +11,7 @@ from kdexport import __version__, spec
 from kdexport.analysis import sampled
 from kdexport.analysis.evidence import look_closely
 from kdexport.analysis.membership import membership
+from kdexport.asking import stage as asking
 from kdexport.bench.engine import Measured, read_measured
 from kdexport.bench.subjects import Target
 from kdexport.data import read_rows, read_summary
@@ -21,7 +22,7 @@ from kdexport.export import Candidate, read_candidates
 from kdexport.export.verify import read_quality, read_validation
 from kdexport.files import hash_file
 from kdexport.pipeline.choose import Choice, choose, judge_budget
-from kdexport.results import Distillation, Quality, Report, Search, Spread, Variant
+from kdexport.results import Asked, Distillation, Quality, Report, Search, Spread, Variant
 from kdexport.runtime.artifact import shipped_as, size_of
 from kdexport.stages import read_record
 from kdexport.tasks import judging, load_task
@@ -71,6 +72,7 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
         kdexport=__version__, task=settings.task, **described(task.metric), labels=task.labels, recommended=best,
         reason=choice.reason, variants=_variants(stages, candidates, choice, quality, measured, wrong), budget=verdict,
         search=stages.search, distillation=_distillation(settings, stages, quality, best, task, logits, rows),
+        asked=_asked(settings, stages.data),
         evidence=look_closely(task, rows, logits["teacher"], logits[best]),
         data={"name": settings.data.train, "rows": summary.rows, "bad_rows": summary.bad_rows,
               "labelled": _labelled(stages.data) if task.has_labels else 0, "unlabelled": summary.unlabelled,
@@ -84,6 +86,15 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
         command=f"kdexport run {stages.run}/spec.yaml --out {stages.run}",
     )  # fmt: skip
     return report, choice
+
+
+def _asked(settings: spec.Spec, data: Path) -> Asked | None:
+    """Return how the teacher was asked, if it was, with the price that the spec gives now."""
+    file = data / asking.RECORD
+    if not file.is_file():
+        return None
+    found = msgspec.json.decode(file.read_bytes(), type=Asked)
+    return msgspec.structs.replace(found, price=settings.teacher.ask.price if settings.teacher.ask else None)
 
 
 def _varies(trained_by: dict[str, Any], search: Search | None) -> list[str]:

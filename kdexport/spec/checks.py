@@ -8,8 +8,17 @@ import msgspec
 
 from kdexport.errors import SpecError
 from kdexport.spec import derive
-from kdexport.spec.sections import Distill, Spec, Weight
-from kdexport.spec.teachers import ASKED, OPEN, TRANSCRIBER, config_of, is_adapter, kind_of, named
+from kdexport.spec.sections import Ask, Distill, Spec, Weight
+from kdexport.spec.teachers import (
+    ASKED,
+    OPEN,
+    TRANSCRIBER,
+    address_of,
+    config_of,
+    is_adapter,
+    kind_of,
+    named,
+)
 from kdexport.tasks import names, task_class
 from kdexport.tasks.inputs.languages import codes_of, known_language
 from kdexport.tasks.menus import LAYERS, OF_LAYERS, Menu
@@ -39,6 +48,7 @@ def checked(tree: dict[str, Any], spec: Spec) -> Spec:
     _check_menu(spec, menu)
     _check_students(spec, menu)
     _check_losses(spec)
+    spec = _of_asked(spec, menu)
     _check_teachers(spec, menu)
     _check_transcriber(spec)
     for key, why, fix in _without_effect(spec, menu):
@@ -92,8 +102,7 @@ def _check_layers(shapes: Iterable[derive.Shape], most: object, whose: str) -> N
 
 
 def _check_menu(spec: Spec, menu: Menu) -> None:
-    single = spec.data.problem == "single-label"
-    task = spec.task if single else f"data.problem {spec.data.problem}"
+    task = _named(spec)
     if wrong := sorted(losses_of(spec) - {*menu.losses}):
         offered = [name for name in menu.losses if name not in OF_LAYERS]
         raise SpecError(f"distill.loss: {wrong[0]} is not for {task}", f"Take {_either(offered)}")
@@ -193,6 +202,40 @@ def _check_teachers(spec: Spec, menu: Menu) -> None:
         raise SpecError(f"distill.loss: {layers[0]} reads the teacher's layers, and {what} shows none", "Take kl")
 
 
+def _of_asked(spec: Spec, menu: Menu) -> Spec:
+    """Return the spec with the defaults of a teacher that is asked; refuse labels and teachers that don't fit."""
+    models = named(spec)
+    kinds = {kind_of(model) for model in models}
+    names_labels = "endpoint" in menu.teachers
+    if spec.data.labels and not names_labels:
+        raise SpecError(
+            f"data.labels has no effect on {_named(spec)}", "Remove it, or name text-classification: --task"
+        )
+    if kinds & {*ASKED, "zero-shot"} and not names_labels:
+        fix = (
+            "Name the labels: --labels refund,delay,praise"
+            if not spec.data.labels
+            else "Take --task text-classification"
+        )
+        raise SpecError(f"teacher.model: {models[0]} labels texts, and can't teach {_named(spec)}", fix)
+    if kinds & {*ASKED} and len(models) > 1:
+        raise SpecError("teacher.model: a teacher that answers some texts only has no others beside it", "Name one")
+    for model in models:
+        if kind_of(model) == "endpoint":
+            address_of(model)
+    if kind_of(models[0]) != "endpoint":
+        return spec
+    how = spec.teacher.ask or Ask()
+    if how.by not in (None, "samples") and how.samples != Ask().samples:
+        raise SpecError(f"teacher.ask.samples has no effect where by is {how.by}", "Remove it, or take by: samples")
+    return msgspec.structs.replace(spec, teacher=msgspec.structs.replace(spec.teacher, ask=how))
+
+
+def _named(spec: Spec) -> str:
+    """Return the task, or its problem where that differs."""
+    return spec.task if spec.data.problem == "single-label" else f"data.problem {spec.data.problem}"
+
+
 def _check_transcriber(spec: Spec) -> None:
     """Refuse, as far as the teacher's files tell, settings of a Whisper for another, and a language that it lacks."""
     teacher, asked = named(spec)[0], spec.data.language
@@ -250,6 +293,8 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield "teacher.weights", "with one teacher", "Remove it"
         if spec.teacher.passes == 1:
             yield "teacher.combine", "with one teacher and one pass", "Name more teachers, or raise passes"
+    if kind_of(named(spec)[0]) != "endpoint":
+        yield "teacher.ask", "on a teacher that is no endpoint", "Remove it (--max-calls, --max-tokens)"
     if spec.teacher.passes == 1:
         yield "teacher.noise", "with one pass", "Raise teacher.passes"
     if "int8" not in spec.export.variants:
