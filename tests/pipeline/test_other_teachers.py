@@ -71,7 +71,8 @@ def answers_of(folder, function=softmax):
 
 def data_of(given, out, *, problem="single-label"):
     out.mkdir()
-    prepare(spec.Data(train=given["data.train"], problem=problem), "text-classification", 0, out)
+    data = spec.Data(train=given["data.train"], text_pair=given.get("data.text_pair"), problem=problem)
+    prepare(data, "text-classification", 0, out)
     return out
 
 
@@ -248,7 +249,7 @@ def test_a_zero_shot_model_teaches_a_student_that_is_made_from_another(tmp_path,
     assert (tmp_path / "run" / "artifact" / "onnx" / "model.onnx").is_file()
     assert msgspec.json.decode((tmp_path / "run/targets/targets.json").read_bytes())["texts"] > 120
     again = run(settings, tmp_path / "other")  # its answers are in the cache
-    assert json.loads((tmp_path / "other/targets/.kdexport-private/computed.json").read_bytes()) == 0
+    assert json.loads((tmp_path / "other/targets/.kdexport/computed.json").read_bytes()) == 0
     assert again.variants[0].metric == report.variants[0].metric
 
 
@@ -291,7 +292,7 @@ def test_corrections_are_read_as_the_rows_are(tmp_path, news):
         read(("one", "tech"), ("two", "tec"))
     with pytest.raises(DataError, match=r"c\.csv, row 2: an earlier row gives its text another label"):
         read(("one", "tech"), ("one", "sports"))
-    with pytest.raises(DataError, match=r"c\.csv, row 1: label is missing"):
+    with pytest.raises(DataError, match=r"c\.csv, row 1: label is empty"):
         read(("one", ""))
     several = spec.load(None, news | {"teacher.model": "m", "data.problem": "multi-label"})
     assert read(("one", "tech|business"), ("two", ""), given=several) == {"one": "business\x1ftech", "two": ""}
