@@ -66,10 +66,12 @@ def ask_in_rounds(
     shown = {task.content(row) for row in examples}
     pool = pool.where(lambda row: task.content(row) not in shown)
     found = Answered(task, corrected, asker.read)
+    every = len(splits["test"]) + len(splits["validation"]) + len(pool)
     texts = _estimate(asker, [*splits["test"], *splits["validation"], *pool])
     judging = {
-        split: splits[split].take(sampled(len(splits[split]), max(least, int(share * texts))))
+        split: rows if texts >= every else rows.take(sampled(len(rows), max(least, int(share * texts))))
         for split, (least, share) in _JUDGING.items()
+        if (rows := splits[split])
     }
     labelled = [row for rows in (*judging.values(), pool) for row in rows if row["label"] is not None]
     _try(asker, task, found, found.of(labelled[:_TRIED], "ask labelled rows"))
