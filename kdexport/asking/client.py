@@ -11,11 +11,13 @@ import json
 import random
 import re
 import signal
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -330,7 +332,8 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self._key}"
         timeout = httpx.Timeout(None, connect=_CONNECT_S)
         # A proxy of the environment can't reach this machine's own ports.
-        return {"headers": headers, "timeout": timeout, "trust_env": not _local(self._address.url)}
+        proxied = not _local(self._address.url)
+        return {"headers": headers, "timeout": timeout, "trust_env": proxied, "verify": _certificates(proxied)}
 
 
 class _Pace:
@@ -364,6 +367,11 @@ def _tokens(body: dict[str, Any]) -> tuple[int, int]:
     found = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
     first, second = (n if isinstance(n, int) and n > 0 else 0 for n in found)
     return first, second
+
+
+@cache
+def _certificates(of_environment: bool) -> ssl.SSLContext:
+    return httpx.create_ssl_context(trust_env=of_environment)
 
 
 def _local(url: str) -> bool:

@@ -47,15 +47,15 @@ def judged(
     path: str, model: str, status: int, headers: Mapping[str, str], content: bytes, key: str
 ) -> dict[str, Any] | Failed | Again | Refused:
     """Return the JSON object of an answer to a call, or what went wrong."""
-    body, whole = json_object(content), content[:4000].decode(errors="replace")
-    message = _message(body, whole, key)
+    body = json_object(content)
+    if status == 200 and body is None:
+        return Again("an answer that is no JSON object", status)
+    if status == 200 and body is not None and isinstance(body.get("choices"), list) and body["choices"]:
+        return body
+    whole = content[:4000].decode(errors="replace")
+    message, too_long = _message(body, whole, key), bool(_TOO_LONG.search(whole))
     why = f"{status}: {message}"
-    too_long = bool(_TOO_LONG.search(whole))
-    if status == 200:
-        if body is None:
-            return Again("an answer that is no JSON object", status)
-        if isinstance(body.get("choices"), list) and body["choices"]:
-            return body
+    if status == 200 and body is not None:
         failed = "error" in body and too_long
         return Failed(why, status, too_long=True) if failed else Again(f"an answer without choices: {message}", status)
     if status in (401, 402, 403) or (status == 429 and _NO_CREDIT.search(whole)):

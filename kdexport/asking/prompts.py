@@ -102,7 +102,7 @@ class Questions:
         elif self._several:
             parts = [by_tokens(reply, _YES_NO, fold=True) for reply in replies]
         else:
-            options = self._options(self._order(row, order))
+            options = self._options(self.places(row, order))
             parts = [by_tokens(replies[0], options, fold=self._by == "words")]
         for part in parts:
             if part.logits is None:
@@ -115,7 +115,7 @@ class Questions:
     # --- one label of all
 
     def _one(self, row: Row, order: int) -> Call:
-        listed = self._order(row, order)
+        listed = self.places(row, order)
         options = dict(zip(listed, self._options(listed), strict=True))
         tokens = _FOR_WORDS if self._by == "words" else _FOR_LETTERS + len(self._codes[0]) - 1
         return self._chat(
@@ -151,7 +151,7 @@ class Questions:
 
     def _in_order_of_labels(self, row: Row, order: int, part: Reading) -> Any:
         logits = np.empty(len(self._names), dtype=np.float32)
-        listed = [*range(len(self._names))] if self._by == "scores" else self._order(row, order)
+        listed = [*range(len(self._names))] if self._by == "scores" else self.places(row, order)
         logits[listed] = part.logits
         return log_softmax(logits)
 
@@ -176,7 +176,7 @@ class Questions:
     def _prompts(self, row: Row, order: int) -> list[tuple[str, list[str]]]:
         """Return each prompt, and the texts that are scored after it; their end counts, as one may begin another."""
         if not self._several:
-            head = self._head(self._order(row, order), "name")
+            head = self._head(self.places(row, order), "name")
             answers = [f" {name}\n" for name in self._names]
             return [(self._plain(head, lambda e: self._names[self._of_example(e)[0]], row), answers)]
         answers = [f" {word}\n" for word in _YES_NO]
@@ -194,7 +194,7 @@ class Questions:
     # --- several answers
 
     def _sample(self, row: Row, order: int) -> Call:
-        listed, held = self._order(row, order), self._abilities.held_to(self._codes, several=self._several)
+        listed, held = self.places(row, order), self._abilities.held_to(self._codes, several=self._several)
         code_of = dict(zip(listed, self._codes, strict=True))
         json = self._abilities.constrained == "json_schema"
 
@@ -211,7 +211,7 @@ class Questions:
     def _read_samples(self, row: Row, order: int, replies: Sequence[Reply | Failed]) -> Reading:
         answers, chosen = [], []
         for i, reply in enumerate(replies):
-            listed = self._order(row, order * self._each + i)
+            listed = self.places(row, order * self._each + i)
             names = [self._names[c] for c in listed]
             for choice in choices_of(reply) if isinstance(reply, Reply) else []:
                 one, said = None if self._several else said_label(text_of(choice), self._codes, names), None
@@ -255,7 +255,7 @@ class Questions:
     def _of_example(self, example: Row) -> list[int]:
         return [self._labels.index(label) for label in example["label"].split(BETWEEN) if label]
 
-    def _order(self, row: Row, number: int) -> list[int]:
+    def places(self, row: Row, number: int) -> list[int]:
         """Return the labels in the order in which they are listed; two numbers that follow are each other's reverse."""
         content = f"{self._seed}\x1f{row['text']}\x1f{row.get('text_pair') or ''}".encode()
         first = int.from_bytes(hashlib.sha256(content).digest()[:4], "big")

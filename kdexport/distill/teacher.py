@@ -13,7 +13,7 @@ from kdexport.distill.fine_tune import fine_tune
 from kdexport.distill.teachers import EMBEDDER
 from kdexport.distill.transcripts import prepare_transcriber
 from kdexport.errors import ModelError
-from kdexport.models.embedder import is_embedder
+from kdexport.models.embedder import Pooling, is_embedder
 from kdexport.models.loading import alphabet_of, open_config, open_model, own_labels
 from kdexport.models.registry import has_head
 from kdexport.models.saving import save_model, save_task
@@ -100,11 +100,11 @@ def prepare_teacher(
         save_embedder(source, max_length, out / EMBEDDER)
 
 
-def save_embedder(source: str, max_length: int | None, out: Path) -> None:
+def save_embedder(source: str, max_length: int | None, out: Path, pooling: Pooling | None = None) -> None:
     """Write a model that embeds queries and passages, beside the one whose weights students take."""
     out.mkdir(exist_ok=True)
     embedding = next(name for name in names() if task_class(name).embeds)
-    opened = open_model(source, open_config(source), embedding, [], "none")
+    opened = open_model(source, open_config(source), embedding, [], "none", pooling=pooling)
     save_task(opened, max_length, [], out, task=embedding, function="none", problem="single-label")
     save_model(opened, out)
 

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from kdexport.errors import RunError
+from kdexport.results.asked import Asked
 from kdexport.results.findings import Distillation, Evidence, Search, Verdict
 from kdexport.results.measured import Conditions, Interval, MetricKind, Variant
 
@@ -33,6 +34,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     budget: Verdict = Verdict(None, [])
     search: Search | None = None
     distillation: Distillation | None = None
+    asked: Asked | None = None
     evidence: Evidence | None = None
     data: dict[str, Any] = {}
     leakage: dict[str, Any] = {}

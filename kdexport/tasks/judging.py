@@ -12,12 +12,21 @@ import numpy as np
 
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Row
-from kdexport.tasks.metrics import Array, Metric, mcnemar_p, paired_difference, wilson_interval
+from kdexport.tasks.metrics import (
+    Array,
+    Metric,
+    cohen_kappa,
+    confusion_matrix,
+    mcnemar_p,
+    paired_difference,
+    wilson_interval,
+)
 
 Rows = Sequence[Row]
 Interval = tuple[float, float]
 
 _DRAWS, _BLOCK = 2000, 100
+CHANCE_KAPPA = 0.1
 # What models are judged by where rows have no labels.
 AGREEMENT = Metric("agreement with the teacher")
 
@@ -55,6 +64,14 @@ def judged(task: Task, rows: Rows, teacher: Array) -> Task:
 def metric(task: Task, logits: Array, rows: Rows) -> float:
     """Return the task's metric on labelled rows."""
     return float(task.value(task.stats(logits, rows).sum(axis=0)))
+
+
+def near_chance(task: Task, logits: Array, rows: Rows) -> bool:
+    """Return whether a teacher's answers to labelled rows are hardly better than guesses."""
+    if task.config.function != "softmax":
+        return task.is_chance(logits, rows)
+    items = task.items(rows, logits)
+    return cohen_kappa(confusion_matrix(items.labels, items.logits.argmax(axis=1), len(task.labels))) < CHANCE_KAPPA
 
 
 def metric_interval(task: Task, logits: Array, rows: Rows) -> tuple[float, Interval]:
