@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from kdexport.errors import RunError
+from kdexport.results.asked import Asked
 from kdexport.results.findings import Distillation, Evidence, Search, Verdict
 from kdexport.results.measured import Conditions, Interval, MetricKind, Variant
 
@@ -32,6 +33,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     variants: list[Variant]
     budget: Verdict = Verdict(None, [])
     search: Search | None = None
+    asked: Asked | None = None
     distillation: Distillation | None = None
     evidence: Evidence | None = None
     data: dict[str, Any] = {}
