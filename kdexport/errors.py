@@ -29,6 +29,10 @@ class ModelError(KdexportError):
     """A teacher or student cannot be used as it is."""
 
 
+class EndpointError(ModelError):
+    """A language model's endpoint can't be asked."""
+
+
 class VerificationError(KdexportError):
     """An exported file does not do what the model that it was made from does."""
 

@@ -23,7 +23,9 @@ from kdexport.progress import say, warn
 _KEY_FILE = ".key"
 _STAGE_FILE = "stage.json"
 # Whatever a run may write: its stages, and the files beside them.
-_STAGES = re.compile(r"(data|teacher|targets|ladder|verify|bench|artifact|(student|export|baseline|trial)(-[^.]*)?)")
+_STAGES = re.compile(
+    r"(data|asked|teacher|targets|ladder|verify|bench|artifact|(student|export|baseline|trial)(-[^.]*)?)"
+)
 _FILES = ("spec.yaml", "report.json", "report.md", "report.html")
 
 

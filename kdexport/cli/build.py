@@ -15,7 +15,10 @@ def run(
     spec: Annotated[Path | None, typer.Argument(metavar="[SPEC.yaml]", help="A spec; flags override it.")] = None,
     teacher: Annotated[
         list[str] | None,
-        Flag(help="Hugging Face folder or hub id, PEFT adapter, ONNX artifact, or logits; several times: an ensemble."),
+        Flag(
+            help="Hugging Face folder or hub id, PEFT adapter, ONNX artifact, logits, openai:MODEL@URL (an endpoint), "
+            "answers.jsonl, zero-shot:MODEL; several times: an ensemble."
+        ),
     ] = None,
     teacher_epochs: Annotated[
         int | None, Flag(help="Epochs to fine-tune the teacher.", show_default="derived, if it has no head")
@@ -29,6 +32,9 @@ def run(
     text_pair: options.TextPair = None,
     label: options.Label = None,
     unlabelled: Annotated[str | None, Flag(help="More texts, labelled by the teacher alone.")] = None,
+    labels: options.Labels = None,
+    max_calls: Annotated[int | None, Flag(help="Answers of an endpoint at most.", show_default="3000")] = None,
+    max_tokens: Annotated[int | None, Flag(help="Tokens of an endpoint at most.", show_default="no limit")] = None,
     max_length: Annotated[int | None, Flag(help="Tokens read of each text.", show_default="128")] = None,
     student: Annotated[
         list[str] | None,
@@ -70,6 +76,7 @@ def run(
       kdexport run --teacher ./my-bert --data tickets.csv --max-p99 2ms --max-size 5MB --min-retention 0.97
       kdexport run --teacher ./minilm --teacher-epochs 3 --data tickets.csv --student layers:2
       kdexport run spec.yaml --student bag --student tiny --max-size 2MB --time-limit 30min
+      kdexport run --teacher openai:MODEL@http://localhost:8000/v1 --labels refund,delay,praise --data texts.txt
     """
     given = arguments(locals()) | {"set": parse_sets(set)}
     from kdexport.pipeline import api
@@ -126,6 +133,7 @@ def init(
     data: Annotated[str, Flag(help="CSV, JSONL or Parquet file, a folder, or a hub id.")],
     test: Annotated[str | None, Flag(help="Test file.", show_default="split from the data")] = None,
     task: Annotated[str | None, Flag(help="As of run.", show_default="by the data")] = None,
+    labels: options.Labels = None,
     out: Annotated[Path, Flag("--out", "-o", help="The spec to write.")] = Path("spec.yaml"),
     debug: options.Debug = False,
 ) -> None:
@@ -134,7 +142,7 @@ def init(
     [bold]Example[/bold]
       kdexport init --teacher ./my-bert --data tickets.csv && kdexport run spec.yaml
     """
-    given = {"teacher": teacher, "data": data, "test": test, "task": task}
+    given = {"teacher": teacher, "data": data, "test": test, "task": task, "labels": labels}
     from kdexport import spec
     from kdexport.files import write_bytes
     from kdexport.pipeline import api

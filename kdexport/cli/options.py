@@ -27,6 +27,7 @@ MoveAside = Annotated[bool, Flag("--move-aside", help="Rename foreign files in t
 Text = Annotated[str | None, Flag("--text", help="Column of texts, images or sound.", show_default="guessed")]
 TextPair = Annotated[str | None, Flag("--text-pair", help="Column of second texts.", show_default="guessed")]
 Label = Annotated[str | None, Flag("--label", help="Column of labels.", show_default="guessed")]
+Labels = Annotated[str | None, Flag("--labels", help="Labels of rows without any: refund,delay,praise.")]
 SkipBadRows = Annotated[bool, Flag("--skip-bad-rows", help="Skip and count bad rows instead of stopping.")]
 Sets = Annotated[list[str] | None, Flag("--set", metavar="KEY=VALUE", help="A spec key, like distill.batch_size=64.")]
 

@@ -20,7 +20,7 @@ from kdexport.data.passages import Cut
 from kdexport.data.read import read_lines
 from kdexport.data.rows import Row, Rows, copy_rows, write_rows
 from kdexport.data.sources import SPLITS, Columns, Labels, read_splits, read_unlabelled, to_rows, unify
-from kdexport.data.splits import check_classes, new_rows, split_off
+from kdexport.data.splits import check_classes, new_rows, split_labelled, split_off
 from kdexport.errors import DataError, counted
 from kdexport.files import write_bytes, write_json
 from kdexport.progress import say, warn
@@ -58,11 +58,19 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 def prepare(
-    settings: spec.Data, task: str, seed: int, out: Path, cut: Cut | None = None, transcribe: Transcribe | None = None
+    settings: spec.Data,
+    task: str,
+    seed: int,
+    out: Path,
+    cut: Cut | None = None,
+    transcribe: Transcribe | None = None,
+    *,
+    few_labels: bool = False,
 ) -> None:
     """Read the sources, check every row, split, audit, and write the rows.
 
     `cut` splits long texts into passages; `transcribe` labels rows without a label, and leaves out some of them.
+    With `few_labels` no row needs a label, and labelled ones are for the test split first.
     """
     of_task = task_class(task, settings.problem)
     content = of_task.likeness
@@ -81,7 +89,7 @@ def prepare(
     for split, source in sources.items():
         # Test rows need labels; without a test split they are taken from train.
         labels: Labels = "all" if split == "test" or "test" not in sources else "if any"
-        labels = "some" if of_task.labels_judge else "if any" if transcribe else labels
+        labels = "some" if of_task.labels_judge or few_labels else "if any" if transcribe else labels
         read[split] = to_rows(source, settings, of_task, labels, cut, keep=spool("read", split))
     read = unify(read, settings, of_task, partial(spool, "unified"))
     beyond = []
@@ -94,15 +102,16 @@ def prepare(
         splits = {split: spool("heard", split)(rows) for split, rows in heard_in.items()}
     if bad_rows := sum(one.bad for one in (*read.values(), *beyond)):
         warn(f"data: {counted(bad_rows, 'bad row')} left out")
-    if settings.skip_bad_rows and of_task.one_label:
+    if settings.skip_bad_rows and of_task.one_label and not few_labels:
         splits["train"], lone = _without_lone_classes(splits["train"])
         bad_rows += lone
-    if _has_labels(splits["train"]) and of_task.one_label:
+    if _has_labels(splits["train"]) and of_task.one_label and not few_labels:
         check_classes(splits["train"], "train")
     missing = [split for split in SPLITS if split not in splits]
     for split, fraction in (("test", _TEST_FRACTION), ("validation", _VALIDATION_FRACTION)):
         if split in missing:
-            splits["train"], splits[split] = split_off(splits["train"], fraction, seed, of_task)
+            off = split_labelled if few_labels and split == "test" else split_off
+            splits["train"], splits[split] = off(splits["train"], fraction, seed, of_task)
     ours = {split: splits[split] for split in SPLITS}
     kept, found = audit(ours, content, settings.drop_duplicates, shared=of_task.shared)
     splits = {split: splits[split].take(kept[split]) for split in SPLITS}
@@ -114,7 +123,7 @@ def prepare(
     if heard := sum(bool(row.get("heard")) for row in splits["test"]):
         warn(f"data: errors are against the teacher's words in {counted(heard, 'test row')}, which had no transcript")
     unlabelled = [new_rows(cast(Rows, one.rows), splits.values(), of_task) for one in beyond]
-    names = _label_names(splits, of_task)
+    names = _label_names(splits, of_task, settings.labels, few_labels)
     words = [] if settings.words == "open" else _closed(splits, listed)
     if of_task.modality == "text":
         own = {split: np.flatnonzero([not of_task.shared(row) for row in rows]) for split, rows in splits.items()}
@@ -164,13 +173,20 @@ def _without_lone_classes(rows: Rows) -> tuple[Rows, int]:
     return kept, len(rows) - len(kept)
 
 
-def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
-    """Return the labels of train, in the order of logits; other splits must not have more.
+def _label_names(
+    splits: dict[str, Rows], task: type[Task], given: Iterable[str] | None = None, few: bool = False
+) -> list[str]:
+    """Return the labels in the order of logits: those that are given, or those of train.
 
-    An unlabelled train split has the labels of the other splits.
+    Other splits must not have more. An unlabelled train split has the labels of the other splits, and so has one of
+    which few rows have one.
     """
     found = {split: {label for row in rows for label in task.labels_of(row)} for split, rows in splits.items()}
-    labels = found["train"] or found["validation"] | found["test"]
+    if given:
+        _check_given(splits, task, {*given})
+        return task.ordered(given)
+    others = found["validation"] | found["test"]
+    labels = found["train"] | others if few else found["train"] or others
     for split in ("validation", "test"):
         for row in splits[split] if found[split] - labels else []:
             if strange := sorted(task.labels_of(row) - labels):
@@ -180,9 +196,18 @@ def _label_names(splits: dict[str, Rows], task: type[Task]) -> list[str]:
                 )
                 raise DataError(f"{where}: {what} {strange[0]!r} occurs in no row of train", f"{fix} to train")
     if len(labels) < 2 and task.has_names:
-        few = f"one label only: {', '.join(labels)}" if labels else "no labels"
-        raise DataError(f"the rows have {few}", "Is --label the right column?")
+        found_few = f"one label only: {', '.join(labels)}" if labels else "no labels"
+        fix = "Name them all: --labels refund,delay,praise" if few else "Is --label the right column?"
+        raise DataError(f"the rows have {found_few}", fix)
     return task.ordered(labels)
+
+
+def _check_given(splits: dict[str, Rows], task: type[Task], given: set[str]) -> None:
+    for rows in splits.values():
+        for row in rows:
+            if strange := sorted(task.labels_of(row) - given):
+                where = row["id"].replace(":", ", row ")
+                raise DataError(f"{where}: label {strange[0]!r} is none of data.labels", "Add it, or mend the row")
 
 
 def _closed(splits: dict[str, Rows], listed: set[str]) -> list[str]:

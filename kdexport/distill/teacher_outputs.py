@@ -15,6 +15,7 @@ from kdexport.distill.combine import combine
 from kdexport.distill.store import Store, cache_folder, content_key, content_keys, targets_folder
 from kdexport.distill.stored import place_of
 from kdexport.distill.teachers import EMBEDDER, TeacherFolder
+from kdexport.distill.zero_shot import NLI, ZeroShot
 from kdexport.errors import ModelError, RunError
 from kdexport.files import digest
 from kdexport.models.embedder import STEPS
@@ -49,12 +50,15 @@ class Teacher:
         self.named, self.task = named, load_task(named.folder)
         self._how, self._seed = how, seed
         self._identity = {n: hashes[named.prefix + n] for n in _files(named) if named.prefix + n in hashes}
-        self._run = run or {"torch": self._torch, "onnx": self._onnx, "stored": self._stored}[named.kind]
+        runs: dict[str, Run] = {
+            "torch": self._torch, "onnx": self._onnx, "stored": self._stored, "zero-shot": self._zero_shot,
+        }  # fmt: skip
+        self._run = run or runs[named.kind]
         self._views: dict[str, list[str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle it without what it opens by itself."""
-        opened = {"_model", "_embedder", "_predictor", "_plain", "_noisy", "_change"}
+        opened = {"_model", "_embedder", "_predictor", "_inference", "_plain", "_noisy", "_change"}
         return {name: value for name, value in self.__dict__.items() if name not in opened} | {"_views": {}}
 
     def count(self, rows: Rows) -> tuple[int, int]:
@@ -186,6 +190,13 @@ class Teacher:
         advance(len(rows))
         return logits
 
+    @cached_property
+    def _inference(self) -> ZeroShot:
+        return ZeroShot(self.named.folder, self._how.dtype, all_devices=self._how.devices == "all")
+
+    def _zero_shot(self, rows: Rows, advance: Callable[[int], None]) -> Array:
+        return self._inference.logits(rows, advance)
+
     def _stored(self, rows: Rows, advance: Callable[[int], None]) -> Array:
         raise ModelError(
             f"teacher {self.named.model} has no logits for {place_of(rows[0])}", "Store logits for every row"
@@ -194,6 +205,8 @@ class Teacher:
 
 def _files(named: TeacherFolder) -> list[str]:
     """Return the files that decide a teacher's outputs."""
+    if named.kind == "zero-shot":
+        return sorted(path.relative_to(named.folder).as_posix() for path in (named.folder / NLI).iterdir())
     patterns = {"torch": ["*.safetensors", "config.json", *STEPS], "onnx": ["model.onnx*"], "stored": []}[named.kind]
     found = [path for pattern in patterns for path in sorted(named.folder.glob(pattern))]
     weights = [path.relative_to(named.folder).as_posix() for path in found]

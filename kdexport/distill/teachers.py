@@ -5,7 +5,10 @@ on. Each holds `task.json`, a tokenizer, `teacher.json` (kind and name), and
 
     torch      config and weights, as `save_pretrained` writes them; PEFT adapters are merged
     onnx       `model.onnx`, which is measured; there is nothing to build a student from
-    stored     `logits/`, by content; nothing to build from or to measure
+    stored     `logits/`, by content; nothing to measure
+    zero-shot  `nli/`, a model of natural language inference with its hypotheses; it is not measured
+
+Where the last two come first, students are made from another model, `student.base`, which stands beside them.
 """
 
 import shutil
@@ -18,6 +21,7 @@ import msgspec
 
 from kdexport import spec
 from kdexport.data import Transcribe, demo, hub, read_summary
+from kdexport.data.corrections import read_corrections
 from kdexport.data.passages import Cut, cutter
 from kdexport.data.sources import rows_of_sources
 from kdexport.distill.combine import columns_of
@@ -27,7 +31,20 @@ from kdexport.progress import say
 from kdexport.runtime import artifact
 from kdexport.spec import derive
 from kdexport.spec.checks import check_whisper
-from kdexport.spec.teachers import Kind, base_of, config_of, has_weights, is_adapter, kind_of, named, optimum_file
+from kdexport.spec.teachers import (
+    ASKED,
+    OPEN,
+    ZERO_SHOT,
+    Kind,
+    base_of,
+    config_of,
+    has_weights,
+    is_adapter,
+    kind_of,
+    named,
+    optimum_file,
+    origin,
+)  # fmt: skip
 from kdexport.tasks import DEFAULT, load_task, task_class
 from kdexport.tasks.config import TaskConfig, TextSide
 
@@ -59,7 +76,8 @@ def files(settings: spec.Spec) -> list[Path]:
         if kind_of(model) == "stored" and not Path(model).is_file():
             raise ModelError(f"teacher {model} does not exist", "Check the path")
     models += [base_of(Path(model)) for model in models if is_adapter(Path(model))]
-    models += [student] if (student := tokenizer_for_stored(settings)) else []
+    models = [demo.located(model.removeprefix(ZERO_SHOT)) for model in models]
+    models += [base] if (base := base_for_students(settings)) else []
     return [Path(model) for model in models if Path(model).exists()]
 
 
@@ -69,8 +87,17 @@ def check(settings: spec.Spec) -> None:
         _check_int8()
     students = [name for name in derive.students(settings) if derive.shape_of(name).kind == "model"]
     for model in (*models_of(settings), *students):
-        if kind_of(model) == "torch":
+        if kind_of(model) in ("torch", "zero-shot"):
+            model = demo.located(model.removeprefix(ZERO_SHOT))
             hub.check_model(base_of(Path(model)) if is_adapter(Path(model)) else model)
+    if base := base_for_students(settings):
+        try:
+            hub.check_model(base)
+        except ModelError as error:
+            fix = "Install kdexport[demo], or name a folder" if not settings.student.base else error.fix
+            raise ModelError(f"student.base: {error.what}", fix) from None
+    for path in corrections_of(settings):
+        read_corrections(path, settings)
 
 
 def _check_int8() -> None:
@@ -86,10 +113,15 @@ def settings_of(settings: spec.Spec) -> list[Any]:
     """Return the part of the spec that the teacher stage depends on."""
     asked = {"weights": None, "combine": "log-mean", "passes": 1, "noise": "dropout"}
     teacher = spec.of_results(settings.teacher) | asked
-    del teacher["dtype"]
-    stored = any(kind_of(model) == "stored" for model in named(settings))
-    format_of_logits = [2] if stored else []
-    return [teacher, settings.data.max_length, settings.seed, tokenizer_for_stored(settings), *format_of_logits]
+    for name in ("dtype", "ask", "corrections", "hypothesis"):
+        del teacher[name]
+    kinds, more = {kind_of(model) for model in named(settings)}, list[Any]()
+    if "stored" in kinds:
+        more.append(2)  # the format of logits
+    if "zero-shot" in kinds:
+        more += [settings.teacher.hypothesis, settings.data.labels]
+    base = base_for_students(settings)
+    return [teacher, settings.data.max_length, settings.seed, base, *more, *(["base"] if gives_base(settings) else [])]
 
 
 def asked_of(settings: spec.Spec) -> list[Any]:
@@ -97,7 +129,13 @@ def asked_of(settings: spec.Spec) -> list[Any]:
     teacher, distill = settings.teacher, settings.distill
     asked = [teacher.weights, teacher.combine, teacher.passes, teacher.noise, distill.augment, settings.seed]
     dtype = None if teacher.dtype == "float32" else teacher.dtype
-    return [*asked, *(more for more in (distill.samples, distill.max_word_error, dtype) if more is not None)]
+    further = (distill.samples, distill.max_word_error, dtype, teacher.corrections)
+    return [*asked, *(more for more in further if more is not None)]
+
+
+def corrections_of(settings: spec.Spec) -> list[Path]:
+    """Return the file of a person's answers, if there is one; raise DataError if it does not exist."""
+    return [Path(settings.teacher.corrections)] if settings.teacher.corrections else []
 
 
 def cut_by(settings: spec.Spec) -> list[str]:
@@ -145,9 +183,18 @@ def transcriber_of(settings: spec.Spec) -> Transcribe | None:
     return None
 
 
-def tokenizer_for_stored(settings: spec.Spec) -> str | None:
-    """Return the student whose tokenizer is used where the first teacher is a file of logits, else None."""
-    return derive.students(settings)[0] if kind_of(models_of(settings)[0]) == "stored" else None
+def gives_base(settings: spec.Spec) -> bool:
+    """Return whether students are made from the weights of another model than the first teacher."""
+    return kind_of(named(settings)[0]) not in OPEN and any(
+        derive.shape_of(name).kind != "model" for name in derive.students(settings)
+    )
+
+
+def base_for_students(settings: spec.Spec) -> str | None:
+    """Return the model whose tokenizer, at least, is used where the first teacher has none to give, else None."""
+    if kind_of(named(settings)[0]) in OPEN:
+        return None
+    return demo.located(origin(settings)) if gives_base(settings) else derive.students(settings)[0]
 
 
 def training_of(settings: spec.Spec, rows: int, validation: int, labels: int) -> derive.Training | None:
@@ -191,9 +238,15 @@ def prepare_teachers(settings: spec.Spec, data: Path, out: Path) -> None:
             _take_torch(settings, model, data, settings.seed + i, folder)
         elif kind == "onnx":
             _take_onnx(model, data, settings.data.max_length, folder)
+        elif kind == "zero-shot":
+            from kdexport.distill.zero_shot import take_zero_shot
+
+            _stand_in(settings, take_zero_shot(settings, model, data, folder), data, folder, out if i else None)
+        elif kind in ASKED:
+            _take_asked(settings, model, data, folder)
         else:
             _take_stored(settings, model, data, folder, out if i else None)
-        write_json(folder / _RECORD, {"kind": kind, "model": model})
+        write_json(folder / _RECORD, {"kind": "stored" if kind in ASKED else kind, "model": model})
     first, *others = teachers_of(out)
     tasks = [load_task(folder) for folder, *_ in (first, *others)]
     for other, task in zip(others, tasks[1:], strict=True):
@@ -280,14 +333,30 @@ def _take_onnx(model: str, data: Path, max_length: int | None, out: Path) -> Non
 
 
 def _take_stored(settings: spec.Spec, model: str, data: Path, out: Path, first: Path | None) -> None:
-    """Take a file of logits; its tokenizer, the first teacher's or the student's, only encodes texts elsewhere."""
-    from kdexport.distill.stored import take_stored, width_of
+    from kdexport.distill.stored import take_stored
+
+    labels = take_stored(Path(model), data, rows_of_sources(settings.data), settings.task, out)
+    _stand_in(settings, labels, data, out, first)
+
+
+def _take_asked(settings: spec.Spec, model: str, data: Path, out: Path) -> None:
+    """Take the answers that a stage of its own asked for: logits of the rows in `data`, in the order of its labels."""
+    shutil.copytree(data / "logits", out / "logits", dirs_exist_ok=True)
+    _stand_in(settings, read_summary(data).labels, data, out, None)
+
+
+def _stand_in(settings: spec.Spec, labels: list[str], data: Path, out: Path, first: Path | None) -> None:
+    """Write task and tokenizer of a teacher that has none to give: of the `first` one, or of the students' base.
+
+    Where students are made from that base, its weights are written too, with a new head for the labels.
+    """
+    from transformers import set_seed
+
+    from kdexport.distill.stored import width_of
     from kdexport.distill.teacher import some_rows, warn_of
     from kdexport.models.embedder import student_pooling
     from kdexport.models.loading import open_config, open_model
-    from kdexport.models.saving import save_task
-
-    labels = take_stored(Path(model), data, rows_of_sources(settings.data), settings.task, out)
+    from kdexport.models.saving import save_model, save_task
 
     def write(config: TaskConfig) -> None:
         own = config.embedding and msgspec.structs.replace(config.embedding, width=width_of(out))
@@ -297,12 +366,16 @@ def _take_stored(settings: spec.Spec, model: str, data: Path, out: Path, first: 
         write(load_task(first).config)
         shutil.copyfile(first / "tokenizer.json", out / "tokenizer.json")
         return
-    student = tokenizer_for_stored(settings)
-    assert student
-    opened = open_model(student, open_config(student), settings.task, labels, pooling=student_pooling(student))
-    function = task_class(settings.task).function
+    base = base_for_students(settings)
+    assert base
+    set_seed(settings.seed)
     asked, problem = settings.data.max_length, settings.data.problem
+    function = task_class(settings.task, problem).function
+    opened = open_model(base, open_config(base), settings.task, labels, function, pooling=student_pooling(base))
     save_task(opened, asked, labels, out, task=settings.task, function=function, problem=problem)
     write(load_task(out).config)
-    opened.model.config.save_pretrained(out)
+    if gives_base(settings):
+        save_model(opened, out)
+    else:
+        opened.model.config.save_pretrained(out)
     warn_of(load_task(out), some_rows(data))

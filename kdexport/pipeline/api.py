@@ -33,6 +33,8 @@ def run(
     data: Place | None = None, test: Place | None = None, task: str | None = None,
     text: str | None = None, text_pair: str | None = None, label: str | None = None,
     unlabelled: Place | None = None, max_length: int | None = None,
+    labels: str | Sequence[str] | Mapping[str, str] | None = None,
+    max_calls: int | None = None, max_tokens: int | None = None,
     student: Place | Sequence[Place] | None = None,
     loss: str | None = None, temperature: float | None = None, alpha: float | None = None, epochs: int | None = None,
     augment: int | None = None, seeds: int | None = None, seed: int | None = None,

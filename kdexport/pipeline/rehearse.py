@@ -9,7 +9,7 @@ from kdexport.data import demo
 from kdexport.errors import ModelError, first_line
 from kdexport.progress import say
 from kdexport.spec import derive
-from kdexport.spec.teachers import base_of, is_adapter, kind_of, named
+from kdexport.spec.teachers import base_of, is_adapter, kind_of, origin
 from kdexport.tasks import load_task, task_class
 
 # Families whose students are built and exported by tests.
@@ -28,7 +28,7 @@ def rehearse(settings: spec.Spec) -> None:
     """
     from kdexport.models.loading import open_config
 
-    teacher = demo.located(named(settings)[0])
+    teacher = demo.located(origin(settings))
     if task_class(settings.task).modality == "audio":  # its inputs follow from the data
         return
     for name in derive.students(settings):

@@ -11,6 +11,7 @@ from kdexport import __version__, spec
 from kdexport.analysis import sampled
 from kdexport.analysis.evidence import look_closely
 from kdexport.analysis.membership import membership
+from kdexport.asking import stage as asking
 from kdexport.bench.engine import Measured, read_measured
 from kdexport.bench.subjects import Target
 from kdexport.data import read_rows, read_summary
@@ -21,7 +22,7 @@ from kdexport.export import Candidate, read_candidates
 from kdexport.export.verify import read_quality, read_validation
 from kdexport.files import hash_file
 from kdexport.pipeline.choose import Choice, choose, judge_budget
-from kdexport.results import Distillation, Quality, Report, Search, Spread, Variant
+from kdexport.results import Asked, Distillation, Quality, Report, Search, Spread, Variant
 from kdexport.runtime.artifact import shipped_as, size_of
 from kdexport.stages import read_record
 from kdexport.tasks import judging, load_task
@@ -71,6 +72,7 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
         kdexport=__version__, task=settings.task, **described(task.metric), labels=task.labels, recommended=best,
         reason=choice.reason, variants=_variants(stages, candidates, choice, quality, measured, wrong), budget=verdict,
         search=stages.search, distillation=_distillation(settings, stages, quality, best, task, logits, rows),
+        asked=_asked(settings, stages.data),
         evidence=look_closely(task, rows, logits["teacher"], logits[best]),
         data={"name": settings.data.train, "rows": summary.rows, "bad_rows": summary.bad_rows,
               "labelled": _labelled(stages.data) if task.has_labels else 0, "unlabelled": summary.unlabelled,
@@ -84,6 +86,15 @@ def assemble(settings: spec.Spec, stages: Stages) -> tuple[Report, Choice]:
         command=f"kdexport run {stages.run}/spec.yaml --out {stages.run}",
     )  # fmt: skip
     return report, choice
+
+
+def _asked(settings: spec.Spec, data: Path) -> Asked | None:
+    """Return how the teacher was asked, if it was, with the price that the spec gives now."""
+    file = data / asking.RECORD
+    if not file.is_file():
+        return None
+    found = msgspec.json.decode(file.read_bytes(), type=Asked)
+    return msgspec.structs.replace(found, price=settings.teacher.ask.price if settings.teacher.ask else None)
 
 
 def _varies(trained_by: dict[str, Any], search: Search | None) -> list[str]:
@@ -135,7 +146,7 @@ def _variants(
     parameters = _training(stages.student)["parameters"]
     # Other runtimes may give other logits; their metric was not measured.
     known = {name: msgspec.structs.asdict(found) | {"wrong_rows": wrong[name]} for name, found in quality.items()}
-    known |= dict.fromkeys(("teacher-torch", "teacher-fp32", "teacher-stored"), known["teacher"])
+    known |= dict.fromkeys(("teacher-torch", "teacher-fp32"), known["teacher"])
 
     def variant(target: Target) -> Variant:
         role = target.name.partition("-")[0]
@@ -161,11 +172,13 @@ def _variants(
 
     left_out = measured.conditions.left_out
     variants = [variant(target) for target in measured.targets if target.name not in left_out]
-    if kind_of_first(stages.teacher) == "stored":
+    notes = {
+        "stored": "stored logits: there is no model to measure", "zero-shot": "it reads each text once for each label",
+    }  # fmt: skip
+    if note := notes.get(kind := kind_of_first(stages.teacher)):
         stored = Variant(
-            name="teacher-stored", model="teacher", runtime="stored", device="none", precision="fp32", graph="none",
-            file=None, sha256=None, size_bytes=None, note="stored logits: there is no model to measure",
-            **known["teacher-stored"],
+            name=f"teacher-{kind}", model="teacher", runtime=kind, device="none", precision="fp32", graph="none",
+            file=None, sha256=None, size_bytes=None, note=note, **known["teacher"],
         )  # fmt: skip
         variants.insert(0, stored)
     return variants

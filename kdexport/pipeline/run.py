@@ -11,10 +11,12 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from kdexport import ranks, spec
+from kdexport.asking import stage as asking
 from kdexport.bench.engine import bench as measure
 from kdexport.bench.machine import maker
 from kdexport.bench.subjects import of_file, of_model
 from kdexport.data import prepare, read_rows, read_summary
+from kdexport.data.corrections import read_corrections
 from kdexport.data.sources import local_files
 from kdexport.distill import teachers
 from kdexport.export import read_candidates
@@ -33,6 +35,7 @@ from kdexport.results.report import read_report
 from kdexport.runtime import artifact
 from kdexport.runtime.predictor import golden_answers
 from kdexport.spec import derive
+from kdexport.spec.teachers import asked as asks
 from kdexport.stages import Run
 from kdexport.tasks import load_task, task_class
 from kdexport.tasks.inputs.cache import limit_memory
@@ -56,18 +59,35 @@ def _facts(settings: spec.Spec, out: Path, move_aside: bool) -> dict[str, str]:
 
 def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    settings = asking.with_labels(settings)
     names = derive.students(settings)
     files = local_files(settings.data)
-    sources = [*files, *teachers.files(settings), *local(*names)]
+    sources = [
+        *files,
+        *asking.files(settings),
+        *teachers.files(settings),
+        *teachers.corrections_of(settings),
+        *local(*names),
+    ]
     here = maker()
     with Run(out, sources, spec.dump(settings), here, move_aside=move_aside) as folder, disk_errors(out):
         ranks.check_shared(out / PRIVATE, "the run's folder", "Name one with --out that all machines share")
         # 1. Read, check, split and audit the rows.
         data = folder.stage(
             "data", version=5, reads=[*files, *local(*teachers.read_by(settings))],
-            settings=[settings.task, replace(settings.data, cache_mb=None), settings.seed, *teachers.read_by(settings)],
+            settings=[
+                settings.task, replace(settings.data, cache_mb=None), settings.seed, *teachers.read_by(settings),
+                *(["few labels"] if asks(settings) else []),
+            ],
             build=lambda work: _data(settings, work),
         )  # fmt: skip
+
+        # Ask a teacher that answers some texts only; from here on the data are those texts.
+        if asks(settings):
+            data = folder.stage(
+                "asked", version=1, settings=asking.settings_of(settings), reads=[data, *asking.files(settings)],
+                build=lambda work: asking.ask(settings, data, work),
+            )  # fmt: skip
 
         # 2. Prepare the teacher or teachers; fine-tune them if the spec asks for it.
         teacher = folder.stage(
@@ -77,7 +97,8 @@ def _run(settings: spec.Spec, out: Path, move_aside: bool) -> Report:
 
         # 3. Compute soft targets once for all students, also of unlabelled and augmented texts.
         targets = folder.stage(
-            "targets", version=4, settings=teachers.asked_of(settings), reads=[data, teacher],
+            "targets", version=4, settings=teachers.asked_of(settings),
+            reads=[data, teacher, *teachers.corrections_of(settings)],
             build=lambda work: _targets(settings, data, teacher, work),
         )  # fmt: skip
 
@@ -121,12 +142,15 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     """List every setting with its value and its meaning or reason; reads the data, as epochs depend on its size."""
     derive.check_dealt(settings, ranks.size())
     local_files(settings.data)
+    settings = asking.with_labels(settings)
     with tempfile.TemporaryDirectory() as work:
         _data(settings, Path(work))
         train, validation = (read_rows(Path(work), split) for split in ("train", "validation"))
         summary = read_summary(Path(work))
     labels = len(summary.labels)
     rows = len(train)
+    if settings.teacher.ask and settings.teacher.ask.max_calls:  # at most
+        rows = min(rows + summary.unlabelled, settings.teacher.ask.max_calls)
     names = derive.students(settings)
     menu = task_class(settings.task, settings.data.problem).menu
     starts = {derive.start_of(settings.student, name, menu) for name in names}
@@ -178,13 +202,26 @@ def _dealt(batch: derive.Derived, accumulate: int, key: str) -> derive.Derived:
 def _data(settings: spec.Spec, work: Path) -> None:
     teachers.check(settings)
     transcribe = teachers.transcriber_of(settings)
-    prepare(settings.data, settings.task, settings.seed, work, teachers.cut_of(settings), transcribe)
+    prepare(
+        settings.data, settings.task, settings.seed, work, teachers.cut_of(settings), transcribe,
+        few_labels=settings.data.labels is not None or asks(settings),
+    )  # fmt: skip
 
 
 def _teachers(settings: spec.Spec, data: Path, work: Path) -> None:
     teachers.check(settings)
     rehearse(settings)
+    _corrections(settings, data)
     teachers.prepare_teachers(settings, data, work)
+
+
+def _corrections(settings: spec.Spec, data: Path) -> dict[str, str]:
+    labels = read_summary(data).labels
+    return {
+        content: label
+        for path in teachers.corrections_of(settings)
+        for content, label in read_corrections(path, settings, labels).items()
+    }
 
 
 def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None:
@@ -193,7 +230,7 @@ def _targets(settings: spec.Spec, data: Path, teacher: Path, work: Path) -> None
     distill = settings.distill
     write_targets(
         data, teacher, work, how=settings.teacher, augment=distill.augment, samples=distill.samples,
-        seed=settings.seed, max_word_error=distill.max_word_error,
+        seed=settings.seed, max_word_error=distill.max_word_error, corrections=_corrections(settings, data),
     )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def search(make: Students, names: tuple[str, ...]) -> tuple[Path, Path, Search]:
     students = msgspec.structs.replace(settings.student, model=names)
     ladder = make.folder.stage(
         "ladder", version=3, reads=[make.data, make.teacher, make.targets, *local(*names)],
-        settings=[names, students, settings.export.variants, settings.bench.threads[0], settings.seed],
+        settings=[names, spec.of_results(students), settings.export.variants, settings.bench.threads[0], settings.seed],
         build=lambda work: _measure_ladder(make, names, work),
     )  # fmt: skip
     candidates, teacher_p50_ms = _read_ladder(ladder, settings.budget)
@@ -128,7 +128,7 @@ def teacher_targets(teacher: Path, runtimes: Sequence[str], devices: Sequence[st
             return of_model("teacher", teacher, runtimes, devices)
         case "onnx":
             return of_file("teacher-fp32", teacher, teacher / "model.onnx", ["onnxruntime"], ["cpu"])
-        case "stored":
+        case _:  # logits alone, or a model that reads each text once for each label
             return []
 
 

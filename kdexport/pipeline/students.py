@@ -50,7 +50,7 @@ class Students(NamedTuple):
         return self.folder.stage(
             stage,
             version=3,
-            settings=[student, spec.of_results(distill), seed, share],
+            settings=[spec.of_results(student), spec.of_results(distill), seed, share],
             reads=[self.data, self.teacher, self.targets, *local(name)],
             build=build,
         )

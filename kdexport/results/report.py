@@ -35,6 +35,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     search: Search | None = None
     asked: Asked | None = None
     distillation: Distillation | None = None
+    asked: Asked | None = None
     evidence: Evidence | None = None
     data: dict[str, Any] = {}
     leakage: dict[str, Any] = {}

@@ -8,15 +8,27 @@ import msgspec
 
 from kdexport.errors import SpecError
 from kdexport.spec import derive
-from kdexport.spec.sections import Distill, Spec, Weight
-from kdexport.spec.teachers import TRANSCRIBER, config_of, is_adapter, kind_of, named
+from kdexport.spec.sections import Ask, Distill, Spec, Weight
+from kdexport.spec.teachers import (
+    ASKED,
+    OPEN,
+    TRANSCRIBER,
+    address_of,
+    config_of,
+    is_adapter,
+    kind_of,
+    named,
+)
 from kdexport.tasks import names, task_class
 from kdexport.tasks.inputs.languages import codes_of, known_language
 from kdexport.tasks.menus import LAYERS, OF_LAYERS, Menu
 
 # Losses that read probabilities softened by the temperature.
 _SOFTENED = {"kl", "reverse-kl", "jsd", "soft-ce", "bce", "dkd", "dist", "similarity", "listwise-kl"}
-_TEACHERS = {"torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits"}
+_TEACHERS = {
+    "torch": "a model", "adapter": "an adapter", "onnx": "an ONNX file", "stored": "a file of logits",
+    "zero-shot": "a zero-shot model", "endpoint": "an endpoint", "answers": "a file of answers",
+}  # fmt: skip
 
 
 def checked(tree: dict[str, Any], spec: Spec) -> Spec:
@@ -36,6 +48,7 @@ def checked(tree: dict[str, Any], spec: Spec) -> Spec:
     _check_menu(spec, menu)
     _check_students(spec, menu)
     _check_losses(spec)
+    spec = _of_asked(spec, menu)
     _check_teachers(spec, menu)
     _check_transcriber(spec)
     for key, why, fix in _without_effect(spec, menu):
@@ -89,8 +102,7 @@ def _check_layers(shapes: Iterable[derive.Shape], most: object, whose: str) -> N
 
 
 def _check_menu(spec: Spec, menu: Menu) -> None:
-    single = spec.data.problem == "single-label"
-    task = spec.task if single else f"data.problem {spec.data.problem}"
+    task = _named(spec)
     if wrong := sorted(losses_of(spec) - {*menu.losses}):
         offered = [name for name in menu.losses if name not in OF_LAYERS]
         raise SpecError(f"distill.loss: {wrong[0]} is not for {task}", f"Take {_either(offered)}")
@@ -156,6 +168,10 @@ def _check_teachers(spec: Spec, menu: Menu) -> None:
         raise SpecError(f"teacher.model: {spec.task} takes one teacher, which reads each text once", "Name one")
     if not menu.augment and teacher.passes > 1 and teacher.noise == "augment":
         raise SpecError(f"teacher.noise: augment changes texts, not the rows of {spec.task}", "Take dropout")
+    if "{}" not in teacher.hypothesis:
+        raise SpecError(f"teacher.hypothesis: {teacher.hypothesis!r} has no {{}} for the label", "Add {}")
+    if spec.student.base and kind_of(spec.student.base) != "torch":
+        raise SpecError(f"student.base: {spec.student.base} is no model of PyTorch", "Name its folder or hub id")
     for model, kind in kinds.items():
         exact = "adapter" if kind == "torch" and is_adapter(Path(model)) else kind
         what = f"{_TEACHERS[exact]} ({model})"
@@ -165,23 +181,59 @@ def _check_teachers(spec: Spec, menu: Menu) -> None:
             )
         if kind != "torch" and teacher.train is not None:
             raise SpecError(f"teacher.train: {what} can't be fine-tuned", "Leave teacher.train out")
-        if kind != "torch" and teacher.passes > 1 and (kind == "stored" or teacher.noise == "dropout"):
-            fix = "Leave teacher.passes out" if kind == "stored" else "Take teacher.noise: augment"
+        some = kind in ("stored", *ASKED)  # it answers some texts only
+        if kind != "torch" and teacher.passes > 1 and (some or teacher.noise == "dropout"):
+            fix = "Leave teacher.passes out" if some else "Take teacher.noise: augment"
             raise SpecError(f"teacher.passes: {what} has no dropout to read with", fix)
-        if kind == "stored" and spec.distill.augment is not None:
+        if some and spec.distill.augment is not None:
             raise SpecError(f"distill.augment: {what} holds no answers to changed texts", "Leave it out")
     if first == "torch":
         return
-    for name in ("dtype", "devices", "pooling"):
+    for name in ("pooling",) if first == "zero-shot" else ("dtype", "devices", "pooling"):
         if getattr(teacher, name) != _default(spec, "teacher", name):
             raise SpecError(f"teacher.{name} has no effect: {models[0]} is no model of PyTorch", "Remove it")
     what = f"{_TEACHERS[first]} ({models[0]})"
+    based = menu.bases and first not in OPEN
     for student in derive.students(spec):
-        if derive.shape_of(student).kind != "model":
+        if derive.shape_of(student).kind != "model" and not based:
             fix = "Name a Hugging Face folder or id for the student, or another teacher first"
             raise SpecError(f"student.model: {student!r} is built from the teacher's weights, and {what} has none", fix)
     if layers := sorted(losses_of(spec) & {*OF_LAYERS}):
         raise SpecError(f"distill.loss: {layers[0]} reads the teacher's layers, and {what} shows none", "Take kl")
+
+
+def _of_asked(spec: Spec, menu: Menu) -> Spec:
+    """Return the spec with the defaults of a teacher that is asked; refuse labels and teachers that don't fit."""
+    models = named(spec)
+    kinds = {kind_of(model) for model in models}
+    names_labels = "endpoint" in menu.teachers
+    if spec.data.labels and not names_labels:
+        raise SpecError(
+            f"data.labels has no effect on {_named(spec)}", "Remove it, or name text-classification: --task"
+        )
+    if kinds & {*ASKED, "zero-shot"} and not names_labels:
+        fix = (
+            "Name the labels: --labels refund,delay,praise"
+            if not spec.data.labels
+            else "Take --task text-classification"
+        )
+        raise SpecError(f"teacher.model: {models[0]} labels texts, and can't teach {_named(spec)}", fix)
+    if kinds & {*ASKED} and len(models) > 1:
+        raise SpecError("teacher.model: a teacher that answers some texts only has no others beside it", "Name one")
+    for model in models:
+        if kind_of(model) == "endpoint":
+            address_of(model)
+    if kind_of(models[0]) != "endpoint":
+        return spec
+    how = spec.teacher.ask or Ask()
+    if how.by not in (None, "samples") and how.samples != Ask().samples:
+        raise SpecError(f"teacher.ask.samples has no effect where by is {how.by}", "Remove it, or take by: samples")
+    return msgspec.structs.replace(spec, teacher=msgspec.structs.replace(spec.teacher, ask=how))
+
+
+def _named(spec: Spec) -> str:
+    """Return the task, or its problem where that differs."""
+    return spec.task if spec.data.problem == "single-label" else f"data.problem {spec.data.problem}"
 
 
 def _check_transcriber(spec: Spec) -> None:
@@ -227,10 +279,22 @@ def _without_effect(spec: Spec, menu: Menu) -> Iterator[tuple[str, str, str]]:
         yield "student.seconds", f"on {spec.task}", "Remove it: it is of a smaller Whisper"
         if spec.distill.alpha == 0:
             yield "distill.max_word_error", "with alpha 0", "Raise alpha, or remove it"
+    kinds = {kind_of(model) for model in named(spec)}
+    if "zero-shot" not in kinds:
+        yield "teacher.hypothesis", "without a teacher zero-shot:MODEL", "Remove it"
+    first = named(spec)[0]
+    if not menu.bases or kind_of(first) in OPEN:
+        yield "student.base", f"where students are made from {first}", "Remove it"
+    elif all(derive.shape_of(name).kind == "model" for name in derive.students(spec)):
+        yield "student.base", "on students that are models of their own", "Remove it"
+    if "zero-shot" not in menu.teachers:
+        yield "teacher.corrections", f"on {spec.task}: they are of labels with names", "Remove it"
     if len(named(spec)) == 1:
         yield "teacher.weights", "with one teacher", "Remove it"
         if spec.teacher.passes == 1:
             yield "teacher.combine", "with one teacher and one pass", "Name more teachers, or raise passes"
+    if kind_of(named(spec)[0]) != "endpoint":
+        yield "teacher.ask", "on a teacher that is no endpoint", "Remove it (--max-calls, --max-tokens)"
     if spec.teacher.passes == 1:
         yield "teacher.noise", "with one pass", "Raise teacher.passes"
     if "int8" not in spec.export.variants:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from kdexport.errors import SpecError, counted
 from kdexport.spec.sections import Distill, Spec, Student, TeacherTraining
-from kdexport.spec.teachers import config_of, named
+from kdexport.spec.teachers import config_of, origin
 from kdexport.tasks import task_class
 from kdexport.tasks.menus import MEDIA, Menu
 
@@ -88,7 +88,7 @@ def students(settings: Spec) -> tuple[str, ...]:
 
 def _default(name: str, settings: Spec) -> str:
     """Return the default student; `tiny` for one of three layers where the teacher has hardly more."""
-    layers = config_of(named(settings)[0]).get("num_hidden_layers")
+    layers = config_of(origin(settings)).get("num_hidden_layers")
     few = isinstance(layers, int) and layers < _ENOUGH_LAYERS
     return "tiny" if few and shape_of(name).kind == "spread" else name
 

@@ -56,9 +56,11 @@ def overrides(flags: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if name in _UNITS:
             value = quantity(value, f"--{name.replace('_', '-')}", _UNITS[name])
+        elif name == "labels":
+            value = [label.strip() for label in value.split(",")] if isinstance(value, str) else value
         elif isinstance(value, list | tuple):
             value = [_plain(one) for one in value] if len(value) > 1 else _plain(value[0])
-        found[key] = name != "no_baseline" and _plain(value)
+        found[key] = value if name == "labels" else name != "no_baseline" and _plain(value)
     return found
 
 

@@ -184,7 +184,7 @@ def of_results(section: Section) -> dict[str, Any]:
     """Return the plain values of a section that decide its results; the others say only how they are computed."""
     values: dict[str, Any] = msgspec.to_builtins(section)
     for place in (values, values.get("train") or {}):
-        for name in ("accumulate", "checkpoint_gradients", "compile", "devices"):
+        for name in ("accumulate", "checkpoint_gradients", "compile", "devices", "base"):  # see the teacher stage
             place.pop(name, None)
     return values
 

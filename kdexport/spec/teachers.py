@@ -12,7 +12,11 @@ from kdexport.spec.sections import Spec
 Kind = Literal["torch", "onnx", "stored", "zero-shot", "endpoint", "answers"]
 # Kinds that answer some texts only, so that a stage of its own chooses them.
 ASKED = ("endpoint", "answers")
+# Kinds in whose place no other model gives weights to students.
+OPEN = ("torch", "onnx")
 ZERO_SHOT = "zero-shot:"
+# What students are made from where the teacher has no weights to give; it comes with `kdexport[demo]`.
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
 _ENDPOINT, _OPENAI = "openai:", "https://api.openai.com/v1"
 # The family of recognisers that write freely, so that they can transcribe for others.
 TRANSCRIBER = "whisper"
@@ -63,6 +67,12 @@ def address_of(teacher: str) -> Address:
 def asked(settings: Spec) -> bool:
     """Return whether the first teacher answers some texts only."""
     return kind_of(named(settings)[0]) in ASKED
+
+
+def origin(settings: Spec) -> str:
+    """Return the model whose weights students are made from: the first teacher, or one in its place."""
+    first = named(settings)[0]
+    return first if kind_of(first) in OPEN else settings.student.base or BASE
 
 
 def optimum_file(folder: Path) -> Path | None:

@@ -20,6 +20,7 @@ class Menu(NamedTuple):
     augment: bool = True
     vocabulary: Literal["corpus", "whole"] = "corpus"  # the default tokens of a student made from the teacher
     teachers: frozenset[str] = frozenset({"torch", "adapter", "onnx", "stored"})
+    bases: bool = False  # students can be made from another model, where the teacher has no weights to give
     ensemble: bool = True  # several teachers, or several passes of one, can be combined
     own_steps: frozenset[str] = frozenset()  # kinds of students whose steps of time are not their teacher's
     unused: Mapping[str, str] = {}  # keys of the spec without effect → the fix

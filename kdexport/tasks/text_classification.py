@@ -10,12 +10,15 @@ from kdexport.tasks.inputs.texts import Texts
 from kdexport.tasks.menus import OF_LAYERS, TEXTS
 from kdexport.tasks.several import Number, SeveralLabels
 
+_NUMBER = TEXTS._replace(bases=True)
+_LABELS = _NUMBER._replace(teachers=TEXTS.teachers | {"zero-shot", "endpoint", "answers"})
+
 
 class TextClassification(Texts, Classes):
     """Rows `{"text": …, "text_pair": …, "label": …}` → input ids → logits [N, C] → one label each."""
 
     name: ClassVar = "text-classification"
-    menu: ClassVar = TEXTS
+    menu: ClassVar = _LABELS
     card: ClassVar = Card(
         "text-classification", "ORTModelForSequenceClassification", PREDICT.format("a text to classify")
     )
@@ -37,7 +40,7 @@ class TextClassification(Texts, Classes):
 class MultiLabelTexts(SeveralLabels, TextClassification):
     """Any number of independent labels: those with a logit above 0."""
 
-    menu: ClassVar = TEXTS._replace(losses=("bce", "mse", *OF_LAYERS))
+    menu: ClassVar = _LABELS._replace(losses=("bce", "mse", *OF_LAYERS))
 
     @staticmethod
     def check(row: Row, max_chars: int, needs_label: bool = True) -> str | None:
@@ -49,7 +52,7 @@ class TextRegression(Number, TextClassification):
     """A number: the one logit."""
 
     # Two texts are compared across layers: two narrow ones kept 40 % of the teacher on STS-B (docs/decisions.md).
-    menu: ClassVar = TEXTS._replace(default="spread:3", losses=("mse", *OF_LAYERS))
+    menu: ClassVar = _NUMBER._replace(default="spread:3", losses=("mse", *OF_LAYERS))
     columns: ClassVar = TextClassification.columns | {
         "label": (*TextClassification.columns["label"], "score", "rating")
     }

@@ -211,8 +211,14 @@ def test_an_onnx_teacher_that_was_changed_or_reads_less_is_refused(tmp_path, dat
         ({"teacher.model": "npz", "teacher.train.epochs": 1}, "can't be fine-tuned"),
         ({"teacher.model": "npz", "teacher.passes": 2}, "teacher.passes: a file of logits"),
         ({"teacher.model": "npz", "distill.augment.views": 2}, "distill.augment: a file of logits"),
-        ({"teacher.model": "npz"}, "student.model: 'tiny' is built from the teacher's weights, and a file of logits"),
-        ({"teacher.model": "npz", "student.model": ["layers:2", "me/x"]}, "student.model: 'layers:2' is built from"),
+        (
+            {"teacher.model": "npz", "task": "token-classification"},
+            "student.model: 'spread:3' is built from the teacher's weights, and a file of logits",
+        ),
+        (
+            {"teacher.model": "npz", "task": "token-classification", "student.model": ["layers:2", "me/x"]},
+            "student.model: 'layers:2' is built from",
+        ),
         (
             {"teacher.model": "npz", "student.model": "me/x", "distill.loss": "hidden"},
             "hidden reads the teacher's layers",
@@ -239,12 +245,15 @@ def test_what_the_teachers_can_not_do_is_said_before_any_work(tmp_path, exported
 
 def test_a_plan_refuses_what_the_teacher_can_not_do(tmp_path, monkeypatch, capfd):
     (tmp_path / "some.npz").touch()
-    monkeypatch.setattr("sys.argv", ["kdexport", "run", "--plan", "--data", "t.csv", "--teacher", "some.npz"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["kdexport", "run", "--plan", "--data", "t.csv", "--teacher", "some.npz", "--task", "token-classification"],
+    )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert "'tiny' is built from the teacher's weights, and a file of logits" in capfd.readouterr().err
+    assert "'spread:3' is built from the teacher's weights, and a file of logits" in capfd.readouterr().err
 
 
 def test_a_file_of_logits_that_does_not_exist_is_named_before_any_work():
