@@ -29,11 +29,11 @@ def asked(r: Report) -> Section | None:
         f"{counted(found.pool, 'text')} of train"
         f"{', and ' + ', '.join(judged) if judged else ''}; it was asked {_BY.get(found.by, found.by)}{orders}."
     )
-    lead += f" {found.stopped}" if found.stopped else ""
+    lead += f" Asking ended: {found.stopped}." if found.stopped else ""
     tables = [Table(("asked", "found"), _calls(found))]
     tables += [Table(("can it be trusted?", "found"), rows)] if (rows := _trust(metric_of(r), found.trust)) else []
     tables += [_costs(r, found)]
-    note = " ".join((*unknown(found), *found.not_known, saves(r)))
+    note = " ".join((*found.not_known, saves(r)))
     figures = [_curve(found)] if len(found.rounds) > 1 else []
     return Section("The teacher that was asked", lead, figures, tables, note, brief=True)
 
@@ -51,22 +51,11 @@ def saves(r: Report) -> str:
     return f"{said}: as much as the student saves in {counted(round(1e6 * spent / (million - own)), 'answer')}{free}."
 
 
-def unknown(found: Asked) -> list[str]:
-    """Return sentences on what can't be known without labelled rows."""
-    if found.trust.accuracy is not None:
-        return []
-    return [
-        "No row has a label: how often this teacher is right is not known, and its probabilities are as it gave them. "
-        "The student is judged by its agreement with the teacher, faults included. About 200 labelled rows in "
-        "validation or test would tell."
-    ]
-
-
 def _calls(found: Asked) -> list[tuple[str, str]]:
     rows = [
         ("calls sent", f"{found.sent:,}"),
         ("answers of an earlier run", f"{found.cached:,}"),
-        ("calls again after an error", f"{found.retries:,}"),
+        ("calls repeated after an error", f"{found.retries:,}"),
         ("calls without an answer", f"{found.failed:,}"),
         ("texts that it declined", f"{found.refused:,}"),
         ("texts whose answer is no label", f"{found.unparsable:,}"),
@@ -82,7 +71,7 @@ def _trust(metric: Metric, found: Trust) -> list[tuple[str, str]]:
     if found.accuracy:
         rows.append((f"{metric.name} on {counted(found.accuracy.n, 'labelled row')}", scored(metric, found.accuracy)))
     if found.by_words:
-        rows.append(("the same rows, asked by the labels' words", scored(metric, found.by_words)))
+        rows.append(("the same rows, asked by the labels' own words", scored(metric, found.by_words)))
     if found.temperature is not None:
         rows.append(("temperature, fitted on these rows", trimmed(found.temperature)))
     if found.ece_before is not None and found.ece_after is not None:
@@ -102,12 +91,9 @@ def _trust(metric: Metric, found: Trust) -> list[tuple[str, str]]:
 
 def _costs(r: Report, found: Asked) -> Table:
     price, rows = found.cost_of_million(), []
-    calls = found.sent + found.cached
-    each = calls / max(1, sum(found.texts.values()))
-    per = f" a call, {each:.2g} calls a text" if each > 1.05 else ""
-    rows.append((
-        f"{found.model}{per}", trimmed(price), trimmed(found.p50_ms), trimmed(found.p99_ms), "–"
-    ))  # fmt: skip
+    each = (found.sent + found.cached) / max(1, sum(found.texts.values()))
+    per = f" ({each:.2g} calls a text; times of one)" if each > 1.05 else ""
+    rows.append((f"{found.model}{per}", trimmed(price), trimmed(found.p50_ms), trimmed(found.p99_ms), "–"))
     best = _best(r)
     if best and best.latency_ms:
         faster = times(found.p50_ms / best.latency_ms.p50) if found.p50_ms else "–"
