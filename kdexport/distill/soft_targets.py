@@ -207,6 +207,8 @@ def _write(
 def _check(teacher: Teacher, labelled: Mapping[str, Rows], test: Rows, who: str) -> None:
     """Refuse a teacher that is near chance on labelled rows."""
     asked = labelled["validation"] + labelled["train"] or test
+    if not teacher.task.labels_judge and not any(row["label"] is not None for row in asked):
+        return
     most = _PREFLIGHT_ROWS
     sample = list(asked[:most] if teacher.task.together else asked.take(sampled(len(asked), most)))
     teacher.read(sample, "soft targets (preflight)")
