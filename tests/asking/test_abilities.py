@@ -59,7 +59,7 @@ def test_llama_cpps_server(tmp_path):
         assert found.models()
     # It takes `echo`, and generates instead.
     assert can == Abilities(top=20, echo=False, constrained="json_schema", n=False)
-    assert can.line().startswith("the server gives log-probabilities of 20 tokens, scores no given texts, can be held")
+    assert can.line().startswith("gives log-probabilities of 20 tokens, scores no given texts, can be held")
 
 
 def test_errors_of_the_endpoint_pass(tmp_path):
