@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class Encoder:
 
     def __init__(self, labels: Sequence[str], logits: Callable[[list[Row]], Any], several: bool = False) -> None:
         self.labels, self.several = [" ".join(label.split()) for label in labels], several
+        self.places = {label: c for c, label in enumerate(self.labels)}
         self._logits, self._known, self._lock = logits, dict[tuple[str, str | None], Any](), threading.Lock()
 
     @classmethod
@@ -296,9 +298,8 @@ class Server:
         return found
 
     def _class_of(self, line: str) -> int | None:
-        named, _, _ = line.strip().partition(" – ")
-        found = [c for c, label in enumerate(self.encoder.labels) if label == line.strip()]
-        return next(iter(found or [c for c, label in enumerate(self.encoder.labels) if label == named]), None)
+        places, line = self.encoder.places, line.strip()
+        return places.get(line, places.get(line.partition(" – ")[0]))
 
     def _choice(
         self, i: int, body: dict[str, Any], options: dict[str, float], top: int | None, chat: bool
@@ -357,6 +358,7 @@ def held_to(body: dict[str, Any], ways: Sequence[str]) -> tuple[list[str], str |
     return [], None
 
 
+@lru_cache(10_000)
 def tokens_of(text: str) -> list[str]:
     """Letters of a code one by one; else words, with what stands before them."""
     return list(text) if re.fullmatch(r"[A-Z]{1,2}", text) else re.findall(r"\s?[^\W_]+|\s?[\W_]", text)

@@ -139,7 +139,7 @@ class Endpoint:
                             return []
             listed = json.loads(content)["data"]
             return [safe(each["id"], self._key) for each in listed if isinstance(each["id"], str)]
-        except (httpx.HTTPError, ValueError, RecursionError, KeyError, TypeError):
+        except (httpx.HTTPError, ImportError, ValueError, RecursionError, KeyError, TypeError):
             return []
 
     def _stored(self, key: bytes) -> Reply | None:
@@ -239,7 +239,11 @@ class Endpoint:
 
         self._heard, silent_s = time.monotonic(), max(_SILENT_S, 5 * self._timeout_s)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(**self._options(), limits=limits) as client:
+        try:
+            client = httpx.AsyncClient(**self._options(), limits=limits)
+        except (ImportError, ValueError) as error:  # a proxy of the environment that needs a package, or is none
+            return Refused(0, safe(str(error), self._key))
+        async with client:
             while (fresh or again or flying) and not (refused or self._stop):
                 now = time.monotonic()
                 while len(flying) < int(self._pace.allowed) and self._pace.until <= now:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from kdexport.report.asked import asked
 from kdexport.report.membership import leakage, near_duplicates
 from kdexport.report.page import Section, Table
 from kdexport.report.quality import calibration, classes, differences, quality, training
@@ -97,6 +98,6 @@ def written(value: Any) -> str:
 
 
 SECTIONS = (
-    variants, budget, search, trade_off, latency, steps, quality, classes, calibration, differences, training, data,
-    leakage, near_duplicates, cost, machine, reproduce,
+    variants, budget, asked, search, trade_off, latency, steps, quality, classes, calibration, differences, training,
+    data, leakage, near_duplicates, cost, machine, reproduce,
 )  # fmt: skip

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdexport.errors import counted
+from kdexport.report.asked import saves
 from kdexport.report.table import (
     checked,
     deviation,
@@ -58,6 +59,11 @@ def summary(report: Report) -> list[str]:
     found, lines, metric = report.distillation, [], metric_of(report)
     if report.search:
         lines.append(f"search: {report.search.reason}.")
+    if report.asked:
+        lines.append(
+            f"asked: {report.asked.model} labelled {report.asked.texts.get('train', 0):,} of "
+            f"{counted(report.asked.pool, 'text')} of train. {saves(report)}".rstrip()
+        )
     if found and report.recommended:
         best = report.variant(report.recommended)
         lines.append(f"★ {best.name}: {report.reason}; {keeps(report, found)} ({counted(found.teacher.n, 'row')}).")

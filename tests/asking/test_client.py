@@ -208,7 +208,7 @@ def test_a_server_that_fails_for_good_ends_the_run_and_the_next_one_goes_on(enco
         endpoint = ask(server.url)
         with pytest.raises(EndpointError, match=r"answers no more.*500.*30 answers kept"):
             endpoint.send(calls)
-        assert server.requests - 30 <= 8 * (20 + 4)
+        assert server.requests - 30 <= 8 * (20 + 20 + 4)  # attempts, of calls that failed and of those on their way
         server.ways.rates = {}
         again = ask(server.url)
         assert all(isinstance(reply, Reply) for reply in again.send(calls))
@@ -257,6 +257,12 @@ def test_no_proxy_stands_between_this_machine_and_itself(encoder, ask, monkeypat
     with running(encoder) as server:
         for url in (server.url, server.url.replace("127.0.0.1", "localhost")):
             assert isinstance(ask(url).send([call(url)])[0], Reply)
+
+
+def test_a_proxy_that_cant_be_used(ask, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks9://127.0.0.1:9")
+    with pytest.raises(EndpointError, match=r"can't be reached.*socks9"):
+        ask("http://somewhere.invalid/v1").send([call("a text")])
 
 
 def test_calls_are_sent_from_a_running_loop(encoder, ask):
