@@ -178,7 +178,7 @@ def check_labels(labels: Mapping[str, str] | Sequence[str]) -> None:
 
 def _alike(labels: Sequence[str]) -> tuple[str, str] | None:
     """Return two labels that share their first word, or of which one begins the other."""
-    by_start = sorted((re.findall(r"\w+", label.casefold()) or [label], label) for label in labels)
+    by_start = sorted((re.findall(r"[^\W_]+", label.casefold()) or [label], label) for label in labels)
     for (first, one), (second, other) in pairwise(by_start):
         if first[0] == second[0] or other.casefold().startswith(one.casefold()):
             return one, other
