@@ -1,9 +1,10 @@
 """What students of an endpoint's answers keep of it, and what choosing the texts saves.
 
-    python benchmarks/asked.py runs --bbc runs/demo/teacher --clinc runs/clinc150/teacher --clinc-data ../shared/data/clinc150
+    python benchmarks/asked.py runs --bbc runs/demo/teacher
+    python benchmarks/asked.py runs --clinc runs/clinc/teacher --clinc-data ../shared/data/clinc150
 
-The endpoint is `tests/endpoint.py` around a fine-tuned encoder, in place of a language model. No text that the runs read
-has a label; the figures are on labelled texts that were held out, by the file that ships and by the encoder itself.
+The endpoint is `tests/endpoint.py` around a fine-tuned encoder, in place of a language model. No text that the runs
+read has a label; the figures are on labelled texts that were held out, by the file that ships and by the encoder itself.
 Writes `results/asked.json`, and keeps the reports of both runs beside it. Finished runs under the first argument are
 taken as they are.
 """

@@ -10,7 +10,7 @@ import msgspec
 from kdexport.asking.client import Call, Endpoint, Failed, Reply
 from kdexport.asking.reading import choices_of, positions_of, score_of, text_of
 from kdexport.errors import ModelError, SpecError
-from kdexport.spec.sections import Ask
+from kdexport.spec.ask import Ask
 
 Constrained = Literal["", "json_schema", "guided_choice", "grammar"]
 _SAY = [

@@ -26,7 +26,7 @@ from kdexport.asking.reading import (
     said_labels,
     text_of,
 )
-from kdexport.spec.sections import Ask
+from kdexport.spec.ask import Ask
 from kdexport.tasks.config import Row
 from kdexport.tasks.metrics import log_softmax
 from kdexport.tasks.several import BETWEEN
