@@ -4,7 +4,7 @@
     python benchmarks/asked.py runs --clinc runs/clinc/teacher --clinc-data ../shared/data/clinc150
 
 The endpoint is `tests/endpoint.py` around a fine-tuned encoder, in place of a language model. No text that the runs
-read has a label; the figures are on labelled texts that were held out, by the file that ships and by the encoder itself.
+read has a label; the figures are on labelled texts that were held out, by the file that ships and the encoder itself.
 Writes `results/asked.json`, and keeps the reports of both runs beside it. Finished runs under the first argument are
 taken as they are.
 """
