@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class Encoder:
 
     def __init__(self, labels: Sequence[str], logits: Callable[[list[Row]], Any], several: bool = False) -> None:
         self.labels, self.several = [" ".join(label.split()) for label in labels], several
+        self.places = {label: c for c, label in enumerate(self.labels)}
         self._logits, self._known, self._lock = logits, dict[tuple[str, str | None], Any](), threading.Lock()
 
     @classmethod
@@ -111,9 +113,12 @@ class Server:
         self._random = random.Random(ways.seed)
         self._waiting: list[tuple[Row, asyncio.Future[Any]]] = []
         self._ready: asyncio.Event | None = None
+        self.end: Callable[[], object] = lambda: None
 
     async def serve(self, port: int, started: Callable[[], object] = lambda: None) -> None:
         self._ready = asyncio.Event()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        self.end = lambda: loop.call_soon_threadsafe(task.cancel)
         thinking = asyncio.create_task(self._think())
         server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=2**24, backlog=512)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
@@ -157,7 +162,7 @@ class Server:
                 self.under_way += 1
                 self.most_under_way = max(self.most_under_way, self.under_way)
                 try:
-                    await self._request(writer, method, path, headers, content)
+                    await self._request(reader, writer, method, path, headers, content)
                 finally:
                     self.under_way -= 1
         except (asyncio.IncompleteReadError, asyncio.CancelledError, OSError):
@@ -166,8 +171,9 @@ class Server:
             writer.close()
 
     async def _request(
-        self, writer: asyncio.StreamWriter, method: str, path: str, headers: dict[str, str], content: bytes
-    ) -> None:
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, method: str, path: str,
+        headers: dict[str, str], content: bytes,
+    ) -> None:  # fmt: skip
         ways = self.ways
         if path == "/log":
             log = {name: getattr(self, name) for name in ("requests", "faults", "answers", "calls", "most_under_way")}
@@ -191,11 +197,10 @@ class Server:
         status, answer, text = await self._answer(path, body)
         if fault == "truncated":
             return await send(writer, status, answer, cut=True)
-        await send(writer, status, answer)
-        if status == 200:
+        if status == 200 and not (writer.is_closing() or reader.at_eof()):  # before, as who has it may look at once
             self.answers[text] += 1
             self.calls[hashlib.sha256(content).hexdigest()[:16]] += 1
-        return None
+        return await send(writer, status, answer | ({"request": headers} if fault == "repeats" else {}))
 
     def _fault(self) -> str:
         if self.ways.most and self.under_way > self.ways.most:
@@ -293,9 +298,8 @@ class Server:
         return found
 
     def _class_of(self, line: str) -> int | None:
-        named, _, _ = line.strip().partition(" – ")
-        found = [c for c, label in enumerate(self.encoder.labels) if label == line.strip()]
-        return next(iter(found or [c for c, label in enumerate(self.encoder.labels) if label == named]), None)
+        places, line = self.encoder.places, line.strip()
+        return places.get(line, places.get(line.partition(" – ")[0]))
 
     def _choice(
         self, i: int, body: dict[str, Any], options: dict[str, float], top: int | None, chat: bool
@@ -354,6 +358,7 @@ def held_to(body: dict[str, Any], ways: Sequence[str]) -> tuple[list[str], str |
     return [], None
 
 
+@lru_cache(10_000)
 def tokens_of(text: str) -> list[str]:
     """Letters of a code one by one; else words, with what stands before them."""
     return list(text) if re.fullmatch(r"[A-Z]{1,2}", text) else re.findall(r"\s?[^\W_]+|\s?[\W_]", text)
@@ -436,18 +441,11 @@ async def send(
 def running(encoder: Encoder | Path, **ways: Any) -> Iterator[Server]:
     """Serve on a free port of this process, until the block ends."""
     server = Server(encoder if isinstance(encoder, Encoder) else Encoder.of(encoder), Ways(**ways))
-    started, loop = threading.Event(), asyncio.new_event_loop()
-    task = loop.create_task(server.serve(0, started.set))
+    started = threading.Event()
 
     def run() -> None:
         with suppress(asyncio.CancelledError):
-            loop.run_until_complete(task)
-        left = asyncio.all_tasks(loop)
-        for each in left:
-            each.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
+            asyncio.run(server.serve(0, started.set))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -455,7 +453,7 @@ def running(encoder: Encoder | Path, **ways: Any) -> Iterator[Server]:
     try:
         yield server
     finally:
-        loop.call_soon_threadsafe(task.cancel)
+        server.end()
         thread.join(30)
 
 

@@ -38,12 +38,13 @@ class Asker:
             timeout_s=how.timeout_s,
         )  # fmt: skip
         self.abilities = probe(self.endpoint, address.model)
-        say(f"teacher: {address.model} {self.abilities.line()}")
+        say(f"teacher: {address.model}: {self.abilities.line()}")
         self.by, remark = choose_by(how, labels, self.abilities)
         if remark:
             say(f"teacher: {remark}")
         self.problems: Counter[str] = Counter()
         self.mass: list[float] = []
+        self.seconds: list[float] = []
         self.shortened = 0
         self._texts = 0
         self.show(())
@@ -149,6 +150,7 @@ class Asker:
             calls = {i: self.questions.of(*question) for i, question in waiting.items()}
             replies = iter(self.endpoint.send([call for some in calls.values() for call in some], advance))
             got: dict[int, list[Reply | Failed]] = {i: [next(replies) for _ in some] for i, some in calls.items()}
+            self.seconds += [one.seconds for some in got.values() for one in some if isinstance(one, Reply)]
             readings |= {i: self.questions.read(*waiting[i], some) for i, some in got.items()}
             long = [i for i, some in got.items() if any(isinstance(one, Failed) and one.too_long for one in some)]
             if not long:

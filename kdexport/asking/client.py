@@ -14,6 +14,7 @@ import signal
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ class Endpoint:
                             return []
             listed = json.loads(content)["data"]
             return [safe(each["id"], self._key) for each in listed if isinstance(each["id"], str)]
-        except (httpx.HTTPError, ValueError, RecursionError, KeyError, TypeError):
+        except (httpx.HTTPError, ImportError, ValueError, RecursionError, KeyError, TypeError):
             return []
 
     def _stored(self, key: bytes) -> Reply | None:
@@ -208,15 +209,15 @@ class Endpoint:
         self, jobs: list[_Job], found: dict[bytes, Reply | Failed], advance: Callable[[int], object]
     ) -> Refused | None:
         """Fill `found`; return what ended it before that, if anything did."""
-        ready = [(0.0, place, job) for place, job in enumerate(jobs)]  # when, in which order
-        flying: dict[asyncio.Task[_Outcome], tuple[int, float, _Job]] = {}
+        fresh, again = deque(jobs), list[tuple[float, bytes, _Job]]()  # the second by when they are due
+        flying: dict[asyncio.Task[_Outcome], tuple[float, _Job]] = {}
         refused: Refused | None = None
 
         def landed(task: asyncio.Task[_Outcome]) -> Refused | None:
-            place, started, job = flying.pop(task)
+            started, job = flying.pop(task)
             outcome = task.result()
             if isinstance(outcome, Again) and (wait := self._wait_after(outcome, job, started)) is not None:
-                heapq.heappush(ready, (time.monotonic() + wait, place, job))
+                heapq.heappush(again, (time.monotonic() + wait, job.key, job))
                 return Refused(None, outcome.why) if time.monotonic() > self._heard + silent_s else None
             self._heard = time.monotonic()
             match outcome:
@@ -238,13 +239,22 @@ class Endpoint:
 
         self._heard, silent_s = time.monotonic(), max(_SILENT_S, 5 * self._timeout_s)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(**self._options(), limits=limits) as client:
-            while (ready or flying) and not (refused or self._stop):
+        try:
+            client = httpx.AsyncClient(**self._options(), limits=limits)
+        except (ImportError, ValueError) as error:  # a proxy of the environment that needs a package, or is none
+            return Refused(0, safe(str(error), self._key))
+        async with client:
+            while (fresh or again or flying) and not (refused or self._stop):
                 now = time.monotonic()
-                while ready and len(flying) < int(self._pace.allowed) and max(ready[0][0], self._pace.until) <= now:
-                    _, place, job = heapq.heappop(ready)
-                    flying[asyncio.create_task(self._attempt(client, job.call))] = (place, now, job)
-                wait = max(ready[0][0], self._pace.until) - now if ready else _LOOK_S
+                while len(flying) < int(self._pace.allowed) and self._pace.until <= now:
+                    if again and again[0][0] <= now:
+                        job = heapq.heappop(again)[-1]
+                    elif fresh and len(again) < _IN_A_ROW:  # more would only meet the same fault
+                        job = fresh.popleft()
+                    else:
+                        break
+                    flying[asyncio.create_task(self._attempt(client, job.call))] = now, job
+                wait = max(again[0][0] if again else 0.0, self._pace.until) - now
                 wait = wait if 0 < wait < _LOOK_S else _LOOK_S
                 if not flying:
                     await asyncio.sleep(wait)
@@ -291,7 +301,7 @@ class Endpoint:
             return Again(f"no answer within {self._timeout_s:g} s", busy=True)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.ProxyError) as error:
             why = safe(str(error), self._key) or type(error).__name__
-            return Again(why) if self._reached else Refused(None, why)
+            return Again(why) if self._reached else Refused(0, why)
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             return Again(f"the connection broke ({safe(str(error), self._key) or type(error).__name__})")
         content = without_key(bytes(body), self._key)
@@ -317,10 +327,10 @@ class Endpoint:
                 return EndpointError(f"{url} has no model {self._address.model!r}", served)
             what = f"{url}/chat/completions is not there ({status}): {message}"
             return EndpointError(what, "Write the URL that stands before /chat/completions, most often one with /v1")
-        if status is not None:
-            return EndpointError(f"{url} leads elsewhere ({status}): {message}", "Write that URL if you trust it")
-        if self._reached:
+        if status is None:
             return EndpointError(f"{url} answers no more; the last call failed with {message}", f"Look at it; {kept}")
+        if status:
+            return EndpointError(f"{url} leads elsewhere ({status}): {message}", "Write that URL if you trust it")
         at = urlsplit(url)
         port = at.port or (443 if at.scheme == "https" else 80)
         fix = f"Is the server running, on port {port}?" if _local(url) else "Check the URL and the network"

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 _LONGEST_PAUSE_S = 120.0
 _SECRET = 8  # characters; a shorter key is a word such as EMPTY, which an answer may hold
-_NO_CREDIT = re.compile(r"insufficient_quota|exceeded your current quota|insufficient (balance|credit)", re.I)
+_NO_CREDIT = re.compile(r"insufficient_quota|insufficient (balance|credit)", re.I)
 _TOO_LONG = re.compile(
     r"context.?(length|size|window)|maximum context|too many tokens|max_model_len|"
     r"(prompt|input|request|sequence)\w* (is |are )?too (long|large)|"
-    r"(exceed|less than|at most|reduce|<=).{0,60}(tokens?\b|context|length of the)|token\w*.{0,60}(exceed|<=)",
+    r"(exceed|less than|reduce|<=).{0,60}(tokens?\b|context|length of the)|token\w*.{0,60}(exceed|<=)",
     re.I,
 )
 _NO_MODEL = re.compile(r"not.?found|n.t exist|not exist|unknown|invalid model|not a valid|no such", re.I)
@@ -37,7 +37,7 @@ class Again(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """What would meet every further call as well; no status where nobody answers."""
+    """What would meet every further call as well; status 0: nobody is there, None: too many calls have failed."""
 
     status: int | None
     message: str
@@ -48,15 +48,16 @@ def judged(
 ) -> dict[str, Any] | Failed | Again | Refused:
     """Return the JSON object of an answer to a call, or what went wrong."""
     body = json_object(content)
-    if status == 200 and body is None:
-        return Again("an answer that is no JSON object", status)
-    if status == 200 and body is not None and isinstance(body.get("choices"), list) and body["choices"]:
-        return body
+    if status == 200:
+        if body is None:
+            return Again("an answer that is no JSON object", status)
+        if isinstance(body.get("choices"), list) and body["choices"]:
+            return body
     whole = content[:4000].decode(errors="replace")
     message, too_long = _message(body, whole, key), bool(_TOO_LONG.search(whole))
     why = f"{status}: {message}"
-    if status == 200 and body is not None:
-        failed = "error" in body and too_long
+    if status == 200:
+        failed = "error" in (body or {}) and too_long
         return Failed(why, status, too_long=True) if failed else Again(f"an answer without choices: {message}", status)
     if status in (401, 402, 403) or (status == 429 and _NO_CREDIT.search(whole)):
         return Refused(status, message)

@@ -8,7 +8,7 @@ import hashlib
 import random
 import string
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,13 @@ from kdexport.tasks.several import BETWEEN
 
 # I is no letter of an option: answers such as "I'm sorry" begin with it.
 _LETTERS = [letter for letter in string.ascii_uppercase if letter != "I"]
+# Two letters that are one token with and without a space, to GPT-2 and SmolLM2 at least: a first one, then second ones.
+_PAIRS = (
+    "AABCDEFGHIKLMNPRSTUVW BABCDEILMOPRSTUY CABCDEFGHILMNOPRSTUV DABCDEFHILMNOPRST EACDEFGLMNPRSTUVX FACDEILMOPRST "
+    "GABCDEHILMNOPRSTW HACDEFILOPRST IABCDEFGILMNOPRSTUVX JCDOS KBES LACDEGILMOPST MABCDEHILMNOPRSTWY "
+    "NACDEFGHILMOPRSTVWY OBCDFHKMNPRSTW PACDEFGHIKLMOPRSTU QU RABCDEFGHILMNOPRST SABCDEFHIKLMNOPRSTUWY "
+    "TABCEFHILMOPRSTVWX UCIKNPRSTVX VAIMORST WACEHRSW XXY Y Z"
+)
 _ORDERS = 16
 # Tokens of an answer: a letter may follow a line break or a mark, a word is told from others by its first few.
 _FOR_LETTERS, _FOR_WORDS = 3, 8
@@ -40,10 +47,16 @@ _YES_NO = ("Yes", "No")
 
 
 def codes(count: int) -> list[str]:
-    """Return the letters of so many options: one each, or two where there are too few."""
+    """Return the letters of so many options: one each, or two where there are too few.
+
+    Two are one token as far as they can be. Where they are not, few of them share the first: it alone is surely known.
+    """
     if count <= len(_LETTERS):
         return _LETTERS[:count]
-    return ["".join(pair) for pair in product(string.ascii_uppercase, repeat=2)][:count]
+    in_turn = zip_longest(*([pairs[0] + second for second in pairs[1:]] for pairs in _PAIRS.split()))
+    known = [pair for pairs in in_turn for pair in pairs if pair]
+    every = (first + second for second, first in product(string.ascii_uppercase, repeat=2))
+    return [*known, *(pair for pair in every if pair not in known)][:count]
 
 
 class Questions:

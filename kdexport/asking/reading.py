@@ -15,8 +15,8 @@ from kdexport.tasks.metrics import Array, log_softmax
 LEAST_MASS = 0.01
 # An option is never less likely than this, so that logits stay finite.
 _FLOOR = 1e-6
-# Tokens of an answer that are looked at.
-_FURTHEST = 64
+# Tokens and characters of an answer that are looked at.
+_FURTHEST, _LONGEST = 64, 20_000
 # Answers that were never given count for so many, shared by all options, in the frequencies of samples.
 _PRIOR = 0.5
 # What may stand before an answer: spaces, quotes, and marks of emphasis.
@@ -55,7 +55,7 @@ def text_of(choice: dict[str, Any]) -> str:
     content = _in(choice, "message").get("content", choice.get("text"))
     if isinstance(content, list):  # parts, as of models that also write pictures
         content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-    return _THOUGHT.sub("", content).strip() if isinstance(content, str) else ""
+    return _THOUGHT.sub("", content).strip()[:_LONGEST] if isinstance(content, str) else ""
 
 
 def positions_of(choice: dict[str, Any]) -> list[Position]:
@@ -121,9 +121,11 @@ def by_tokens(reply: Reply | Failed, options: Sequence[str], *, fold: bool) -> R
     choice = next(iter(choices_of(reply)), {})
     positions, said = positions_of(choice), text_of(choice)
     shares = shares_of(positions, options, fold)
-    mass = float(shares.sum())
-    if mass < LEAST_MASS:
-        return Reading(None, mass, why_not(choice), said[:80])
+    mass, why, begins = float(shares.sum()), why_not(choice), _clean(said.encode(), fold)
+    names = [_clean(option.encode(), fold) for option in options]
+    refused = why == "refusal" and not any(_stands(n, begins) or n.startswith(begins) for n in names)
+    if mass < LEAST_MASS or refused:
+        return Reading(None, min(mass, 1.0), why, said[:80])
     return Reading(log_probabilities(shares, positions), min(mass, 1.0), "", said[:80])
 
 
@@ -178,13 +180,13 @@ def said_label(text: str, codes: Sequence[str], names: Sequence[str]) -> int | N
         if given in options:
             return options.index(given)
     any_code = "|".join(codes)
-    if begun := re.match(rf"\W*({any_code})\s*[).:\]]", text):
-        return codes.index(begun[1])
-    if named := _named(text, names):
-        return named.pop() if len(named) == 1 else None
     marked = rf"\b({any_code})\)|\*\*({any_code})\*\*|(?i:answer|label|option)(?: is)?\W+({any_code})\b"
     found = {part for parts in re.findall(marked, text) for part in parts if part}
-    return codes.index(found.pop()) if len(found) == 1 else None
+    begun = re.match(rf"\W*({any_code})\s*[).:\]]", text)
+    if begun and found <= {begun[1]}:
+        return codes.index(begun[1])
+    named = _named(text, names) or {codes.index(code) for code in found}
+    return named.pop() if len(named) == 1 else None
 
 
 def said_labels(text: str, codes: Sequence[str], names: Sequence[str]) -> set[int] | None:
@@ -220,7 +222,7 @@ def _values(text: str) -> list[str] | None:
     """Return the texts in an answer's JSON; None where it is none."""
     try:
         found = msgspec.json.decode(re.sub(r"\A```(?:json)?|```\Z", "", text.strip()))
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None
     if isinstance(found, dict):
         found = next(iter(found.values()), "")
@@ -260,8 +262,16 @@ def _position(token: bytes | str, p: object, top: Sequence[tuple[bytes | str, ob
     pairs = [(each.encode() if isinstance(each, str) else each, q) for each, q in top]
     if came not in [each for each, _ in pairs]:
         pairs.append((came, p))
-    known = [(each, q) for each, q in pairs if isinstance(q, int | float) and not math.isnan(q)]
-    return Position(came, [(each, math.exp(min(q, 0.0))) for each, q in known])
+    known = [(each, _log_probability(q)) for each, q in pairs]
+    return Position(came, [(each, math.exp(q)) for each, q in known if not math.isnan(q)])
+
+
+def _log_probability(found: object) -> float:
+    """Return a number of JSON as a log probability; NaN for anything else."""
+    try:
+        return min(float(found), 0.0) if isinstance(found, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _bytes(found: dict[str, Any]) -> bytes:
@@ -279,5 +289,5 @@ def _legacy(logprobs: dict[str, Any]) -> list[tuple[str, float, list[tuple[bytes
     found: list[tuple[str, float, list[tuple[bytes | str, object]]]] = []
     for token, p, top in zip(tokens, given, tops, strict=False):
         likeliest = [*top.items()] if isinstance(top, dict) else []
-        found.append((str(token), float(p) if isinstance(p, int | float) else math.nan, likeliest))
+        found.append((str(token), _log_probability(p), likeliest))
     return found

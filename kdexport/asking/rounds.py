@@ -66,10 +66,12 @@ def ask_in_rounds(
     shown = {task.content(row) for row in examples}
     pool = pool.where(lambda row: task.content(row) not in shown)
     found = Answered(task, corrected, asker.read)
+    every = len(splits["test"]) + len(splits["validation"]) + len(pool)
     texts = _estimate(asker, [*splits["test"], *splits["validation"], *pool])
     judging = {
-        split: splits[split].take(sampled(len(splits[split]), max(least, int(share * texts))))
+        split: rows if texts >= every else rows.take(sampled(len(rows), max(least, int(share * texts))))
         for split, (least, share) in _JUDGING.items()
+        if (rows := splits[split])
     }
     labelled = [row for rows in (*judging.values(), pool) for row in rows if row["label"] is not None]
     _try(asker, task, found, found.of(labelled[:_TRIED], "ask labelled rows"))
@@ -237,8 +239,8 @@ def _trust(asker: Asker, task: Task, found: Answered, judging: Sequence[Row], la
 def _record(
     settings: spec.Spec, asker: Asker, taken: Mapping[str, Sequence[Row]], pool: int, trusted: Trust, taught: Taught
 ) -> Asked:
-    counts, seconds = asker.endpoint.counts, np.array(asker.endpoint.seconds or [np.nan])
-    p50, p99 = (float(1e3 * np.percentile(seconds, q)) for q in (50, 99))
+    counts = asker.endpoint.counts
+    p50, p99 = (float(1e3 * np.percentile(asker.seconds, q)) for q in (50, 99)) if asker.seconds else (None, None)
     not_known = []
     if trusted.accuracy is None:
         not_known.append("How often the teacher is right: no row has a label, so all figures are agreement with it.")
@@ -252,6 +254,6 @@ def _record(
         sent=counts.sent, cached=counts.cached, tokens_in=asker.tokens[0], tokens_out=asker.tokens[1],
         price=asker.how.price, retries=counts.retried, failed=counts.failed,
         refused=asker.problems["refusal"], unparsable=asker.problems["unparsable"],
-        p50_ms=p50 if asker.endpoint.seconds else None, p99_ms=p99 if asker.endpoint.seconds else None,
+        p50_ms=p50, p99_ms=p99, shortened=asker.shortened,
         rounds=taught.rounds, stopped=taught.stopped, not_known=not_known, trust=trusted,
     )  # fmt: skip

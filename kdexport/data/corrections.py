@@ -20,9 +20,10 @@ def read_corrections(path: Path, settings: spec.Spec, labels: Collection[str] | 
         DataError: a row is bad, its label is none of `labels`, or its text has another label in an earlier row.
     """
     data, task = settings.data, task_class(settings.task, settings.data.problem)
-    named = {"text": data.text, "text_pair": data.text_pair, "label": data.label}
-    known = {ours: theirs for ours, theirs in named.items() if theirs}
     source = read_file(path)
+    # Columns are named as in the data, or as we name them.
+    named = {"text": data.text, "text_pair": data.text_pair, "label": data.label}
+    known = {ours: name for ours, theirs in named.items() for name in (ours, theirs) if name in source.columns}
     found = to_rows(source, replace(data, text=None, text_pair=None, label=None), task, known=known)
     if found.bad:
         warn(f"teacher.corrections: {counted(found.bad, 'bad row')} left out")

@@ -10,8 +10,12 @@ from typing import Literal
 import numpy as np
 
 from kdexport.errors import ModelError
+from kdexport.tasks.base import Task
+from kdexport.tasks.config import Row
 from kdexport.tasks.metrics import Array, log_softmax
 from kdexport.tasks.vectors import unit
+
+_SURE = 0.99  # of a label that a person gave
 
 
 def combine(logits: Sequence[Array], weights: Sequence[float] | None, how: Literal["mean", "log-mean"]) -> Array:
@@ -31,6 +35,19 @@ def combine(logits: Sequence[Array], weights: Sequence[float] | None, how: Liter
     else:
         mean = np.logaddexp.reduce([z + np.log(w) for w, z in zip(shares, logs, strict=True)], axis=0)
     return log_softmax(mean).astype(np.float32)
+
+
+def sure_of(task: Task, rows: Sequence[Row]) -> Array:
+    """Return the logits float32 [N, C] of one who gives the rows their labels, with a probability of 0.99.
+
+    The rest is spread over the other labels, as in label smoothing; of several labels each is as sure by itself.
+    """
+    wanted = task.label_array(rows)
+    if wanted.ndim == 2:
+        return np.asarray((2 * wanted - 1) * np.log(_SURE / (1 - _SURE)), np.float32)
+    found = np.full((len(rows), len(task.labels)), np.log((1 - _SURE) / (len(task.labels) - 1)), np.float32)
+    found[np.arange(len(rows)), wanted] = np.log(_SURE)
+    return found
 
 
 def joined(vectors: Sequence[Array], weights: Sequence[float] | None) -> Array:

@@ -20,7 +20,7 @@ from kdexport.data import read_rows
 from kdexport.data.rows import Row, Rows, write_rows
 from kdexport.data.sources import SPLITS
 from kdexport.distill.augment import changer, transfer_rows
-from kdexport.distill.combine import columns_of, combine, joined
+from kdexport.distill.combine import columns_of, combine, joined, sure_of
 from kdexport.distill.fine_tune import cause_of_chance
 from kdexport.distill.samples import written_by
 from kdexport.distill.store import cache_folder
@@ -41,7 +41,6 @@ from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix, softmax
 TRANSFER = "transfer"
 _SAMPLES = "samples"
 _PREFLIGHT_ROWS = 256
-_PERSON = 0.99  # the probability of a label that a person gave
 _BLOCK, _BLOCK_BYTES = 8192, 1 << 25  # of rows, and of their logits
 # Another order of labels is named where it reads better beyond luck, in standard errors, and by enough of the rows.
 _SURE, _WORTH = 4.0, 0.05
@@ -154,20 +153,11 @@ class Combined:
         return self._corrected(combine(each, self._how.weights, self._how.combine), rows), each
 
     def _corrected(self, logits: Array, rows: Sequence[Row]) -> Array:
-        """Return logits in which those of corrected texts say so: the label has the probability 0.99.
-
-        The rest is spread over the others, as in label smoothing; of several labels each is as sure by itself.
-        """
         labels = [self._corrections.get(self.task.content(row)) for row in rows] if self._corrections else []
         if not (places := [i for i, label in enumerate(labels) if label is not None]):
             return logits
-        wanted, sure = self.task.label_array([{"label": labels[i]} for i in places]), math.log(_PERSON / (1 - _PERSON))
         found = logits.copy()
-        if wanted.ndim == 2:
-            found[places] = np.where(wanted == 1, sure, -sure)
-        else:
-            found[places] = math.log((1 - _PERSON) / (logits.shape[1] - 1))
-            found[places, wanted] = math.log(_PERSON)
+        found[places] = sure_of(self.task, [{"label": labels[i]} for i in places])
         return found
 
 
@@ -217,6 +207,8 @@ def _write(
 def _check(teacher: Teacher, labelled: Mapping[str, Rows], test: Rows, who: str) -> None:
     """Refuse a teacher that is near chance on labelled rows."""
     asked = labelled["validation"] + labelled["train"] or test
+    if not teacher.task.labels_judge and not any(row["label"] is not None for row in asked):
+        return
     most = _PREFLIGHT_ROWS
     sample = list(asked[:most] if teacher.task.together else asked.take(sampled(len(asked), most)))
     teacher.read(sample, "soft targets (preflight)")

@@ -169,6 +169,9 @@ def plan(settings: spec.Spec) -> list[tuple[str, str, str]]:
     if len(names) == 1 and (shape.width or shape.kind in ("network", "conv")):
         rate = derive.learning_rate(settings.distill, settings.student, names[0], shape.width, menu, batch.value)
         derived["distill.learning_rate"] = (f"{rate.value:g}", rate.reason)
+    if teachers.gives_base(settings):
+        why = "as given" if settings.student.base else "the teacher has no weights to give"
+        derived["student.base"] = (spec.teachers.origin(settings), why)
     if summary.language:
         why = "as given" if settings.data.language else "detected by the teacher in train, or its only one"
         derived["data.language"] = (summary.language, why)

@@ -59,6 +59,7 @@ def _calls(found: Asked) -> list[tuple[str, str]]:
         ("calls without an answer", f"{found.failed:,}"),
         ("texts that it declined", f"{found.refused:,}"),
         ("texts whose answer is no label", f"{found.unparsable:,}"),
+        *([("texts shortened to what it reads", f"{found.shortened:,}")] if found.shortened else []),
         ("tokens in, out", f"{found.tokens_in:,}, {found.tokens_out:,}"),
     ]
     if (cost := found.cost()) is not None and found.price:

@@ -33,7 +33,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     variants: list[Variant]
     budget: Verdict = Verdict(None, [])
     search: Search | None = None
-    asked: Asked | None = None
     distillation: Distillation | None = None
     asked: Asked | None = None
     evidence: Evidence | None = None
