@@ -16,6 +16,7 @@ import numpy as np
 from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.asking import trust
+from kdexport.asking.abilities import check_labels
 from kdexport.asking.answered import Answered
 from kdexport.asking.asker import Asker
 from kdexport.data.rows import Row, Rows
@@ -60,6 +61,7 @@ def ask_in_rounds(
     how, address = settings.teacher.ask or spec.Ask(), address_of(named(settings)[0])
     described = settings.data.labels
     labels = {label: described[label] if isinstance(described, dict) else "" for label in task.labels}
+    check_labels(labels)
     asker = Asker(address, how, labels, several=task.function == "sigmoid", seed=settings.seed)
     examples = _examples(how, task, pool)
     asker.show(examples)

@@ -8,7 +8,8 @@ import msgspec
 
 from kdexport.errors import SpecError
 from kdexport.spec import derive
-from kdexport.spec.sections import Ask, Distill, Spec, Weight
+from kdexport.spec.ask import Ask
+from kdexport.spec.sections import Distill, Spec, Weight
 from kdexport.spec.teachers import (
     ASKED,
     OPEN,

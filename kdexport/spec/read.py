@@ -12,8 +12,9 @@ import yaml
 from msgspec import inspect
 
 from kdexport.errors import SpecError
+from kdexport.spec.ask import Section
 from kdexport.spec.checks import checked
-from kdexport.spec.sections import Bench, Data, Section, Spec
+from kdexport.spec.sections import Bench, Data, Spec
 from kdexport.tasks import names, task_class
 
 _DEEPEST, _MOST_VALUES = 20, 10_000  # aliases of aliases multiply
