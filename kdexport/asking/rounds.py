@@ -1,7 +1,7 @@
 """Ask an endpoint in an order that wastes little: labelled rows first, then those that judge, then those that teach.
 
-What teaches is a random first part, and then in rounds the texts of which a committee of quick first students is
-unsure, next to random ones, until the calls are used up or the students learn nothing more.
+What teaches is a random first part, and then in rounds the texts of which a quick first student is unsure, next to
+random ones, until the calls are used up or it learns nothing more.
 """
 
 import tempfile
@@ -120,7 +120,7 @@ def _teach(
     budget = asker.affordable(pool[0]) if len(pool) else 0
     if budget >= len(pool):
         return Taught(found.of(pool.take(order), "ask train"), [], "every text was asked")
-    from kdexport.asking.choose import Committee, agreement, first_and_step, is_flat, next_places, vectors
+    from kdexport.asking.choose import FirstStudent, agreement, first_and_step, is_flat, next_places, vectors
 
     candidates = pool.take(order[: max(_POOL, 4 * budget)])
     length = settings.data.max_length or type(task).usual_length
@@ -134,15 +134,15 @@ def _teach(
     asked, at_random, rounds = set(range(first)), set(range(first)), list[Round]()
     found.of(candidates[:first], "ask train")
 
-    def student(places: Sequence[int]) -> Committee:
+    def student(places: Sequence[int]) -> FirstStudent:
         own = found.array([candidates[i] for i in places])
-        return Committee(task.function, settings.seed).fit(x[places], task.scores(own))
+        return FirstStudent(task.function).fit(x[places], task.scores(own))
 
     while True:
         answered = [i for i, content in enumerate(contents) if content in found.logits]
         by_chance = [i for i in answered if i in at_random]
-        committee = student(answered)
-        score = agreement(committee, x_validation, judged_by)
+        first_student = student(answered)
+        score = agreement(first_student, x_validation, judged_by)
         alone = score if len(by_chance) == len(answered) else agreement(student(by_chance), x_validation, judged_by)
         chosen = len(answered) - len(by_chance)
         rounds.append(Round(chosen=chosen, random=len(by_chance), agreement=score, random_agreement=alone))
@@ -153,7 +153,7 @@ def _teach(
         elif is_flat([one.agreement for one in rounds], len(validation)):
             stopped = "a first student learned nothing more"
         else:
-            new = next_places(committee, x[rest], min(step, left), share, draw)
+            new = next_places(first_student, x[rest], min(step, left), share, draw)
             at_random |= {rest[i] for i in new.random}
             places = [rest[i] for i in (*new.chosen, *new.random)]
             asked |= {*places}
