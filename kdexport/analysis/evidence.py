@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from kdexport.analysis import shortened
@@ -18,8 +19,9 @@ def look_closely(task: Task, rows: Sequence[Row], teacher: Array, student: Array
     items, of_teacher = task.items(rows, student), task.items(rows, teacher)
     if not len(items.labels) and task.config.function == "softmax" and teacher.ndim == 2:
         by_teacher = Items(np.arange(len(rows)), teacher.argmax(axis=1), student)
-        sure = (softmax(logits.astype(np.float64)) for logits in (teacher, student))
-        return Evidence(classes=[], calibration={}, examples=_examples(task, rows, by_teacher, *sure))
+        scores = (softmax(logits.astype(np.float64)) for logits in (teacher, student))
+        found = [msgspec.structs.replace(one, label="–") for one in _examples(task, rows, by_teacher, *scores)]
+        return Evidence(classes=[], calibration={}, examples=found)
     classes = _classes(task.labels, items.labels, task.chosen(of_teacher), task.chosen(items))
     if task.config.function != "softmax":
         return Evidence(classes=classes, calibration={}, examples=[])
