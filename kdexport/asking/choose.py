@@ -27,6 +27,7 @@ from kdexport.tasks.metrics import Array
 _STEPS, _PENALTY = 20, 0.3
 _AMONG, _TURNS = 5, 4  # texts in doubt, of which one is chosen; turns of k-means
 _FIRST, _ROUNDS, _LEAST = 1_000, 8, 16
+_NEARLY_ALWAYS, _ROWS_TO_TELL = 0.97, 30  # of validation rows
 _STILL, _SURE, _GAIN = 3, 1.0, 0.005
 
 
@@ -148,6 +149,18 @@ def _spread(x: Array, weights: Array, count: int, draw: np.random.Generator) -> 
 def agreement(student: FirstStudent, x_validation: Array, logits: Array) -> float:
     """Return the fraction of validation rows to which the first student gives the teacher's answer."""
     return float(student.agrees(x_validation, logits).mean())
+
+
+def sure_from(student: FirstStudent, x_validation: Array, logits: Array) -> float:
+    """Return the least margin of texts to which the first student gives the teacher's answer nearly always.
+
+    It is taken from validation rows, which did not teach it; infinite where there is none.
+    """
+    margin, right = 1 - student.doubt(x_validation), student.agrees(x_validation, logits)
+    surest = np.argsort(-margin, kind="stable")
+    shares = np.cumsum(right[surest]) / np.arange(1, len(right) + 1)
+    good = np.flatnonzero(shares >= _NEARLY_ALWAYS)
+    return float(margin[surest[good[-1]]]) if len(good) and good[-1] + 1 >= _ROWS_TO_TELL else math.inf
 
 
 def first_and_step(budget: int, texts: int) -> tuple[int, int]:

@@ -19,7 +19,9 @@ from kdexport.asking import trust
 from kdexport.asking.abilities import check_labels
 from kdexport.asking.answered import Answered
 from kdexport.asking.asker import Asker
+from kdexport.asking.given import as_logits
 from kdexport.data.rows import Row, Rows
+from kdexport.data.sources import SPLITS
 from kdexport.errors import ModelError, SpecError, counted
 from kdexport.progress import say, warn
 from kdexport.results import Asked, Round, Trust
@@ -47,6 +49,7 @@ class Taught(NamedTuple):
     rows: list[Row]
     rounds: list[Round]
     stopped: str
+    guessed: Sequence[Row] = ()  # of the texts that were not asked those of which the first student is sure
 
 
 def ask_in_rounds(
@@ -81,7 +84,7 @@ def ask_in_rounds(
     trusted = _trust(asker, task, found, taken["test"], [row for row in labelled if task.content(row) in found.logits])
     found.temperature = trusted.temperature or 1.0
     taught = _teach(settings, task, asker, found, pool, taken["validation"])
-    taken["train"] = taught.rows
+    taken |= {"train": taught.rows, "unlabelled": taught.guessed}
     return taken, found, _record(settings, asker, taken, len(pool), trusted, taught)
 
 
@@ -120,7 +123,7 @@ def _teach(
     budget = asker.affordable(pool[0]) if len(pool) else 0
     if budget >= len(pool):
         return Taught(found.of(pool.take(order), "ask train"), [], "every text was asked")
-    from kdexport.asking.choose import FirstStudent, agreement, first_and_step, is_flat, next_places, vectors
+    from kdexport.asking.choose import FirstStudent, agreement, first_and_step, is_flat, next_places, sure_from, vectors
 
     candidates = pool.take(order[: max(_POOL, 4 * budget)])
     length = settings.data.max_length or type(task).usual_length
@@ -159,7 +162,15 @@ def _teach(
             asked |= {*places}
             found.of([candidates[i] for i in places], "ask train")
             continue
-        return Taught([candidates[i] for i in answered], rounds, stopped)
+        break
+    sure = sure_from(first_student, x_validation, judged_by) if asker.how.guess else np.inf
+    open_ = [i for i in range(len(candidates)) if contents[i] not in found.logits]
+    places = [i for i, doubt in zip(open_, first_student.doubt(x[open_]), strict=True) if 1 - doubt >= sure]
+    for i, probabilities in zip(places, first_student.probabilities(x[places]), strict=True):
+        found.guessed[contents[i]] = as_logits(probabilities, several=asker.several)
+    if places:
+        say(f"asked: the first student labels {counted(len(places), 'text')} more, of which it is sure")
+    return Taught([candidates[i] for i in answered], rounds, stopped, [candidates[i] for i in places])
 
 
 def _try(asker: Asker, task: Task, found: Answered, rows: Sequence[Row]) -> None:
@@ -252,7 +263,8 @@ def _record(
         not_known.append("What the answers cost: teacher.ask.price gives the price of a million tokens in and out.")
     return Asked(
         model=asker.model, host=urlsplit(asker.url).netloc, by=asker.by, abilities=asker.abilities.line(),
-        orders=asker.how.orders, texts={split: len(rows) for split, rows in taken.items()}, pool=pool,
+        orders=asker.how.orders, texts={split: len(taken[split]) for split in SPLITS}, pool=pool,
+        guessed=len(taught.guessed),
         sent=counts.sent, cached=counts.cached, tokens_in=asker.tokens[0], tokens_out=asker.tokens[1],
         price=asker.how.price, retries=counts.retried, failed=counts.failed,
         refused=asker.problems["refusal"], unparsable=asker.problems["unparsable"],

@@ -56,6 +56,10 @@ class Ask(Section, frozen=True):
         Literal["unsure", "random"],
         helped("which texts: after a random first part those of which a first student is unsure, or random ones"),
     ] = "unsure"
+    guess: Annotated[
+        bool,
+        helped("let the first student label texts that were not asked, where it is sure; students learn from them too"),
+    ] = True
     key: Annotated[Text, helped("the environment variable that holds the key, if the server wants one")] = (
         "OPENAI_API_KEY"
     )
