@@ -115,15 +115,20 @@ def chosen_or_random(
     runs: Path, url: str, encoder: Encoder, texts: Rows, test: Rows, train: Sequence[int], seeds: int
 ) -> dict[str, Any]:
     """Train the same student on fewer texts that were chosen and on more that were random, with several seeds."""
-    found: dict[str, Any] = {"training texts": dict(zip(("chosen", "random"), train, strict=True))}
-    for name, choose, n in zip(("chosen", "random"), ("unsure", "random"), train, strict=True):
+    found: dict[str, Any] = {}
+    few, many = train
+    ways = {
+        "random": ("random", many, False), "chosen": ("unsure", few, False), "fewer random": ("random", few, False),
+        "chosen, others guessed": ("unsure", few, True), "random, others guessed": ("random", few, True),
+    }  # fmt: skip
+    for name, (choose, n, guess) in ways.items():
         each = []
         for seed in range(seeds):
-            out = runs / f"{name}-{n}-{seed}"
+            out = runs / f"{name.replace(', ', '-').replace(' ', '-')}-{n}-{seed}"
             # Of the texts that can be asked three quarters teach; 50 are asked twice, and the probes are a few calls.
             calls = round(n / 0.75) + 60
             run(out, url, encoder, texts, calls, student="tiny", max_length=32, seed=seed,
-                set={"teacher.ask.choose": choose, "bench.time_limit_s": 10, "bench.rounds": 1})  # fmt: skip
+                set={"teacher.ask.choose": choose, "teacher.ask.guess": guess, "bench.time_limit_s": 10, "bench.rounds": 1})  # fmt: skip
             each.append(judged(out, encoder, test))
         found[name] = {
             "accuracy": [one["student"]["accuracy"] for one in each],
