@@ -127,8 +127,13 @@ def chosen_or_random(
             out = runs / f"{name.replace(', ', '-').replace(' ', '-')}-{n}-{seed}"
             # Of the texts that can be asked three quarters teach; 50 are asked twice, and the probes are a few calls.
             calls = round(n / 0.75) + 60
-            run(out, url, encoder, texts, calls, student="tiny", max_length=32, seed=seed,
-                set={"teacher.ask.choose": choose, "teacher.ask.guess": guess, "bench.time_limit_s": 10, "bench.rounds": 1})  # fmt: skip
+            keys = {
+                "teacher.ask.choose": choose,
+                "teacher.ask.guess": guess,
+                "bench.time_limit_s": 10,
+                "bench.rounds": 1,
+            }
+            run(out, url, encoder, texts, calls, student="tiny", max_length=32, seed=seed, set=keys)
             each.append(judged(out, encoder, test))
         found[name] = {
             "accuracy": [one["student"]["accuracy"] for one in each],
