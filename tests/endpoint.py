@@ -48,6 +48,7 @@ class Ways:
     echo: bool = True
     constrained: tuple[str, ...] = ("json_schema",)
     several: bool = True  # n answers to a call
+    usage: bool = True  # it counts tokens
     context: int = 0  # tokens at most; 0: no limit
     latency: float = 0.0
     bias: float = 0.0  # added to the logit of the first option
@@ -263,7 +264,7 @@ class Server:
         row = row_of(body["messages"][-1]["content"] if chat else last_of(prompt))
         options = await self._options(prompt, row)
         if not chat and body.get("echo") and ways.echo:
-            return 200, echoed(prompt, options, ways.off, used), row["text"]
+            return 200, echoed(prompt, options, ways.off, used) | ({} if ways.usage else {"usage": None}), row["text"]
         wants = bool(body.get("logprobs")) and ways.logprobs
         n = int(body.get("n") or 1) if ways.several else 1
         choices = [self._choice(i, body, options, asked if wants else None, chat) for i in range(n)]
@@ -273,6 +274,7 @@ class Server:
             "created": int(time.time()), "model": ways.model, "choices": [choice for _, choice in choices],
             "usage": {"prompt_tokens": used, "completion_tokens": words, "total_tokens": used + words},
         }  # fmt: skip
+        found |= {} if ways.usage else {"usage": None}
         return 200, found, row["text"]
 
     async def _options(self, prompt: str, row: Row) -> dict[str, float]:

@@ -13,7 +13,7 @@ from kdexport.asking.answers import Answers
 from kdexport.asking.client import Endpoint, Failed, Reply
 from kdexport.asking.prompts import Questions
 from kdexport.asking.reading import Reading
-from kdexport.errors import EndpointError, counted
+from kdexport.errors import EndpointError, SpecError, counted
 from kdexport.progress import bar, say
 from kdexport.spec.teachers import Address
 from kdexport.tasks.metrics import Array, log_softmax
@@ -38,6 +38,9 @@ class Asker:
             timeout_s=how.timeout_s,
         )  # fmt: skip
         self.abilities = probe(self.endpoint, address.model)
+        self.endpoint.counts.failed = 0  # probes of what the server lacks
+        if how.max_tokens is not None and not any(self.tokens):
+            raise SpecError("teacher.ask.max_tokens: the server counts no tokens", "Set --max-calls alone")
         say(f"teacher: {address.model}: {self.abilities.line()}")
         self.by, remark = choose_by(how, labels, self.abilities)
         if remark:
@@ -46,7 +49,7 @@ class Asker:
         self.mass: list[float] = []
         self.seconds: list[float] = []
         self.shortened = 0
-        self._texts = 0
+        self._texts, self._expected = 0, 0.0
         self.show(())
 
     def show(self, examples: Sequence[Row]) -> None:
@@ -100,7 +103,8 @@ class Asker:
         """Estimate the tokens of a text, in and out, from the length of its prompts."""
         calls = [call for row in rows for call in self.questions.of(row, 0)]
         characters = sum(len(str(call.body.get("messages") or call.body.get("prompt"))) for call in calls)
-        out = sum(call.body.get("max_tokens", 8) * call.body.get("n", 1) for call in calls)
+        most = self.abilities.limit
+        out = sum(call.body.get(most, call.body.get("max_tokens", 8)) * call.body.get("n", 1) for call in calls)
         scale = self.how.orders / max(len(rows), 1)
         return characters / _CHARACTERS_A_TOKEN * scale, out * scale
 
@@ -115,7 +119,7 @@ class Asker:
         found: list[Reading] = []
         with bar(title, len(rows) * (self.calls_a_text(rows[0]) if rows else 0)) as advance:
             while len(found) < len(rows):
-                chunk = rows[len(found) : len(found) + min(_CHUNK, self.affordable(rows[len(found)]))]
+                chunk = self._chunk(rows[len(found) : len(found) + (_CHUNK if self._texts else _LOOK)])
                 if not chunk:
                     found += [_OUT_OF_CALLS] * (len(rows) - len(found))
                     break
@@ -124,6 +128,18 @@ class Asker:
                 found += readings
         return found
 
+    def _chunk(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Return the first rows within the limits; of tokens at most half of the rest at once, as these are estimates."""
+        rows = rows[: self.affordable(rows[0])]
+        if self.how.max_tokens is None:
+            return rows
+        spent = sum(self.tokens)
+        scale, left = spent / self._expected if self._expected else 1.0, self.how.max_tokens - spent
+        expected = np.cumsum([sum(self.tokens_a_text([row])) for row in rows])
+        fit = int((expected * scale <= left / 2).sum()) or int(expected[:1].sum() * scale <= left)
+        self._expected += float(expected[:fit].max(initial=0.0))
+        return rows[:fit]
+
     def in_another_order(self, rows: Sequence[Row]) -> list[Reading]:
         """Return the answers to rows with their options in an order that `read` does not use."""
         return self._answers(rows[: self.affordable(rows[0]) if rows else 0], [self.how.orders])
@@ -131,7 +147,7 @@ class Asker:
     def by_words(self, rows: Sequence[Row]) -> list[Reading]:
         """Return the answers to rows in the labels' own words, where letters are asked for otherwise."""
         asked, self.questions = self.questions, self._questions("words", self._examples)
-        found = self._answers(rows, [0])
+        found = self._answers(rows[: self.affordable(rows[0])], [0])
         self.questions = asked
         return found
 
@@ -153,6 +169,8 @@ class Asker:
             self.seconds += [one.seconds for some in got.values() for one in some if isinstance(one, Reply)]
             readings |= {i: self.questions.read(*waiting[i], some) for i, some in got.items()}
             long = [i for i, some in got.items() if any(isinstance(one, Failed) and one.too_long for one in some)]
+            if long and self.how.max_calls is not None:  # some calls of a long text may have been answered
+                long = long[: max(0, self.how.max_calls - self.calls) // len(next(iter(calls.values())))]
             if not long:
                 break
             self.shortened += len(long) if len(waiting) == len(questions) else 0

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from kdexport.asking.reading import Reading
-from kdexport.errors import ModelError
+from kdexport.errors import ModelError, counted
 from kdexport.tasks.base import Task
 from kdexport.tasks.metrics import Array
 
@@ -43,7 +43,8 @@ class Given:
                     f"They are: {', '.join(labels[:8])}",
                 )
             values = np.array([found.get(label, 0.0) for label in labels])
-            if not (np.isfinite(values).all() and (values >= 0).all() and (several or values.sum() > 0)):
+            fits = values.max() <= 1 if several else values.sum() > 0  # counts of votes are probabilities, too
+            if not (np.isfinite(values).all() and (values >= 0).all() and fits):
                 raise ModelError(f"{path.name}, row {number}: its probabilities are none", "Give each label 0 to 1")
             row = {"text": line.text, "text_pair": line.text_pair}
             self._logits[task.content(row)] = as_logits(values, several=several)
@@ -64,8 +65,11 @@ def as_logits(probabilities: Array, *, several: bool) -> Array:
 
 
 def labels_of(path: Path) -> list[str]:
-    """Return the labels of a file of answers, sorted."""
-    return sorted({label for _, line in _lines(path) for label in line.probabilities()})
+    """Return the labels of a file of answers, sorted; raise ModelError where there are no two."""
+    found = sorted({label for _, line in _lines(path) for label in line.probabilities()})
+    if len(found) < 2:
+        raise ModelError(f"teacher {path}: its answers name {counted(len(found), 'label')}", "Name all with --labels")
+    return found
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Line]]:

@@ -73,15 +73,21 @@ def ask_in_rounds(
     found = Answered(task, corrected, asker.read)
     every = len(splits["test"]) + len(splits["validation"]) + len(pool)
     texts = _estimate(asker, [*splits["test"], *splits["validation"], *pool])
+
+    def own(rows: Sequence[Row]) -> list[Row]:
+        """Return rows that only the teacher answers: a person's corrections say nothing of it."""
+        return [row for row in rows if task.content(row) not in corrected]
+
     judging = {
         split: rows if texts >= every else rows.take(sampled(len(rows), max(least, int(share * texts))))
         for split, (least, share) in _JUDGING.items()
         if (rows := splits[split])
     }
-    labelled = [row for rows in (*judging.values(), pool) for row in rows if row["label"] is not None]
+    labelled = [row for rows in (*judging.values(), pool) for row in own(rows) if row["label"] is not None]
     _try(asker, task, found, found.of(labelled[:_TRIED], "ask labelled rows"))
     taken: dict[str, Sequence[Row]] = {split: found.of(rows, f"ask {split}") for split, rows in judging.items()}
-    trusted = _trust(asker, task, found, taken["test"], [row for row in labelled if task.content(row) in found.logits])
+    tried = [row for row in labelled if task.content(row) in found.logits]
+    trusted = _trust(asker, task, found, own(taken["test"]), tried)
     found.temperature = trusted.temperature or 1.0
     taught = _teach(settings, task, asker, found, pool, taken["validation"])
     taken |= {"train": taught.rows, "unlabelled": taught.guessed}
@@ -104,9 +110,13 @@ def _estimate(asker: Asker, rows: Sequence[Row]) -> int:
     some = [rows[i] for i in sampled(len(rows), 50)]
     texts = min(asker.affordable(some[0]), len(rows))
     if texts < min(_LEAST, len(rows)):
-        least = min(_LEAST, len(rows)) * asker.calls_a_text(some[0])
+        least = min(_LEAST, len(rows))
+        calls = least * asker.calls_a_text(some[0]) + asker.calls
         what = f"teacher.ask: the limits allow answers to {counted(texts, 'text')}, and judging and teaching need more"
-        raise SpecError(what, f"Raise --max-calls to {least:,} at least")
+        enough = asker.how.max_calls is None or asker.how.max_calls >= calls
+        tokens = least * sum(asker.tokens_a_text(some)) + sum(asker.tokens)
+        fix = f"--max-tokens to about {tokens:,.0f}" if enough else f"--max-calls to {calls:,} at least"
+        raise SpecError(what, f"Raise {fix}")
     tokens_in, tokens_out = (texts * each for each in asker.tokens_a_text(some))
     price = asker.price(tokens_in, tokens_out)
     cost = "" if price is None else f", for {price:.2f} at the price given"
@@ -164,7 +174,7 @@ def _teach(
             continue
         break
     sure = sure_from(first_student, x_validation, judged_by) if asker.how.guess else np.inf
-    open_ = [i for i in range(len(candidates)) if contents[i] not in found.logits]
+    open_ = [i for i, content in enumerate(contents) if content not in found.logits and content not in found.unanswered]
     places = [i for i, doubt in zip(open_, first_student.doubt(x[open_]), strict=True) if 1 - doubt >= sure]
     for i, probabilities in zip(places, first_student.probabilities(x[places]), strict=True):
         found.guessed[contents[i]] = as_logits(probabilities, several=asker.several)
@@ -181,7 +191,7 @@ def _try(asker: Asker, task: Task, found: Answered, rows: Sequence[Row]) -> None
     right = trust.accuracy(task, logits, rows).value
     some, by_words = rows[:_WORDS], None
     if asker.by == "letters" and not asker.several and (answers := asker.by_words(some)):
-        both = [(row, one.logits) for row, one in zip(some, answers, strict=True) if one.logits is not None]
+        both = [(row, one.logits) for row, one in zip(some, answers, strict=False) if one.logits is not None]
         if both:
             by_words = trust.accuracy(task, np.stack([logits for _, logits in both]), [row for row, _ in both]).value
     twice = _twice(asker, task, found, some)
@@ -189,7 +199,8 @@ def _try(asker: Asker, task: Task, found: Answered, rows: Sequence[Row]) -> None
         task, logits, mass=asker.mean_mass(), asked_by=asker.by, right=right, right_by_words=by_words,
         same_in_another_order=trust.order_agreement(task, twice.first, twice.second).value if twice else None,
     )  # fmt: skip
-    what = f"teacher {asker.model} has a {task.metric.name} of {task.metric.text(right)} on {len(rows)} labelled rows"
+    value = f"{task.metric.name} is {task.metric.text(right)}"
+    what = f"teacher {asker.model}: its {value} on {len(rows)} labelled rows"
     raise ModelError(f"{what}, which is near chance", why)
 
 

@@ -118,7 +118,7 @@ def _check_enough(taken: Mapping[str, Sequence[Row]], found: Answered, task: Tas
             what = (
                 f"{counted(len(taken[split]), 'text')} of {split} have an answer, and at least {least} need one{more}"
             )
-            raise ModelError(what, "Raise --max-calls, or give more texts")
+            raise ModelError(what, "Give more texts, or raise the limits of calls and tokens, if they bind")
     best = found.array(taken["train"])
     there = {*best.argmax(axis=1).tolist()} if task.function == "softmax" else {0, 1}
     if len(there) < 2:

@@ -1,5 +1,7 @@
 """Refuse, before any work, what the task or the teachers don't offer, and settings without an effect."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,8 @@ def _of_asked(spec: Spec, menu: Menu) -> Spec:
         raise SpecError(
             f"data.labels has no effect on {_named(spec)}", "Remove it, or name text-classification: --task"
         )
+    if twice := [label for label, count in Counter(spec.data.labels or ()).items() if count > 1]:
+        raise SpecError(f"data.labels: {twice[0]!r} stands there twice", "Name each label once")
     if kinds & {*LABELLING} and not names_labels:
         raise SpecError(
             f"teacher.model: {models[0]} labels texts, and can't teach {_named(spec)}",
@@ -226,6 +230,10 @@ def _of_asked(spec: Spec, menu: Menu) -> Spec:
     if kind_of(models[0]) != "endpoint":
         return spec
     how = spec.teacher.ask or Ask()
+    if not re.fullmatch("[A-Z_][A-Z0-9_]*", how.key):  # and not the key itself, which would be written to the run's folder
+        raise SpecError(
+            "teacher.ask.key names no environment variable", "Put the key into a variable, and write its NAME here"
+        )
     if how.by not in (None, "samples") and how.samples != Ask().samples:
         raise SpecError(f"teacher.ask.samples has no effect where by is {how.by}", "Remove it, or take by: samples")
     return msgspec.structs.replace(spec, teacher=msgspec.structs.replace(spec.teacher, ask=how))

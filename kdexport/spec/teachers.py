@@ -57,6 +57,8 @@ def address_of(teacher: str) -> Address:
     model, _, url = teacher.removeprefix(_ENDPOINT).partition("@http")
     url = f"http{url}".rstrip("/") if url else _OPENAI
     fix = "Write it like openai:MODEL@http://localhost:8000/v1"
+    if "?" in url:  # which may hold a key
+        raise SpecError("teacher.model: the URL has a query after a question mark", fix)
     if not model or not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url) or (url == _OPENAI and "@" in model):
         raise SpecError(f"teacher.model: {teacher!r} names no model and URL", fix)
     if "@" in url.split("/")[2]:
