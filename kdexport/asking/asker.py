@@ -129,7 +129,7 @@ class Asker:
         return found
 
     def _chunk(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Return the first rows within the limits; of tokens at most half of the rest at once, as these are estimates."""
+        """Return the first rows within the limits; of tokens, which are estimates, half of what is left."""
         rows = rows[: self.affordable(rows[0])]
         if self.how.max_tokens is None:
             return rows

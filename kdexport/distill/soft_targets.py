@@ -32,6 +32,7 @@ from kdexport.files import write_json
 from kdexport.output import PRIVATE
 from kdexport.progress import say, warn
 from kdexport.spec import derive
+from kdexport.spec.teachers import OPEN
 from kdexport.stages import read_record
 from kdexport.tasks import load_task
 from kdexport.tasks.base import Task, can_transcribe
@@ -41,6 +42,7 @@ from kdexport.tasks.metrics import Array, cohen_kappa, confusion_matrix, softmax
 TRANSFER = "transfer"
 _SAMPLES = "samples"
 _PREFLIGHT_ROWS = 256
+_LEAST_LABELLED = 20  # of a teacher that labels texts, of which few rows may have a label: fewer tell nothing
 _BLOCK, _BLOCK_BYTES = 8192, 1 << 25  # of rows, and of their logits
 # Another order of labels is named where it reads better beyond luck, in standard errors, and by enough of the rows.
 _SURE, _WORTH = 4.0, 0.05
@@ -207,7 +209,8 @@ def _write(
 def _check(teacher: Teacher, labelled: Mapping[str, Rows], test: Rows, who: str) -> None:
     """Refuse a teacher that is near chance on labelled rows."""
     asked = labelled["validation"] + labelled["train"] or test
-    if not teacher.task.labels_judge and not any(row["label"] is not None for row in asked):
+    least = 1 if teacher.named.kind in OPEN else _LEAST_LABELLED
+    if not teacher.task.labels_judge and sum(row["label"] is not None for row in asked) < least:
         return
     most = _PREFLIGHT_ROWS
     sample = list(asked[:most] if teacher.task.together else asked.take(sampled(len(asked), most)))

@@ -49,7 +49,8 @@ class Ask(Section, frozen=True):
     ] = 1
     samples: Annotated[Count, helped("answers to each text, where `by` is samples")] = 5
     max_calls: Annotated[
-        Count | None, helped("answers to pay for at most, those of an earlier run included; null: no limit")
+        Count | None,
+        helped("answers that the run uses at most; those that an earlier run paid for count as well; null: no limit"),
     ] = 3_000
     max_tokens: Annotated[Count | None, helped("tokens in and out at most; absent: no limit")] = None
     choose: Annotated[

@@ -230,7 +230,9 @@ def _of_asked(spec: Spec, menu: Menu) -> Spec:
     if kind_of(models[0]) != "endpoint":
         return spec
     how = spec.teacher.ask or Ask()
-    if not re.fullmatch("[A-Z_][A-Z0-9_]*", how.key):  # and not the key itself, which would be written to the run's folder
+    if not re.fullmatch(
+        "[A-Z_][A-Z0-9_]*", how.key
+    ):  # and not the key itself, which would be written to the run's folder
         raise SpecError(
             "teacher.ask.key names no environment variable", "Put the key into a variable, and write its NAME here"
         )

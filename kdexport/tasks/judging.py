@@ -71,6 +71,8 @@ def near_chance(task: Task, logits: Array, rows: Rows) -> bool:
     if task.config.function != "softmax":
         return task.is_chance(logits, rows)
     items = task.items(rows, logits)
+    if len(np.unique(items.labels)) < 2:  # kappa is 0 then, also of answers that are all right
+        return False
     return cohen_kappa(confusion_matrix(items.labels, items.logits.argmax(axis=1), len(task.labels))) < CHANCE_KAPPA
 
 

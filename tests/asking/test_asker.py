@@ -90,6 +90,8 @@ def test_what_the_server_lacks_is_no_failure_of_a_call(encoder, asker):
 def test_thoughts_are_in_the_estimate(encoder, asker):
     with running(encoder) as server:
         ask = asker(server)
-    ask.abilities = type(ask.abilities)(top=0, echo=False, constrained="", n=False, limit="max_completion_tokens", thinks=True)
+    ask.abilities = type(ask.abilities)(
+        top=0, echo=False, constrained="", n=False, limit="max_completion_tokens", thinks=True
+    )
     ask.show(())
     assert ask.tokens_a_text(SHORT)[1] > 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -95,6 +96,9 @@ def test_flags_of_an_endpoint_are_keys_of_the_spec(tmp_path):
         ({"teacher": "openai:@http://localhost/v1"}, "names no model and URL"),
         ({"teacher": "openai:gpt@http://"}, "names no model and URL"),
         ({"teacher": "openai:gpt@http://me:secret@localhost/v1"}, "holds a password. Set teacher.ask.key"),
+        ({"teacher": "openai:gpt@http://localhost/v1?key=secret"}, "a query after a question mark"),
+        ({"set": {"teacher.ask.key": "sk-proj-0123"}}, "names no environment variable. Put the key into a variable"),
+        ({"labels": "refund,delay,refund"}, "'refund' stands there twice"),
         ({"teacher": "some/model", "max_calls": 5}, "teacher.ask has no effect"),
         ({"teacher": [ENDPOINT, "some/model"]}, "answers some texts only has no others beside it"),
         ({"task": "causal-lm"}, "data.labels has no effect"),
@@ -105,5 +109,6 @@ def test_flags_of_an_endpoint_are_keys_of_the_spec(tmp_path):
     ids=lambda value: None if isinstance(value, dict) else value,
 )
 def test_what_does_not_fit_an_endpoint_is_refused_before_any_work(tmp_path, given, message):
-    with pytest.raises(SpecError, match=message):
+    with pytest.raises(SpecError, match=message) as raised:
         settings(tmp_path, **given)
+    assert not re.search("secret|sk-proj", str(raised.value))

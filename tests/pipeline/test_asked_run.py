@@ -115,10 +115,14 @@ def test_the_limit_of_calls_holds_and_unsure_texts_are_chosen(tmp_path, encoder,
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_a_first_student_labels_texts_of_which_it_is_sure(tmp_path, encoder, articles, base_model):
-    """They are no answers of the teacher, and can be left out."""
+def test_a_first_student_labels_texts_of_which_it_is_sure(tmp_path, articles, base_model):
+    """They are no answers of the teacher, nor texts that it declined, and can be left out."""
     rows = [row | {"text": f"{row['text']} {i}"} for i in range(2) for row in articles]
-    with running(encoder) as server:
+    label_of = {row["text"]: row["label"] for row in rows}
+    right = Encoder(
+        LABELS, lambda asked: np.array([[9.0 * (c == label_of[row["text"]]) for c in LABELS] for row in asked])
+    )
+    with running(right, refusals=0.1) as server:
         out, record = asked(tmp_path, server, base_model, texts_of(rows), max_calls=330)
         _, without = asked(
             tmp_path, server, base_model, texts_of(rows), max_calls=330, set={"teacher.ask.guess": False}
@@ -126,11 +130,11 @@ def test_a_first_student_labels_texts_of_which_it_is_sure(tmp_path, encoder, art
     assert (record["guessed"] > 50, without["guessed"]) == (True, 0)
     guessed = list(read_rows(out, "unlabelled"))
     logits = Store(out / "logits").look_up(content_keys(row["text"] for row in guessed))
-    encoder.know(guessed)
-    theirs = np.stack([encoder.of_row(row) for row in guessed])
+    right.know(guessed)
+    theirs = np.stack([right.of_row(row) for row in guessed])
     assert (logits.argmax(axis=1) == theirs.argmax(axis=1)).mean() > 0.8
     written = {json.loads(line)["text"] for line in (out / "answers.jsonl").read_text().splitlines()}
-    assert not written & {row["text"] for row in guessed}
+    assert not (written | {*server.answers}) & {row["text"] for row in guessed}
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -144,6 +148,22 @@ def test_labelled_rows_tell_how_good_the_teacher_is(tmp_path, encoder, articles,
     assert trust["ece_after"] < trust["ece_before"]
     assert all(row["label"] for row in read_rows(out, "test"))
     assert " labelled rows" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_persons_corrections_say_nothing_of_the_teacher(tmp_path, encoder, articles, base_model):
+    rows = articles[:120]
+    file = write(tmp_path / "mine.jsonl", [row | {"label": "tech"} for row in rows[:60] if row["label"] == "sports"])
+    with running(encoder) as server:
+        _, plain = asked(tmp_path, server, base_model, texts_of(rows, labelled=60))
+        out, record = asked(
+            tmp_path, server, base_model, texts_of(rows, labelled=60), set={"teacher.corrections": str(file)}
+        )
+    corrected = len(file.read_text().splitlines())
+    assert corrected > 5
+    assert record["trust"]["accuracy"]["n"] < plain["trust"]["accuracy"]["n"]
+    assert record["trust"]["accuracy"]["value"] > plain["trust"]["accuracy"]["value"] - 0.1
+    assert sum(json.loads(line)["labels"].get("tech", 0) > 0.9 for line in (out / "answers.jsonl").open()) >= corrected
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -187,7 +207,8 @@ def test_a_text_longer_than_the_context_is_shortened(tmp_path, encoder, articles
         ({"key": "right"}, {}, "key"),
         ({"model": "other"}, {}, "other"),
         ({"refusals": 1.0}, {}, "no answer that can be read .*sorry"),
-        ({}, {"max_calls": 40}, "allow answers to .* Raise --max-calls"),
+        ({}, {"max_calls": 40}, "allow answers to 3. texts.* Raise --max-calls to 12. at least"),
+        ({}, {"max_tokens": 5000}, "allow answers to .* Raise --max-tokens to about"),
         ({"logprobs": False}, {"set": {"teacher.ask.by": "letters"}}, "letters needs log-probabilities"),
         ({"completions": False}, {"set": {"teacher.ask.by": "scores"}}, "scores given texts"),
         ({}, {"labels": "Sports,sports"}, "differ in case or spaces alone"),
@@ -231,6 +252,7 @@ def test_stored_answers_and_corrections_teach_as_well(tmp_path, articles, base_m
         ('{"text": "a", "labels": {"weather": 1}}', "row 2: label 'weather' is none of"),
         ('{"text": "a", "labels": {"tech": -1}}', "row 2: its probabilities are none"),
         ('{"text": "a", "labels": ["tech"]}', "row 2: .*Write a line like"),
+        ('{"text": "a", "label": "sport"}', "row 2: label 'sport' is none of"),
     ],
 )
 def test_a_bad_stored_answer_is_named(tmp_path, articles, base_model, line, message):
@@ -255,3 +277,10 @@ def test_the_stage_does_not_depend_on_how_quickly_is_asked(tmp_path, articles):
     assert key(concurrency=1, timeout_s=3, price=[1, 2], key="MY_KEY") == key()
     assert key(orders=2) != key()
     assert spec.Ask().concurrency == 8
+
+
+@pytest.mark.parametrize("lines", [[], [{"text": "a", "label": "tech"}]])
+def test_stored_answers_name_two_labels(tmp_path, articles, base_model, lines):
+    file = write(tmp_path / "answers.jsonl", lines)
+    with pytest.raises(ModelError, match=r"its answers name [01] labels?"):
+        asked(tmp_path, None, base_model, texts_of(articles[:60]), model=str(file), labels=None)
