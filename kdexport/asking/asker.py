@@ -88,14 +88,14 @@ class Asker:
         """Return the calls that a text takes in all orders."""
         return len(self.questions.of(row, 0)) * self.how.orders
 
-    def affordable(self, row: Row) -> int:
-        """Return the number of texts like this one for which calls are left, and tokens as far as they are known."""
+    def affordable(self, row: Row, *more: Row) -> int:
+        """Return the number of texts like these for which calls are left, and tokens as far as they are known."""
         left = [10**9]
         if self.how.max_calls is not None:
             left.append((self.how.max_calls - self.calls) // self.calls_a_text(row))
         if self.how.max_tokens is not None:
             spent = sum(self.tokens)
-            each = spent / self._texts if self._texts else sum(self.tokens_a_text([row]))
+            each = spent / self._texts if self._texts else sum(self.tokens_a_text([row, *more]))
             left.append(int((self.how.max_tokens - spent) / max(each, 1)))
         return max(0, min(left))
 

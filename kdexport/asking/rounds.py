@@ -108,14 +108,14 @@ def _examples(how: spec.Ask, task: Task, pool: Rows) -> list[Row]:
 def _estimate(asker: Asker, rows: Sequence[Row]) -> int:
     """Print what the answers will cost at most, and return how many texts can be asked."""
     some = [rows[i] for i in sampled(len(rows), 50)]
-    texts = min(asker.affordable(some[0]), len(rows))
+    texts = min(asker.affordable(*some), len(rows))
     if texts < min(_LEAST, len(rows)):
         least = min(_LEAST, len(rows))
-        calls = least * asker.calls_a_text(some[0]) + asker.calls
+        needed = least * asker.calls_a_text(some[0]) + asker.calls
         what = f"teacher.ask: the limits allow answers to {counted(texts, 'text')}, and judging and teaching need more"
-        enough = asker.how.max_calls is None or asker.how.max_calls >= calls
+        enough = asker.how.max_calls is None or asker.how.max_calls >= needed
         tokens = least * sum(asker.tokens_a_text(some)) + sum(asker.tokens)
-        fix = f"--max-tokens to about {tokens:,.0f}" if enough else f"--max-calls to {calls:,} at least"
+        fix = f"--max-tokens to about {tokens:,.0f}" if enough else f"--max-calls to {needed:,} at least"
         raise SpecError(what, f"Raise {fix}")
     tokens_in, tokens_out = (texts * each for each in asker.tokens_a_text(some))
     price = asker.price(tokens_in, tokens_out)
