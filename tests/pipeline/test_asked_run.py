@@ -24,6 +24,18 @@ def encoder(finished):
     return Encoder.of(finished / "teacher")
 
 
+@pytest.fixture(scope="module")
+def right(articles):
+    """A teacher that is always right, of articles and of copies that end in a number."""
+    label_of = {row["text"]: row["label"] for row in articles}
+
+    def logits(rows):
+        labels = [label_of.get(row["text"]) or label_of[row["text"].rpartition(" ")[0]] for row in rows]
+        return np.array([[9.0 * (name == label) for name in LABELS] for label in labels])
+
+    return Encoder(LABELS, logits)
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KDEXPORT_CACHE", str(tmp_path / "cache"))
@@ -115,26 +127,23 @@ def test_the_limit_of_calls_holds_and_unsure_texts_are_chosen(tmp_path, encoder,
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_a_first_student_labels_texts_of_which_it_is_sure(tmp_path, articles, base_model):
+def test_a_first_student_labels_texts_of_which_it_is_sure(tmp_path, right, articles, base_model):
     """They are no answers of the teacher, nor texts that it declined, and can be left out."""
     rows = [row | {"text": f"{row['text']} {i}"} for i in range(2) for row in articles]
-    label_of = {row["text"]: row["label"] for row in rows}
-    right = Encoder(
-        LABELS, lambda asked: np.array([[9.0 * (c == label_of[row["text"]]) for c in LABELS] for row in asked])
-    )
     with running(right, refusals=0.1) as server:
-        out, record = asked(tmp_path, server, base_model, texts_of(rows), max_calls=330)
         _, without = asked(
             tmp_path, server, base_model, texts_of(rows), max_calls=330, set={"teacher.ask.guess": False}
         )
+        out, record = asked(tmp_path, server, base_model, texts_of(rows), max_calls=330)
     assert (record["guessed"] > 50, without["guessed"]) == (True, 0)
     guessed = list(read_rows(out, "unlabelled"))
     logits = Store(out / "logits").look_up(content_keys(row["text"] for row in guessed))
     right.know(guessed)
     theirs = np.stack([right.of_row(row) for row in guessed])
     assert (logits.argmax(axis=1) == theirs.argmax(axis=1)).mean() > 0.8
+    assert not {*server.answers} & {row["text"] for row in guessed}
     written = {json.loads(line)["text"] for line in (out / "answers.jsonl").read_text().splitlines()}
-    assert not (written | {*server.answers}) & {row["text"] for row in guessed}
+    assert written <= {*server.answers}
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -151,19 +160,24 @@ def test_labelled_rows_tell_how_good_the_teacher_is(tmp_path, encoder, articles,
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_a_persons_corrections_say_nothing_of_the_teacher(tmp_path, encoder, articles, base_model):
+def test_a_persons_corrections_say_nothing_of_the_teacher(tmp_path, right, articles, base_model):
     rows = articles[:120]
     file = write(tmp_path / "mine.jsonl", [row | {"label": "tech"} for row in rows[:60] if row["label"] == "sports"])
-    with running(encoder) as server:
-        _, plain = asked(tmp_path, server, base_model, texts_of(rows, labelled=60))
-        out, record = asked(
+    with running(right) as server:
+        _, record = asked(
             tmp_path, server, base_model, texts_of(rows, labelled=60), set={"teacher.corrections": str(file)}
         )
-    corrected = len(file.read_text().splitlines())
-    assert corrected > 5
-    assert record["trust"]["accuracy"]["n"] < plain["trust"]["accuracy"]["n"]
-    assert record["trust"]["accuracy"]["value"] > plain["trust"]["accuracy"]["value"] - 0.1
-    assert sum(json.loads(line)["labels"].get("tech", 0) > 0.9 for line in (out / "answers.jsonl").open()) >= corrected
+    trust = record["trust"]
+    assert 30 < trust["accuracy"]["n"] <= 60 - len(file.read_text().splitlines())
+    assert (trust["accuracy"]["value"], trust["same_in_another_order"]["value"]) == (1, 1)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_labelled_rows_of_one_label_are_no_chance(tmp_path, right, articles, base_model):
+    rows = sorted(articles, key=lambda row: row["label"] != "tech")[:160]
+    with running(right) as server:
+        _, record = asked(tmp_path, server, base_model, texts_of(rows, labelled=40))
+    assert record["trust"]["accuracy"]["value"] == 1
 
 
 @pytest.mark.usefixtures("own_cache")
