@@ -274,7 +274,8 @@ def _record(
         not_known.append("What the answers cost: teacher.ask.price gives the price of a million tokens in and out.")
     return Asked(
         model=asker.model, host=urlsplit(asker.url).netloc, by=asker.by, abilities=asker.abilities.line(),
-        orders=asker.how.orders, texts={split: len(taken[split]) for split in SPLITS}, pool=pool,
+        orders=asker.how.orders, calls_a_text=asker.calls_a_text(taken["test"][0]) if taken["test"] else 1,
+        texts={split: len(taken[split]) for split in SPLITS}, pool=pool,
         guessed=len(taught.guessed),
         sent=counts.sent, cached=counts.cached, tokens_in=asker.tokens[0], tokens_out=asker.tokens[1],
         price=asker.how.price, retries=counts.retried, failed=counts.failed,

@@ -96,8 +96,7 @@ def _trust(metric: Metric, found: Trust) -> list[tuple[str, str]]:
 
 def _costs(r: Report, found: Asked) -> Table:
     price, rows = found.cost_of_million(), []
-    each = (found.sent + found.cached) / max(1, sum(found.texts.values()))
-    per = f" ({each:.2g} calls a text; times of one)" if each > 1.05 else ""
+    per = f" ({found.calls_a_text} calls a text; times of one)" if found.calls_a_text > 1 else ""
     rows.append((f"{found.model}{per}", trimmed(price), trimmed(found.p50_ms), trimmed(found.p99_ms), "–"))
     best = _best(r)
     if best and best.latency_ms:

@@ -56,6 +56,8 @@ def test_asking_is_paid_back_after_what_the_student_saves():
     """The student costs 1 a million answers, the endpoint 20,000."""
     assert ASKED.cost() == pytest.approx(20.0)
     assert ASKED.cost_of_million() == pytest.approx(20_000.0)
+    assert replaced(calls_a_text=3).cost_of_million() == pytest.approx(60_000.0)
+    assert "3 calls a text" in html(page_of(report(replaced(calls_a_text=3))))
     assert "cost 20.0" in saves(report())
     assert "in 1,000 answers" in saves(report())
     table = asked(report()).tables[-1]
