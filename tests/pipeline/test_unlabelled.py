@@ -17,6 +17,7 @@ from kdexport import spec
 from kdexport.data import read_rows, read_summary
 from kdexport.data.read import Source
 from kdexport.data.sources import local_files, read_unlabelled, rows_of_sources, to_rows
+from kdexport.distill.store import Store, content_keys
 from kdexport.distill.teacher import prepare_teacher
 from kdexport.errors import DataError, ModelError
 from kdexport.models.inference import logits_of
@@ -62,6 +63,27 @@ def test_the_preflight_takes_the_rows_that_have_labels(tmp_path, unlabelled, new
     wrong = classify(0, LABELS, words=[*LABELS[1:], LABELS[0]])
     with pytest.raises(ModelError, match=r"of 24 labelled rows rightly, which is near chance. Its label order"):
         stage(tmp_path / "run", unlabelled, settings(news, str(wrong)))
+
+
+def test_a_few_labelled_rows_refuse_no_teacher_whose_answers_are_paid_for(tmp_path, news, base_model):
+    """A wrong answer to one of two rows tells nothing."""
+
+    def strip(work):
+        every = []
+        for split in ("train", "validation", "test"):
+            rows = [*read_rows(work, split)]
+            rows = [row if split == "train" and i < 2 else row | {"label": None} for i, row in enumerate(rows)]
+            (work / f"{split}.jsonl").write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+            every += rows
+        labels = [row["label"] and (LABELS.index(row["label"]) + 1) % 5 for row in every]
+        Store(work / "logits").add(
+            content_keys(row["text"] for row in every), np.eye(5, dtype=np.float32)[[c or 0 for c in labels]]
+        )
+
+    data = data_stage(tmp_path / "data", spec.Data(train=news), strip)
+    asked = {"data.labels": LABELS, "student.base": str(base_model)}
+    _, targets = stage(tmp_path / "run", data, settings(news, "openai:m@http://localhost:1/v1", **asked))
+    assert json.loads((targets / "targets.json").read_text())["texts"] == 120
 
 
 def test_there_is_no_fine_tuning_without_labels(tmp_path, unlabelled, base_model):
