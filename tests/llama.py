@@ -1,5 +1,6 @@
 """llama.cpp's own server in this process, with SmolLM2-135M-Instruct, the smallest real model that follows a prompt."""
 
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,3 +33,9 @@ def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+if __name__ == "__main__":
+    with served() as url:
+        print(url, flush=True)
+        signal.pause()
