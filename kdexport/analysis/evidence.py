@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from kdexport.analysis import shortened
@@ -14,8 +15,13 @@ _EXAMPLES, _CHARACTERS = 12, 240
 
 
 def look_closely(task: Task, rows: Sequence[Row], teacher: Array, student: Array) -> Evidence:
-    """Compare two models' logits [N, *answer_shape] on the test split."""
+    """Compare two models' logits [N, *answer_shape] on the test split; without labels only where they differ."""
     items, of_teacher = task.items(rows, student), task.items(rows, teacher)
+    if not len(items.labels) and task.config.function == "softmax" and teacher.ndim == 2:
+        by_teacher = Items(np.arange(len(rows)), teacher.argmax(axis=1), student)
+        scores = (softmax(logits.astype(np.float64)) for logits in (teacher, student))
+        found = [msgspec.structs.replace(one, label="–") for one in _examples(task, rows, by_teacher, *scores)]
+        return Evidence(classes=[], calibration={}, examples=found)
     classes = _classes(task.labels, items.labels, task.chosen(of_teacher), task.chosen(items))
     if task.config.function != "softmax":
         return Evidence(classes=classes, calibration={}, examples=[])

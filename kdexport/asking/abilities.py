@@ -10,7 +10,7 @@ import msgspec
 from kdexport.asking.client import Call, Endpoint, Failed, Reply
 from kdexport.asking.reading import choices_of, positions_of, score_of, text_of
 from kdexport.errors import ModelError, SpecError
-from kdexport.spec.sections import Ask
+from kdexport.spec.ask import Ask
 
 Constrained = Literal["", "json_schema", "guided_choice", "grammar"]
 _SAY = [
@@ -37,11 +37,11 @@ class Abilities(msgspec.Struct, frozen=True):
     thinks: bool = False  # before it answers
 
     def line(self) -> str:
-        """Return what the model can do, in a sentence."""
+        """Return what the server does for this model, as the rest of a sentence about it."""
         tops = f"log-probabilities of {self.top} tokens" if self.top else "no log-probabilities"
         held = f"can be held to given answers ({self.constrained})" if self.constrained else "can't be held to answers"
         echo = "scores given texts" if self.echo else "scores no given texts"
-        return f"the server gives {tops}, {echo}, {held}{', and the model thinks first' if self.thinks else ''}"
+        return f"gives {tops}, {echo}, {held}{', and thinks before it answers' if self.thinks else ''}"
 
     def body(self, messages: Sequence[Mapping[str, str]], tokens: int, temperature: float = 0.0) -> dict[str, Any]:
         """Return the body of a chat call, without the model's name."""
@@ -178,7 +178,7 @@ def check_labels(labels: Mapping[str, str] | Sequence[str]) -> None:
 
 def _alike(labels: Sequence[str]) -> tuple[str, str] | None:
     """Return two labels that share their first word, or of which one begins the other."""
-    by_start = sorted((re.findall(r"\w+", label.casefold()) or [label], label) for label in labels)
+    by_start = sorted((re.findall(r"[^\W_]+", label.casefold()) or [label], label) for label in labels)
     for (first, one), (second, other) in pairwise(by_start):
         if first[0] == second[0] or other.casefold().startswith(one.casefold()):
             return one, other

@@ -31,6 +31,7 @@ class Answered:
         self._corrected, self.temperature = corrected, 1.0
         self.logits = {content: _certain(task, label) for content, label in corrected.items()}
         self.unanswered: dict[str, str] = {}
+        self.guessed: dict[str, Array] = {}  # by a first student, of texts that were not asked
 
     def of(self, rows: Sequence[Row], title: str = "ask") -> list[Row]:
         """Ask what was not asked, and return the rows that have an answer."""
@@ -45,11 +46,13 @@ class Answered:
         return [row for row in rows if key(row) in self.logits]
 
     def array(self, rows: Sequence[Row]) -> Array:
-        """Return the logits of answered rows, float32 [N, C]."""
+        """Return the logits of answered rows, and of those that a first student labelled: float32 [N, C]."""
         found = [self._logits(self._task.content(row)) for row in rows]
         return np.stack(found) if found else np.empty((0, len(self._task.labels)), np.float32)
 
     def _logits(self, content: str) -> Array:
+        if content in self.guessed:
+            return self.guessed[content]
         return self.logits[content] / (1.0 if content in self._corrected else self.temperature)
 
 

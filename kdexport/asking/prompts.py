@@ -26,7 +26,7 @@ from kdexport.asking.reading import (
     said_labels,
     text_of,
 )
-from kdexport.spec.sections import Ask
+from kdexport.spec.ask import Ask
 from kdexport.tasks.config import Row
 from kdexport.tasks.metrics import log_softmax
 from kdexport.tasks.several import BETWEEN
@@ -53,7 +53,7 @@ def codes(count: int) -> list[str]:
     """
     if count <= len(_LETTERS):
         return _LETTERS[:count]
-    in_turn = zip_longest(*([pairs[0] + second for second in pairs[1:]] for pairs in _PAIRS.split()))
+    in_turn = zip_longest(*([group[0] + second for second in group[1:]] for group in _PAIRS.split()))
     known = [pair for pairs in in_turn for pair in pairs if pair]
     every = (first + second for second, first in product(string.ascii_uppercase, repeat=2))
     return [*known, *(pair for pair in every if pair not in known)][:count]

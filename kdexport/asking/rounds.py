@@ -1,7 +1,7 @@
 """Ask an endpoint in an order that wastes little: labelled rows first, then those that judge, then those that teach.
 
-What teaches is a random first part, and then in rounds the texts of which a committee of quick first students is
-unsure, next to random ones, until the calls are used up or the students learn nothing more.
+What teaches is a random first part, and then in rounds the texts of which a quick first student is unsure, next to
+random ones, until the calls are used up or it learns nothing more.
 """
 
 import tempfile
@@ -16,9 +16,12 @@ import numpy as np
 from kdexport import spec
 from kdexport.analysis import sampled
 from kdexport.asking import trust
+from kdexport.asking.abilities import check_labels
 from kdexport.asking.answered import Answered
 from kdexport.asking.asker import Asker
+from kdexport.asking.given import as_logits
 from kdexport.data.rows import Row, Rows
+from kdexport.data.sources import SPLITS
 from kdexport.errors import ModelError, SpecError, counted
 from kdexport.progress import say, warn
 from kdexport.results import Asked, Round, Trust
@@ -46,6 +49,7 @@ class Taught(NamedTuple):
     rows: list[Row]
     rounds: list[Round]
     stopped: str
+    guessed: Sequence[Row] = ()  # of the texts that were not asked those of which the first student is sure
 
 
 def ask_in_rounds(
@@ -60,6 +64,7 @@ def ask_in_rounds(
     how, address = settings.teacher.ask or spec.Ask(), address_of(named(settings)[0])
     described = settings.data.labels
     labels = {label: described[label] if isinstance(described, dict) else "" for label in task.labels}
+    check_labels(labels)
     asker = Asker(address, how, labels, several=task.function == "sigmoid", seed=settings.seed)
     examples = _examples(how, task, pool)
     asker.show(examples)
@@ -79,7 +84,7 @@ def ask_in_rounds(
     trusted = _trust(asker, task, found, taken["test"], [row for row in labelled if task.content(row) in found.logits])
     found.temperature = trusted.temperature or 1.0
     taught = _teach(settings, task, asker, found, pool, taken["validation"])
-    taken["train"] = taught.rows
+    taken |= {"train": taught.rows, "unlabelled": taught.guessed}
     return taken, found, _record(settings, asker, taken, len(pool), trusted, taught)
 
 
@@ -118,7 +123,7 @@ def _teach(
     budget = asker.affordable(pool[0]) if len(pool) else 0
     if budget >= len(pool):
         return Taught(found.of(pool.take(order), "ask train"), [], "every text was asked")
-    from kdexport.asking.choose import Committee, agreement, first_and_step, is_flat, next_places, vectors
+    from kdexport.asking.choose import FirstStudent, agreement, first_and_step, is_flat, next_places, sure_from, vectors
 
     candidates = pool.take(order[: max(_POOL, 4 * budget)])
     length = settings.data.max_length or type(task).usual_length
@@ -132,15 +137,15 @@ def _teach(
     asked, at_random, rounds = set(range(first)), set(range(first)), list[Round]()
     found.of(candidates[:first], "ask train")
 
-    def student(places: Sequence[int]) -> Committee:
+    def student(places: Sequence[int]) -> FirstStudent:
         own = found.array([candidates[i] for i in places])
-        return Committee(task.function, settings.seed).fit(x[places], task.scores(own))
+        return FirstStudent(task.function).fit(x[places], task.scores(own))
 
     while True:
         answered = [i for i, content in enumerate(contents) if content in found.logits]
         by_chance = [i for i in answered if i in at_random]
-        committee = student(answered)
-        score = agreement(committee, x_validation, judged_by)
+        first_student = student(answered)
+        score = agreement(first_student, x_validation, judged_by)
         alone = score if len(by_chance) == len(answered) else agreement(student(by_chance), x_validation, judged_by)
         chosen = len(answered) - len(by_chance)
         rounds.append(Round(chosen=chosen, random=len(by_chance), agreement=score, random_agreement=alone))
@@ -151,13 +156,21 @@ def _teach(
         elif is_flat([one.agreement for one in rounds], len(validation)):
             stopped = "a first student learned nothing more"
         else:
-            new = next_places(committee, x[rest], min(step, left), share, draw)
+            new = next_places(first_student, x[rest], min(step, left), share, draw)
             at_random |= {rest[i] for i in new.random}
             places = [rest[i] for i in (*new.chosen, *new.random)]
             asked |= {*places}
             found.of([candidates[i] for i in places], "ask train")
             continue
-        return Taught([candidates[i] for i in answered], rounds, stopped)
+        break
+    sure = sure_from(first_student, x_validation, judged_by) if asker.how.guess else np.inf
+    open_ = [i for i in range(len(candidates)) if contents[i] not in found.logits]
+    places = [i for i, doubt in zip(open_, first_student.doubt(x[open_]), strict=True) if 1 - doubt >= sure]
+    for i, probabilities in zip(places, first_student.probabilities(x[places]), strict=True):
+        found.guessed[contents[i]] = as_logits(probabilities, several=asker.several)
+    if places:
+        say(f"asked: the first student labels {counted(len(places), 'text')} more, of which it is sure")
+    return Taught([candidates[i] for i in answered], rounds, stopped, [candidates[i] for i in places])
 
 
 def _try(asker: Asker, task: Task, found: Answered, rows: Sequence[Row]) -> None:
@@ -250,7 +263,8 @@ def _record(
         not_known.append("What the answers cost: teacher.ask.price gives the price of a million tokens in and out.")
     return Asked(
         model=asker.model, host=urlsplit(asker.url).netloc, by=asker.by, abilities=asker.abilities.line(),
-        orders=asker.how.orders, texts={split: len(rows) for split, rows in taken.items()}, pool=pool,
+        orders=asker.how.orders, texts={split: len(taken[split]) for split in SPLITS}, pool=pool,
+        guessed=len(taught.guessed),
         sent=counts.sent, cached=counts.cached, tokens_in=asker.tokens[0], tokens_out=asker.tokens[1],
         price=asker.how.price, retries=counts.retried, failed=counts.failed,
         refused=asker.problems["refusal"], unparsable=asker.problems["unparsable"],

@@ -90,8 +90,10 @@ def ask(settings: spec.Spec, data: Path, out: Path) -> None:
     summary = read_summary(data)
     for split in SPLITS:
         write_rows(out, split, _judging(taken[split]) if split != "train" else taken[split])
-    counts = {split: len(taken[split]) for split in SPLITS}
-    write_json(out / "data.json", msgspec.structs.replace(summary, rows=counts, unlabelled=0))
+    counts, guessed = {split: len(taken[split]) for split in SPLITS}, taken.get("unlabelled", ())
+    if guessed:
+        write_rows(out, "unlabelled", guessed)
+    write_json(out / "data.json", msgspec.structs.replace(summary, rows=counts, unlabelled=len(guessed)))
     if (data / "near_duplicates.jsonl").is_file():
         write_bytes(out / "near_duplicates.jsonl", (data / "near_duplicates.jsonl").read_bytes())
     _write_answers(out, task, taken, found)
@@ -126,10 +128,11 @@ def _check_enough(taken: Mapping[str, Sequence[Row]], found: Answered, task: Tas
 
 def _write_answers(out: Path, task: Task, taken: Mapping[str, Sequence[Row]], found: Answered) -> None:
     """Write the answers for the run, by content, and for people, as JSON lines."""
-    rows = list({task.content(row): row for split in SPLITS for row in taken[split]}.values())
-    logits = found.array(rows)
+    every = {task.content(row): row for rows in taken.values() for row in rows}
     shutil.rmtree(out / LOGITS, ignore_errors=True)
-    Store(out / LOGITS).add(content_keys(map(task.content, rows)), logits)
+    Store(out / LOGITS).add(content_keys(every), found.array([*every.values()]))
+    rows = [row for content, row in every.items() if content not in found.guessed]
+    logits = found.array(rows)
     lines = []
     for row, scores in zip(rows, task.scores(logits), strict=True):
         texts = {side: row[side] for side in ("text", "text_pair") if row.get(side)}

@@ -29,6 +29,10 @@ def asked(r: Report) -> Section | None:
         f"{counted(found.pool, 'text')} of train"
         f"{', and ' + ', '.join(judged) if judged else ''}; it was asked {_BY.get(found.by, found.by)}{orders}."
     )
+    if found.guessed:
+        lead += (
+            f" A quick first student labelled {counted(found.guessed, 'more text', 'more texts')}, being sure of them."
+        )
     lead += f" Asking ended: {found.stopped}." if found.stopped else ""
     tables = [Table(("asked", "found"), _calls(found))]
     tables += [Table(("can it be trusted?", "found"), rows)] if (rows := _trust(metric_of(r), found.trust)) else []

@@ -52,13 +52,13 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """How a language model behind an endpoint was asked, what it cost, and what its answers are worth.
 
     `host` is that of its URL; `by` is letters, words, scores or samples; `abilities` says in a line what the server
-    can do. `texts` are those with an answer, by split; `pool` are the texts of train, with and without. `sent`
-    calls were answered by the server and `cached` ones by an earlier run's; `tokens_in` and `tokens_out` are of
-    both, by the server's own count. `refused` texts have no answer as the model declined, `unparsable` ones as none
-    was a label; `shortened` ones were longer than the model reads; `failed` calls had errors to the end, `retries`
-    are repeated ones. `price` is of a million tokens in and out. `p50_ms` and `p99_ms` are latencies of the calls,
-    as many at once as were sent. `stopped` says why no more was asked; `not_known` are sentences on what this run
-    can't tell.
+    can do. `texts` are those with an answer, by split; `pool` are the texts of train, with and without; `guessed`
+    ones were labelled by a first student that is sure of them. `sent` calls were answered by the server and
+    `cached` ones by an earlier run's; `tokens_in` and `tokens_out` are of both, by the server's own count.
+    `refused` texts have no answer as the model declined, `unparsable` ones as none was a label; `shortened` ones
+    were longer than the model reads; `failed` calls had errors to the end, `retries` are repeated ones. `price` is
+    of a million tokens in and out. `p50_ms` and `p99_ms` are latencies of the calls, as many at once as were sent.
+    `stopped` says why no more was asked; `not_known` are sentences on what this run can't tell.
     """
 
     model: str
@@ -68,6 +68,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     orders: int = 1
     texts: dict[str, int]
     pool: int
+    guessed: int = 0
     sent: int
     cached: int
     tokens_in: int

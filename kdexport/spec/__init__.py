@@ -4,10 +4,10 @@ A spec comes from a YAML file and from flags, which win. Unknown keys, values ou
 are errors that name the key. `None` is derived later, with the reason (`kdexport run --plan`).
 """
 
+from kdexport.spec.ask import Ask
 from kdexport.spec.checks import weights_of
 from kdexport.spec.read import commented, dump, load, of_results, parse, parse_bench, read_yaml, settings, values
 from kdexport.spec.sections import (
-    Ask,
     Augment,
     Bench,
     Budget,

@@ -8,9 +8,11 @@ import msgspec
 
 from kdexport.errors import SpecError
 from kdexport.spec import derive
-from kdexport.spec.sections import Ask, Distill, Spec, Weight
+from kdexport.spec.ask import Ask
+from kdexport.spec.sections import Distill, Spec, Weight
 from kdexport.spec.teachers import (
     ASKED,
+    LABELLING,
     OPEN,
     TRANSCRIBER,
     address_of,
@@ -211,13 +213,11 @@ def _of_asked(spec: Spec, menu: Menu) -> Spec:
         raise SpecError(
             f"data.labels has no effect on {_named(spec)}", "Remove it, or name text-classification: --task"
         )
-    if kinds & {*ASKED, "zero-shot"} and not names_labels:
-        fix = (
-            "Name the labels: --labels refund,delay,praise"
-            if not spec.data.labels
-            else "Take --task text-classification"
+    if kinds & {*LABELLING} and not names_labels:
+        raise SpecError(
+            f"teacher.model: {models[0]} labels texts, and can't teach {_named(spec)}",
+            "Take --task text-classification",
         )
-        raise SpecError(f"teacher.model: {models[0]} labels texts, and can't teach {_named(spec)}", fix)
     if kinds & {*ASKED} and len(models) > 1:
         raise SpecError("teacher.model: a teacher that answers some texts only has no others beside it", "Name one")
     for model in models:

@@ -12,9 +12,11 @@ import yaml
 from msgspec import inspect
 
 from kdexport.errors import SpecError
+from kdexport.spec.ask import Section
 from kdexport.spec.checks import checked
-from kdexport.spec.sections import Bench, Data, Section, Spec
-from kdexport.tasks import names, task_class
+from kdexport.spec.sections import Bench, Data, Spec
+from kdexport.spec.teachers import LABELLING, kind_of
+from kdexport.tasks import DEFAULT, names, task_class
 
 _DEEPEST, _MOST_VALUES = 20, 10_000  # aliases of aliases multiply
 _SHOWN = 40  # characters of a wrong value in an error
@@ -119,12 +121,25 @@ def load(
                 raise SpecError(f"{source}: {section!r} is not a section, so {key!r} can't be set in it")
         node[leaf] = value
     data = tree.get("data")
-    task = tree.get("task")
-    if recognised and isinstance(data, dict) and (task is None or _judged(task)) and "problem" not in data:
+    task = tree.get("task") or (DEFAULT if _labels_texts(tree) else None)
+    if (
+        recognised
+        and isinstance(data, dict)
+        and ("task" not in tree or tree["task"] is None or _judged(task))
+        and "problem" not in data
+    ):
         _refuse_unreal(tree, source)
         with suppress(msgspec.ValidationError):  # `parse` names what is wrong, and where
             tree["task"], data["problem"] = recognised(msgspec.convert(data, Data), task)
     return parse(tree, source)
+
+
+def _labels_texts(tree: Mapping[str, Any]) -> bool:
+    """Return whether the first teacher is one that labels texts, whatever the rows look like."""
+    teacher = tree.get("teacher")
+    model = teacher.get("model") if isinstance(teacher, dict) else None
+    first = model[0] if isinstance(model, list | tuple) and model else model
+    return isinstance(first, str) and kind_of(first) in LABELLING
 
 
 def _judged(task: Any) -> bool:

@@ -5,12 +5,10 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from kdexport.spec.ask import Ask, Count, Positive, Section, Text, helped, some
 from kdexport.tasks import BUILT_IN, DEFAULT
 
-Text = Annotated[str, Meta(min_length=1)]
 Texts = Annotated[tuple[Text, ...], Meta(min_length=1)]
-Count = Annotated[int, Meta(ge=1)]
-Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Length = Annotated[int, Meta(ge=8, le=8192)]
 Problem = Literal[
@@ -28,18 +26,6 @@ Runtime = Literal["torch", "torch-compile", "torch-cudagraphs", "onnxruntime", "
 Device = Literal["cpu", "cuda"]
 
 
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One block of the spec."""
-
-
-def _help(text: str) -> Meta:
-    return Meta(description=text)
-
-
-def _some(text: str) -> Meta:
-    return Meta(description=text, min_length=1)
-
-
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A value that moves linearly from the first step of training to the last: `{from: 4, to: 1}`."""
 
@@ -55,26 +41,28 @@ class Data(Section, frozen=True):
 
     train: Annotated[
         Text,
-        _help(
+        helped(
             "CSV, JSONL or Parquet file, text for causal-lm, a folder with train.*, validation.* and test.*, a folder "
             "of images or recordings (labels as subfolders, or metadata.csv), a folder in BEIR's layout, or a hub id"
         ),
     ]
-    validation: Annotated[Text | None, _help("split off from train (10 %, stratified) when absent")] = None
-    test: Annotated[Text | None, _help("split off from train (20 %, stratified) when absent")] = None
-    text: Annotated[Text | None, _help("the column of texts, images or sound; guessed when its name is obvious")] = None
-    text_pair: Annotated[Text | None, _help("the second text's column, for pairs of texts")] = None
-    label: Annotated[Text | None, _help("the label's column; guessed when its name is obvious")] = None
+    validation: Annotated[Text | None, helped("split off from train (10 %, stratified) when absent")] = None
+    test: Annotated[Text | None, helped("split off from train (20 %, stratified) when absent")] = None
+    text: Annotated[Text | None, helped("the column of texts, images or sound; guessed when its name is obvious")] = (
+        None
+    )
+    text_pair: Annotated[Text | None, helped("the second text's column, for pairs of texts")] = None
+    label: Annotated[Text | None, helped("the label's column; guessed when its name is obvious")] = None
     labels: Annotated[
         Annotated[tuple[Text, ...], Meta(min_length=2)] | Annotated[dict[Text, str], Meta(min_length=2)] | None,
-        _help(
+        helped(
             "of text-classification: all labels, so that rows need none; a list, or {label: description} for a teacher "
             "that is asked in words; those of the rows when absent"
         ),
     ] = None
     problem: Annotated[
         Problem,
-        _help(
+        helped(
             "of text-classification: one label a text, several (lists, or with | between), or a number; of speech "
             "seq2seq: the student is a smaller Whisper, as layers of one always are; of sentence-embedding what "
             "judges: similarity (Spearman, of scored pairs), or retrieval (nDCG@10), retrieval-mrr or "
@@ -82,114 +70,79 @@ class Data(Section, frozen=True):
         ),
     ] = "single-label"
     unlabelled: Annotated[
-        Text | None, _help("more texts, which the teacher alone labels: CSV, TSV, JSONL or a text a line")
+        Text | None, helped("more texts, which the teacher alone labels: CSV, TSV, JSONL or a text a line")
     ] = None
     sentences: Annotated[
         Text | None,
-        _help(
+        helped(
             "of speech without transcripts: a file of all that may be said, one a line; the nearest sentence is "
             "taken, and recordings with none are left out"
         ),
     ] = None
     language: Annotated[
         Text | None,
-        _help(
+        helped(
             "of speech with a multilingual Whisper: the language that is spoken, by code or English name (de, german); "
             "when absent the one that the teacher hears"
         ),
     ] = None
     words: Annotated[
         Text,
-        _help(
+        helped(
             "of speech: open; closed, which recognises the words of the train transcripts alone, as for digits or "
             "commands; or a file of all words that may be said, one a line, or of sentences of them"
         ),
     ] = "open"
     candidates: Annotated[
         Count,
-        _help(
+        helped(
             "of rankings in BEIR's layout: the documents of each query, the judged ones and as many of the best others "
             "by BM25 as are missing"
         ),
     ] = 30
     max_length: Annotated[
-        Length | None, _help("tokens of each text; when absent 128, 512 of embeddings, or as many as the teacher reads")
+        Length | None,
+        helped("tokens of each text; when absent 128, 512 of embeddings, or as many as the teacher reads"),
     ] = None
-    max_chars: Annotated[Count, _help("a longer text is a bad row: most often a quote that was never closed")] = 100_000
+    max_chars: Annotated[Count, helped("a longer text is a bad row: most often a quote that was never closed")] = (
+        100_000
+    )
     cache_mb: Annotated[
         Annotated[int, Meta(ge=0)] | None,
-        _help(
+        helped(
             "of images and sound: memory for what is decoded in training, in MB; what does not fit is in a temporary "
             "file; an eighth of the machine's memory when absent"
         ),
     ] = None
-    skip_bad_rows: Annotated[bool, _help("skip and count bad rows, instead of stopping")] = False
-    drop_duplicates: Annotated[bool, _help("drop texts from train that are in validation or test as well")] = True
+    skip_bad_rows: Annotated[bool, helped("skip and count bad rows, instead of stopping")] = False
+    drop_duplicates: Annotated[bool, helped("drop texts from train that are in validation or test as well")] = True
 
 
 class TeacherTraining(Section, frozen=True):
     """Fine-tuning of the teacher."""
 
     epochs: Annotated[
-        Count | None, _help("passes over the training rows; derived from rows, labels and width when absent")
+        Count | None, helped("passes over the training rows; derived from rows, labels and width when absent")
     ] = None
     learning_rate: Annotated[
         Positive | None,
-        _help("the highest; warmed up over 10 %, then linear to zero; derived from the teacher's width when absent"),
+        helped("the highest; warmed up over 10 %, then linear to zero; derived from the teacher's width when absent"),
     ] = None
-    batch_size: Annotated[Count | None, _help("rows a step; 16 or 32, by the number of rows, when absent")] = None
+    batch_size: Annotated[Count | None, helped("rows a step; 16 or 32, by the number of rows, when absent")] = None
     patience: Annotated[
-        Count | None, _help("stop after so many epochs without a better validation metric; absent: never")
+        Count | None, helped("stop after so many epochs without a better validation metric; absent: never")
     ] = None
-    dtype: Annotated[Dtype, _help("of products; bfloat16 is quicker where supported; weights stay float32")] = "float32"
+    dtype: Annotated[Dtype, helped("of products; bfloat16 is quicker where supported; weights stay float32")] = (
+        "float32"
+    )
     accumulate: Annotated[
-        Count, _help("passes over a step's rows, each with a part of them, where memory lacks; the steps stay the same")
+        Count,
+        helped("passes over a step's rows, each with a part of them, where memory lacks; the steps stay the same"),
     ] = 1
     checkpoint_gradients: Annotated[
-        bool, _help("compute layers again for the gradient instead of storing them: less memory, slower steps")
+        bool, helped("compute layers again for the gradient instead of storing them: less memory, slower steps")
     ] = False
-    compile: Annotated[bool, _help("run the model through torch.compile, which needs a C compiler")] = False
-
-
-class Ask(Section, frozen=True):
-    """How a language model behind an endpoint is asked for the labels of texts."""
-
-    instruction: Annotated[
-        Text | None, _help("what the labels are about, in a sentence or a page; stands before them in each prompt")
-    ] = None
-    examples: Annotated[
-        Annotated[int, Meta(ge=0)] | None,
-        _help("labelled rows of train that each prompt shows; when absent one a label, at most 8, where there are any"),
-    ] = None
-    by: Annotated[
-        Literal["letters", "words", "scores", "samples"] | None,
-        _help(
-            "how probabilities are read: of the letters of options, of the labels' own words, of whole labels scored "
-            "one by one, or from several answers; when absent letters, or samples where the server gives no "
-            "log-probabilities"
-        ),
-    ] = None
-    orders: Annotated[
-        Count, _help("orders of the options in which each text is asked, a call each; the mean is its answer")
-    ] = 1
-    samples: Annotated[Count, _help("answers to each text, where `by` is samples")] = 5
-    max_calls: Annotated[
-        Count | None, _help("answers to pay for at most, those of an earlier run included; null: no limit")
-    ] = 3_000
-    max_tokens: Annotated[Count | None, _help("tokens in and out at most; absent: no limit")] = None
-    choose: Annotated[
-        Literal["unsure", "random"],
-        _help("which texts: after a random first part those of which a first student is unsure, or random ones"),
-    ] = "unsure"
-    key: Annotated[Text, _help("the environment variable that holds the key, if the server wants one")] = (
-        "OPENAI_API_KEY"
-    )
-    concurrency: Annotated[Count, _help("calls at once, at most; fewer while the server says that it is busy")] = 8
-    timeout_s: Annotated[Positive, _help("deadline of one call, in s")] = 60.0
-    price: Annotated[
-        tuple[Annotated[float, Meta(ge=0)], Annotated[float, Meta(ge=0)]] | None,
-        _help("of a million tokens in, and of a million out, in any currency, for estimate and report"),
-    ] = None
+    compile: Annotated[bool, helped("run the model through torch.compile, which needs a C compiler")] = False
 
 
 class Teacher(Section, frozen=True):
@@ -197,44 +150,44 @@ class Teacher(Section, frozen=True):
 
     model: Annotated[
         Text | Texts,
-        _help(
+        helped(
             "Hugging Face folder or hub id (sentence-transformers/all-MiniLM-L6-v2 comes with kdexport[demo]), PEFT "
             "adapter, ONNX artifact, stored logits, or a list of them; openai:MODEL@URL, a language model behind an "
             "endpoint; answers.jsonl, its answers or others'; zero-shot:MODEL, a model of language inference"
         ),
     ]
-    weights: Annotated[tuple[Positive, ...] | None, _help("of several teachers; equal when absent")] = None
+    weights: Annotated[tuple[Positive, ...] | None, helped("of several teachers; equal when absent")] = None
     combine: Annotated[
         Literal["mean", "log-mean"],
-        _help("of several teachers or passes: arithmetic or geometric mean of their probabilities"),
+        helped("of several teachers or passes: arithmetic or geometric mean of their probabilities"),
     ] = "log-mean"
-    passes: Annotated[Count, _help("stochastic passes over each text, combined; see `noise`")] = 1
-    noise: Annotated[Literal["dropout", "augment"], _help("of passes: MC dropout, or augmented texts")] = "dropout"
+    passes: Annotated[Count, helped("stochastic passes over each text, combined; see `noise`")] = 1
+    noise: Annotated[Literal["dropout", "augment"], helped("of passes: MC dropout, or augmented texts")] = "dropout"
     dtype: Annotated[
         Literal["float32", "bfloat16", "int8"],
-        _help("of the weights while it computes soft targets; int8 needs a CUDA device and bitsandbytes"),
+        helped("of the weights while it computes soft targets; int8 needs a CUDA device and bitsandbytes"),
     ] = "float32"
     devices: Annotated[
         Literal["one", "all"],
-        _help("that hold the teacher while it computes soft targets: all is for one too large for a single GPU"),
+        helped("that hold the teacher while it computes soft targets: all is for one too large for a single GPU"),
     ] = "one"
     pooling: Annotated[
         Literal["mean", "first", "last"] | None,
-        _help(
+        helped(
             "of an encoder as teacher of vectors: which tokens a text's vector is of; as its folder says when absent"
         ),
     ] = None
-    ask: Annotated[Ask | None, _help("of openai:MODEL@URL; the defaults when absent")] = None
+    ask: Annotated[Ask | None, helped("of openai:MODEL@URL; the defaults when absent")] = None
     hypothesis: Annotated[
-        Text, _help("of zero-shot:MODEL: the sentence whose truth is asked, with {} for the label or its description")
+        Text, helped("of zero-shot:MODEL: the sentence whose truth is asked, with {} for the label or its description")
     ] = "This example is {}."
     corrections: Annotated[
         Text | None,
-        _help("a file of texts and the labels that a person gave them, which replace the teacher's answers"),
+        helped("a file of texts and the labels that a person gave them, which replace the teacher's answers"),
     ] = None
     train: Annotated[
         TeacherTraining | None,
-        _help("fine-tune it on the data first; absent: only where it has no trained head for the task"),
+        helped("fine-tune it on the data first; absent: only where it has no trained head for the task"),
     ] = None
 
 
@@ -243,7 +196,7 @@ class Student(Section, frozen=True):
 
     model: Annotated[
         Text | Texts | None,
-        _help(
+        helped(
             "tiny (2 layers × 128), mini (4 × 256), small (4 × 512), 3x192, layers:3 (the teacher's lowest), spread:3, "
             "layers:0+2+5, bag, cnn, gru, cnn:512 (features), conv, conv:32 (channels; of images and sound), gru:80 "
             "(of speech), or a Hugging Face folder or hub id; a list is the ladder that a search climbs; when absent "
@@ -252,40 +205,42 @@ class Student(Section, frozen=True):
     ] = None
     base: Annotated[
         Text | None,
-        _help(
+        helped(
             "folder or hub id whose tokenizer and weights students are made from, where the teacher has none to give; "
             "when absent sentence-transformers/all-MiniLM-L6-v2"
         ),
     ] = None
     vocabulary: Annotated[
         Literal["whole", "corpus"] | None,
-        _help(
+        helped(
             "the teacher's tokens, or those of the training texts; when absent corpus, or whole for a folder or hub id "
             "and for token-classification, where words that training lacks are the point"
         ),
     ] = None
     embedding: Annotated[
         Count | None,
-        _help(
+        helped(
             "width of the token embeddings; of bag, cnn, gru the teacher's when absent; a narrow student gets them "
             "behind a learned projection, and pools over all tokens"
         ),
     ] = None
     start: Annotated[
         Literal["projections", "embeddings"],
-        _help("initial weights of a narrower student: the teacher's embeddings and layers by PCA, or embeddings alone"),
+        helped(
+            "initial weights of a narrower student: the teacher's embeddings and layers by PCA, or embeddings alone"
+        ),
     ] = "projections"
 
     dimensions: Annotated[
         Count | None,
-        _help(
+        helped(
             "of the vectors of sentence-embedding: the principal axes of the teacher's vectors, the first ones most "
             "important; when absent the teacher's own, or 256 of a bag"
         ),
     ] = None
     seconds: Annotated[
         Annotated[float, Meta(ge=1, le=30)] | None,
-        _help(
+        helped(
             "of a smaller Whisper: sound that it reads at once, in s; the longest recording when absent; longer ones "
             "are read in overlapping parts"
         ),
@@ -298,12 +253,12 @@ class Augment(Section, frozen=True):
     views: Annotated[int, Meta(ge=0, description="augmented texts of each text; 0: none")] = 8
     kinds: Annotated[
         tuple[Augmentation, ...],
-        _some(
+        some(
             "mask: words masked; neighbours: words replaced by near ones in the teacher's embeddings; ngram: a part "
             "of the text; shuffle: its sentences in another order"
         ),
     ] = ("mask", "neighbours", "ngram")
-    share: Annotated[Fraction, _help("fraction of the words to change, about")] = 0.2
+    share: Annotated[Fraction, helped("fraction of the words to change, about")] = 0.2
 
 
 class Distill(Section, frozen=True):
@@ -311,67 +266,69 @@ class Distill(Section, frozen=True):
 
     loss: Annotated[
         LossName | dict[LossName, Weight],
-        _help(
+        helped(
             "kl, reverse-kl, jsd, soft-ce, mse, bce, dkd, dist (of logits), cosine, similarity (of vectors), "
             "margin-mse, listwise-kl (of a query's scores), hidden, attention, relation (of layers), or {name: weight}"
         ),
     ] = "kl"
     temperature: Annotated[
-        Positive | Schedule, _help("T: softens the logits of both; 1 leaves them as they are; or {from: 4, to: 1}")
+        Positive | Schedule, helped("T: softens the logits of both; 1 leaves them as they are; or {from: 4, to: 1}")
     ] = 4.0
     alpha: Annotated[
         Fraction | Schedule,
-        _help("weight of the distillation loss against the label loss (λ in some papers); 0.9 of causal-lm"),
+        helped("weight of the distillation loss against the label loss (λ in some papers); 0.9 of causal-lm"),
     ] = 1.0
-    epochs: Annotated[Count | None, _help("passes over the training rows; derived from their number if absent")] = None
+    epochs: Annotated[Count | None, helped("passes over the training rows; derived from their number if absent")] = None
     patience: Annotated[
-        Count | None, _help("stop after so many epochs without a better validation metric; the best epoch is used")
+        Count | None, helped("stop after so many epochs without a better validation metric; the best epoch is used")
     ] = None
-    learning_rate: Annotated[Positive | None, _help("the highest; derived from the student's width when absent")] = None
+    learning_rate: Annotated[Positive | None, helped("the highest; derived from the student's width when absent")] = (
+        None
+    )
     batch_size: Annotated[
-        Count | None, _help("rows a step; when absent 32, or 8 or 16 for speech from random weights, by their number")
+        Count | None, helped("rows a step; when absent 32, or 8 or 16 for speech from random weights, by their number")
     ] = None
     augment: Annotated[
         Augment | None,
-        _help("also train on augmented texts; absent: where the teacher is sure of its answers to the training texts"),
+        helped("also train on augmented texts; absent: where the teacher is sure of its answers to the training texts"),
     ] = None
     samples: Annotated[
-        Count | None, _help("of causal-lm: also train on so many passages that the teacher writes; absent: none")
+        Count | None, helped("of causal-lm: also train on so many passages that the teacher writes; absent: none")
     ] = None
     max_word_error: Annotated[
         Fraction | None,
-        _help(
+        helped(
             "of speech: where the teacher's text has a higher word error rate against the transcript, the transcript "
             "alone teaches; absent: no limit"
         ),
     ] = None
-    dtype: Annotated[Dtype, _help("of products in training; see teacher.train.dtype")] = "float32"
-    accumulate: Annotated[Count, _help("passes over a step's rows; see teacher.train.accumulate")] = 1
-    checkpoint_gradients: Annotated[bool, _help("less memory; see teacher.train.checkpoint_gradients")] = False
-    compile: Annotated[bool, _help("by torch.compile; see teacher.train.compile")] = False
-    seeds: Annotated[Count, _help("train student and baseline so many times: mean and standard deviation")] = 1
-    baseline: Annotated[bool, _help("also train the same student on labels alone, for comparison")] = True
+    dtype: Annotated[Dtype, helped("of products in training; see teacher.train.dtype")] = "float32"
+    accumulate: Annotated[Count, helped("passes over a step's rows; see teacher.train.accumulate")] = 1
+    checkpoint_gradients: Annotated[bool, helped("less memory; see teacher.train.checkpoint_gradients")] = False
+    compile: Annotated[bool, helped("by torch.compile; see teacher.train.compile")] = False
+    seeds: Annotated[Count, helped("train student and baseline so many times: mean and standard deviation")] = 1
+    baseline: Annotated[bool, helped("also train the same student on labels alone, for comparison")] = True
 
 
 class Export(Section, frozen=True):
     """The precisions of the exported files."""
 
-    variants: Annotated[tuple[Precision, ...], _some("precisions to export; fp32 always, int4 of causal-lm")] = (
+    variants: Annotated[tuple[Precision, ...], some("precisions to export; fp32 always, int4 of causal-lm")] = (
         "fp32",
         "int8",
     )
     max_int8_loss: Annotated[
-        Fraction, _help("int8 is recommended only if its metric is at most this far below fp32's")
+        Fraction, helped("int8 is recommended only if its metric is at most this far below fp32's")
     ] = 0.01
 
 
 class Budget(Section, frozen=True):
     """Limits on the recommended file; absent ones do not bind."""
 
-    p99_ms: Annotated[Positive | None, _help("99th percentile of the latency at batch 1, in ms")] = None
-    size_mb: Annotated[Positive | None, _help("size of the ONNX file, in MB (10⁶ bytes)")] = None
-    retention: Annotated[Fraction | None, _help("fraction of the teacher's metric on the test split")] = None
-    time_limit_s: Annotated[Positive | None, _help("a search trains no new student after this, in s")] = None
+    p99_ms: Annotated[Positive | None, helped("99th percentile of the latency at batch 1, in ms")] = None
+    size_mb: Annotated[Positive | None, helped("size of the ONNX file, in MB (10⁶ bytes)")] = None
+    retention: Annotated[Fraction | None, helped("fraction of the teacher's metric on the test split")] = None
+    time_limit_s: Annotated[Positive | None, helped("a search trains no new student after this, in s")] = None
 
     def binds(self) -> bool:
         """Return whether any limit is set."""
@@ -381,23 +338,23 @@ class Budget(Section, frozen=True):
 class Bench(Section, frozen=True):
     """How latency is measured."""
 
-    threads: Annotated[tuple[Count, ...], _some("threads of the model's runtime; the first is the report's")] = (1,)
-    batch_sizes: Annotated[tuple[Count, ...], _help("batches that are measured beside single texts")] = (8, 32)
+    threads: Annotated[tuple[Count, ...], some("threads of the model's runtime; the first is the report's")] = (1,)
+    batch_sizes: Annotated[tuple[Count, ...], helped("batches that are measured beside single texts")] = (8, 32)
     runtimes: Annotated[
         tuple[Runtime, ...],
-        _some("torch, torch-compile, torch-cudagraphs (models); onnxruntime, openvino (files); a run adds each first"),
+        some("torch, torch-compile, torch-cudagraphs (models); onnxruntime, openvino (files); a run adds each first"),
     ] = ("torch", "onnxruntime")
     devices: Annotated[
-        tuple[Device, ...], _some("cpu, cuda; unavailable ones are skipped with a warning; a run adds cpu")
+        tuple[Device, ...], some("cpu, cuda; unavailable ones are skipped with a warning; a run adds cpu")
     ] = ("cpu",)
     rounds: Annotated[int, Meta(ge=1, le=100, description="rounds at least; each is a new process a variant")] = 5
-    round_seconds: Annotated[Positive, _help("time measured per round and variant, in s")] = 1.0
+    round_seconds: Annotated[Positive, helped("time measured per round and variant, in s")] = 1.0
     precision: Annotated[
-        Positive | None, _help("add rounds until every ratio is known to this fraction, or time is up; null: no more")
+        Positive | None, helped("add rounds until every ratio is known to this fraction, or time is up; null: no more")
     ] = 0.05
-    time_limit_s: Annotated[Positive, _help("no round begins that would end after this, in s")] = 150.0
+    time_limit_s: Annotated[Positive, helped("no round begins that would end after this, in s")] = 150.0
     price_per_hour: Annotated[
-        Positive | None, _help("of one core (or GPU), in any currency, for the cost of a million answers")
+        Positive | None, helped("of one core (or GPU), in any currency, for the cost of a million answers")
     ] = None
 
 
@@ -415,4 +372,4 @@ class Spec(Section, frozen=True, kw_only=True):
     export: Export = Export()
     budget: Budget = Budget()
     bench: Bench = Bench()
-    seed: Annotated[int, Meta(ge=0), _help("seeds splits, initial weights and the order of rows")] = 0
+    seed: Annotated[int, Meta(ge=0), helped("seeds splits, initial weights and the order of rows")] = 0

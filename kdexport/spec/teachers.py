@@ -14,6 +14,8 @@ Kind = Literal["torch", "onnx", "stored", "zero-shot", "endpoint", "answers"]
 ASKED = ("endpoint", "answers")
 # Kinds in whose place no other model gives weights to students.
 OPEN = ("torch", "onnx")
+# Kinds that know no labels but those that they are asked about.
+LABELLING = (*ASKED, "zero-shot")
 ZERO_SHOT = "zero-shot:"
 # What students are made from where the teacher has no weights to give; it comes with `kdexport[demo]`.
 BASE = "sentence-transformers/all-MiniLM-L6-v2"

@@ -6,7 +6,7 @@ from llama import MODEL, served
 
 from kdexport.asking.abilities import Abilities, check_labels, choose_by, probe
 from kdexport.asking.answers import Answers
-from kdexport.asking.client import Endpoint
+from kdexport.asking.client import Endpoint, Failed, Reply
 from kdexport.errors import EndpointError, ModelError, SpecError
 from kdexport.spec.sections import Ask
 from kdexport.spec.teachers import Address
@@ -59,7 +59,49 @@ def test_llama_cpps_server(tmp_path):
         assert found.models()
     # It takes `echo`, and generates instead.
     assert can == Abilities(top=20, echo=False, constrained="json_schema", n=False)
-    assert can.line().startswith("the server gives log-probabilities of 20 tokens, scores no given texts, can be held")
+    assert can.line().startswith("gives log-probabilities of 20 tokens, scores no given texts, can be held")
+
+
+class Objects:
+    """An endpoint that answers no chat while an objection holds: a condition, and the server's words."""
+
+    def __init__(self, *objections, **message):
+        self.objections, self.message = objections, {"role": "assistant", "content": "Paris"} | message
+
+    def send(self, calls):
+        ((path, body),) = calls
+        for holds, words in self.objections:
+            if path == "/chat/completions" and holds(body):
+                return [Failed(f"400: {words}", 400)]
+        return [Reply({"choices": [{"message": self.message, "finish_reason": "length"}]}, 0.1, False)]
+
+
+def test_what_a_server_objects_to_is_left_out():
+    # OpenAI's models that think, asked as older ones are.
+    thinks = Objects(
+        (lambda body: "max_tokens" in body, "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+         "'max_completion_tokens' instead."),
+        (lambda body: body.get("temperature") == 0, "Unsupported value: 'temperature' does not support 0 with this "
+         "model. Only the default (1) value is supported."),
+        (lambda body: "logprobs" in body, "logprobs are not supported with reasoning models."),
+        content="",
+    )  # fmt: skip
+    can = probe(thinks, "o9")
+    assert can == Abilities(top=0, echo=False, constrained="", n=False, limit="max_completion_tokens",
+                            temperature=False, thinks=True)  # fmt: skip
+    assert can.line().endswith("thinks before it answers")
+    assert can.body([{"role": "user", "content": "…"}], 3)["max_completion_tokens"] > 1000
+    # vLLM with the chat templates of Gemma 2, and with --max-logprobs 5.
+    plain = Objects(
+        (lambda body: body["messages"][0]["role"] == "system", "System role not supported"),
+        (lambda body: body.get("top_logprobs", 0) > 5, "Requested sample logprobs of 20, which is greater than max "
+         "allowed: 5"),
+    )  # fmt: skip
+    can = probe(plain, "gemma")
+    assert not can.system
+    assert not can.thinks
+    # Of DeepSeek-R1's thoughts, where nothing parses them.
+    assert probe(Objects(content="<think>\nOkay, the"), "r1").thinks
 
 
 def test_errors_of_the_endpoint_pass(tmp_path):
@@ -97,7 +139,9 @@ def test_what_a_server_lacks_is_said(by, able, line):
         choose_by(Ask(by=by), LABELS, able)
 
 
-@pytest.mark.parametrize("labels", [["Sport", "sports"], ["card lost", "card stolen"], ["1", "2", "10"]])
+@pytest.mark.parametrize(
+    "labels", [["Sport", "sports"], ["card lost", "card stolen"], ["change_pin", "change_name"], ["1", "2", "10"]]
+)
 def test_words_that_begin_alike_are_read_by_letters(labels):
     by, remark = choose_by(Ask(by="words"), dict.fromkeys(labels, ""), ABLE)
     assert by == "letters"

