@@ -32,6 +32,7 @@ from kdexport.tasks.metrics import paired_difference, wilson_interval  # noqa: E
 
 BBC_CALLS, CLINC_CALLS = 1_600, 15_000
 QUICK = {"bench.time_limit_s": 60, "bench.batch_sizes": [8], "export.variants": ["fp32", "int8"]}
+CNN: dict[str, Any] = {"student": "cnn", "max_length": 32, "set": {"student.embedding": 128}}
 Rows = Sequence[dict[str, str]]
 
 
@@ -58,7 +59,7 @@ def main() -> None:
     if given.clinc:
         texts, test = (read(given.clinc_data / f"{split}.csv") for split in ("train", "test"))
         with endpoint(given.clinc, [*texts, *test]) as (url, encoder):
-            run(given.runs / "clinc150", url, encoder, texts, CLINC_CALLS, student="tiny", max_length=32)
+            run(given.runs / "clinc150", url, encoder, texts, CLINC_CALLS, **CNN)
             found["clinc150"] = judged(given.runs / "clinc150", encoder, test)
             keep(given.runs / "clinc150", "clinc150-endpoint.json")
             found["chosen or random"] = chosen_or_random(
@@ -133,7 +134,7 @@ def chosen_or_random(
                 "bench.time_limit_s": 10,
                 "bench.rounds": 1,
             }
-            run(out, url, encoder, texts, calls, student="tiny", max_length=32, seed=seed, set=keys)
+            run(out, url, encoder, texts, calls, seed=seed, **CNN | {"set": CNN["set"] | keys})
             each.append(judged(out, encoder, test))
         found[name] = {
             "accuracy": [one["student"]["accuracy"] for one in each],

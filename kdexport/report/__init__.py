@@ -26,6 +26,7 @@ from kdexport.report.table import (
 )
 from kdexport.results import Exported, Report, read_report
 from kdexport.tasks import task_class
+from kdexport.tasks.judging import AGREEMENT
 
 
 def write_reports(report: Report, out: Output) -> None:
@@ -105,7 +106,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if best.metric and reference.metric:
         teacher = score(metric, reference.metric.value)
         facts.append((score(metric, best.metric.value), f"{metric.name}; teacher {teacher}"))
-    if report.distillation and metric.kind != "number" and metric.higher_is_better:
+    judged = metric.kind != "number" and metric.higher_is_better and metric.name != AGREEMENT.name
+    if report.distillation and judged:
         facts.append((percent(report.distillation.retention), f"of the teacher's {metric.name} kept on the test split"))
     if best.latency_ms:
         facts.append((f"{p50(best)} ms", f"p50 for one {read_by(report)}; p99 {p99(best)} ms"))

@@ -5,6 +5,7 @@ import math
 from kdexport.results import ENOUGH_ROUNDS, Check, Distillation, Interval, Latency, Report, Spread, Variant
 from kdexport.results import Metric as Score
 from kdexport.tasks import task_class
+from kdexport.tasks.judging import AGREEMENT
 from kdexport.tasks.metrics import Metric
 
 # Further metrics that are numbers; all others are fractions or ratios.
@@ -73,6 +74,8 @@ def keeps(report: Report, found: Distillation) -> str:
     """Describe how much of the teacher's quality the recommended file retains on test rows, as a verb phrase."""
     metric = metric_of(report)
     if metric.kind != "number" and metric.higher_is_better:
+        if metric.name == AGREEMENT.name:  # no row has a label
+            return f"gives the teacher's answer to {percent(found.retention)} of the test split"
         return f"keeps {percent(found.retention)} of the teacher's {metric.name} on the test split"
     best = report.variant(report.recommended).metric if report.recommended else None
     value = score(metric, (best or found.student).value)
