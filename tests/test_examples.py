@@ -107,6 +107,15 @@ def papers(folder, count=24):
     (folder / "qrels" / "test.tsv").write_text("".join(line for line in judged if line.split("\t")[0] in names))
 
 
+def news(folder):
+    from kdexport.data.demo import write_few_labels
+
+    write_few_labels(folder)
+    for name in ("test", "train"):
+        (folder / f"{name}.jsonl").unlink()
+    (folder / "unlabelled.jsonl").rename(folder / "train.jsonl")
+
+
 # example → a few rows of its data, passes of the teacher until it knows more than chance, and the metric in its report
 PIECES = {
     "text-classification": (queries, 6, "accuracy"), "multi-label": (comments, 3, "micro F1"),
@@ -116,6 +125,7 @@ PIECES = {
     "text-ranking": (papers, 3, "nDCG@10"),
     "smaller-whisper": (few_orders, None, "word error rate"),
     "sentence-embedding": (pairs, None, "Spearman correlation"),
+    "language-model": (news, None, "agreement with the teacher"),
 }  # fmt: skip
 
 
@@ -143,7 +153,7 @@ def test_an_example_needs_no_folder_and_takes_other_data_by_one_flag(name, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "language-model"])  # in test_asked_docs.py
 def test_an_example_runs_to_its_end(name, tmp_path, kdexport, monkeypatch):
     monkeypatch.chdir(ROOT)
     make, epochs, metric = PIECES[name]

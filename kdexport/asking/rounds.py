@@ -199,8 +199,7 @@ def _try(asker: Asker, task: Task, found: Answered, rows: Sequence[Row]) -> None
         task, logits, mass=asker.mean_mass(), asked_by=asker.by, right=right, right_by_words=by_words,
         same_in_another_order=trust.order_agreement(task, twice.first, twice.second).value if twice else None,
     )  # fmt: skip
-    value = f"{task.metric.name} is {task.metric.text(right)}"
-    what = f"teacher {asker.model}: its {value} on {len(rows)} labelled rows"
+    what = f"teacher {asker.model}: {task.metric.name} {task.metric.text(right)} on {len(rows)} labelled rows"
     raise ModelError(f"{what}, which is near chance", why)
 
 

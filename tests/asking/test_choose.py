@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kdexport.asking.choose import FirstStudent, agreement, first_and_step, is_flat, next_places, vectors
+from kdexport.asking.choose import FirstStudent, agreement, first_and_step, is_flat, next_places, sure_from, vectors
 
 CLASSES, WIDTH = 12, 24
 
@@ -114,3 +114,20 @@ def test_a_pair_has_both_texts_with_their_difference_and_product(base_model, tmp
     width = found.shape[1] // 4
     assert np.array_equal(found[0, :width], found[1, width : 2 * width])
     assert np.array_equal(found[0, 2 * width :], found[1, 2 * width :])
+
+
+def test_the_first_student_is_sure_where_it_agrees_with_the_teacher_nearly_always():
+    """The margin comes from validation rows: below it the answers are worse, and without enough rows there is none."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(600, 8)).astype(np.float32)
+    clear = np.abs(x[:, 0]) > 0.5
+    label = np.where(clear, x[:, 0] > 0, draw.random(600) > 0.5).astype(int)
+    student = FirstStudent().fit(x[:300], np.eye(2)[label[:300]])
+    logits = np.eye(2, dtype=np.float32)[label[300:]]
+    least = sure_from(student, x[300:], logits)
+    sure = 1 - student.doubt(x[300:]) >= least
+    assert 0.3 < sure.mean() < 0.95
+    right = student.agrees(x[300:], logits)
+    assert right[sure].mean() >= 0.97 > right[~sure].mean()
+    assert sure_from(student, x[300:310], logits[:10]) == np.inf
+    assert sure_from(student, x[300:], logits[:, ::-1]) == np.inf
