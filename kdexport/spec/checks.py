@@ -215,7 +215,7 @@ def _of_asked(spec: Spec, menu: Menu) -> Spec:
         raise SpecError(
             f"data.labels has no effect on {_named(spec)}", "Remove it, or name text-classification: --task"
         )
-    if twice := [label for label, count in Counter(spec.data.labels or ()).items() if count > 1]:
+    if twice := [label for label, count in Counter([*(spec.data.labels or ())]).items() if count > 1]:
         raise SpecError(f"data.labels: {twice[0]!r} stands there twice", "Name each label once")
     if kinds & {*LABELLING} and not names_labels:
         raise SpecError(

@@ -90,6 +90,11 @@ def test_flags_of_an_endpoint_are_keys_of_the_spec(tmp_path):
     )
 
 
+def test_labels_may_be_described(tmp_path):
+    about = {"refund": "money back", "delay": "comes late", "praise": "money back"}
+    assert settings(tmp_path, labels=None, set={"data.labels": about}).data.labels == about
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
