@@ -97,6 +97,7 @@ def test_every_setting_has_a_help_text():
 
 def test_the_commented_spec_explains_every_setting():
     text = spec.commented(spec.parse(MINIMAL | {"distill": {"augment": {}}}, "x"))
+    text += spec.commented(spec.parse(MINIMAL | {"teacher": {"model": "openai:m@http://localhost:1/v1"}}, "x"))
     missing = [k for k, meaning in spec.settings().items() if meaning not in text and "teacher.train." not in k]
     assert not missing
 
