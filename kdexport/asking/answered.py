@@ -51,9 +51,10 @@ class Answered:
         return np.stack(found) if found else np.empty((0, len(self._task.labels)), np.float32)
 
     def _logits(self, content: str) -> Array:
-        if content in self.guessed:
-            return self.guessed[content]
-        return self.logits[content] / (1.0 if content in self._corrected else self.temperature)
+        if content in self._corrected:
+            return self.logits[content]
+        found = self.guessed if content in self.guessed else self.logits
+        return np.asarray(found[content] / self.temperature, np.float32)
 
 
 def judge(settings: spec.Spec, data: Path) -> Task:

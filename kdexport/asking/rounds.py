@@ -88,8 +88,8 @@ def ask_in_rounds(
     taken: dict[str, Sequence[Row]] = {split: found.of(rows, f"ask {split}") for split, rows in judging.items()}
     tried = [row for row in labelled if task.content(row) in found.logits]
     trusted = _trust(asker, task, found, own(taken["test"]), tried)
-    found.temperature = trusted.temperature or 1.0
     taught = _teach(settings, task, asker, found, pool, taken["validation"])
+    found.temperature = trusted.temperature or 1.0  # after the first student, which learns less from softened answers
     taken |= {"train": taught.rows, "unlabelled": taught.guessed}
     return taken, found, _record(settings, asker, taken, len(pool), trusted, taught)
 
