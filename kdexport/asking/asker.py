@@ -30,8 +30,8 @@ _OUT_OF_CALLS = Reading(None, 0.0, "out of calls", "")
 class Asker:
     """Asks, reads, counts and stops at the limits; identical questions are answered by the cache."""
 
-    def __init__(self, address: Address, how: spec.Ask, labels: Mapping[str, str], *, several: bool, seed: int) -> None:
-        self.how, self.labels, self.several, self._seed = how, labels, several, seed
+    def __init__(self, address: Address, how: spec.Ask, labels: Mapping[str, str], *, several: bool) -> None:
+        self.how, self.labels, self.several = how, labels, several
         self.model, self.url = address
         self.endpoint = Endpoint(
             address, os.environ.get(how.key) or None, store=Answers(), concurrency=how.concurrency,
@@ -60,7 +60,7 @@ class Asker:
     def _questions(self, by: str, examples: Sequence[Row]) -> Questions:
         return Questions(
             self.model, self.labels, self.how, by, several=self.several, examples=examples,
-            abilities=self.abilities, seed=self._seed,
+            abilities=self.abilities,
         )  # fmt: skip
 
     # --- limits

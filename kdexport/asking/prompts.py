@@ -72,13 +72,12 @@ class Questions:
         several: bool,
         examples: Sequence[Row],
         abilities: Abilities,
-        seed: int,
     ) -> None:
         self._model, self._how, self._by, self._several = model, how, by, several
         self._labels, self._names = list(labels), [" ".join(label.split()) for label in labels]
         self._about = [" ".join(about.split()) for about in labels.values()]
-        self._codes, self._examples, self._abilities, self._seed = codes(len(labels)), examples, abilities, seed
-        self._orders = _orders(len(labels), seed)
+        self._codes, self._examples, self._abilities = codes(len(labels)), examples, abilities
+        self._orders = _orders(len(labels))
         # Answers to a call: all at once, or a call each, every one with another order of the options.
         self._each = 1 if by != "samples" or abilities.n else how.samples
 
@@ -257,14 +256,14 @@ class Questions:
 
     def places(self, row: Row, number: int) -> list[int]:
         """Return the labels in the order in which they are listed; two numbers that follow are each other's reverse."""
-        content = f"{self._seed}\x1f{row['text']}\x1f{row.get('text_pair') or ''}".encode()
+        content = f"{row['text']}\x1f{row.get('text_pair') or ''}".encode()
         first = int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
         pair, reverse = first // 2 + number // 2, (first + number) % 2
         return self._orders[pair % (_ORDERS // 2)][:: -1 if reverse else 1]
 
 
-def _orders(count: int, seed: int) -> list[list[int]]:
-    return [random.Random(f"{seed} {i}").sample(range(count), count) for i in range(_ORDERS // 2)]
+def _orders(count: int) -> list[list[int]]:
+    return [random.Random(i).sample(range(count), count) for i in range(_ORDERS // 2)]
 
 
 def _shown(row: Row) -> str:

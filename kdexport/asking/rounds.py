@@ -65,7 +65,7 @@ def ask_in_rounds(
     described = settings.data.labels
     labels = {label: described[label] if isinstance(described, dict) else "" for label in task.labels}
     check_labels(labels)
-    asker = Asker(address, how, labels, several=task.function == "sigmoid", seed=settings.seed)
+    asker = Asker(address, how, labels, several=task.function == "sigmoid")
     examples = _examples(how, task, pool)
     asker.show(examples)
     shown = {task.content(row) for row in examples}

@@ -26,7 +26,7 @@ def asker(tmp_path, monkeypatch):
     monkeypatch.setenv("KDEXPORT_CACHE", str(tmp_path / "cache"))
 
     def make(server, *, several=False, **how):
-        return Asker(Address("encoder", server.url), spec.Ask(**how), LABELS, several=several, seed=0)
+        return Asker(Address("encoder", server.url), spec.Ask(**how), LABELS, several=several)
 
     return make
 
