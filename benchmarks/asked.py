@@ -119,8 +119,8 @@ def chosen_or_random(
     found: dict[str, Any] = {}
     few, many = train
     ways = {
-        "random": ("random", many, False), "chosen": ("unsure", few, False), "fewer random": ("random", few, False),
-        "chosen, others guessed": ("unsure", few, True), "random, others guessed": ("random", few, True),
+        "random": ("random", many, False), "random, others guessed": ("random", many, True),
+        "chosen": ("unsure", few, False), "chosen, others guessed": ("unsure", few, True),
     }  # fmt: skip
     for name, (choose, n, guess) in ways.items():
         each = []

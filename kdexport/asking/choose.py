@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdexport.data.demo import located
+from kdexport.distill.store import Store, content_keys, targets_folder
 from kdexport.distill.teacher import save_embedder
+from kdexport.files import digest, hash_files
 from kdexport.models.embedder import student_pooling
 from kdexport.models.inference import logits_of
 from kdexport.models.registry import open_to_read
@@ -34,15 +36,22 @@ _STILL, _SURE, _GAIN = 3, 1.0, 0.005
 def vectors(base: str, rows: Sequence[Row], length: int, out: Path) -> Array:
     """Return the vectors of texts by the model that students are made from, float32 [N, D].
 
-    Of a pair they are both texts' vectors with their difference and product. The model is written to `out`.
+    Of a pair they are both texts' vectors with their difference and product. The model is written to `out`; vectors
+    are stored in the cache.
     """
     source = located(base)
     save_embedder(source, length, out, student_pooling(source))
     model, task = open_to_read(out, "float32", all_devices=False), load_task(out)
     sides = ["text", "text_pair"] if any(row.get("text_pair") for row in rows) else ["text"]
     texts = list({row.get(side) or "": None for side in sides for row in rows})
-    with bar("vectors of texts", len(texts)) as advance:
-        found = logits_of(model, task, [{"text": text} for text in texts], advance=advance)
+    identity = digest(["vectors", hash_files(out)])[:32]
+    store, keys = Store(targets_folder(identity), optional=True), content_keys(texts)
+    missing = [texts[i] for i in np.flatnonzero(~store.has(keys))]
+    if missing:
+        with bar("vectors of texts", len(missing)) as advance:
+            of_missing = logits_of(model, task, [{"text": text} for text in missing], advance=advance)
+        store.add(content_keys(missing), of_missing)
+    found = store.look_up(keys)
     place = {text: i for i, text in enumerate(texts)}
     first, *second = (found[[place[row.get(side) or ""] for row in rows]] for side in sides)
     if not second:
