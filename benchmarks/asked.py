@@ -43,9 +43,9 @@ def main() -> None:
     parser.add_argument("--clinc", type=Path, help="an encoder for clinc150")
     parser.add_argument("--clinc-data", type=Path, help="train.csv and test.csv of clinc150")
     parser.add_argument(
-        "--texts", type=int, nargs=2, default=(2_500, 4_500), help="of clinc150, chosen and random ones"
+        "--texts", type=int, nargs=2, default=(2_250, 4_000), help="of clinc150, chosen and random ones"
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "asked.json")
     given = parser.parse_args()
     given.runs.mkdir(parents=True, exist_ok=True)
@@ -61,10 +61,10 @@ def main() -> None:
         with endpoint(given.clinc, [*texts, *test]) as (url, encoder):
             run(given.runs / "clinc150", url, encoder, texts, CLINC_CALLS, **CNN)
             found["clinc150"] = judged(given.runs / "clinc150", encoder, test)
-            keep(given.runs / "clinc150", "clinc150-endpoint.json")
             found["chosen or random"] = chosen_or_random(
                 given.runs, url, encoder, texts, test, given.texts, given.seeds
             )
+            keep(given.runs / f"chosen-others-guessed-{given.texts[0]}-0", "clinc150-endpoint.json")
     given.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
