@@ -85,7 +85,7 @@ def test_texts_and_an_endpoint_become_an_artifact(tmp_path, finished, encoder, a
     assert (found.model, found.by, found.texts["train"] + found.texts["validation"]) == ("encoder", "letters", 240)
     assert (found.sent, again.asked.sent) == (requests - 1 if found.retries else found.sent, found.sent)
     assert report.metric == "agreement with the teacher"
-    assert report.variant(report.recommended).metric.value > 0.6
+    assert report.variant(report.recommended).metric.value > 0.4  # five labels
     assert found.trust.accuracy is None
     assert "no row has a label" in found.not_known[0]
     assert found.price == (0.5, 1.5)
