@@ -28,6 +28,7 @@ def test_smollm2_is_refused_by_letters(tmp_path, monkeypatch, articles, base_mod
         })  # fmt: skip
         prepare(settings.data, settings.task, 0, tmp_path / "data", few_labels=True)
         (tmp_path / "asked").mkdir()
-        with pytest.raises(ModelError, match=f"teacher {MODEL}: accuracy .* on 60 labelled rows, which is near chance") as refused:
+        message = f"teacher {MODEL}: accuracy .* on 60 labelled rows, which is near chance"
+        with pytest.raises(ModelError, match=message) as refused:
             ask(settings, tmp_path / "data", tmp_path / "asked")
     assert "teacher.ask" in refused.value.fix or "data.labels" in refused.value.fix, refused.value.fix
