@@ -25,7 +25,7 @@ _THOUGHTS = 4096
 
 
 class Abilities(msgspec.Struct, frozen=True):
-    """What a model behind an endpoint answers, as probed."""
+    """What a server lets a model be asked for, as `probe` found out."""
 
     top: int  # likeliest tokens that it gives at each place; 0: no log-probabilities
     echo: bool  # it scores a text that is given
@@ -94,7 +94,7 @@ def _of_chat(endpoint: Endpoint, model: str) -> Abilities:
 
 
 def _less(can: Abilities, failed: Failed) -> Abilities:
-    """Return what is left to ask for after an objection."""
+    """Return the abilities without the one that the server's error names, or unchanged where it names none."""
     objections: dict[str, dict[str, Any]] = {
         "max_completion_tokens": {"limit": "max_completion_tokens"},
         "temperature": {"temperature": False},

@@ -10,10 +10,10 @@ from tokenizers.models import BPE
 
 from kdexport import spec
 from kdexport.analysis.duplicates import first_of_each, keys_of
-from kdexport.asking.given import as_logits
 from kdexport.asking.reading import Reading
 from kdexport.data import read_summary
 from kdexport.data.rows import Row, Rows
+from kdexport.distill.combine import sure_of
 from kdexport.tasks import task_class
 from kdexport.tasks.base import Task
 from kdexport.tasks.config import TaskConfig
@@ -29,7 +29,8 @@ class Answered:
     def __init__(self, task: Task, corrected: Mapping[str, str], read: Read) -> None:
         self._task, self._read = task, read
         self._corrected, self.temperature = corrected, 1.0
-        self.logits = {content: _certain(task, label) for content, label in corrected.items()}
+        given = sure_of(task, [{"label": label} for label in corrected.values()]) if corrected else ()
+        self.logits = dict(zip(corrected, given, strict=True))
         self.unanswered: dict[str, str] = {}
         self.guessed: dict[str, Array] = {}  # by a first student, of texts that were not asked
 
@@ -52,7 +53,7 @@ class Answered:
 
     def _logits(self, content: str) -> Array:
         if content in self._corrected:
-            return self.logits[content]
+            return np.asarray(self.logits[content])
         found = self.guessed if content in self.guessed else self.logits
         return np.asarray(found[content] / self.temperature, np.float32)
 
@@ -67,10 +68,3 @@ def judge(settings: spec.Spec, data: Path) -> Task:
 def distinct(task: Task, rows: Rows) -> Rows:
     """Return the first row of each content."""
     return rows.take(first_of_each(keys_of(rows, task.content)))
-
-
-def _certain(task: Task, label: str) -> Array:
-    """Return the logits of a label, or several, that a person gave: float32 [C]."""
-    places = cast(Any, task).label_array([{"label": label}])[0]
-    several = task.function == "sigmoid"
-    return as_logits(places if several else np.eye(len(task.labels))[places], several=several)

@@ -129,7 +129,10 @@ class Asker:
         return found
 
     def _chunk(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Return the first rows within the limits; of tokens, which are estimates, half of what is left."""
+        """Return the first rows that the limits allow.
+
+        Tokens are estimated, so these rows may take half of those that are left at most.
+        """
         rows = rows[: self.affordable(rows[0])]
         if self.how.max_tokens is None:
             return rows

@@ -57,7 +57,7 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct):
-    """What was sent and what it cost; `cached` and its tokens cost nothing this time."""
+    """Numbers of calls and tokens. Calls from the cache, `cached`, and their tokens cost nothing this time."""
 
     sent: int = 0
     cached: int = 0
@@ -347,7 +347,7 @@ class Endpoint:
 
 
 class _Pace:
-    """How many calls may be under way: one more after each round of answers, half when the server is busy."""
+    """The number of calls allowed at once: it grows by one per round of answers, and halves when the server is busy."""
 
     def __init__(self, most: int) -> None:
         self._most = self.allowed = float(most)

@@ -1,4 +1,4 @@
-"""What an answer of a server means: taken, a fault of one call, one that may pass, or one that meets every call."""
+"""Classify a server's response: an answer, a fault of this call alone, one that may pass, or one that ends the run."""
 
 import json
 import re
@@ -37,7 +37,7 @@ class Again(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """What would meet every further call as well; status 0: nobody is there, None: too many calls have failed."""
+    """A fault that ends the run. `status` is 0 if nothing listens there, and None after too many failed calls."""
 
     status: int | None
     message: str

@@ -33,7 +33,7 @@ class Given:
     """A file of answers as a function of rows."""
 
     def __init__(self, path: Path, labels: Sequence[str], task: type[Task]) -> None:
-        several = task.function == "sigmoid"
+        several = not task.one_label
         self._task, self._logits = task, dict[str, Array]()
         for number, line in _lines(path):
             found = line.probabilities()

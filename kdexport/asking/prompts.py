@@ -1,4 +1,4 @@
-"""What a language model is asked about a text, and how its answers become the labels' probabilities.
+"""Build the prompts that ask a language model for a text's labels, and read probabilities from its replies.
 
 The options are listed in one of a few orders, picked by the text's content: their places favour no label over all
 texts, and a server can still reuse what it computed for a prompt's beginning, as few beginnings there are.

@@ -65,7 +65,7 @@ def ask_in_rounds(
     described = settings.data.labels
     labels = {label: described[label] if isinstance(described, dict) else "" for label in task.labels}
     check_labels(labels)
-    asker = Asker(address, how, labels, several=task.function == "sigmoid")
+    asker = Asker(address, how, labels, several=not task.one_label)
     examples = _examples(how, task, pool)
     asker.show(examples)
     shown = {task.content(row) for row in examples}
@@ -163,16 +163,15 @@ def _teach(
         left, rest = asker.affordable(candidates[0]), [i for i in range(len(candidates)) if i not in asked]
         if not left or not rest:
             stopped = "the limit was reached"
-        elif is_flat([one.agreement for one in rounds], len(validation)):
+            break
+        if is_flat([one.agreement for one in rounds], len(validation)):
             stopped = "a first student learned nothing more"
-        else:
-            new = next_places(first_student, x[rest], min(step, left), share, draw)
-            at_random |= {rest[i] for i in new.random}
-            places = [rest[i] for i in (*new.chosen, *new.random)]
-            asked |= {*places}
-            found.of([candidates[i] for i in places], "ask train")
-            continue
-        break
+            break
+        new = next_places(first_student, x[rest], min(step, left), share, draw)
+        at_random |= {rest[i] for i in new.random}
+        places = [rest[i] for i in (*new.chosen, *new.random)]
+        asked |= {*places}
+        found.of([candidates[i] for i in places], "ask train")
     sure = sure_from(first_student, x_validation, judged_by) if asker.how.guess else np.inf
     open_ = [i for i, content in enumerate(contents) if content not in found.logits and content not in found.unanswered]
     places = [i for i, doubt in zip(open_, first_student.doubt(x[open_]), strict=True) if 1 - doubt >= sure]

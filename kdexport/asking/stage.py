@@ -40,8 +40,8 @@ def settings_of(settings: spec.Spec) -> list[Any]:
         for name, value in msgspec.to_builtins(teacher.ask).items()
         if name not in ("concurrency", "timeout_s", "key", "price")
     }
-    data = settings.data
-    return [teacher.model, ask, data.labels, data.problem, settings.task, settings.student.base, settings.seed]
+    data, base = settings.data, settings.student.base
+    return [teacher.model, ask, data.labels, data.problem, data.max_length, settings.task, base, settings.seed]
 
 
 def files(settings: spec.Spec) -> list[Path]:
@@ -120,7 +120,7 @@ def _check_enough(taken: Mapping[str, Sequence[Row]], found: Answered, task: Tas
             )
             raise ModelError(what, "Give more texts, or raise the limits of calls and tokens, if they bind")
     best = found.array(taken["train"])
-    there = {*best.argmax(axis=1).tolist()} if task.function == "softmax" else {0, 1}
+    there = {*best.argmax(axis=1).tolist()} if task.one_label else {0, 1}
     if len(there) < 2:
         label = task.labels[there.pop()]
         raise ModelError(f"the teacher gives all {len(best):,} texts the label {label!r}", "Reword the labels")

@@ -66,7 +66,7 @@ def take_zero_shot(settings: spec.Spec, teacher: str, data: Path, out: Path) -> 
         raise ModelError(f"teacher {teacher} can't read a sentence of {room} tokens", "Shorten descriptions")
     save_task(opened, None, own_labels(config), folder, at_most=usual)
     save_model(opened, folder)
-    several = task_class(settings.task, settings.data.problem).function == "sigmoid"
+    several = not task_class(settings.task, settings.data.problem).one_label
     # As the pipeline has it: the first label is contradiction, unless that is entailment.
     contradiction = (len(names) - 1 if entailment == 0 else 0) if several else None
     write_json(folder / _RECORD, _Hypotheses(sentences, entailment, contradiction))
