@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import random
@@ -69,6 +70,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the rooms that have whole runs of their own, so that no worker is left alone with one in the end."""
     long = ("pipeline", "bench", "integrations", "tests")
     items.sort(key=lambda item: item.path.parent.name not in long)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what all imports made out of garbage collections, which each training ends with."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

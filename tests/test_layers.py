@@ -111,6 +111,7 @@ TRAINING = {
     "skeletoken",
     "safetensors",
 }
+DISTRIBUTIONS = packages_distributions() | {"google": ["protobuf"]}
 TRAINING_ROOMS = {"distill", "asking", "models", "export", "data/sources.py", "data/read.py", "analysis/duplicates.py"}
 
 
@@ -119,12 +120,11 @@ def test_every_package_that_is_imported_is_declared(path):
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     declared = {name(line) for lines in (project["dependencies"], *extras.values()) for line in lines}
-    distributions = packages_distributions() | {"google": ["protobuf"]}
     relative = path.relative_to(PACKAGE).as_posix()
     for module, *_ in imports(path):
         if module in sys.stdlib_module_names or module in ("kdexport", "triton_python_backend_utils"):
             continue
-        assert any(name(each) in declared for each in distributions.get(module, [module])), (
+        assert any(name(each) in declared for each in DISTRIBUTIONS.get(module, [module])), (
             f"{relative} imports {module}"
         )
         light = room(path) not in TRAINING_ROOMS and relative not in TRAINING_ROOMS
