@@ -53,7 +53,7 @@ def named(target, name, **changes):
 
 def test_the_same_file_twice_comes_out_the_same_and_a_slower_one_slower(file, rows, tmp_path):
     """The engine's check of itself, and a slowdown that it must find; each in turns with the other."""
-    how = msgspec.structs.replace(QUICK, rounds=8, round_seconds=0.3, precision=0.06, time_limit_s=60)
+    how = msgspec.structs.replace(QUICK, rounds=8, round_seconds=0.3, precision=0.06, time_limit_s=30)
     found = bench(how, [file, named(file, "late", slower=0.3)], rows, "int8", 0, tmp_path, control="int8", sweep=False)
     assert found.speedup["late"].verdict == "slower"
     assert 0.6 < found.speedup["late"].value < 0.95

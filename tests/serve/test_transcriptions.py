@@ -462,7 +462,7 @@ def test_the_page_transcribes_a_file_and_what_a_microphone_hears(artifact, expec
         page.get_by_role("button", name="Record", exact=True).click()
         status.get_by_text("Recording, for 5.0 s at most").wait_for()
         with page.expect_response(lambda response: response.request.method == "POST") as answer:
-            page.wait_for_timeout(500)
+            page.wait_for_timeout(1500)  # it beeps now and then
             page.get_by_role("button", name="Stop").click()
         sent = answer.value.request.post_data_buffer
         assert (answer.value.status, sent[:4]) == (200, b"RIFF")
