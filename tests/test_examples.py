@@ -152,8 +152,12 @@ def test_an_example_needs_no_folder_and_takes_other_data_by_one_flag(name, tmp_p
     assert {key: value for key, value, _ in plan(settings)}["data.train"] == str(tmp_path)
 
 
+# Those that the tests of their rooms run: test_asked_docs.py, test_tokens.py and test_speech_runs.py.
+ELSEWHERE = {"language-model", "token-classification", "smaller-whisper"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "language-model"])  # in test_asked_docs.py
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - ELSEWHERE))
 def test_an_example_runs_to_its_end(name, tmp_path, kdexport, monkeypatch):
     monkeypatch.chdir(ROOT)
     make, epochs, metric = PIECES[name]

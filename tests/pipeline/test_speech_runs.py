@@ -225,7 +225,7 @@ def test_a_summary_counts_what_was_left_out(finished):
 
 @pytest.fixture(scope="module")
 def smaller(cache, tmp_path_factory):
-    """A Whisper with two layers of its decoder, after one epoch over some orders."""
+    """The example of a smaller Whisper, after one epoch over some orders."""
     os.environ["KDEXPORT_CACHE"] = str(cache)
     folder = tmp_path_factory.mktemp("whisper")
     source = SHARED / "data" / "coffee-orders" / "audio"
@@ -236,8 +236,8 @@ def smaller(cache, tmp_path_factory):
     for split, some in {"train": files[:12], "validation": files[12:15], "test": files[15:]}.items():
         lines = [json.dumps({"audio": str(path)}) for path in some]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    given = {"data.train": str(folder), "teacher.model": model, "student.model": "spread:2", "distill.epochs": 1}
-    run_pipeline(spec.load(None, QUICK | {"task": TASK} | given), folder / "run")
+    given = {"data.train": str(folder), "teacher.model": model, "distill.epochs": 1}
+    run_pipeline(spec.load(ROOT / "examples" / "smaller-whisper.yaml", QUICK | given), folder / "run")
     return folder / "run"
 
 
