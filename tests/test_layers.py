@@ -138,7 +138,7 @@ def name(requirement):
 def test_the_package_stays_small():
     lines = {p: len(p.read_text().splitlines()) for p in PACKAGE.rglob("*.py")}
     assert max(lines.values()) <= 400, max(lines, key=lines.get)
-    assert sum(lines.values()) <= 33823
+    assert sum(lines.values()) <= 33818
 
 
 def test_nothing_outside_its_file_names_a_task():

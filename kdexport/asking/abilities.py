@@ -3,12 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
 from kdexport.asking.client import Call, Endpoint, Failed, Reply
-from kdexport.asking.reading import choices_of, positions_of, score_of, text_of
+from kdexport.asking.reading import choices_of, object_in, positions_of, score_of, text_of
 from kdexport.errors import ModelError, SpecError
 from kdexport.spec.ask import Ask
 
@@ -25,7 +25,7 @@ _THOUGHTS = 4096
 
 
 class Abilities(msgspec.Struct, frozen=True):
-    """What a server lets a model be asked for, as `probe` found out."""
+    """Features of a server's API for one model, found by `probe`."""
 
     top: int  # likeliest tokens that it gives at each place; 0: no log-probabilities
     echo: bool  # it scores a text that is given
@@ -72,8 +72,9 @@ def probe(endpoint: Endpoint, model: str) -> Abilities:
     prompt: dict[str, Any] = {"prompt": _PROMPT + _NEXT, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
     scored = _asked(endpoint, model, "/completions", prompt)
     echo = isinstance(scored, Reply) and score_of(scored, _PROMPT, _NEXT) is not None
-    abilities = msgspec.structs.replace(abilities, echo=echo)
-    return _several(endpoint, model, _held(endpoint, model, abilities))
+    abilities = _held(endpoint, model, msgspec.structs.replace(abilities, echo=echo))
+    two = _asked(endpoint, model, "/chat/completions", abilities.body(_SAY, 1, 0.7) | {"n": 2})
+    return msgspec.structs.replace(abilities, n=isinstance(two, Reply) and len(choices_of(two)) == 2)
 
 
 def _of_chat(endpoint: Endpoint, model: str) -> Abilities:
@@ -109,8 +110,7 @@ def _less(can: Abilities, failed: Failed) -> Abilities:
 
 
 def _thinks(choice: dict[str, Any]) -> bool:
-    message = choice.get("message")
-    message = message if isinstance(message, dict) else {}
+    message = object_in(choice, "message")
     aloud = "<think>" in str(message.get("content") or "")[:20]
     # With 16 tokens for an answer of one word, an empty one went to thoughts that stay hidden.
     hidden = choice.get("finish_reason") == "length" and not text_of(choice)
@@ -119,19 +119,12 @@ def _thinks(choice: dict[str, Any]) -> bool:
 
 def _held(endpoint: Endpoint, model: str, can: Abilities) -> Abilities:
     """Find the first way that holds the model to a word which it would never say."""
-    ways: tuple[Constrained, ...] = ("json_schema", "guided_choice", "grammar")
-    for way in ways:
+    for way in get_args(Constrained)[1:]:
         held = msgspec.structs.replace(can, constrained=way)
-        body = held.body(_SAY, 32) | held.held_to([_WORD])
-        reply = _asked(endpoint, model, "/chat/completions", body)
+        reply = _asked(endpoint, model, "/chat/completions", held.body(_SAY, 32) | held.held_to([_WORD]))
         if isinstance(reply, Reply) and any(_WORD in text_of(choice) for choice in choices_of(reply)):
             return held
     return can
-
-
-def _several(endpoint: Endpoint, model: str, can: Abilities) -> Abilities:
-    reply = _asked(endpoint, model, "/chat/completions", can.body(_SAY, 1, 0.7) | {"n": 2})
-    return msgspec.structs.replace(can, n=isinstance(reply, Reply) and len(choices_of(reply)) == 2)
 
 
 def _asked(endpoint: Endpoint, model: str, path: str, body: dict[str, Any]) -> Reply | Failed | None:

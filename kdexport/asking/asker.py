@@ -129,10 +129,7 @@ class Asker:
         return found
 
     def _chunk(self, rows: Sequence[Row]) -> Sequence[Row]:
-        """Return the first rows that the limits allow.
-
-        Tokens are estimated, so these rows may take half of those that are left at most.
-        """
+        """Return the first rows within the limits; as tokens are estimates, only half of those left are used."""
         rows = rows[: self.affordable(rows[0])]
         if self.how.max_tokens is None:
             return rows

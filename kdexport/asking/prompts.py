@@ -5,6 +5,7 @@ texts, and a server can still reuse what it computed for a prompt's beginning, a
 """
 
 import hashlib
+import json
 import random
 import string
 from collections.abc import Callable, Mapping, Sequence
@@ -195,13 +196,13 @@ class Questions:
     def _sample(self, row: Row, order: int) -> Call:
         listed, held = self.places(row, order), self._abilities.held_to(self._codes, several=self._several)
         code_of = dict(zip(listed, self._codes, strict=True))
-        json = self._abilities.constrained == "json_schema"
+        in_json = self._abilities.constrained == "json_schema"
 
         def answer(example: Row) -> str:
             fit = sorted(code_of[c] for c in self._of_example(example))
             if self._several:
-                return f'{{"labels": [{", ".join(map(_quoted, fit))}]}}' if json else ", ".join(fit) or "none"
-            return f'{{"label": {_quoted(fit[0])}}}' if json else fit[0]
+                return json.dumps({"labels": fit}) if in_json else ", ".join(fit) or "none"
+            return json.dumps({"label": fit[0]}) if in_json else fit[0]
 
         more = held | ({"n": self._how.samples} if self._abilities.n and self._how.samples > 1 else {"seed": order})
         tokens = 16 + 8 * len(self._codes) if self._several else 24
@@ -271,7 +272,3 @@ def _shown(row: Row) -> str:
     if row.get("text_pair") is None:
         return f"Text: {row['text']}"
     return f"First text: {row['text']}\nSecond text: {row['text_pair']}"
-
-
-def _quoted(text: str) -> str:
-    return f'"{text}"'

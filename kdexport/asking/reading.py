@@ -52,7 +52,7 @@ def choices_of(reply: Reply) -> list[dict[str, Any]]:
 
 def text_of(choice: dict[str, Any]) -> str:
     """Return an answer's text without the thoughts before it."""
-    content = _in(choice, "message").get("content", choice.get("text"))
+    content = object_in(choice, "message").get("content", choice.get("text"))
     if isinstance(content, list):  # parts, as of models that also write pictures
         content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return _THOUGHT.sub("", content).strip()[:_LONGEST] if isinstance(content, str) else ""
@@ -60,7 +60,7 @@ def text_of(choice: dict[str, Any]) -> str:
 
 def positions_of(choice: dict[str, Any]) -> list[Position]:
     """Return an answer's tokens, in either of the two shapes that servers give, without the thoughts before it."""
-    logprobs = _in(choice, "logprobs")
+    logprobs = object_in(choice, "logprobs")
     found = [_chat_position(each) for each in _list(logprobs, "content") if isinstance(each, dict)]
     found = found or [_position(token, p, top) for token, p, top in _legacy(logprobs)]
     said = b"".join(each.token for each in found)
@@ -131,7 +131,7 @@ def by_tokens(reply: Reply | Failed, options: Sequence[str], *, fold: bool) -> R
 
 def score_of(reply: Reply, prompt: str, label: str) -> float | None:
     """Return the log probability of a label after its prompt; None where the reply does not hold the prompt."""
-    logprobs = _in(next(iter(choices_of(reply)), {}), "logprobs")
+    logprobs = object_in(next(iter(choices_of(reply)), {}), "logprobs")
     tokens = [(token.translate(_SPACES), p) for token, p, _ in _legacy(logprobs)]
     # The prompt comes after a token of the beginning, with some tokenizers.
     begins = "".join(token for token, _ in tokens).find(prompt + label)
@@ -202,7 +202,7 @@ def said_labels(text: str, codes: Sequence[str], names: Sequence[str]) -> set[in
 
 def why_not(choice: dict[str, Any]) -> str:
     """Return the reason why an answer names no label."""
-    refused = _in(choice, "message").get("refusal") or choice.get("finish_reason") == "content_filter"
+    refused = object_in(choice, "message").get("refusal") or choice.get("finish_reason") == "content_filter"
     return "refusal" if refused or _REFUSAL.search(text_of(choice)[:200]) else "unparsable"
 
 
@@ -241,9 +241,9 @@ def _clean(token: bytes, fold: bool, *, strip: bool = True) -> str:
     return text.casefold() if fold else text
 
 
-def _in(found: dict[str, Any], key: str) -> dict[str, Any]:
-    inner = found.get(key)
-    return inner if isinstance(inner, dict) else {}
+def object_in(found: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return an object inside another; an empty one where there is none."""
+    return inner if isinstance(inner := found.get(key), dict) else {}
 
 
 def _list(found: dict[str, Any], key: str) -> list[Any]:

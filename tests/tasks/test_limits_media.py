@@ -289,15 +289,11 @@ def measured(tmp_path: Path, kind: str, content: bytes):
     return cost_of(_SETUP, _WORK, tmp_path / "file", kind)
 
 
-# CPU seconds for a header, which is read on the event loop; 65 ms were seen on a slow core.
-HEADER_SECONDS = 0.2
-
-
 @pytest.mark.parametrize("name", HOSTILE_IMAGES)
 def test_a_picture_that_claims_much_costs_little(name, tmp_path):
     cost = measured(tmp_path, "image", HOSTILE_IMAGES[name]())
     assert_cheap(cost)
-    assert cost.result.get("header", 0) < HEADER_SECONDS
+    assert cost.result.get("header", 0) < 0.05  # it is read on the event loop
     assert cost.result["refused"] or cost.result["finite"]
 
 
@@ -313,7 +309,7 @@ def test_the_largest_picture_of_each_format_is_read_within_the_limits(name, tmp_
 def test_a_recording_that_claims_much_costs_little(name, tmp_path):
     cost = measured(tmp_path, "audio", HOSTILE_SOUNDS[name]())
     assert_cheap(cost)
-    assert cost.result.get("header", 0) < HEADER_SECONDS
+    assert cost.result.get("header", 0) < 0.05
     assert cost.result["refused"] or cost.result["finite"]
     print(f"{name:24} {cost.mb:6.1f} MB {cost.seconds:5.2f} s {cost.result['refused']}")
 

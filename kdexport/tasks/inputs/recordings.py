@@ -38,6 +38,7 @@ _SECONDS = {
 }
 # libvorbis allocates memory for each value of a codebook; encoders write up to 90,000.
 _MOST_CODES, _MOST_SETUP = 500_000, 100_000
+_MOST_BLOCKS = 1_000  # of a FLAC file's metadata, which libFLAC reads one by one
 _CODEBOOK = re.compile(rb"(?=(BCV)(..)(...))", re.DOTALL)
 _MP3_IN_WAV = re.compile(rb"fmt ....\x55\0", re.DOTALL)
 _MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
@@ -150,6 +151,13 @@ def _check(content: bytes) -> None:
     form = format_of(content)
     if form == "OGG":
         _check_ogg(content)
+    elif form == "FLAC":
+        at = 4
+        for _ in range(_MOST_BLOCKS):
+            if at >= len(content) or content[at] >= 0x80:  # the last one is marked
+                return
+            at += 4 + int.from_bytes(content[at + 1 : at + 4], "big")
+        raise TooLarge(f"it is a FLAC file with more than {_MOST_BLOCKS:,} blocks of metadata")
     elif form == "WAV" and _MP3_IN_WAV.search(content):
         raise DataError("it is a WAV file with MP3 in it, which is not supported", _CONVERT)
 
